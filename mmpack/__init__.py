@@ -1,0 +1,37 @@
+"""mmpack: token packing for training vision-language models of the Qwen2-VL family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmpack.assemble import assemble
+from mmpack.encode import encode_sample
+from mmpack.plan import plan_packs
+from mmpack.readers import read_samples
+from mmpack.types import EncodedSample, Pack, PackPlan, Sample
+from mmpack.vision import VisionSpec
+
+if TYPE_CHECKING:
+    from mmpack.dataset import PackedDataset
+
+__all__ = [
+    "EncodedSample",
+    "Pack",
+    "PackPlan",
+    "PackedDataset",
+    "Sample",
+    "VisionSpec",
+    "assemble",
+    "encode_sample",
+    "plan_packs",
+    "read_samples",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PackedDataset":  # the one name that needs torch
+        from mmpack.dataset import PackedDataset
+
+        return PackedDataset
+    raise AttributeError(f"module 'mmpack' has no attribute {name!r}")

@@ -1,0 +1,243 @@
+"""The command line: mmpack pack | train | demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmpack.types import BadRow, EncodedSample
+
+PACK_EXAMPLE = """example:
+  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out packed
+"""
+TRAIN_EXAMPLE = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
+
+examples:
+  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1
+  mmpack train --data data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 \\
+      --config tiny_config.json --steps 20
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 1 refused with a reason, 2 usage)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.run is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        options.run(options, rest)
+    except ValueError as error:
+        print(f"mmpack: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmpack", description=sys.modules["mmpack"].__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    pack = commands.add_parser(
+        "pack",
+        help="encode and plan a data set into packs",
+        epilog=PACK_EXAMPLE,
+        formatter_class=raw,
+    )
+    pack.add_argument(
+        "data", metavar="DATA", help=".json or .jsonl rows, or a folder with --dataset"
+    )
+    pack.add_argument("--out", required=True, help="folder to write the packed data set to")
+    pack.add_argument("--overwrite", action="store_true", help="replace a packed data set in --out")
+    pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_data_options(pack, required=True)
+    pack.set_defaults(run=_pack)
+
+    train = commands.add_parser(
+        "train",
+        help="train on packs with a Hugging Face Trainer",
+        epilog=TRAIN_EXAMPLE,
+        formatter_class=raw,
+        allow_abbrev=False,  # what is not ours goes to TrainingArguments
+    )
+    train.add_argument("--data", required=True, help="what mmpack pack wrote, or rows to pack now")
+    train.add_argument("--model", help="folder of a model with its weights")
+    train.add_argument("--config", help="config.json of a model to start with random weights")
+    train.add_argument("--steps", type=int, help="optimizer steps; short for --max_steps")
+    _add_data_options(train, required=False)
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser("demo", help="see it work: data, model and training, nothing needed")
+    demo.add_argument(
+        "--write", metavar="DIR", help="leave the data set, tokenizer and config here"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--tokenizer", required=required, help="folder of tokenizer and processor")
+    parser.add_argument("--capacity", type=int, required=required, help="tokens a pack may hold")
+    parser.add_argument("--patch-capacity", type=int, help="vision patches a pack may hold")
+    parser.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
+    parser.add_argument(
+        "--media-dir", help="folder of relative image paths (that of the data file)"
+    )
+    parser.add_argument("--dataset", help="entry of the dataset_info.json in DATA")
+    parser.add_argument(
+        "--on-error", choices=["raise", "skip"], default="raise", help="what to do with a bad row"
+    )
+    parser.add_argument(
+        "--on-overflow",
+        choices=["error", "drop", "truncate"],
+        default="error",
+        help="what to do with a row longer than a pack",
+    )
+    parser.add_argument("--train-on-prompt", action="store_true", help="supervise all text")
+    parser.add_argument(
+        "--mask-history", action="store_true", help="supervise the last answer only"
+    )
+    parser.add_argument("--plan-seed", type=int, default=0, help="seed of the plan")
+
+
+def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    start = time.perf_counter()
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        is_ours = (out / "mmpack.json").exists()
+        if not (options.overwrite and is_ours):
+            raise ValueError(
+                f"{out} is not empty; choose another --out, or --overwrite a packed set"
+            )
+
+    from mmpack.dataset import plan_samples
+    from mmpack.store import write_store
+
+    bad_rows: list[BadRow] = []
+    samples, vision = _encode(options, bad_rows)
+    about = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
+    partial = out.with_name(out.name + ".partial")  # what is at `out` is always whole
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        store = write_store(partial, samples, vision, about)
+        plan = plan_samples(
+            store, options.capacity, options.patch_capacity, options.on_overflow, options.plan_seed
+        )
+        plan.save(partial / "plan.npz")
+        lost = [(n, "dropped") for n in plan.dropped] + [(n, "cut") for n in plan.truncated]
+        overflow = [_overflow_line(store[number], fate) for number, fate in lost]
+        _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
+        _write_lines(partial / "overflow.jsonl", overflow)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    report = {
+        "rows": len(store) + len(bad_rows),
+        "bad_rows": len(bad_rows),
+        "dropped": plan.num_dropped,
+        "truncated": plan.num_truncated,
+        "packs": plan.num_packs,
+        "tokens": int(plan.pack_tokens.sum()),
+        "utilization": round(plan.utilization, 6),
+        "max_pixels": vision.max_pixels,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if options.json:
+        print(json.dumps(report))
+        return
+    print(
+        f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
+        f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
+        f"{vision.max_pixels:,} pixels"
+    )
+    if bad_rows:
+        print(f"{len(bad_rows):,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
+    if lost:
+        print(
+            f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
+            f"{out / 'overflow.jsonl'}"
+        )
+    print(f"written to {out}")
+
+
+def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
+    """(encoded samples with a progress bar, VisionSpec)"""
+    from tqdm import tqdm
+
+    from mmpack.encode import encode_samples
+    from mmpack.hf.training import load_processor
+    from mmpack.readers import read_samples
+
+    skip = bad_rows if options.on_error == "skip" else None
+    tokenizer, vision = load_processor(options.tokenizer, options.max_pixels)
+    samples = read_samples(
+        options.data, dataset=options.dataset, media_dir=options.media_dir, bad_rows=skip
+    )
+    encoded = encode_samples(
+        samples,
+        tokenizer,
+        vision,
+        train_on_prompt=options.train_on_prompt,
+        mask_history=options.mask_history,
+        bad_rows=skip,
+    )
+    return tqdm(encoded, unit=" rows", desc="encoding", disable=None), vision
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.dataset import PackedDataset
+    from mmpack.hf.training import load_model, parse_training_arguments, train
+
+    steps = [] if options.steps is None else ["--max_steps", str(options.steps)]
+    args = parse_training_arguments([*steps, *rest])
+    if (Path(options.data) / "mmpack.json").exists():
+        dataset = PackedDataset.from_store(options.data)
+    elif options.tokenizer is None or options.capacity is None:
+        raise ValueError(
+            f"{options.data} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
+            "--capacity"
+        )
+    else:
+        bad_rows: list[BadRow] = []
+        samples, _ = _encode(options, bad_rows)
+        dataset = PackedDataset.from_samples(
+            list(samples),
+            options.capacity,
+            patch_capacity=options.patch_capacity,
+            on_overflow=options.on_overflow,
+            seed=options.plan_seed,
+        )
+        for row in bad_rows:
+            print(f"left out: row {row.row} of {row.source}: {row.error}", file=sys.stderr)
+    model = load_model(options.model, options.config, args.seed)
+    print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
+    print(json.dumps(train(model, dataset, args)))
+
+
+def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.demo import run_demo
+
+    run_demo(options.write)
+
+
+def _overflow_line(sample: EncodedSample, fate: str) -> dict[str, Any]:
+    return {"source": sample.source, "row": sample.row, "tokens": sample.num_tokens, "fate": fate}
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

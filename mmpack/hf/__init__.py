@@ -1,0 +1,6 @@
+"""The only room that knows transformers."""
+
+from mmpack.hf.collator import PackCollator
+from mmpack.hf.models import patch_model, unpatch_model
+
+__all__ = ["PackCollator", "patch_model", "unpatch_model"]

@@ -1,0 +1,92 @@
+"""Attention over segments: registered with transformers for text, bound on instances for vision.
+
+Text layers reach a registered function through transformers' AttentionInterface. The vision tower
+has no such seam: without flash attention it calls the interface once an image in a Python loop, so
+its attention gets a forward of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+from mmpack import reference
+
+NAME = "mmpack"
+
+
+def text_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mmpack: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment; query (1, H, T, K) -> (1, T, H, K).
+
+    Without packed metadata (`generate`, padded evaluation) it is transformers' sdpa.
+
+    Raises:
+        ValueError: attention dropout or a sliding window is asked for.
+    """
+    if mmpack is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("dropout"):
+        raise ValueError(
+            "packed attention has no dropout; set attention_dropout to 0 in the config"
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError("packed attention has no sliding window; set use_sliding_window to False")
+    dtype = _compute_dtype(value)
+    q_THK, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    out = reference.varlen_attention(
+        q_THK, k, v, mmpack["offsets"], causal=True, scale=kwargs["scaling"]
+    )
+    return out[None], None
+
+
+def vision_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The forward to bind on a vision attention whose class's own forward is `stock`."""
+
+    def forward(
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mmpack: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if mmpack is None:
+            return stock(
+                self, hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs
+            )
+        num_patches = len(hidden_states)
+        q, k, v = self.qkv(hidden_states).reshape(num_patches, 3, self.num_heads, -1).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        q, k, v = (x.to(_compute_dtype(v)) for x in (q, k, v))
+        out = reference.varlen_attention(
+            q, k, v, mmpack["vision_offsets"], causal=False, scale=self.scaling
+        )
+        return self.proj(out.reshape(num_patches, -1))
+
+    return forward
+
+
+def _compute_dtype(value: torch.Tensor) -> torch.dtype:
+    """Under autocast q and k arrive in float32 (rope) and v in the autocast dtype."""
+    if torch.is_autocast_enabled(value.device.type):
+        return torch.get_autocast_dtype(value.device.type)
+    return value.dtype
+
+
+AttentionInterface.register(NAME, text_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,170 @@
+"""PackCollator: a list of packs, encoded samples or processor outputs -> forward kwargs.
+
+The batch has only names transformers knows at its top, so an unpatched model computes the same
+loss, only slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook
+takes. Host-side integers stay numpy or int there: Trainer moves tensors to the device and nothing
+else, and whatever lies on the host can be asked for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmpack import images
+from mmpack.assemble import assemble, concatenate
+from mmpack.types import IGNORE, EncodedSample, Pack
+from mmpack.vision import VisionSpec
+
+
+class PackCollator:
+    """Data collator for a Hugging Face Trainer; whatever it gets becomes one packed row.
+
+    It takes a list of
+
+    - `Pack`s, the items of a `PackedDataset` (use `per_device_train_batch_size=1`);
+    - `EncodedSample`s;
+    - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`,
+      `pixel_values` and `image_grid_thw`. These need `processor=`.
+
+    The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`,
+    `logits_to_keep (L,)`, `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal
+    to transformers' image processor, `image_grid_thw (I, 3)`, `use_cache=False` (a stock Trainer
+    leaves the cache on, and with a cache transformers mixes packed samples without a word) and
+    `mmpack={...}`. T tokens, L supervised tokens, P patches, I images.
+
+    Args:
+        processor: a transformers Qwen-VL processor or a `VisionSpec`; only for processor outputs.
+    """
+
+    def __init__(self, processor: Any = None) -> None:
+        is_spec = processor is None or isinstance(processor, VisionSpec)
+        self.vision = processor if is_spec else VisionSpec.from_processor(processor)
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        if all(isinstance(feature, Pack) for feature in features):
+            pack = concatenate(features)
+            pixel_values = _pixel_values(pack)
+        elif all(isinstance(feature, EncodedSample) for feature in features):
+            pack = assemble(features)
+            pixel_values = _pixel_values(pack)
+        elif all(isinstance(feature, Mapping) and "input_ids" in feature for feature in features):
+            if self.vision is None:
+                raise ValueError(
+                    "processor outputs can be packed only with the processor's settings: "
+                    "PackCollator(processor=processor)"
+                )
+            samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
+            pack = assemble(samples, pixels=False)
+            parts = [torch.as_tensor(f["pixel_values"]) for f in features if _has_images(f)]
+            pixel_values = torch.cat(parts) if parts else None
+        else:
+            kinds = sorted({type(feature).__name__ for feature in features})
+            raise ValueError(
+                "PackCollator takes Packs, EncodedSamples or processor outputs (dicts with "
+                f"input_ids), all of one kind; got {kinds}. Raw rows: use PackedDataset.from_files"
+            )
+        return _batch(pack, pixel_values)
+
+
+def _pixel_values(pack: Pack) -> torch.Tensor | None:
+    if not len(pack.grid_thw):
+        return None
+    if pack.pixels is None:
+        raise ValueError(
+            f"the pack has {len(pack.grid_thw)} images but was assembled without pixels"
+        )
+    return torch.from_numpy(images.normalize_patches(pack.pixels, pack.vision))
+
+
+def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
+    supervised = torch.from_numpy(pack.supervised_index).long()
+    labels = torch.from_numpy(pack.labels)
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(pack.input_ids)[None],  # first: Trainer reads its size
+        "labels": labels[None],
+        "shift_labels": labels[supervised + 1][None],
+        "logits_to_keep": supervised,
+        "position_ids": torch.from_numpy(pack.position_ids)[:, None],
+        "use_cache": False,
+    }
+    if pixel_values is not None:
+        batch["pixel_values"] = pixel_values
+        batch["image_grid_thw"] = torch.from_numpy(pack.grid_thw)
+    batch["mmpack"] = {
+        "offsets": pack.cu_seqlens,
+        "cu_seqlens": torch.from_numpy(pack.cu_seqlens),
+        "max_seqlen": pack.max_seqlen,
+        "feature_index": torch.from_numpy(pack.feature_index),
+        "feature_token": torch.from_numpy(pack.feature_token),
+        "text_order": torch.from_numpy(pack.text_order),
+        "text_id_offsets": torch.from_numpy(pack.text_id_offsets),
+        "num_patches": len(pack.vision_position_ids),
+        "vision_offsets": pack.vision_cu_seqlens,
+        "vision_cu_seqlens": torch.from_numpy(pack.vision_cu_seqlens),
+        "vision_max_seqlen": pack.vision_max_seqlen,
+        "vision_position_ids": torch.from_numpy(pack.vision_position_ids),
+    }
+    return batch
+
+
+def _has_images(feature: Mapping[str, Any]) -> bool:
+    return feature.get("pixel_values") is not None and len(feature["pixel_values"]) > 0
+
+
+def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec) -> EncodedSample:
+    """A processor's output back to one marker per image; pixels are left where they are."""
+    if feature.get("labels") is None:
+        raise ValueError(f"feature {number} has no labels; mask the prompt with -100 and pass them")
+    if feature.get("pixel_values_videos") is not None:
+        raise ValueError(f"feature {number} has a video; videos are not supported yet")
+    input_ids, labels = (_row(feature[name], name, number) for name in ("input_ids", "labels"))
+    if len(input_ids) != len(labels):
+        raise ValueError(
+            f"feature {number} has {len(input_ids)} input_ids but {len(labels)} labels"
+        )
+    if feature.get("attention_mask") is not None:  # padding needs no place in a pack
+        real = _row(feature["attention_mask"], "attention_mask", number) != 0
+        input_ids, labels = input_ids[real], labels[real]
+    if _has_images(feature):
+        grid_thw = np.asarray(feature["image_grid_thw"], dtype=np.int32).reshape(-1, 3)
+    else:
+        grid_thw = np.empty((0, 3), dtype=np.int32)
+
+    num_features = vision.num_features(grid_thw)
+    placeholders = np.flatnonzero(input_ids == vision.image_token_id)
+    if len(placeholders) != num_features.sum():
+        raise ValueError(
+            f"feature {number} has {len(placeholders)} image placeholders but its {len(grid_thw)} "
+            f"images have {num_features.sum()} features; was it truncated?"
+        )
+    patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
+    if len(grid_thw) and len(feature["pixel_values"]) != patches:
+        raise ValueError(
+            f"feature {number} has {len(feature['pixel_values'])} patches in pixel_values but its "
+            f"grids have {patches}"
+        )
+    keep = np.ones(len(input_ids), dtype=bool)
+    keep[placeholders] = False
+    keep[placeholders[np.cumsum(num_features) - num_features]] = True
+    return EncodedSample(
+        input_ids=input_ids[keep].astype(np.int32),
+        labels=np.where(input_ids == vision.image_token_id, IGNORE, labels)[keep].astype(np.int32),
+        grid_thw=grid_thw,
+        images=(),
+        vision=vision,
+        source="processor outputs",
+        row=number,
+    )
+
+
+def _row(values: Any, name: str, number: int) -> np.ndarray:
+    row = np.asarray(values)
+    if row.ndim == 2 and len(row) == 1:  # processors add a batch dimension
+        row = row[0]
+    if row.ndim != 1:
+        raise ValueError(f"feature {number} must be one sample, its {name} has shape {row.shape}")
+    return row

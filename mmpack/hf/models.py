@@ -1,0 +1,226 @@
+"""patch_model / unpatch_model: a transformers Qwen2-VL learns to take packs.
+
+Nothing of transformers is replaced. On the one model instance given, patching
+
+- puts a forward pre-hook on the inner model: it runs the vision tower, embeds the tokens, puts the
+  features at their places and passes `inputs_embeds` on;
+- switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
+- binds a forward on each vision attention.
+
+A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
+are untouched. `unpatch_model` takes everything back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mmpack import reference
+from mmpack.hf import attention
+from mmpack.hf.isolation import check_isolation
+
+Model = TypeVar("Model", bound=nn.Module)
+
+SUPPORTED = ("qwen2_vl",)  # config.model_type of the inner model
+_STATE = "_mmpack_patch"
+
+
+@dataclass
+class _Patch:
+    """What `patch_model` did to an inner model; lives on it as an attribute."""
+
+    hook_id: int
+    text_attention: str  # the implementation before
+    is_isolated: bool = False
+
+
+def patch_model(model: Model) -> Model:
+    """Patch a Qwen2-VL model, in place, to train on packs; returns it. Patching twice is one patch.
+
+    A self-test follows: a small pack is run twice with another first segment, and the second
+    segment's hidden states must not change by a bit. Where the weights are not there yet (meta
+    device, sharded parameters) it runs at the first packed forward. Mode, gradients and random
+    state are as before.
+
+    Args:
+        model: a `Qwen2VLForConditionalGeneration`, its inner `Qwen2VLModel`, or a wrapper that holds
+            one (PEFT).
+
+    Raises:
+        ValueError: the model is not supported, or something else has replaced what mmpack binds.
+        RuntimeError: the self-test found that segments see each other.
+    """
+    base = _inner_model(model)
+    if hasattr(base, _STATE):
+        return model
+    vision_attentions = _vision_attentions(base)
+    for module in vision_attentions:
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{type(module).__name__} already has a replaced forward (accelerate's offload to "
+                "several devices does that); patch the model before, or load it on one device"
+            )
+    for module in vision_attentions:
+        module.forward = MethodType(attention.vision_forward(type(module).forward), module)
+    hook = base.register_forward_pre_hook(_take_pack, with_kwargs=True)
+    setattr(base, _STATE, _Patch(hook.id, base.language_model.config._attn_implementation))
+    _set_text_attention(base, attention.NAME)
+    if _has_weights(base):
+        try:
+            _check_once(base)
+        except BaseException:
+            unpatch_model(model)
+            raise
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Take `patch_model` back; returns the model. A model that is not patched stays as it is."""
+    base = _inner_model(model)
+    patch = vars(base).get(_STATE)
+    if patch is None:
+        return model
+    base._forward_pre_hooks.pop(patch.hook_id, None)
+    base._forward_pre_hooks_with_kwargs.pop(patch.hook_id, None)
+    for module in _vision_attentions(base):
+        del module.forward
+    _set_text_attention(base, patch.text_attention)
+    delattr(base, _STATE)
+    return model
+
+
+def _take_pack(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The hook: a packed batch becomes `inputs_embeds`; anything else passes untouched."""
+    pack = kwargs.get("mmpack")
+    if pack is None:
+        return None
+    _check_once(base)
+    _check_batch(args, kwargs, pack)
+    input_ids = kwargs["input_ids"]
+    # As a module, so that whatever hangs on it (LoRA, NEFTune, gathered shards) takes part.
+    embeds_TD = base.get_input_embeddings()(input_ids)[0]
+    if kwargs.get("pixel_values") is not None:
+        features_FD = base.visual(
+            kwargs["pixel_values"].type(base.visual.dtype),
+            grid_thw=kwargs["image_grid_thw"],
+            cu_seqlens=pack["vision_cu_seqlens"],
+            max_seqlen=pack["vision_max_seqlen"],
+            position_ids=pack["vision_position_ids"],
+            mmpack=pack,
+        ).pooler_output
+        embeds_TD = reference.insert_features(
+            embeds_TD, features_FD.to(embeds_TD.device, embeds_TD.dtype), pack["feature_token"]
+        )
+    elif _tower_must_run(base.visual):
+        embeds_TD = embeds_TD + 0 * _dummy_features(base).sum().to(
+            embeds_TD.device, embeds_TD.dtype
+        )
+    return args, {
+        **kwargs,
+        "input_ids": None,
+        "inputs_embeds": embeds_TD[None],
+        "position_ids": kwargs["position_ids"][1:],  # row 0 would make transformers build a mask
+        "pixel_values": None,
+        "image_grid_thw": None,
+        "use_cache": False,
+    }
+
+
+def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]) -> None:
+    """Host-side checks of what a data loader may have done to the batch."""
+    if args or kwargs.get("input_ids") is None:
+        raise ValueError("a packed batch must be passed by keyword, with input_ids: model(**batch)")
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError("a packed batch has no padding; remove attention_mask from it")
+    num_tokens = int(pack["offsets"][-1])
+    if kwargs["input_ids"].shape != (1, num_tokens):
+        raise ValueError(
+            f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
+            f"(1, {num_tokens}); nothing may cut or stack a PackCollator's batch"
+        )
+    pixel_values = kwargs.get("pixel_values")
+    num_patches = 0 if pixel_values is None else len(pixel_values)
+    if num_patches != pack["num_patches"]:
+        raise ValueError(
+            f"pixel_values have {num_patches} patches, the pack has {pack['num_patches']}; an "
+            "IterableDataset under Trainer is cut by accelerate unless TrainingArguments has "
+            "accelerator_config={'dispatch_batches': False}"
+        )
+
+
+def _tower_must_run(visual: nn.Module) -> bool:
+    """Without images the tower still runs where another rank may wait for it: for its gradients
+    (DDP) or its shards (FSDP, ZeRO-3)."""
+    return any(
+        parameter.requires_grad or _is_sharded(parameter) for parameter in visual.parameters()
+    )
+
+
+def _dummy_features(base: nn.Module) -> torch.Tensor:
+    """Features of one 2 x 2-patch image of zeros, made on the device."""
+    config, device = base.visual.config, base.visual.device
+    num_patches = config.spatial_merge_size**2
+    patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    return base.visual(
+        torch.zeros(num_patches, patch_values, dtype=base.visual.dtype, device=device),
+        grid_thw=torch.ones(1, 3, dtype=torch.long, device=device),
+        cu_seqlens=torch.arange(2, dtype=torch.int32, device=device) * num_patches,
+        max_seqlen=num_patches,
+        position_ids=torch.zeros(num_patches, 2, dtype=torch.long, device=device),
+        mmpack={"vision_offsets": (0, num_patches)},
+    ).pooler_output
+
+
+def _check_once(base: nn.Module) -> None:
+    patch = getattr(base, _STATE)
+    if not patch.is_isolated:
+        patch.is_isolated = True  # before the test, whose forwards come here too
+        try:
+            check_isolation(base)
+        except BaseException:
+            patch.is_isolated = False
+            raise
+
+
+def _has_weights(base: nn.Module) -> bool:
+    return not any(p.is_meta or _is_sharded(p) for p in base.parameters())
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")  # FSDP2, ZeRO-3
+
+
+def _set_text_attention(base: nn.Module, name: str) -> None:
+    base.set_attn_implementation(
+        {
+            "": base.config._attn_implementation,
+            "text_config": name,
+            "vision_config": base.visual.config._attn_implementation,
+        }
+    )
+
+
+def _vision_attentions(base: nn.Module) -> list[nn.Module]:
+    return [block.attn for block in base.visual.blocks]
+
+
+def _inner_model(model: nn.Module) -> Any:
+    """The module that holds `visual` and `language_model`, wherever it is wrapped."""
+    found = [m for m in model.modules() if hasattr(m, "visual") and hasattr(m, "language_model")]
+    # transformers gives the outer model properties of the same names; the inner one comes last.
+    base = found[-1] if found else None
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if model_type not in SUPPORTED:
+        raise ValueError(
+            f"cannot patch {type(model).__name__} (model_type {model_type!r}); supported: "
+            f"{', '.join(SUPPORTED)}"
+        )
+    return base

@@ -1,0 +1,148 @@
+"""THE SPECIFICATION: what mmpack computes, slow and clear.
+
+Every other file only says it faster, is compared with this one and never imports it; the doors
+(`mmpack.assemble`, `mmpack.hf`) run it by name. Shapes: T tokens in a pack, S segments, I images,
+P patches, F features, D hidden size, H heads, K head dim, L supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mmpack.types import IGNORE, EncodedSample, Int32, Int64, Pack
+from mmpack.vision import VisionSpec
+
+
+def assemble(samples: Sequence[EncodedSample]) -> Pack:
+    """The samples of a pack, expanded, concatenated and indexed; without pixels.
+
+    Positions are those of transformers' `Qwen2VLModel.get_rope_index` on each sample alone; row 0
+    is the plain position in the segment, which transformers reads to keep segments apart.
+    """
+    vision = samples[0].vision
+    input_ids: list[int] = []
+    labels: list[int] = []
+    positions: list[tuple[int, int, int, int]] = []
+    cu_seqlens = [0]
+    feature_index: list[int] = []
+    grids: list[tuple[int, int, int]] = []
+    num_features = 0
+
+    for sample in samples:
+        begin = len(input_ids)
+        grid_of_marker = iter(sample.grid_thw.tolist())
+        position = 0  # M-RoPE position of the next token
+        for token_id, label in zip(sample.input_ids.tolist(), sample.labels.tolist()):
+            here = len(input_ids) - begin  # text position
+            if token_id != vision.image_token_id:
+                input_ids.append(token_id)
+                labels.append(label if here else IGNORE)  # nothing predicts a segment's first token
+                positions.append((here, position, position, position))
+                feature_index.append(-1)
+                position += 1
+                continue
+            grid = next(grid_of_marker)
+            grids.append(tuple(grid))
+            places = _feature_places(grid, vision)
+            for n, (t, h, w) in enumerate(places):
+                input_ids.append(token_id)
+                labels.append(IGNORE)
+                positions.append((here + n, position + t, position + h, position + w))
+                feature_index.append(num_features + n)
+            num_features += len(places)
+            position += max(grid[1], grid[2]) // vision.merge_size
+        cu_seqlens.append(len(input_ids))
+
+    ids = np.array(input_ids, dtype=np.int64)
+    features = np.array(feature_index, dtype=np.int32)
+    text_order, text_id_offsets = text_by_id(ids, features)
+    frames = [h * w for t, h, w in grids for _ in range(t)]
+    return Pack(
+        input_ids=ids,
+        labels=np.array(labels, dtype=np.int64),
+        position_ids=np.array(positions, dtype=np.int64).reshape(-1, 4).T.copy(),
+        cu_seqlens=np.array(cu_seqlens, dtype=np.int32),
+        max_seqlen=max(b - a for a, b in pairwise(cu_seqlens)),
+        feature_index=features,
+        feature_token=np.flatnonzero(features >= 0).astype(np.int32),
+        text_order=text_order,
+        text_id_offsets=text_id_offsets,
+        supervised_index=np.flatnonzero(np.array(labels[1:]) != IGNORE).astype(np.int32),
+        grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
+        vision_cu_seqlens=np.cumsum([0, *frames], dtype=np.int32),
+        vision_max_seqlen=max(frames, default=0),
+        vision_position_ids=_patch_places(grids, vision),
+        pixels=None,
+        vision=vision,
+    )
+
+
+def text_by_id(input_ids: Int64, feature_index: Int32) -> tuple[Int32, Int32]:
+    """(text_order, text_id_offsets): tokens that are no feature, sorted by id and then by place,
+    and where each run of one id begins. With it the embedding table's gradient is a sum in fixed
+    order, without a sort on the device."""
+    text = [t for t in range(len(input_ids)) if feature_index[t] < 0]
+    order = sorted(text, key=lambda t: input_ids[t])  # a stable sort
+    starts = [n for n, t in enumerate(order) if n == 0 or input_ids[t] != input_ids[order[n - 1]]]
+    return np.array(order, dtype=np.int32), np.array([*starts, len(order)], dtype=np.int32)
+
+
+def _feature_places(grid: Sequence[int], vision: VisionSpec) -> list[tuple[int, int, int]]:
+    """(t, h, w) of every feature of a grid, in reading order."""
+    frames, rows, columns = grid[0], grid[1] // vision.merge_size, grid[2] // vision.merge_size
+    return [(t, h, w) for t in range(frames) for h in range(rows) for w in range(columns)]
+
+
+def _patch_places(grids: Sequence[Sequence[int]], vision: VisionSpec) -> Int64:
+    """(P, 2) row and column of every patch, in merge order: the patches of one feature together."""
+    m = vision.merge_size
+    places = [
+        (row * m + i, column * m + j)
+        for frames, height, width in grids
+        for _ in range(frames)
+        for row in range(height // m)
+        for column in range(width // m)
+        for i in range(m)
+        for j in range(m)
+    ]
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def insert_features(
+    embeds_TD: torch.Tensor, features_FD: torch.Tensor, feature_token: torch.Tensor
+) -> torch.Tensor:
+    """(T, D) embeddings with row `feature_token[f]` replaced by feature f. Out of place: the output
+    of a frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
+
+    What transformers' `masked_scatter` of the features into the placeholders computes.
+    """
+    return embeds_TD.index_copy(0, feature_token.long(), features_FD)
+
+
+def varlen_attention(
+    q_THK: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: Sequence[int],
+    *,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of each segment `[offsets[s], offsets[s + 1])` within itself; (T, H, K).
+
+    k and v may have fewer heads than q (GQA). Precision is the inputs' own: float64 stays float64.
+    `offsets` are Python or numpy integers, so nothing asks the device.
+    """
+    parts = []
+    for begin, end in pairwise(int(offset) for offset in offsets):
+        q_s, k_s, v_s = (x[begin:end].transpose(0, 1)[None] for x in (q_THK, k, v))
+        attended = F.scaled_dot_product_attention(
+            q_s, k_s, v_s, is_causal=causal, scale=scale, enable_gqa=q_s.shape[1] != k_s.shape[1]
+        )
+        parts.append(attended[0].transpose(0, 1))
+    return torch.cat(parts)

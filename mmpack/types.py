@@ -1,0 +1,212 @@
+"""The nouns: Sample -> EncodedSample -> PackPlan -> Pack.
+
+All frozen, all flat: ragged data is values plus offsets, never a list of lists. Letters in shapes:
+T tokens in a pack, S segments, I images, P patches, F features, N samples, L supervised tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack.vision import VisionSpec
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+IGNORE = -100  # label of a token without loss
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an image lies. Opened by `mmpack.images` alone."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `content` holds text and images in reading order, so a text that quotes
+    `<image>` is text and an image is at its place by construction."""
+
+    role: str  # "system", "user" or "assistant"
+    content: tuple[str | ImageRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    source: str
+    row: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation; what a row on disk becomes."""
+
+    messages: tuple[Message, ...]
+    source: str  # file the row comes from
+    row: int  # its number there, from 0
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """Every image, in reading order."""
+        return tuple(
+            part
+            for message in self.messages
+            for part in message.content
+            if not isinstance(part, str)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedSample:
+    """A sample as token ids with ONE marker per image; not yet expanded, no pixel decoded.
+
+    Attributes:
+        input_ids: (n,) int32.
+        labels: (n,) int32, the id where the token is supervised, else -100.
+        grid_thw: (I, 3) int32, patches of each image, in marker order.
+        images: I references.
+        vision: the spec the grids were made with.
+        source, row: where the sample comes from, for errors.
+    """
+
+    input_ids: Int32
+    labels: Int32
+    grid_thw: Int32
+    images: tuple[ImageRef, ...]
+    vision: VisionSpec
+    source: str = ""
+    row: int = -1
+
+    @property
+    def num_tokens(self) -> int:
+        """Length in a pack: every marker becomes as many placeholders as its image has features."""
+        features = self.vision.num_features(self.grid_thw)
+        return len(self.input_ids) - len(features) + int(features.sum())
+
+    @property
+    def num_patches(self) -> int:
+        """Patches into the vision tower."""
+        return int(self.grid_thw.astype(np.int64).prod(axis=-1).sum())
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether any token reaches the loss; the first of a segment has nothing before it."""
+        return bool((self.labels[1:] != IGNORE).any())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackPlan:
+    """Which samples share a pack.
+
+    Attributes:
+        sample_index: (planned,) int64; samples of pack b are
+            `sample_index[bin_offsets[b] : bin_offsets[b + 1]]`.
+        bin_offsets: (num_packs + 1,) int64.
+        pack_tokens: (num_packs,) int64, tokens in each pack.
+        capacity, patch_capacity: the limits of a pack; None: patches are not limited.
+        dropped, truncated: sample numbers that were longer than a capacity, ascending.
+    """
+
+    sample_index: Int64
+    bin_offsets: Int64
+    pack_tokens: Int64
+    capacity: int
+    patch_capacity: int | None
+    dropped: Int64
+    truncated: Int64
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.pack_tokens)
+
+    @property
+    def num_dropped(self) -> int:
+        return len(self.dropped)
+
+    @property
+    def num_truncated(self) -> int:
+        return len(self.truncated)
+
+    @property
+    def utilization(self) -> float:
+        """Tokens over the room of all packs; 1.0 for a plan without packs."""
+        room = self.num_packs * self.capacity
+        return float(self.pack_tokens.sum()) / room if room else 1.0
+
+    def samples_of(self, pack: int) -> Int64:
+        """Numbers of the samples in one pack."""
+        return self.sample_index[self.bin_offsets[pack] : self.bin_offsets[pack + 1]]
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as .npz."""
+        np.savez(
+            path,
+            sample_index=self.sample_index,
+            bin_offsets=self.bin_offsets,
+            pack_tokens=self.pack_tokens,
+            capacities=np.array([self.capacity, self.patch_capacity or 0]),
+            dropped=self.dropped,
+            truncated=self.truncated,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> PackPlan:
+        """Read a plan `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            fields = {name: arrays[name] for name in arrays.files}
+        capacity, patch_capacity = fields.pop("capacities").tolist()
+        return cls(**fields, capacity=capacity, patch_capacity=patch_capacity or None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """One assembled row: what a training step sees, flat.
+
+    Every irregularity is settled here as an index, so nothing later asks the data a question.
+
+    Attributes:
+        input_ids, labels: (T,) int64; labels are -100 on prompts, images and the first token of
+            every segment, and are not shifted.
+        position_ids: (4, T) int64: text position (an arange per segment), then M-RoPE t, h, w.
+        cu_seqlens: (S + 1,) int32 segment offsets. max_seqlen: the longest segment.
+        feature_index: (T,) int32: -1 for text, else the feature that stands there.
+        feature_token: (F,) int32: its inverse, the token of each feature.
+        text_order: (T - F,) int32: tokens that are no feature, sorted by id, then by place.
+        text_id_offsets: (U + 1,) int32: runs of equal ids in `text_order`.
+        supervised_index: (L,) int32: rows whose prediction is supervised (label at the next row).
+        grid_thw: (I, 3) int64 patches of each image, in marker order.
+        vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.
+        vision_max_seqlen: patches of the largest frame.
+        vision_position_ids: (P, 2) int64 row and column of every patch, in merge order.
+        pixels: (P, C * p * p) uint8 patches in merge order, or None where not decoded.
+        vision: the spec of the images.
+    """
+
+    input_ids: Int64
+    labels: Int64
+    position_ids: Int64
+    cu_seqlens: Int32
+    max_seqlen: int
+    feature_index: Int32
+    feature_token: Int32
+    text_order: Int32
+    text_id_offsets: Int32
+    supervised_index: Int32
+    grid_thw: Int64
+    vision_cu_seqlens: Int32
+    vision_max_seqlen: int
+    vision_position_ids: Int64
+    pixels: NDArray[np.uint8] | None
+    vision: VisionSpec
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.cu_seqlens) - 1

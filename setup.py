@@ -1,0 +1,16 @@
+"""Builds csrc/ into mmpack._native; everything else is in pyproject.toml."""
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "mmpack._native",
+            sorted(["csrc/bindings.cpp", "csrc/planner.cpp"]),
+            depends=["csrc/planner.h"],
+            cxx_std=20,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        )
+    ]
+)

@@ -1,0 +1,160 @@
+"""Tiny models, and what stock transformers says about one row on its own."""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from mmpack import VisionSpec
+from mmpack.types import EncodedSample
+
+VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up
+
+
+def tiny_config(vocab_size=VOCAB, tied=False, hidden=32, vision=None):
+    """A Qwen2-VL of two text layers (GQA 4:2) and two vision layers."""
+    vision = vision or VisionSpec(min_pixels=1, max_pixels=1)
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_scaling": {"type": "mrope", "mrope_section": [hidden // 8 - 2, 1, 1]},
+            "rope_theta": 10000.0,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": hidden,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": vision.patch_size,
+        },
+        tie_word_embeddings=tied,
+        image_token_id=vision.image_token_id,
+        video_token_id=vision.video_token_id,
+        vision_start_token_id=vision.vision_start_token_id,
+        vision_end_token_id=vision.vision_end_token_id,
+    )
+
+
+def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
+    """Random weights, large enough that a leak shows; equal for equal configs."""
+    config = copy.deepcopy(config or tiny_config(**config_options))
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attn)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return model.to(dtype).train()
+
+
+def float64_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
+    """transformers' causal loss without its cast to float32."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    logits, target = logits.reshape(-1, vocab_size), shift_labels.reshape(-1)
+    return F.cross_entropy(logits, target, reduction="sum") / num_items_in_batch
+
+
+def stock_processor(tokenizer, max_pixels):
+    """transformers' own Qwen2-VL processor; its video half needs torchvision and is left out."""
+
+    class WithoutVideo(transformers.Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, name, argument):
+            if name == "video_processor" and argument is None:
+                return type(None)
+            return super().check_argument_for_proper_class(name, argument)
+
+    WithoutVideo.__name__ = "Qwen2VLProcessor"
+    image_processor = transformers.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": max_pixels}
+    )
+    return WithoutVideo(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=None,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def stock_inputs(row, folder, processor):
+    """One ShareGPT row as a stock training script feeds it, labels found in the ids."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    chat = []
+    if row.get("system"):
+        chat.append({"role": "system", "content": row["system"]})
+    for turn in row["conversations"]:
+        parts = []
+        for number, text in enumerate(turn["value"].split("<image>")):
+            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}]
+        chat.append({"role": roles[turn["from"]], "content": parts})
+    text = processor.apply_chat_template(chat, tokenize=False)
+    pictures = [Image.open(folder / path) for path in row.get("images") or []]
+    inputs = dict(processor(text=[text], images=pictures or None, return_tensors="pt"))
+    inputs.pop("attention_mask")
+    inputs["labels"] = stock_labels(inputs["input_ids"])
+    return inputs
+
+
+def stock_labels(input_ids):
+    """Answer and <|im_end|>, found by the turns' special tokens."""
+    ids = input_ids[0].tolist()
+    labels = [-100] * len(ids)
+    for n, token in enumerate(ids):
+        if token == 151644 and ids[n + 1] == 77091:  # <|im_start|> assistant \n
+            end = ids.index(151645, n)
+            labels[n + 3 : end + 1] = ids[n + 3 : end + 1]
+    return torch.tensor([labels])
+
+
+def loss_and_grads(model, batches, num_items):
+    """Sum of the losses over `num_items`, and every parameter's gradient (zero where it has none)."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss
+        loss.backward()
+        total += loss.item()
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+    return total, grads
+
+
+def worst_difference(ours, expected):
+    """(relative difference, name) of the parameter whose gradient is furthest off, max-norm."""
+    assert ours.keys() == expected.keys()
+    return max(
+        (((ours[n] - g).abs().max() / g.abs().max().clamp_min(1e-300)).item(), n)
+        for n, g in expected.items()
+        if g.abs().max() > 0 or ours[n].abs().max() > 0
+    )
+
+
+def encoded(vision, *pieces, supervised=True):
+    """An EncodedSample from text ids and (grid_h, grid_w) images in reading order."""
+    ids, grids = [], []
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            ids += [vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id]
+            grids.append((1, *piece))
+        else:
+            ids += [piece] if isinstance(piece, int) else list(piece)
+    ids = np.array(ids, dtype=np.int32)
+    special = np.isin(
+        ids, [vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id]
+    )
+    labels = np.where(special | (not supervised), -100, ids).astype(np.int32)
+    return EncodedSample(ids, labels, np.array(grids, dtype=np.int32).reshape(-1, 3), (), vision)

@@ -1,0 +1,74 @@
+"""Fixtures: the shared real data (tests that need it skip where it is missing) and offline mode."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared real data, which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shared):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shared / "tokenizer" / "qwen2_vl")
+
+
+@pytest.fixture(scope="session")
+def vision(shared, tokenizer):
+    """The real processor's spec with the budget most of the real data was measured with."""
+    from transformers import AutoImageProcessor
+
+    from mmpack import VisionSpec
+
+    image_processor = AutoImageProcessor.from_pretrained(shared / "tokenizer" / "qwen2_vl")
+    spec = VisionSpec.from_parts(image_processor, tokenizer)
+    return dataclasses.replace(spec, max_pixels=28 * 28 * 1280)
+
+
+@pytest.fixture(scope="session")
+def realset_rows(shared):
+    return json.loads((shared / "realset" / "realset_sft.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def realset_samples(shared):
+    from mmpack import read_samples
+
+    return list(read_samples(shared / "realset" / "realset_sft.json"))
+
+
+@pytest.fixture(scope="session")
+def realset(realset_samples, tokenizer, vision):
+    """Every row of the real set, encoded."""
+    from mmpack.encode import encode_samples
+
+    return list(encode_samples(realset_samples, tokenizer, vision))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,163 @@
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from builders import encoded, tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmpack import VisionSpec, assemble, reference
+from mmpack.assemble import concatenate
+
+SPEC = VisionSpec(min_pixels=1, max_pixels=1)
+
+pieces = st.lists(
+    st.one_of(st.integers(1, 50), st.sampled_from([(2, 2), (2, 6), (4, 4)])),
+    min_size=1,
+    max_size=12,
+)
+ragged = st.lists(pieces.map(lambda p: encoded(SPEC, *p)), min_size=1, max_size=6)
+
+
+def same(one, other):
+    """Packs equal to the last array element and dtype."""
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype, field.name
+            assert np.array_equal(a, b), field.name
+        else:
+            assert a == b, field.name
+    return True
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples=ragged)
+def test_every_index_of_a_pack(samples):
+    pack = assemble(samples, pixels=False)
+    T, F = len(pack.input_ids), len(pack.feature_token)
+    assert np.diff(pack.cu_seqlens).tolist() == [sample.num_tokens for sample in samples]
+    assert pack.max_seqlen == max(sample.num_tokens for sample in samples)
+    assert pack.num_segments == len(samples)
+
+    # Features and text are each other's complement, and the two feature indices inverse.
+    placeholders = np.flatnonzero(pack.input_ids == SPEC.image_token_id)
+    assert pack.feature_token.tolist() == placeholders.tolist()
+    assert pack.feature_index[placeholders].tolist() == list(range(F))
+    assert (np.delete(pack.feature_index, placeholders) == -1).all()
+    assert sorted([*pack.text_order, *placeholders]) == list(range(T))
+
+    # text_order: runs of equal ids, ascending, each in order of place.
+    runs = [
+        pack.text_order[a:b] for a, b in zip(pack.text_id_offsets[:-1], pack.text_id_offsets[1:])
+    ]
+    assert pack.text_id_offsets[-1] == T - F
+    assert all(len(set(pack.input_ids[run])) == 1 and (np.diff(run) > 0).all() for run in runs)
+    assert (np.diff([pack.input_ids[run[0]] for run in runs]) > 0).all()
+
+    # Labels and the rows that reach the head.
+    starts = pack.cu_seqlens[:-1]
+    assert (pack.labels[starts] == -100).all()
+    assert (pack.labels[placeholders] == -100).all()
+    shifted = np.append(pack.labels[1:], -100)
+    assert pack.supervised_index.tolist() == np.flatnonzero(shifted != -100).tolist()
+
+    # Text positions count up in each segment, vision metadata covers every patch.
+    for begin, end in zip(starts, pack.cu_seqlens[1:]):
+        assert pack.position_ids[0, begin:end].tolist() == list(range(end - begin))
+    assert pack.vision_cu_seqlens[-1] == len(pack.vision_position_ids) == 4 * F
+    assert pack.vision_max_seqlen == max(np.diff(pack.vision_cu_seqlens), default=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=ragged, cut=st.integers(1, 5))
+def test_packs_side_by_side_are_one_pack(samples, cut):
+    cut = min(cut, len(samples))
+    parts = [part for part in (samples[:cut], samples[cut:]) if part]
+    joined = concatenate([assemble(part, pixels=False) for part in parts])
+    assert same(joined, assemble(samples, pixels=False))
+
+
+def test_pixels_of_packs_side_by_side(realset):
+    samples = [sample for sample in realset if len(sample.images)][:3]
+    joined = concatenate([assemble(samples[:1]), assemble(samples[1:])])
+    assert same(joined, assemble(samples))
+
+
+@pytest.mark.smoke
+def test_positions_of_the_whole_real_set_equal_get_rope_index(realset, vision):
+    model = tiny_model(tiny_config(vision=vision)).model
+    for start in range(0, len(realset), 8):
+        samples = realset[start : start + 8]
+        pack = assemble(samples, pixels=False)
+        for begin, end, sample in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], samples):
+            input_ids = torch.from_numpy(pack.input_ids[begin:end])[None]
+            is_image = (input_ids == vision.image_token_id).int()
+            grids = torch.from_numpy(sample.grid_thw).long() if len(sample.grid_thw) else None
+            expected, _ = model.get_rope_index(input_ids, is_image, image_grid_thw=grids)
+            assert np.array_equal(pack.position_ids[1:, begin:end], expected[:, 0].numpy())
+
+
+@pytest.mark.smoke
+def test_vision_metadata_equals_transformers(realset, vision):
+    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+    samples = [sample for sample in realset if len(sample.grid_thw) >= 2][:20]
+    pack = assemble(samples, pixels=False)
+    grid_thw = torch.from_numpy(pack.grid_thw)
+    positions = get_vision_position_ids(grid_thw, vision.merge_size)
+    assert np.array_equal(pack.vision_position_ids, positions.numpy())
+    assert np.array_equal(pack.vision_cu_seqlens, get_vision_cu_seqlens(grid_thw).numpy())
+
+
+def test_features_land_where_masked_scatter_puts_them(realset, vision):
+    pack = assemble([sample for sample in realset if len(sample.grid_thw)][:6], pixels=False)
+    embeds = torch.randn(len(pack.input_ids), 8)
+    features = torch.randn(len(pack.feature_token), 8)
+    mask = torch.from_numpy(pack.input_ids == vision.image_token_id)[:, None]
+    inserted = reference.insert_features(embeds, features, torch.from_numpy(pack.feature_token))
+    assert torch.equal(inserted, embeds.masked_scatter(mask, features))
+
+
+def test_insertion_gives_features_and_text_their_gradients():
+    embeds = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    token = torch.tensor([1, 4], dtype=torch.int32)
+    assert torch.autograd.gradcheck(
+        lambda e, f: reference.insert_features(e, f, token), (embeds, features)
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_varlen_attention_is_masked_attention(causal, heads):
+    offsets = [0, 1, 4, 4, 11]
+    T, scale = offsets[-1], 0.3
+    q, k, v = (torch.randn(T, H, 8, dtype=torch.float64) for H in (heads[0], heads[1], heads[1]))
+    segment = torch.bucketize(torch.arange(T), torch.tensor(offsets[1:]), right=True)
+    mask = segment[:, None] == segment
+    if causal:
+        mask &= torch.ones(T, T, dtype=torch.bool).tril()
+    k_full, v_full = (x.repeat_interleave(heads[0] // heads[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhk,thk->hqt", q, k_full) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqt,thk->qhk", weights, v_full)
+    out = reference.varlen_attention(q, k, v, offsets, causal=causal, scale=scale)
+    assert out.dtype == torch.float64
+    assert (out - expected).abs().max() <= 1e-14
+
+
+def test_what_cannot_be_assembled_is_refused():
+    with pytest.raises(ValueError, match="at least one sample"):
+        assemble([])
+    other = replace(SPEC, max_pixels=5)
+    with pytest.raises(ValueError, match="different VisionSpecs"):
+        assemble([encoded(SPEC, 1), encoded(other, 1)], pixels=False)
+    with pytest.raises(ValueError, match="impl must be"):
+        assemble([encoded(SPEC, 1)], impl="fast")
+    broken = replace(encoded(SPEC, 1, (2, 2)), grid_thw=np.empty((0, 3), dtype=np.int32))
+    with pytest.raises(ValueError, match="row -1 of : 1 image markers, 0 grids"):
+        assemble([broken], pixels=False)
+    with pytest.raises(ValueError, match="1 grids but 0 images to decode; pass pixels=False"):
+        assemble([encoded(SPEC, 1, (2, 2))])

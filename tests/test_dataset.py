@@ -1,0 +1,129 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_assemble import same
+from torch.utils.data import DataLoader
+
+from mmpack import PackedDataset, assemble
+from mmpack.dataset import sizes_of
+from mmpack.hf import PackCollator
+from mmpack.store import open_store, write_store
+
+
+def test_every_sample_is_in_one_pack(realset):
+    dataset = PackedDataset.from_samples(realset, 8192)
+    assert sorted(dataset.plan.sample_index) == list(range(2109))
+    tokens, _ = sizes_of(realset)
+    assert dataset.plan.pack_tokens.sum() == tokens.sum()
+    assert np.sort(dataset.plan.pack_tokens)[1:].mean() / 8192 >= 0.99  # the last pack aside
+
+
+def test_an_item_is_its_samples_assembled(realset):
+    dataset = PackedDataset.from_samples(realset[:40], 8192)
+    samples = [realset[n] for n in dataset.plan.samples_of(1)]
+    assert same(dataset[1], assemble(samples))
+    assert same(dataset[1 - len(dataset)], dataset[1])
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_the_vision_budget_is_kept(realset):
+    _, patches = sizes_of(realset)
+    budget = int(patches.max())
+    plan = PackedDataset.from_samples(realset, 8192, patch_capacity=budget).plan
+    assert max(patches[plan.samples_of(n)].sum() for n in range(plan.num_packs)) <= budget
+
+
+def test_long_rows_stop_the_plan_with_their_place(realset):
+    with pytest.raises(
+        ValueError, match=r"of 2109 samples are too long for a pack of 4,096 tokens; row "
+    ):
+        PackedDataset.from_samples(realset, 4096)
+
+
+def test_long_rows_dropped_are_listed(realset):
+    tokens, _ = sizes_of(realset)
+    plan = PackedDataset.from_samples(realset, 4096, on_overflow="drop").plan
+    assert plan.dropped.tolist() == np.flatnonzero(tokens > 4096).tolist()
+
+
+def test_long_rows_cut_keep_their_answer_or_are_dropped(realset):
+    tokens, _ = sizes_of(realset)
+    long = [n for n in range(len(realset)) if tokens[n] > 4096]
+    dataset = PackedDataset.from_samples([realset[n] for n in long], 4096, on_overflow="truncate")
+    plan = dataset.plan
+    assert sorted([*plan.dropped, *plan.truncated]) == list(range(len(long)))
+    assert plan.num_dropped > 0 < plan.num_truncated
+    for n in range(len(dataset)):
+        pack = assemble([dataset._sample(number) for number in plan.samples_of(n)], pixels=False)
+        assert len(pack.input_ids) == plan.pack_tokens[n] <= 4096
+        assert len(pack.supervised_index) > 0
+
+
+def test_a_store_gives_back_what_it_was_given(realset, vision, tmp_path):
+    samples = realset[:300]
+    store = write_store(tmp_path / "store", iter(samples), vision, {"made": "here"})
+    reopened = open_store(tmp_path / "store")
+    assert len(store) == len(reopened) == 300
+    assert reopened.about == {"made": "here"}
+    for one, other in zip(samples, reopened):
+        for name in ("input_ids", "labels", "grid_thw"):
+            assert getattr(one, name).dtype == getattr(other, name).dtype
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+        assert (one.images, one.vision, one.source, one.row) == (
+            other.images,
+            other.vision,
+            other.source,
+            other.row,
+        )
+    assert [sizes.tolist() for sizes in sizes_of(reopened)] == [
+        s.tolist() for s in sizes_of(samples)
+    ]
+    with pytest.raises(ValueError, match="holds a store already"):
+        write_store(tmp_path / "store", iter(samples), vision, {})
+
+
+def test_an_empty_store_is_refused(vision, tmp_path):
+    with pytest.raises(ValueError, match="no samples to store"):
+        write_store(tmp_path / "store", [], vision, {})
+
+
+def test_a_folder_that_is_no_store(tmp_path):
+    with pytest.raises(ValueError, match="holds no finished store"):
+        open_store(tmp_path)
+    (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
+    with pytest.raises(ValueError, match="store format 0, not 1; pack again"):
+        open_store(tmp_path)
+
+
+def test_workers_assemble_the_same_packs(realset):
+    dataset = PackedDataset.from_samples(realset[:60], 8192)
+    loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=PackCollator())
+    for batch, pack in zip(loader, dataset):
+        assert np.array_equal(batch["input_ids"][0].numpy(), pack.input_ids)
+        assert batch["mmpack"]["num_patches"] == len(pack.pixels) == len(batch["pixel_values"])
+
+
+def test_an_image_that_breaks_after_planning_names_its_row(tokenizer, vision, tmp_path):
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "images": ["a.png"]}]))
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    dataset = PackedDataset.from_files(tmp_path / "rows.json", (tokenizer, vision), 1000)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"row 0 of rows.json: image .*a\.png does not exist"):
+        dataset[0]
+
+
+def test_from_files_reads_several(tokenizer, vision, tmp_path):
+    for name in ("a.json", "b.jsonl"):
+        row = {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": name}]
+        }
+        text = json.dumps([row]) if name.endswith("json") else json.dumps(row)
+        (tmp_path / name).write_text(text)
+    paths = [tmp_path / "a.json", tmp_path / "b.jsonl"]
+    dataset = PackedDataset.from_files(paths, (tokenizer, vision), 1000, mask_history=True)
+    assert [sample.source for sample in dataset.samples] == ["a.json", "b.jsonl"]
+    assert dataset.vision == vision

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmpack import PackPlan, plan_packs
+
+sizes = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 90)), max_size=60)
+
+
+@settings(max_examples=400, deadline=None)
+@given(sizes=sizes, capacity=st.integers(1, 130), patch_capacity=st.none() | st.integers(1, 100))
+@pytest.mark.parametrize("on_overflow", ["drop", "truncate"])
+def test_every_sample_once_and_no_capacity_exceeded(on_overflow, sizes, capacity, patch_capacity):
+    tokens, patches = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    plan = plan_packs(
+        tokens,
+        capacity,
+        num_patches=patches,
+        patch_capacity=patch_capacity,
+        on_overflow=on_overflow,
+    )
+    too_long = tokens > capacity
+    if patch_capacity is not None:
+        too_long |= patches > patch_capacity
+    if on_overflow == "drop":
+        assert plan.dropped.tolist() == np.flatnonzero(too_long).tolist()
+        assert plan.num_truncated == 0
+    else:
+        assert plan.truncated.tolist() == np.flatnonzero(too_long).tolist()
+        assert plan.num_dropped == 0
+        tokens = np.minimum(tokens, capacity)
+        patches = np.minimum(patches, patch_capacity or 10**9)
+
+    planned = sorted([*plan.sample_index.tolist(), *plan.dropped.tolist()])
+    assert planned == list(range(len(tokens)))
+    assert plan.bin_offsets[0] == 0
+    assert plan.bin_offsets[-1] == len(plan.sample_index)
+    for pack in range(plan.num_packs):
+        samples = plan.samples_of(pack)
+        assert len(samples) > 0
+        assert tokens[samples].sum() == plan.pack_tokens[pack] <= capacity
+        assert patch_capacity is None or patches[samples].sum() <= patch_capacity
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=sizes, seed=st.integers(0, 2**63))
+def test_the_same_seed_gives_the_same_plan(sizes, seed):
+    tokens = [size for size, _ in sizes]
+    one, two = (plan_packs(tokens, 120, seed=seed) for _ in range(2))
+    assert one.sample_index.tolist() == two.sample_index.tolist()
+    assert one.bin_offsets.tolist() == two.bin_offsets.tolist()
+
+
+def test_the_plan_is_the_same_on_every_machine():
+    tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5]
+    plan = plan_packs(tokens, 10, seed=3)
+    packs = [plan.samples_of(n).tolist() for n in range(plan.num_packs)]
+    assert packs == [[6, 7], [9, 5], [8, 4], [2, 3], [0, 1]]
+    other = plan_packs(tokens, 10, seed=4)
+    assert other.sample_index.tolist() != plan.sample_index.tolist()
+
+
+def test_best_fit_decreasing_takes_the_tightest_pack():
+    # 60 and 50 open packs; 40 closes the first; 30 goes to the second (room 50), 20 closes it.
+    plan = plan_packs([60, 50, 40, 30, 20], 100)
+    packs = sorted(sorted(plan.samples_of(n).tolist()) for n in range(plan.num_packs))
+    assert packs == [[0, 2], [1, 3, 4]]
+    assert plan.utilization == 1.0
+
+
+def test_a_huge_capacity_holds_everything():
+    plan = plan_packs(np.full(1000, 10**9), 10**15)
+    assert plan.num_packs == 1
+
+
+def test_a_capacity_above_the_trees_resolution_is_never_exceeded():
+    tokens = np.random.default_rng(0).integers(1, 3_000_000, 2000)
+    plan = plan_packs(tokens, 5_000_000)
+    assert plan.pack_tokens.max() <= 5_000_000
+    assert plan.utilization > 0.99
+
+
+def test_real_lengths_fill_their_packs(shared):
+    data = np.load(shared / "lengths" / "sft_mix.npz")
+    real = ~data["imputed"]
+    tokens = (data["text_tokens"] + data["image_tokens"])[real]
+    plan = plan_packs(tokens, 8192, on_overflow="drop")
+    assert plan.num_dropped == (tokens > 8192).sum()
+    fullest = np.sort(plan.pack_tokens)[1:]  # the last pack aside
+    assert fullest.mean() / 8192 >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([10, 200, 30, 300], 100), {}, "2 of 4 samples are too long .* sample 3 needs 300 tokens"),
+        (
+            ([10, 20], 100),
+            {"num_patches": [5, 50], "patch_capacity": 20},
+            "1 of 2 .* sample 1 needs 50 patches, the capacity is 20",
+        ),
+        (([1, -2], 10), {}, "must not be negative, sample 1 is"),
+        (([1.5], 10), {}, "must be a flat array of integers"),
+        (([[1]], 10), {}, "must be a flat array of integers"),
+        (([1], 0), {}, "capacities must be positive"),
+        (([1], 10), {"seed": -1}, "seed must not be negative"),
+        (([1], 10), {"patch_capacity": 4}, "patch_capacity needs num_patches"),
+        (([1], 10), {"num_patches": [1, 2], "patch_capacity": 4}, "1 num_tokens but 2 num_patches"),
+        (([1], 10), {"on_overflow": "split"}, "must be 'error', 'drop' or 'truncate'"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_packs(*arguments, **options)
+
+
+def test_no_samples_make_no_packs():
+    plan = plan_packs([], 100)
+    assert (plan.num_packs, plan.utilization) == (0, 1.0)
+
+
+@pytest.mark.parametrize("patch_capacity", [None, 400])
+def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity):
+    plan = plan_packs(
+        [50, 60, 70, 200],
+        100,
+        num_patches=[1, 2, 3, 4],
+        patch_capacity=patch_capacity,
+        on_overflow="drop",
+    )
+    plan.save(tmp_path / "plan.npz")
+    loaded = PackPlan.load(tmp_path / "plan.npz")
+    assert (loaded.capacity, loaded.patch_capacity) == (100, patch_capacity)
+    for name in ("sample_index", "bin_offsets", "pack_tokens", "dropped", "truncated"):
+        assert np.array_equal(getattr(loaded, name), getattr(plan, name))
+
+
+def test_the_native_core_refuses_hostile_arrays():
+    from mmpack import _native
+
+    for tokens, patches in (([-1], None), ([101], None), ([1], [51]), ([1, 2], [3]), ([[1]], None)):
+        patches = None if patches is None else np.array(patches)
+        with pytest.raises(ValueError, match="must"):
+            _native.best_fit_decreasing(np.array(tokens), 100, patches, 50, 0)

@@ -1,0 +1,93 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from mmpack import VisionSpec
+
+SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    height=st.integers(1, 9000),
+    width=st.integers(1, 9000),
+    min_features=st.integers(1, 64),
+    extra_features=st.integers(0, 20000),
+    patch_size=st.sampled_from([14, 16]),
+)
+def test_smart_resize_equals_transformers(height, width, min_features, extra_features, patch_size):
+    factor = 2 * patch_size
+    low = min_features * factor**2
+    high = low + extra_features * factor**2
+    spec = VisionSpec(min_pixels=low, max_pixels=high, patch_size=patch_size)
+    if max(height, width) / min(height, width) > 200:
+        with pytest.raises(ValueError, match="aspect ratio"):
+            spec.smart_resize(height, width)
+        return
+    expected = smart_resize(height, width, factor, min_pixels=low, max_pixels=high)
+    assert spec.smart_resize(height, width) == expected
+
+
+def test_smart_resize_equals_transformers_on_every_small_size():
+    for height in range(1, 130):
+        for width in range(1, 130):
+            expected = smart_resize(height, width, 28, SPEC.min_pixels, SPEC.max_pixels)
+            assert SPEC.smart_resize(height, width) == expected
+
+
+def test_grids_of_real_sizes_equal_the_processors(shared):
+    sizes = np.load(shared / "lengths" / "image_sizes_wh.npz")
+    processor = transformers.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": SPEC.min_pixels, "longest_edge": SPEC.max_pixels}
+    )
+    checked = 0
+    for name in sizes.files:
+        for width, height in np.unique(sizes[name], axis=0)[:400].tolist():
+            if max(width, height) / min(width, height) > 200:
+                continue
+            patches = processor.get_number_of_image_patches(height, width)
+            assert np.prod(SPEC.image_grid(height, width)) == patches
+            checked += 1
+    assert checked > 1000
+
+
+def test_features_of_grids():
+    grids = np.array([[1, 4, 6], [1, 2, 2], [3, 4, 4]], dtype=np.int32)
+    assert SPEC.num_features(grids).tolist() == [6, 1, 12]
+    assert SPEC.num_features(grids[:0]).tolist() == []
+
+
+def test_the_spec_is_the_processors(vision):
+    assert (vision.min_pixels, vision.max_pixels) == (3136, 1003520)
+    assert (vision.patch_size, vision.merge_size, vision.temporal_patch_size) == (14, 2, 2)
+    assert (vision.image_token_id, vision.video_token_id) == (151655, 151656)
+    assert (vision.vision_start_token_id, vision.vision_end_token_id) == (151652, 151653)
+    assert vision.patch_values == 588
+
+
+@pytest.mark.parametrize("change", [{"do_resize": False}, {"rescale_factor": 1.0}, {"resample": 2}])
+def test_a_processor_that_computes_something_else_is_refused(change, tokenizer):
+    processor = transformers.Qwen2VLImageProcessorPil(**change)
+    with pytest.raises(ValueError, match=f"has {next(iter(change))}="):
+        VisionSpec.from_parts(processor, tokenizer)
+
+
+def test_a_text_tokenizer_is_refused():
+    class Tokenizer:
+        unk_token_id = 0
+
+        def convert_tokens_to_ids(self, token):
+            return 0
+
+    with pytest.raises(ValueError, match=r"no token <\|image_pad\|>"):
+        VisionSpec.from_parts(transformers.Qwen2VLImageProcessorPil(), Tokenizer())
+
+
+def test_a_senseless_budget_is_refused():
+    with pytest.raises(ValueError, match="min_pixels must be positive"):
+        dataclasses.replace(SPEC, max_pixels=100)
