@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -40,13 +39,9 @@ def tokenizer(shared):
 @pytest.fixture(scope="session")
 def vision(shared, tokenizer):
     """The real processor's spec with the budget most of the real data was measured with."""
-    from transformers import AutoImageProcessor
+    from mmpack.hf.training import load_processor
 
-    from mmpack import VisionSpec
-
-    image_processor = AutoImageProcessor.from_pretrained(shared / "tokenizer" / "qwen2_vl")
-    spec = VisionSpec.from_parts(image_processor, tokenizer)
-    return dataclasses.replace(spec, max_pixels=28 * 28 * 1280)
+    return load_processor(shared / "tokenizer" / "qwen2_vl", max_pixels=28 * 28 * 1280)[1]
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     HfArgumentParser,
+    Qwen2VLImageProcessorPil,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -40,7 +40,7 @@ def load_processor(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} holds no Qwen-VL tokenizer and image processor: {error}"

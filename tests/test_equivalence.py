@@ -1,0 +1,150 @@
+"""The theorem: loss and gradients of a pack equal the token-weighted ones of its rows.
+
+Expected values come from the unpatched transformers model on each real row alone, fed by
+transformers' own image processor and tokenizer.
+"""
+
+import functools
+
+import pytest
+import torch
+from builders import (
+    float64_loss,
+    loss_and_grads,
+    stock_inputs,
+    stock_processor,
+    tiny_model,
+    worst_difference,
+)
+
+from mmpack import VisionSpec, assemble
+from mmpack.encode import encode_samples
+from mmpack.hf import PackCollator, patch_model
+
+MAX_PIXELS = 28 * 28 * 16
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def pick(rows, *wanted):
+    """Row numbers: (images, turns) of each, the first that fits and is not taken."""
+    taken = []
+    for num_images, num_turns in wanted:
+        fits = (
+            n
+            for n, row in enumerate(rows)
+            if len(row["images"]) == num_images
+            and len(row["conversations"]) == 2 * num_turns
+            and n not in taken
+        )
+        taken.append(next(fits))
+    return taken
+
+
+PACKS = {
+    "mixed": [(0, 1), (1, 1), (3, 1), (2, 2), (0, 3), (1, 2)],
+    "images": [(2, 1), (1, 1)],
+    "text": [(0, 1), (0, 2), (0, 1)],
+    "eight": [(1, 1), (6, 1), (0, 1), (1, 3), (4, 1), (0, 1), (1, 1), (2, 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def packs(realset_rows, realset_samples, shared, tokenizer):
+    """name -> (stock inputs of each row, the rows' packed batch, supervised tokens)."""
+    processor = stock_processor(tokenizer, MAX_PIXELS)
+    vision = VisionSpec.from_processor(processor)
+    made = {}
+    for name, wanted in PACKS.items():
+        numbers = pick(realset_rows, *wanted)
+        stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
+        samples = encode_samples([realset_samples[n] for n in numbers], tokenizer, vision)
+        num_items = sum(int((inputs["labels"] != -100).sum()) for inputs in stock)
+        made[name] = stock, PackCollator()(list(samples)), num_items
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(packs):
+    """(pack, dtype, tied) -> loss and gradients of the rows alone, in the stock model."""
+
+    @functools.cache
+    def compute(name, dtype, tied):
+        stock, _, num_items = packs[name]
+        return loss_and_grads(model_of(dtype, tied=tied), stock, num_items)
+
+    return compute
+
+
+def model_of(dtype, **options):
+    model = tiny_model(dtype=dtype, **options)
+    if dtype == torch.float64:
+        model.loss_function = float64_loss
+    return model
+
+
+def assert_theorem(model, batch, num_items, expected, tolerance):
+    loss, grads = loss_and_grads(model, [batch], num_items)
+    expected_loss, expected_grads = expected
+    assert abs(loss - expected_loss) <= tolerance * expected_loss
+    difference, name = worst_difference(grads, expected_grads)
+    assert difference <= tolerance, name
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_patched_model(name, dtype, packs, expected):
+    _, batch, num_items = packs[name]
+    model = patch_model(model_of(dtype))
+    assert_theorem(model, batch, num_items, expected(name, dtype, False), TOLERANCE[dtype])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("tied", "checkpointing"), [(True, None), (False, False), (False, True), (True, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tied_embeddings_and_checkpointing(tied, checkpointing, dtype, packs, expected):
+    """checkpointing: None is off, else `use_reentrant`."""
+    _, batch, num_items = packs["mixed"]
+    model = patch_model(model_of(dtype, tied=tied))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        if checkpointing:
+            model.enable_input_require_grads()
+    assert_theorem(model, batch, num_items, expected("mixed", dtype, tied), TOLERANCE[dtype])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PACKS)
+def test_the_same_batch_on_an_unpatched_model(name, attn, packs, expected):
+    _, batch, num_items = packs[name]
+    model = model_of(torch.float32, attn=attn)
+    assert_theorem(model, batch, num_items, expected(name, torch.float32, False), 1e-5)
+
+
+def test_an_eager_model_can_be_patched(packs, expected):
+    _, batch, num_items = packs["mixed"]
+    model = patch_model(model_of(torch.float64, attn="eager"))
+    assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
+
+
+def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenizer, packs, expected):
+    # Two packs through one collator call, as per_device_train_batch_size=2 gives it.
+    vision = VisionSpec.from_processor(stock_processor(tokenizer, MAX_PIXELS))
+    numbers = pick(realset_rows, *PACKS["mixed"])
+    samples = list(encode_samples([realset_samples[n] for n in numbers], tokenizer, vision))
+    batch = PackCollator()([assemble(samples[:4]), assemble(samples[4:])])
+    model = patch_model(model_of(torch.float64))
+    num_items = packs["mixed"][2]
+    assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
+
+
+def test_the_test_can_fail(packs, expected):
+    """Without `use_cache=False` and the dict, transformers mixes the rows: the trap we close."""
+    _, batch, num_items = packs["mixed"]
+    leaky = {k: v for k, v in batch.items() if k not in ("mmpack", "use_cache")}
+    with pytest.raises(AssertionError):
+        model = model_of(torch.float32)
+        assert_theorem(model, leaky, num_items, expected("mixed", torch.float32, False), 1e-3)

@@ -1,0 +1,275 @@
+"""What patching touches, what it leaves alone, and how it is taken back."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from builders import encoded, tiny_config, tiny_model
+from transformers import Qwen2VLForConditionalGeneration
+
+from mmpack import VisionSpec, assemble, reference
+from mmpack.hf import PackCollator, patch_model, unpatch_model
+from mmpack.hf.isolation import check_isolation
+
+pytestmark = pytest.mark.smoke
+SPEC = VisionSpec(
+    min_pixels=1,
+    max_pixels=1,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+)
+CONFIG = tiny_config(vocab_size=100, vision=SPEC)
+
+
+def batch_of(*samples):
+    """A packed batch with seeded pixels."""
+    pack = assemble(samples, pixels=False)
+    shape = (len(pack.vision_position_ids), SPEC.patch_values)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return PackCollator()([copy_with_pixels(pack, pixels)])
+
+
+def copy_with_pixels(pack, pixels):
+    import dataclasses
+
+    return dataclasses.replace(pack, pixels=pixels)
+
+
+SAMPLES = [
+    encoded(SPEC, 1, 2, (2, 4), 3, 4),
+    encoded(SPEC, 5, 6, 7),
+    encoded(SPEC, 8, (4, 4), (2, 2), 9),
+]
+TEXT = [encoded(SPEC, 1, 2, 3), encoded(SPEC, 4, 5)]
+
+
+@pytest.fixture
+def batch():
+    return batch_of(*SAMPLES)
+
+
+@pytest.fixture
+def model():
+    return tiny_model(CONFIG)
+
+
+def state_of(model):
+    """Everything patching may touch."""
+    base = model.model
+    return (
+        base.language_model.config._attn_implementation,
+        base.visual.config._attn_implementation,
+        dict(base._forward_pre_hooks),
+        dict(base._forward_pre_hooks_with_kwargs),
+        [vars(block.attn).get("forward") for block in base.visual.blocks],
+        hasattr(base, "_mmpack_patch"),
+        [name for name, _ in model.state_dict().items()],
+    )
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_unpatching_takes_everything_back(attn, batch):
+    model = tiny_model(CONFIG, attn=attn).eval()
+    before = state_of(model)
+    loss = model(**batch).loss
+    assert patch_model(model) is model
+    assert patch_model(model) is model  # twice is once
+    assert state_of(model) != before
+    assert torch.allclose(model(**batch).loss, loss)
+    assert unpatch_model(model) is model
+    assert state_of(model) == before
+    assert torch.equal(model(**batch).loss, loss)
+    assert unpatch_model(model) is model
+
+
+def test_patching_leaves_mode_gradients_and_random_state(model):
+    model.train()
+    model.model.visual.eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    patch_model(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def padded_batch():
+    input_ids = torch.tensor([[0, 0, 1, 92, 90, 93, 2], [3, 4, 5, 92, 90, 93, 6]])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids > 0).long(),
+        "mm_token_type_ids": (input_ids == 90).int(),
+        "pixel_values": torch.randn(8, 1176),
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+    }
+
+
+def test_left_padded_evaluation_and_generation_stay_stock(model):
+    model.eval()
+    inputs = padded_batch()
+    logits = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    patch_model(model)
+    assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
+
+
+def test_a_packed_step_between_generations(model, batch):
+    inputs = padded_batch()
+    model.eval()
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    patch_model(model)
+    model(**batch).loss.backward()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
+
+
+def test_a_saved_model_is_stock(model, batch, tmp_path):
+    loss = patch_model(model)(**batch).loss
+    model.save_pretrained(tmp_path)
+    assert "mmpack" not in (tmp_path / "config.json").read_text()
+    reloaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.allclose(reloaded(**batch).loss, loss)
+
+
+def test_a_deep_copy_is_patched_on_its_own(model, batch):
+    patch_model(model)
+    loss = model(**batch).loss.item()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other(**batch).loss.item() == loss
+    unpatch_model(model)
+    assert other(**batch).loss.item() == loss
+
+
+def test_the_inner_model_alone(model, batch):
+    expected = patch_model(copy.deepcopy(model)).model(**inner(batch)).last_hidden_state
+    base = patch_model(model.model)
+    assert torch.equal(base(**inner(batch)).last_hidden_state, expected)
+
+
+def inner(batch):
+    return {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", "logits_to_keep")}
+
+
+def test_segments_do_not_see_each_other(model):
+    """Bitwise: another text and other pixels in segment 0 leave segments 1 and 2 as they are."""
+    patch_model(model).eval()
+    one, other = batch_of(*SAMPLES), batch_of(*SAMPLES)
+    end = int(one["mmpack"]["offsets"][1])
+    other["input_ids"][0, 0] = 50
+    other["pixel_values"][:8] = 1.0
+    logits = [model(**{**b, "logits_to_keep": 0, "labels": None}).logits for b in (one, other)]
+    assert torch.equal(logits[0][0, end:], logits[1][0, end:])
+    assert not torch.equal(logits[0][0, :end], logits[1][0, :end])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pack_without_images_runs_the_tower(model, training):
+    patch_model(model).train(training)
+    calls = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    model(**batch_of(*TEXT)).loss.backward()
+    assert len(calls) == 1
+    assert all(p.grad is not None for p in model.parameters())
+    assert all((p.grad == 0).all() for p in model.model.visual.parameters())
+
+
+def test_a_frozen_tower_is_not_run_for_nothing(model):
+    patch_model(model).model.visual.requires_grad_(False)
+    calls = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    model(**batch_of(*TEXT))
+    assert calls == []
+
+
+def test_the_vision_tower_attends_in_one_call(model, batch, monkeypatch):
+    calls = []
+    real = reference.varlen_attention
+
+    def count(q, *args, **kwargs):
+        calls.append(q.shape[0])
+        return real(q, *args, **kwargs)
+
+    patch_model(model)
+    monkeypatch.setattr(reference, "varlen_attention", count)
+    model(**batch)
+    tokens, patches = batch["input_ids"].shape[1], len(batch["pixel_values"])
+    assert calls == [patches] * 2 + [tokens] * 2
+
+
+def test_the_self_test_finds_a_leak(model, monkeypatch):
+    def leaky(q, k, v, offsets, *, causal, scale):
+        return real(q, k, v, (offsets[0], offsets[-1]), causal=causal, scale=scale)
+
+    real = reference.varlen_attention
+    monkeypatch.setattr(reference, "varlen_attention", leaky)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="packed segments see each other"):
+        patch_model(model)
+    assert state_of(model) == before
+
+
+def test_the_self_test_finds_attention_switched_back(model):
+    patch_model(model)
+    check_isolation(model.model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="Was an attention implementation .* replaced"):
+        check_isolation(model.model)
+
+
+def test_a_model_without_weights_is_tested_at_first_use(batch, monkeypatch):
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(copy.deepcopy(CONFIG))
+    patch_model(model)
+    assert not model.model._mmpack_patch.is_isolated
+    model.to_empty(device="cpu")
+    model.load_state_dict(tiny_model(CONFIG).state_dict())
+    for module in model.modules():  # buffers are not in the state dict
+        if hasattr(module, "original_inv_freq"):
+            fresh = type(module)(module.config)
+            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
+    expected = patch_model(tiny_model(CONFIG))(**batch).loss
+    assert torch.allclose(model(**batch).loss, expected)
+    assert model.model._mmpack_patch.is_isolated
+
+
+def test_what_a_loader_does_to_a_batch_is_told(model, batch):
+    patch_model(model)
+    cases = [
+        ({"pixel_values": batch["pixel_values"][:1]}, "'dispatch_batches': False"),
+        ({"input_ids": batch["input_ids"][:, 1:]}, "nothing may cut or stack"),
+        ({"attention_mask": torch.ones(1, 3)}, "remove attention_mask"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 1, 32)}, "with input_ids"),
+    ]
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**{**batch, **change})
+
+
+def test_dropout_and_sliding_windows_are_refused(batch):
+    config = copy.deepcopy(CONFIG)
+    config.text_config.attention_dropout = 0.1
+    model = patch_model(tiny_model(config)).train()
+    with pytest.raises(ValueError, match="no dropout"):
+        model(**batch)
+    model.eval()(**batch)
+
+    config = tiny_config(vocab_size=100, vision=SPEC).to_dict()
+    config["text_config"].update(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    config["text_config"].pop("layer_types")
+    model = tiny_model(type(CONFIG)(**config))
+    with pytest.raises(ValueError, match="no sliding window"):
+        patch_model(model)
+
+
+def test_other_models_are_refused(model):
+    with pytest.raises(ValueError, match=r"cannot patch Linear .* supported: qwen2_vl"):
+        patch_model(torch.nn.Linear(2, 2))
+    model.model.visual.blocks[0].attn.forward = model.model.visual.blocks[0].attn.forward
+    with pytest.raises(ValueError, match="already has a replaced forward"):
+        patch_model(model)

@@ -1,0 +1,180 @@
+"""The theorem inside a stock Hugging Face Trainer, whose defaults break stock packing silently."""
+
+import pytest
+import torch
+from builders import (
+    loss_and_grads,
+    stock_inputs,
+    stock_processor,
+    tiny_config,
+    tiny_model,
+    worst_difference,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mmpack import PackedDataset, VisionSpec
+from mmpack.encode import encode_samples
+from mmpack.hf import PackCollator, patch_model
+
+pytestmark = pytest.mark.smoke
+MAX_PIXELS = 28 * 28 * 16
+NUM_ROWS = 18
+CAPACITY = 700
+
+
+@pytest.fixture(scope="module")
+def rows(realset_rows):
+    """Row numbers: text, single and multi image rows in turn."""
+    kinds = [[], [], []]
+    for number, row in enumerate(realset_rows):
+        if len(str(row)) < 1500:
+            kinds[min(len(row["images"]), 2)].append(number)
+    return [number for group in zip(*kinds) for number in group][:NUM_ROWS]
+
+
+@pytest.fixture(scope="module")
+def dataset(rows, realset_samples, tokenizer):
+    vision = VisionSpec.from_processor(stock_processor(tokenizer, MAX_PIXELS))
+    samples = encode_samples([realset_samples[n] for n in rows], tokenizer, vision)
+    dataset = PackedDataset.from_samples(list(samples), CAPACITY)
+    assert len(dataset) == 4
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def stock_rows(rows, realset_rows, shared, tokenizer):
+    processor = stock_processor(tokenizer, MAX_PIXELS)
+    return [stock_inputs(realset_rows[n], shared / "realset", processor) for n in rows]
+
+
+@pytest.fixture(scope="module")
+def expected(stock_rows):
+    """Loss and gradients of every row alone, weighted by tokens, in float32."""
+    return loss_and_grads(tiny_model(), stock_rows, num_items_of(stock_rows))
+
+
+def num_items_of(stock_rows):
+    return sum(int((inputs["labels"] != -100).sum()) for inputs in stock_rows)
+
+
+class KeepGradients(TrainerCallback):
+    """The gradients the optimizer is about to see."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.grads = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        }
+
+
+def one_step(model, dataset, tmp_path, **options):
+    """(logged loss, gradients) of one optimizer step over the whole data set."""
+    keep = KeepGradients()
+    arguments = {
+        "output_dir": tmp_path,
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": len(dataset),
+        "max_grad_norm": 0.0,  # gradients as they are
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=dataset,
+        data_collator=PackCollator(),
+        callbacks=[keep],
+    )
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"]), keep.grads
+
+
+OPTIONS = {
+    "accumulation 4": {},
+    "one batch of 4 packs": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    "checkpointing": {"gradient_checkpointing": True},
+    "workers": {"dataloader_num_workers": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_patched_model(options, dataset, expected, tmp_path):
+    model = patch_model(tiny_model())
+    loss, grads = one_step(model, dataset, tmp_path, **options)
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    difference, name = worst_difference(grads, expected[1])
+    assert difference <= 1e-5, name
+
+
+def test_unpatched_model(dataset, expected, tmp_path):
+    # Trainer switches the cache off in the wrong config; the batch's use_cache=False saves us.
+    model = tiny_model()
+    assert model.config.text_config.use_cache
+    loss, grads = one_step(model, dataset, tmp_path)
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    difference, name = worst_difference(grads, expected[1])
+    assert difference <= 1e-5, name
+
+
+def test_bf16(dataset, stock_rows, expected, tmp_path):
+    """Autocast over float32 weights: no further from float32 than stock transformers is, on the
+    rows alone or on the same packs (more tokens a product round differently)."""
+    loss, grads = one_step(patch_model(tiny_model()), dataset, tmp_path, bf16=True)
+    packs = [PackCollator()([pack]) for pack in dataset]
+    num_items = num_items_of(stock_rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = [loss_and_grads(tiny_model(), inputs, num_items) for inputs in (stock_rows, packs)]
+    budget = max(abs(stock_loss - expected[0]) for stock_loss, _ in stock)
+    assert abs(loss - expected[0]) <= 2 * budget + 1e-3 * expected[0]
+    for name, exact in expected[1].items():
+        budget = max((stock_grads[name] - exact).abs().max() for _, stock_grads in stock)
+        assert (grads[name] - exact).abs().max() <= 2 * budget + 1e-3 * exact.abs().max(), name
+
+
+def test_autocast_on_rows_alone_rounds_as_stock(dataset, stock_rows):
+    """Same dtypes at every place: a pack of one row differs from stock by no rounding to bf16."""
+    alone = [PackCollator()([sample]) for sample in dataset.samples]
+    num_items = num_items_of(stock_rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = loss_and_grads(patch_model(tiny_model()), alone, num_items)
+        expected_loss, expected_grads = loss_and_grads(tiny_model(), stock_rows, num_items)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    difference, name = worst_difference(grads, expected_grads)
+    assert difference <= 1e-5, name
+
+
+def test_tied_embeddings_learn(dataset, tmp_path):
+    """Twenty steps on the same packs bring the loss down."""
+    model = patch_model(tiny_model(tiny_config(tied=True)))
+    keep = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            keep.append(logs.get("loss"))
+
+    args = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=20,
+        per_device_train_batch_size=1,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=PackCollator(),
+        callbacks=[Log()],
+    ).train()
+    losses = [float(loss) for loss in keep if loss is not None]
+    assert len(losses) == 20
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
