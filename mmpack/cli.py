@@ -118,6 +118,7 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
             )
 
     from mmpack.dataset import plan_samples
+    from mmpack.plan import padded_utilization
     from mmpack.store import write_store
 
     bad_rows: list[BadRow] = []
@@ -148,6 +149,7 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "packs": plan.num_packs,
         "tokens": int(plan.pack_tokens.sum()),
         "utilization": round(plan.utilization, 6),
+        "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -159,6 +161,7 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
         f"{vision.max_pixels:,} pixels"
     )
+    print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
     if bad_rows:
         print(f"{len(bad_rows):,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if lost:

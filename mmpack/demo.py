@@ -37,6 +37,7 @@ from mmpack.dataset import PackedDataset
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.models import patch_model
 from mmpack.hf.training import load_processor
+from mmpack.plan import padded_utilization
 from mmpack.types import IGNORE, EncodedSample
 
 NUM_ROWS = 240
@@ -82,16 +83,13 @@ def run_demo(folder: str | None = None) -> None:
         config = Qwen2VLConfig.from_pretrained(root / "config.json")
         samples = dataset.samples
         lengths = np.array([sample.num_tokens for sample in samples])
-        order = np.random.default_rng(0).permutation(len(lengths))
-        batches = [order[i : i + PADDED_BATCH] for i in range(0, len(order), PADDED_BATCH)]
-        padded_room = sum(len(batch) * lengths[batch].max() for batch in batches)
         print(
             f"{len(samples)} rows with {sum(len(s.grid_thw) for s in samples)} charts, "
             f"{lengths.sum():,} tokens, from {lengths.min()} to {lengths.max()} a row"
         )
         print(
-            f"padded batches of {PADDED_BATCH}: {len(batches)} steps, "
-            f"{lengths.sum() / padded_room:.0%} of the computed tokens are data"
+            f"padded batches of {PADDED_BATCH}: {-(-len(samples) // PADDED_BATCH)} steps, "
+            f"{padded_utilization(lengths, PADDED_BATCH):.0%} of the computed tokens are data"
         )
         print(
             f"packs of {CAPACITY:,}: {len(dataset)} steps, "
@@ -99,9 +97,7 @@ def run_demo(folder: str | None = None) -> None:
         )
 
         print("\ntraining one epoch of each in a Hugging Face Trainer on the CPU ...")
-        padded = _train(
-            tiny_model(config), [samples[i] for i in order], pad_samples, PADDED_BATCH, scratch
-        )
+        padded = _train(tiny_model(config), samples, pad_samples, PADDED_BATCH, scratch)
         packed = _train(patch_model(tiny_model(config)), dataset, PackCollator(), 1, scratch)
         for name, seconds in {"padded": padded, "packed": packed}.items():
             print(f"  {name}  {lengths.sum() / seconds:8,.0f} useful tokens/s  {seconds:5.1f} s")
@@ -287,10 +283,8 @@ def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _train(
-    model: Any, data: Any, collator: Any, batch_size: int, scratch: str
-) -> tuple[float, float]:
-    """(seconds, last loss) of one epoch."""
+def _train(model: Any, data: Any, collator: Any, batch_size: int, scratch: str) -> float:
+    """Seconds of one epoch, loading and decoding included."""
     args = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=1,

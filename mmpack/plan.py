@@ -101,6 +101,16 @@ def plan_packs(
     )
 
 
+def padded_utilization(num_tokens: ArrayLike, batch_size: int = 8, seed: int = 0) -> float:
+    """Share of data in the computed tokens when shuffled batches are padded to their longest:
+    what a plan's `utilization` is to be compared with."""
+    tokens = _sizes(num_tokens, "num_tokens")
+    shuffled = np.random.default_rng(seed).permutation(tokens)
+    batches = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+    room = sum(len(batch) * int(batch.max()) for batch in batches)
+    return float(tokens.sum()) / room if room else 1.0
+
+
 def _sizes(values: ArrayLike, name: str) -> Int64:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):

@@ -1,6 +1,7 @@
 """Tiny models, and what stock transformers says about one row on its own."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import torch
@@ -116,6 +117,13 @@ def stock_labels(input_ids):
             end = ids.index(151645, n)
             labels[n + 3 : end + 1] = ids[n + 3 : end + 1]
     return torch.tensor([labels])
+
+
+def with_noise(pack, seed=0):
+    """A pack assembled without pixels, given seeded ones."""
+    shape = (len(pack.vision_position_ids), pack.vision.patch_values)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return dataclasses.replace(pack, pixels=pixels)
 
 
 def loss_and_grads(model, batches, num_items):

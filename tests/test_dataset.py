@@ -6,6 +6,8 @@ from PIL import Image
 from test_assemble import same
 from torch.utils.data import DataLoader
 
+pytest.importorskip("datasets")
+
 from mmpack import PackedDataset, assemble
 from mmpack.dataset import sizes_of
 from mmpack.hf import PackCollator

@@ -5,19 +5,24 @@ transformers' own image processor and tokenizer.
 """
 
 import functools
+import random
 
 import pytest
 import torch
 from builders import (
+    encoded,
     float64_loss,
     loss_and_grads,
     stock_inputs,
     stock_processor,
+    tiny_config,
     tiny_model,
+    with_noise,
     worst_difference,
 )
 
 from mmpack import VisionSpec, assemble
+from mmpack.assemble import concatenate
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
@@ -139,6 +144,66 @@ def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenize
     model = patch_model(model_of(torch.float64))
     num_items = packs["mixed"][2]
     assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
+
+
+SPEC = VisionSpec(
+    min_pixels=1,
+    max_pixels=1,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_made_up_rows(dtype, device):
+    """The theorem without any real data, on every device there is."""
+    rows = [
+        encoded(SPEC, 1, 2, (2, 4), 3, 4),
+        encoded(SPEC, range(5, 60)),
+        encoded(SPEC, 8, (4, 4), (6, 2), 9, 10),
+    ]
+    packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
+    batch = to(device, PackCollator()([concatenate(packs)]))
+    stock = []
+    for pack in packs:
+        alone = PackCollator()([pack])
+        inputs = {
+            k: v
+            for k, v in alone.items()
+            if k in ("input_ids", "labels", "pixel_values", "image_grid_thw")
+        }
+        stock.append(to(device, {**inputs, "mm_token_type_ids": (alone["input_ids"] == 90).int()}))
+    num_items = batch["shift_labels"].numel()
+    config = tiny_config(vocab_size=100, vision=SPEC)
+    rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
+    model = patch_model(model_of(dtype, config=config).to(device))
+    assert_theorem(model, batch, num_items, rows_alone, TOLERANCE[dtype])
+
+
+def to(device, value):
+    if isinstance(value, dict):
+        return {name: to(device, item) for name, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(25))
+def test_random_packs(seed, realset_rows, realset_samples, shared, tokenizer):
+    """Two to eight rows drawn from the whole real set."""
+    rng = random.Random(seed)
+    numbers = rng.sample(range(len(realset_rows)), rng.randint(2, 8))
+    processor = stock_processor(tokenizer, MAX_PIXELS)
+    stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
+    vision = VisionSpec.from_processor(processor)
+    samples = encode_samples([realset_samples[n] for n in numbers], tokenizer, vision)
+    num_items = sum(int((inputs["labels"] != -100).sum()) for inputs in stock)
+    batch = PackCollator()(list(samples))
+    for dtype, tolerance in TOLERANCE.items():
+        rows_alone = loss_and_grads(model_of(dtype), stock, num_items)
+        assert_theorem(patch_model(model_of(dtype)), batch, num_items, rows_alone, tolerance)
 
 
 def test_the_test_can_fail(packs, expected):

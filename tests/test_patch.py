@@ -2,10 +2,9 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from builders import encoded, tiny_config, tiny_model
+from builders import encoded, tiny_config, tiny_model, with_noise
 from transformers import Qwen2VLForConditionalGeneration
 
 from mmpack import VisionSpec, assemble, reference
@@ -26,16 +25,7 @@ CONFIG = tiny_config(vocab_size=100, vision=SPEC)
 
 def batch_of(*samples):
     """A packed batch with seeded pixels."""
-    pack = assemble(samples, pixels=False)
-    shape = (len(pack.vision_position_ids), SPEC.patch_values)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    return PackCollator()([copy_with_pixels(pack, pixels)])
-
-
-def copy_with_pixels(pack, pixels):
-    import dataclasses
-
-    return dataclasses.replace(pack, pixels=pixels)
+    return PackCollator()([with_noise(assemble(samples, pixels=False))])
 
 
 SAMPLES = [

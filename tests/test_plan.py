@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpack import PackPlan, plan_packs
+from mmpack.plan import padded_utilization
 
 sizes = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 90)), max_size=60)
 
@@ -113,6 +114,14 @@ def test_real_lengths_fill_their_packs(shared):
 def test_arguments_that_make_no_sense(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         plan_packs(*arguments, **options)
+
+
+def test_padded_batches_hold_their_longest():
+    assert padded_utilization([5, 5, 5, 5], batch_size=2) == 1.0
+    assert padded_utilization([1, 1, 1, 5], batch_size=4) == 8 / 20
+    # Five samples: the last batch holds one, the 5 shares a batch of four or is alone.
+    assert padded_utilization([1, 1, 1, 1, 5], batch_size=4) in (9 / 21, 9 / 9)
+    assert padded_utilization([]) == 1.0
 
 
 def test_no_samples_make_no_packs():

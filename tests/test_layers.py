@@ -1,0 +1,116 @@
+"""Who may import whom (DESIGN.md): arrows go down, heavy dependencies live in one room each."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mmpack"
+
+LAYERS = {
+    "types": 0,
+    "vision": 0,
+    "_native": 1,
+    "images": 1,
+    "readers": 1,
+    "reference": 1,
+    "assemble": 2,
+    "encode": 2,
+    "plan": 2,
+    "store": 2,
+    "dataset": 3,
+    "hf": 4,
+    "cli": 5,
+    "demo": 5,
+}
+# In their own layer these may use each other: vision is the ground that types stands on, and a
+# room is a room.
+SAME_LAYER = {("types", "vision"), ("hf", "hf"), ("cli", "demo")}
+
+# third-party package -> the rooms that may import it; numpy may be anywhere
+ROOMS = {
+    "PIL": {"images", "demo"},
+    "accelerate": {"hf"},
+    "datasets": {"store"},
+    "tokenizers": {"demo"},
+    "torch": {"reference", "dataset", "hf", "demo"},
+    "tqdm": {"cli"},
+    "transformers": {"hf", "demo"},
+    "triton": set(),
+}
+
+
+def rooms():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield path, "hf" if parts[0] == "hf" else parts[0]
+
+
+def imports(path):
+    """(line, dotted module) of every import, those inside functions and TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: relative import"
+            if node.module == "mmpack":
+                yield from ((node.lineno, f"mmpack.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+
+
+def test_every_file_has_a_layer():
+    assert {room for _, room in rooms()} - {"__init__"} <= set(LAYERS)
+
+
+@pytest.mark.parametrize(("path", "room"), list(rooms()), ids=lambda x: getattr(x, "stem", x))
+def test_imports_go_down(path, room):
+    if room == "__init__":
+        return
+    for line, module in imports(path):
+        top, *rest = module.split(".")
+        place = f"{path.relative_to(ROOT)}:{line}: {room} may not import {module}"
+        if top == "mmpack":
+            target = rest[0]
+            assert LAYERS[target] < LAYERS[room] or (room, target) in SAME_LAYER, place
+        elif top in ROOMS:
+            assert room in ROOMS[top], place
+        else:
+            assert top in sys.stdlib_module_names or top == "numpy", place
+
+
+def loaded_after(statement):
+    heavy = ["triton", "transformers", "PIL", "datasets", "torch"]
+    code = f"{statement}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
+    return ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+
+def test_a_bare_import_is_light():
+    assert loaded_after("import mmpack") == []
+
+
+def test_planning_loads_nothing_heavy():
+    assert loaded_after("import mmpack; mmpack.plan_packs([1, 2, 3], 4)") == []
+
+
+def test_the_step_path_asks_the_device_nothing():
+    """No .item(), .tolist(), .nonzero() in the rooms a training step passes through."""
+    for path, room in rooms():
+        if room == "hf":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                for call in (".item(", ".tolist(", ".nonzero("):
+                    assert call not in line, f"{path.relative_to(ROOT)}:{number}"
+
+
+def test_public_names():
+    import mmpack
+    import mmpack.hf
+
+    for module in (mmpack, mmpack.hf):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mmpack.nothing  # noqa: B018
