@@ -2,13 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from builders import stock_processor
 from PIL import Image
 from test_assemble import same
 from torch.utils.data import DataLoader
 
 pytest.importorskip("datasets")
 
-from mmpack import PackedDataset, assemble
+from mmpack import PackedDataset, VisionSpec, assemble
 from mmpack.dataset import sizes_of
 from mmpack.hf import PackCollator
 from mmpack.store import open_store, write_store
@@ -129,3 +130,15 @@ def test_from_files_reads_several(tokenizer, vision, tmp_path):
     dataset = PackedDataset.from_files(paths, (tokenizer, vision), 1000, mask_history=True)
     assert [sample.source for sample in dataset.samples] == ["a.json", "b.jsonl"]
     assert dataset.vision == vision
+
+
+def test_from_files_takes_transformers_own_processor(shared, tokenizer):
+    processor = stock_processor(tokenizer, max_pixels=28 * 28 * 16)
+    path = shared / "realset" / "realset_messages_200.jsonl"
+    by_processor = PackedDataset.from_files(path, processor, 4096)
+    parts = (tokenizer, VisionSpec.from_processor(processor))
+    by_parts = PackedDataset.from_files(path, parts, 4096)
+    assert len(by_processor.samples) == 200
+    for one, other in zip(by_processor.samples, by_parts.samples):
+        assert np.array_equal(one.input_ids, other.input_ids)
+        assert one.vision == other.vision
