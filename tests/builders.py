@@ -15,6 +15,16 @@ from mmpack.types import EncodedSample
 
 VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up
 
+# For models of 100 ids.
+SMALL_SPEC = VisionSpec(
+    min_pixels=1,
+    max_pixels=1,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+)
+
 
 def tiny_config(vocab_size=VOCAB, tied=False, hidden=32, vision=None):
     """A Qwen2-VL of two text layers (GQA 4:2) and two vision layers."""

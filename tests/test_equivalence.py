@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from builders import (
+    SMALL_SPEC,
     encoded,
     float64_loss,
     loss_and_grads,
@@ -146,24 +147,14 @@ def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenize
     assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
 
 
-SPEC = VisionSpec(
-    min_pixels=1,
-    max_pixels=1,
-    image_token_id=90,
-    video_token_id=91,
-    vision_start_token_id=92,
-    vision_end_token_id=93,
-)
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_made_up_rows(dtype, device):
     """The theorem without any real data, on every device there is."""
     rows = [
-        encoded(SPEC, 1, 2, (2, 4), 3, 4),
-        encoded(SPEC, range(5, 60)),
-        encoded(SPEC, 8, (4, 4), (6, 2), 9, 10),
+        encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
+        encoded(SMALL_SPEC, range(5, 60)),
+        encoded(SMALL_SPEC, 8, (4, 4), (6, 2), 9, 10),
     ]
     packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
     batch = to(device, PackCollator()([concatenate(packs)]))
@@ -177,7 +168,7 @@ def test_made_up_rows(dtype, device):
         }
         stock.append(to(device, {**inputs, "mm_token_type_ids": (alone["input_ids"] == 90).int()}))
     num_items = batch["shift_labels"].numel()
-    config = tiny_config(vocab_size=100, vision=SPEC)
+    config = tiny_config(vocab_size=100, vision=SMALL_SPEC)
     rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
     model = patch_model(model_of(dtype, config=config).to(device))
     assert_theorem(model, batch, num_items, rows_alone, TOLERANCE[dtype])

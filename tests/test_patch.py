@@ -4,23 +4,15 @@ import copy
 
 import pytest
 import torch
-from builders import encoded, tiny_config, tiny_model, with_noise
+from builders import SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
 from transformers import Qwen2VLForConditionalGeneration
 
-from mmpack import VisionSpec, assemble, reference
+from mmpack import assemble, reference
 from mmpack.hf import PackCollator, patch_model, unpatch_model
 from mmpack.hf.isolation import check_isolation
 
 pytestmark = pytest.mark.smoke
-SPEC = VisionSpec(
-    min_pixels=1,
-    max_pixels=1,
-    image_token_id=90,
-    video_token_id=91,
-    vision_start_token_id=92,
-    vision_end_token_id=93,
-)
-CONFIG = tiny_config(vocab_size=100, vision=SPEC)
+CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
 
 
 def batch_of(*samples):
@@ -29,11 +21,11 @@ def batch_of(*samples):
 
 
 SAMPLES = [
-    encoded(SPEC, 1, 2, (2, 4), 3, 4),
-    encoded(SPEC, 5, 6, 7),
-    encoded(SPEC, 8, (4, 4), (2, 2), 9),
+    encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
+    encoded(SMALL_SPEC, 5, 6, 7),
+    encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9),
 ]
-TEXT = [encoded(SPEC, 1, 2, 3), encoded(SPEC, 4, 5)]
+TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
 
 
 @pytest.fixture
@@ -249,7 +241,7 @@ def test_dropout_and_sliding_windows_are_refused(batch):
         model(**batch)
     model.eval()(**batch)
 
-    config = tiny_config(vocab_size=100, vision=SPEC).to_dict()
+    config = tiny_config(vocab_size=100, vision=SMALL_SPEC).to_dict()
     config["text_config"].update(use_sliding_window=True, sliding_window=4, max_window_layers=0)
     config["text_config"].pop("layer_types")
     model = tiny_model(type(CONFIG)(**config))
