@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mmpack.assemble import assemble
 from mmpack.encode import encode_sample
 from mmpack.plan import plan_packs
+from mmpack.prompt import render_prompt
 from mmpack.readers import read_samples
 from mmpack.types import EncodedSample, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
@@ -25,6 +26,7 @@ __all__ = [
     "encode_sample",
     "plan_packs",
     "read_samples",
+    "render_prompt",
 ]
 __version__ = "0.1.0"
 

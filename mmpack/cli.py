@@ -1,4 +1,4 @@
-"""The command line: mmpack pack | train | demo."""
+"""The command line: mmpack check | pack | train | demo."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmpack.types import BadRow, EncodedSample
+from mmpack.errors import BadRow, OnError
+from mmpack.media import DATA_URIS
+from mmpack.types import EncodedSample
 
+CHECK_EXAMPLE = """exit code: 0 every row is usable, 1 some are refused, 2 usage
+
+examples:
+  mmpack check data/train.json
+  mmpack check data/train.json --tokenizer Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
+"""
 PACK_EXAMPLE = """example:
   mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out packed
 """
@@ -26,6 +34,9 @@ examples:
 """
 
 
+DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 done, 1 refused with a reason, 2 usage)."""
     parser = _parser()
@@ -33,11 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.run is not _train:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.run(options, rest)
+        return options.run(options, rest) or 0
     except ValueError as error:
         print(f"mmpack: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,15 +55,32 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
 
+    check = commands.add_parser(
+        "check",
+        help="read a data set as training would and say what is wrong with it",
+        epilog=CHECK_EXAMPLE,
+        formatter_class=raw,
+    )
+    check.add_argument("data", metavar="DATA", nargs="+", help=DATA_HELP)
+    _add_reading_options(check)
+    check.add_argument("--tokenizer", help="folder of tokenizer and processor: count tokens too")
+    check.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
+    check.add_argument(
+        "--bad", metavar="FILE", help="write the refused rows and why, as JSON lines"
+    )
+    check.add_argument("--png", metavar="FILE", help="draw lengths, images and utilization")
+    check.add_argument(
+        "--json", action="store_true", help="print a JSON line a row, then the summary"
+    )
+    check.set_defaults(run=_check)
+
     pack = commands.add_parser(
         "pack",
         help="encode and plan a data set into packs",
         epilog=PACK_EXAMPLE,
         formatter_class=raw,
     )
-    pack.add_argument(
-        "data", metavar="DATA", help=".json or .jsonl rows, or a folder with --dataset"
-    )
+    pack.add_argument("data", metavar="DATA", nargs="+", help=DATA_HELP)
     pack.add_argument("--out", required=True, help="folder to write the packed data set to")
     pack.add_argument("--overwrite", action="store_true", help="replace a packed data set in --out")
     pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -67,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         allow_abbrev=False,  # what is not ours goes to TrainingArguments
     )
-    train.add_argument("--data", required=True, help="what mmpack pack wrote, or rows to pack now")
+    train.add_argument(
+        "--data", required=True, nargs="+", help="what mmpack pack wrote, or rows to pack now"
+    )
     train.add_argument("--model", help="folder of a model with its weights")
     train.add_argument("--config", help="config.json of a model to start with random weights")
     train.add_argument("--steps", type=int, help="optimizer steps; short for --max_steps")
@@ -83,14 +112,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    _add_reading_options(parser)
     parser.add_argument("--tokenizer", required=required, help="folder of tokenizer and processor")
     parser.add_argument("--capacity", type=int, required=required, help="tokens a pack may hold")
     parser.add_argument("--patch-capacity", type=int, help="vision patches a pack may hold")
     parser.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
-    parser.add_argument(
-        "--media-dir", help="folder of relative image paths (that of the data file)"
-    )
-    parser.add_argument("--dataset", help="entry of the dataset_info.json in DATA")
     parser.add_argument(
         "--on-error", choices=["raise", "skip"], default="raise", help="what to do with a bad row"
     )
@@ -105,6 +131,63 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
         "--mask-history", action="store_true", help="supervise the last answer only"
     )
     parser.add_argument("--plan-seed", type=int, default=0, help="seed of the plan")
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", metavar="NAME", help="entry of the dataset_info.json in DATA")
+    parser.add_argument(
+        "--media-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder images may lie in, repeatable; relative paths are looked up in the first "
+        "(default: the data file's folder)",
+    )
+    parser.add_argument(
+        "--allow-data-uri",
+        action="store_true",
+        help="take images that stand in the row as data URIs",
+    )
+    parser.add_argument(
+        "--missing-marker",
+        choices=["refuse", "prepend"],
+        default="refuse",
+        help="images but no <image> in a row: refuse it, or put them in front",
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image to find damaged ones (slower)"
+    )
+
+
+def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tqdm import tqdm
+
+    from mmpack.check import Summary, bad_row_line, check_rows, row_line
+    from mmpack.readers import row_groups
+    from mmpack.report import check_picture, check_table
+
+    reading = _reading(options)
+    groups = row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir"))
+    if options.tokenizer is not None:
+        from mmpack.hf.training import load_processor
+
+        tokenizer, vision = load_processor(options.tokenizer, options.max_pixels)
+        reading.update(tokenizer=tokenizer, vision=vision)
+    summary = Summary(hash_files=options.decode)
+    for checked in tqdm(check_rows(groups, **reading), unit=" rows", desc="checking", disable=None):
+        summary.add(checked)
+        if options.json:
+            print(_json_line(row_line(checked)), end="")
+    if options.bad is not None:
+        lines = [_json_line(bad_row_line(bad)) for bad in summary.bad_rows]
+        Path(options.bad).write_text("".join(lines), encoding="utf-8")
+    if options.json:
+        print(_json_line({"summary": summary.as_dict()}), end="")
+    else:
+        print(check_table(summary))
+    if options.png is not None:
+        check_picture(summary, options.png)
+    return 1 if summary.bad_rows else 0
 
 
 def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -180,20 +263,28 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
     from mmpack.hf.training import load_processor
     from mmpack.readers import read_samples
 
-    skip = bad_rows if options.on_error == "skip" else None
+    on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
     tokenizer, vision = load_processor(options.tokenizer, options.max_pixels)
-    samples = read_samples(
-        options.data, dataset=options.dataset, media_dir=options.media_dir, bad_rows=skip
-    )
+    samples = read_samples(options.data, on_error=on_error, **_reading(options))
     encoded = encode_samples(
         samples,
         tokenizer,
         vision,
         train_on_prompt=options.train_on_prompt,
         mask_history=options.mask_history,
-        bad_rows=skip,
+        on_error=on_error,
     )
     return tqdm(encoded, unit=" rows", desc="encoding", disable=None), vision
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `read_samples`, but for `on_error`."""
+    return {
+        "mapping": options.dataset,
+        "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
+        "missing_marker": options.missing_marker,
+        "verify": "decode" if options.decode else "header",
+    }
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -202,11 +293,11 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     steps = [] if options.steps is None else ["--max_steps", str(options.steps)]
     args = parse_training_arguments([*steps, *rest])
-    if (Path(options.data) / "mmpack.json").exists():
-        dataset = PackedDataset.from_store(options.data)
+    if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
+        dataset = PackedDataset.from_store(options.data[0])
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
-            f"{options.data} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
+            f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
             "--capacity"
         )
     else:
@@ -220,7 +311,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
             seed=options.plan_seed,
         )
         for row in bad_rows:
-            print(f"left out: row {row.row} of {row.source}: {row.error}", file=sys.stderr)
+            print(f"left out {row}", file=sys.stderr)
     model = load_model(options.model, options.config, args.seed)
     print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
     print(json.dumps(train(model, dataset, args)))
@@ -238,8 +329,15 @@ def _overflow_line(sample: EncodedSample, fate: str) -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if rows:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.write_text("".join(lines), encoding="utf-8")
+        path.write_text("".join(_json_line(row) for row in rows), encoding="utf-8")
+
+
+def _json_line(value: dict[str, Any]) -> str:
+    """Any row as a line: bytes and pictures abridged, half characters escaped."""
+    try:
+        return json.dumps(value, default=lambda other: f"{other!r:.100}") + "\n"
+    except RecursionError:
+        return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ without decoding.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mmpack.assemble import assemble
 from mmpack.encode import encode_samples, truncate_sample
 from mmpack.plan import OnOverflow, plan_packs
 from mmpack.readers import read_samples
-from mmpack.types import EncodedSample, Int64, Pack, PackPlan
+from mmpack.types import EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
 
 
@@ -64,7 +64,7 @@ class PackedDataset(Dataset[Pack]):
     @classmethod
     def from_files(
         cls,
-        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Sample],
         processor: Any,
         capacity: int,
         *,
@@ -74,10 +74,11 @@ class PackedDataset(Dataset[Pack]):
         train_on_prompt: bool = False,
         mask_history: bool = False,
     ) -> PackedDataset:
-        """Read, encode and plan one or several .json or .jsonl files, in memory.
+        """Read, encode and plan data files, in memory.
 
         Args:
-            path: file or files, see `read_samples`.
+            data: a file, a folder or several, see `read_samples`; or the samples themselves, for
+                what `read_samples` can be told beyond `media_dir`.
             processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
             capacity: tokens a pack may hold.
             media_dir: folder of relative image paths; by default the folder of each file.
@@ -91,8 +92,12 @@ class PackedDataset(Dataset[Pack]):
             tokenizer, vision = processor
         else:
             tokenizer, vision = processor, VisionSpec.from_processor(processor)
-        paths = [path] if isinstance(path, (str, os.PathLike)) else path
-        samples = (sample for p in paths for sample in read_samples(p, media_dir=media_dir))
+        if not isinstance(data, (str, os.PathLike)):
+            data = list(data)
+        if isinstance(data, list) and data and isinstance(data[0], Sample):
+            samples: Iterable[Sample] = data
+        else:
+            samples = read_samples(data, media_dir=media_dir)
         encoded = encode_samples(
             samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
         )

@@ -9,6 +9,7 @@ text, and a control token typed by a user stays text and opens no turn.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mmpack import images
-from mmpack.types import IGNORE, BadRow, EncodedSample, ImageRef, Message, Sample
+from mmpack.errors import BadRow, OnError, RowError, report
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
 from mmpack.vision import VisionSpec
 
 _CHUNK = 256  # samples tokenised in one call; tokenizers spreads a call over the cores
@@ -75,7 +77,7 @@ def encode_samples(
     *,
     train_on_prompt: bool = False,
     mask_history: bool = False,
-    bad_rows: list[BadRow] | None = None,
+    on_error: OnError = "raise",
 ) -> Iterator[EncodedSample]:
     """Encode samples: ids with one marker per image, labels, grids from the image headers.
 
@@ -89,23 +91,34 @@ def encode_samples(
         vision: pixel budget and ids.
         train_on_prompt: supervise all text, but no vision token.
         mask_history: supervise the last answer only.
-        bad_rows: if given, unusable samples are appended here and encoding goes on.
+        on_error: "raise" on an unusable sample, "skip" it with a warning, or a list to append it to.
 
     Yields:
         One `EncodedSample` per usable sample, in order.
 
     Raises:
-        ValueError: a sample cannot be used and `bad_rows` is None: no supervised token, an image
+        ValueError: a sample cannot be used and `on_error` is "raise": no supervised token, an image
             that cannot be read, a template that rewrites its text. Names file and row.
     """
     if train_on_prompt and mask_history:
         raise ValueError(
             "train_on_prompt supervises every turn and mask_history the last; pick one"
         )
-    encoder = _Encoder(tokenizer, vision, train_on_prompt, mask_history)
+    encoder = _Encoder(
+        tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
+    )
     remaining = iter(samples)
     while chunk := list(islice(remaining, _CHUNK)):
-        yield from encoder.encode(chunk, bad_rows)
+        yield from encoder.encode(chunk, on_error)
+
+
+def encode_prompt(
+    messages: tuple[Message, ...], tokenizer: Any, vision: VisionSpec
+) -> EncodedSample:
+    """Encode a conversation up to where the assistant is to speak; nothing is supervised."""
+    sample = Sample(messages, source="prompt", row=0)
+    (encoded,) = _Encoder(tokenizer, vision, is_prompt=True).encode([sample], "raise")
+    return encoded
 
 
 def truncate_sample(
@@ -149,7 +162,13 @@ class _Encoder:
     """What many samples share: the special tokens, and the layout of every conversation shape."""
 
     def __init__(
-        self, tokenizer: Any, vision: VisionSpec, train_on_prompt: bool, mask_history: bool
+        self,
+        tokenizer: Any,
+        vision: VisionSpec,
+        *,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        is_prompt: bool = False,
     ) -> None:
         self._vision = vision
         self._vision_ids = {
@@ -159,7 +178,10 @@ class _Encoder:
         }
         self._train_on_prompt = train_on_prompt
         self._mask_history = mask_history
-        self._render: Callable[..., str] = tokenizer.apply_chat_template
+        self._is_prompt = is_prompt
+        self._render: Callable[..., str] = functools.partial(
+            tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=is_prompt
+        )
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._special_tokens = {
             token_id: token.content
@@ -173,17 +195,17 @@ class _Encoder:
         )
         self._layouts: dict[tuple[tuple[str, ...], ...], _Layout] = {}
 
-    def encode(
-        self, samples: Sequence[Sample], bad_rows: list[BadRow] | None
-    ) -> Iterator[EncodedSample]:
+    def encode(self, samples: Sequence[Sample], on_error: OnError) -> Iterator[EncodedSample]:
         laid_out = []
         to_tokenize: list[str] = []
         for sample in samples:
             try:
                 layout = self._layout(sample.messages)
-                grids = [self._vision.image_grid(*images.image_size(i)) for i in sample.images]
+                grids = [
+                    self._vision.image_grid(*(i.size or images.probe(i))) for i in sample.images
+                ]
             except ValueError as error:
-                _report(sample, error, bad_rows)
+                _report(sample, error, on_error)
                 continue
             begin = len(to_tokenize)
             to_tokenize += self._strings(layout, _texts(sample.messages))
@@ -191,11 +213,11 @@ class _Encoder:
         ids = self._tokenize(to_tokenize)
         for sample, layout, grids, strings in laid_out:
             encoded = self._finish(sample, layout, grids, iter(ids[strings]))
-            if encoded.is_supervised:
+            if encoded.is_supervised or self._is_prompt:
                 yield encoded
             else:
-                error = ValueError("no token of the row is supervised: it has no answer to learn")
-                _report(sample, error, bad_rows)
+                error = RowError("no token of the row is supervised", "it has no answer to learn")
+                _report(sample, error, on_error)
 
     def _layout(self, messages: tuple[Message, ...]) -> _Layout:
         """The layout of the conversation's shape, checked against the template's own rendering."""
@@ -214,16 +236,17 @@ class _Encoder:
             item.fill(texts) if isinstance(item, _Span) else self._special_tokens[item.token_id]
             for item in layout.items
         )
-        if filled != self._render(_chat(messages, texts), tokenize=False):
-            raise ValueError(
+        if filled != self._render(_chat(messages, texts)):
+            raise RowError(
                 "the chat template rewrites this row's text (trims it, or strips reasoning), so its "
-                "answer cannot be told from the rest; clean the row or use another template"
+                "answer cannot be told from the rest",
+                "clean the row or use another template",
             )
         return layout
 
     def _make_layout(self, messages: tuple[Message, ...]) -> _Layout:
         stand_ins = [_STAND_IN.format(n) for n in range(len(_texts(messages)))]
-        items = self._split(self._render(_chat(messages, stand_ins), tokenize=False))
+        items = self._split(self._render(_chat(messages, stand_ins)))
 
         # The slot or image of every item that holds one, against the conversation in its order.
         slots = iter(range(len(stand_ins)))
@@ -237,9 +260,9 @@ class _Encoder:
             for item in items
         ]
         if [part for part in held if part is not None] != parts:
-            raise ValueError(
-                "the chat template does not write every text and image of the row once and in "
-                "order; is it the template of a Qwen-VL model?"
+            raise RowError(
+                "the chat template does not write every text and image of the row once and in order",
+                "is it the template of a Qwen-VL model?",
             )
 
         answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
@@ -373,7 +396,6 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _report(sample: Sample, error: ValueError, bad_rows: list[BadRow] | None) -> None:
-    if bad_rows is None:
-        raise ValueError(f"row {sample.row} of {sample.source}: {error}") from None
-    bad_rows.append(BadRow(sample.source, sample.row, str(error)))
+def _report(sample: Sample, error: ValueError, on_error: OnError) -> None:
+    text, advice = (error.error, error.advice) if isinstance(error, RowError) else (str(error), "")
+    report(BadRow(sample.source, sample.row, text, advice), on_error)

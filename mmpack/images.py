@@ -7,28 +7,41 @@ the resize is Pillow's bicubic on RGB, and the normalisation follows its float64
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.errors import RowError
 from mmpack.types import ImageRef
-from mmpack.vision import BICUBIC, VisionSpec
+from mmpack.vision import BICUBIC, VisionSpec, check_aspect_ratio
 
 Patches = NDArray[np.uint8]
+_TAIL = 1 << 12  # bytes; cameras write a little after a JPEG's end
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def image_size(image: ImageRef) -> tuple[int, int]:
-    """(height, width) in pixels, from the file's header; nothing is decoded.
+def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
+    """(height, width) in pixels of an image that can be trained on.
+
+    Reads the header, and for JPEG and PNG whether the file ends where it should; `decode` decodes
+    all of it, which alone finds damage in the middle.
 
     Raises:
-        ValueError: the file is missing or is no image Pillow can read.
+        RowError: no image Pillow can read, cut or damaged, over Pillow's limit of pixels
+            (decompression bombs; checked before decoding), or an aspect ratio above 200.
     """
     with _open(image) as opened:
         width, height = opened.size
+        try:
+            check_aspect_ratio(height, width)
+        except RowError as error:
+            raise RowError(f"image {image.path}: {error.error}", error.advice) from None
+        if decode or _looks_cut(image, opened.format):
+            _decode(image, opened)
     return height, width
 
 
@@ -52,12 +65,8 @@ def load_patches(
                 f"image {image.path} is now {width} x {height} pixels, it was planned as a grid of "
                 f"{grid_h} x {grid_w} patches; pack the data again"
             )
-        try:
-            rgb = _to_rgb(opened)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"image {image.path} cannot be decoded: {error}") from None
-    p, m = vision.patch_size, vision.merge_size
-    pixels = np.asarray(rgb.resize((grid_w * p, grid_h * p), resample=BICUBIC))
+        p, m = vision.patch_size, vision.merge_size
+        pixels = _resized_rgb(_decode(image, opened), (grid_w * p, grid_h * p))
     blocks = pixels.reshape(grid_h // m, m, p, grid_w // m, m, p, 3)
     patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (block row, block col, m, m, C, p, p)
     return np.ascontiguousarray(patches).reshape(grid_h * grid_w, 3 * p * p)
@@ -83,17 +92,61 @@ def normalize_patches(pixels: Patches, vision: VisionSpec) -> NDArray[np.float32
     return out.reshape(num_patches, -1)
 
 
+def encoded_bytes(image: ImageRef) -> bytes:
+    """An image held in memory as bytes that decode to the same RGB pixels (PNG for pictures)."""
+    if isinstance(image.data, bytes):
+        return image.data
+    buffer = io.BytesIO()
+    _to_rgb(image.data).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def _open(image: ImageRef) -> Image:
     from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light
 
+    if isinstance(image.data, Image.Image):
+        return image.data.copy()  # the caller closes what it gets
     try:
-        return Image.open(image.path)
+        return Image.open(image.path if image.data is None else io.BytesIO(image.data))
     except FileNotFoundError:
-        raise ValueError(f"image {image.path} does not exist") from None
+        raise RowError(f"image {image.path} does not exist", "mend the path") from None
     except UnidentifiedImageError:
-        raise ValueError(f"image {image.path} is not an image Pillow can read") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {image.path} cannot be opened: {error}") from None
+        raise RowError(
+            f"image {image.path} is not an image Pillow can read", "replace it"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RowError(f"image {image.path} cannot be opened: {error}", "replace it") from None
+
+
+def _decode(image: ImageRef, opened: Image) -> Image:
+    try:
+        opened.load()
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise RowError(f"image {image.path} cannot be decoded: {error}", "replace it") from None
+    return opened
+
+
+def _looks_cut(image: ImageRef, format: str | None) -> bool:
+    """Whether a file lacks its format's end marker in its last bytes."""
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(format or "")
+    if end is None:
+        return False
+    if image.data is not None:
+        return end not in image.data[-_TAIL:]
+    with open(image.path, "rb") as file:
+        file.seek(0, io.SEEK_END)
+        file.seek(max(0, file.tell() - _TAIL))
+        return end not in file.read()
+
+
+def _resized_rgb(image: Image, size: tuple[int, int]) -> Patches:
+    """(height, width, 3) uint8. A grey image is resized before it becomes three equal channels: the
+    same pixels, a third of the memory."""
+    if image.mode == "L" and image.info.get("transparency") is None:
+        return np.asarray(image.resize(size, resample=BICUBIC).convert("RGB"))
+    return np.asarray(_to_rgb(image).resize(size, resample=BICUBIC))
 
 
 def _to_rgb(image: Image) -> Image:

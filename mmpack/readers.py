@@ -1,280 +1,281 @@
 """Rows on disk -> Sample.
 
-Reads what LLaMA-Factory reads: ShareGPT rows (`conversations` of `from`/`value`) and OpenAI rows
-(`messages` of `role`/`content`) whose text holds one `<image>` per file in `images`, as a JSON
-array or as JSON lines. A row is checked here, where its number is known; what leaves this file has
-its images in place, so nothing downstream counts markers again.
+A row is checked here, where its number is known: its fields, roles and turns
+(`mmpack.conversations`), its images' places and counts, that each image is a readable file inside
+the media folder (`mmpack.media`, `mmpack.images`). What leaves this file can be encoded.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from mmpack.types import BadRow, ImageRef, Message, Sample
+from mmpack import images
+from mmpack.conversations import (
+    MARKER,
+    Fields,
+    Picture,
+    Turn,
+    detect_fields,
+    mapped_fields,
+    structured,
+    turns_of,
+)
+from mmpack.errors import BadRow, OnError, RowError, report
+from mmpack.files import Row, data_files, read_rows
+from mmpack.media import DATA_URIS, MediaFolders
+from mmpack.types import ImageRef, Message, Sample
 
-MARKER = "<image>"
-
-# LLaMA-Factory's defaults for what dataset_info.json leaves out.
-_COLUMNS = {"messages": "conversations", "images": "images", "system": "system"}
-_TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "system_tag": "system",
-}
-_OPENAI_TAGS = {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "system_tag": "system",
-}
+_log = logging.getLogger("mmpack")
+_PathLike = str | os.PathLike[str]
 
 
 def read_samples(
-    path: str | os.PathLike[str],
+    data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]],
     *,
-    dataset: str | None = None,
-    mapping: dict[str, Any] | None = None,
-    media_dir: str | os.PathLike[str] | None = None,
-    bad_rows: list[BadRow] | None = None,
+    mapping: str | dict[str, Any] | None = None,
+    media_dir: _PathLike | Sequence[_PathLike] | None = None,
+    on_error: OnError = "raise",
+    missing_marker: Literal["refuse", "prepend"] = "refuse",
+    verify: Literal["header", "decode"] = "header",
 ) -> Iterator[Sample]:
-    """Read the samples of a .json or .jsonl file.
-
-    The fields come from, in this order: `mapping`; the entry `dataset` of the `dataset_info.json`
-    at or in `path`; the entry of a `dataset_info.json` beside the file that names the file; the
-    fields of each row (`conversations` or `messages`, `from`/`value` or `role`/`content`).
+    """Read the samples of data files, or of rows in memory.
 
     Args:
-        path: a data file; with `dataset`, a folder with a `dataset_info.json`, or that file.
-        dataset: name of an entry in `dataset_info.json` (LLaMA-Factory's format).
-        mapping: such an entry itself: `{"formatting": ..., "columns": {...}, "tags": {...}}`.
-            A column or tag it leaves out keeps LLaMA-Factory's documented default.
-        media_dir: folder of relative image paths; the data file's folder by default.
-        bad_rows: if given, unusable rows are appended here and reading goes on.
+        data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also .gz or .zst), a
+            folder of files of one type, several of these, or any iterable of rows (dicts; a
+            `datasets.Dataset` is one).
+        mapping: how fields are named: an entry of LLaMA-Factory's `dataset_info.json`
+            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or the name of one, `data` then
+            being the folder with that file. Without it, the entry of a `dataset_info.json` beside
+            the file that names the file; else each row's own fields decide: `conversations` of
+            `from`/`value`, `messages` of `role`/`content`, or `instruction`/`input`/`output`.
+        media_dir: the folders images may lie in; relative paths are looked up in the first. By
+            default the data file's folder (for rows in memory: the current one). The entry "data:"
+            admits data URIs.
+        on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning; a
+            list: leave it out and append it there.
+        missing_marker: images but no `<image>` anywhere in the row: "refuse" it, or "prepend" as
+            many markers to the first turn as there are images (what LLaMA-Factory's inference
+            engines do).
+        verify: how images are looked at: their "header", and that the file is not cut; or "decode"
+            them whole.
 
     Yields:
-        One `Sample` per usable row, in order. Rows count from 0.
+        One `Sample` per usable row, in order. Rows count from 0 in each file.
 
     Raises:
-        ValueError: a row cannot be used and `bad_rows` is None, or the file as a whole cannot be
-            read. The message names file, row and counts, and says what to do.
+        ValueError: a row cannot be used and `on_error` is "raise", or a file cannot be read. The
+            message names file, row and counts, and says what to do.
     """
-    path = Path(path)
-    if dataset is not None:
-        if mapping is not None:
-            raise ValueError("pass dataset= or mapping=, not both")
-        path, mapping = _named_dataset(path, dataset)
-    elif mapping is None:
-        mapping = _mapping_beside(path)
-    if mapping is not None:
-        _check_mapping(mapping, path)
-    folder = os.path.abspath(media_dir if media_dir is not None else path.parent)
-    for number, row in _rows(path):
-        try:
-            yield sample_from_row(
-                row, mapping=mapping, media_dir=folder, source=path.name, number=number
-            )
-        except ValueError as error:
-            if bad_rows is None:
-                raise ValueError(f"row {number} of {path.name}: {error}") from None
-            bad_rows.append(BadRow(path.name, number, str(error)))
-
-
-def sample_from_row(
-    row: Any, *, mapping: dict[str, Any] | None, media_dir: str, source: str, number: int
-) -> Sample:
-    """One row -> Sample. The `ValueError` of an unusable row does not name the row."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, got {type(row).__name__}")
-    columns, tags = _fields(row, mapping)
-    turns = row.get(columns["messages"])
-    if turns is None:
-        raise ValueError(f"no field {columns['messages']!r}; the row has {sorted(row)}")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{columns['messages']!r} must be a list of turns, got {turns!r:.80}")
-    for media in ("videos", "audios"):
-        if row.get(media):
-            raise ValueError(f"{media} are not supported yet")
-
-    turns = [_turn(turn, tags, position) for position, turn in enumerate(turns)]
-    system = row.get(columns["system"])
-    if system and turns[0][0] != "system":  # a system turn outranks the column, as upstream
-        turns.insert(0, ("system", system))
-    _check_order([role for role, _ in turns])
-    messages = _place_images(
-        turns, _image_paths(row.get(columns["images"]), columns["images"]), media_dir
-    )
-    return Sample(messages=messages, source=source, row=number)
-
-
-def _fields(
-    row: dict[str, Any], mapping: dict[str, Any] | None
-) -> tuple[dict[str, str], dict[str, str]]:
-    if mapping is not None:
-        tags = _OPENAI_TAGS if mapping.get("formatting") == "openai" else _TAGS
-        columns = {**_COLUMNS, **(mapping.get("columns") or {})}
-        return columns, {**tags, **(mapping.get("tags") or {})}
-    columns = dict(_COLUMNS)
-    if "conversations" not in row and "messages" in row:
-        columns["messages"] = "messages"
-    turns = row.get(columns["messages"])
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return columns, _OPENAI_TAGS if isinstance(first, dict) and "role" in first else _TAGS
-
-
-def _turn(turn: Any, tags: dict[str, str], position: int) -> tuple[str, str]:
-    role_tag, content_tag = tags["role_tag"], tags["content_tag"]
-    if not isinstance(turn, dict) or role_tag not in turn or content_tag not in turn:
-        has = sorted(turn) if isinstance(turn, dict) else type(turn).__name__
-        raise ValueError(f"turn {position} needs {role_tag!r} and {content_tag!r}, it has {has}")
-    roles = {
-        tags["user_tag"]: "user",
-        tags["assistant_tag"]: "assistant",
-        tags["system_tag"]: "system",
-    }
-    role, content = turn[role_tag], turn[content_tag]
-    if not isinstance(role, str) or role not in roles:
-        raise ValueError(f"turn {position} has the unknown role {role!r}; known: {sorted(roles)}")
-    if not isinstance(content, str):
-        raise ValueError(
-            f"the text of turn {position} must be a string, got {type(content).__name__}"
-        )
-    if roles[role] == "assistant" and not content.strip():
-        raise ValueError(f"the assistant's text in turn {position} is empty: nothing to learn")
-    return roles[role], content
-
-
-def _check_order(roles: Sequence[str]) -> None:
-    spoken = roles[1:] if roles[0] == "system" else roles
-    for position, role in enumerate(spoken):
-        expected = "assistant" if position % 2 else "user"
-        if role != expected:
-            raise ValueError(
-                f"turns must alternate user, assistant, ... after an optional system turn; "
-                f"found {role!r} where {expected!r} should speak ({' '.join(roles)})"
-            )
-    if not spoken or spoken[-1] != "assistant":
-        raise ValueError(f"the last turn must be the assistant's ({' '.join(roles)})")
-
-
-def _image_paths(images: Any, column: str) -> list[str]:
-    if images is None:
-        return []
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise ValueError(f"{column!r} must be a list of paths, got {images!r:.80}")
-    return images
-
-
-def _place_images(
-    turns: Sequence[tuple[str, str]], paths: Sequence[str], media_dir: str
-) -> tuple[Message, ...]:
-    markers = sum(text.count(MARKER) for _, text in turns)
-    if markers != len(paths):
-        if markers < len(paths):
-            advice = "add a marker or drop the extra image"
-        else:
-            advice = "add the missing image or remove a marker"
-        raise ValueError(f"{markers} {MARKER} markers but {len(paths)} images; {advice}")
-    images = (ImageRef(os.path.join(media_dir, path)) for path in paths)
-    messages = []
-    for role, text in turns:
-        first, *rest = text.split(MARKER)
-        content: list[str | ImageRef] = [first]
-        for text_after in rest:
-            content += [next(images), text_after]
-        # An image needs no empty text around it; an empty turn keeps its one empty text.
-        kept = tuple(part for part in content if part != "") or ("",)
-        messages.append(Message(role, kept))
-    return tuple(messages)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: not a .json or .jsonl file")
-    try:
-        if path.suffix == ".jsonl":
-            yield from _json_lines(path)
-        else:
-            yield from enumerate(_json_array(path))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    number = 0
-    with path.open(encoding="utf-8-sig") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    for group in row_groups(data, mapping, media_dir):
+        reader = RowReader(group.fields, group.folders, missing_marker, verify)
+        for row in group.rows:
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"line {line_number} of {path.name} is not JSON: {error}"
-                ) from None
-            yield number, row
-            number += 1
+                samples = reader.samples(row)
+            except RowError as error:
+                bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+                report(bad, on_error)
+                continue
+            yield from samples
 
 
-def _json_array(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        advice = (
-            "; one object a line? rename the file to .jsonl" if error.msg == "Extra data" else ""
+class RowReader:
+    """What the rows of one file share: their fields, where images lie, the policies."""
+
+    def __init__(
+        self,
+        fields: Fields | None,
+        folders: MediaFolders,
+        missing_marker: str = "refuse",
+        verify: str = "header",
+    ) -> None:
+        if missing_marker not in ("refuse", "prepend"):
+            raise ValueError(
+                f"missing_marker must be 'refuse' or 'prepend', got {missing_marker!r}"
+            )
+        if verify not in ("header", "decode"):
+            raise ValueError(f"verify must be 'header' or 'decode', got {verify!r}")
+        self._fields = fields
+        self._folders = folders
+        self._prepends = missing_marker == "prepend"
+        self._decode = verify == "decode"
+        self._file = lru_cache(maxsize=1 << 16)(self._locate)  # rows share pictures
+
+    def samples(self, row: Row) -> list[Sample]:
+        """The samples of a row: one, or several where it is a list of rows (as Qwen's own
+        fine-tuning code nests them).
+
+        Raises:
+            RowError: the row cannot be used; the error does not name it.
+        """
+        if row.error is not None:
+            raise row.error
+        nested = row.content if isinstance(row.content, list) and row.content else [row.content]
+        return [self._sample(content, row) for content in nested]
+
+    def _sample(self, content: Any, row: Row) -> Sample:
+        if not isinstance(content, dict):
+            raise RowError(f"a row must be an object, got {type(content).__name__}", "mend the row")
+        fields = self._fields or detect_fields(content)
+        for media in ("videos", "audios", "video", "audio"):
+            if content.get(fields.columns.get(media, media)):
+                raise RowError(f"the row has {media}", "only images are read so far")
+        turns = turns_of(content, fields)
+        values = _image_values(content, fields.columns["images"])
+        messages = self.place_images(turns, values)
+        return Sample(messages=messages, source=row.source, row=row.number)
+
+    def place_images(self, turns: list[Turn], values: list[Any]) -> tuple[Message, ...]:
+        """Turns as messages with their images in place.
+
+        Raises:
+            RowError: as many markers as images there are not, or an image cannot be used.
+        """
+        pictures = [part for _, parts in turns for part in parts if isinstance(part, Picture)]
+        markers = sum(picture.value is None for picture in pictures)
+        if values and not pictures and self._prepends:
+            first = next(parts for role, parts in turns if role != "system")
+            first[:0] = [Picture()] * len(values)
+            markers = len(values)
+        if markers != len(values):
+            raise RowError(
+                f"{markers} {MARKER} markers but {len(values)} images",
+                _count_advice(turns, markers, len(values)),
+            )
+        listed = iter(values)
+        messages = []
+        for role, parts in turns:
+            content: list[str | ImageRef] = []
+            for part in parts:
+                if isinstance(part, Picture):
+                    value = next(listed) if part.value is None else part.value
+                    content.append(
+                        self._file(value) if isinstance(value, str) else self._locate(value)
+                    )
+                elif content and isinstance(content[-1], str):
+                    content[-1] += part
+                else:
+                    content.append(part)
+            # An image needs no empty text around it; an empty turn keeps its one empty text.
+            messages.append(Message(role, tuple(part for part in content if part != "") or ("",)))
+        return tuple(messages)
+
+    def _locate(self, value: Any) -> ImageRef:
+        image = self._folders.locate(value)
+        return replace(image, size=images.probe(image, decode=self._decode))
+
+
+def _image_values(row: dict[str, Any], column: str) -> list[Any]:
+    """The row's images as a list, however they are given."""
+    value = structured(row.get(column))
+    if column == "images":  # `image` is LLaVA's and Qwen's own name for it
+        other = structured(row.get("image"))
+        if value and other:
+            raise RowError("the row has both 'images' and 'image'", "keep one of them")
+        value = value or other
+    if value is None or (isinstance(value, str) and value == ""):
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _count_advice(turns: Sequence[Turn], markers: int, num_images: int) -> str:
+    text = "".join(part for _, parts in turns for part in parts if isinstance(part, str))
+    if markers == 0 and any(
+        near in text.lower() for near in ("<img", "<image", "[image]", "<|image")
+    ):
+        return f"the marker is spelt {MARKER}"
+    if markers < num_images:
+        return "add a marker or drop the extra image"
+    return "add the missing image or remove a marker; one meant as text can stand in a content part"
+
+
+class RowGroup(NamedTuple):
+    """The rows of one file, how their fields are named, and where their images may lie."""
+
+    rows: Iterable[Row]
+    fields: Fields | None  # None: each row tells
+    folders: MediaFolders
+
+
+def row_groups(
+    data: Any,
+    mapping: str | dict[str, Any] | None,
+    media_dir: _PathLike | Sequence[_PathLike] | None,
+) -> Iterator[RowGroup]:
+    """What `read_samples` reads, file by file; its arguments are described there."""
+    folders = [media_dir] if isinstance(media_dir, (str, os.PathLike)) else list(media_dir or [])
+    if isinstance(data, (str, os.PathLike)):
+        data = [data]
+    elif not isinstance(data, (list, tuple)) or not all(
+        isinstance(d, (str, os.PathLike)) for d in data
+    ):
+        fields = _fields(mapping, None)
+        rows = (Row("rows", number, content) for number, content in enumerate(data))
+        yield RowGroup(rows, fields, _media_folders(folders, "."))
+        return
+    if isinstance(mapping, str):
+        if len(data) != 1:
+            raise ValueError(
+                f"the entry {mapping!r} is looked up in one folder, got {len(data)} paths"
+            )
+        path, mapping = _named_entry(Path(data[0]), mapping)
+        data = [path]
+    files = [file for path in data for file in data_files(path)]
+    for file in files:
+        yield RowGroup(
+            read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent)
         )
-        raise ValueError(f"{path.name} is not a JSON array: {error}{advice}") from None
-    if not isinstance(rows, list):
-        has = f"an object with {sorted(rows)}" if isinstance(rows, dict) else type(rows).__name__
-        raise ValueError(f"{path.name} must hold a JSON array of rows, it holds {has}")
-    return rows
 
 
-def _named_dataset(path: Path, dataset: str) -> tuple[Path, dict[str, Any]]:
-    info_path = path if path.suffix == ".json" else path / "dataset_info.json"
-    info = _load_info(info_path)
-    if dataset not in info:
-        raise ValueError(f"no dataset {dataset!r} in {info_path}; it has {sorted(info)}")
-    mapping = info[dataset]
-    if "file_name" not in mapping:
-        raise ValueError(
-            f"dataset {dataset!r} of {info_path} has no file_name; only files are read"
-        )
-    return info_path.parent / mapping["file_name"], mapping
+def _media_folders(folders: Sequence[_PathLike], default: _PathLike) -> MediaFolders:
+    named = [folder for folder in folders if folder != DATA_URIS]
+    return MediaFolders(folders if named else [default, *folders])
 
 
-def _mapping_beside(path: Path) -> dict[str, Any] | None:
-    info_path = path.parent / "dataset_info.json"
-    if not info_path.is_file() or info_path == path:
+def _fields(mapping: str | dict[str, Any] | None, file: Path | None) -> Fields | None:
+    if isinstance(mapping, str):
+        raise ValueError("rows in memory have no dataset_info.json; pass the entry itself")
+    if mapping is None and file is not None:
+        mapping = _entry_beside(file)
+    if mapping is None:
         return None
-    entries = _load_info(info_path).values()
-    named = [entry for entry in entries if entry.get("file_name") == path.name]
-    return named[0] if len(named) == 1 else None
+    fields = mapped_fields(mapping)
+    if fields.kept:
+        name = file.name if file else "the rows"
+        _log.warning("the mapping of %s leaves out tags; kept %s", name, ", ".join(fields.kept))
+    return fields
 
 
-def _load_info(path: Path) -> dict[str, Any]:
+def _named_entry(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    info_path = path if path.suffix == ".json" else path / "dataset_info.json"
     try:
-        info = json.loads(path.read_text(encoding="utf-8-sig"))
+        info = json.loads(info_path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {info_path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
-        raise ValueError(f"{path} must map dataset names to entries")
-    return info
+        raise ValueError(f"{info_path} is not JSON: {error}") from None
+    if not isinstance(info, dict) or not isinstance(info.get(name), dict):
+        has = sorted(info) if isinstance(info, dict) else type(info).__name__
+        raise ValueError(f"no dataset {name!r} in {info_path}; it has {has}")
+    if "file_name" not in info[name]:
+        raise ValueError(f"dataset {name!r} of {info_path} has no file_name; only files are read")
+    return info_path.parent / info[name]["file_name"], info[name]
 
 
-def _check_mapping(mapping: dict[str, Any], path: Path) -> None:
-    is_chat = "messages" in (mapping.get("columns") or {})
-    formatting = mapping.get("formatting", "sharegpt" if is_chat else "alpaca")
-    if formatting not in ("sharegpt", "openai"):
-        raise ValueError(f"{path.name} is {formatting!r} rows; supported: sharegpt, openai")
+def _entry_beside(file: Path) -> dict[str, Any] | None:
+    """The entry of a dataset_info.json beside the file that names it; `datasets` has a file of that
+    name too, which names none."""
+    try:
+        info = json.loads((file.parent / "dataset_info.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+    entries = info.values() if isinstance(info, dict) else []
+    named = [e for e in entries if isinstance(e, dict) and e.get("file_name") == file.name]
+    return named[0] if len(named) == 1 else None

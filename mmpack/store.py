@@ -1,8 +1,8 @@
 """EncodedSamples on disk: an Arrow table through `datasets`, memory-mapped.
 
 A store is a folder: `samples/` is a data set `datasets.load_from_disk` reads, `mmpack.json` holds
-the `VisionSpec` and what the store was made from. Images stay where they are; a row holds their
-paths. The only file that imports `datasets`.
+the `VisionSpec` and what the store was made from. Image files stay where they are; a row holds their
+paths, and the bytes of images that are in no file. The only file that imports `datasets`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from mmpack import images
 from mmpack.types import EncodedSample, ImageRef
 from mmpack.vision import VisionSpec
 
@@ -29,6 +30,7 @@ _FEATURES = datasets.Features(
         "labels": datasets.List(datasets.Value("int32")),
         "grid_thw": datasets.List(datasets.Value("int32")),  # flat, three an image
         "images": datasets.List(datasets.Value("string")),
+        "image_bytes": datasets.List(datasets.Value("large_binary")),  # null: in its file
         "source": datasets.Value("string"),
         "row": datasets.Value("int64"),
         "num_tokens": datasets.Value("int64"),
@@ -65,7 +67,7 @@ class EncodedStore(Sequence[EncodedSample]):
             input_ids=row["input_ids"][0].values.to_numpy(),
             labels=row["labels"][0].values.to_numpy(),
             grid_thw=row["grid_thw"][0].values.to_numpy().reshape(-1, 3),
-            images=tuple(ImageRef(path) for path in row["images"][0].as_py()),
+            images=tuple(map(ImageRef, row["images"][0].as_py(), row["image_bytes"][0].as_py())),
             vision=self.vision,
             source=row["source"][0].as_py(),
             row=row["row"][0].as_py(),
@@ -140,9 +142,14 @@ def _table(samples: Sequence[EncodedSample]) -> datasets.Dataset:
         "labels": [sample.labels for sample in samples],
         "grid_thw": [sample.grid_thw.ravel() for sample in samples],
         "images": [[image.path for image in sample.images] for sample in samples],
+        "image_bytes": [[_bytes(image) for image in sample.images] for sample in samples],
         "source": [sample.source for sample in samples],
         "row": [sample.row for sample in samples],
         "num_tokens": [sample.num_tokens for sample in samples],
         "num_patches": [sample.num_patches for sample in samples],
     }
     return datasets.Dataset.from_dict(columns, features=_FEATURES)
+
+
+def _bytes(image: ImageRef) -> bytes | None:
+    return None if image.data is None else images.encoded_bytes(image)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,17 @@ IGNORE = -100  # label of a token without loss
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image lies. Opened by `mmpack.images` alone."""
+    """Where an image lies. Opened by `mmpack.images` alone.
+
+    Attributes:
+        path: its file, or a name to show in errors where `data` holds the image.
+        data: the encoded image (JPEG, PNG, ... bytes) or a PIL image, where it is not in a file.
+        size: (height, width) in pixels if known.
+    """
 
     path: str
+    data: Any = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +43,6 @@ class Message:
 
     role: str  # "system", "user" or "assistant"
     content: tuple[str | ImageRef, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used, and why."""
-
-    source: str
-    row: int
-    error: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.errors import RowError
+
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize refuses more
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
@@ -111,12 +113,7 @@ class VisionSpec:
         Raises:
             ValueError: the aspect ratio is above 200.
         """
-        ratio = max(height, width) / min(height, width)
-        if ratio > MAX_ASPECT_RATIO:
-            raise ValueError(
-                f"{width} x {height} pixels is an aspect ratio of {ratio:.0f}, Qwen2-VL takes at "
-                f"most {MAX_ASPECT_RATIO}; crop or drop the image"
-            )
+        check_aspect_ratio(height, width)
         factor = self.patch_size * self.merge_size
         new_height = round(height / factor) * factor
         new_width = round(width / factor) * factor
@@ -139,6 +136,23 @@ class VisionSpec:
         """(I,) features, that is tokens, of every grid in `grid_thw` (I, 3)."""
         patches: NDArray[np.int64] = grid_thw.astype(np.int64).prod(axis=-1)
         return patches // self.merge_size**2
+
+
+def check_aspect_ratio(height: int, width: int) -> None:
+    """Refuse what transformers' `smart_resize` refuses.
+
+    Raises:
+        RowError: one side is more than 200 times the other.
+    """
+    if min(height, width) < 1:
+        raise RowError(f"{width} x {height} pixels is no image", "replace it")
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise RowError(
+            f"{width} x {height} pixels is an aspect ratio of {ratio:.0f}, Qwen2-VL takes at most "
+            f"{MAX_ASPECT_RATIO}",
+            "crop or drop the image",
+        )
 
 
 def _token_id(tokenizer: Any, token: str) -> int:

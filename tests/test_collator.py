@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from builders import stock_inputs, stock_processor
+from PIL import Image
 
 from mmpack import VisionSpec, assemble
 from mmpack.encode import encode_samples
@@ -92,7 +93,8 @@ def test_packs_samples_and_processor_outputs_give_one_batch(samples, features, p
     expected = PackCollator()(samples)
     same_batch(PackCollator()([assemble(samples[:2]), assemble(samples[2:])]), expected)
     same_batch(PackCollator(processor=processor)(features), expected)
-    same_batch(PackCollator(processor=VisionSpec.from_processor(processor))(features), expected)
+    parts = (processor.tokenizer, VisionSpec.from_processor(processor))
+    same_batch(PackCollator(processor=parts)(features), expected)
 
 
 def test_padding_of_processor_outputs_is_left_out(features, processor):
@@ -137,7 +139,20 @@ def test_what_is_missing_or_cut_is_named(features, processor):
 def test_other_things_are_refused(samples):
     with pytest.raises(ValueError, match=r"all of one kind; got \['EncodedSample', 'Pack'\]"):
         PackCollator()([samples[0], assemble(samples[1:])])
-    with pytest.raises(ValueError, match="Raw rows: use PackedDataset.from_files"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor=processor\)"):
         PackCollator()([{"conversations": []}])
     with pytest.raises(ValueError, match="assembled without pixels"):
         PackCollator()([assemble(samples, pixels=False)])
+
+
+def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor, monkeypatch):
+    collate = PackCollator(processor=processor)
+    monkeypatch.chdir(shared / "realset")  # rows in memory: paths from the current folder
+    raw = [realset_rows[n] for n in rows]
+    same_batch(collate(raw), PackCollator()(samples))
+    pictures = [{**row, "images": [Image.open(path) for path in row["images"]]} for row in raw]
+    same_batch(collate(pictures), PackCollator()(samples))
+    with pytest.raises(ValueError, match="row 1 of rows: .*no field 'conversations'"):
+        collate([raw[0], {"text": "?"}])
+    with pytest.raises(ValueError, match="feature 1 has no input_ids, others have"):
+        collate([{"input_ids": [1, 2], "labels": [1, 2]}, raw[0]])

@@ -132,7 +132,7 @@ def test_bad_rows_are_listed_and_the_rest_encoded(tokenizer, vision):
     bad = dataclasses.replace(chat("a", "b"), messages=chat("a", "b").messages[:1], row=1)
     bad_rows = []
     samples = [chat("a", "b"), bad, chat("c", "d")]
-    good = list(encode_samples(samples, tokenizer, vision, bad_rows=bad_rows))
+    good = list(encode_samples(samples, tokenizer, vision, on_error=bad_rows))
     assert [supervised_text(s, tokenizer) for s in good] == ["b<|im_end|>", "d<|im_end|>"]
     assert [row.row for row in bad_rows] == [1]
 

@@ -1,11 +1,26 @@
+import gzip
 import json
+import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from mmpack import read_samples
+from mmpack import images, read_samples
 from mmpack.types import ImageRef, Message
 
 TURNS = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This."}]
+SIZE = (30, 40)  # height, width of every picture below
+
+
+@pytest.fixture(autouse=True)
+def pictures(tmp_path):
+    for name in ("a.png", "b.png", "0.png", "1.png", "2.png"):
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / name)
+
+
+def ref(folder, name):
+    return ImageRef(str(folder / name), None, SIZE)
 
 
 def write(path, rows):
@@ -23,7 +38,7 @@ def read_one(tmp_path, row, **options):
 
 def test_sharegpt_row(tmp_path):
     sample = read_one(tmp_path, {"conversations": TURNS, "images": ["a.png"]})
-    image = ImageRef(str(tmp_path / "a.png"))
+    image = ref(tmp_path, "a.png")
     assert sample.messages == (Message("user", (image, "What?")), Message("assistant", ("This.",)))
     assert sample.images == (image,)
     assert (sample.source, sample.row) == ("train.json", 0)
@@ -35,12 +50,114 @@ def test_openai_row(tmp_path):
         {"role": "user", "content": "A <image> and <image>?"},
         {"role": "assistant", "content": "Yes."},
     ]
-    sample = read_one(
-        tmp_path, {"messages": turns, "images": ["a.png", "b.png"]}, media_dir="/data"
-    )
+    other = tmp_path / "pictures"
+    other.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.move(tmp_path / name, other / name)
+    sample = read_one(tmp_path, {"messages": turns, "images": ["a.png", "b.png"]}, media_dir=other)
     assert sample.messages[0] == Message("system", ("Be brief.",))
-    user = ("A ", ImageRef("/data/a.png"), " and ", ImageRef("/data/b.png"), "?")
+    user = ("A ", ref(other, "a.png"), " and ", ref(other, "b.png"), "?")
     assert sample.messages[1].content == user
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": "a.png"},
+        {"type": "image_url", "value": "a.png"},
+        {"type": "image"},
+    ],
+)
+def test_content_parts(tmp_path, part):
+    content = ["See ", part, {"type": "text", "text": "and say what <image> means."}]
+    answer = {"role": "assistant", "content": [{"type": "text", "value": "A marker."}]}
+    row = {"messages": [{"role": "user", "content": content}, answer]}
+    if len(part) == 1:  # the picture comes from the row's list
+        row["images"] = ["a.png"]
+    sample = read_one(tmp_path, row)
+    # Beside a part that is a picture, <image> in a text is text.
+    assert sample.messages[0].content == (
+        "See ",
+        ref(tmp_path, "a.png"),
+        "and say what <image> means.",
+    )
+    assert sample.messages[1].content == ("A marker.",)
+
+
+def test_alpaca_row(tmp_path):
+    row = {
+        "instruction": "<image>Count.",
+        "input": "In German.",
+        "output": "Drei.",
+        "history": [["Hi", "Hello"], ["Ready?", "Yes"]],
+        "system": "Be brief.",
+        "images": ["a.png"],
+    }
+    sample = read_one(tmp_path, row)
+    assert [(m.role, m.content) for m in sample.messages] == [
+        ("system", ("Be brief.",)),
+        ("user", ("Hi",)),
+        ("assistant", ("Hello",)),
+        ("user", ("Ready?",)),
+        ("assistant", ("Yes",)),
+        ("user", (ref(tmp_path, "a.png"), "Count.\nIn German.")),
+        ("assistant", ("Drei.",)),
+    ]
+
+
+TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
+CALL_TEXT = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+
+
+def test_tools_become_text_as_qwens_templates_write_it(tmp_path):
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "1+2?"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "Three."},
+        ],
+        "tools": json.dumps([TOOL]),
+    }
+    call = {"type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}
+    openai = {
+        "messages": [
+            {"role": "user", "content": "1+2?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "Three."},
+        ],
+        "tools": [{"type": "function", "function": TOOL}],
+    }
+    one, other = read_one(tmp_path, sharegpt), read_one(tmp_path, openai)
+    assert one.messages == other.messages
+    system, user, called, result, answer = one.messages
+    assert system.role == "system"
+    text = system.content[0]
+    assert text.startswith("You are a helpful assistant.\n\n# Tools\n\nYou may call one or more")
+    assert '<tools>\n{"type": "function", "function": {"name": "add", "desc' in text
+    assert called == Message("assistant", (CALL_TEXT,))
+    assert result == Message("user", ("<tool_response>\n3\n</tool_response>",))
+    assert (user.content, answer.content) == (("1+2?",), ("Three.",))
+
+
+def test_several_tools_answer_in_one_turn(tmp_path):
+    row = {
+        "messages": [
+            {"role": "user", "content": "1+2? 3+4?"},
+            {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL]},
+            {"role": "tool", "content": "3"},
+            {"role": "tool", "content": "7"},
+            {"role": "assistant", "content": "3 and 7."},
+        ]
+    }
+    sample = read_one(tmp_path, row)
+    assert sample.messages[1].content == (f"Let me see.\n{CALL_TEXT}\n{CALL_TEXT}",)
+    responses = "<tool_response>\n3\n</tool_response>\n<tool_response>\n7\n</tool_response>"
+    assert sample.messages[2] == Message("user", (responses,))
 
 
 def test_a_system_turn_outranks_the_system_column(tmp_path):
@@ -50,47 +167,155 @@ def test_a_system_turn_outranks_the_system_column(tmp_path):
     assert read_one(tmp_path, row).messages[0] == Message("system", ("turn",))
 
 
-@pytest.mark.parametrize("images", [{}, {"images": None}, {"images": []}])
-def test_rows_without_images(tmp_path, images):
+@pytest.mark.parametrize("given", [{}, {"images": None}, {"images": []}, {"images": ""}])
+def test_rows_without_images(tmp_path, given):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
-    assert read_one(tmp_path, {"conversations": turns, **images}).images == ()
+    assert read_one(tmp_path, {"conversations": turns, **given}).images == ()
 
 
-@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
-def test_both_file_types_give_the_same_samples(tmp_path, name):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"images": ["a.png"]},
+        {"images": "a.png"},
+        {"images": '["a.png"]'},
+        {"image": "a.png"},
+        {"image": ["a.png"]},
+        {"images": [{"path": "a.png", "bytes": None}]},
+        {"images": [".\\a.png"]},
+        {"images": ["nested/../a.png"]},
+    ],
+)
+def test_ways_to_name_an_image(tmp_path, given):
+    sample = read_one(tmp_path, {"conversations": TURNS, **given})
+    assert sample.images == (ref(tmp_path, "a.png"),)
+
+
+def test_images_inside_the_row(tmp_path):
+    data = (tmp_path / "a.png").read_bytes()
+    picture = Image.open(tmp_path / "a.png")
+    spec_rows = [
+        {"images": [data]},
+        {"images": [{"bytes": data, "path": "x/a.png"}]},
+        {"image": picture},
+    ]
+    for row in spec_rows:
+        (sample,) = read_samples([{"conversations": TURNS, **row}])
+        assert sample.images[0].size == SIZE
+        pixels = images.load_patches(sample.images[0], *grid_of(sample.images[0]))
+        assert (pixels == 0).all()
+
+
+def grid_of(image):
+    from mmpack import VisionSpec
+
+    vision = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 16)
+    return vision.image_grid(*image.size), vision
+
+
+def test_data_uris_are_read_where_allowed(tmp_path):
+    import base64
+
+    uri = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    row = {"conversations": TURNS, "images": [uri]}
+    assert read_one(tmp_path, row, media_dir=["data:"]).images[0].size == SIZE
+    with pytest.raises(ValueError, match=r"data:image/png;base64,\.\.\. is a data URI") as error:
+        read_one(tmp_path, row)
+    assert len(str(error.value)) < 300
+    for broken in ("data:image/png,abc", "data:image/png;base64,a?b"):
+        with pytest.raises(ValueError, match="base64"):
+            read_one(tmp_path, {**row, "images": [broken]}, media_dir=[tmp_path, "data:"])
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz"])
+def test_file_types_give_the_same_samples(tmp_path, name):
     rows = [{"conversations": TURNS, "images": [f"{n}.png"]} for n in range(3)]
-    samples = list(read_samples(write(tmp_path / name, rows)))
+    path = write(tmp_path / name.removesuffix(".gz"), rows)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    samples = list(read_samples(tmp_path / name))
     assert [s.row for s in samples] == [0, 1, 2]
     assert [s.images[0].path for s in samples] == [str(tmp_path / f"{n}.png") for n in range(3)]
+
+
+def test_folders_and_lists_of_files(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    row = {"conversations": TURNS, "images": ["a.png"]}
+    for name in ("b.jsonl", "a.jsonl"):
+        write(folder / name, [row, row])
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "notes.txt").write_text("not data")
+    by_folder = list(read_samples(folder, media_dir=tmp_path))
+    assert [(s.source, s.row) for s in by_folder] == [
+        ("a.jsonl", 0),
+        ("a.jsonl", 1),
+        ("b.jsonl", 0),
+        ("b.jsonl", 1),
+    ]
+    by_list = list(read_samples([folder / "a.jsonl", folder / "b.jsonl"], media_dir=tmp_path))
+    assert by_list == by_folder
+    write(folder / "c.json", [row])
+    with pytest.raises(ValueError, match=r"files of several types \['.json', '.jsonl'\]; name"):
+        list(read_samples(folder))
+
+
+def test_a_nested_row_is_several_samples(tmp_path):
+    row = {"conversations": TURNS, "image": "a.png"}
+    samples = list(read_samples(write(tmp_path / "t.json", [row, [row, row]])))
+    assert [sample.row for sample in samples] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (
-            {"conversations": TURNS, "images": ["a", "b"]},
+            {"conversations": TURNS, "images": ["a.png", "b.png"]},
             "1 <image> markers but 2 images; add a marker",
         ),
-        ({"conversations": TURNS, "images": []}, "1 <image> markers but 0 images; add the missing"),
-        ({"conversation": TURNS}, r"no field 'conversations'; the row has \['conversation'\]"),
-        ({"conversations": "text"}, "must be a list of turns"),
-        ({"conversations": []}, "must be a list of turns"),
+        (
+            {"conversations": TURNS, "images": []},
+            "1 <image> markers but 0 images; add the missing image",
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "<Image>?"}, TURNS[1]],
+                "images": ["a.png"],
+            },
+            "0 <image> markers but 1 images; the marker is spelt <image>",
+        ),
+        ({"conversation": TURNS}, r"no field 'conversations', .*; the row has \['conversation'\]"),
+        ({"conversations": "text"}, "must be a list of turns, got 'text'"),
+        ({"conversations": []}, "must be a list of turns, got a list of 0"),
         ({"conversations": TURNS[1:]}, "found 'assistant' where 'user' should speak"),
         ({"conversations": [TURNS[0], TURNS[0]]}, "found 'user' where 'assistant' should speak"),
         ({"conversations": TURNS[:1]}, "last turn must be the assistant's"),
-        ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown role 'narrator'"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown role 'narrator'; known"),
         (
-            {"conversations": [{"from": "human"}]},
-            r"turn 0 needs 'from' and 'value', it has \['from'\]",
+            {"conversations": [{"value": "x"}]},
+            r"turn 0 needs 'from' and 'value', it has \['value'\]",
         ),
-        ({"conversations": [{"from": "human", "value": None}]}, "must be a string, got NoneType"),
+        ({"conversations": [{"from": "human"}]}, "text of turn 0 must be a string, got None"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "turn 1 is empty"),
-        ({"conversations": TURNS, "images": "a.png"}, "'images' must be a list of paths"),
+        ({"conversations": TURNS, "images": [5]}, "must be a path, bytes or a picture, got int"),
+        ({"conversations": TURNS, "images": [{}]}, "has neither path nor bytes"),
         (
-            {"conversations": TURNS, "images": ["a"], "videos": ["v.mp4"]},
-            "videos are not supported",
+            {"conversations": TURNS, "images": ["a.png"], "image": "b.png"},
+            "both 'images' and 'image'",
         ),
-        (["not", "an", "object"], "a row must be an object, got list"),
+        ({"conversations": TURNS, "images": ["a.png"], "videos": ["v.mp4"]}, "the row has videos"),
+        ({"instruction": "x", "output": None}, "no field 'output'"),
+        ({"instruction": "x", "output": "y", "history": [["one"]]}, "'history' must hold pairs"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "content part of type 'video'; text and image are read",
+        ),
+        (
+            {"conversations": [TURNS[0], {"from": "function_call", "value": "add(1, 2)"}]},
+            "turn 1 must call functions by name and arguments",
+        ),
+        ("text", "a row must be an object, got str"),
     ],
 )
 def test_a_bad_row_is_named_counted_and_advised(tmp_path, row, message):
@@ -100,8 +325,13 @@ def test_a_bad_row_is_named_counted_and_advised(tmp_path, row, message):
         list(read_samples(path))
     assert error.match(message)
     bad_rows = []
-    assert [s.row for s in read_samples(path, bad_rows=bad_rows)] == [0, 2]
-    assert [(bad.source, bad.row) for bad in bad_rows] == [("train.json", 1)]
+    assert [s.row for s in read_samples(path, on_error=bad_rows)] == [0, 2]
+    (bad,) = bad_rows
+    assert (bad.source, bad.row, bad.content) == ("train.json", 1, row)
+    assert bad.error
+    assert bad.advice
+    with pytest.warns(UserWarning, match=r"left out row 1 of train\.json"):
+        assert len(list(read_samples(path, on_error="skip"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,17 +339,39 @@ def test_a_bad_row_is_named_counted_and_advised(tmp_path, row, message):
     [
         ("a.json", '{"x": 1}', r"must hold a JSON array of rows, it holds an object with \['x'\]"),
         ("a.json", '{"x": 1}\n{"x": 2}', "rename the file to .jsonl"),
-        ("a.json", "[1, 2", "not a JSON array"),
-        ("a.jsonl", '{"x": 1}\n{"x": ', "line 2 of a.jsonl is not JSON"),
-        ("a.txt", "", "not a .json or .jsonl file"),
-        ("a.json", b"[\xff\xfe]", "not UTF-8"),
+        ("a.json", "[1, 2", "a.json is not a JSON array"),
+        ("a.json", "[]", "a.json holds no rows"),
+        ("a.jsonl", '[{"x": 1}]', "holds a JSON array, not lines; rename it to .json"),
+        ("a.txt", "", "is none of .json, .jsonl"),
+        ("a.json", b"[\xff\xfe]", "a.json is not UTF-8"),
+        ("a.json", b"\x1f\x8b\x08", "a.json is gzip data"),
+        ("a.parquet", "PAR", "a.parquet is not a Parquet file"),
+        ("a.arrow", "ARROW", "a.arrow is not an Arrow file"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):  # a row can be skipped, a broken file cannot
-        list(read_samples(path, bad_rows=[]))
+        list(read_samples(path, on_error=[]))
+
+
+def test_a_bad_line_is_a_bad_row(tmp_path):
+    good = json.dumps({"conversations": TURNS, "images": ["a.png"]})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n{good[:20]}\n{good}\n")
+    bad_rows = []
+    assert [s.row for s in read_samples(tmp_path / "a.jsonl", on_error=bad_rows)] == [0, 2]
+    assert str(bad_rows[0]).startswith("row 1 of a.jsonl: line 3 is not JSON")
+
+
+def test_csv_rows_of_another_width_are_bad(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\nHi,Ho\nHi,Ho,Hu\nHi\nHi,Ho\n")
+    bad_rows = []
+    assert [s.row for s in read_samples(tmp_path / "a.csv", on_error=bad_rows)] == [0, 3]
+    assert [bad.error for bad in bad_rows] == [
+        "line 3 has not the 2 fields of the first line",
+        "line 4 has not the 2 fields of the first line",
+    ]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -127,7 +379,31 @@ def test_a_missing_file_is_named(tmp_path):
         list(read_samples(tmp_path / "nothing.json"))
 
 
-def test_dataset_info_maps_fields(tmp_path):
+def test_options_are_checked(tmp_path):
+    path = write(tmp_path / "t.json", [{"conversations": TURNS[1:]}])
+    for option in ("on_error", "missing_marker", "verify"):
+        with pytest.raises(ValueError, match=f"{option} must be"):
+            list(read_samples(path, **{option: "maybe"}))
+
+
+def test_a_missing_marker_is_put_in_front_if_asked(tmp_path):
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Which is larger?"},
+        {"from": "gpt", "value": "The first."},
+    ]
+    row = {"conversations": turns, "images": ["a.png", "b.png"]}
+    with pytest.raises(ValueError, match="0 <image> markers but 2 images; add a marker"):
+        read_one(tmp_path, row)
+    sample = read_one(tmp_path, row, missing_marker="prepend")
+    images_then_text = (ref(tmp_path, "a.png"), ref(tmp_path, "b.png"), "Which is larger?")
+    assert sample.messages[1].content == images_then_text
+    turns[2]["value"] = "<image>"  # one marker anywhere, and the rule does not apply
+    with pytest.raises(ValueError, match="1 <image> markers but 2 images"):
+        read_one(tmp_path, row, missing_marker="prepend")
+
+
+def test_dataset_info_maps_fields(tmp_path, caplog):
     entry = {
         "file_name": "rows.json",
         "formatting": "sharegpt",
@@ -135,21 +411,42 @@ def test_dataset_info_maps_fields(tmp_path):
         "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "it"},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry, "other": {}}))
-    chat = [{"who": "me", "says": "<image>?"}, {"who": "it", "says": "!"}]
+    chat = [
+        {"who": "system", "says": "Hm."},  # a tag the entry leaves out keeps its default
+        {"who": "me", "says": "<image>?"},
+        {"who": "it", "says": "!"},
+    ]
     write(tmp_path / "rows.json", [{"chat": chat, "pictures": ["a.png"]}])
-    by_name = list(read_samples(tmp_path, dataset="mine"))
+    with caplog.at_level("WARNING", "mmpack"):
+        by_name = list(read_samples(tmp_path, mapping="mine"))
+    assert "rows.json leaves out tags; kept system_tag='system', " in caplog.text
     beside = list(read_samples(tmp_path / "rows.json"))
     explicit = list(read_samples(tmp_path / "rows.json", mapping=entry))
     assert by_name == beside == explicit
-    assert by_name[0].messages[0] == Message("user", (ImageRef(str(tmp_path / "a.png")), "?"))
+    assert by_name[0].messages[1] == Message("user", (ref(tmp_path, "a.png"), "?"))
     with pytest.raises(ValueError, match=r"no dataset 'yours' in .*; it has \['mine', 'other'\]"):
-        list(read_samples(tmp_path, dataset="yours"))
+        list(read_samples(tmp_path, mapping="yours"))
+    with pytest.raises(ValueError, match="no dataset 'other'|no file_name"):
+        list(read_samples(tmp_path, mapping="other"))
 
 
-def test_a_format_that_is_not_read_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"formatting": "rlhf"}, "formatting 'rlhf' is not read"),
+        ({"ranking": True}, "with 'ranking'"),
+    ],
+)
+def test_what_a_dataset_info_asks_too_much(tmp_path, entry, message):
     path = write(tmp_path / "rows.json", [{"instruction": "a", "output": "b"}])
-    with pytest.raises(ValueError, match="supported: sharegpt, openai"):
-        list(read_samples(path, mapping={"formatting": "alpaca"}))
+    with pytest.raises(ValueError, match=message):
+        list(read_samples(path, mapping=entry))
+
+
+def test_the_dataset_info_of_datasets_is_not_mistaken(tmp_path):
+    (tmp_path / "dataset_info.json").write_text('{"features": {}, "citation": ""}')
+    path = write(tmp_path / "rows.json", [{"instruction": "a", "output": "b"}])
+    assert len(list(read_samples(path))) == 1
 
 
 def test_the_real_set_reads_whole_and_in_both_forms(shared, realset_rows, realset_samples):
@@ -164,7 +461,100 @@ def test_the_real_set_reads_whole_and_in_both_forms(shared, realset_rows, realse
         assert sample.messages == realset_samples[ids[json.loads(line)["id"]]].messages
 
 
-def test_llama_factorys_demo_reads_by_name(shared):
-    samples = list(read_samples(shared / "mllm_demo", dataset="mllm_demo"))
-    assert len(samples) == 6
-    assert all(sample.images for sample in samples)
+def test_llama_factorys_demo_reads_in_both_forms(shared, tmp_path):
+    samples = list(read_samples(shared / "mllm_demo", mapping="mllm_demo"))
+    assert [len(sample.images) for sample in samples] == [2, 1, 1, 2, 1, 1]
+    (tmp_path / "data").mkdir()  # the newer form's paths begin there
+    shutil.copytree(shared / "mllm_demo" / "mllm_demo_data", tmp_path / "data" / "mllm_demo_data")
+    parts = list(
+        read_samples(shared / "mllm_demo" / "v1_multimodal_demo.jsonl", media_dir=tmp_path)
+    )
+    assert len(parts) > 0
+    assert all(sample.images for sample in parts)
+    first, other = samples[0].messages, parts[0].messages
+    assert [m.role for m in first] == [m.role for m in other]
+
+
+def test_qwens_own_demo(shared, tmp_path):
+    folder = shared / "qwen_finetune_demo"
+    samples = list(read_samples(folder / "readme_examples.json"))
+    assert [(s.row, len(s.images)) for s in samples] == [(0, 1), (1, 2), (2, 1), (2, 1)]
+    with pytest.raises(
+        ValueError, match="demo/images/10095.png does not exist; mend the path or the"
+    ):
+        list(read_samples(folder / "single_images.json"))
+    shutil.copytree(folder / "images", tmp_path / "demo" / "images")
+    shipped = list(read_samples(folder / "single_images.json", media_dir=tmp_path))
+    assert [s.messages[0].content[-1].path for s in shipped][0].endswith("demo/images/10095.png")
+
+
+def test_the_real_set_converted(shared, realset_rows, realset_samples, tmp_path):
+    """The same rows as CSV, Parquet, Arrow (both layouts), a `datasets` set and Alpaca."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    datasets = pytest.importorskip("datasets")
+    import csv
+
+    rows = [{k: row.get(k) for k in ("conversations", "images", "system")} for row in realset_rows]
+    rows, expected = rows[::10], [s.messages for s in realset_samples[::10]]
+    folder = shared / "realset"
+
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["conversations", "images", "system"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {k: json.dumps(v) if isinstance(v, list) else v or "" for k, v in row.items()}
+            )
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=50)
+    with pyarrow.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as stream:
+        stream.write_table(table)
+    with pyarrow.ipc.new_file(tmp_path / "file.arrow", table.schema) as file:
+        file.write_table(table)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    write(tmp_path / "alpaca.json", [alpaca(row) for row in rows])
+
+    for name in ("rows.csv", "rows.parquet", "stream.arrow", "file.arrow", "saved", "alpaca.json"):
+        samples = list(read_samples(tmp_path / name, media_dir=folder))
+        assert [sample.messages for sample in samples] == expected, name
+    in_memory = list(read_samples(datasets.Dataset.from_list(rows), media_dir=folder))
+    assert [sample.messages for sample in in_memory] == expected
+
+
+def alpaca(row):
+    values = [turn["value"] for turn in row["conversations"]]
+    pairs = list(zip(values[::2], values[1::2]))
+    (question, answer), history = pairs[-1], pairs[:-1]
+    return {
+        "instruction": question,
+        "input": "",
+        "output": answer,
+        "history": history,
+        "system": row["system"],
+        "images": row["images"],
+    }
+
+
+def test_images_of_a_datasets_set_give_the_same_pixels(shared, realset_samples, vision):
+    datasets = pytest.importorskip("datasets")
+    sample = next(s for s in realset_samples if len(s.images) == 2)
+    paths = [image.path for image in sample.images]
+    row = {
+        "conversations": [{"from": "human", "value": "<image><image>?"}, TURNS[1]],
+        "images": paths,
+    }
+    features = datasets.Features(
+        {
+            "conversations": datasets.List(
+                {"from": datasets.Value("string"), "value": datasets.Value("string")}
+            ),
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    (decoded,) = read_samples(datasets.Dataset.from_list([row], features=features))
+    for image, expected in zip(decoded.images, sample.images):
+        assert image.size == expected.size
+        grid = vision.image_grid(*image.size)
+        ours, theirs = (images.load_patches(i, grid, vision) for i in (image, expected))
+        assert np.array_equal(ours, theirs)

@@ -16,6 +16,8 @@ import torch
 
 from mmpack import images
 from mmpack.assemble import assemble, concatenate
+from mmpack.encode import encode_samples
+from mmpack.readers import read_samples
 from mmpack.types import IGNORE, EncodedSample, Pack
 from mmpack.vision import VisionSpec
 
@@ -28,7 +30,8 @@ class PackCollator:
     - `Pack`s, the items of a `PackedDataset` (use `per_device_train_batch_size=1`);
     - `EncodedSample`s;
     - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`,
-      `pixel_values` and `image_grid_thw`. These need `processor=`.
+      `pixel_values` and `image_grid_thw`; or raw rows as `read_samples` takes them (TRL hands
+      those on). Both need `processor=`.
 
     The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`,
     `logits_to_keep (L,)`, `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal
@@ -37,12 +40,14 @@ class PackCollator:
     `mmpack={...}`. T tokens, L supervised tokens, P patches, I images.
 
     Args:
-        processor: a transformers Qwen-VL processor or a `VisionSpec`; only for processor outputs.
+        processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
     """
 
     def __init__(self, processor: Any = None) -> None:
-        is_spec = processor is None or isinstance(processor, VisionSpec)
-        self.vision = processor if is_spec else VisionSpec.from_processor(processor)
+        if processor is None or isinstance(processor, tuple):
+            self.tokenizer, self.vision = processor or (None, None)
+        else:
+            self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         if all(isinstance(feature, Pack) for feature in features):
@@ -51,22 +56,26 @@ class PackCollator:
         elif all(isinstance(feature, EncodedSample) for feature in features):
             pack = assemble(features)
             pixel_values = _pixel_values(pack)
-        elif all(isinstance(feature, Mapping) and "input_ids" in feature for feature in features):
-            if self.vision is None:
-                raise ValueError(
-                    "processor outputs can be packed only with the processor's settings: "
-                    "PackCollator(processor=processor)"
-                )
+        elif not all(isinstance(feature, Mapping) for feature in features):
+            kinds = sorted({type(feature).__name__ for feature in features})
+            raise ValueError(
+                "PackCollator takes Packs, EncodedSamples, processor outputs or rows (dicts), all of "
+                f"one kind; got {kinds}"
+            )
+        elif self.vision is None:
+            raise ValueError(
+                "processor outputs and raw rows can be packed only with their processor: "
+                "PackCollator(processor=processor)"
+            )
+        elif all("input_ids" not in feature for feature in features):
+            samples = encode_samples(read_samples(features), self.tokenizer, self.vision)
+            pack = assemble(list(samples))
+            pixel_values = _pixel_values(pack)
+        else:
             samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
             pack = assemble(samples, pixels=False)
             parts = [torch.as_tensor(f["pixel_values"]) for f in features if _has_images(f)]
             pixel_values = torch.cat(parts) if parts else None
-        else:
-            kinds = sorted({type(feature).__name__ for feature in features})
-            raise ValueError(
-                "PackCollator takes Packs, EncodedSamples or processor outputs (dicts with "
-                f"input_ids), all of one kind; got {kinds}. Raw rows: use PackedDataset.from_files"
-            )
         return _batch(pack, pixel_values)
 
 
@@ -117,6 +126,10 @@ def _has_images(feature: Mapping[str, Any]) -> bool:
 
 def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec) -> EncodedSample:
     """A processor's output back to one marker per image; pixels are left where they are."""
+    if feature.get("input_ids") is None:
+        raise ValueError(
+            f"feature {number} has no input_ids, others have; batch one kind at a time"
+        )
     if feature.get("labels") is None:
         raise ValueError(f"feature {number} has no labels; mask the prompt with -100 and pass them")
     if feature.get("pixel_values_videos") is not None:

@@ -1,0 +1,54 @@
+"""What can be wrong with a row, and what becomes of it: raised, skipped aloud, or listed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class RowError(ValueError):
+    """What is wrong with one row, and what its owner can do about it."""
+
+    def __init__(self, error: str, advice: str = "") -> None:
+        super().__init__(f"{error}; {advice}" if advice else error)
+        self.error = error
+        self.advice = advice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BadRow:
+    """A row that cannot be used: where it is, why, what to do about it, and what it holds (None
+    where the row had been read before the error was found)."""
+
+    source: str
+    row: int
+    error: str
+    advice: str = ""
+    content: Any = None
+
+    def __str__(self) -> str:
+        return f"row {self.row} of {self.source}: {RowError(self.error, self.advice)}"
+
+
+OnError = Literal["raise", "skip"] | list[BadRow]
+
+
+def names(keys: Iterable[Any]) -> str:
+    """Keys of somebody's row in an error: sorted, never many, never long."""
+    shown = [f"{str(key):.40}" for key in sorted(keys, key=str)]
+    return f"{shown[:12]}" + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+
+
+def report(bad: BadRow, on_error: OnError) -> None:
+    """Deal with a bad row as `on_error` says: "raise" a `ValueError`; "skip" it with a warning; or
+    append it to a list."""
+    if isinstance(on_error, list):
+        on_error.append(bad)
+    elif on_error == "skip":
+        warnings.warn(f"left out {bad}", stacklevel=3)
+    elif on_error == "raise":
+        raise ValueError(str(bad))
+    else:
+        raise ValueError(f"on_error must be 'raise', 'skip' or a list, got {on_error!r}")

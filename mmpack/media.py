@@ -1,0 +1,123 @@
+"""What a row says of an image -> ImageRef, and nothing outside the media folder.
+
+Rows come from anywhere, so a path in one is not trusted: it must stay inside the folders the user
+named, links followed; URLs are refused unread; only regular files are looked at.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+from mmpack.errors import RowError, names
+from mmpack.types import ImageRef
+
+DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is no URL
+
+
+class MediaFolders:
+    """The folders images may lie in; a relative path is looked up in the first."""
+
+    def __init__(self, folders: Sequence[str | os.PathLike[str]]) -> None:
+        names = [os.fspath(folder) for folder in folders]
+        self._takes_data_uris = DATA_URIS in names
+        self._names = [os.path.abspath(name) for name in names if name != DATA_URIS]
+        self._folders = [os.path.realpath(name) for name in self._names]
+
+    def locate(self, value: Any) -> ImageRef:
+        """One image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image.
+
+        Raises:
+            RowError: not one of these, no such file, or a place that is not allowed.
+        """
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+            if data is None and path is None:
+                raise RowError(
+                    f"an image has neither path nor bytes but {names(value)}",
+                    "give it one of them",
+                )
+            if data is None:
+                return self.locate(path)
+            if not isinstance(data, (bytes, bytearray)):
+                kind = type(data).__name__
+                raise RowError(f"the bytes of an image are {kind}, not bytes", "write its path")
+            name = (
+                os.path.basename(path) if isinstance(path, str) and _is_unicode(path) else "bytes"
+            )
+            return ImageRef(name, bytes(data))
+        if isinstance(value, (bytes, bytearray)):
+            return ImageRef("bytes", bytes(value))
+        if isinstance(value, str):
+            return self._locate_path(value)
+        if hasattr(value, "getbands") and hasattr(value, "size"):  # a PIL image, without PIL here
+            width, height = value.size
+            return ImageRef("image in memory", value, (height, width))
+        raise RowError(
+            f"an image must be a path, bytes or a picture, got {type(value).__name__}",
+            "write its path",
+        )
+
+    def _locate_path(self, path: str) -> ImageRef:
+        if not path or "\0" in path or not _is_unicode(path):
+            raise RowError(f"image path {path!a:.100} is no file name", "mend the path")
+        if path.startswith("data:"):
+            return self._decode_uri(path)
+        if _URL.match(path):
+            raise RowError(f"image {path:.100} is a URL, URLs are not read", "download it first")
+        full = self._full(path)
+        if "\\" in path and not (self._is_allowed(full) and os.path.exists(full)):
+            full = self._full(path.replace("\\", "/"))  # written on Windows
+        if not self._is_allowed(full):
+            raise RowError(
+                f"image {path:.200} lies outside of {' and '.join(self._names)}",
+                "move it there, or name its folder as a media folder",
+            )
+        try:
+            is_file = stat.S_ISREG(os.stat(full).st_mode)
+        except OSError:
+            raise RowError(
+                f"image {full:.300} does not exist", "mend the path or the media folder"
+            ) from None
+        if not is_file:
+            raise RowError(f"image {full:.300} is not a file", "name the picture itself")
+        return ImageRef(full)
+
+    def _full(self, path: str) -> str:
+        return os.path.normpath(os.path.join(self._names[0], path))
+
+    def _is_allowed(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        return any(_is_inside(real, folder) for folder in self._folders)
+
+    def _decode_uri(self, uri: str) -> ImageRef:
+        head, _, body = uri.partition(",")
+        if not self._takes_data_uris:
+            raise RowError(
+                f"image {head:.60},... is a data URI, which are read only if allowed",
+                f"allow them: {DATA_URIS!r} among the media folders",
+            )
+        if not head.endswith(";base64"):
+            raise RowError(f"image {head:.60},... is not base64", "encode it as base64")
+        try:
+            return ImageRef("data URI", base64.b64decode(body, validate=True))
+        except (binascii.Error, ValueError):
+            raise RowError(f"image {head:.60},... is broken base64", "encode it again") from None
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True

@@ -1,0 +1,144 @@
+"""Tables and pictures of what `mmpack.check` counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmpack.check import Summary
+
+_SHOWN_BAD = 10
+
+
+def check_table(summary: Summary) -> str:
+    """The data set in a terminal."""
+    refused = summary.num_rows - summary.num_usable
+    lines = [f"{summary.num_rows:,} rows: {summary.num_usable:,} usable, {refused:,} refused"]
+    lines += _bad_lines(summary)
+    if not summary.num_usable:
+        return "\n".join(lines)
+
+    unit = "tokens" if summary.has_tokens else "characters"
+    lengths = np.array([length for length, _, _ in summary.lengths])
+    lines += [
+        "",
+        "turns   " + _counts(summary.roles),
+        f"images  {summary.num_images:,} in {len(summary.image_uses):,} files, "
+        f"{sum(count > 1 for count in summary.image_uses.values()):,} of them used more than once",
+    ]
+    if summary.same_content:
+        extra = sum(len(paths) - 1 for paths in summary.same_content)
+        example = " = ".join(Path(path).name for path in summary.same_content[0])
+        lines.append(f"        {extra:,} files have the content of another ({example})")
+    if summary.image_sizes:
+        heights, widths = np.array(summary.image_sizes).T
+        lines.append(
+            f"        {widths.min()}-{widths.max()} wide, {heights.min()}-{heights.max()} high, median "
+            f"{int(np.median(widths))} x {int(np.median(heights))} pixels"
+        )
+    lines += [
+        "rows by images  " + _counts(dict(sorted(summary.images_per_row.items()))),
+        f"{unit}  {lengths.sum():,} in all; a row: median {int(np.median(lengths)):,}, "
+        f"99 % {int(np.percentile(lengths, 99)):,}, longest {lengths.max():,}",
+        "longest rows  "
+        + ", ".join(f"{source} row {row}: {length:,}" for length, source, row in summary.longest()),
+        "",
+        *_source_table(summary),
+    ]
+    if summary.has_tokens:
+        lines += ["", *_capacity_table(summary, lengths)]
+    else:
+        lines += ["", "pass --tokenizer DIR to count tokens and to see which capacity fits"]
+    return "\n".join(lines)
+
+
+def _bad_lines(summary: Summary) -> list[str]:
+    lines = [f"  {bad if bad.row >= 0 else bad.error}" for bad in summary.bad_rows[:_SHOWN_BAD]]
+    if len(summary.bad_rows) > _SHOWN_BAD:
+        lines.append(
+            f"  ... {len(summary.bad_rows) - _SHOWN_BAD:,} more; --bad FILE lists them all"
+        )
+    return lines
+
+
+def _counts(counts: Counter[str] | dict[int, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+
+def _source_table(summary: Summary) -> list[str]:
+    rows = [("source", "rows", "refused", "images", "tokens")]
+    for name, group in sorted(summary.groups.items(), key=lambda item: -item[1]["rows"]):
+        tokens = f"{sum(group['tokens']):,}" if group["tokens"] else "-"
+        rows.append(
+            (name, f"{group['rows']:,}", f"{group['refused']:,}", f"{group['images']:,}", tokens)
+        )
+    return _aligned(rows)
+
+
+def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
+    rows = [("capacity", "packs", "full", "rows too long")]
+    for line in summary.by_capacity():
+        full = f"{line['utilization']:.1%}"
+        rows.append((f"{line['capacity']:,}", f"{line['packs']:,}", full, f"{line['too_long']:,}"))
+    padded = summary.as_dict()["padded_utilization"]
+    return [*_aligned(rows), f"padded batches of 8 would be {padded:.0%} full"]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def check_picture(summary: Summary, path: str) -> None:
+    """Lengths, images a row and utilization by capacity, as a PNG.
+
+    Raises:
+        ValueError: nothing to draw, or matplotlib is not installed.
+    """
+    if not summary.lengths:
+        raise ValueError("there is no usable row to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs matplotlib: pip install 'mmpack[report]'") from None
+
+    unit = "tokens" if summary.has_tokens else "characters"
+    lengths = np.array([length for length, _, _ in summary.lengths])
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+
+    left.hist(
+        lengths, bins=np.geomspace(max(1, lengths.min()), lengths.max() + 1, 40), color="#4477aa"
+    )
+    left.set(xscale="log", xlabel=f"{unit} of a row", ylabel="rows", title="lengths")
+    counts = sorted(summary.images_per_row.items())
+    middle.bar([str(n) for n, _ in counts], [count for _, count in counts], color="#228833")
+    middle.set(xlabel="images of a row", ylabel="rows", title="images")
+    if summary.has_tokens:
+        table = summary.by_capacity()
+        names = [f"{line['capacity']:,}" for line in table]
+        right.bar(names, [100 * line["utilization"] for line in table], color="#ee6677")
+        for place, line in enumerate(table):
+            too_long, packs = f"{line['too_long']:,} too long", f"{line['packs']:,} packs"
+            style = {"rotation": 90, "ha": "center", "va": "top", "color": "white"}
+            top = 100 * line["utilization"] - 3
+            right.text(place, top, too_long if line["too_long"] else packs, **style)
+        padded = 100 * summary.as_dict()["padded_utilization"]
+        right.axhline(padded, color="#333333", linestyle="--")
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        label = f"padded batches of 8: {padded:.0f} %"
+        right.text(len(table) - 0.6, padded - 4, label, ha="right", va="top", bbox=box)
+        right.set(
+            xlabel="capacity", ylabel="% of a pack filled", ylim=(0, 105), title="utilization"
+        )
+        right.tick_params(axis="x", rotation=30)
+    else:
+        right.text(0.5, 0.5, "--tokenizer shows\nutilization by capacity", ha="center", va="center")
+        right.axis("off")
+    figure.savefig(path, dpi=120)
