@@ -17,9 +17,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mmpack.assemble import assemble
-from mmpack.encode import encode_samples, truncate_sample
+from mmpack.encode import encode_samples
 from mmpack.plan import OnOverflow, plan_packs
 from mmpack.readers import read_samples
+from mmpack.truncate import truncate_sample
 from mmpack.types import EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
 

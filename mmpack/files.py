@@ -105,7 +105,8 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     if path.suffix == ".zst":
         import pyarrow
 
-        return pyarrow.input_stream(str(path), compression="zstd")  # type: ignore[no-any-return]
+        stream = pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(stream)  # which reads lines
     opened = path.open("rb")
     start = opened.peek(4)
     for magic, name in _MAGIC.items():

@@ -43,7 +43,7 @@ def plan_packs(
             the same plan on every machine.
         on_overflow: what becomes of a sample that no pack can hold. "error" raises; "drop" leaves
             it out and lists it in `plan.dropped`; "truncate" plans it at the capacity and lists it
-            in `plan.truncated`, for the caller to cut with `mmpack.encode.truncate_sample`.
+            in `plan.truncated`, for the caller to cut with `mmpack.truncate.truncate_sample`.
 
     Returns:
         The plan: every sample that is not dropped is in exactly one pack, no capacity is exceeded.

@@ -24,6 +24,7 @@ LAYERS = {
     "encode": 2,
     "plan": 2,
     "store": 2,
+    "truncate": 2,
     "readers": 3,
     "dataset": 4,
     "prompt": 4,

@@ -227,13 +227,19 @@ def test_data_uris_are_read_where_allowed(tmp_path):
             read_one(tmp_path, {**row, "images": [broken]}, media_dir=[tmp_path, "data:"])
 
 
-@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz"])
-def test_file_types_give_the_same_samples(tmp_path, name):
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_file_types_give_the_same_samples(tmp_path, name, compression):
     rows = [{"conversations": TURNS, "images": [f"{n}.png"]} for n in range(3)]
-    path = write(tmp_path / name.removesuffix(".gz"), rows)
-    if name.endswith(".gz"):
-        (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
+    data = write(tmp_path / name, rows).read_bytes()
+    (tmp_path / name).unlink()
+    if compression == ".gz":
+        data = gzip.compress(data)
+    elif compression == ".zst":
+        pyarrow = pytest.importorskip("pyarrow")
+        data = pyarrow.compress(data, codec="zstd", asbytes=True)
+    name += compression
+    (tmp_path / name).write_bytes(data)
     samples = list(read_samples(tmp_path / name))
     assert [s.row for s in samples] == [0, 1, 2]
     assert [s.images[0].path for s in samples] == [str(tmp_path / f"{n}.png") for n in range(3)]
@@ -362,6 +368,23 @@ def test_a_bad_line_is_a_bad_row(tmp_path):
     bad_rows = []
     assert [s.row for s in read_samples(tmp_path / "a.jsonl", on_error=bad_rows)] == [0, 2]
     assert str(bad_rows[0]).startswith("row 1 of a.jsonl: line 3 is not JSON")
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_compressed_csv(tmp_path, compression):
+    pyarrow = pytest.importorskip("pyarrow")
+    data = 'instruction,output\n"Hi, you",Ho\n'.encode("utf-8-sig")
+    codec = {"gz": "gzip", "zst": "zstd"}[compression]
+    (tmp_path / f"a.csv.{compression}").write_bytes(pyarrow.compress(data, codec, asbytes=True))
+    (sample,) = read_samples(tmp_path / f"a.csv.{compression}")
+    assert [m.content for m in sample.messages] == [("Hi, you",), ("Ho",)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.zst"])
+def test_what_is_not_compressed_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(ValueError, match=name):
+        list(read_samples(tmp_path / name))
 
 
 def test_csv_rows_of_another_width_are_bad(tmp_path):
