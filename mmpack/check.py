@@ -29,6 +29,7 @@ class CheckedRow:
     source: str
     row: int | None  # None: the file itself
     group: str  # the row's own `source` field, or its file
+    fields: tuple[str, ...] = ()  # those it has, null and empty ones aside
     samples: list[Sample] = field(default_factory=list)
     encoded: list[EncodedSample] = field(default_factory=list)
     bad: BadRow | None = None
@@ -67,8 +68,11 @@ def _rows_or_error(rows: Iterable[Row]) -> Iterator[Row | ValueError]:
 def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     if isinstance(row, ValueError):
         return CheckedRow("", None, "", bad=BadRow("", -1, str(row)))
-    name = row.content.get("source") if isinstance(row.content, dict) else None
-    checked = CheckedRow(row.source, row.number, name if isinstance(name, str) else row.source)
+    is_object = isinstance(row.content, dict)
+    name = row.content.get("source") if is_object else None
+    fields = [key for key, value in row.content.items() if value or value == 0] if is_object else []
+    group = name if isinstance(name, str) else row.source
+    checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
     try:
         checked.samples = reader.samples(row)
     except RowError as error:
@@ -92,6 +96,7 @@ class Summary:
     Attributes:
         num_rows, bad_rows: all rows, and those refused.
         groups: per source, `rows`, `refused`, `images` and the `tokens` of each usable row.
+        fields: rows by the fields they have (that are not null or empty).
         roles, turns: turns by role; rows by number of user turns.
         images_per_row: rows by number of images.
         image_uses: path -> times used; images in memory are not in it.
@@ -106,6 +111,7 @@ class Summary:
         self.groups: dict[str, dict[str, Any]] = defaultdict(
             lambda: {"rows": 0, "refused": 0, "images": 0, "tokens": []}
         )
+        self.fields: Counter[str] = Counter()
         self.roles: Counter[str] = Counter()
         self.turns: Counter[int] = Counter()
         self.images_per_row: Counter[int] = Counter()
@@ -123,6 +129,7 @@ class Summary:
         if checked.row is None:
             return
         self.num_rows += 1
+        self.fields.update(checked.fields)
         group = self.groups[checked.group]
         group["rows"] += 1
         if checked.bad is not None:
@@ -169,6 +176,11 @@ class Summary:
         """The longest rows, (length, source, row)."""
         return sorted(self.lengths, reverse=True)[:count]
 
+    def histogram(self) -> dict[int, int]:
+        """Rows by length, in powers of two: upper end -> rows."""
+        counts = Counter(max(16, 1 << (length - 1).bit_length()) for length, _, _ in self.lengths)
+        return dict(sorted(counts.items()))
+
     def by_capacity(self) -> list[dict[str, Any]]:
         """For usual capacities: packs, their utilization, and how many rows are longer."""
         tokens = np.array([length for length, _, _ in self.lengths], dtype=np.int64)
@@ -195,6 +207,7 @@ class Summary:
             "images": self.num_images,
             "image_files": len(self.image_uses),
             "image_files_used_again": sum(count > 1 for count in used),
+            "fields": dict(self.fields),
             "turns_by_role": dict(self.roles),
             "rows_by_images": {str(n): count for n, count in sorted(self.images_per_row.items())},
         }
@@ -206,6 +219,7 @@ class Summary:
             figures["tokens_median"] = int(np.median(tokens))
             figures["tokens_p99"] = int(np.percentile(tokens, 99))
             figures["tokens_longest"] = int(tokens.max())
+            figures["rows_by_tokens"] = {str(n): count for n, count in self.histogram().items()}
             figures["padded_utilization"] = round(padded_utilization(tokens), 4)
             figures["by_capacity"] = self.by_capacity()
         return figures

@@ -96,6 +96,11 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
         if mapping.get(option) or columns.get(option):
             raise ValueError(f"a dataset_info.json entry with {option!r} is not supported")
     kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
+    kept += [
+        f"{name}={base.columns[name]!r}"
+        for name in ("system", "tools")
+        if columns and name not in columns
+    ]
     return Fields(
         formatting,
         {**base.columns, **{name: column for name, column in columns.items() if column}},

@@ -249,7 +249,7 @@ def _fields(mapping: str | dict[str, Any] | None, file: Path | None) -> Fields |
     fields = mapped_fields(mapping)
     if fields.kept:
         name = file.name if file else "the rows"
-        _log.warning("the mapping of %s leaves out tags; kept %s", name, ", ".join(fields.kept))
+        _log.warning("the mapping of %s leaves fields out; kept %s", name, ", ".join(fields.kept))
     return fields
 
 

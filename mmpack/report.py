@@ -25,6 +25,7 @@ def check_table(summary: Summary) -> str:
     lengths = np.array([length for length, _, _ in summary.lengths])
     lines += [
         "",
+        "fields  " + _counts(summary.fields),
         "turns   " + _counts(summary.roles),
         f"images  {summary.num_images:,} in {len(summary.image_uses):,} files, "
         f"{sum(count > 1 for count in summary.image_uses.values()):,} of them used more than once",
@@ -43,6 +44,8 @@ def check_table(summary: Summary) -> str:
         "rows by images  " + _counts(dict(sorted(summary.images_per_row.items()))),
         f"{unit}  {lengths.sum():,} in all; a row: median {int(np.median(lengths)):,}, "
         f"99 % {int(np.percentile(lengths, 99)):,}, longest {lengths.max():,}",
+        f"rows by {unit}  "
+        + ", ".join(f"<= {end:,}: {count:,}" for end, count in summary.histogram().items()),
         "longest rows  "
         + ", ".join(f"{source} row {row}: {length:,}" for length, source, row in summary.longest()),
         "",

@@ -40,6 +40,8 @@ def test_the_table(rows, capsys):
     assert "images  4 in 3 files, 1 of them used more than once" in text
     assert "rows by images  1: 1, 3: 1" in text
     assert "turns   user: 2, assistant: 2" in text
+    assert "fields  conversations: 3, images: 3, source: 3" in text
+    assert "rows by characters  <= 16: 2" in text
     table = [line.split() for line in text.splitlines() if line.startswith(("one", "two"))]
     assert table == [["two", "2", "1", "3", "-"], ["one", "1", "0", "1", "-"]]
     assert "pass --tokenizer DIR" in text
@@ -94,6 +96,8 @@ def test_tokens_and_capacities(shared, realset, tmp_path, capsys):
     assert by_capacity[8192]["packs"] == 208
     assert by_capacity[4096]["too_long"] == 30
     assert figures["padded_utilization"] < 0.4
+    assert sum(figures["rows_by_tokens"].values()) == 2109
+    assert figures["rows_by_tokens"]["128"] == sum(64 < s.num_tokens <= 128 for s in realset)
     with Image.open(tmp_path / "lengths.png") as picture:
         assert picture.size[0] > 1000
 
