@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from mmpack.types import IGNORE, EncodedSample, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
+MAX_RUN = 32  # tokens of one id in a run of `text_id_offsets`
+
 
 def assemble(samples: Sequence[EncodedSample]) -> Pack:
     """The samples of a pack, expanded, concatenated and indexed; without pixels.
@@ -84,11 +86,15 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
 
 def text_by_id(input_ids: Int64, feature_index: Int32) -> tuple[Int32, Int32]:
     """(text_order, text_id_offsets): tokens that are no feature, sorted by id and then by place,
-    and where each run of one id begins. With it the embedding table's gradient is a sum in fixed
-    order, without a sort on the device."""
+    cut into runs of one id and at most MAX_RUN tokens. With it the embedding table's gradient is a
+    sum in fixed order, without a sort on the device, and no id is too frequent for one program."""
     text = [t for t in range(len(input_ids)) if feature_index[t] < 0]
     order = sorted(text, key=lambda t: input_ids[t])  # a stable sort
-    starts = [n for n, t in enumerate(order) if n == 0 or input_ids[t] != input_ids[order[n - 1]]]
+    starts: list[int] = []
+    for n, t in enumerate(order):
+        is_new = n == 0 or input_ids[t] != input_ids[order[n - 1]]
+        if is_new or n - starts[-1] == MAX_RUN:
+            starts.append(n)
     return np.array(order, dtype=np.int32), np.array([*starts, len(order)], dtype=np.int32)
 
 
@@ -111,6 +117,20 @@ def _patch_places(grids: Sequence[Sequence[int]], vision: VisionSpec) -> Int64:
         for j in range(m)
     ]
     return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def embed_features(
+    input_ids: torch.Tensor,
+    feature_index: torch.Tensor,
+    weight_VD: torch.Tensor,
+    features_FD: torch.Tensor,
+) -> torch.Tensor:
+    """(T, D): the feature where `feature_index` names one, else the token's row of the table."""
+    text = weight_VD[input_ids]
+    if not len(features_FD):
+        return text
+    features = features_FD[feature_index.clamp_min(0).long()]
+    return torch.where(feature_index[:, None] >= 0, features, text)
 
 
 def insert_features(

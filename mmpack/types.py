@@ -180,7 +180,7 @@ class Pack:
         feature_index: (T,) int32: -1 for text, else the feature that stands there.
         feature_token: (F,) int32: its inverse, the token of each feature.
         text_order: (T - F,) int32: tokens that are no feature, sorted by id, then by place.
-        text_id_offsets: (U + 1,) int32: runs of equal ids in `text_order`.
+        text_id_offsets: (R + 1,) int32: runs of one id, at most 32 tokens each, in `text_order`.
         supervised_index: (L,) int32: rows whose prediction is supervised (label at the next row).
         grid_thw: (I, 3) int64 patches of each image, in marker order.
         vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -62,6 +65,16 @@ def realset(realset_samples, tokenizer, vision):
     from mmpack.encode import encode_samples
 
     return list(encode_samples(realset_samples, tokenizer, vision))
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where kernels run: a GPU, or Triton's interpreter on CPU tensors (bf16 sums are wrong there)."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("kernels run on the GPU here, not in the interpreter")
+    return torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

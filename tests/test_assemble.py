@@ -48,13 +48,17 @@ def test_every_index_of_a_pack(samples):
     assert (np.delete(pack.feature_index, placeholders) == -1).all()
     assert sorted([*pack.text_order, *placeholders]) == list(range(T))
 
-    # text_order: runs of equal ids, ascending, each in order of place.
+    # text_order: runs of one id, ascending, each in order of place; cut at MAX_RUN tokens only.
     runs = [
         pack.text_order[a:b] for a, b in zip(pack.text_id_offsets[:-1], pack.text_id_offsets[1:])
     ]
     assert pack.text_id_offsets[-1] == T - F
     assert all(len(set(pack.input_ids[run])) == 1 and (np.diff(run) > 0).all() for run in runs)
-    assert (np.diff([pack.input_ids[run[0]] for run in runs]) > 0).all()
+    ids = [pack.input_ids[run[0]] for run in runs]
+    assert all(len(run) <= reference.MAX_RUN for run in runs)
+    assert all(
+        a < b or (a == b and len(run) == reference.MAX_RUN) for a, b, run in zip(ids, ids[1:], runs)
+    )
 
     # Labels and the rows that reach the head.
     starts = pack.cu_seqlens[:-1]

@@ -1,0 +1,16 @@
+"""What the public ops check of their arguments, where more than one op does."""
+
+import torch
+import triton
+
+
+def check_indices(indices, device):
+    """Indices the kernels can read, on a device they run on."""
+    for name, tensor in indices.items():
+        if tensor.dtype != torch.int32 or tensor.ndim != 1 or tensor.device != device:
+            raise ValueError(
+                f"{name} must be flat int32 on {device}, got {tensor.dtype} {tuple(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+        raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
