@@ -130,6 +130,17 @@ def test_the_same_batch_on_an_unpatched_model(name, attn, packs, expected):
     assert_theorem(model, batch, num_items, expected(name, torch.float32, False), 1e-5)
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize(("name", "tied"), [("mixed", False), ("images", True), ("text", False)])
+def test_kernels(name, tied, packs, expected):
+    """The same with mmpack's kernels, in Triton's interpreter where there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("the made-up rows run the kernels on the GPU")
+    _, batch, num_items = packs[name]
+    model = patch_model(model_of(torch.float32, tied=tied), impl="triton")
+    assert_theorem(model, batch, num_items, expected(name, torch.float32, tied), 1e-5)
+
+
 def test_an_eager_model_can_be_patched(packs, expected):
     _, batch, num_items = packs["mixed"]
     model = patch_model(model_of(torch.float64, attn="eager"))
@@ -147,9 +158,9 @@ def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenize
     assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_made_up_rows(dtype, device):
+def test_made_up_rows(dtype, impl, device):
     """The theorem without any real data, on every device there is."""
     rows = [
         encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
@@ -170,7 +181,7 @@ def test_made_up_rows(dtype, device):
     num_items = batch["shift_labels"].numel()
     config = tiny_config(vocab_size=100, vision=SMALL_SPEC)
     rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
-    model = patch_model(model_of(dtype, config=config).to(device))
+    model = patch_model(model_of(dtype, config=config).to(device), impl=impl)
     assert_theorem(model, batch, num_items, rows_alone, TOLERANCE[dtype])
 
 

@@ -255,3 +255,96 @@ def test_other_models_are_refused(model):
     model.model.visual.blocks[0].attn.forward = model.model.visual.blocks[0].attn.forward
     with pytest.raises(ValueError, match="already has a replaced forward"):
         patch_model(model)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often the fused embedding ran."""
+    import mmpack.ops
+
+    calls = []
+    real = mmpack.ops.embed_features
+
+    def count(*args, **kwargs):
+        calls.append(kwargs["padding_idx"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(mmpack.ops, "embed_features", count)
+    return calls
+
+
+class Subclass(torch.nn.Embedding):
+    """Stands for whatever is more than an nn.Embedding (LoRA's, a quantised one)."""
+
+
+def change_class(embedding):
+    embedding.__class__ = Subclass
+
+
+PLAIN = {
+    "as it is": lambda embedding: None,
+    "frozen": lambda embedding: embedding.requires_grad_(False),
+    "a padding row": lambda embedding: setattr(embedding, "padding_idx", 5),
+}
+NOT_PLAIN = {
+    "a subclass": change_class,
+    "a forward hook": lambda e: e.register_forward_hook(lambda module, args, out: out),
+    "a forward pre-hook": lambda e: e.register_forward_pre_hook(lambda module, args: args),
+    "a backward hook": lambda e: e.register_full_backward_hook(lambda module, grads, out: None),
+    "a backward pre-hook": lambda e: e.register_full_backward_pre_hook(lambda module, grads: None),
+    "a replaced forward": lambda e: setattr(e, "forward", e.forward),
+    "max_norm": lambda e: setattr(e, "max_norm", 100.0),
+    "scale_grad_by_freq": lambda e: setattr(e, "scale_grad_by_freq", True),
+    "sparse": lambda e: setattr(e, "sparse", False) or setattr(e, "sparse", True),
+    "a ZeRO-3 shard": lambda e: setattr(e.weight, "ds_id", 7),
+}
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *NOT_PLAIN])
+def test_the_embedding_is_fused_only_where_it_is_a_lookup(kind, batch, fused_calls):
+    models = [tiny_model(CONFIG), tiny_model(CONFIG)]
+    for model in models:
+        {**PLAIN, **NOT_PLAIN}[kind](model.get_input_embeddings())
+    stock, model = models[0], patch_model(models[1], impl="triton")
+    loss, expected = model(**batch).loss, patch_model(stock)(**batch).loss
+    assert bool(fused_calls) == (kind in PLAIN)
+    assert loss.item() == expected.item()  # a copy: the same bits
+    loss.backward()
+    expected.backward()
+    for ours, theirs in zip(model.parameters(), stock.parameters()):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            ours_grad, theirs_grad = (g.to_dense() for g in (ours.grad, theirs.grad))
+            assert torch.allclose(ours_grad, theirs_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sharded_table_is_not_plain(model):
+    from torch.distributed.tensor import DTensor
+
+    from mmpack.hf.embedding import is_plain, is_sharded
+
+    embedding = model.get_input_embeddings()
+    assert is_plain(embedding)
+    sharded = torch.Tensor._make_subclass(DTensor, embedding.weight.detach())
+    assert is_sharded(sharded)
+
+
+def test_input_require_grads_needs_the_module(batch, fused_calls):
+    """What PEFT does under checkpointing: a hook makes the frozen table's output a leaf."""
+    model = patch_model(tiny_model(CONFIG), impl="triton").requires_grad_(False)
+    model.enable_input_require_grads()
+    model.model.visual.requires_grad_(True)
+    model(**batch).loss.backward()
+    assert fused_calls == []
+    assert all(p.grad is not None for p in model.model.visual.parameters())
+
+
+def test_an_unknown_implementation_is_refused(model):
+    with pytest.raises(ValueError, match="impl must be 'auto' or 'triton', got 'fast'"):
+        patch_model(model, impl="fast")
+
+
+def test_patching_again_changes_the_implementation(model, batch, fused_calls):
+    patch_model(patch_model(model), impl="triton")
+    model(**batch)
+    assert fused_calls

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from mmpack import reference
 from mmpack.hf import attention
+from mmpack.hf.embedding import embed, is_sharded
 from mmpack.hf.isolation import check_isolation
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,27 +36,34 @@ class _Patch:
 
     hook_id: int
     text_attention: str  # the implementation before
+    impl: str
     is_isolated: bool = False
 
 
-def patch_model(model: Model) -> Model:
+def patch_model(model: Model, impl: Literal["auto", "triton"] = "auto") -> Model:
     """Patch a Qwen2-VL model, in place, to train on packs; returns it. Patching twice is one patch.
 
     A self-test follows: a small pack is run twice with another first segment, and the second
-    segment's hidden states must not change by a bit. Where the weights are not there yet (meta
-    device, sharded parameters) it runs at the first packed forward. Mode, gradients and random
+    segment's hidden states must not change by a bit. Where it cannot run yet (weights on the meta
+    device or sharded, kernels without their GPU) it runs at the first packed forward. Mode, gradients and random
     state are as before.
 
     Args:
         model: a `Qwen2VLForConditionalGeneration`, its inner `Qwen2VLModel`, or a wrapper that holds
             one (PEFT).
+        impl: which ops do the work. "auto": libraries' (torch); "triton": mmpack's own kernels, where
+            there are some (token embedding with feature insertion so far), on a CUDA device or in
+            Triton's interpreter. "auto" will mean them once they are measured on a GPU.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced what mmpack binds.
         RuntimeError: the self-test found that segments see each other.
     """
+    if impl not in ("auto", "triton"):
+        raise ValueError(f"impl must be 'auto' or 'triton', got {impl!r}")
     base = _inner_model(model)
     if hasattr(base, _STATE):
+        getattr(base, _STATE).impl = impl
         return model
     vision_attentions = _vision_attentions(base)
     for module in vision_attentions:
@@ -69,9 +75,11 @@ def patch_model(model: Model) -> Model:
     for module in vision_attentions:
         module.forward = MethodType(attention.vision_forward(type(module).forward), module)
     hook = base.register_forward_pre_hook(_take_pack, with_kwargs=True)
-    setattr(base, _STATE, _Patch(hook.id, base.language_model.config._attn_implementation))
+    text_attention = base.language_model.config._attn_implementation
+    setattr(base, _STATE, _Patch(hook.id, text_attention, impl))
     _set_text_attention(base, attention.NAME)
-    if _has_weights(base):
+    # A model that Trainer is still to move to its GPU cannot run kernels yet.
+    if _has_weights(base) and (impl == "auto" or base.device.type == "cuda"):
         try:
             _check_once(base)
         except BaseException:
@@ -104,9 +112,7 @@ def _take_pack(
         return None
     _check_once(base)
     _check_batch(args, kwargs, pack)
-    input_ids = kwargs["input_ids"]
-    # As a module, so that whatever hangs on it (LoRA, NEFTune, gathered shards) takes part.
-    embeds_TD = base.get_input_embeddings()(input_ids)[0]
+    features_FD = None
     if kwargs.get("pixel_values") is not None:
         features_FD = base.visual(
             kwargs["pixel_values"].type(base.visual.dtype),
@@ -116,13 +122,11 @@ def _take_pack(
             position_ids=pack["vision_position_ids"],
             mmpack=pack,
         ).pooler_output
-        embeds_TD = reference.insert_features(
-            embeds_TD, features_FD.to(embeds_TD.device, embeds_TD.dtype), pack["feature_token"]
-        )
-    elif _tower_must_run(base.visual):
-        embeds_TD = embeds_TD + 0 * _dummy_features(base).sum().to(
-            embeds_TD.device, embeds_TD.dtype
-        )
+    impl = getattr(base, _STATE).impl
+    embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features_FD, pack, impl)
+    if features_FD is None and _tower_must_run(base.visual):
+        dummy = _dummy_features(base).sum()
+        embeds_TD = embeds_TD + 0 * dummy.to(embeds_TD.device, embeds_TD.dtype)
     return args, {
         **kwargs,
         "input_ids": None,
@@ -160,7 +164,7 @@ def _tower_must_run(visual: nn.Module) -> bool:
     """Without images the tower still runs where another rank may wait for it: for its gradients
     (DDP) or its shards (FSDP, ZeRO-3)."""
     return any(
-        parameter.requires_grad or _is_sharded(parameter) for parameter in visual.parameters()
+        parameter.requires_grad or is_sharded(parameter) for parameter in visual.parameters()
     )
 
 
@@ -191,11 +195,7 @@ def _check_once(base: nn.Module) -> None:
 
 
 def _has_weights(base: nn.Module) -> bool:
-    return not any(p.is_meta or _is_sharded(p) for p in base.parameters())
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")  # FSDP2, ZeRO-3
+    return not any(p.is_meta or is_sharded(p) for p in base.parameters())
 
 
 def _set_text_attention(base: nn.Module, name: str) -> None:

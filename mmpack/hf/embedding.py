@@ -1,0 +1,71 @@
+"""Embed the tokens of a pack and put its features in: fused where the table is plain, else in two steps.
+
+An embedding module may be more than a table lookup: LoRA, NEFTune and `enable_input_require_grads`
+hang hooks on it, FSDP2 and ZeRO-3 keep its weight in shards. Then it is called as the module it is, and
+the features are inserted after. Which it is shows when it is called, not when the model is patched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mmpack import reference
+
+
+def embed(
+    embedding: nn.Module,
+    input_ids_T: torch.Tensor,
+    features_FD: torch.Tensor | None,
+    pack: dict[str, Any],
+    impl: str,
+) -> torch.Tensor:
+    """(T, D) embeddings in the table's dtype, features at their places; `impl` as in `patch_model`."""
+    if impl == "triton" and is_plain(embedding):
+        from mmpack.ops import embed_features
+
+        weight_VD = embedding.weight
+        if features_FD is None:
+            features_FD = weight_VD.new_empty(0, weight_VD.shape[1])
+        return embed_features(
+            input_ids_T,
+            pack["feature_index"],
+            weight_VD,
+            features_FD.to(weight_VD.device, weight_VD.dtype),
+            feature_token=pack["feature_token"],
+            text_order=pack["text_order"],
+            text_id_offsets=pack["text_id_offsets"],
+            padding_idx=embedding.padding_idx,
+        )
+    embeds_TD = embedding(input_ids_T[None])[0]
+    if features_FD is None:
+        return embeds_TD
+    features_FD = features_FD.to(embeds_TD.device, embeds_TD.dtype)
+    return reference.insert_features(embeds_TD, features_FD, pack["feature_token"])
+
+
+def is_plain(embedding: nn.Module) -> bool:
+    """Whether calling the module is reading rows of its weight, and nothing else."""
+    hooks = (
+        embedding._forward_pre_hooks,
+        embedding._forward_hooks,
+        embedding._backward_pre_hooks,
+        embedding._backward_hooks,
+    )
+    return (
+        type(embedding) is nn.Embedding
+        and "forward" not in vars(embedding)
+        and not any(hooks)
+        and embedding.max_norm is None
+        and not embedding.scale_grad_by_freq
+        and not embedding.sparse
+        and not is_sharded(embedding.weight)
+    )
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is one rank's part: FSDP2's or ZeRO-3's."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
