@@ -1,0 +1,273 @@
+"""Compile every kernel of mmpack for sm_90a (H100, H200), without a GPU, and hold it to a budget.
+
+    python -m benchmarks.compile_report [--json] [--only NAME]
+
+Triton's own ptxas does the work; nothing is loaded or run. Each kernel is compiled as a GPU run would
+specialise it: pointers and strides divisible by 16, sizes as constants. Reported are registers,
+spills, shared memory and the instructions that tell whether the loads are as wide as meant. The exit
+code is 1 if a kernel spills, exceeds its registers or lacks an instruction it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it replaces the compiler
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
+
+embed = sys.modules["mmpack.ops.embed_features"]
+ARCH = 90
+MAX_SHARED = 227 * 1024
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTIONS = {
+    "LDG": r"\bLDG\b",
+    "LDG.128": r"\bLDG\.E(?:\.\w+)*\.128",
+    "STG": r"\bSTG\b",
+    "STG.128": r"\bSTG\.E(?:\.\w+)*\.128",
+    "LDL": r"\bLDL\b",
+    "STL": r"\bSTL\b",
+    "HGMMA": r"\bHGMMA\b",
+    "UTMALDG": r"\bUTMALDG\b",
+    "ATOM": r"\b(?:ATOMG?|REDG?)\b",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as one GPU run would launch it, and what it may cost.
+
+    `arguments` are Triton types, ":16" marking divisibility by 16; `needs` are instructions that must
+    be there, `lacks` those that must not.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    max_registers: int
+    needs: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ("LDL", "STL", "ATOM")
+
+
+@dataclass
+class Result:
+    """What the compiler made of a case."""
+
+    name: str
+    target: str
+    triton: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+    problems: list[str] = field(default_factory=list)
+
+
+def _embed_cases(dtype: str, D: int) -> list[Case]:
+    wide = f"*{dtype}:16"
+    copies = {"D": D, "COPY_D": embed.copy_width(D)}
+    sums = {
+        "D": D,
+        "BLOCK_D": embed.BLOCK_D,
+        "MAX_RUN": embed.MAX_RUN,
+        "BLOCK_R": embed.BLOCK_R,
+        "ACC": tl.float32,
+    }
+    options = {"num_warps": embed.NUM_WARPS}
+    text = {
+        "input_ids_ptr": "*i64:16",
+        "text_order_ptr": "*i32:16",
+        "text_id_offsets_ptr": "*i32:16",
+    }
+    cases = [
+        Case(
+            f"embed_features_fwd {dtype} D={D}",
+            embed._embed_features_fwd_kernel,
+            {
+                "out_ptr": wide,
+                "input_ids_ptr": "*i64:16",
+                "feature_index_ptr": "*i32:16",
+                "weight_ptr": wide,
+                "features_ptr": wide,
+                "weight_stride": "i32:16",
+                "features_stride": "i32:16",
+            },
+            copies,
+            options,
+            max_registers=64,
+            needs=("LDG.128", "STG.128"),
+        )
+    ]
+    for accumulate in (False, True):
+        name = "accumulate_embedding_grad" if accumulate else "embed_features_bwd"
+        cases += [
+            Case(
+                f"{name} {dtype} D={D}",
+                embed._embed_features_bwd_kernel,
+                {
+                    "dweight_ptr": "*fp32:16" if accumulate else wide,
+                    "partial_ptr": "*fp32:16",
+                    "dfeatures_ptr": wide,
+                    "dout_ptr": wide,
+                    **text,
+                    "feature_token_ptr": "*i32:16",
+                    "dout_stride": "i32:16",
+                    "num_runs": "i32",
+                    "padding_idx": "i32",
+                },
+                {**sums, **copies, "ACCUMULATE": accumulate},
+                options,
+                max_registers=96,
+                needs=("LDG.128", "STG.128"),
+            ),
+            Case(
+                f"{name} partials {dtype} D={D}",
+                embed._embed_features_bwd_partials_kernel,
+                {
+                    "dweight_ptr": "*fp32:16" if accumulate else wide,
+                    "partial_ptr": "*fp32:16",
+                    **text,
+                    "num_runs": "i32",
+                    "padding_idx": "i32",
+                },
+                {**sums, "ACCUMULATE": accumulate},
+                options,
+                max_registers=96,
+                needs=("LDG.128", "STG.128"),
+            ),
+        ]
+    return cases
+
+
+CASES = [
+    case
+    for dtype, D in (("bf16", 1536), ("bf16", 3584), ("bf16", 8192), ("fp32", 3584))
+    for case in _embed_cases(dtype, D)
+]
+
+
+def compile_case(case: Case) -> Result:
+    """Compile, disassemble, judge."""
+    signature, attributes, constants = {}, {}, {}
+    for place, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            constants[(place,)] = case.constants[name]
+        else:
+            kind, _, divisible = case.arguments[name].partition(":")
+            signature[name] = kind
+            if divisible:
+                attributes[(place,)] = [["tt.divisibility", int(divisible)]]
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=case.options)
+    with tempfile.TemporaryDirectory() as scratch:
+        cubin, ptx = Path(scratch, "kernel.cubin"), Path(scratch, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run("cuobjdump", "--dump-resource-usage", cubin)
+        sass = _run("nvdisasm", "-c", cubin)
+        target = re.search(r"\.target\s+([\w]+)", compiled.asm["ptx"])[1]
+        spills = _spills(ptx, target)
+    result = Result(
+        case.name,
+        target,
+        triton.__version__,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spill_bytes=spills,
+        shared_bytes=compiled.metadata.shared,
+        instructions={
+            name: len(re.findall(pattern, sass)) for name, pattern in _INSTRUCTIONS.items()
+        },
+    )
+    if result.registers > case.max_registers:
+        result.problems.append(f"{result.registers} registers, {case.max_registers} allowed")
+    if result.spill_bytes:
+        result.problems.append(f"{result.spill_bytes} bytes spilled")
+    if result.shared_bytes > MAX_SHARED:
+        result.problems.append(f"{result.shared_bytes} bytes of shared memory")
+    result.problems += [f"no {name}" for name in case.needs if not result.instructions[name]]
+    result.problems += [f"{name} found" for name in case.lacks if result.instructions[name]]
+    return result
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    command = [str(_TOOLS / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _spills(ptx: Path, target: str) -> int:
+    """Bytes ptxas stores to and loads from spills. Newer Tritons assemble with a second ptxas."""
+    for tool in ("ptxas", "ptxas-blackwell"):
+        command = [str(_TOOLS / tool), "-v", f"--gpu-name={target}", str(ptx), "-o", "/dev/null"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            continue
+        found = re.search(
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr + done.stdout
+        )
+        if done.returncode == 0 and found:
+            return int(found[1]) + int(found[2])
+    raise RuntimeError("no ptxas of this Triton reports spills")
+
+
+def kernels_of_the_package() -> set[str]:
+    """Names of every `_*_kernel` in mmpack.ops."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("mmpack.ops.")]
+    return {
+        name
+        for module in modules
+        for name, value in inspect.getmembers(module)
+        if name.startswith("_") and name.endswith("_kernel") and hasattr(value, "arg_names")
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; 1 if a kernel is over budget or has no case."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--only", help="cases whose name holds this")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if options.only is None or options.only in case.name]
+    results = [compile_case(case) for case in cases]
+    missing = kernels_of_the_package() - {case.kernel.__name__ for case in CASES}
+    if options.json:
+        report = {
+            "kernels": [asdict(result) for result in results],
+            "without_case": sorted(missing),
+        }
+        print(json.dumps(report, indent=1))
+    else:
+        for result in results:
+            wide = {name: count for name, count in result.instructions.items() if count}
+            print(
+                f"{result.name:44} {result.target}  {result.registers:3} registers  "
+                f"{result.spill_bytes} spilled  {result.shared_bytes:5} B shared  {wide}  "
+                f"{'; '.join(result.problems) or 'ok'}"
+            )
+        for name in sorted(missing):
+            print(f"{name} has no case in benchmarks/compile_report.py")
+    return 1 if missing or any(result.problems for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
