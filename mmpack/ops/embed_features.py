@@ -214,9 +214,8 @@ def embed_features_bwd(
 ):
     """Both gradients, written in two launches; the arguments are checked.
 
-    `indices` is (feature_token, text_order, text_id_offsets); where one part is empty its gradient
-    is left alone. Rows of `dweight_VD` whose id is not in the text keep what they hold; the others
-    are overwritten, or with `accumulate` added to.
+    `indices` is (feature_token, text_order, text_id_offsets); of an empty part the gradient is left
+    alone. Rows of ids not in the text are kept, the others overwritten, or with `accumulate` added to.
     """
     feature_token, text_order, text_id_offsets = indices
     D = dout_TD.shape[1]
