@@ -32,3 +32,27 @@ def index_copy_insertion(
     """The best of plain torch: embedding, then the rows by index. What `patch_model` does by itself."""
     embeds = F.embedding(input_ids_T, weight_VD)
     return embeds.index_copy(0, feature_token.long(), features_FD)
+
+
+def dense_mask_attention(
+    q_THK: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_TT: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Packing as transformers does it with sdpa: one (T, T) mask, keys repeated for every query head
+    (`sdpa_attention_forward` repeats them where a mask is given)."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT[None, None], scale=scale)
+    return out[0].transpose(0, 1)
+
+
+def per_image_attention(
+    q_PHK: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """`VisionAttention.forward` without flash attention: lengths asked of the device, one sdpa an
+    image, in every layer."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    parts = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in parts), scale=scale)
+        for parts in zip(*(x.split(lengths) for x in (q_PHK, k, v)))
+    ]
+    return torch.cat([part[0].transpose(0, 1) for part in parts])

@@ -96,21 +96,27 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
         [np.where(p.feature_index < 0, -1, p.feature_index + n) for p, n in zip(packs, features)]
     ).astype(np.int32)
     text_order, text_id_offsets = reference.text_by_id(input_ids, feature_index)
+    cu_seqlens = _join_offsets([pack.cu_seqlens for pack in packs], tokens)
+    vision_cu_seqlens = _join_offsets([pack.vision_cu_seqlens for pack in packs], patches)
     pixels = [pack.pixels for pack in packs if pack.pixels is not None]
     return Pack(
         input_ids=input_ids,
         labels=np.concatenate([pack.labels for pack in packs]),
         position_ids=np.concatenate([pack.position_ids for pack in packs], axis=1),
-        cu_seqlens=_join_offsets([pack.cu_seqlens for pack in packs], tokens),
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(pack.max_seqlen for pack in packs),
+        segment_ids=reference.segment_ids(cu_seqlens),
+        tiles=reference.attention_tiles(cu_seqlens, causal=True),
         feature_index=feature_index,
         feature_token=_shift([pack.feature_token for pack in packs], tokens),
         text_order=text_order,
         text_id_offsets=text_id_offsets,
         supervised_index=_shift([pack.supervised_index for pack in packs], tokens),
         grid_thw=np.concatenate([pack.grid_thw for pack in packs]),
-        vision_cu_seqlens=_join_offsets([pack.vision_cu_seqlens for pack in packs], patches),
+        vision_cu_seqlens=vision_cu_seqlens,
         vision_max_seqlen=max(pack.vision_max_seqlen for pack in packs),
+        vision_segment_ids=reference.segment_ids(vision_cu_seqlens),
+        vision_tiles=reference.attention_tiles(vision_cu_seqlens, causal=False),
         vision_position_ids=np.concatenate([pack.vision_position_ids for pack in packs]),
         pixels=np.concatenate(pixels) if len(pixels) == len(packs) else None,
         vision=packs[0].vision,

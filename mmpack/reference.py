@@ -8,16 +8,16 @@ P patches, F features, D hidden size, H heads, K head dim, L supervised tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from mmpack.types import IGNORE, EncodedSample, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
 MAX_RUN = 32  # tokens of one id in a run of `text_id_offsets`
+TILE = 128  # rows of attention that one program takes
 
 
 def assemble(samples: Sequence[EncodedSample]) -> Pack:
@@ -64,20 +64,25 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
     features = np.array(feature_index, dtype=np.int32)
     text_order, text_id_offsets = text_by_id(ids, features)
     frames = [h * w for t, h, w in grids for _ in range(t)]
+    vision_cu_seqlens = list(accumulate(frames, initial=0))
     return Pack(
         input_ids=ids,
         labels=np.array(labels, dtype=np.int64),
         position_ids=np.array(positions, dtype=np.int64).reshape(-1, 4).T.copy(),
         cu_seqlens=np.array(cu_seqlens, dtype=np.int32),
         max_seqlen=max(b - a for a, b in pairwise(cu_seqlens)),
+        segment_ids=segment_ids(cu_seqlens),
+        tiles=attention_tiles(cu_seqlens, causal=True),
         feature_index=features,
         feature_token=np.flatnonzero(features >= 0).astype(np.int32),
         text_order=text_order,
         text_id_offsets=text_id_offsets,
         supervised_index=np.flatnonzero(np.array(labels[1:]) != IGNORE).astype(np.int32),
         grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
-        vision_cu_seqlens=np.cumsum([0, *frames], dtype=np.int32),
+        vision_cu_seqlens=np.array(vision_cu_seqlens, dtype=np.int32),
         vision_max_seqlen=max(frames, default=0),
+        vision_segment_ids=segment_ids(vision_cu_seqlens),
+        vision_tiles=attention_tiles(vision_cu_seqlens, causal=False),
         vision_position_ids=_patch_places(grids, vision),
         pixels=None,
         vision=vision,
@@ -96,6 +101,38 @@ def text_by_id(input_ids: Int64, feature_index: Int32) -> tuple[Int32, Int32]:
         if is_new or n - starts[-1] == MAX_RUN:
             starts.append(n)
     return np.array(order, dtype=np.int32), np.array([*starts, len(order)], dtype=np.int32)
+
+
+def segment_ids(offsets: Sequence[int] | Int32) -> Int32:
+    """(T,) the segment of every token."""
+    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+
+
+def attention_tiles(offsets: Sequence[int] | Int32, *, causal: bool) -> Int32:
+    """(n, 4) rows `[begin, end)` of attention and of the segment they are in, for segments
+    `[offsets[s], offsets[s + 1])`: at most TILE rows of one segment, or whole segments that fit into
+    TILE rows together, which count as one. Most work first: keys before the end of a causal tile, keys
+    of the segment else."""
+    tiles: list[tuple[int, int, int, int]] = []
+    joined = [0, 0]  # short segments waiting for more
+
+    def close() -> None:
+        begin, end = joined
+        if begin < end:
+            tiles.append((begin, end, begin, end))
+
+    for begin, end in pairwise(int(offset) for offset in offsets):
+        if end - joined[0] <= TILE:
+            joined[1] = end
+            continue
+        close()
+        joined = [begin, end]
+        if end - begin > TILE:
+            tiles += [(row, min(row + TILE, end), begin, end) for row in range(begin, end, TILE)]
+            joined = [end, end]
+    close()
+    tiles.sort(key=lambda tile: (tile[2] - tile[1]) if causal else (tile[2] - tile[3]))  # stable
+    return np.array(tiles, dtype=np.int32).reshape(-1, 4)
 
 
 def _feature_places(grid: Sequence[int], vision: VisionSpec) -> list[tuple[int, int, int]]:
@@ -155,14 +192,19 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Attention of each segment `[offsets[s], offsets[s + 1])` within itself; (T, H, K).
 
-    k and v may have fewer heads than q (GQA). Precision is the inputs' own: float64 stays float64.
-    `offsets` are Python or numpy integers, so nothing asks the device.
+    k and v may have fewer heads than q (GQA). Sums are in the inputs' precision and at least float32:
+    float64 stays float64.
     """
+    dtype = torch.promote_types(q_THK.dtype, torch.float32)
     parts = []
     for begin, end in pairwise(int(offset) for offset in offsets):
-        q_s, k_s, v_s = (x[begin:end].transpose(0, 1)[None] for x in (q_THK, k, v))
-        attended = F.scaled_dot_product_attention(
-            q_s, k_s, v_s, is_causal=causal, scale=scale, enable_gqa=q_s.shape[1] != k_s.shape[1]
-        )
-        parts.append(attended[0].transpose(0, 1))
-    return torch.cat(parts)
+        q_s, k_s, v_s = (x[begin:end].transpose(0, 1).to(dtype) for x in (q_THK, k, v))
+        k_s, v_s = (x.repeat_interleave(len(q_s) // len(x), dim=0) for x in (k_s, v_s))
+        scores = q_s @ k_s.transpose(1, 2) * scale
+        if causal:
+            future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q_s.device).triu(
+                1
+            )
+            scores = scores.masked_fill(future, -torch.inf)
+        parts.append((scores.softmax(dim=2) @ v_s).transpose(0, 1).to(q_THK.dtype))
+    return torch.cat(parts) if parts else q_THK

@@ -177,6 +177,9 @@ class Pack:
             every segment, and are not shifted.
         position_ids: (4, T) int64: text position (an arange per segment), then M-RoPE t, h, w.
         cu_seqlens: (S + 1,) int32 segment offsets. max_seqlen: the longest segment.
+        segment_ids: (T,) int32 segment of every token.
+        tiles: (n, 4) int32 rows of text attention one program takes, begin and end, and begin and end
+            of their segment; most work first (`mmpack.reference.attention_tiles`).
         feature_index: (T,) int32: -1 for text, else the feature that stands there.
         feature_token: (F,) int32: its inverse, the token of each feature.
         text_order: (T - F,) int32: tokens that are no feature, sorted by id, then by place.
@@ -185,6 +188,7 @@ class Pack:
         grid_thw: (I, 3) int64 patches of each image, in marker order.
         vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.
         vision_max_seqlen: patches of the largest frame.
+        vision_segment_ids, vision_tiles: (P,) and (n, 4) int32, the same of the frames.
         vision_position_ids: (P, 2) int64 row and column of every patch, in merge order.
         pixels: (P, C * p * p) uint8 patches in merge order, or None where not decoded.
         vision: the spec of the images.
@@ -195,6 +199,8 @@ class Pack:
     position_ids: Int64
     cu_seqlens: Int32
     max_seqlen: int
+    segment_ids: Int32
+    tiles: Int32
     feature_index: Int32
     feature_token: Int32
     text_order: Int32
@@ -203,6 +209,8 @@ class Pack:
     grid_thw: Int64
     vision_cu_seqlens: Int32
     vision_max_seqlen: int
+    vision_segment_ids: Int32
+    vision_tiles: Int32
     vision_position_ids: Int64
     pixels: NDArray[np.uint8] | None
     vision: VisionSpec

@@ -158,9 +158,17 @@ def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenize
     assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_made_up_rows(dtype, impl, device):
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("auto", torch.float64),
+        ("auto", torch.float32),
+        ("reference", torch.float64),
+        ("triton", torch.float32),
+    ],
+    ids=str,
+)
+def test_made_up_rows(impl, dtype, device):
     """The theorem without any real data, on every device there is."""
     rows = [
         encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),

@@ -42,6 +42,7 @@ SAME_LAYER = {
     ("types", "vision"),
     ("hf", "hf"),
     ("ops", "ops"),
+    ("ops", "reference"),  # the door to attention runs it by name
     ("cli", "demo"),
     ("cli", "check"),
     ("cli", "report"),
@@ -53,6 +54,8 @@ ROOMS = {
     "PIL": {"images", "demo"},
     "accelerate": {"hf"},
     "datasets": {"store"},
+    "flash_attn": {"ops"},
+    "flash_attn_interface": {"ops"},
     "matplotlib": {"report"},
     "pyarrow": {"files"},
     "tokenizers": {"demo"},

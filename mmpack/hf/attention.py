@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from mmpack import reference
+from mmpack.ops.varlen_attention import varlen_attention
 
 NAME = "mmpack"
 
@@ -48,8 +48,17 @@ def text_attention(
         raise ValueError("packed attention has no sliding window; set use_sliding_window to False")
     dtype = _compute_dtype(value)
     q_THK, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    out = reference.varlen_attention(
-        q_THK, k, v, mmpack["offsets"], causal=True, scale=kwargs["scaling"]
+    out = varlen_attention(
+        q_THK,
+        k,
+        v,
+        mmpack["cu_seqlens"],
+        mmpack["max_seqlen"],
+        causal=True,
+        scale=kwargs["scaling"],
+        tiles=(mmpack["tiles"], mmpack["segment_ids"]),
+        offsets=mmpack["offsets"],
+        impl=mmpack["impl"],
     )
     return out[None], None
 
@@ -73,8 +82,17 @@ def vision_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         q, k, v = self.qkv(hidden_states).reshape(num_patches, 3, self.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         q, k, v = (x.to(_compute_dtype(v)) for x in (q, k, v))
-        out = reference.varlen_attention(
-            q, k, v, mmpack["vision_offsets"], causal=False, scale=self.scaling
+        out = varlen_attention(
+            q,
+            k,
+            v,
+            mmpack["vision_cu_seqlens"],
+            mmpack["vision_max_seqlen"],
+            causal=False,
+            scale=self.scaling,
+            tiles=(mmpack["vision_tiles"], mmpack["vision_segment_ids"]),
+            offsets=mmpack["vision_offsets"],
+            impl=mmpack["impl"],
         )
         return self.proj(out.reshape(num_patches, -1))
 

@@ -107,6 +107,8 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         "offsets": pack.cu_seqlens,
         "cu_seqlens": torch.from_numpy(pack.cu_seqlens),
         "max_seqlen": pack.max_seqlen,
+        "segment_ids": torch.from_numpy(pack.segment_ids),
+        "tiles": torch.from_numpy(pack.tiles),
         "feature_index": torch.from_numpy(pack.feature_index),
         "feature_token": torch.from_numpy(pack.feature_token),
         "text_order": torch.from_numpy(pack.text_order),
@@ -115,6 +117,8 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         "vision_offsets": pack.vision_cu_seqlens,
         "vision_cu_seqlens": torch.from_numpy(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
+        "vision_segment_ids": torch.from_numpy(pack.vision_segment_ids),
+        "vision_tiles": torch.from_numpy(pack.vision_tiles),
         "vision_position_ids": torch.from_numpy(pack.vision_position_ids),
     }
     return batch

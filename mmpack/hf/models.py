@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from torch import nn
 from mmpack.hf import attention
 from mmpack.hf.embedding import embed, is_sharded
 from mmpack.hf.isolation import check_isolation
+from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +41,7 @@ class _Patch:
     is_isolated: bool = False
 
 
-def patch_model(model: Model, impl: Literal["auto", "triton"] = "auto") -> Model:
+def patch_model(model: Model, impl: str = "auto") -> Model:
     """Patch a Qwen2-VL model, in place, to train on packs; returns it. Patching twice is one patch.
 
     A self-test follows: a small pack is run twice with another first segment, and the second
@@ -51,16 +52,20 @@ def patch_model(model: Model, impl: Literal["auto", "triton"] = "auto") -> Model
     Args:
         model: a `Qwen2VLForConditionalGeneration`, its inner `Qwen2VLModel`, or a wrapper that holds
             one (PEFT).
-        impl: which ops do the work. "auto": libraries' (torch); "triton": mmpack's own kernels, where
-            there are some (token embedding with feature insertion so far), on a CUDA device or in
-            Triton's interpreter. "auto" will mean them once they are measured on a GPU.
+        impl: which ops do the work. "auto": libraries' (torch, flash-attn); "triton": mmpack's own
+            kernels (attention, token embedding with feature insertion), on a CUDA device or in
+            Triton's interpreter; "auto" will mean them once they are measured on a GPU. Or one of
+            `mmpack.ops.varlen_attention`'s implementations, for attention alone. What is asked for
+            by name is used or refused.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced what mmpack binds.
         RuntimeError: the self-test found that segments see each other.
     """
-    if impl not in ("auto", "triton"):
-        raise ValueError(f"impl must be 'auto' or 'triton', got {impl!r}")
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+        )
     base = _inner_model(model)
     if hasattr(base, _STATE):
         getattr(base, _STATE).impl = impl
@@ -79,7 +84,8 @@ def patch_model(model: Model, impl: Literal["auto", "triton"] = "auto") -> Model
     setattr(base, _STATE, _Patch(hook.id, text_attention, impl))
     _set_text_attention(base, attention.NAME)
     # A model that Trainer is still to move to its GPU cannot run kernels yet.
-    if _has_weights(base) and (impl == "auto" or base.device.type == "cuda"):
+    needs_gpu = impl not in ("auto", "sdpa", "reference", "flex")
+    if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
         try:
             _check_once(base)
         except BaseException:
@@ -112,6 +118,8 @@ def _take_pack(
         return None
     _check_once(base)
     _check_batch(args, kwargs, pack)
+    impl = getattr(base, _STATE).impl
+    pack = {**pack, "impl": impl}
     features_FD = None
     if kwargs.get("pixel_values") is not None:
         features_FD = base.visual(
@@ -122,13 +130,13 @@ def _take_pack(
             position_ids=pack["vision_position_ids"],
             mmpack=pack,
         ).pooler_output
-    impl = getattr(base, _STATE).impl
     embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features_FD, pack, impl)
     if features_FD is None and _tower_must_run(base.visual):
         dummy = _dummy_features(base).sum()
         embeds_TD = embeds_TD + 0 * dummy.to(embeds_TD.device, embeds_TD.dtype)
     return args, {
         **kwargs,
+        "mmpack": pack,
         "input_ids": None,
         "inputs_embeds": embeds_TD[None],
         "position_ids": kwargs["position_ids"][1:],  # row 0 would make transformers build a mask
@@ -173,13 +181,22 @@ def _dummy_features(base: nn.Module) -> torch.Tensor:
     config, device = base.visual.config, base.visual.device
     num_patches = config.spatial_merge_size**2
     patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * num_patches
+    pack = {
+        "impl": getattr(base, _STATE).impl,
+        "vision_offsets": (0, num_patches),
+        "vision_cu_seqlens": cu_seqlens,
+        "vision_max_seqlen": num_patches,
+        "vision_segment_ids": torch.zeros(num_patches, dtype=torch.int32, device=device),
+        "vision_tiles": cu_seqlens.repeat(1, 2),  # one tile, its segment's rows
+    }
     return base.visual(
         torch.zeros(num_patches, patch_values, dtype=base.visual.dtype, device=device),
         grid_thw=torch.ones(1, 3, dtype=torch.long, device=device),
-        cu_seqlens=torch.arange(2, dtype=torch.int32, device=device) * num_patches,
+        cu_seqlens=cu_seqlens,
         max_seqlen=num_patches,
         position_ids=torch.zeros(num_patches, 2, dtype=torch.long, device=device),
-        mmpack={"vision_offsets": (0, num_patches)},
+        mmpack=pack,
     ).pooler_output
 
 

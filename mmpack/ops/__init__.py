@@ -1,6 +1,16 @@
-"""Tensors in, tensors out: Triton kernels and what makes them differentiable. No mmpack type here."""
+"""Tensors in, tensors out: Triton kernels and what makes them differentiable. No mmpack type here.
 
-from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad
-from mmpack.ops.embed_features import embed_features
+Where Triton does not exist (it does on Linux), the ops that have a library to fall back on do.
+"""
 
-__all__ = ["accumulate_embedding_grad", "embed_features"]
+from importlib.util import find_spec
+
+from mmpack.ops.varlen_attention import varlen_attention
+
+__all__ = ["varlen_attention"]
+
+if find_spec("triton"):
+    from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad
+    from mmpack.ops.embed_features import embed_features
+
+    __all__ += ["accumulate_embedding_grad", "embed_features"]

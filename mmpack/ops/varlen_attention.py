@@ -1,0 +1,171 @@
+"""The door to attention within segments: ours in Triton, and every library that can do it.
+
+    out[t] = softmax over the t' that token t sees of (scale q[t] k[t']) times v[t']
+
+A token sees its own segment, up to itself if causal. Nothing of size T x T is made, and nothing
+asks the device: what a loop over segments needs comes as host integers with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmpack.ops import varlen_libraries as libraries
+
+# T = tokens, H = query heads, K = head dim, S = segments, n = tiles
+IMPLEMENTATIONS = (
+    "triton",
+    "torch_varlen",
+    "flash2",
+    "flash3",
+    "flash4",
+    "flex",
+    "sdpa",
+    "reference",
+)
+# What "auto" takes for bf16 and fp16 on a GPU, the first there is. Ours is not in it before its GPU
+# tests are green and measured. On an H100, FlashAttention-3 runs 1.3-1.9 times as fast forward as 2
+# (paper, arXiv 2407.08608, head dim 128); torch_varlen is FlashAttention-2. Not measured here.
+AUTO = ("flash3", "flash2", "torch_varlen")
+_FLASH = ("torch_varlen", "flash2", "flash3", "flash4")
+
+
+def varlen_attention(
+    q_THK: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool,
+    scale: float,
+    tiles: tuple[Tensor, Tensor] | None = None,
+    offsets: Sequence[int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of each segment within itself; (T, H, K), differentiable in q, k and v.
+
+    Args:
+        q_THK: (T, H, K). k, v: (T, Hk, K), where Hk divides H (GQA). Views with any strides.
+        cu_seqlens: (S + 1,) int32: segment s is rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`; the last
+            is T. Segments may be empty.
+        max_seqlen: rows of the longest segment, or more.
+        causal: a token sees the past of its segment and itself; else all of it.
+        scale: factor of the scores, as a rule K ** -0.5.
+        tiles: for "triton", (tiles (n, 4), segment_ids (T,)) int32, fields of `mmpack.Pack`; without, a
+            list with gaps is made on the device.
+        offsets: `cu_seqlens` as integers on the host, for "sdpa" and "reference", which loop over
+            segments. Needed where `cu_seqlens` is not on the CPU.
+        impl: "auto" or one of IMPLEMENTATIONS, which is then used or refused. "auto" is the first of
+            AUTO that is there for bf16 and fp16 on a GPU, "sdpa" elsewhere. "triton": float32, bf16
+            and fp16, K up to 128, exact for 64, 80, 96 and 128 (others are padded), deterministic;
+            on a GPU with TMA (H100 and newer), or in Triton's interpreter.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot be had.
+    """
+    _check(q_THK, k, v, cu_seqlens, offsets)
+    if impl == "auto":
+        impl = _auto(q_THK)
+    elif impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+        )
+    reason = why_not(impl, q_THK)
+    if reason:
+        raise ValueError(f"attention impl {impl!r} cannot be used: {reason}")
+    if impl == "triton":
+        from mmpack.ops.varlen_triton import varlen_attention_triton
+
+        _check_tiles(tiles, q_THK)
+        return varlen_attention_triton(q_THK, k, v, cu_seqlens, tiles, causal, scale)
+    if offsets is None and impl in ("sdpa", "reference"):
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError(
+                f"attention impl {impl!r} loops over segments: pass offsets=, cu_seqlens on the host"
+            )
+        offsets = cu_seqlens.numpy()
+    run = getattr(libraries, impl)
+    return run(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale)
+
+
+def why_not(impl: str, q_THK: Tensor) -> str | None:
+    """Why an implementation cannot take such a q; None if it can."""
+    reason = libraries.why_not(impl)
+    if reason:
+        return reason
+    device, dtype = q_THK.device.type, q_THK.dtype
+    if impl in _FLASH:
+        if device != "cuda":
+            return f"it needs a CUDA device, q is on {device}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it takes bfloat16 and float16, q is {dtype}"
+    if impl == "flex" and device == "cpu" and q_THK.requires_grad and torch.is_grad_enabled():
+        return "FlexAttention has no backward on the CPU"
+    if impl == "triton":
+        import triton
+
+        if device not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+            return f"the kernel needs a CUDA device, q is on {device}"
+        if device == "cuda" and torch.cuda.get_device_capability(q_THK.device) < (9, 0):
+            return "the kernel needs a GPU with TMA (compute capability 9.0)"
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"it takes bfloat16, float16 and float32, q is {dtype}"
+        if device == "cpu" and dtype == torch.bfloat16:
+            return "bfloat16 sums are wrong in Triton's interpreter"
+        if q_THK.shape[2] > 128:
+            return f"it takes head dims up to 128, q has {q_THK.shape[2]}"
+    return None
+
+
+def _auto(q_THK: Tensor) -> str:
+    if q_THK.device.type == "cuda" and q_THK.dtype in (torch.bfloat16, torch.float16):
+        for impl in AUTO:
+            if not why_not(impl, q_THK):
+                return impl
+    return "sdpa"
+
+
+def _check(q_THK, k, v, cu_seqlens, offsets):
+    shapes = f"q {tuple(q_THK.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q_THK.ndim != 3 or k.shape != v.shape or k.ndim != 3:
+        raise ValueError(f"q must be (T, H, K) and k and v one (T, Hk, K), got {shapes}")
+    T, H, K = q_THK.shape
+    if k.shape[0] != T or k.shape[2] != K or not k.shape[1] or H % k.shape[1]:
+        raise ValueError(f"k and v must have q's T and K, and heads that divide q's, got {shapes}")
+    if not q_THK.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q_THK.dtype}, {k.dtype}, {v.dtype}")
+    if not q_THK.device == k.device == v.device == cu_seqlens.device:
+        raise ValueError(
+            f"q is on {q_THK.device}, k on {k.device}, v on {v.device}, cu_seqlens on "
+            f"{cu_seqlens.device}; they must be together"
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens must be flat int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if offsets is None and cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.numpy()
+    if offsets is not None and (len(offsets) != len(cu_seqlens) or offsets[-1] != T or offsets[0]):
+        raise ValueError(
+            f"{len(offsets)} offsets from {offsets[0]} to {offsets[-1]} do not fit {T} tokens and "
+            f"{len(cu_seqlens) - 1} segments"
+        )
+
+
+def _check_tiles(tiles, q_THK):
+    if tiles is None:
+        return
+    tiles_n4, segment_ids_T = tiles
+    for name, tensor, shape in (
+        ("tiles", tiles_n4, (len(tiles_n4), 4)),
+        ("segment_ids", segment_ids_T, (len(q_THK),)),
+    ):
+        if tensor.dtype != torch.int32 or tensor.shape != shape or tensor.device != q_THK.device:
+            raise ValueError(
+                f"{name} must be int32 {shape} on {q_THK.device}, got {tensor.dtype} "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )

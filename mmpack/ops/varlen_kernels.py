@@ -1,0 +1,240 @@
+"""Attention within segments in Triton: forward and a deterministic backward over a list of tiles.
+
+A tile is at most TILE rows of one segment, or several short segments that fit into TILE rows
+together (`mmpack.reference.attention_tiles`), so segments of a few tokens share a block and no tile is
+empty. One program takes one block of rows of one head, tiles longest first: the GPU hands them out in
+that order, and the short ones fill its gaps at the end. Keys that a block of rows sees whole are not
+masked; in the others a row sees the columns of its own segment, up to itself if causal: one kernel
+serves text and vision.
+
+q, k and v are read by TMA descriptors over (T, columns), a head being some columns, so a view into a
+fused projection is read as it lies. A head dim that is no power of two is split (80 = 64 + 16).
+The backward recomputes the scores from the saved log-sum-exp, once for dq (which also makes
+`delta` = rowsum(out * dout)) and once for dk and dv, whose programs add up the query heads of a group
+in order: no atomics, so two backward passes give the same bits.
+
+Bytes: q, k, v, out once, k and v again from the L2 cache for every block of rows. FLOPs of a causal
+segment of n rows and H heads: 2 n^2 K H forward; the backward's seven products are 3.5 times that.
+Not measured on a GPU yet. After FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
+"""
+
+import triton
+import triton.language as tl
+
+# T = tokens, H = query heads, G = query heads to a key head, K = head dim = D0 + D1
+
+
+@triton.jit
+def _tile(tiles_ptr, block, BLOCK: tl.constexpr, TILE: tl.constexpr, MIRROR: tl.constexpr):
+    """(begin, end) of a block of rows and of its segment, and whether segments share the tile.
+
+    MIRROR takes the tile as far from its segment's end as the listed one is from its beginning: what
+    has the most keys before it has the most queries behind it, so one order serves both."""
+    tile = block // (TILE // BLOCK)
+    begin = tl.load(tiles_ptr + 4 * tile)
+    end = tl.load(tiles_ptr + 4 * tile + 1)
+    segment_begin = tl.load(tiles_ptr + 4 * tile + 2)
+    segment_end = tl.load(tiles_ptr + 4 * tile + 3)
+    is_shared = (begin == segment_begin) & (end == segment_end)
+    if MIRROR:
+        last = tl.maximum(segment_end - segment_begin - 1, 0) // TILE
+        begin = segment_begin + (last - (begin - segment_begin) // TILE) * TILE
+        end = tl.minimum(begin + TILE, segment_end)
+    begin += block % (TILE // BLOCK) * BLOCK
+    return begin, tl.minimum(begin + BLOCK, end), segment_begin, segment_end, is_shared
+
+
+@triton.jit
+def _load(desc0, desc1, row, column, D0: tl.constexpr, D1: tl.constexpr):
+    """A block of rows of one head, in its two parts."""
+    x0 = desc0.load([row, column])
+    x1 = desc1.load([row, column + D0]) if D1 else 0.0
+    return x0, x1
+
+
+@triton.jit
+def _dot(a0, a1, b0, b1, D1: tl.constexpr):
+    """a @ b.T in float32, each in its two parts."""
+    out = tl.dot(a0, b0.T, input_precision="ieee")
+    if D1:
+        out = tl.dot(a1, b1.T, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr):
+    """acc + a @ b, b and acc in two parts."""
+    acc0 = tl.dot(a, b0, acc0, input_precision="ieee")
+    if D1:
+        acc1 = tl.dot(a, b1, acc1, input_precision="ieee")
+    return acc0, acc1
+
+
+@triton.jit
+def _share_segment(segment_ids_ptr, a, b, T):
+    """(a, b): whether two rows of the pack are of one segment."""
+    segment_a = tl.load(segment_ids_ptr + a, mask=a < T, other=-1)
+    segment_b = tl.load(segment_ids_ptr + b, mask=b < T, other=-2)
+    return segment_a[:, None] == segment_b[None, :]
+
+
+@triton.jit
+def _store(ptr, x0, x1, rows, end, head, H, K, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows before `end` of one head into a contiguous (T, H, K)."""
+    row_ptr = ptr + (rows.to(tl.int64) * H + head)[:, None] * K
+    d0 = tl.arange(0, D0)[None, :]
+    tl.store(row_ptr + d0, x0.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (d0 < K))
+    if D1:
+        d1 = D0 + tl.arange(0, D1)[None, :]
+        tl.store(row_ptr + d1, x1.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (d1 < K))
+
+
+@triton.jit
+def _varlen_attention_fwd_kernel(
+    out_ptr, lse_ptr, q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, tiles_ptr,
+    segment_ids_ptr, T, q_step, k_step, v_step, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    head = item % H
+    begin, end, segment_begin, segment_end, is_shared = _tile(tiles_ptr, item // H, BM, TILE, False)
+    if begin < end:
+        rows = begin + tl.arange(0, BM)
+        q0, q1 = _load(q0_desc, q1_desc, begin, head * q_step, D0, D1)
+        acc0 = tl.zeros([BM, D0], tl.float32)
+        acc1 = tl.zeros([BM, D1], tl.float32) if D1 else 0.0
+        peak = tl.full([BM], -float("inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        keys_end = end if CAUSAL else segment_end
+        whole_end = begin + 1 if CAUSAL else segment_end  # before it, keys for every row
+        if is_shared:
+            whole_end = segment_begin
+        for n in tl.range(segment_begin, keys_end, BN, num_stages=STAGES):
+            k0, k1 = _load(k0_desc, k1_desc, n, head // G * k_step, D0, D1)
+            scores = _dot(q0, q1, k0, k1, D1) * scale_log2
+            if n + BN > whole_end:
+                columns = n + tl.arange(0, BN)
+                sees = _share_segment(segment_ids_ptr, rows, columns, T)
+                if CAUSAL:
+                    sees &= rows[:, None] >= columns[None, :]
+                scores = tl.where(sees, scores, -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # has seen nothing yet
+            p = tl.exp2(scores - shift[:, None])
+            rescale = tl.exp2(peak - shift)
+            total = total * rescale + tl.sum(p, 1)
+            acc0 *= rescale[:, None]
+            if D1:
+                acc1 *= rescale[:, None]
+            v0, v1 = _load(v0_desc, v1_desc, n, head // G * v_step, D0, D1)
+            acc0, acc1 = _add_dot(acc0, acc1, p.to(v0.dtype), v0, v1, D1)
+            peak = new_peak
+        acc0 /= total[:, None]
+        if D1:
+            acc1 /= total[:, None]
+        _store(out_ptr, acc0, acc1, rows, end, head, H, K, D0, D1)
+        tl.store(lse_ptr + head * T + rows, peak + tl.log2(total), mask=rows < end)
+
+
+@triton.jit
+def _varlen_attention_bwd_dq_kernel(
+    dq_ptr, delta_ptr, lse_ptr, q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, out0_desc,
+    out1_desc, dout0_desc, dout1_desc, tiles_ptr, segment_ids_ptr, T, q_step, k_step,
+    v_step, out_step, dout_step, scale, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    head = item % H
+    begin, end, segment_begin, segment_end, is_shared = _tile(tiles_ptr, item // H, BM, TILE, False)
+    if begin < end:
+        rows = begin + tl.arange(0, BM)
+        out0, out1 = _load(out0_desc, out1_desc, begin, head * out_step, D0, D1)
+        dout0, dout1 = _load(dout0_desc, dout1_desc, begin, head * dout_step, D0, D1)
+        delta = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
+        if D1:
+            delta += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
+        tl.store(delta_ptr + head * T + rows, delta, mask=rows < end)
+        lse = tl.load(lse_ptr + head * T + rows, mask=rows < end, other=float("inf"))
+        q0, q1 = _load(q0_desc, q1_desc, begin, head * q_step, D0, D1)
+        dq0 = tl.zeros([BM, D0], tl.float32)
+        dq1 = tl.zeros([BM, D1], tl.float32) if D1 else 0.0
+        keys_end = end if CAUSAL else segment_end
+        whole_end = begin + 1 if CAUSAL else segment_end  # before it, keys for every row
+        if is_shared:
+            whole_end = segment_begin
+        for n in tl.range(segment_begin, keys_end, BN, num_stages=STAGES):
+            k0, k1 = _load(k0_desc, k1_desc, n, head // G * k_step, D0, D1)
+            p = tl.exp2(_dot(q0, q1, k0, k1, D1) * scale_log2 - lse[:, None])
+            if n + BN > whole_end:
+                columns = n + tl.arange(0, BN)
+                sees = _share_segment(segment_ids_ptr, rows, columns, T)
+                if CAUSAL:
+                    sees &= rows[:, None] >= columns[None, :]
+                p = tl.where(sees, p, 0.0)
+            v0, v1 = _load(v0_desc, v1_desc, n, head // G * v_step, D0, D1)
+            ds = p * (_dot(dout0, dout1, v0, v1, D1) - delta[:, None])
+            dq0, dq1 = _add_dot(dq0, dq1, ds.to(k0.dtype), k0, k1, D1)
+        dq0 *= scale
+        if D1:
+            dq1 *= scale
+        _store(dq_ptr, dq0, dq1, rows, end, head, H, K, D0, D1)
+
+
+@triton.jit
+def _varlen_attention_bwd_dkv_kernel(
+    dk_ptr, dv_ptr, lse_ptr, delta_ptr, q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc,
+    dout0_desc, dout1_desc, tiles_ptr, segment_ids_ptr, T, q_step, k_step, v_step,
+    dout_step, scale, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scores and their gradients are transposed here: keys by queries."""
+    item = tl.program_id(0)
+    head = item % (H // G)
+    begin, end, segment_begin, segment_end, is_shared = _tile(
+        tiles_ptr, item // (H // G), BN, TILE, CAUSAL
+    )
+    if begin < end:
+        columns = begin + tl.arange(0, BN)
+        k0, k1 = _load(k0_desc, k1_desc, begin, head * k_step, D0, D1)
+        v0, v1 = _load(v0_desc, v1_desc, begin, head * v_step, D0, D1)
+        dk0 = tl.zeros([BN, D0], tl.float32)
+        dv0 = tl.zeros([BN, D0], tl.float32)
+        dk1 = tl.zeros([BN, D1], tl.float32) if D1 else 0.0
+        dv1 = tl.zeros([BN, D1], tl.float32) if D1 else 0.0
+        queries_begin = begin if CAUSAL else segment_begin
+        whole_begin = begin + BN - 1 if CAUSAL else segment_begin  # from it, queries of all keys
+        if is_shared:
+            whole_begin = segment_end
+        steps = tl.cdiv(segment_end - queries_begin, BM)
+        for step in tl.range(0, G * steps, num_stages=STAGES):
+            query_head = head * G + step // steps
+            m = queries_begin + step % steps * BM
+            rows = m + tl.arange(0, BM)
+            q0, q1 = _load(q0_desc, q1_desc, m, query_head * q_step, D0, D1)
+            # Rows past the segment have p = 0 by their lse.
+            row = query_head * T + rows
+            lse = tl.load(lse_ptr + row, mask=rows < segment_end, other=float("inf"))
+            p = tl.exp2(_dot(k0, k1, q0, q1, D1) * scale_log2 - lse[None, :])
+            if m < whole_begin:
+                sees = _share_segment(segment_ids_ptr, columns, rows, T)
+                if CAUSAL:
+                    sees &= columns[:, None] <= rows[None, :]
+                p = tl.where(sees, p, 0.0)
+            dout0, dout1 = _load(dout0_desc, dout1_desc, m, query_head * dout_step, D0, D1)
+            p = p.to(dout0.dtype)
+            dv0, dv1 = _add_dot(dv0, dv1, p, dout0, dout1, D1)
+            dp = _dot(v0, v1, dout0, dout1, D1)
+            delta = tl.load(delta_ptr + row, mask=rows < segment_end, other=0.0)
+            ds = p * (dp - delta[None, :])
+            dk0, dk1 = _add_dot(dk0, dk1, ds.to(q0.dtype), q0, q1, D1)
+        dk0 *= scale
+        if D1:
+            dk1 *= scale
+        _store(dk_ptr, dk0, dk1, columns, end, head, H // G, K, D0, D1)
+        _store(dv_ptr, dv0, dv1, columns, end, head, H // G, K, D0, D1)

@@ -1,0 +1,159 @@
+"""Attention within segments by the libraries there are, each behind one signature.
+
+Which ones are there is found out when one is asked for; nothing is imported before. What
+`mmpack.ops.varlen_attention` calls `offsets` is `cu_seqlens` on the host.
+"""
+
+import functools
+import inspect
+from importlib.util import find_spec
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+# T = tokens, H = query heads, K = head dim, B = blocks of BLOCK tokens
+BLOCK = 128  # rows and columns of FlexAttention's blocks
+
+
+def reference(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """The specification."""
+    from mmpack import reference
+
+    return reference.varlen_attention(q_THK, k, v, offsets, causal=causal, scale=scale)
+
+
+def sdpa(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """torch's scaled_dot_product_attention, a call a segment; never a T x T anything."""
+    out = []
+    for begin, end in pairwise(int(offset) for offset in offsets):
+        q_s, k_s, v_s = (x[begin:end].transpose(0, 1)[None] for x in (q_THK, k, v))
+        out_s = F.scaled_dot_product_attention(
+            q_s, k_s, v_s, is_causal=causal, scale=scale, enable_gqa=q_s.shape[1] != k_s.shape[1]
+        )
+        out.append(out_s[0].transpose(0, 1))
+    return torch.cat(out) if out else torch.empty_like(q_THK)
+
+
+def torch_varlen(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """torch.nn.attention.varlen, FlashAttention-2 in torch itself (2.10 and newer)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = q_THK.shape[1] != k.shape[1]
+    return varlen_attn(q_THK, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+
+def flash2(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """The flash-attn package, FlashAttention-2."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q_THK, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        softmax_scale=scale, causal=causal,
+    )  # fmt: skip
+
+
+def flash3(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """FlashAttention-3, whose package is `flash_attn_interface`."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q_THK, k, v, cu_seqlens, max_seqlen, causal, scale)
+
+
+def flash4(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """FlashAttention-4 in CuTe, package flash-attn-4."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q_THK, k, v, cu_seqlens, max_seqlen, causal, scale)
+
+
+def _flash(function, q_THK, k, v, cu_seqlens, max_seqlen, causal, scale):
+    out = function(
+        q_THK, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen, softmax_scale=scale, causal=causal,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
+
+
+def flex(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
+    """torch's FlexAttention over a BlockMask made from `cu_seqlens`; compiled on a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = _compiled_flex() if q_THK.is_cuda else flex_attention
+    out = attend(
+        *(x.transpose(0, 1)[None] for x in (q_THK, k, v)),
+        block_mask=block_mask(cu_seqlens, len(q_THK), causal),
+        scale=scale,
+        enable_gqa=q_THK.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def block_mask(cu_seqlens, T, causal):
+    """FlexAttention's BlockMask of a pack, straight from `cu_seqlens`: (B, B) integers at most, no T x T
+    mask, no question to the device."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = torch.arange(T, device=cu_seqlens.device)
+    segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    first = torch.arange(0, T, BLOCK, device=cu_seqlens.device)
+    first_segment_B, last_segment_B = segment_T[first], segment_T[(first + BLOCK).clamp_max(T) - 1]
+    places = torch.arange(len(first), device=cu_seqlens.device)
+    row_B1, column_1B = places[:, None], places[None, :]
+    # Blocks are of the pack's rows: between two there is a segment both have, or none is shared.
+    seen_BB = (first_segment_B[:, None] <= last_segment_B) & (
+        last_segment_B[:, None] >= first_segment_B
+    )
+    whole_BB = (first_segment_B[:, None] == last_segment_B) & (
+        last_segment_B[:, None] == first_segment_B
+    )
+    if causal:
+        seen_BB &= column_1B <= row_B1
+        whole_BB &= column_1B < row_B1
+    whole_BB &= (first + BLOCK <= T)[None, :]
+
+    def indices(mask_BB):
+        """How many blocks each row has, and which come first."""
+        order = torch.argsort(mask_BB.int(), dim=1, descending=True, stable=True)
+        return mask_BB.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    def mask_mod(b, h, q, kv):
+        same = segment_T[q] == segment_T[kv]
+        return same & (q >= kv) if causal else same
+
+    return BlockMask.from_kv_blocks(
+        *indices(seen_BB & ~whole_BB),
+        *indices(whole_BB),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(T, T),
+    )
+
+
+def why_not(impl):
+    """Why an implementation cannot be had here; None if it can. Devices and dtypes aside."""
+    if impl in ("reference", "sdpa"):
+        return None
+    if impl == "triton":
+        return None if find_spec("triton") else "triton is not installed"
+    module, name = {
+        "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+        "flex": ("torch.nn.attention.flex_attention", "flex_attention"),
+        "flash2": ("flash_attn", "flash_attn_varlen_func"),
+        "flash3": ("flash_attn_interface", "flash_attn_varlen_func"),
+        "flash4": ("flash_attn.cute", "flash_attn_varlen_func"),
+    }[impl]
+    try:
+        found = __import__(module, fromlist=[name])
+    except ImportError as error:
+        return f"{module} cannot be imported: {error}"
+    return None if hasattr(found, name) else f"{module} has no {name}"

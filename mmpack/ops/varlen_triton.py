@@ -1,0 +1,215 @@
+"""What launches the kernels of `mmpack.ops.varlen_kernels` and makes them differentiable."""
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mmpack.ops import varlen_kernels as kernels
+
+# T = tokens, H = query heads, G = query heads to a key head, K = head dim, S = segments, n = tiles
+TILE = 128  # rows; mmpack.reference.TILE cuts them
+LOG2_E = 1.4426950408889634
+
+
+def split_head_dim(K):
+    """(D0, D1): two powers of two that cover K, the second 0 where one does."""
+    D0 = max(16, 1 << (K.bit_length() - 1))
+    return D0, max(16, triton.next_power_of_2(K - D0)) if K > D0 else 0
+
+
+def launch_options(kernel, K, dtype):
+    """Blocks, stages and warps of a kernel, the largest blocks that `benchmarks.compile_report` sees
+    without spills. Small ones for float32, whose exact sums use no tensor core."""
+    if dtype == torch.float32 and not triton.knobs.runtime.interpret:
+        return {"BM": 16, "BN": 16, "STAGES": 1, "num_warps": 8}
+    if kernel != "bwd_dkv":
+        return {"BM": 128, "BN": 64 if kernel == "bwd_dq" else 128, "STAGES": 2, "num_warps": 8}
+    if K <= 64:
+        return {"BM": 64, "BN": 128, "STAGES": 2, "num_warps": 8}
+    return {"BM": 64, "BN": 64, "STAGES": 2, "num_warps": 4}  # two to a processor
+
+
+def _descriptors(x_THK, rows, D0, D1):
+    """Two descriptors of blocks (rows, D0) and (rows, D1) over x as (T, columns)."""
+    T, H, K = x_THK.shape
+    shape, strides = [T, (H - 1) * x_THK.stride(1) + K], [x_THK.stride(0), 1]
+    first = TensorDescriptor(x_THK, shape, strides, [rows, D0])
+    return first, TensorDescriptor(x_THK, shape, strides, [rows, D1]) if D1 else first
+
+
+def _readable(x_THK, D):
+    """x where TMA can read its heads as columns: 16-byte base and row stride, heads within a row and D
+    wide. A copy if it is not so."""
+    T, H, K = x_THK.shape
+    if K != D:
+        return torch.nn.functional.pad(x_THK, (0, D - K))
+    size = x_THK.element_size()
+    aligned = x_THK.stride(0) * size % 16 == 0 and x_THK.storage_offset() * size % 16 == 0
+    within = x_THK.stride(2) == 1 and (H - 1) * x_THK.stride(1) + D <= x_THK.stride(0)
+    return x_THK if aligned and within else x_THK.clone(memory_format=torch.contiguous_format)
+
+
+def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
+    """(out (T, H, K), lse (H, T) float32 in base 2); the arguments are checked."""
+    T, H, K = q_THK.shape
+    out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
+    D0, D1 = split_head_dim(K)
+    q_THK, k, v = (_readable(x, D0 + D1) for x in (q_THK, k, v))
+    options = launch_options("fwd", K, q_THK.dtype)
+    num_blocks = len(tiles_n4) * (TILE // options["BM"])
+    if num_blocks:
+        kernels._varlen_attention_fwd_kernel[(num_blocks * H,)](
+            out_THK,
+            lse_HT,
+            *_descriptors(q_THK, options["BM"], D0, D1),
+            *_descriptors(k, options["BN"], D0, D1),
+            *_descriptors(v, options["BN"], D0, D1),
+            tiles_n4,
+            segment_ids_T,
+            T,
+            *(x.stride(1) for x in (q_THK, k, v)),
+            scale * LOG2_E,
+            H=H,
+            G=H // k.shape[1],
+            K=K,
+            D0=D0,
+            D1=D1,
+            TILE=TILE,
+            CAUSAL=causal,
+            **options,
+        )
+    return out_THK, lse_HT
+
+
+def varlen_attention_bwd(dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T, causal, scale):
+    """(dq, dk, dv), contiguous, in two launches; the arguments are checked."""
+    (T, H, K), G = q.shape, q.shape[1] // k.shape[1]
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta_HT = lse_HT.new_empty(lse_HT.shape)
+    D0, D1 = split_head_dim(K)
+    q, k, v, out, dout_THK = (_readable(x, D0 + D1) for x in (q, k, v, out, dout_THK))
+    constants = {"H": H, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": TILE, "CAUSAL": causal}
+    if not len(tiles_n4):
+        return dq, dk, dv
+    options = launch_options("bwd_dq", K, q.dtype)
+    kernels._varlen_attention_bwd_dq_kernel[(len(tiles_n4) * (TILE // options["BM"]) * H,)](
+        dq,
+        delta_HT,
+        lse_HT,
+        *_descriptors(q, options["BM"], D0, D1),
+        *_descriptors(k, options["BN"], D0, D1),
+        *_descriptors(v, options["BN"], D0, D1),
+        *_descriptors(out, options["BM"], D0, D1),
+        *_descriptors(dout_THK, options["BM"], D0, D1),
+        tiles_n4,
+        segment_ids_T,
+        T,
+        *(x.stride(1) for x in (q, k, v, out, dout_THK)),
+        scale,
+        scale * LOG2_E,
+        **constants,
+        **options,
+    )
+    options = launch_options("bwd_dkv", K, q.dtype)
+    kernels._varlen_attention_bwd_dkv_kernel[(len(tiles_n4) * (TILE // options["BN"]) * H // G,)](
+        dk,
+        dv,
+        lse_HT,
+        delta_HT,
+        *_descriptors(q, options["BM"], D0, D1),
+        *_descriptors(k, options["BN"], D0, D1),
+        *_descriptors(v, options["BN"], D0, D1),
+        *_descriptors(dout_THK, options["BM"], D0, D1),
+        tiles_n4,
+        segment_ids_T,
+        T,
+        *(x.stride(1) for x in (q, k, v, dout_THK)),
+        scale,
+        scale * LOG2_E,
+        **constants,
+        **options,
+    )
+    return dq, dk, dv
+
+
+@torch.library.custom_op("mmpack::varlen_attention", mutates_args=())
+def _varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, segment_ids: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return varlen_attention_fwd(q, k, v, tiles, segment_ids, causal, scale)
+
+
+@_varlen_attention.register_fake
+def _(q, k, v, tiles, segment_ids, causal, scale):
+    T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("mmpack::varlen_attention_backward", mutates_args=())
+def _varlen_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: Tensor,
+    segment_ids: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return varlen_attention_bwd(dout, q, k, v, out, lse, tiles, segment_ids, causal, scale)
+
+
+@_varlen_attention_backward.register_fake
+def _(dout, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, tiles, segment_ids, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, tiles, segment_ids)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 7
+    q, k, v, out, lse, tiles, segment_ids = ctx.saved_tensors
+    gradients = _varlen_attention_backward(
+        dout, q, k, v, out, lse, tiles, segment_ids, ctx.causal, ctx.scale
+    )
+    return *gradients, None, None, None, None
+
+
+_varlen_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def tiles_from_cu_seqlens(cu_seqlens, T):
+    """(tiles (cdiv(T, TILE) + S, 4), segment_ids (T,)) int32, made on the device without asking it: the
+    list is as long as it can get, what is not needed is empty. The host's list
+    (`mmpack.reference.attention_tiles`) is shorter, joins short segments and is sorted."""
+    S = len(cu_seqlens) - 1
+    tokens = torch.arange(T, dtype=torch.int32, device=cu_seqlens.device)
+    segment_ids = torch.searchsorted(
+        cu_seqlens[1:].contiguous(), tokens, right=True, out_int32=True
+    )
+    if not T:
+        return cu_seqlens.new_empty(0, 4), segment_ids
+    places = torch.arange(triton.cdiv(T, TILE) + S, dtype=torch.int32, device=cu_seqlens.device)
+    num_tiles = (cu_seqlens.diff() + TILE - 1) // TILE
+    ends = num_tiles.cumsum(0, dtype=torch.int32)
+    segment = torch.searchsorted(ends, places, right=True).clamp_max(S - 1)
+    segment_begin, segment_end = cu_seqlens[segment], cu_seqlens[segment + 1]
+    begin = segment_begin + (places - ends[segment] + num_tiles[segment]) * TILE
+    end = torch.minimum(begin + TILE, segment_end)
+    tiles = torch.stack([begin, end, segment_begin, segment_end], dim=1)
+    return torch.where((places < ends[-1])[:, None], tiles, 0), segment_ids
+
+
+def varlen_attention_triton(q_THK, k, v, cu_seqlens, tiles, causal, scale):
+    """The kernels behind `mmpack.ops.varlen_attention`, which has checked the arguments."""
+    if tiles is None:
+        tiles = tiles_from_cu_seqlens(cu_seqlens, len(q_THK))
+    return _varlen_attention(q_THK, k, v, *tiles, causal, scale)[0]
