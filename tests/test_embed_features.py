@@ -11,17 +11,7 @@ from mmpack import assemble, reference
 from mmpack.ops import accumulate_embedding_grad, embed_features
 from mmpack.ops.embed_features import MAX_RUN, embed_features_bwd
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory is full of NaN, so that a row nobody wrote is seen."""
-    real = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        out = real(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def dtypes(device, sums):

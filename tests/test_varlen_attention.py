@@ -12,20 +12,10 @@ from mmpack.ops.varlen_attention import IMPLEMENTATIONS, why_not
 from mmpack.ops.varlen_libraries import block_mask
 from mmpack.ops.varlen_triton import TILE, tiles_from_cu_seqlens
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 RAGGED = [1, 1, 127, 0, 128, 129, 300]
 SHORT = [1, 3, 2, 0, 5, 70, 60, 1, 130]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory is full of NaN, so that a row nobody wrote is seen."""
-    real = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        out = real(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 class Case:

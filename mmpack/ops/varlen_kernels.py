@@ -45,6 +45,16 @@ def _tile(tiles_ptr, block, BLOCK: tl.constexpr, TILE: tl.constexpr, MIRROR: tl.
 
 
 @triton.jit
+def _keys(begin, end, segment_begin, segment_end, is_shared, CAUSAL: tl.constexpr):
+    """End of the keys that rows see, and of those that every one of them sees."""
+    keys_end = end if CAUSAL else segment_end
+    whole_end = begin + 1 if CAUSAL else segment_end
+    if is_shared:
+        whole_end = segment_begin
+    return keys_end, whole_end
+
+
+@triton.jit
 def _load(desc0, desc1, row, column, D0: tl.constexpr, D1: tl.constexpr):
     """A block of rows of one head, in its two parts."""
     x0 = desc0.load([row, column])
@@ -107,10 +117,7 @@ def _varlen_attention_fwd_kernel(
         acc1 = tl.zeros([BM, D1], tl.float32) if D1 else 0.0
         peak = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        keys_end = end if CAUSAL else segment_end
-        whole_end = begin + 1 if CAUSAL else segment_end  # before it, keys for every row
-        if is_shared:
-            whole_end = segment_begin
+        keys_end, whole_end = _keys(begin, end, segment_begin, segment_end, is_shared, CAUSAL)
         for n in tl.range(segment_begin, keys_end, BN, num_stages=STAGES):
             k0, k1 = _load(k0_desc, k1_desc, n, head // G * k_step, D0, D1)
             scores = _dot(q0, q1, k0, k1, D1) * scale_log2
@@ -162,10 +169,7 @@ def _varlen_attention_bwd_dq_kernel(
         q0, q1 = _load(q0_desc, q1_desc, begin, head * q_step, D0, D1)
         dq0 = tl.zeros([BM, D0], tl.float32)
         dq1 = tl.zeros([BM, D1], tl.float32) if D1 else 0.0
-        keys_end = end if CAUSAL else segment_end
-        whole_end = begin + 1 if CAUSAL else segment_end  # before it, keys for every row
-        if is_shared:
-            whole_end = segment_begin
+        keys_end, whole_end = _keys(begin, end, segment_begin, segment_end, is_shared, CAUSAL)
         for n in tl.range(segment_begin, keys_end, BN, num_stages=STAGES):
             k0, k1 = _load(k0_desc, k1_desc, n, head // G * k_step, D0, D1)
             p = tl.exp2(_dot(q0, q1, k0, k1, D1) * scale_log2 - lse[:, None])
