@@ -5,9 +5,10 @@ Where Triton does not exist (it does on Linux), the ops that have a library to f
 
 from importlib.util import find_spec
 
+from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 from mmpack.ops.varlen_attention import varlen_attention
 
-__all__ = ["varlen_attention"]
+__all__ = ["supervised_cross_entropy", "varlen_attention"]
 
 if find_spec("triton"):
     from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad

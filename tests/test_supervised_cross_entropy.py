@@ -1,0 +1,135 @@
+"""The chunked loss against torch's cross entropy in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmpack.ops import supervised_cross_entropy as door
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["mmpack.ops.supervised_cross_entropy"], "CHUNK", 400)
+
+
+def run(loss_of, logits, weight, labels, num_items):
+    """(loss, gradient of what made the logits): the head, whose output nobody else needs."""
+    hidden = logits.detach().requires_grad_()
+    loss = loss_of(hidden * weight, labels, num_items)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), gradient
+
+
+def in_torch(logits, labels, num_items):
+    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels,
+                           reduction="sum") / num_items  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(("L", "V"), [(1, 7), (13, 101), (9, 999), (400, 3)])
+def test_loss_and_gradient(L, V, dtype):
+    logits = 3 * torch.randn(L, V, dtype=torch.float64).to(dtype)
+    labels = torch.randint(V, (L,))
+    labels[L // 2] = -100 if L > 1 else labels[L // 2]
+    loss, gradient = run(door, logits, 1.0, labels, 17)
+    exact, exact_gradient = run(in_torch, logits.double(), 1.0, labels, 17)
+    plain, plain_gradient = run(in_torch, logits, 1.0, labels, 17)
+    for ours, true, theirs in ((loss, exact, plain), (gradient, exact_gradient, plain_gradient)):
+        budget = 2 * (theirs - true).abs().max() + 1e-5 * true.abs().max()
+        if dtype == torch.float64:
+            budget = 1e-14 * true.abs().max().clamp_min(1)
+        assert (ours - true).abs().max() <= budget
+    assert gradient.dtype == dtype
+    assert loss.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert (gradient[labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("num_items", [3, torch.tensor(3), torch.tensor(3.0)])
+def test_num_items_may_be_a_number_or_a_tensor(num_items):
+    logits, labels = torch.randn(5, 11), torch.randint(11, (5,))
+    assert torch.allclose(door(logits, labels, num_items), in_torch(logits, labels, 3))
+
+
+def test_the_mean_where_nobody_counts():
+    logits, labels = torch.randn(5, 11), torch.tensor([1, -100, 3, -100, 0])
+    assert torch.allclose(door(logits, labels), F.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 12])
+@pytest.mark.parametrize("L", [0, 4])
+def test_nothing_supervised_is_loss_zero(L, num_items):
+    logits = torch.randn(L, 11, requires_grad=True)
+    loss = door(logits * 1, torch.full((L,), -100), num_items)
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
+def test_the_loss_may_be_scaled():
+    """By gradient accumulation, by a scaler, across ranks."""
+    logits, labels = torch.randn(5, 11), torch.randint(11, (5,))
+    _, once = run(door, logits, 1.0, labels, 4)
+    _, scaled = run(lambda *a: 1024 * door(*a), logits, 1.0, labels, 4)
+    assert torch.equal(scaled, 1024 * once)
+
+
+def test_float16_gradients_do_not_vanish_before_they_are_scaled():
+    """1 / num_items is applied with the scaler's factor, not before."""
+    logits, labels = torch.randn(5, 1000).half(), torch.randint(1000, (5,))
+    _, gradient = run(lambda *a: 65536 * door(*a), logits, 1.0, labels, 100_000)
+    exact = run(lambda *a: 65536 * in_torch(*a), logits.double(), 1.0, labels, 100_000)[1]
+    assert (gradient - exact).abs().max() <= 2e-3 * exact.abs().max()
+    assert (gradient != 0).all()
+
+
+def test_the_backward_alone_overwrites_the_logits():
+    logits, labels = torch.randn(5, 11, requires_grad=True), torch.randint(11, (5,))
+    made = logits * 1
+    loss = door(made, labels, 5)
+    assert torch.equal(made, logits)
+    loss.backward()
+    assert torch.equal(made, logits.grad)
+
+
+def test_a_second_backward_is_refused():
+    logits, labels = torch.randn(5, 11, requires_grad=True), torch.randint(11, (5,))
+    loss = door(logits * 1, labels, 5)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_who_needs_the_logits_after_all_is_told():
+    """An operation that saved them finds them changed: torch says so, nothing is wrong silently."""
+    hidden, labels = torch.randn(5, 11, requires_grad=True), torch.randint(11, (5,))
+    logits = hidden.exp()  # exp's gradient is its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        door(logits, labels, 5).backward()
+
+
+def test_no_data_is_asked_for():
+    logits = torch.randn(1000, 50, device="meta", requires_grad=True)
+    labels = torch.zeros(1000, dtype=torch.long, device="meta")
+    door(logits * 1, labels, torch.zeros((), device="meta")).backward()
+    assert logits.grad.shape == logits.shape
+
+
+def test_no_float32_copy_of_all_logits(monkeypatch):
+    """The largest tensor made is one chunk."""
+    made = []
+    real = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: made.append(self.numel()) or real(self, *a, **k)
+    )
+    logits = torch.randn(300, 40, requires_grad=True)
+    door((logits * 1).bfloat16(), torch.zeros(300, dtype=torch.long)).backward()
+    assert max(made) <= 400
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"\(L, V\) and labels \(L,\), got \(2, 3, 4\) and \(3,\)"):
+        door(torch.randn(2, 3, 4), torch.zeros(3, dtype=torch.long))
