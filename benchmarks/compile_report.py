@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
-from mmpack.ops import varlen_triton  # noqa: F401
+from mmpack.ops import mrope, varlen_triton  # noqa: F401
 
 embed = sys.modules["mmpack.ops.embed_features"]
 varlen = sys.modules["mmpack.ops.varlen_triton"]
@@ -207,10 +207,47 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
     return cases
 
 
+_TEXT = {"sections": (16, 24, 24), "interleaved": False, "num_freqs": 64}
+_QWEN3 = {"sections": (24, 20, 20), "interleaved": True, "num_freqs": 64}
+_VISION = {"sections": (20, 20), "interleaved": False, "num_freqs": 20}
+_PARTIAL = {"sections": (11, 11, 10), "interleaved": True, "num_freqs": 32}
+
+
+def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, Any]) -> Case:
+    """Of both directions the inverse, which negates more. Vision positions are a transposed view."""
+    strides = ("q_stride_t", "q_stride_h", "k_stride_t", "k_stride_h", "position_stride")
+    constants = mrope.mrope_constants(H, HK, K, **rope, inverse=True, dtype=None)
+    arguments = {
+        **dict.fromkeys(("q_out_ptr", "k_out_ptr", "q_ptr", "k_ptr"), f"*{dtype}:16"),
+        "position_ids_ptr": "*i64:16",
+        "inv_freq_ptr": "*fp32:16",
+        **dict.fromkeys(strides, "i32:16"),
+        "position_stride_t": "i32",
+        "T": "i32",
+        "scaling": "fp32",
+    }
+    return Case(
+        f"apply_mrope {name} {dtype}",
+        mrope._apply_mrope_kernel,
+        arguments,
+        constants,
+        {"num_warps": mrope.NUM_WARPS},
+        max_registers=128,
+        needs=("LDG.128", "STG.128"),
+    )
+
+
 CASES = [
     case
     for dtype, D in (("bf16", 1536), ("bf16", 3584), ("bf16", 8192), ("fp32", 3584))
     for case in _embed_cases(dtype, D)
+] + [
+    _mrope_case("12 + 2 heads", "bf16", 12, 2, 128, _TEXT),
+    _mrope_case("28 + 4 heads", "bf16", 28, 4, 128, _TEXT),
+    _mrope_case("28 + 4 heads", "fp32", 28, 4, 128, _TEXT),
+    _mrope_case("interleaved", "bf16", 32, 8, 128, _QWEN3),
+    _mrope_case("vision", "bf16", 16, 16, 80, _VISION),
+    _mrope_case("partial", "bf16", 16, 2, 256, _PARTIAL),
 ]
 CASES += [
     case

@@ -2,7 +2,8 @@
 
 Every other file only says it faster, is compared with this one and never imports it; the doors
 (`mmpack.assemble`, `mmpack.hf`) run it by name. Shapes: T tokens in a pack, S segments, I images,
-P patches, F features, D hidden size, H heads, K head dim, L supervised tokens.
+P patches, F features, D hidden size, H heads, K head dim, L supervised tokens, C channels, p patch
+side, E hidden size of the vision tower.
 """
 
 from __future__ import annotations
@@ -179,6 +180,64 @@ def insert_features(
     What transformers' `masked_scatter` of the features into the placeholders computes.
     """
     return embeds_TD.index_copy(0, feature_token.long(), features_FD)
+
+
+def patch_embed(
+    stills: torch.Tensor,
+    video: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> torch.Tensor:
+    """(P1 + P2, E) hidden states of uint8 patches, stills (P1, C * p * p) before video
+    (P2, C * t * p * p): pixels / 255, less their channel's mean, over its std, times the weight
+    (E, C, t, p, p) of the convolution whose one step a patch is. A still fills every frame."""
+    channels, frames = weight.shape[1:3]
+    patches = stills.unflatten(1, (channels, 1, -1)).expand(-1, -1, frames, -1)
+    if video is not None:
+        patches = torch.cat([patches, video.unflatten(1, (channels, frames, -1))])
+    mean_C, std_C = (weight.new_tensor(x)[:, None, None] for x in (mean, std))
+    pixel_values = (patches.to(weight.dtype) / 255 - mean_C) / std_C
+    return F.linear(pixel_values.flatten(1), weight.flatten(1), bias)
+
+
+def apply_mrope(
+    q_THK: torch.Tensor,
+    k: torch.Tensor,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    sections: Sequence[int],
+    interleaved: bool = False,
+    attention_scaling: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k (T, heads, K) rotated by the angles of their positions (3, T) in t, h, w, or (2, T).
+
+    Channel i of the first half of the R = 2 * sum(sections) rotary ones turns with channel i of the
+    second by position * frequency; `rotary_axes` says whose position. A tower's sections share one
+    row of frequencies, text has one frequency a channel. Angles are float32, as transformers' are;
+    the rotation is in float32, in float64 for float64. Channels from R on stay.
+    """
+    axes = rotary_axes(sections, interleaved)
+    angles = position_ids[axes].T.float() * inv_freq.float().repeat(len(axes) // len(inv_freq))
+    cos, sin = (attention_scaling * x[:, None] for x in (angles.cos(), angles.sin()))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        first, second, rest = x.split([len(axes), len(axes), x.shape[-1] - 2 * len(axes)], dim=-1)
+        a, b = first.to(exact), second.to(exact)
+        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return torch.cat([rotated.to(x.dtype), rest], dim=-1)
+
+    return rotate(q_THK), rotate(k)
+
+
+def rotary_axes(sections: Sequence[int], interleaved: bool) -> list[int]:
+    """Which row of positions turns each frequency. Qwen2-VL: one section after the other; Qwen3-VL:
+    t, h, w by turns until h and w have had their sections, then t."""
+    if not interleaved:
+        return [axis for axis, length in enumerate(sections) for _ in range(length)]
+    return [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
 
 
 def varlen_attention(

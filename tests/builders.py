@@ -161,6 +161,13 @@ def worst_difference(ours, expected):
     )
 
 
+def assert_within_budget(name, ours, torchs, exact):
+    """|ours - exact| <= 2 max|torch - exact| + 1e-5 max|exact|, in the max norm."""
+    error = (ours.double() - exact).abs().max().item()
+    budget = 2 * (torchs.double() - exact).abs().max().item() + 1e-5 * exact.abs().max().item()
+    assert error <= budget, f"{name}: {error:.2e} off, {budget:.2e} allowed"
+
+
 def encoded(vision, *pieces, supervised=True):
     """An EncodedSample from text ids and (grid_h, grid_w) images in reading order."""
     ids, grids = [], []

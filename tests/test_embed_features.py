@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import SMALL_SPEC, encoded
+from builders import SMALL_SPEC, assert_within_budget, encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,13 +55,6 @@ def run(fn, input_ids, feature_index, weight, features, dout, **indices):
     out.backward(dout)
     no_grad = torch.zeros_like(features)
     return out.detach(), weight.grad, no_grad if features.grad is None else features.grad
-
-
-def assert_within_budget(name, ours, torchs, exact):
-    """|ours - exact| <= 2 max|torch - exact| + 1e-5 max|exact|, in the max norm."""
-    error = (ours.double() - exact).abs().max().item()
-    budget = 2 * (torchs.double() - exact).abs().max().item() + 1e-5 * exact.abs().max().item()
-    assert error <= budget, f"{name}: {error:.2e} off, {budget:.2e} allowed"
 
 
 SIZES = [

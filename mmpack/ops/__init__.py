@@ -5,13 +5,15 @@ Where Triton does not exist (it does on Linux), the ops that have a library to f
 
 from importlib.util import find_spec
 
+from mmpack.ops.patch_embed import patch_embed
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 from mmpack.ops.varlen_attention import varlen_attention
 
-__all__ = ["supervised_cross_entropy", "varlen_attention"]
+__all__ = ["patch_embed", "supervised_cross_entropy", "varlen_attention"]
 
 if find_spec("triton"):
     from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad
     from mmpack.ops.embed_features import embed_features
+    from mmpack.ops.mrope import apply_mrope
 
-    __all__ += ["accumulate_embedding_grad", "embed_features"]
+    __all__ += ["accumulate_embedding_grad", "apply_mrope", "embed_features"]

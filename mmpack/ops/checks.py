@@ -12,5 +12,10 @@ def check_indices(indices, device):
                 f"{name} must be flat int32 on {device}, got {tensor.dtype} {tuple(tensor.shape)} on "
                 f"{tensor.device}"
             )
+    check_device(device)
+
+
+def check_device(device):
+    """A device kernels run on."""
     if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
