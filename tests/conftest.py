@@ -104,3 +104,13 @@ def poisoned_memory(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """In the interpreter a program costs milliseconds whatever its size: models get few of them."""
+    if not torch.cuda.is_available():
+        from mmpack.ops import mrope
+
+        monkeypatch.setattr(mrope, "BLOCK_T", 256)
+        monkeypatch.setattr(mrope, "TILE", 1 << 20)

@@ -27,6 +27,7 @@ from mmpack.assemble import concatenate
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
 MAX_PIXELS = 28 * 28 * 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -190,7 +191,10 @@ def test_made_up_rows(impl, dtype, device):
     config = tiny_config(vocab_size=100, vision=SMALL_SPEC)
     rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
     model = patch_model(model_of(dtype, config=config).to(device), impl=impl)
-    assert_theorem(model, batch, num_items, rows_alone, TOLERANCE[dtype])
+    # The rotary kernel's float32 cosines are not transformers' to the last bit, and transformers rotates
+    # a tower in float32 even where it is float64.
+    tolerance = TOLERANCE[torch.float32 if impl == "triton" else dtype]
+    assert_theorem(model, batch, num_items, rows_alone, tolerance)
 
 
 def to(device, value):

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import PackedDataset, VisionSpec
 from mmpack.encode import encode_samples
-from mmpack.hf import PackCollator, attention, patch_model
+from mmpack.hf import PackCollator, patch_model
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
 MAX_PIXELS = 28 * 28 * 16
 NUM_ROWS = 18
 CAPACITY = 700
@@ -67,7 +67,7 @@ class KeepGradients(TrainerCallback):
         }
 
 
-def one_step(model, dataset, tmp_path, **options):
+def one_step(model, dataset, tmp_path, collate=None, **options):
     """(logged loss, gradients) of one optimizer step over the whole data set."""
     keep = KeepGradients()
     arguments = {
@@ -87,7 +87,7 @@ def one_step(model, dataset, tmp_path, **options):
         model=model,
         args=TrainingArguments(**arguments),
         train_dataset=dataset,
-        data_collator=PackCollator(),
+        data_collator=collate or PackCollator(),
         callbacks=[keep],
     )
     trainer.train()
@@ -112,6 +112,16 @@ def test_patched_model(options, dataset, expected, tmp_path):
     assert difference <= 1e-5, name
 
 
+def test_uint8_pixels(dataset, expected, tmp_path):
+    """Bytes from the workers to the tower; the rows alone had transformers' own float32 pixels."""
+    model = patch_model(tiny_model())
+    collate = PackCollator(model=model, pixels="uint8")
+    loss, grads = one_step(model, dataset, tmp_path, collate, dataloader_num_workers=2)
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    difference, name = worst_difference(grads, expected[1])
+    assert difference <= 1e-5, name
+
+
 def test_unpatched_model(dataset, expected, tmp_path):
     # Trainer switches the cache off in the wrong config; the batch's use_cache=False saves us.
     model = tiny_model()
@@ -122,16 +132,11 @@ def test_unpatched_model(dataset, expected, tmp_path):
     assert difference <= 1e-5, name
 
 
-def test_bf16(dataset, stock_rows, expected, tmp_path, monkeypatch):
+def test_bf16(dataset, stock_rows, expected, tmp_path):
     """Autocast over float32 weights: no further from float32 than stock transformers is, on the
     rows alone or on the same packs (more tokens a product round differently)."""
-    if (
-        not torch.cuda.is_available()
-    ):  # the interpreter refuses bf16 sums; the embedding only copies
-        real = attention.varlen_attention
-        sdpa = lambda *args, **options: real(*args, **{**options, "impl": "sdpa"})  # noqa: E731
-        monkeypatch.setattr(attention, "varlen_attention", sdpa)
-    model = patch_model(tiny_model(), impl="triton")  # float32 table, bfloat16 features
+    # float32 table, bfloat16 features; torch's ops, as the interpreter cannot round to bfloat16
+    model = patch_model(tiny_model())
     loss, grads = one_step(model, dataset, tmp_path, bf16=True)
     packs = [PackCollator()([pack]) for pack in dataset]
     num_items = num_items_of(stock_rows)

@@ -9,10 +9,11 @@ else, and whatever lies on the host can be asked for free.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from mmpack import images
 from mmpack.assemble import assemble, concatenate
@@ -39,11 +40,35 @@ class PackCollator:
     leaves the cache on, and with a cache transformers mixes packed samples without a word) and
     `mmpack={...}`. T tokens, L supervised tokens, P patches, I images.
 
+    With `pixels="uint8"` the `pixel_values` are the pack's own bytes, (P, C * p * p) uint8: an eighth
+    of what float32 takes from the worker to the device. The patched model's patch embedding normalises
+    them, an unpatched model cannot read them; hence `model=`.
+
     Args:
         processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+        model: the model the batches are for; asked whether it is patched, and not kept.
+        pixels: "float32" or "uint8".
+
+    Raises:
+        ValueError: uint8 pixels without a patched model.
     """
 
-    def __init__(self, processor: Any = None) -> None:
+    def __init__(
+        self,
+        processor: Any = None,
+        *,
+        model: nn.Module | None = None,
+        pixels: Literal["float32", "uint8"] = "float32",
+    ) -> None:
+        if pixels not in ("float32", "uint8"):
+            raise ValueError(f"pixels must be 'float32' or 'uint8', got {pixels!r}")
+        if pixels == "uint8" and not _is_patched(model):
+            told = "none was passed" if model is None else f"{type(model).__name__} is not patched"
+            raise ValueError(
+                f"pixels='uint8' needs a patched model to read them, {told}; "
+                "PackCollator(model=patch_model(model), pixels='uint8')"
+            )
+        self.pixels = pixels
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
@@ -52,10 +77,10 @@ class PackCollator:
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         if all(isinstance(feature, Pack) for feature in features):
             pack = concatenate(features)
-            pixel_values = _pixel_values(pack)
+            pixel_values = _pixel_values(pack, self.pixels)
         elif all(isinstance(feature, EncodedSample) for feature in features):
             pack = assemble(features)
-            pixel_values = _pixel_values(pack)
+            pixel_values = _pixel_values(pack, self.pixels)
         elif not all(isinstance(feature, Mapping) for feature in features):
             kinds = sorted({type(feature).__name__ for feature in features})
             raise ValueError(
@@ -70,7 +95,12 @@ class PackCollator:
         elif all("input_ids" not in feature for feature in features):
             samples = encode_samples(read_samples(features), self.tokenizer, self.vision)
             pack = assemble(list(samples))
-            pixel_values = _pixel_values(pack)
+            pixel_values = _pixel_values(pack, self.pixels)
+        elif self.pixels == "uint8" and any(_has_images(feature) for feature in features):
+            raise ValueError(
+                "processor outputs hold float pixel_values; pass Packs, EncodedSamples or raw rows for "
+                "pixels='uint8', or leave it away"
+            )
         else:
             samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
             pack = assemble(samples, pixels=False)
@@ -79,13 +109,21 @@ class PackCollator:
         return _batch(pack, pixel_values)
 
 
-def _pixel_values(pack: Pack) -> torch.Tensor | None:
+def _is_patched(model: nn.Module | None) -> bool:
+    from mmpack.hf.models import is_patched  # here: the patch's self-test collates
+
+    return model is not None and is_patched(model)
+
+
+def _pixel_values(pack: Pack, pixels: str) -> torch.Tensor | None:
     if not len(pack.grid_thw):
         return None
     if pack.pixels is None:
         raise ValueError(
             f"the pack has {len(pack.grid_thw)} images but was assembled without pixels"
         )
+    if pixels == "uint8":
+        return torch.from_numpy(pack.pixels)
     return torch.from_numpy(images.normalize_patches(pack.pixels, pack.vision))
 
 
@@ -121,6 +159,9 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         "vision_tiles": torch.from_numpy(pack.vision_tiles),
         "vision_position_ids": torch.from_numpy(pack.vision_position_ids),
     }
+    if pixel_values is not None and pixel_values.dtype == torch.uint8:
+        # Python floats: tensors of them would be cast to bf16 with the inputs
+        batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
     return batch
 
 

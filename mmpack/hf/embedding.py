@@ -49,20 +49,27 @@ def embed(
 
 def is_plain(embedding: nn.Module) -> bool:
     """Whether calling the module is reading rows of its weight, and nothing else."""
-    hooks = (
-        embedding._forward_pre_hooks,
-        embedding._forward_hooks,
-        embedding._backward_pre_hooks,
-        embedding._backward_hooks,
-    )
     return (
-        type(embedding) is nn.Embedding
-        and "forward" not in vars(embedding)
-        and not any(hooks)
+        is_bare(embedding, nn.Embedding)
         and embedding.max_norm is None
         and not embedding.scale_grad_by_freq
         and not embedding.sparse
-        and not is_sharded(embedding.weight)
+    )
+
+
+def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is of this class with nothing hung on it, its weight whole and here."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return (
+        type(module) is cls
+        and "forward" not in vars(module)
+        and not any(hooks)
+        and not is_sharded(module.weight)
     )
 
 

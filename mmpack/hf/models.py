@@ -5,7 +5,7 @@ Nothing of transformers is replaced. On the one model instance given, patching
 - puts a forward pre-hook on the inner model: it runs the vision tower, embeds the tokens, puts the
   features at their places and passes `inputs_embeds` on;
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
-- binds a forward on each vision attention.
+- binds a forward on each vision attention and on the patch embedding.
 
 A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
 are untouched. `unpatch_model` takes everything back.
@@ -13,6 +13,7 @@ are untouched. `unpatch_model` takes everything back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -20,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mmpack.hf import attention
+from mmpack.hf import attention, pixels
 from mmpack.hf.embedding import embed, is_sharded
 from mmpack.hf.isolation import check_isolation
+from mmpack.hf.rotary import rotations, text_forward
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +55,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         model: a `Qwen2VLForConditionalGeneration`, its inner `Qwen2VLModel`, or a wrapper that holds
             one (PEFT).
         impl: which ops do the work. "auto": libraries' (torch, flash-attn); "triton": mmpack's own
-            kernels (attention, token embedding with feature insertion), on a CUDA device or in
+            kernels (attention, rotary embedding, token embedding with feature insertion), on a CUDA device or in
             Triton's interpreter; "auto" will mean them once they are measured on a GPU. Or one of
             `mmpack.ops.varlen_attention`'s implementations, for attention alone. What is asked for
             by name is used or refused.
@@ -70,15 +72,15 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     if hasattr(base, _STATE):
         getattr(base, _STATE).impl = impl
         return model
-    vision_attentions = _vision_attentions(base)
-    for module in vision_attentions:
+    bindings = _bindings(base)
+    for module, _ in bindings:
         if "forward" in vars(module):
             raise ValueError(
                 f"{type(module).__name__} already has a replaced forward (accelerate's offload to "
                 "several devices does that); patch the model before, or load it on one device"
             )
-    for module in vision_attentions:
-        module.forward = MethodType(attention.vision_forward(type(module).forward), module)
+    for module, forward_over in bindings:
+        module.forward = MethodType(forward_over(type(module).forward), module)
     hook = base.register_forward_pre_hook(_take_pack, with_kwargs=True)
     text_attention = base.language_model.config._attn_implementation
     setattr(base, _STATE, _Patch(hook.id, text_attention, impl))
@@ -102,11 +104,17 @@ def unpatch_model(model: Model) -> Model:
         return model
     base._forward_pre_hooks.pop(patch.hook_id, None)
     base._forward_pre_hooks_with_kwargs.pop(patch.hook_id, None)
-    for module in _vision_attentions(base):
+    for module, _ in _bindings(base):
         del module.forward
+    vars(base.visual.patch_embed).pop("normalization", None)
     _set_text_attention(base, patch.text_attention)
     delattr(base, _STATE)
     return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` has patched the model, or what it wraps."""
+    return any(_STATE in vars(module) for module in model.modules())
 
 
 def _take_pack(
@@ -120,10 +128,18 @@ def _take_pack(
     _check_batch(args, kwargs, pack)
     impl = getattr(base, _STATE).impl
     pack = {**pack, "impl": impl}
+    position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
+    if impl == "triton":
+        pack |= rotations(base, pack, position_ids[:, 0])
     features_FD = None
     if kwargs.get("pixel_values") is not None:
+        pixel_values = kwargs["pixel_values"]
+        if pixel_values.dtype == torch.uint8:
+            base.visual.patch_embed.normalization = pack["normalization"]
+        else:
+            pixel_values = pixel_values.type(base.visual.dtype)
         features_FD = base.visual(
-            kwargs["pixel_values"].type(base.visual.dtype),
+            pixel_values,
             grid_thw=kwargs["image_grid_thw"],
             cu_seqlens=pack["vision_cu_seqlens"],
             max_seqlen=pack["vision_max_seqlen"],
@@ -139,7 +155,7 @@ def _take_pack(
         "mmpack": pack,
         "input_ids": None,
         "inputs_embeds": embeds_TD[None],
-        "position_ids": kwargs["position_ids"][1:],  # row 0 would make transformers build a mask
+        "position_ids": position_ids,
         "pixel_values": None,
         "image_grid_thw": None,
         "use_cache": False,
@@ -225,8 +241,14 @@ def _set_text_attention(base: nn.Module, name: str) -> None:
     )
 
 
-def _vision_attentions(base: nn.Module) -> list[nn.Module]:
-    return [block.attn for block in base.visual.blocks]
+def _bindings(base: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """(module, what makes its new forward of its class's own)."""
+    tower, text = base.visual, base.language_model
+    return [
+        (tower.patch_embed, pixels.patch_embed_forward),
+        *((block.attn, attention.vision_forward) for block in tower.blocks),
+        *((layer.self_attn, text_forward) for layer in text.layers),
+    ]
 
 
 def _inner_model(model: nn.Module) -> Any:

@@ -1,0 +1,69 @@
+"""Rotary embedding in mmpack's kernel: the forward bound on text attention, and what vision's calls.
+
+transformers hands every layer cos and sin made once; the kernel makes its angles from integer positions
+and the rotary module's own `inv_freq`, read when it is called (dynamic ropes change it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def rotations(base: nn.Module, pack: dict[str, Any], position_ids: torch.Tensor) -> dict[str, Any]:
+    """What the bound attentions of `base` ask for in the `mmpack` dict: a rotary module and its
+    positions, (3, T) of the text and (2, P) of the tower."""
+    tower = base.visual.rotary_pos_emb, pack["vision_position_ids"].T
+    return {"rotary": (base.language_model.rotary_emb, position_ids), "vision_rotary": tower}
+
+
+def rotate(
+    q_THK: torch.Tensor, k: torch.Tensor, rotary: nn.Module, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k turned as `rotary` would have them: contiguous, in one launch."""
+    from mmpack.ops import apply_mrope  # here: Triton is not everywhere
+
+    one_each = [len(rotary.inv_freq)] * len(position_ids)  # a tower's sections share frequencies
+    return apply_mrope(
+        q_THK,
+        k,
+        position_ids,
+        rotary.inv_freq,
+        tuple(getattr(rotary, "mrope_section", one_each)),
+        attention_scaling=rotary.attention_scaling,
+    )
+
+
+def text_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward to bind on a text attention whose class's own forward is `stock`."""
+
+    def forward(
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        pack = kwargs.get("mmpack")
+        if pack is None or "rotary" not in pack:
+            return stock(self, hidden_states, attention_mask, **kwargs)
+        rows = hidden_states[0]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x(rows).unflatten(1, (-1, self.head_dim)) for x in projections)
+        q, k = rotate(q, k, *pack["rotary"])
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, weights = attend(
+            self,
+            *(x.transpose(0, 1)[None] for x in (q, k, v)),
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            mmpack=pack,
+        )
+        return self.o_proj(out.flatten(2)), weights
+
+    return forward

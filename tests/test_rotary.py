@@ -1,0 +1,151 @@
+"""The rotary kernel inside a patched model: called, equal to stock, under autocast, checkpointing, LoRA."""
+
+import pytest
+import torch
+from builders import (
+    SMALL_SPEC,
+    encoded,
+    loss_and_grads,
+    tiny_config,
+    tiny_model,
+    with_noise,
+    worst_difference,
+)
+
+from mmpack import assemble
+from mmpack.hf import PackCollator, patch_model
+from mmpack.hf.rotary import rotations
+
+pytestmark = pytest.mark.smoke
+CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+SAMPLES = [
+    encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
+    encoded(SMALL_SPEC, 5, 6, 7),
+    encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9),
+]
+
+
+@pytest.fixture
+def batch():
+    return PackCollator()([with_noise(assemble(SAMPLES, pixels=False))])
+
+
+def patched(impl="triton"):
+    return patch_model(tiny_model(CONFIG), impl=impl)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(q's shape, number of position rows) of every call."""
+    import mmpack.ops
+
+    calls = []
+    real = mmpack.ops.apply_mrope
+
+    def count(q, k, position_ids, *args, **kwargs):
+        calls.append((tuple(q.shape), len(position_ids)))
+        return real(q, k, position_ids, *args, **kwargs)
+
+    monkeypatch.setattr(mmpack.ops, "apply_mrope", count)
+    return calls
+
+
+def test_every_attention_calls_it_once(batch, launches):
+    tokens, patches = batch["input_ids"].shape[1], len(batch["pixel_values"])
+    model = patched()
+    model(**batch)
+    launches.clear()  # the self-test's too
+    model(**batch)
+    assert launches == [((patches, 2, 16), 2)] * 2 + [((tokens, 4, 8), 3)] * 2
+    launches.clear()
+    patched("auto")(**batch)
+    assert launches == []
+
+
+def test_each_bound_forward_equals_stock(batch):
+    """Text and vision attention, output and gradients, in float32."""
+    model = patched("auto")
+    base = model.model
+    positions = batch["position_ids"][1:]
+    pack = {**batch["mmpack"], **rotations(base, batch["mmpack"], positions[:, 0])}
+    text = torch.randn(1, positions.shape[-1], 32)
+    patches = torch.randn(len(batch["pixel_values"]), 32)
+    where = pack["vision_position_ids"]
+    cases = [
+        (base.language_model.layers[0].self_attn, text, base.language_model.rotary_emb, positions),
+        (base.visual.blocks[0].attn, patches, base.visual.rotary_pos_emb, where),
+    ]
+    for attention, hidden, rotary, place in cases:
+        how = {"position_embeddings": rotary(hidden, place)}
+        if hidden is patches:
+            how["cu_seqlens"] = pack["vision_cu_seqlens"]
+        results = []
+        for mmpack in (batch["mmpack"], pack):
+            x = hidden.clone().requires_grad_()
+            out = attention(x, mmpack=mmpack, **how)
+            out = out[0] if isinstance(out, tuple) else out
+            out.square().sum().backward()
+            results.append((out.detach(), x.grad))
+        for stock, ours in zip(*results):
+            assert torch.allclose(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_is_no_further_from_float32_than_stock(batch):
+    """In float16: the interpreter cannot round to bfloat16."""
+    exact = loss_and_grads(patched("auto"), [batch], 5)
+    with torch.autocast("cpu", torch.float16):
+        stock, ours = (loss_and_grads(patched(impl), [batch], 5) for impl in ("auto", "triton"))
+    assert abs(ours[0] - exact[0]) <= 2 * abs(stock[0] - exact[0]) + 1e-3 * exact[0]
+    for name, grad in exact[1].items():
+        budget = 2 * (stock[1][name] - grad).abs().max() + 1e-3 * grad.abs().max()
+        assert (ours[1][name] - grad).abs().max() <= budget, name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(batch, use_reentrant, launches):
+    model = patched()
+    expected = loss_and_grads(model, [batch], 5)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    launches.clear()
+    loss, grads = loss_and_grads(model, [batch], 5)
+    assert len(launches) == 2 * 4  # of every attention again in the backward
+    assert loss == pytest.approx(expected[0], rel=1e-6)
+    difference, name = worst_difference(grads, expected[1])
+    assert difference <= 1e-5, name
+
+
+def test_lora(batch, launches):
+    """PEFT puts its layers in place of the projections; they are called as what they are."""
+    peft = pytest.importorskip("peft")
+    losses = {}
+    for impl in ("auto", "triton"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            target_modules=["q_proj", "v_proj", "qkv"], init_lora_weights=False
+        )
+        model = patch_model(peft.get_peft_model(tiny_model(CONFIG), config), impl=impl)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses[impl] = loss_and_grads(model, [batch], 5)
+    assert launches
+    assert losses["triton"][0] == pytest.approx(losses["auto"][0], rel=1e-6)
+    difference, name = worst_difference(losses["triton"][1], losses["auto"][1])
+    assert difference <= 1e-5, name
+
+
+def test_without_a_pack_it_is_stock():
+    model = tiny_model(CONFIG).eval()
+    inputs = {
+        "input_ids": torch.tensor([[0, 0, 1, 92, 90, 93, 2], [3, 4, 5, 92, 90, 93, 6]]),
+        "pixel_values": torch.randn(8, 1176),
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+    }
+    inputs["attention_mask"] = (inputs["input_ids"] > 0).long()
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == 90).int()
+    logits = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    patch_model(model, impl="triton")
+    assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), tokens)
