@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -56,3 +59,59 @@ def per_image_attention(
         for parts in zip(*(x.split(lengths) for x in (q_PHK, k, v)))
     ]
     return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def conv3d_patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Patch embedding as `PatchEmbed.forward` does it (transformers 5.23): a Conv3d of one step over
+    float32 `pixel_values` cast to its weight."""
+    patches = pixel_values.view(-1, *weight.shape[1:]).to(weight.dtype)
+    return F.conv3d(patches, weight, stride=weight.shape[2:]).view(-1, len(weight))
+
+
+def linear_patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same as one product, which is what a convolution without overlap is."""
+    return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+
+
+def transformers_rope(
+    q_THK: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`apply_rotary_pos_emb` on what a layer's projections leave, given cos and sin (T, K)."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+
+    heads_first = [x[None].transpose(1, 2) for x in (q_THK, k)]
+    rotated = apply_rotary_pos_emb(*heads_first, cos[None], sin[None])
+    return tuple(x[0].transpose(0, 1) for x in rotated)
+
+
+def transformers_vision_rope(
+    q_THK: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`apply_rotary_pos_emb_vision`: in float32 and back."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    return apply_rotary_pos_emb_vision(q_THK, k, cos, sin)
+
+
+def load_liger_mrope() -> Callable[..., Any] | None:
+    """Liger's multimodal rope, or None where it is not installed."""
+    try:
+        from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
+    except ImportError:
+        return None
+    return liger_multimodal_rotary_pos_emb
+
+
+def liger_mrope(
+    q_THK: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    sections: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Liger's on the same, given cos and sin of all three axes (3, 1, T, K). Some versions write into q
+    and k, so that timed again and again they turn further; the time is the same."""
+    rope = load_liger_mrope()
+    assert rope is not None
+    heads_first = [x[None].transpose(1, 2) for x in (q_THK, k)]
+    return tuple(x[0].transpose(0, 1) for x in rope(*heads_first, cos, sin, sections))

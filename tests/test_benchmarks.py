@@ -71,8 +71,12 @@ def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     assert done.returncode == 0, done.stdout
     with open(tmp_path / "figures.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    impls = {row["impl"] for row in rows if row["bench"] == "embed_features"}
-    assert {"transformers", "index_copy"} <= impls
+    impls = {(row["bench"], row["impl"]) for row in rows}
+    assert {("embed_features", "transformers"), ("embed_features", "index_copy")} <= impls
+    assert {("patch_embed", name) for name in ("transformers", "linear", "mmpack")} <= impls
+    assert ("mrope", "transformers") in impls
+    sent = {r["impl"]: float(r["p50"]) for r in rows if r["metric"] == "to the device"}
+    assert sent["transformers"] == 8 * sent["mmpack"]
     assert {row["metric"] for row in rows} >= {"time", "bandwidth"}
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert all(row["commit"] and row["date"] and row["machine"] and row["versions"] for row in rows)

@@ -1,0 +1,124 @@
+"""How fast are q and k rotated, against transformers, Liger and a copy?
+
+What one layer pays: transformers' cos and sin are made before (once a step, for all layers), mmpack's
+kernel makes its angles every time. GB/s count the fewest bytes of the task: q and k read and written
+once. On a machine without a GPU the kernel is not measured.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from benchmarks.peers import (
+    liger_mrope,
+    load_liger_mrope,
+    transformers_rope,
+    transformers_vision_rope,
+)
+from mmpack import reference
+from mmpack.ops import apply_mrope
+
+ON_GPU = torch.cuda.is_available()
+COMPILED = torch.compile(transformers_rope, dynamic=True)  # compiled where it is called
+TEXT, VISION = (16, 24, 24), (20, 20)
+CASES = [  # tokens, heads, key-value heads, head dim, sections
+    *[(T, H, HK, 128, TEXT) for H, HK in ((12, 2), (28, 4)) for T in (8192, 32768)],
+    *[(P, 16, 16, 80, VISION) for P in (8192, 32768)],
+]
+CPU_CASES = [(2048, 12, 2, 128, TEXT), (2048, 16, 16, 80, VISION)]
+
+
+class Case:
+    """Inputs of one size, made before anything is timed."""
+
+    def __init__(self, T: int, H: int, HK: int, K: int, sections: tuple[int, ...]) -> None:
+        place, dtype = device(), torch.bfloat16
+        self.T, self.H, self.HK, self.K, self.sections = T, H, HK, K, sections
+        num_freqs = 64 if sections == TEXT else 20
+        self.position_ids = torch.randint(0, 4096, (len(sections), T), device=place)
+        self.inv_freq = 1 / 10_000 ** (torch.arange(num_freqs, device=place) / num_freqs)
+        self.q = torch.randn(T, H, K, device=place, dtype=dtype).requires_grad_()
+        self.k = torch.randn(T, HK, K, device=place, dtype=dtype).requires_grad_()
+        self.dq, self.dk = torch.randn_like(self.q), torch.randn_like(self.k)
+        angles = self.position_ids[:, :, None].float() * self.inv_freq
+        self.all_axes = [x.repeat(1, 1, 2)[:, None] for x in (angles.cos(), angles.sin())]
+        rows = torch.tensor(reference.rotary_axes(sections, False), device=place)
+        half = angles[rows, :, torch.arange(len(rows), device=place) % num_freqs].T.repeat(1, 2)
+        self.cos, self.sin = half.cos(), half.sin()
+        if sections == TEXT:  # its tables are cast, the tower's stay float32
+            self.cos, self.sin = self.cos.to(dtype), self.sin.to(dtype)
+
+    def forwards(self) -> dict:
+        """Every candidate's forward."""
+        stock = transformers_rope if self.sections == TEXT else transformers_vision_rope
+        made = {"transformers": lambda: stock(self.q, self.k, self.cos, self.sin)}
+        if ON_GPU:
+            if self.sections == TEXT:
+                made["compiled"] = lambda: COMPILED(self.q, self.k, self.cos, self.sin)
+            if self.sections == TEXT and load_liger_mrope() is not None:
+                cos, sin = (x.to(self.q.dtype) for x in self.all_axes)
+                made["liger"] = lambda: liger_mrope(self.q, self.k, cos, sin, list(TEXT))
+            made["mmpack"] = lambda: apply_mrope(
+                self.q, self.k, self.position_ids, self.inv_freq, self.sections
+            )
+        return made
+
+    def backwards(self) -> dict:
+        """Every candidate's backward, its forward done."""
+        made = {}
+        for name, forward in self.forwards().items():
+            out = forward()
+
+            def backward(out=out):
+                gradients = (self.dq.view_as(out[0]), self.dk.view_as(out[1]))
+                return torch.autograd.grad(out, (self.q, self.k), gradients, retain_graph=True)
+
+            made[name] = backward
+        return made
+
+    def bytes(self) -> int:
+        """The fewest bytes the task moves, of two-byte elements; positions are a thousandth."""
+        return 2 * 2 * self.T * (self.H + self.HK) * self.K + self.position_ids.nbytes
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize(("T", "H", "HK", "K", "sections"), CASES if ON_GPU else CPU_CASES)
+def test_rope(mode, T, H, HK, K, sections, benchmark, recorder, copy_ceiling, quick):
+    if quick and (T == 8192 or H == 28):
+        pytest.skip("not among the quick cases")
+    case = Case(T, H, HK, K, sections)
+    candidates = {"forward": case.forwards, "backward": case.backwards}[mode]()
+    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 30, warmup=1 if quick else 3)
+    config = f"T={T} H={H}+{HK} K={K} bf16"
+    medians = {}
+    for name, values in times.items():
+        medians[name] = sorted(values)[len(values) // 2]
+        figures = {
+            ("time", "ms"): values,
+            ("bandwidth", "GB/s"): [case.bytes() / ms / 1e6 for ms in values],
+        }
+        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
+            value = probe(candidates[name])
+            if value is not None:
+                figures[metric, unit] = [value]
+        for (metric, unit), found in figures.items():
+            recorder.add(
+                "mrope",
+                name,
+                mode,
+                metric=metric,
+                unit=unit,
+                values=found,
+                x=("T", T),
+                config=config,
+            )
+    ours = "mmpack" if "mmpack" in medians else "transformers"
+    benchmark.extra_info.update(
+        {f"{name} x": round(median / medians[ours], 2) for name, median in medians.items()},
+        case=config,
+        share_of_copy=round(case.bytes() / medians[ours] / 1e6 / copy_ceiling, 3),
+    )
+    benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)
+    print(f"\n{mode} {config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))

@@ -1,0 +1,129 @@
+"""How fast do pixels become vision hidden states: bytes in a folded product, or floats in a Conv3d?
+
+Forward, and forward with the weight's gradient, from pixels that lie on the device; and the copy from
+pinned host memory to the device, where there is one. GB/s count the fewest bytes of the task: each
+patch's bytes read once, its hidden state written once (and read once backward).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from benchmarks.peers import conv3d_patch_embed, linear_patch_embed
+from mmpack import VisionSpec, images
+from mmpack.ops import patch_embed
+
+ON_GPU = torch.cuda.is_available()
+CASES = [  # patches, patch side, hidden size: Qwen2-VL and Qwen3-VL
+    *[(P, p, E) for p, E in ((14, 1280), (16, 1152)) for P in (4096, 32768)],
+]
+CPU_CASES = [(2048, 14, 1280), (2048, 16, 1152)]
+
+
+class Case:
+    """Inputs of one size, made before anything is timed."""
+
+    def __init__(self, P: int, p: int, E: int) -> None:
+        spec = VisionSpec(min_pixels=1, max_pixels=1, patch_size=p)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (P, spec.patch_values), generator=generator).byte()
+        pixel_values = torch.from_numpy(images.normalize_patches(pixels.numpy(), spec))
+        place, dtype = device(), torch.bfloat16
+        self.P, self.E, self.values = P, E, spec.patch_values
+        self.host = {"uint8": pixels, "float32": pixel_values}
+        if ON_GPU:
+            self.host = {name: x.pin_memory() for name, x in self.host.items()}
+        self.pixels, self.pixel_values = pixels.to(place), pixel_values.to(place)
+        self.normalization = spec.image_mean, spec.image_std
+        weight = torch.randn(E, 3, 2, p, p, generator=generator) * (2 * spec.patch_values) ** -0.5
+        self.weight = weight.to(place, dtype).requires_grad_()
+        self.dout = torch.randn(P, E, generator=generator).to(place, dtype)
+
+    def forwards(self) -> dict:
+        """Every candidate's forward."""
+        return {
+            "transformers": lambda: conv3d_patch_embed(self.pixel_values, self.weight),
+            "linear": lambda: linear_patch_embed(self.pixel_values, self.weight),
+            "mmpack": lambda: patch_embed(
+                self.pixels, None, self.weight, None, *self.normalization
+            ),
+        }
+
+    def steps(self) -> dict:
+        """Every candidate's forward and backward."""
+
+        def step(forward):
+            return torch.autograd.grad(forward(), self.weight, self.dout)
+
+        return {
+            name: lambda forward=forward: step(forward) for name, forward in self.forwards().items()
+        }
+
+    def copies(self) -> dict:
+        """Host to device, by what is copied."""
+        place = device()
+        return {
+            "transformers": lambda: self.host["float32"].to(place, non_blocking=True),
+            "mmpack": lambda: self.host["uint8"].to(place, non_blocking=True),
+        }
+
+    def bytes(self, mode: str) -> int:
+        """The fewest bytes the task moves."""
+        hidden = 2 * self.E
+        per_patch = {
+            "forward": self.values + hidden,
+            "forward and backward": 2 * (self.values + hidden),
+            "to the device": self.values,
+        }
+        return self.P * per_patch[mode]
+
+
+MODES = ["forward", "forward and backward", *(["to the device"] if ON_GPU else [])]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("P", "p", "E"), CASES if ON_GPU else CPU_CASES)
+def test_patch_embed(mode, P, p, E, benchmark, recorder, copy_ceiling, quick):
+    if quick and (P == 4096 or p == 16):
+        pytest.skip("not among the quick cases")
+    case = Case(P, p, E)
+    makers = {
+        "forward": case.forwards,
+        "forward and backward": case.steps,
+        "to the device": case.copies,
+    }
+    candidates = makers[mode]()
+    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 30, warmup=1 if quick else 3)
+    config = f"P={P} p={p} E={E} bf16"
+    medians = {}
+    for name, values in times.items():
+        medians[name] = sorted(values)[len(values) // 2]
+        figures = {
+            ("time", "ms"): values,
+            ("bandwidth", "GB/s"): [case.bytes(mode) / ms / 1e6 for ms in values],
+            ("to the device", "B"): [case.host["uint8" if name == "mmpack" else "float32"].nbytes],
+        }
+        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
+            value = probe(candidates[name])
+            if value is not None:
+                figures[metric, unit] = [value]
+        for (metric, unit), found in figures.items():
+            recorder.add(
+                "patch_embed",
+                name,
+                mode,
+                metric=metric,
+                unit=unit,
+                values=found,
+                x=("P", P),
+                config=config,
+            )
+    benchmark.extra_info.update(
+        {f"{name} x": round(median / medians["mmpack"], 2) for name, median in medians.items()},
+        case=config,
+        share_of_copy=round(case.bytes(mode) / medians["mmpack"] / 1e6 / copy_ceiling, 3),
+    )
+    benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
+    print(f"\n{mode} {config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))
