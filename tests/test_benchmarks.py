@@ -76,7 +76,9 @@ def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     assert {("patch_embed", name) for name in ("transformers", "linear", "mmpack")} <= impls
     assert ("mrope", "transformers") in impls
     sent = {r["impl"]: float(r["p50"]) for r in rows if r["metric"] == "to the device"}
-    assert sent["transformers"] == 8 * sent["mmpack"]
+    assert sent["transformers"] == pytest.approx(
+        8 * sent["mmpack"], rel=1e-4
+    )  # six digits are kept
     assert {row["metric"] for row in rows} >= {"time", "bandwidth"}
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert all(row["commit"] and row["date"] and row["machine"] and row["versions"] for row in rows)
