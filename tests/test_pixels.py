@@ -145,7 +145,7 @@ class Wrapped(nn.Conv3d):
 NOT_BARE = {
     "a subclass": lambda conv: setattr(conv, "__class__", Wrapped),
     "a hook": lambda conv: conv.register_forward_hook(lambda module, args, out: out),
-    "a ZeRO-3 shard": lambda conv: setattr(conv.weight, "ds_id", 7),
+    "a replaced forward": lambda conv: setattr(conv, "forward", conv.forward),
 }
 
 
@@ -225,3 +225,36 @@ def test_fsdp2_casts_floats_and_leaves_bytes(alone, mesh, calls):
     exact = expected[1]["model.visual.patch_embed.proj.weight"]
     grad = tower.patch_embed.proj.weight.grad.full_tensor()
     assert (grad - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+def test_zero_3_gathers_the_weight(monkeypatch, calls):
+    """DeepSpeed's own partitioning, in one process on the CPU: bytes pass, the weight is gathered where
+    it is read, its gradient is partitioned again."""
+    deepspeed = pytest.importorskip("deepspeed")
+    from deepspeed.utils import safe_get_full_grad
+
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 29511)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    model = patch_model(model_of())
+    batch = uint8_batch(model)
+    loss, grads = loss_and_grads(model, [batch], NUM_ITEMS)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    calls.clear()
+    sharded = engine(**batch, num_items_in_batch=torch.tensor(NUM_ITEMS)).loss
+    engine.backward(sharded)
+    weight = model.model.visual.patch_embed.proj.weight
+    exact = grads["model.visual.patch_embed.proj.weight"]
+    assert weight.numel() == 0
+    assert [(dtype, kind) for dtype, _, kind in calls] == [(torch.uint8, torch.bfloat16)]
+    assert sharded.item() == pytest.approx(loss, rel=2e-3)
+    assert (safe_get_full_grad(weight) - exact).abs().max() <= 0.05 * exact.abs().max()
+    dist.destroy_process_group()

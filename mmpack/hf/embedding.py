@@ -54,22 +54,23 @@ def is_plain(embedding: nn.Module) -> bool:
         and embedding.max_norm is None
         and not embedding.scale_grad_by_freq
         and not embedding.sparse
+        and not is_sharded(embedding.weight)
     )
 
 
 def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a module is of this class with nothing hung on it, its weight whole and here."""
-    hooks = (
+    """Whether a module is of this class with nothing hung on it but DeepSpeed's gathering."""
+    tables = (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
     )
+    hooks = [hook for table in tables for hook in table.values()]
     return (
         type(module) is cls
         and "forward" not in vars(module)
-        and not any(hooks)
-        and not is_sharded(module.weight)
+        and all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
     )
 
 

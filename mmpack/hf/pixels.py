@@ -1,6 +1,7 @@
 """uint8 pixels into the vision tower: the forward bound on a model's patch embedding.
 
-Bound there and not done in the hook, so that FSDP2 gathers the weight as for any forward. Floats take the
+Bound there and not done in the hook, so that FSDP2 and ZeRO-3 gather the weight as for any forward:
+FSDP2 has gathered the group the embedding is in, ZeRO-3 gathers what a forward reads. Floats take the
 stock forward.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mmpack.hf.embedding import is_bare
 
@@ -21,11 +23,12 @@ def patch_embed_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., tor
         if hidden_states.dtype != torch.uint8:
             return stock(self, hidden_states)
         mean, std = self.normalization  # the hook's, from the pack
-        if is_bare(self.proj, nn.Conv3d):
+        weight = self.proj.weight
+        is_here = not isinstance(weight, DTensor) and weight.ndim == 5
+        if is_here and is_bare(self.proj, nn.Conv3d):
             from mmpack.ops import patch_embed  # here: Triton is not everywhere
 
-            weight, bias = self.proj.weight, self.proj.bias
-            return patch_embed(hidden_states, None, weight, bias, mean, std)
+            return patch_embed(hidden_states, None, weight, self.proj.bias, mean, std)
         return stock(self, normalized(hidden_states, mean, std, self.temporal_patch_size))
 
     return forward
@@ -35,7 +38,7 @@ def normalized(
     stills: torch.Tensor, mean: Sequence[float], std: Sequence[float], frames: int
 ) -> torch.Tensor:
     """uint8 still patches (P, C * p * p) -> `pixel_values` (P, C * frames * p * p) float32, where they
-    are: for a projection that is more than its weight (LoRA, a ZeRO-3 shard)."""
+    are: for a projection that is more than its weight (LoRA, hooks, a shard of its own)."""
     channels = stills.unflatten(1, (len(mean), -1)).float().unbind(1)
     scaled = [(x / 255 - m) / s for x, m, s in zip(channels, mean, std)]
     return torch.stack(scaled, dim=1)[:, :, None].expand(-1, -1, frames, -1).flatten(1)
