@@ -258,3 +258,15 @@ def test_zero_3_gathers_the_weight(monkeypatch, calls):
     assert sharded.item() == pytest.approx(loss, rel=2e-3)
     assert (safe_get_full_grad(weight) - exact).abs().max() <= 0.05 * exact.abs().max()
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_step_asks_the_device_nothing(impl):
+    """Forward and backward on the meta device, which raises where data are read."""
+    model = patch_model(model_of(), impl=impl)
+    batch = uint8_batch(model)
+    model(**batch)  # the self-test of isolation, which does ask
+    loss = model.to("meta")(**send_to_device(batch, torch.device("meta"))).loss
+    loss.backward()
+    assert (loss.device.type, loss.shape) == ("meta", ())
+    assert all(p.grad.shape == p.shape for p in model.parameters())

@@ -16,7 +16,7 @@ from mmpack import assemble
 from mmpack.hf import PackCollator, patch_model
 from mmpack.hf.rotary import rotations
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
 CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
 SAMPLES = [
     encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),

@@ -105,8 +105,9 @@ def vision_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 def _compute_dtype(value: torch.Tensor) -> torch.dtype:
     """Under autocast q and k arrive in float32 (rope) and v in the autocast dtype."""
-    if torch.is_autocast_enabled(value.device.type):
-        return torch.get_autocast_dtype(value.device.type)
+    device = value.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return value.dtype
 
 
