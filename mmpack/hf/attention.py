@@ -15,9 +15,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from mmpack.hf.rotary import rotate
+from mmpack.hf.rotary import rotate_vision
 from mmpack.ops.varlen_attention import varlen_attention
 
 NAME = "mmpack"
@@ -81,10 +80,7 @@ def vision_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
             )
         num_patches = len(hidden_states)
         q, k, v = self.qkv(hidden_states).reshape(num_patches, 3, self.num_heads, -1).unbind(1)
-        if "vision_rotary" in mmpack:
-            q, k = rotate(q, k, *mmpack["vision_rotary"])
-        else:
-            q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        q, k = rotate_vision(q, k, position_embeddings, mmpack)
         q, k, v = (x.to(_compute_dtype(v)) for x in (q, k, v))
         out = varlen_attention(
             q,

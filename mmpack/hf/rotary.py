@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 
 def rotations(base: nn.Module, pack: dict[str, Any], position_ids: torch.Tensor) -> dict[str, Any]:
@@ -36,6 +37,16 @@ def rotate(
         tuple(getattr(rotary, "mrope_section", one_each)),
         attention_scaling=rotary.attention_scaling,
     )
+
+
+def rotate_vision(
+    q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], pack: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k (P, H, K) of a tower turned: in the kernel where the pack says with what, else as stock."""
+    if "vision_rotary" in pack:
+        return rotate(q, k, *pack["vision_rotary"])
+    rotated: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb_vision(q, k, *cos_sin)
+    return rotated
 
 
 def text_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
