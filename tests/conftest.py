@@ -95,18 +95,6 @@ def seed():
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch):
-    """Fresh memory is full of NaN, so that a row nobody wrote is seen."""
-    real = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        out = real(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
-@pytest.fixture
 def wide_tiles(monkeypatch):
     """In the interpreter a program costs milliseconds whatever its size: models get few of them."""
     if not torch.cuda.is_available():
