@@ -48,9 +48,14 @@ class PackCollator:
         processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
         model: the model the batches are for; asked whether it is patched, and not kept.
         pixels: "float32" or "uint8".
+        full_logits: leave `logits_to_keep` and `shift_labels` away, so that the model returns the logits
+            of every token, in the places of `labels`: for `compute_metrics`, `compute_loss_func`. It
+            costs the memory of (1, T, V) logits.
+        pad_to: fill T up to a multiple of this with a last segment without labels, so that text has
+            one shape (`torch.compile`); as a rule the capacity. Patches stay as many as there are.
 
     Raises:
-        ValueError: uint8 pixels without a patched model.
+        ValueError: uint8 pixels without a patched model, or `pad_to` below 1.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class PackCollator:
         *,
         model: nn.Module | None = None,
         pixels: Literal["float32", "uint8"] = "float32",
+        full_logits: bool = False,
+        pad_to: int | None = None,
     ) -> None:
         if pixels not in ("float32", "uint8"):
             raise ValueError(f"pixels must be 'float32' or 'uint8', got {pixels!r}")
@@ -68,7 +75,11 @@ class PackCollator:
                 f"pixels='uint8' needs a patched model to read them, {told}; "
                 "PackCollator(model=patch_model(model), pixels='uint8')"
             )
+        if pad_to is not None and pad_to < 1:
+            raise ValueError(f"pad_to must be positive, got {pad_to}")
         self.pixels = pixels
+        self.full_logits = full_logits
+        self.pad_to = pad_to
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
@@ -106,7 +117,23 @@ class PackCollator:
             pack = assemble(samples, pixels=False)
             parts = [torch.as_tensor(f["pixel_values"]) for f in features if _has_images(f)]
             pixel_values = torch.cat(parts) if parts else None
-        return _batch(pack, pixel_values)
+        if self.pad_to is not None:
+            pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
+        batch = _batch(pack, pixel_values)
+        if self.full_logits:
+            del batch["shift_labels"], batch["logits_to_keep"]
+        return batch
+
+
+def _padded(pack: Pack, num_tokens: int) -> Pack:
+    """The pack with a last segment of that many tokens without labels."""
+    if not num_tokens:
+        return pack
+    vision = pack.vision
+    ids = np.zeros(num_tokens, dtype=np.int32)  # "!": any text token would do
+    no_images = np.empty((0, 3), dtype=np.int32)
+    filler = EncodedSample(ids, np.full_like(ids, IGNORE), no_images, (), vision, "padding")
+    return concatenate([pack, assemble([filler], pixels=pack.pixels is not None)])
 
 
 def _is_patched(model: nn.Module | None) -> bool:

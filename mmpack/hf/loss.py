@@ -16,6 +16,8 @@ from torch import nn
 
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
+_HOOK = "_mmpack_loss_hook"
+
 
 class PackedLoss:
     """`supervised_cross_entropy` for packed batches, `stock` for all others."""
@@ -49,29 +51,50 @@ class PackedLoss:
         )
 
 
-def install(base: nn.Module, model: nn.Module) -> list[nn.Module]:
-    """Give every model of `model` that has a head over `base` the packed loss; returns them. One whose
-    loss a user has set keeps it.
+def install_loss(base: nn.Module, model: nn.Module) -> None:
+    """Give every model of `model` that has a head over `base` the packed loss. One whose loss a user
+    has set keeps it.
 
     It says `accepts_loss_kwargs` too: without, Trainer averages micro-batches as if they held equally
     many supervised tokens (it reads the attribute before the forward's signature; Qwen2.5-VL and
     Qwen3-VL have it False).
     """
-    heads = [
+    for head in _heads(base, model):
+        if "_loss_function" not in vars(head):
+            head.loss_function = PackedLoss(head.loss_function)
+        head.accepts_loss_kwargs = True
+        hook = head.register_forward_pre_hook(_refuse_lost_labels, with_kwargs=True)
+        setattr(head, _HOOK, hook.id)
+
+
+def remove_loss(base: nn.Module, model: nn.Module) -> None:
+    """Take `install_loss` back; a loss the user has set since stays."""
+    for head in _heads(base, model):
+        if isinstance(vars(head).get("_loss_function"), PackedLoss):
+            del head._loss_function
+        vars(head).pop("accepts_loss_kwargs", None)
+        hook_id = vars(head).pop(_HOOK, None)
+        head._forward_pre_hooks.pop(hook_id, None)
+        head._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+
+
+def _heads(base: nn.Module, model: nn.Module) -> list[Any]:
+    return [
         module
         for module in model.modules()
         if getattr(module, "model", None) is base and hasattr(module, "loss_function")
     ]
-    for head in heads:
-        if "_loss_function" not in vars(head):
-            head.loss_function = PackedLoss(head.loss_function)
-        head.accepts_loss_kwargs = True
-    return heads
 
 
-def remove(heads: list[nn.Module]) -> None:
-    """Take `install` back; a loss the user has set since stays."""
-    for head in heads:
-        if isinstance(vars(head).get("_loss_function"), PackedLoss):
-            del head._loss_function
-        vars(head).pop("accepts_loss_kwargs", None)
+def _refuse_lost_labels(head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Trainer's label smoothing and `compute_loss_func` take the labels out of the batch and expect the
+    logits of every token; on the supervised rows' logits they would fail, or be wrong."""
+    if kwargs.get("mmpack") is None or "shift_labels" not in kwargs or not head.training:
+        return
+    if kwargs.get("labels") is None:
+        raise ValueError(
+            "the batch's labels were taken out of it: label_smoothing_factor and compute_loss_func do "
+            "that, and a packed batch has the logits of supervised tokens alone. Leave label smoothing "
+            "(transformers does not shift these models' labels for it), and give compute_loss_func "
+            "every token's logits: PackCollator(full_logits=True)"
+        )

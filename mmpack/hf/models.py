@@ -24,6 +24,7 @@ from torch import nn
 from mmpack.hf import attention, pixels
 from mmpack.hf.embedding import embed, is_sharded
 from mmpack.hf.isolation import check_isolation
+from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
@@ -85,6 +86,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     text_attention = base.language_model.config._attn_implementation
     setattr(base, _STATE, _Patch(hook.id, text_attention, impl))
     _set_text_attention(base, attention.NAME)
+    install_loss(base, model)
     # A model that Trainer is still to move to its GPU cannot run kernels yet.
     needs_gpu = impl not in ("auto", "sdpa", "reference", "flex")
     if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
@@ -108,6 +110,7 @@ def unpatch_model(model: Model) -> Model:
         del module.forward
     vars(base.visual.patch_embed).pop("normalization", None)
     _set_text_attention(base, patch.text_attention)
+    remove_loss(base, model)
     delattr(base, _STATE)
     return model
 
@@ -124,6 +127,11 @@ def _take_pack(
     pack = kwargs.get("mmpack")
     if pack is None:
         return None
+    if getattr(base, "_is_replica", False):
+        raise ValueError(
+            "nn.DataParallel cuts batches along their first dimension, which a packed row does not have; "
+            "start one process a GPU: torchrun --nproc_per_node N, or accelerate launch"
+        )
     _check_once(base)
     _check_batch(args, kwargs, pack)
     impl = getattr(base, _STATE).impl
@@ -138,14 +146,15 @@ def _take_pack(
             base.visual.patch_embed.normalization = pack["normalization"]
         else:
             pixel_values = pixel_values.type(base.visual.dtype)
-        features_FD = base.visual(
-            pixel_values,
-            grid_thw=kwargs["image_grid_thw"],
-            cu_seqlens=pack["vision_cu_seqlens"],
-            max_seqlen=pack["vision_max_seqlen"],
-            position_ids=pack["vision_position_ids"],
-            mmpack=pack,
-        ).pooler_output
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(base.visual)):
+            features_FD = base.visual(
+                pixel_values,
+                grid_thw=kwargs["image_grid_thw"],
+                cu_seqlens=pack["vision_cu_seqlens"],
+                max_seqlen=pack["vision_max_seqlen"],
+                position_ids=pack["vision_position_ids"],
+                mmpack=pack,
+            ).pooler_output
     embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features_FD, pack, impl)
     if features_FD is None and _tower_must_run(base.visual):
         dummy = _dummy_features(base).sum()
@@ -184,12 +193,16 @@ def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, 
         )
 
 
+def _is_trained(visual: nn.Module) -> bool:
+    """A frozen tower saves nothing for a backward. (`enable_input_require_grads` makes the outputs of
+    embeddings require gradients, the tower's among them.)"""
+    return any(parameter.requires_grad for parameter in visual.parameters())
+
+
 def _tower_must_run(visual: nn.Module) -> bool:
     """Without images the tower still runs where another rank may wait for it: for its gradients
     (DDP) or its shards (FSDP, ZeRO-3)."""
-    return any(
-        parameter.requires_grad or is_sharded(parameter) for parameter in visual.parameters()
-    )
+    return _is_trained(visual) or any(is_sharded(parameter) for parameter in visual.parameters())
 
 
 def _dummy_features(base: nn.Module) -> torch.Tensor:
