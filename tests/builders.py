@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mmpack import VisionSpec
+from mmpack.assemble import assemble, concatenate
+from mmpack.hf import PackCollator
 from mmpack.types import EncodedSample
 
 VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up
@@ -183,3 +185,27 @@ def encoded(vision, *pieces, supervised=True):
     )
     labels = np.where(special | (not supervised), -100, ids).astype(np.int32)
     return EncodedSample(ids, labels, np.array(grids, dtype=np.int32).reshape(-1, 3), (), vision)
+
+
+def made_up_rows():
+    """(packed batch, stock inputs of each row, supervised tokens) without any real data."""
+    rows = [
+        encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
+        encoded(SMALL_SPEC, range(5, 60)),
+        encoded(SMALL_SPEC, 8, (4, 4), (6, 2), 9, 10),
+    ]
+    packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
+    stock = []
+    for alone in (PackCollator()([pack]) for pack in packs):
+        names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
+        inputs = {name: alone[name] for name in names if name in alone}
+        stock.append({**inputs, "mm_token_type_ids": (alone["input_ids"] == 90).int()})
+    batch = PackCollator()([concatenate(packs)])
+    return batch, stock, batch["shift_labels"].numel()
+
+
+def to(device, value):
+    """A batch on a device."""
+    if isinstance(value, dict):
+        return {name: to(device, item) for name, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value

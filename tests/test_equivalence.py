@@ -11,19 +11,18 @@ import pytest
 import torch
 from builders import (
     SMALL_SPEC,
-    encoded,
     float64_loss,
     loss_and_grads,
+    made_up_rows,
     stock_inputs,
     stock_processor,
     tiny_config,
     tiny_model,
-    with_noise,
+    to,
     worst_difference,
 )
 
 from mmpack import VisionSpec, assemble
-from mmpack.assemble import concatenate
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
@@ -171,23 +170,8 @@ def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenize
 )
 def test_made_up_rows(impl, dtype, device):
     """The theorem without any real data, on every device there is."""
-    rows = [
-        encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
-        encoded(SMALL_SPEC, range(5, 60)),
-        encoded(SMALL_SPEC, 8, (4, 4), (6, 2), 9, 10),
-    ]
-    packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
-    batch = to(device, PackCollator()([concatenate(packs)]))
-    stock = []
-    for pack in packs:
-        alone = PackCollator()([pack])
-        inputs = {
-            k: v
-            for k, v in alone.items()
-            if k in ("input_ids", "labels", "pixel_values", "image_grid_thw")
-        }
-        stock.append(to(device, {**inputs, "mm_token_type_ids": (alone["input_ids"] == 90).int()}))
-    num_items = batch["shift_labels"].numel()
+    batch, stock, num_items = made_up_rows()
+    batch, stock = to(device, batch), [to(device, inputs) for inputs in stock]
     config = tiny_config(vocab_size=100, vision=SMALL_SPEC)
     rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
     model = patch_model(model_of(dtype, config=config).to(device), impl=impl)
@@ -195,12 +179,6 @@ def test_made_up_rows(impl, dtype, device):
     # a tower in float32 even where it is float64.
     tolerance = TOLERANCE[torch.float32 if impl == "triton" else dtype]
     assert_theorem(model, batch, num_items, rows_alone, tolerance)
-
-
-def to(device, value):
-    if isinstance(value, dict):
-        return {name: to(device, item) for name, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.slow

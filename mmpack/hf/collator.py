@@ -169,7 +169,7 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         batch["pixel_values"] = pixel_values
         batch["image_grid_thw"] = torch.from_numpy(pack.grid_thw)
     batch["mmpack"] = {
-        "offsets": pack.cu_seqlens,
+        "offsets": tuple(map(int, pack.cu_seqlens)),  # ints: torch.compile takes arrays for tensors
         "cu_seqlens": torch.from_numpy(pack.cu_seqlens),
         "max_seqlen": pack.max_seqlen,
         "segment_ids": torch.from_numpy(pack.segment_ids),
@@ -179,7 +179,7 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         "text_order": torch.from_numpy(pack.text_order),
         "text_id_offsets": torch.from_numpy(pack.text_id_offsets),
         "num_patches": len(pack.vision_position_ids),
-        "vision_offsets": pack.vision_cu_seqlens,
+        "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
         "vision_cu_seqlens": torch.from_numpy(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
         "vision_segment_ids": torch.from_numpy(pack.vision_segment_ids),

@@ -132,8 +132,9 @@ def _take_pack(
             "nn.DataParallel cuts batches along their first dimension, which a packed row does not have; "
             "start one process a GPU: torchrun --nproc_per_node N, or accelerate launch"
         )
-    _check_once(base)
-    _check_batch(args, kwargs, pack)
+    if not torch.compiler.is_compiling():  # host-side questions, asked of every eager batch
+        _check_once(base)
+        _check_batch(args, kwargs, pack)
     impl = getattr(base, _STATE).impl
     pack = {**pack, "impl": impl}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
@@ -177,7 +178,7 @@ def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, 
         raise ValueError("a packed batch must be passed by keyword, with input_ids: model(**batch)")
     if kwargs.get("attention_mask") is not None:
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
-    num_tokens = int(pack["offsets"][-1])
+    num_tokens = pack["offsets"][-1]
     if kwargs["input_ids"].shape != (1, num_tokens):
         raise ValueError(
             f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "

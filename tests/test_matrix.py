@@ -1,0 +1,183 @@
+"""The theorem over everything a run may switch on: implementation x mode, on made-up rows.
+
+Pairs of them in CI, on the oldest transformers too; all with `-m slow`.
+"""
+
+import pytest
+import torch
+from builders import (
+    SMALL_SPEC,
+    encoded,
+    float64_loss,
+    loss_and_grads,
+    made_up_rows,
+    tiny_config,
+    tiny_model,
+    with_noise,
+    worst_difference,
+)
+
+from mmpack.assemble import assemble
+from mmpack.hf import PackCollator, patch_model
+from mmpack.types import IGNORE
+
+IMPLS = {
+    "reference float64": ("reference", torch.float64, 1e-10),
+    "libraries float64": ("auto", torch.float64, 1e-10),
+    "libraries float32": ("auto", torch.float32, 1e-5),
+    "kernels float32": ("triton", torch.float32, 1e-5),
+}
+MODES = ["plain", "checkpointing", "reentrant", "LoRA", "LoRA checkpointing", "frozen tower"]
+QUICK = [
+    ("reference float64", "plain"),
+    ("reference float64", "LoRA checkpointing"),
+    ("libraries float64", "frozen tower"),
+    ("libraries float64", "reentrant"),
+    ("libraries float32", "checkpointing"),
+    ("kernels float32", "reentrant"),
+    ("kernels float32", "LoRA"),
+]
+PAIRS = [
+    pytest.param(impl, mode, marks=() if (impl, mode) in QUICK else pytest.mark.slow)
+    for impl in IMPLS
+    for mode in MODES
+]
+CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+
+
+def model_of(dtype, mode, impl=None):
+    """A model in a mode, equal for equal arguments; patched if `impl` is given."""
+    model = tiny_model(CONFIG, dtype=dtype)
+    if dtype == torch.float64:
+        model.loss_function = float64_loss
+    if impl:
+        patch_model(model, impl=impl)
+    if "LoRA" in mode:
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(1)
+        names = ["q_proj", "v_proj", "down_proj", "qkv"]  # text and vision
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, and so would be the gradient of lora_A
+                torch.nn.init.normal_(parameter)
+    if mode == "frozen tower":
+        model.model.visual.requires_grad_(False)
+    if mode == "reentrant" or "checkpointing" in mode:
+        model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+        if mode == "reentrant" or "LoRA" in mode:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("impl", "mode"), PAIRS)
+def test_the_theorem(impl, mode):
+    name, dtype, tolerance = IMPLS[impl]
+    batch, stock, num_items = made_up_rows()
+    expected_loss, expected = loss_and_grads(model_of(dtype, mode), stock, num_items)
+    loss, grads = loss_and_grads(model_of(dtype, mode, name), [batch], num_items)
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    difference, parameter = worst_difference(grads, expected)
+    assert difference <= tolerance, parameter
+    assert any(gradient.abs().max() > 0 for gradient in grads.values())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_autocast(impl):
+    """No further from float32 than twice what stock autocast is, rows alone; float16, whose sums the
+    interpreter gets right."""
+    batch, stock, num_items = made_up_rows()
+    _, exact = loss_and_grads(model_of(torch.float32, "plain"), stock, num_items)
+    with torch.autocast("cpu", torch.float16):
+        _, theirs = loss_and_grads(model_of(torch.float32, "plain"), stock, num_items)
+        _, ours = loss_and_grads(model_of(torch.float32, "plain", impl), [batch], num_items)
+    for name, gradient in exact.items():
+        budget = 2 * (theirs[name] - gradient).abs().max() + 5e-3 * gradient.abs().max()
+        assert (ours[name] - gradient).abs().max() <= budget, name
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_the_whole_step_compiles_into_one_graph(impl):
+    """Forward and backward, no graph break, the same numbers; and again for another pack."""
+    batch, _, num_items = made_up_rows()
+    expected = loss_and_grads(model_of(torch.float32, "plain", impl), [batch], num_items)
+    model = model_of(torch.float32, "plain", impl)
+    loss_and_grads(model, [batch], num_items)  # an eager step, which asks what may be asked once
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss, grads = loss_and_grads(compiled, [batch], num_items)
+    assert loss == pytest.approx(expected[0], rel=1e-6)
+    grads = {name.removeprefix("_orig_mod."): gradient for name, gradient in grads.items()}
+    difference, parameter = worst_difference(grads, expected[1])
+    assert difference <= 1e-5, parameter
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_no_data_is_asked_for_in_a_step(impl):
+    """Train mode, forward and backward on the meta device, where a question to the data is an error;
+    floats and text alone (uint8 pixels: test_pixels)."""
+    batch, _, num_items = made_up_rows()
+    model = model_of(torch.float32, "plain", impl)
+    if impl == "auto":
+        loss_and_grads(model, [batch], num_items)
+    else:
+        from mmpack.hf.models import _STATE
+
+        getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
+    loss = model.to("meta")(**on_meta(batch), num_items_in_batch=torch.tensor(3)).loss
+    loss.backward()
+    assert loss.is_meta
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
+def on_meta(batch):
+    """Tensors on the meta device, host integers as they are."""
+    return {
+        name: on_meta(value)
+        if isinstance(value, dict)
+        else value.to("meta")
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in batch.items()
+    }
+
+
+def test_a_frozen_tower_saves_nothing():
+    """Its outputs have no graph, and gradients reach the rest."""
+    batch, _, num_items = made_up_rows()
+    model = model_of(torch.float32, "frozen tower", "auto")
+    outputs = []
+    model.model.visual.register_forward_hook(lambda *args: outputs.append(args[2]))
+    model(**batch).loss.backward()
+    assert outputs and not outputs[0].pooler_output.requires_grad
+    assert model.model.language_model.embed_tokens.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("pad_to", [64, 100, 1000])
+def test_padding_to_a_shape_changes_nothing(pad_to):
+
+    rows = [encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4), encoded(SMALL_SPEC, range(5, 60))]
+    num_items = 58
+    pack = with_noise(assemble(rows, pixels=False))
+    plain, padded = PackCollator()([pack]), PackCollator(pad_to=pad_to)([pack])
+    assert padded["input_ids"].shape[1] == -(-plain["input_ids"].shape[1] // pad_to) * pad_to
+    assert (padded["labels"][0, plain["labels"].shape[1] :] == IGNORE).all()
+    model = model_of(torch.float32, "plain", "auto")
+    loss, grads = loss_and_grads(model, [plain], num_items)
+    padded_loss, padded_grads = loss_and_grads(model, [padded], num_items)
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    assert worst_difference(padded_grads, grads)[0] <= 1e-5
+
+
+def test_the_logits_of_every_token():
+    """In the places of `labels`, and the same loss."""
+
+    pack = with_noise(assemble([encoded(SMALL_SPEC, 1, (2, 4), 3, 4, 5)], pixels=False))
+    model = model_of(torch.float32, "plain", "auto")
+    rows, full = PackCollator()([pack]), PackCollator(full_logits=True)([pack])
+    one, all_of_them = model(**rows), model(**full)
+    assert all_of_them.logits.shape == (1, full["labels"].shape[1], 100)
+    torch.testing.assert_close(all_of_them.logits[0, rows["logits_to_keep"]], one.logits[0])
+    torch.testing.assert_close(one.loss, all_of_them.loss)
