@@ -128,11 +128,16 @@ def time_ms(
         for _ in range(warmup):
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    timer = _cuda_timer() if torch.cuda.is_available() else _wall_ms
+    clock = timer()
     for _ in range(rounds):
         for name, run in candidates.items():
-            times[name].append(timer(run))
+            times[name].append(clock(run))
     return times
+
+
+def timer() -> Callable[[Callable[[], Any]], float]:
+    """Milliseconds of one call: CUDA events after the L2 cache is flushed, or the wall clock."""
+    return _cuda_timer() if torch.cuda.is_available() else _wall_ms
 
 
 def _wall_ms(run: Callable[[], Any]) -> float:
@@ -144,7 +149,7 @@ def _wall_ms(run: Callable[[], Any]) -> float:
 def _cuda_timer() -> Callable[[Callable[[], Any]], float]:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def timer(run: Callable[[], Any]) -> float:
+    def time_one(run: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()
@@ -153,7 +158,7 @@ def _cuda_timer() -> Callable[[Callable[[], Any]], float]:
         end.synchronize()
         return start.elapsed_time(end)
 
-    return timer
+    return time_one
 
 
 def peak_extra_mib(run: Callable[[], Any]) -> float | None:
@@ -167,6 +172,27 @@ def peak_extra_mib(run: Callable[[], Any]) -> float | None:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_mib(run: Callable[[], Any]) -> float | None:
+    """Device memory at its highest during a call, all that is there included; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    extra = peak_extra_mib(run)
+    assert extra is not None
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def kernel_launches(run: Callable[[], Any]) -> int | None:
+    """Kernels and copies a call puts on the device; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events())
 
 
 def host_syncs(run: Callable[[], Any]) -> int | None:
