@@ -7,8 +7,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mmpack._native",
-            sorted(["csrc/bindings.cpp", "csrc/planner.cpp"]),
-            depends=["csrc/planner.h"],
+            ["csrc/balance.cpp", "csrc/bindings.cpp", "csrc/planner.cpp"],
+            depends=["csrc/balance.h", "csrc/open_bins.h", "csrc/planner.h", "csrc/random.h"],
             cxx_std=20,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         )

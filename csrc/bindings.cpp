@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "balance.h"
 #include "planner.h"
 
 namespace py = pybind11;
@@ -14,6 +15,8 @@ namespace py = pybind11;
 namespace {
 
 using Int64Array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+
+constexpr std::int64_t kMostCost = std::int64_t{1} << 62;  // of all samples together
 
 std::span<const std::int64_t> view(const Int64Array& array, const char* name) {
   if (array.ndim() != 1) throw std::invalid_argument(std::string(name) + " must have one dimension");
@@ -33,20 +36,31 @@ Int64Array to_numpy(const std::vector<std::int64_t>& values) {
   return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-py::tuple best_fit_decreasing(const Int64Array& num_tokens, std::int64_t capacity,
-                              const std::optional<Int64Array>& num_patches,
-                              std::int64_t patch_capacity, std::uint64_t seed) {
+py::tuple plan(const Int64Array& num_tokens, std::int64_t capacity,
+               const std::optional<Int64Array>& num_patches, std::int64_t patch_capacity,
+               const std::optional<Int64Array>& costs, std::uint64_t seed) {
   const auto tokens = view(num_tokens, "num_tokens");
   const auto patches = num_patches ? view(*num_patches, "num_patches") : std::span<const std::int64_t>();
+  const auto cost = costs ? view(*costs, "costs") : std::span<const std::int64_t>();
   if (num_patches && patches.size() != tokens.size()) {
     throw std::invalid_argument("num_tokens and num_patches must be of one length");
   }
+  if (costs && cost.size() != tokens.size()) {
+    throw std::invalid_argument("num_tokens and costs must be of one length");
+  }
+  if (!num_patches) patch_capacity = 0;
   mmpack::Plan plan;
   {
     py::gil_scoped_release release;
     check_sizes(tokens, capacity, "num_tokens");
     check_sizes(patches, patch_capacity, "num_patches");
-    plan = mmpack::best_fit_decreasing(tokens, capacity, patches, patch_capacity, seed);
+    std::int64_t total = 0;
+    for (const std::int64_t c : cost) {
+      if (c < 0 || c > kMostCost - total) throw std::invalid_argument("costs must lie in [0, 2^62], their sum too");
+      total += c;
+    }
+    const mmpack::Sizes sizes{tokens, capacity, patches, patch_capacity};
+    plan = costs ? mmpack::balance(sizes, cost, seed) : mmpack::best_fit_decreasing(sizes, seed);
   }
   return py::make_tuple(to_numpy(plan.sample_index), to_numpy(plan.bin_offsets));
 }
@@ -55,7 +69,7 @@ py::tuple best_fit_decreasing(const Int64Array& num_tokens, std::int64_t capacit
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "mmpack's C++ core; see csrc/.";
-  m.def("best_fit_decreasing", &best_fit_decreasing, py::arg("num_tokens"), py::arg("capacity"),
-        py::arg("num_patches"), py::arg("patch_capacity"), py::arg("seed"),
-        "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h.");
+  m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
+        py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
+        "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");
 }

@@ -113,6 +113,10 @@ class PackPlan:
         pack_tokens: (num_packs,) int64, tokens in each pack.
         capacity, patch_capacity: the limits of a pack; None: patches are not limited.
         dropped, truncated: sample numbers that were longer than a capacity, ascending.
+        num_tokens: (N,) int64, what each sample was planned with.
+        num_patches: (N,) int64, or None: patches are not limited.
+        cost: (N,) int64 in shares of the data set's, or None: costs were not balanced.
+        seed: decided the order of the packs and between samples of equal size.
     """
 
     sample_index: Int64
@@ -122,6 +126,10 @@ class PackPlan:
     patch_capacity: int | None
     dropped: Int64
     truncated: Int64
+    num_tokens: Int64
+    num_patches: Int64 | None
+    cost: Int64 | None
+    seed: int
 
     @property
     def num_packs(self) -> int:
@@ -141,29 +149,36 @@ class PackPlan:
         room = self.num_packs * self.capacity
         return float(self.pack_tokens.sum()) / room if room else 1.0
 
+    def totals(self, values: NDArray[Any]) -> NDArray[Any]:
+        """(num_packs,) sums over each pack's samples of `values` (N,), what each sample has."""
+        sums = np.concatenate([[0], np.cumsum(values[self.sample_index])])
+        return np.diff(sums[self.bin_offsets])
+
     def samples_of(self, pack: int) -> Int64:
         """Numbers of the samples in one pack."""
         return self.sample_index[self.bin_offsets[pack] : self.bin_offsets[pack + 1]]
 
     def save(self, path: str | Path) -> None:
         """Write the plan as .npz."""
-        np.savez(
-            path,
-            sample_index=self.sample_index,
-            bin_offsets=self.bin_offsets,
-            pack_tokens=self.pack_tokens,
-            capacities=np.array([self.capacity, self.patch_capacity or 0]),
-            dropped=self.dropped,
-            truncated=self.truncated,
-        )
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        np.savez(path, **{name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | Path) -> PackPlan:
-        """Read a plan `save` wrote."""
+        """Read a plan `save` wrote.
+
+        Raises:
+            ValueError: an earlier version of mmpack wrote it.
+        """
         with np.load(path, allow_pickle=False) as arrays:
-            fields = {name: arrays[name] for name in arrays.files}
-        capacity, patch_capacity = fields.pop("capacities").tolist()
-        return cls(**fields, capacity=capacity, patch_capacity=patch_capacity or None)
+            fields: dict[str, Any] = {name: arrays[name] for name in arrays.files}
+        if "num_tokens" not in fields:
+            raise ValueError(f"{path} is a plan of an earlier version; pack again")
+        for name in ("capacity", "patch_capacity", "seed"):
+            if name in fields:
+                fields[name] = int(fields[name])
+        optional: dict[str, Any] = {"patch_capacity": None, "num_patches": None, "cost": None}
+        return cls(**{**optional, **fields})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

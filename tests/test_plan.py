@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpack import PackPlan, plan_packs
-from mmpack.plan import padded_utilization
+from mmpack.plan import padded_utilization, plan_epoch
 
 sizes = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 90)), max_size=60)
 
@@ -109,6 +109,10 @@ def test_real_lengths_fill_their_packs(shared):
         (([1], 10), {"patch_capacity": 4}, "patch_capacity needs num_patches"),
         (([1], 10), {"num_patches": [1, 2], "patch_capacity": 4}, "1 num_tokens but 2 num_patches"),
         (([1], 10), {"on_overflow": "split"}, "must be 'error', 'drop' or 'truncate'"),
+        (([1], 10), {"cost": [1, 2]}, r"cost must be a flat array of 1 numbers, got int64 \(2,\)"),
+        (([1], 10), {"cost": ["a"]}, "cost must be a flat array of 1 numbers"),
+        (([1, 1], 10), {"cost": [1, -1]}, "must be finite and not negative, sample 1 has -1.0"),
+        (([1, 1], 10), {"cost": [np.nan, 1]}, "must be finite and not negative, sample 0 has nan"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, options, message):
@@ -129,26 +133,48 @@ def test_no_samples_make_no_packs():
     assert (plan.num_packs, plan.utilization) == (0, 1.0)
 
 
+@pytest.mark.parametrize("cost", [None, [3.0, 1.0, 4.0, 1.0]])
 @pytest.mark.parametrize("patch_capacity", [None, 400])
-def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity):
+def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity, cost):
     plan = plan_packs(
         [50, 60, 70, 200],
         100,
         num_patches=[1, 2, 3, 4],
         patch_capacity=patch_capacity,
+        cost=cost,
+        seed=7,
         on_overflow="drop",
     )
     plan.save(tmp_path / "plan.npz")
     loaded = PackPlan.load(tmp_path / "plan.npz")
-    assert (loaded.capacity, loaded.patch_capacity) == (100, patch_capacity)
-    for name in ("sample_index", "bin_offsets", "pack_tokens", "dropped", "truncated"):
-        assert np.array_equal(getattr(loaded, name), getattr(plan, name))
+    for name in PackPlan.__slots__:
+        assert np.array_equal(getattr(loaded, name), getattr(plan, name)), name
+    assert plan_epoch(loaded, 1).sample_index.tolist() == plan_epoch(plan, 1).sample_index.tolist()
 
 
-def test_the_native_core_refuses_hostile_arrays():
+def test_a_plan_of_an_earlier_version_is_refused(tmp_path):
+    np.savez(tmp_path / "plan.npz", sample_index=[0], bin_offsets=[0, 1])
+    with pytest.raises(ValueError, match="earlier version; pack again"):
+        PackPlan.load(tmp_path / "plan.npz")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "patches", "costs"),
+    [
+        ([-1], None, None),
+        ([101], None, None),
+        ([1], [51], None),
+        ([1, 2], [3], None),
+        ([[1]], None, None),
+        ([1], None, [-1]),
+        ([1], None, [2**62 + 1]),
+        ([1, 1], None, [2**62, 1]),
+        ([1, 2], None, [3]),
+    ],
+)
+def test_the_native_core_refuses_hostile_arrays(tokens, patches, costs):
     from mmpack import _native
 
-    for tokens, patches in (([-1], None), ([101], None), ([1], [51]), ([1, 2], [3]), ([[1]], None)):
-        patches = None if patches is None else np.array(patches)
-        with pytest.raises(ValueError, match="must"):
-            _native.best_fit_decreasing(np.array(tokens), 100, patches, 50, 0)
+    patches, costs = (None if array is None else np.array(array) for array in (patches, costs))
+    with pytest.raises(ValueError, match="must"):
+        _native.plan(np.array(tokens), 100, patches, 50, costs, 0)

@@ -1,0 +1,435 @@
+#include "balance.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <functional>
+#include <numeric>
+#include <queue>
+#include <utility>
+
+namespace mmpack {
+namespace {
+
+constexpr std::int64_t kMean = 1 << 24;           // costs are scaled to this mean of a bin
+constexpr std::int64_t kTolerance = kMean / 400;  // of a bin's cost above its target
+constexpr double kLeastUtilization = 0.995;       // bins are added down to this
+constexpr double kSlack = 0.0026;                  // share of the room that lets the search move
+constexpr double kDear = 0.25;   // share of the spread cost over share of the room: dear from here on
+constexpr double kLong = 0.06;   // share of the room from which a cheap sample is placed early
+constexpr int kJitter = 64;      // of 1024: order of construction, so that epochs differ
+constexpr int kRefused = 16;     // bins without patch room looked at for a sample
+constexpr int kReturned = 16;    // bins that waited for smaller samples, looked at again
+constexpr int kRounds = 16;
+constexpr int kSwaps = 8;        // for a bin in a round
+constexpr int kPicks = 12;       // samples of a bin that are tried in a swap
+constexpr int kCandidates = 48;  // samples each of them is tried with
+constexpr int kPartners = 6;     // bins a bin tries exchanges of groups with in a round
+constexpr std::uint32_t kPairs = 64;  // of samples, listed in a bin
+
+struct Bin {
+  std::int64_t tokens = 0, patches = 0, cost = 0;
+  std::int64_t dearest = 0;  // cost of its dearest sample
+  std::vector<std::int64_t> samples;
+
+  std::int64_t target() const { return std::max(kMean, dearest); }
+  std::int64_t excess() const { return cost - target(); }
+};
+
+struct Item {
+  std::int64_t tokens = 0, patches = 0, cost = 0;
+};
+
+// No, one or two samples of a bin, by their places; first > second.
+struct Group {
+  std::int64_t tokens = 0, patches = 0, cost = 0;
+  std::uint32_t count = 0, first = 0, second = 0;
+};
+
+// Bins by a level that only rises; the lowest that has room for a sample is near the top.
+class Levels {
+ public:
+  explicit Levels(std::int64_t num_bins) : level_(num_bins, 0.0) {
+    for (std::int64_t b = 0; b < num_bins; ++b) lowest_.emplace(0.0, b);
+  }
+
+  void raise(std::int64_t bin, double level) {
+    level_[bin] = level;
+    lowest_.emplace(level, bin);  // the entry of the old level is skipped when it comes up
+  }
+  double operator[](std::int64_t bin) const { return level_[bin]; }
+
+  // The lowest bin with room for the tokens that `fits`, -1 if none was found. Bins without room for
+  // the tokens wait aside, for they would be looked at again and again.
+  template <typename Room, typename Fits>
+  std::int64_t find(std::int64_t tokens, const Room& room, const Fits& fits) {
+    std::int64_t found = -1;
+    refused_.clear();
+    do {
+      for (int n = 0; n < kReturned && !waiting_.empty() && waiting_.top().first >= tokens; ++n) {
+        const std::int64_t bin = waiting_.top().second;
+        waiting_.pop();
+        lowest_.emplace(level_[bin], bin);
+      }
+      while (found < 0 && !lowest_.empty() && refused_.size() < kRefused) {
+        const auto [level, bin] = lowest_.top();
+        if (level == level_[bin]) {
+          if (fits(bin)) {
+            found = bin;
+            break;
+          }
+          if (room(bin) < tokens) {
+            waiting_.emplace(room(bin), bin);
+          } else {
+            refused_.push_back(lowest_.top());
+          }
+        }
+        lowest_.pop();
+      }
+    } while (lowest_.empty() && !waiting_.empty() && waiting_.top().first >= tokens);
+    for (const auto& entry : refused_) lowest_.push(entry);
+    return found;
+  }
+
+ private:
+  using Entry = std::pair<double, std::int64_t>;
+  std::vector<double> level_;
+  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> lowest_;
+  std::priority_queue<std::pair<std::int64_t, std::int64_t>> waiting_;  // room, bin
+  std::vector<Entry> refused_;
+};
+
+class Balancer {
+ public:
+  Balancer(const Sizes& sizes, std::span<const std::int64_t> costs, std::uint64_t seed)
+      : sizes_(sizes), random_(seed), items_(sizes.tokens.size()), bin_of_(sizes.tokens.size()) {
+    order_ = shuffled_samples(items_.size(), random_);
+    std::vector<std::int64_t> by_size = order_;
+    const Bins tight = best_fit_decreasing(sizes, by_size);
+    const double total = double(std::accumulate(costs.begin(), costs.end(), std::int64_t{0}));
+    const double cheap = cheap_density(costs);
+    num_bins_ = count_bins(costs, total, cheap, tight.num_bins);
+
+    const double scale = double(kMean) * double(num_bins_) / total;
+    for (std::size_t i = 0; i < items_.size(); ++i) {
+      items_[i] = {sizes.tokens[i], sizes.patches_of(i), std::llround(double(costs[i]) * scale)};
+    }
+    if (!construct(cheap * scale)) adopt(tight);
+  }
+
+  void search() {
+    std::vector<std::int64_t> excess(num_bins_), by_excess(num_bins_), by_tokens = order_;
+    std::iota(by_excess.begin(), by_excess.end(), std::int64_t{0});
+    std::stable_sort(by_tokens.begin(), by_tokens.end(), [&](std::int64_t a, std::int64_t b) {
+      return items_[a].tokens < items_[b].tokens;
+    });
+    for (int round = 0; round < kRounds; ++round) {
+      for (std::int64_t b = 0; b < num_bins_; ++b) excess[b] = bins_[b].excess();
+      std::sort(by_excess.begin(), by_excess.end(), [&](std::int64_t a, std::int64_t b) {
+        return excess[a] != excess[b] ? excess[a] < excess[b] : a < b;
+      });
+      offered_.clear();
+      offered_tokens_.clear();
+      for (const std::int64_t i : by_tokens) {
+        if (excess[bin_of_[i]] >= -kTolerance) continue;
+        offered_.emplace_back(items_[i].cost, i);
+        offered_tokens_.push_back(items_[i].tokens);
+      }
+      const auto is_below = [&](std::int64_t b) { return excess[b] < 0; };
+      const std::int64_t num_below = std::count_if(by_excess.begin(), by_excess.end(), is_below);
+      bool improved = false;
+      for (std::int64_t n = num_bins_ - 1; n >= 0 && excess[by_excess[n]] > kTolerance; --n) {
+        improved |= relieve(by_excess[n], by_excess, num_below);
+      }
+      if (!improved) return;
+    }
+  }
+
+  Plan plan() { return to_plan({bin_of_, num_bins_}, order_, random_); }
+
+ private:
+  // Cost of a cheap token: the tenth percentile over the samples.
+  double cheap_density(std::span<const std::int64_t> costs) const {
+    std::vector<double> densities;
+    for (std::size_t i = 0; i < costs.size(); ++i) {
+      if (sizes_.tokens[i]) densities.push_back(double(costs[i]) / double(sizes_.tokens[i]));
+    }
+    if (densities.empty()) return 0.0;
+    const auto tenth = densities.begin() + densities.size() / 10;
+    std::nth_element(densities.begin(), tenth, densities.end());
+    return *tenth;
+  }
+
+  // A sample that is dear for its size would make a full bin dearer than the mean even with cheap
+  // tokens beside it, so its bin must stay partly empty: that room comes on top of the tokens'.
+  std::int64_t count_bins(std::span<const std::int64_t> costs, double total_cost, double cheap,
+                          std::int64_t fewest) const {
+    const auto& tokens = sizes_.tokens;
+    const double capacity = double(sizes_.token_capacity);
+    const double total = double(std::accumulate(tokens.begin(), tokens.end(), std::int64_t{0}));
+    const auto most = static_cast<std::int64_t>(
+        std::min(total / kLeastUtilization / capacity, double(tokens.size())));
+    std::int64_t bins = fewest;
+    for (int round = 0; round < 8 && bins < most; ++round) {  // more bins: a lower mean, more unused
+      const double mean = total_cost / double(bins);
+      double unused = 0;
+      for (std::size_t i = 0; i < tokens.size(); ++i) {
+        const double room = capacity - double(tokens[i]);
+        const double beside = std::max(0.0, mean - double(costs[i]));
+        if (room * cheap > beside) unused += std::floor(room - beside / cheap);
+      }
+      const double needed = std::ceil((total + unused) / capacity / (1 - kSlack));
+      const auto next = needed < double(most) ? static_cast<std::int64_t>(needed) : most;
+      if (next <= bins) break;
+      bins = next;
+    }
+    return bins;
+  }
+
+  bool fits(const Bin& bin, const Item& item) const {
+    return bin.tokens + item.tokens <= sizes_.token_capacity &&
+           bin.patches + item.patches <= sizes_.patch_capacity;
+  }
+
+  void put(std::int64_t bin, std::int64_t sample) {
+    Bin& b = bins_[bin];
+    const Item& item = items_[sample];
+    b.tokens += item.tokens;
+    b.patches += item.patches;
+    b.cost += item.cost;
+    b.dearest = std::max(b.dearest, item.cost);
+    b.samples.push_back(sample);
+    bin_of_[sample] = bin;
+  }
+
+  void take(std::int64_t bin, std::size_t place) {
+    Bin& b = bins_[bin];
+    const Item& item = items_[b.samples[place]];
+    b.tokens -= item.tokens;
+    b.patches -= item.patches;
+    b.cost -= item.cost;
+    b.samples[place] = b.samples.back();
+    b.samples.pop_back();
+    if (item.cost == b.dearest) {
+      b.dearest = 0;
+      for (const std::int64_t i : b.samples) b.dearest = std::max(b.dearest, items_[i].cost);
+    }
+  }
+
+  // False if a sample found no room or a bin stayed empty.
+  bool construct(double cheap) {
+    bins_.assign(num_bins_, {});
+    std::vector<double> above(items_.size());  // share of an average bin's cost above cheap tokens
+    double total = 0;
+    for (std::size_t i = 0; i < items_.size(); ++i) {
+      above[i] = std::max(0.0, double(items_[i].cost) - std::floor(cheap * double(items_[i].tokens)));
+      total += above[i];
+    }
+    for (double& share : above) share = total > 0 ? share * double(num_bins_) / total : 0.0;
+    const auto is_dear = [&](std::int64_t i) { return above[i] >= kDear * sizes_.share_of(i); };
+
+    std::vector<std::pair<double, std::int64_t>> largest_first;
+    for (const std::int64_t i : order_) {
+      const double share = sizes_.share_of(i);
+      double size = std::max(share, above[i]) * double(1024 + random_.below(kJitter));
+      if (share < kLong && !is_dear(i)) size /= 1 << 20;  // after all others
+      largest_first.emplace_back(size, i);
+    }
+    std::sort(largest_first.begin(), largest_first.end(), std::greater<>());
+
+    Levels by_load(num_bins_), by_above(num_bins_);
+    const auto room = [&](std::int64_t b) { return sizes_.token_capacity - bins_[b].tokens; };
+    for (const auto& [size, i] : largest_first) {
+      const Item& item = items_[i];
+      const auto takes = [&](std::int64_t b) { return fits(bins_[b], item); };
+      std::int64_t bin = is_dear(i) ? by_above.find(item.tokens, room, takes) : -1;
+      if (bin < 0) bin = by_load.find(item.tokens, room, takes);
+      if (bin < 0) return false;
+      put(bin, i);
+      by_load.raise(bin, load(bins_[bin]));
+      if (above[i] > 0) by_above.raise(bin, by_above[bin] + above[i]);
+    }
+    return std::none_of(bins_.begin(), bins_.end(), [](const Bin& b) { return b.samples.empty(); });
+  }
+
+  double load(const Bin& bin) const {
+    double most = double(bin.cost) / double(kMean);
+    if (sizes_.token_capacity) most = std::max(most, double(bin.tokens) / double(sizes_.token_capacity));
+    if (sizes_.patch_capacity) most = std::max(most, double(bin.patches) / double(sizes_.patch_capacity));
+    return most;
+  }
+
+  // Best-fit-decreasing's bins, and for each one more than it needed a sample out of a bin with two.
+  void adopt(const Bins& tight) {
+    bins_.assign(num_bins_, {});
+    for (const std::int64_t i : order_) put(tight.bin_of[i], i);
+    std::int64_t from = 0;
+    for (std::int64_t b = tight.num_bins; b < num_bins_; ++b) {
+      while (bins_[from].samples.size() < 2) ++from;
+      const std::int64_t sample = bins_[from].samples.back();
+      take(from, bins_[from].samples.size() - 1);
+      put(b, sample);
+    }
+  }
+
+  // Lowers the excess of a bin; false if nothing was found.
+  bool relieve(std::int64_t dear, const std::vector<std::int64_t>& by_excess, std::int64_t num_below) {
+    bool improved = false;
+    for (int n = 0; n < kSwaps && bins_[dear].excess() > kTolerance; ++n) {
+      const bool swapped = swap_one(dear);
+      improved |= swapped;
+      if (!swapped && n > 0) break;
+    }
+    bool is_listed = false;
+    for (int n = 0; n < kPartners && bins_[dear].excess() > kTolerance; ++n) {
+      const std::int64_t among = n % 2 || !num_below ? num_bins_ : num_below;
+      const std::int64_t cheap = by_excess[random_.below(among)];
+      if (cheap == dear || bins_[cheap].excess() >= bins_[dear].excess()) continue;
+      if (!is_listed) list_groups(bins_[dear], mine_);
+      is_listed = !exchange(dear, cheap);
+      improved |= !is_listed;
+    }
+    return improved;
+  }
+
+  // Swaps a sample with one of about as many tokens out of any bin below its target, such that the
+  // larger excess of the two bins becomes as small as the candidates allow.
+  bool swap_one(std::int64_t dear) {
+    const Bin& a = bins_[dear];
+    const std::int64_t reach = sizes_.token_capacity / 256 + 1;  // tokens a swap may give away
+    const std::int64_t room = sizes_.token_capacity - a.tokens;
+    std::int64_t best = a.excess(), give = -1, get = -1;
+    for (int n = 0; n < kPicks && best > kTolerance; ++n) {
+      const std::int64_t i = a.samples[random_.below(a.samples.size())];
+      const Item& mine = items_[i];
+      if (mine.cost > kMean) continue;  // its bin's target is its own cost
+      const auto begin = offered_tokens_.begin();
+      const std::int64_t low = std::lower_bound(begin, offered_tokens_.end(), mine.tokens - reach) - begin;
+      const std::int64_t high = std::upper_bound(begin, offered_tokens_.end(), mine.tokens + room) - begin;
+      const std::int64_t count = std::min<std::int64_t>(high - low, kCandidates);
+      const std::int64_t start = low + random_.below(high - low - count + 1);
+      for (std::int64_t c = start; c < start + count && best > kTolerance; ++c) {
+        const auto& [cost, j] = offered_[c];
+        const std::int64_t left_a = a.cost + cost - mine.cost - a.target();
+        if (cost >= mine.cost || left_a >= best) continue;
+        const std::int64_t bin = bin_of_[j];
+        const Bin& b = bins_[bin];
+        const std::int64_t left = std::max(left_a, b.cost + mine.cost - cost - b.target());
+        if (left >= best || bin == dear) continue;
+        const Item& other = items_[j];
+        if (b.tokens + mine.tokens - other.tokens > sizes_.token_capacity ||
+            a.patches + other.patches - mine.patches > sizes_.patch_capacity ||
+            b.patches + mine.patches - other.patches > sizes_.patch_capacity) {
+          continue;
+        }
+        best = left;
+        give = i;
+        get = j;
+      }
+    }
+    if (give < 0) return false;
+    const std::int64_t cheap = bin_of_[get];
+    for (const auto& [bin, sample] : {std::pair(dear, give), std::pair(cheap, get)}) {
+      const auto& samples = bins_[bin].samples;
+      take(bin, std::find(samples.begin(), samples.end(), sample) - samples.begin());
+    }
+    put(dear, get);
+    put(cheap, give);
+    return true;
+  }
+
+  // Exchanges the groups (of the dear bin: mine_) that make the larger excess of two bins smallest.
+  bool exchange(std::int64_t dear, std::int64_t cheap) {
+    const Bin& a = bins_[dear];
+    const Bin& b = bins_[cheap];
+    list_groups(b, others_);
+    std::sort(others_.begin(), others_.end(), [](const Group& x, const Group& y) {
+      return x.tokens != y.tokens ? x.tokens < y.tokens : x.cost < y.cost;
+    });
+    const std::int64_t room_a = sizes_.token_capacity - a.tokens;
+    const std::int64_t room_b = sizes_.token_capacity - b.tokens;
+    std::int64_t best = a.excess();
+    Group give, get;
+    for (const Group& mine : mine_) {
+      auto other = std::lower_bound(
+          others_.begin(), others_.end(), mine.tokens - room_b,
+          [](const Group& group, std::int64_t tokens) { return group.tokens < tokens; });
+      for (; other != others_.end() && other->tokens <= mine.tokens + room_a; ++other) {
+        const std::int64_t cost = other->cost - mine.cost;  // what the dear bin gets more
+        const std::int64_t left = std::max(a.cost + cost - a.target(), b.cost - cost - b.target());
+        if (left >= best) continue;
+        const std::int64_t patches = other->patches - mine.patches;
+        if (a.patches + patches > sizes_.patch_capacity || b.patches - patches > sizes_.patch_capacity ||
+            a.samples.size() + other->count == mine.count ||
+            b.samples.size() + mine.count == other->count) {  // a bin keeps a sample
+          continue;
+        }
+        best = left;
+        give = mine;
+        get = *other;
+      }
+      if (best <= kTolerance) break;
+    }
+    if (best == a.excess()) return false;
+    const auto given = take_group(dear, give), got = take_group(cheap, get);
+    for (std::uint32_t n = 0; n < give.count; ++n) put(cheap, given[n]);
+    for (std::uint32_t n = 0; n < get.count; ++n) put(dear, got[n]);
+    return true;
+  }
+
+  std::array<std::int64_t, 2> take_group(std::int64_t bin, const Group& group) {
+    const auto& samples = bins_[bin].samples;
+    std::array<std::int64_t, 2> taken{};
+    const std::array<std::uint32_t, 2> places{group.first, group.second};
+    for (std::uint32_t n = 0; n < group.count; ++n) {
+      taken[n] = samples[places[n]];
+      take(bin, places[n]);  // moves the last one here; the second place lies before the first
+    }
+    return taken;
+  }
+
+  // Nothing, every sample that is not dearer than a mean bin, and pairs of them, all or at random.
+  void list_groups(const Bin& bin, std::vector<Group>& groups) {
+    groups.assign(1, {});
+    for (std::uint32_t place = 0; place < bin.samples.size(); ++place) {
+      const Item& item = items_[bin.samples[place]];
+      if (item.cost <= kMean) groups.push_back({item.tokens, item.patches, item.cost, 1, place, 0});
+    }
+    const auto end = static_cast<std::uint32_t>(groups.size());
+    const auto add_pair = [&](std::uint32_t i, std::uint32_t j) {
+      const Group x = groups[i], y = groups[j];
+      groups.push_back(
+          {x.tokens + y.tokens, x.patches + y.patches, x.cost + y.cost, 2, x.first, y.first});
+    };
+    if ((end - 1) * (end - 1) <= 2 * kPairs) {
+      for (std::uint32_t i = 2; i < end; ++i) {
+        for (std::uint32_t j = 1; j < i; ++j) add_pair(i, j);
+      }
+    } else {
+      for (std::uint32_t n = 0; n < kPairs; ++n) {
+        const auto i = static_cast<std::uint32_t>(2 + random_.below(end - 2));
+        add_pair(i, static_cast<std::uint32_t>(1 + random_.below(i - 1)));
+      }
+    }
+  }
+
+  const Sizes& sizes_;
+  Random random_;
+  std::vector<Item> items_;
+  std::vector<std::int64_t> bin_of_, order_;
+  std::int64_t num_bins_ = 0;
+  std::vector<Bin> bins_;
+  std::vector<std::pair<std::int64_t, std::int64_t>> offered_;  // cost, sample; by tokens
+  std::vector<std::int64_t> offered_tokens_;
+  std::vector<Group> mine_, others_;
+};
+
+}  // namespace
+
+Plan balance(const Sizes& sizes, std::span<const std::int64_t> costs, std::uint64_t seed) {
+  Balancer balancer(sizes, costs, seed);
+  balancer.search();
+  return balancer.plan();
+}
+
+}  // namespace mmpack

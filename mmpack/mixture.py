@@ -1,0 +1,86 @@
+"""What the packs of a plan are made of, and how long ranks wait for each other.
+
+A pack should be a miniature of the data set: a plan that sorts by size can put all pictures into the
+same packs, which is a curriculum nobody asked for, and steps in which one rank works and the others
+wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack.types import Int64, PackPlan
+
+Float64 = NDArray[np.float64]
+
+
+def rank_imbalance(
+    pack_cost: NDArray[Any], num_ranks: int, *, rounds: int = 10, seed: int = 0
+) -> float:
+    """How much longer a step takes than its work evenly spread: mean over steps of max / mean.
+
+    Packs are dealt to the ranks in random order, one a step, `rounds` times over; a step that would
+    not have a pack for every rank is left out.
+
+    Args:
+        pack_cost: (num_packs,) cost of each pack.
+        num_ranks: data-parallel ranks.
+
+    Returns:
+        At least 1.0, which means that no rank waits; 1.0 too where there is no full step.
+    """
+    rng = np.random.default_rng(seed)
+    full = len(pack_cost) // num_ranks * num_ranks
+    steps = [rng.permutation(pack_cost)[:full].reshape(-1, num_ranks) for _ in range(rounds)]
+    costs = np.concatenate(steps).astype(np.float64)
+    costs = costs[costs.any(axis=1)]
+    return float((costs.max(axis=1) / costs.mean(axis=1)).mean()) if len(costs) else 1.0
+
+
+def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
+    """(num_packs,) the least each pack can cost: the mean, or its dearest sample where that is more.
+
+    Args:
+        cost: (N,) cost of every sample.
+    """
+    if not plan.num_packs:
+        return np.empty(0)
+    costs = np.asarray(cost, dtype=np.float64)[plan.sample_index]
+    dearest = np.maximum.reduceat(costs, plan.bin_offsets[:-1])
+    floor: Float64 = np.maximum(dearest, costs.sum() / plan.num_packs)
+    return floor
+
+
+def token_shares(
+    plan: PackPlan, group: Sequence[str] | NDArray[Any]
+) -> dict[str, dict[str, float]]:
+    """Which share of its tokens a pack has from each group of samples: in all, and its spread.
+
+    Args:
+        group: (N,) name of the group every sample is from, its file say.
+
+    Returns:
+        For each group, the largest first, `share` of all planned tokens, and `p10`, `p50`, `p90` over
+        the packs of its share of a pack's tokens.
+    """
+    names, number = np.unique(np.asarray(group), return_inverse=True)
+    shares = {
+        str(name): share_spread(plan, np.where(number == n, plan.num_tokens, 0))
+        for n, name in enumerate(names)
+    }
+    return dict(sorted(shares.items(), key=lambda item: -item[1]["share"]))
+
+
+def share_spread(plan: PackPlan, tokens: Int64) -> dict[str, float]:
+    """`share`, `p10`, `p50` and `p90` as in `token_shares`, of (N,) tokens of every sample."""
+    part, whole = plan.totals(tokens), np.maximum(plan.pack_tokens, 1)
+    quantiles = np.percentile(part / whole, [10, 50, 90]) if plan.num_packs else np.zeros(3)
+    share = part.sum() / max(1, int(plan.pack_tokens.sum()))
+    return {
+        name: round(float(value), 4)
+        for name, value in zip(("share", "p10", "p50", "p90"), [share, *quantiles])
+    }

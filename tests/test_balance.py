@@ -1,0 +1,197 @@
+"""Plans whose packs cost the same: invariants over random instances, and the targets on real lengths."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmpack import plan_packs
+from mmpack.cost import sample_flops
+from mmpack.mixture import cost_floor, rank_imbalance, share_spread, token_shares
+from mmpack.plan import plan_epoch
+
+samples = st.lists(
+    st.tuples(
+        st.integers(0, 120),
+        st.integers(0, 90),
+        st.integers(0, 1000) | st.floats(0, 1e15) | st.just(0),
+    ),
+    max_size=80,
+)
+instances = {
+    "samples": samples,
+    "capacity": st.integers(1, 400),
+    "patch_capacity": st.none() | st.integers(1, 300),
+    "seed": st.integers(0, 2**63),
+}
+
+
+def check_invariants(samples, capacity, patch_capacity, seed):
+    """Every sample once, hard limits, no empty pack, determinism, one number of packs for all seeds."""
+    tokens, patches, cost = (np.array([row[n] for row in samples]) for n in range(3))
+    tokens, patches = tokens.astype(np.int64), patches.astype(np.int64)
+    options = {"num_patches": patches, "patch_capacity": patch_capacity, "on_overflow": "drop"}
+    plan = plan_packs(tokens, capacity, cost=cost.astype(float), seed=seed, **options)
+    assert sorted([*plan.sample_index, *plan.dropped]) == list(range(len(tokens)))
+    assert (np.diff(plan.bin_offsets) > 0).all()
+    assert plan.totals(tokens).tolist() == plan.pack_tokens.tolist()
+    assert (plan.pack_tokens <= capacity).all()
+    assert patch_capacity is None or (plan.totals(patches) <= patch_capacity).all()
+
+    again = plan_packs(tokens, capacity, cost=cost.astype(float), seed=seed, **options)
+    assert again.sample_index.tolist() == plan.sample_index.tolist()
+    assert again.bin_offsets.tolist() == plan.bin_offsets.tolist()
+    for epoch in (1, 2):
+        other = plan_epoch(plan, epoch)
+        assert other.num_packs == plan.num_packs
+        assert sorted(other.sample_index) == sorted(plan.sample_index)
+        assert (other.pack_tokens <= capacity).all()
+    tight = plan_packs(tokens, capacity, seed=seed, **options)
+    assert tight.num_packs <= plan.num_packs
+    if plan.num_packs > tight.num_packs:  # packs were added, within what may stay unused
+        assert plan.utilization >= 0.995
+    assert plan_epoch(tight, 1).num_packs == tight.num_packs
+
+
+@settings(max_examples=500, deadline=None)
+@given(**instances)
+def test_invariants(samples, capacity, patch_capacity, seed):
+    check_invariants(samples, capacity, patch_capacity, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(**instances)
+def test_invariants_of_ten_thousand(samples, capacity, patch_capacity, seed):
+    check_invariants(samples, capacity, patch_capacity, seed)
+
+
+def test_the_plan_is_the_same_on_every_machine():
+    tokens = np.array([37 * n % 90 + 10 for n in range(20)])
+    plan = plan_packs(tokens, 260, cost=tokens * [1 + n % 3 for n in range(20)], seed=3)
+    packs = [sorted(plan.samples_of(n).tolist()) for n in range(plan.num_packs)]
+    assert packs == [[1, 10, 11, 15, 16], [0, 2, 5, 6, 12], [7, 8, 19], [3, 9, 17, 18], [4, 13, 14]]
+
+
+def test_a_dear_sample_is_left_with_fewer_beside_it():
+    # One sample costs as much as an average pack: best-fit would fill it up, and make a step wait.
+    tokens = np.array([500] + [10] * 19_950)
+    cost = np.array([2000.0] + [20.0] * 19_950)  # 199,500 cheap tokens: 200 packs of 2000
+    dear = next(
+        plan.samples_of(n)
+        for plan in [plan_packs(tokens, 1000, cost=cost)]
+        for n in range(plan.num_packs)
+        if 0 in plan.samples_of(n)
+    )
+    assert dear.tolist() == [0]
+
+
+def test_costs_of_zero_are_no_costs():
+    tokens = np.arange(1, 50)
+    with_zeros = plan_packs(tokens, 100, cost=np.zeros(49))
+    assert with_zeros.sample_index.tolist() == plan_packs(tokens, 100).sample_index.tolist()
+
+
+def test_the_unit_of_the_cost_does_not_matter():
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(10, 200, 500)
+    cost = tokens * rng.integers(1, 9, 500)
+    one, other = (plan_packs(tokens, 1000, cost=cost * unit) for unit in (1, 2.0**40))
+    assert one.sample_index.tolist() == other.sample_index.tolist()
+
+
+def test_epochs_are_different_plans_of_the_same_samples():
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(10, 200, 2000)
+    plan = plan_packs(tokens, 1000, cost=tokens * rng.integers(1, 4, 2000))
+    assert plan_epoch(plan, 0) is plan
+    neighbours = []
+    for epoch in range(4):
+        other = plan_epoch(plan, epoch)
+        neighbours.append({frozenset(other.samples_of(n)) for n in range(other.num_packs)})
+        assert plan_epoch(plan, epoch).sample_index.tolist() == other.sample_index.tolist()
+    assert not set.intersection(*neighbours)
+    with pytest.raises(ValueError, match="epoch must not be negative, got -1"):
+        plan_epoch(plan, -1)
+
+
+@pytest.fixture(scope="module")
+def real_mix(shared):
+    """(tokens, patches, operations on Qwen2-VL-2B) of the real rows of the length set but NLVR's."""
+    data = np.load(shared / "lengths" / "sft_mix.npz")
+    config = json.loads((shared / "configs" / "qwen2_vl_2b.json").read_text(encoding="utf-8"))
+    tokens = data["text_tokens"].astype(np.int64) + data["image_tokens"]
+    grids = np.stack([np.ones_like(data["grid_h"]), data["grid_h"], data["grid_w"]], axis=1)
+    flops = sample_flops(config, tokens, data["answer_tokens"], grids, data["image_offset"])
+    keep = ~data["imputed"] & (data["sources"][data["source"]] != "nlvr")
+    assert keep.sum() == 155_556
+    return tokens[keep], 4 * data["image_tokens"].astype(np.int64)[keep], flops[keep]
+
+
+@pytest.mark.parametrize("capacity", [4096, 8192, 32768])
+def test_real_lengths_cost_the_same(real_mix, capacity):
+    tokens, _, flops = real_mix
+    plan = plan_packs(tokens, capacity, cost=flops, on_overflow="drop")
+    assert plan.utilization >= 0.995
+    check_imbalance(plan, flops)
+
+
+def test_a_patch_limit_leaves_packs_as_even(real_mix):
+    tokens, patches, flops = real_mix
+    limits = {"num_patches": patches, "patch_capacity": 16384}
+    plan = plan_packs(tokens, 8192, cost=flops, on_overflow="drop", **limits)
+    assert plan.totals(patches).max() <= 16384
+    check_imbalance(plan, flops)
+
+
+def check_imbalance(plan, flops):
+    for ranks in (8, 64):
+        floor = rank_imbalance(cost_floor(plan, flops), ranks, seed=1)
+        assert rank_imbalance(plan.totals(flops), ranks, seed=1) <= floor + 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", [4096, 8192, 32768])
+def test_every_epoch_costs_the_same(real_mix, capacity):
+    tokens, _, flops = real_mix
+    plan = plan_packs(tokens, capacity, cost=flops, on_overflow="drop")
+    for epoch in range(1, 10):
+        check_imbalance(plan_epoch(plan, epoch), flops)
+
+
+def test_imbalance_of_ranks():
+    assert rank_imbalance(np.array([3.0, 3.0, 3.0, 3.0]), 2) == 1.0
+    assert rank_imbalance(np.array([1.0, 3.0]), 2) == 1.5
+    assert rank_imbalance(np.array([1.0, 3.0, 5.0]), 1) == 1.0
+    assert rank_imbalance(np.array([1.0]), 2) == 1.0  # no step has a pack for every rank
+    assert 1.0 < rank_imbalance(np.array([1.0, 1.0, 1.0, 3.0]), 2) <= 1.5
+
+
+def test_the_floor_is_the_mean_or_the_dearest_sample():
+    plan = plan_packs([60, 40, 50, 50], 100)
+    cost = np.array([10.0, 0.0, 1.0, 1.0])
+    floor = sorted(cost_floor(plan, cost))
+    assert floor == [6.0, 10.0]
+    assert len(cost_floor(plan_packs([], 100), np.empty(0))) == 0
+
+
+def test_shares_of_packs():
+    plan = plan_packs([60, 40, 50, 50], 100)  # packs {0, 1} and {2, 3}
+    shares = token_shares(plan, ["a", "b", "a", "a"])
+    assert list(shares) == ["a", "b"]
+    assert shares["a"] == {"share": 0.8, "p10": 0.64, "p50": 0.8, "p90": 0.96}
+    assert shares["b"] == {"share": 0.2, "p10": 0.04, "p50": 0.2, "p90": 0.36}
+    nothing = share_spread(plan_packs([], 10), np.empty(0, dtype=np.int64))
+    assert nothing == {"share": 0.0, "p10": 0.0, "p50": 0.0, "p90": 0.0}
+
+
+def test_balanced_packs_are_miniatures_of_the_data_set(real_mix):
+    tokens, patches, flops = real_mix
+    spreads = []
+    for cost in (None, flops):
+        plan = plan_packs(tokens, 32768, cost=cost, on_overflow="drop")
+        spread = share_spread(plan, patches // 4)
+        spreads.append(spread["p90"] - spread["p10"])
+    assert spreads[1] < 0.25 * spreads[0]
