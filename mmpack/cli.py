@@ -23,7 +23,8 @@ examples:
   mmpack check data/train.json --tokenizer Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
 """
 PACK_EXAMPLE = """example:
-  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out packed
+  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --config Qwen2-VL-2B-Instruct \
+      --capacity 8192 --out packed
 """
 TRAIN_EXAMPLE = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
 
@@ -84,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", required=True, help="folder to write the packed data set to")
     pack.add_argument("--overwrite", action="store_true", help="replace a packed data set in --out")
     pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    pack.add_argument(
+        "--config",
+        help="config.json, or the folder, of the model to train: packs then cost the same on it",
+    )
     _add_data_options(pack, required=True)
     pack.set_defaults(run=_pack)
 
@@ -129,6 +134,13 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--train-on-prompt", action="store_true", help="supervise all text")
     parser.add_argument(
         "--mask-history", action="store_true", help="supervise the last answer only"
+    )
+    parser.add_argument(
+        "--frozen",
+        action="append",
+        default=[],
+        choices=["vision", "merger", "language"],
+        help="part of the model that is not trained, for its cost; repeatable",
     )
     parser.add_argument("--plan-seed", type=int, default=0, help="seed of the plan")
 
@@ -200,10 +212,12 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
                 f"{out} is not empty; choose another --out, or --overwrite a packed set"
             )
 
-    from mmpack.dataset import plan_samples
+    from mmpack.dataset import costs_of, plan_samples
     from mmpack.plan import padded_utilization
+    from mmpack.report import balance_lines, balance_report
     from mmpack.store import write_store
 
+    config = _config(options.config, options.frozen)
     bad_rows: list[BadRow] = []
     samples, vision = _encode(options, bad_rows)
     about = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
@@ -211,8 +225,14 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         store = write_store(partial, samples, vision, about)
+        cost = None if config is None else costs_of(store, config, options.frozen)
         plan = plan_samples(
-            store, options.capacity, options.patch_capacity, options.on_overflow, options.plan_seed
+            store,
+            options.capacity,
+            options.patch_capacity,
+            options.on_overflow,
+            options.plan_seed,
+            cost,
         )
         plan.save(partial / "plan.npz")
         lost = [(n, "dropped") for n in plan.dropped] + [(n, "cut") for n in plan.truncated]
@@ -234,6 +254,7 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "utilization": round(plan.utilization, 6),
         "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
+        **balance_report(plan, store.sources, store.num_patches // vision.merge_size**2),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if options.json:
@@ -245,6 +266,7 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         f"{vision.max_pixels:,} pixels"
     )
     print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
+    print("\n".join(balance_lines(report)))
     if bad_rows:
         print(f"{len(bad_rows):,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if lost:
@@ -277,6 +299,17 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
     return tqdm(encoded, unit=" rows", desc="encoding", disable=None), vision
 
 
+def _config(path: str | None, frozen: Sequence[str]) -> Any:
+    """The config to count costs with, None where none is named."""
+    if path is None:
+        if frozen:
+            raise ValueError("--frozen says what a step costs; pass the model's --config too")
+        return None
+    from mmpack.hf.training import load_config
+
+    return load_config(path)
+
+
 def _reading(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `read_samples`, but for `on_error`."""
     return {
@@ -288,7 +321,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from mmpack.dataset import PackedDataset
+    from mmpack.dataset import PackedDataset, costs_of
     from mmpack.hf.training import load_model, parse_training_arguments, train
 
     steps = [] if options.steps is None else ["--max_steps", str(options.steps)]
@@ -302,10 +335,12 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     else:
         bad_rows: list[BadRow] = []
-        samples, _ = _encode(options, bad_rows)
+        config = _config(options.model or options.config, options.frozen)
+        samples = list(_encode(options, bad_rows)[0])
         dataset = PackedDataset.from_samples(
-            list(samples),
+            samples,
             options.capacity,
+            None if config is None else costs_of(samples, config, options.frozen),
             patch_capacity=options.patch_capacity,
             on_overflow=options.on_overflow,
             seed=options.plan_seed,

@@ -1,27 +1,31 @@
 """PackedDataset: a map-style data set whose items are packs.
 
-Item i is pack i of the plan, assembled when it is asked for; in DataLoader workers that is where
-images are decoded. Map-style on purpose: accelerate shards the items, and resuming skips them
-without decoding.
+Item i is pack i of the epoch's plan, assembled when it is asked for; in DataLoader workers that is
+where images are decoded. Map-style on purpose: accelerate shards the items, and resuming skips them
+without decoding. Every epoch has as many packs, of other samples; its number lies in shared memory,
+because workers that live on hear of nothing else.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
 from mmpack.assemble import assemble
+from mmpack.cost import sample_flops
 from mmpack.encode import encode_samples
-from mmpack.plan import OnOverflow, plan_packs
+from mmpack.plan import OnOverflow, plan_epoch, plan_packs
 from mmpack.readers import read_samples
 from mmpack.truncate import truncate_sample
-from mmpack.types import EncodedSample, Int64, Pack, PackPlan, Sample
+from mmpack.types import IGNORE, EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
 
 
@@ -32,26 +36,35 @@ class PackedDataset(Dataset[Pack]):
 
     Attributes:
         samples: the encoded samples, a list or an `EncodedStore`.
-        plan: which of them share a pack.
+        plan: which of them share a pack in epoch 0.
+        num_empty: empty packs at the end, see `pad_to`.
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
         self.samples = samples
         self.plan = plan
+        self.num_empty = 0
         self._truncated = set(plan.truncated.tolist())
         self._patch_capacity = plan.patch_capacity
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._planned = (0, plan)  # epoch, plan
 
     @classmethod
     def from_samples(
         cls,
         samples: Sequence[EncodedSample],
         capacity: int,
+        cost: Any = None,
         *,
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
     ) -> PackedDataset:
         """Plan the samples into packs of at most `capacity` tokens (and `patch_capacity` patches).
+
+        With `cost` packs are planned to cost the same too, so that data-parallel ranks do not wait
+        for each other: the config of the model to train, or (N,) numbers (`costs_of`, where parts of
+        the model are frozen).
 
         `on_overflow` says what becomes of a longer sample: "error"; "drop", listed in
         `plan.dropped`; "truncate", cut by `truncate_sample` and listed in `plan.truncated`, or
@@ -60,7 +73,9 @@ class PackedDataset(Dataset[Pack]):
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error"; names file and row.
         """
-        return cls(samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed))
+        return cls(
+            samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
+        )
 
     @classmethod
     def from_files(
@@ -68,6 +83,7 @@ class PackedDataset(Dataset[Pack]):
         data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Sample],
         processor: Any,
         capacity: int,
+        cost: Any = None,
         *,
         media_dir: str | os.PathLike[str] | None = None,
         patch_capacity: int | None = None,
@@ -82,6 +98,7 @@ class PackedDataset(Dataset[Pack]):
                 what `read_samples` can be told beyond `media_dir`.
             processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
             capacity: tokens a pack may hold.
+            cost: the model's config, for packs that cost the same; see `from_samples`.
             media_dir: folder of relative image paths; by default the folder of each file.
             patch_capacity, on_overflow: see `from_samples`.
             train_on_prompt, mask_history: see `mmpack.encode.encode_samples`.
@@ -103,7 +120,7 @@ class PackedDataset(Dataset[Pack]):
             samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
         )
         return cls.from_samples(
-            list(encoded), capacity, patch_capacity=patch_capacity, on_overflow=on_overflow
+            list(encoded), capacity, cost, patch_capacity=patch_capacity, on_overflow=on_overflow
         )
 
     @classmethod
@@ -118,14 +135,46 @@ class PackedDataset(Dataset[Pack]):
         """The spec all samples were encoded with."""
         return self.samples[0].vision
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the plan items come from, in workers that are already running too.
+
+        A pure function of the epoch. Under Trainer, `mmpack.hf.PackCallback` calls it.
+        """
+        self._epoch[0] = epoch
+
+    def pad_to(self, multiple: int) -> None:
+        """Append empty packs until the number of items is a multiple of `multiple`.
+
+        That is the number of ranks times the packs of a batch: without, accelerate evens ranks out
+        with packs that other ranks train on too. An empty pack is the smallest sample without labels:
+        its loss and gradients are zero.
+        """
+        if multiple < 1:
+            raise ValueError(f"multiple must be positive, got {multiple}")
+        self.num_empty = -self.plan.num_packs % multiple
+
     def __len__(self) -> int:
-        return self.plan.num_packs
+        return self.plan.num_packs + self.num_empty
 
     def __getitem__(self, index: int) -> Pack:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
-        numbers = self.plan.samples_of(index % len(self)).tolist()
+        epoch = int(self._epoch[0])
+        if self._planned[0] != epoch:
+            self._planned = (epoch, plan_epoch(self.plan, epoch))
+        index %= len(self)
+        if index >= self.plan.num_packs:
+            return self._empty_pack()
+        numbers = self._planned[1].samples_of(index).tolist()
         return assemble([self._sample(number) for number in numbers])
+
+    def _empty_pack(self) -> Pack:
+        num_tokens, num_patches = (
+            sizes[self.plan.sample_index] for sizes in sizes_of(self.samples)
+        )
+        smallest = self.plan.sample_index[np.lexsort((num_tokens, num_patches))[0]]
+        sample = self._sample(int(smallest))
+        return assemble([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
 
     def _sample(self, number: int) -> EncodedSample:
         sample = self.samples[number]
@@ -140,14 +189,16 @@ def plan_samples(
     patch_capacity: int | None,
     on_overflow: OnOverflow,
     seed: int,
+    cost: Any = None,
 ) -> PackPlan:
-    """`plan_packs` for samples at hand, so that truncation is planned at its exact length."""
+    """`plan_packs` for samples at hand, so that truncation is planned at its exact length. `cost` is
+    as in `PackedDataset.from_samples`."""
     num_tokens, num_patches = sizes_of(samples)
     too_long = num_tokens > capacity
     if patch_capacity is not None:
         too_long |= num_patches > patch_capacity
     overflow = np.flatnonzero(too_long).tolist()
-    truncated = []
+    truncated = {}
     if overflow and on_overflow == "error":
         longest = max(overflow, key=lambda n: (int(num_tokens[n]), int(num_patches[n])))
         sample = samples[longest]
@@ -164,16 +215,41 @@ def plan_samples(
             cut = truncate_sample(samples[number], capacity, patch_capacity)
             if cut.is_supervised:  # else it keeps its size and is dropped
                 num_tokens[number], num_patches[number] = cut.num_tokens, cut.num_patches
-                truncated.append(number)
+                truncated[number] = cut
+    if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
+        config, cost = cost, costs_of(samples, cost)
+        if truncated:
+            cost[list(truncated)] = costs_of(list(truncated.values()), config)
     plan = plan_packs(
         num_tokens,
         capacity,
         num_patches=num_patches,
         patch_capacity=patch_capacity,
+        cost=cost,
         seed=seed,
         on_overflow="drop" if on_overflow == "truncate" else on_overflow,
     )
-    return replace(plan, truncated=np.array(truncated, dtype=np.int64))
+    return replace(plan, truncated=np.array(list(truncated), dtype=np.int64))
+
+
+def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[str] = ()) -> Int64:
+    """(N,) operations of a training step on each sample; see `mmpack.cost.sample_flops`.
+
+    Args:
+        samples: a list or an `EncodedStore`, which knows without opening its samples.
+        config: of the model, a transformers config or a mapping.
+        frozen: parts that are not trained, of "vision", "merger" and "language".
+    """
+    if hasattr(samples, "num_supervised"):
+        shapes: tuple[ArrayLike, ...] = (samples.num_supervised, *samples.grids())
+    else:
+        grids = [sample.grid_thw for sample in samples]
+        shapes = (
+            [sample.num_supervised for sample in samples],
+            np.concatenate([np.empty((0, 3), dtype=np.int32), *grids]),
+            np.cumsum([0, *map(len, grids)]),
+        )
+    return sample_flops(config, sizes_of(samples)[0], *shapes, frozen=frozen)
 
 
 def sizes_of(samples: Sequence[EncodedSample]) -> tuple[Int64, Int64]:

@@ -1,16 +1,22 @@
-"""Tables and pictures of what `mmpack.check` counted."""
+"""Tables and pictures of what `mmpack.check` counted, and what `mmpack pack` says of its packs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpack.check import Summary
+from mmpack.mixture import cost_floor, rank_imbalance, share_spread, token_shares
+from mmpack.types import PackPlan
 
 _SHOWN_BAD = 10
+_SHOWN_SOURCES = 10
+_RANKS = (8, 64)
 
 
 def check_table(summary: Summary) -> str:
@@ -145,3 +151,43 @@ def check_picture(summary: Summary, path: str) -> None:
         right.text(0.5, 0.5, "--tokenizer shows\nutilization by capacity", ha="center", va="center")
         right.axis("off")
     figure.savefig(path, dpi=120)
+
+
+def balance_report(
+    plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any]
+) -> dict[str, Any]:
+    """How packs compare with the data set and with each other, for JSON.
+
+    `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over
+    the packs. Where costs were planned, `imbalance` and `imbalance_floor`: by number of ranks, the
+    mean over steps of the dearest over the mean pack, and what no plan of these packs goes below.
+    """
+    report: dict[str, Any] = {
+        "image_share": share_spread(plan, np.minimum(image_tokens, plan.num_tokens)),
+        "sources": token_shares(plan, sources),
+    }
+    if plan.cost is not None:
+        packs, floor = plan.totals(plan.cost), cost_floor(plan, plan.cost)
+        ranks = [n for n in _RANKS if n <= plan.num_packs]
+        report["imbalance"] = {str(n): round(rank_imbalance(packs, n), 4) for n in ranks}
+        report["imbalance_floor"] = {str(n): round(rank_imbalance(floor, n), 4) for n in ranks}
+    return report
+
+
+def balance_lines(report: dict[str, Any]) -> list[str]:
+    """The same in a terminal."""
+    parts = [("images", report["image_share"])]
+    if len(report["sources"]) > 1:
+        parts += list(report["sources"].items())[:_SHOWN_SOURCES]
+    lines = [
+        f"{name}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
+        "pack's (10th to 90th percentile)"
+        for name, part in parts
+    ]
+    for ranks, imbalance in report.get("imbalance", {}).items():
+        floor = report["imbalance_floor"][ranks]
+        lines.append(
+            f"on {ranks} ranks a step takes {imbalance:.3f} x its mean pack; {floor:.3f} is the least "
+            "its samples allow"
+        )
+    return lines

@@ -22,7 +22,7 @@ from mmpack import images
 from mmpack.types import EncodedSample, ImageRef
 from mmpack.vision import VisionSpec
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 1000
 _FEATURES = datasets.Features(
     {
@@ -35,6 +35,7 @@ _FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
         "num_tokens": datasets.Value("int64"),
         "num_patches": datasets.Value("int64"),
+        "num_supervised": datasets.Value("int64"),
     }
 )
 
@@ -44,7 +45,7 @@ class EncodedStore(Sequence[EncodedSample]):
 
     Attributes:
         vision: the spec of all samples.
-        num_tokens, num_patches: (N,) int64, known without reading a sample.
+        num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
         about: what `write_store` was told.
     """
 
@@ -54,6 +55,20 @@ class EncodedStore(Sequence[EncodedSample]):
         self.about = about
         self.num_tokens = self._column("num_tokens")
         self.num_patches = self._column("num_patches")
+        self.num_supervised = self._column("num_supervised")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(N,) files the samples come from."""
+        return self._column("source")
+
+    def grids(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all images: grid_thw (I, 3), and offsets (N + 1,): images of sample n are
+        `offsets[n] : offsets[n + 1]`."""
+        rows = self._rows.select_columns("grid_thw")[:]["grid_thw"]
+        values = [chunk.flatten().to_numpy() for chunk in rows.chunks]
+        lengths = [chunk.value_lengths().to_numpy() for chunk in rows.chunks]
+        return np.concatenate(values).reshape(-1, 3), np.cumsum([0, *np.concatenate(lengths)]) // 3
 
     def _column(self, name: str) -> np.ndarray:
         return self._rows.select_columns(name)[:][name].to_numpy()
@@ -147,6 +162,7 @@ def _table(samples: Sequence[EncodedSample]) -> datasets.Dataset:
         "row": [sample.row for sample in samples],
         "num_tokens": [sample.num_tokens for sample in samples],
         "num_patches": [sample.num_patches for sample in samples],
+        "num_supervised": [sample.num_supervised for sample in samples],
     }
     return datasets.Dataset.from_dict(columns, features=_FEATURES)
 

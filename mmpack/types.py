@@ -97,9 +97,14 @@ class EncodedSample:
         return int(self.grid_thw.astype(np.int64).prod(axis=-1).sum())
 
     @property
+    def num_supervised(self) -> int:
+        """Tokens that reach the loss; the first of a segment has nothing before it."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
     def is_supervised(self) -> bool:
-        """Whether any token reaches the loss; the first of a segment has nothing before it."""
-        return bool((self.labels[1:] != IGNORE).any())
+        """Whether any token reaches the loss."""
+        return self.num_supervised > 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

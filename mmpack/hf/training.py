@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from mmpack.dataset import PackedDataset
+from mmpack.hf.callbacks import PackCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.models import patch_model
 from mmpack.vision import VisionSpec
@@ -62,6 +63,18 @@ def load_model(model: str | None, config: str | None, seed: int) -> nn.Module:
         return AutoModelForImageTextToText.from_pretrained(model)
     set_seed(seed)
     return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config))
+
+
+def load_config(path: str | os.PathLike[str]) -> Any:
+    """A model's config from its folder or `config.json`, with transformers' defaults.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no model config: {error}") from None
 
 
 def check_fit(model: nn.Module, vision: VisionSpec) -> None:
@@ -107,7 +120,11 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
     """
     check_fit(model, dataset.vision)
     trainer = Trainer(
-        model=patch_model(model), args=args, train_dataset=dataset, data_collator=PackCollator()
+        model=patch_model(model),
+        args=args,
+        train_dataset=dataset,
+        data_collator=PackCollator(),
+        callbacks=[PackCallback(dataset)],
     )
     output = trainer.train()
     if args.save_strategy != "no":
