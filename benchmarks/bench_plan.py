@@ -1,0 +1,141 @@
+"""How long do ranks wait for each other, and how full are packs, against what others plan with?
+
+Cost is a training step's operations on Qwen2-VL-2B (`mmpack.cost`). Imbalance is the mean over steps
+of the dearest rank's cost over the mean rank's, packs dealt in random order; its floor is that of the
+same plan if every pack cost the mean, or its dearest sample where that is more. Seconds are CPU time of
+one thread. Rows are the real lengths where they lie beside the checkout, in random order, and a
+synthetic million.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.planners import planners
+from mmpack import PackPlan, plan_packs
+from mmpack.cost import sample_flops
+from mmpack.mixture import cost_floor, rank_imbalance
+
+CAPACITIES = (4096, 8192, 32768)
+RANKS = (8, 64)
+LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lengths" / "sft_mix.npz"
+QWEN2_VL_2B = {
+    "model_type": "qwen2_vl",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "hidden_size": 1536,
+    },
+}
+
+
+def real_rows() -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, operations) of the rows with their own images, NLVR's many small ones left out."""
+    data = np.load(LENGTHS)
+    tokens = data["text_tokens"].astype(np.int64) + data["image_tokens"]
+    grids = np.stack([np.ones_like(data["grid_h"]), data["grid_h"], data["grid_w"]], axis=1)
+    flops = sample_flops(QWEN2_VL_2B, tokens, data["answer_tokens"], grids, data["image_offset"])
+    keep = np.flatnonzero(~data["imputed"] & (data["sources"][data["source"]] != "nlvr"))
+    keep = np.random.default_rng(0).permutation(keep)
+    return tokens[keep], flops[keep]
+
+
+def synthetic_rows(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, operations): two thirds text only, the others with one to six images of 56 to 1008
+    pixels a side; log-normal texts, a third to all of a text supervised."""
+    rng = np.random.default_rng(0)
+    text = np.minimum(20 + rng.lognormal(4.6, 0.9, num_rows), 4000).astype(np.int64)
+    supervised = (text * rng.uniform(1 / 3, 1, num_rows)).astype(np.int64)
+    num_images = np.where(
+        rng.random(num_rows) < 2 / 3, 0, np.minimum(rng.geometric(0.7, num_rows), 6)
+    )
+    offsets = np.concatenate([[0], num_images.cumsum()])
+    grids = 2 * rng.integers(2, 37, (offsets[-1], 3))
+    grids[:, 0] = 1
+    features = np.concatenate([[0], (grids[:, 1] * grids[:, 2] // 4).cumsum()])
+    tokens = text + features[offsets[1:]] - features[offsets[:-1]]
+    return tokens, sample_flops(QWEN2_VL_2B, tokens, supervised, grids, offsets)
+
+
+def as_plan(bins: list[list[int]], tokens: np.ndarray, capacity: int) -> PackPlan:
+    """A peer's bins as a plan, every sample found once and no capacity exceeded."""
+    order = np.concatenate([np.array(bin, dtype=np.int64) for bin in bins])
+    assert np.array_equal(np.sort(order), np.arange(len(tokens)))
+    offsets = np.cumsum([0, *map(len, bins)])
+    pack_tokens = np.add.reduceat(tokens[order], offsets[:-1])
+    assert pack_tokens.max() <= capacity
+    nothing = order[:0]
+    limits = (capacity, None, nothing, nothing)
+    return PackPlan(order, offsets, pack_tokens, *limits, tokens, None, None, 0)
+
+
+def figures(plan: PackPlan, flops: np.ndarray) -> dict[str, tuple[str, float]]:
+    """Every figure of a plan but its time: metric -> (unit, value)."""
+    found = {"packs": ("1", float(plan.num_packs)), "utilization": ("1", plan.utilization)}
+    packs, floor = plan.totals(flops.astype(np.float64)), cost_floor(plan, flops)
+    for ranks in RANKS:
+        found[f"imbalance {ranks}"] = ("1", rank_imbalance(packs, ranks, seed=1))
+        found[f"floor {ranks}"] = ("1", rank_imbalance(floor, ranks, seed=1))
+    return found
+
+
+@pytest.fixture(scope="module")
+def others():
+    return planners()
+
+
+@pytest.fixture(scope="module", params=["real", "synthetic"])
+def rows(request, quick):
+    if request.param == "real":
+        if not LENGTHS.is_file():
+            pytest.skip("needs the real lengths, which are not here")
+        return "real", *real_rows()
+    return "synthetic", *synthetic_rows(20_000 if quick else 1_000_000)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_plan(capacity, rows, others, benchmark, recorder, quick):
+    if quick and capacity != 8192:
+        pytest.skip("not among the quick cases")
+    name, tokens, flops = rows
+    keep = tokens <= capacity
+    tokens, flops = tokens[keep], flops[keep]
+    candidates = {
+        "mmpack": lambda: plan_packs(tokens, capacity),
+        "mmpack by cost": lambda: plan_packs(tokens, capacity, cost=flops),
+        **{
+            peer: lambda plan=plan: as_plan(plan(tokens, capacity), tokens, capacity)
+            for peer, plan in others.items()
+        },
+    }
+    config = f"{name} rows={len(tokens)} left out={int((~keep).sum())}"
+    print()
+    for impl, run in candidates.items():
+        seconds = []
+        for _ in range(3 if impl.startswith("mmpack") and not quick else 1):
+            start = time.process_time()
+            plan = run()
+            seconds.append(time.process_time() - start)
+        found = figures(plan, flops)
+        common = {"x": ("capacity", capacity), "config": config}
+        recorder.add("plan", impl, "plan", metric="time", unit="s", values=seconds, **common)
+        for metric, (unit, value) in found.items():
+            recorder.add("plan", impl, "plan", metric=metric, unit=unit, values=[value], **common)
+        line = ", ".join(f"{metric} {value:.5g}" for metric, (_, value) in found.items())
+        print(f"{name} {capacity} {impl}: {np.median(seconds):.2f} s, {line}")
+    benchmark.pedantic(candidates["mmpack by cost"], rounds=1)
