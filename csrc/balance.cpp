@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <queue>
 #include <utility>
@@ -21,6 +22,7 @@ constexpr int kJitter = 64;      // of 1024: order of construction, so that epoc
 constexpr int kRefused = 16;     // bins without patch room looked at for a sample
 constexpr int kReturned = 16;    // bins that waited for smaller samples, looked at again
 constexpr int kRounds = 16;
+constexpr std::int64_t kWorthwhile = 20;  // a round takes away one part of so many of what is too much
 constexpr int kSwaps = 8;        // for a bin in a round
 constexpr int kPicks = 12;       // samples of a bin that are tried in a swap
 constexpr int kCandidates = 48;  // samples each of them is tried with
@@ -123,6 +125,7 @@ class Balancer {
     std::stable_sort(by_tokens.begin(), by_tokens.end(), [&](std::int64_t a, std::int64_t b) {
       return items_[a].tokens < items_[b].tokens;
     });
+    std::int64_t before = std::numeric_limits<std::int64_t>::max();
     for (int round = 0; round < kRounds; ++round) {
       for (std::int64_t b = 0; b < num_bins_; ++b) excess[b] = bins_[b].excess();
       std::sort(by_excess.begin(), by_excess.end(), [&](std::int64_t a, std::int64_t b) {
@@ -137,11 +140,13 @@ class Balancer {
       }
       const auto is_below = [&](std::int64_t b) { return excess[b] < 0; };
       const std::int64_t num_below = std::count_if(by_excess.begin(), by_excess.end(), is_below);
-      bool improved = false;
+      std::int64_t too_much = 0;
+      for (const std::int64_t e : excess) too_much += std::max<std::int64_t>(0, e - kTolerance);
+      if (!too_much || too_much > before - before / kWorthwhile) return;
+      before = too_much;
       for (std::int64_t n = num_bins_ - 1; n >= 0 && excess[by_excess[n]] > kTolerance; --n) {
-        improved |= relieve(by_excess[n], by_excess, num_below);
+        relieve(by_excess[n], by_excess, num_below);
       }
-      if (!improved) return;
     }
   }
 
@@ -272,13 +277,10 @@ class Balancer {
     }
   }
 
-  // Lowers the excess of a bin; false if nothing was found.
-  bool relieve(std::int64_t dear, const std::vector<std::int64_t>& by_excess, std::int64_t num_below) {
-    bool improved = false;
+  // Lowers the excess of a bin as far as it can.
+  void relieve(std::int64_t dear, const std::vector<std::int64_t>& by_excess, std::int64_t num_below) {
     for (int n = 0; n < kSwaps && bins_[dear].excess() > kTolerance; ++n) {
-      const bool swapped = swap_one(dear);
-      improved |= swapped;
-      if (!swapped && n > 0) break;
+      if (!swap_one(dear) && n > 0) break;
     }
     bool is_listed = false;
     for (int n = 0; n < kPartners && bins_[dear].excess() > kTolerance; ++n) {
@@ -287,9 +289,7 @@ class Balancer {
       if (cheap == dear || bins_[cheap].excess() >= bins_[dear].excess()) continue;
       if (!is_listed) list_groups(bins_[dear], mine_);
       is_listed = !exchange(dear, cheap);
-      improved |= !is_listed;
     }
-    return improved;
   }
 
   // Swaps a sample with one of about as many tokens out of any bin below its target, such that the

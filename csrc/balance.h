@@ -8,7 +8,8 @@
 //    Where a sample finds no room: best-fit-decreasing's bins.
 // 3. Local search: bins that cost more than 1 + 1/400 times max(mean, their dearest sample) swap
 //    samples with cheaper bins, one for one of about as many tokens out of the whole data set, then
-//    up to two for two with some bins, until none is left or 16 rounds are over.
+//    up to two for two with some bins, until none is left, 16 rounds are over, or
+//    one took away less than a twentieth of what is too much.
 //
 // What is compared are integers and single IEEE operations on them, so the plan is the same on every
 // machine.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "open_bins.h"
 
@@ -22,13 +23,16 @@ std::vector<std::int64_t> shuffled_samples(std::size_t num_samples, Random& rand
 
 Bins best_fit_decreasing(const Sizes& sizes, std::vector<std::int64_t>& order) {
   const std::size_t num_samples = sizes.tokens.size();
-  std::vector<double> share(num_samples);
-  for (std::size_t i = 0; i < num_samples; ++i) share[i] = sizes.share_of(i);
-  std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
-    if (share[a] != share[b]) return share[a] > share[b];
-    if (sizes.tokens[a] != sizes.tokens[b]) return sizes.tokens[a] > sizes.tokens[b];
-    return sizes.patches_of(a) > sizes.patches_of(b);
+  std::vector<std::pair<double, std::int64_t>> by_share(num_samples);
+  for (std::size_t n = 0; n < num_samples; ++n) by_share[n] = {sizes.share_of(order[n]), order[n]};
+  std::stable_sort(by_share.begin(), by_share.end(), [&](const auto& a, const auto& b) {
+    if (a.first != b.first) return a.first > b.first;
+    if (sizes.patches.empty()) return false;
+    const std::int64_t tokens_a = sizes.tokens[a.second], tokens_b = sizes.tokens[b.second];
+    if (tokens_a != tokens_b) return tokens_a > tokens_b;
+    return sizes.patches[a.second] > sizes.patches[b.second];
   });
+  for (std::size_t n = 0; n < num_samples; ++n) order[n] = by_share[n].second;
 
   OpenBins open(sizes.token_capacity);
   Bins bins{std::vector<std::int64_t>(num_samples), 0};

@@ -185,3 +185,28 @@ def test_the_real_set_is_packed_and_trained_on(steps, shared, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == steps
+
+
+def test_pack_balances_by_the_models_config(demo, tmp_path, capsys):
+    _, folder = demo
+    config = folder / "config.json"
+    arguments = ["pack", str(folder / "train.json"), "--tokenizer", str(folder / "tokenizer")]
+    arguments += ["--capacity", "512", "--on-overflow", "drop"]
+    reports = []
+    for n, options in enumerate(([], ["--config", str(config)])):
+        assert main([*arguments, *options, "--out", str(tmp_path / str(n)), "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    plain, balanced = reports
+    assert "imbalance" not in plain
+    assert balanced["imbalance"]["8"] <= balanced["imbalance_floor"]["8"] + 0.05
+    for report in reports:
+        assert list(report["sources"]) == ["train.json"]
+        assert report["sources"]["train.json"]["share"] == 1.0
+        assert 0 < report["image_share"]["p10"] <= report["image_share"]["share"] < 1
+    frozen = ["--config", str(config), "--frozen", "vision", "--frozen", "merger"]
+    assert main([*arguments, *frozen, "--out", str(tmp_path / "frozen")]) == 0
+    assert "on 8 ranks a step takes 1." in capsys.readouterr().out
+    assert main([*arguments, "--frozen", "vision", "--out", str(tmp_path / "none")]) == 1
+    assert "pass the model's --config too" in capsys.readouterr().err
+    assert main([*arguments, "--config", str(tmp_path), "--out", str(tmp_path / "none")]) == 1
+    assert "holds no model config" in capsys.readouterr().err
