@@ -8,7 +8,13 @@ setup(
         Pybind11Extension(
             "mmpack._native",
             ["csrc/balance.cpp", "csrc/bindings.cpp", "csrc/planner.cpp"],
-            depends=["csrc/balance.h", "csrc/open_bins.h", "csrc/planner.h", "csrc/random.h"],
+            depends=[
+                "csrc/balance.h",
+                "csrc/levels.h",
+                "csrc/open_bins.h",
+                "csrc/planner.h",
+                "csrc/random.h",
+            ],
             cxx_std=20,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         )

@@ -19,15 +19,16 @@ using Int64Array = py::array_t<std::int64_t, py::array::c_style | py::array::for
 constexpr std::int64_t kMostCost = std::int64_t{1} << 62;  // of all samples together
 
 std::span<const std::int64_t> view(const Int64Array& array, const char* name) {
-  if (array.ndim() != 1) throw std::invalid_argument(std::string(name) + " must have one dimension");
+  if (array.ndim() != 1)
+    throw std::invalid_argument(std::string(name) + " must have one dimension");
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
 void check_sizes(std::span<const std::int64_t> sizes, std::int64_t capacity, const char* name) {
   for (const std::int64_t size : sizes) {
     if (size < 0 || size > capacity) {
-      throw std::invalid_argument(std::string(name) + " must lie in [0, " + std::to_string(capacity) +
-                                  "], got " + std::to_string(size));
+      throw std::invalid_argument(std::string(name) + " must lie in [0, " +
+                                  std::to_string(capacity) + "], got " + std::to_string(size));
     }
   }
 }
@@ -40,7 +41,8 @@ py::tuple plan(const Int64Array& num_tokens, std::int64_t capacity,
                const std::optional<Int64Array>& num_patches, std::int64_t patch_capacity,
                const std::optional<Int64Array>& costs, std::uint64_t seed) {
   const auto tokens = view(num_tokens, "num_tokens");
-  const auto patches = num_patches ? view(*num_patches, "num_patches") : std::span<const std::int64_t>();
+  const auto patches =
+      num_patches ? view(*num_patches, "num_patches") : std::span<const std::int64_t>();
   const auto cost = costs ? view(*costs, "costs") : std::span<const std::int64_t>();
   if (num_patches && patches.size() != tokens.size()) {
     throw std::invalid_argument("num_tokens and num_patches must be of one length");
@@ -56,7 +58,8 @@ py::tuple plan(const Int64Array& num_tokens, std::int64_t capacity,
     check_sizes(patches, patch_capacity, "num_patches");
     std::int64_t total = 0;
     for (const std::int64_t c : cost) {
-      if (c < 0 || c > kMostCost - total) throw std::invalid_argument("costs must lie in [0, 2^62], their sum too");
+      if (c < 0 || c > kMostCost - total)
+        throw std::invalid_argument("costs must lie in [0, 2^62], their sum too");
       total += c;
     }
     const mmpack::Sizes sizes{tokens, capacity, patches, patch_capacity};

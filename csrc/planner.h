@@ -1,7 +1,8 @@
 // Bins from sizes: which samples share a pack.
 //
 // Best-fit-decreasing over one capacity (tokens) or two (tokens and vision patches); balance.h adds
-// a cost to be spread evenly. The result is a pure function of the arguments, equal on every machine.
+// a cost to be spread evenly. The result is a pure function of the arguments, equal on every
+// machine.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +41,9 @@ struct Plan {
 // Sample numbers shuffled; the order all ties are broken in.
 std::vector<std::int64_t> shuffled_samples(std::size_t num_samples, Random& random);
 
-// Sorts `order` by size, largest first, and fills bins in it. O(N log C), C = min(token_capacity, 2^20).
-// The order given decides between samples of equal sizes only, so the number of bins and what room
-// each has left do not depend on it.
+// Sorts `order` by size, largest first, and fills bins in it. O(N log C), C = min(token_capacity,
+// 2^20). The order given decides between samples of equal sizes only, so the number of bins and
+// what room each has left do not depend on it.
 Bins best_fit_decreasing(const Sizes& sizes, std::vector<std::int64_t>& order);
 
 // The bins in random order, their samples in the order given.
