@@ -124,10 +124,12 @@ def padded_batches(samples: list[EncodedSample], order: np.ndarray) -> list[dict
     return batches
 
 
-def packed_batches(samples: list[EncodedSample], capacity: int) -> list[dict]:
-    """PackCollator's batches of a plan."""
+def packed_batches(
+    samples: list[EncodedSample], capacity: int, collator: PackCollator
+) -> list[dict]:
+    """A collator's batches of a plan."""
     plan = plan_packs([sample.num_tokens for sample in samples], capacity)
-    rng, collator = np.random.default_rng(0), PackCollator()
+    rng = np.random.default_rng(0)
     batches = []
     for pack in range(plan.num_packs):
         made = assemble([samples[n] for n in plan.samples_of(pack)], pixels=False)
@@ -173,17 +175,21 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
         shuffled = np.random.default_rng(1).permutation(num_rows)
         by_length = np.argsort([sample.num_tokens for sample in self.samples])
-        packs = [to_device(batch) for batch in packed_batches(self.samples, capacity)]
+        packs = [to_device(b) for b in packed_batches(self.samples, capacity, PackCollator())]
+        as_bytes = PackCollator(model=patch_model(self.model), pixels="uint8")
+        packs_of_bytes = [to_device(b) for b in packed_batches(self.samples, capacity, as_bytes)]
+        unpatch_model(self.model)
         padded = [to_device(batch) for batch in padded_batches(self.samples, shuffled)]
         grouped = [to_device(batch) for batch in padded_batches(self.samples, by_length)]
         self.candidates = {
             "padded, 8 rows": (None, padded),
             "padded, 8 rows of like length": (None, grouped),
             "transformers packed": (None, [stock(batch) for batch in packs]),
-            "mmpack": ("auto", packs),
+            "mmpack": ("auto", packs_of_bytes),
         }
         if ON_GPU:
-            self.candidates["mmpack, triton"] = ("triton", packs)
+            self.candidates["torch varlen"] = ("torch_varlen", packs)
+            self.candidates["mmpack, triton"] = ("triton", packs_of_bytes)
         self.batches = {name: len(batches) for name, (_, batches) in self.candidates.items()}
 
     def prepare(self, name: str) -> None:
