@@ -39,6 +39,7 @@ class _Patch:
     """What `patch_model` did to an inner model; lives on it as an attribute."""
 
     hook_id: int
+    output_hook_id: int
     text_attention: str  # the implementation before
     impl: str
     is_isolated: bool = False
@@ -84,7 +85,8 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         module.forward = MethodType(forward_over(type(module).forward), module)
     hook = base.register_forward_pre_hook(_take_pack, with_kwargs=True)
     text_attention = base.language_model.config._attn_implementation
-    setattr(base, _STATE, _Patch(hook.id, text_attention, impl))
+    output_hook = base.register_forward_hook(_keep_supervised, with_kwargs=True)
+    setattr(base, _STATE, _Patch(hook.id, output_hook.id, text_attention, impl))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer is still to move to its GPU cannot run kernels yet.
@@ -106,6 +108,8 @@ def unpatch_model(model: Model) -> Model:
         return model
     base._forward_pre_hooks.pop(patch.hook_id, None)
     base._forward_pre_hooks_with_kwargs.pop(patch.hook_id, None)
+    base._forward_hooks.pop(patch.output_hook_id, None)
+    base._forward_hooks_with_kwargs.pop(patch.output_hook_id, None)
     for module, _ in _bindings(base):
         del module.forward
     vars(base.visual.patch_embed).pop("normalization", None)
@@ -140,14 +144,15 @@ def _take_pack(
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton":
         pack |= rotations(base, pack, position_ids[:, 0])
-    features_FD = None
-    if kwargs.get("pixel_values") is not None:
-        pixel_values = kwargs["pixel_values"]
-        if pixel_values.dtype == torch.uint8:
-            base.visual.patch_embed.normalization = pack["normalization"]
-        else:
-            pixel_values = pixel_values.type(base.visual.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(base.visual)):
+    features_FD, dummy_FD = None, None
+    # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(base.visual)):
+        if kwargs.get("pixel_values") is not None:
+            pixel_values = kwargs["pixel_values"]
+            if pixel_values.dtype == torch.uint8:
+                base.visual.patch_embed.normalization = pack["normalization"]
+            else:
+                pixel_values = pixel_values.type(base.visual.dtype)
             features_FD = base.visual(
                 pixel_values,
                 grid_thw=kwargs["image_grid_thw"],
@@ -156,10 +161,11 @@ def _take_pack(
                 position_ids=pack["vision_position_ids"],
                 mmpack=pack,
             ).pooler_output
+        elif _tower_must_run(base.visual):
+            dummy_FD = _dummy_features(base)
     embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features_FD, pack, impl)
-    if features_FD is None and _tower_must_run(base.visual):
-        dummy = _dummy_features(base).sum()
-        embeds_TD = embeds_TD + 0 * dummy.to(embeds_TD.device, embeds_TD.dtype)
+    if dummy_FD is not None:
+        embeds_TD = embeds_TD + 0 * dummy_FD.sum().to(embeds_TD.device, embeds_TD.dtype)
     return args, {
         **kwargs,
         "mmpack": pack,
@@ -170,6 +176,20 @@ def _take_pack(
         "image_grid_thw": None,
         "use_cache": False,
     }
+
+
+def _keep_supervised(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """The hook on the output, for outer forwards that are not transformers' (Liger's, TRL's): they pass
+    `logits_to_keep` down and compare all hidden states with `shift_labels`, so it is done here."""
+    if kwargs.get("mmpack") is None or kwargs.get("logits_to_keep") is None:
+        return None
+    index = kwargs["logits_to_keep"]
+    if isinstance(output, tuple):
+        return output[0][:, index], *output[1:]
+    output.last_hidden_state = output.last_hidden_state[:, index]
+    return output
 
 
 def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]) -> None:
