@@ -46,6 +46,15 @@ PACKS = [pack_of(*SAMPLES[:2]), pack_of(*SAMPLES[1:])]
 NUM_ITEMS = len(pack_of(*SAMPLES).supervised_index)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Sums of a few numbers: threads would only wait for each other (20 times slower on a busy machine)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make(**config):
     return tiny_model(tiny_config(vocab_size=100, vision=SMALL_SPEC, **config))
 

@@ -3,7 +3,8 @@
 Nothing of transformers is replaced. On the one model instance given, patching
 
 - puts a forward pre-hook on the inner model: it runs the vision tower, embeds the tokens, puts the
-  features at their places and passes `inputs_embeds` on;
+  features at their places and passes `inputs_embeds` on; and a hook that cuts its output to the
+  supervised rows where an outer forward leaves that to it;
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
 - binds a forward on each vision attention and on the patch embedding.
 
