@@ -138,7 +138,7 @@ class PackedDataset(Dataset[Pack]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan items come from, in workers that are already running too.
 
-        A pure function of the epoch. Under Trainer, `mmpack.hf.PackCallback` calls it.
+        A pure function of the epoch. Under Trainer, `mmpack.hf.PackingCallback` calls it.
         """
         self._epoch[0] = epoch
 

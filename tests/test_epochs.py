@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from mmpack import PackedDataset
 from mmpack.dataset import costs_of
-from mmpack.hf import PackCallback, PackCollator, patch_model, unpatch_model
+from mmpack.hf import PackCollator, PackingCallback, patch_model, unpatch_model
 
 TESTS = Path(__file__).resolve().parent
 
@@ -183,7 +183,7 @@ def train_numbered(folder, epochs=2):
         ),
         train_dataset=dataset,
         data_collator=Recorder(f"{folder}/rank{rank}.jsonl"),
-        callbacks=[PackCallback(dataset)],
+        callbacks=[PackingCallback(dataset)],
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -46,6 +46,8 @@ def text_attention(
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError("packed attention has no sliding window; set use_sliding_window to False")
+    if "watch" in mmpack:
+        mmpack["watch"](module.layer_idx, query[0], key[0], kwargs["scaling"], mmpack)
     dtype = _compute_dtype(value)
     q_THK, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     out = varlen_attention(

@@ -1,16 +1,48 @@
-"""PackCallback: what a stock Trainer does not tell a packed data set."""
+"""PackingCallback: what a stock Trainer does not tell a packed data set, and what it does not log."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
+from mmpack.cost import FAMILIES, sample_flops
 from mmpack.dataset import PackedDataset
+from mmpack.hf.attention_share import AttentionShare
+from mmpack.hf.models import find_inner, is_patched
+from mmpack.types import Int64
+
+# Dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets (which print sparse ones, twice as
+# many, since Hopper). The first entry whose words are all in the device's name.
+PEAK_TFLOPS = {
+    "H200 NVL": 835,
+    "H200": 989,
+    "GH200": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H800 PCIe": 756,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "B200": 2250,
+}
 
 
-class PackCallback(TrainerCallback):
-    """Other packs every epoch, and as many on every rank: `Trainer(callbacks=[PackCallback(train)])`.
+class PackingCallback(TrainerCallback):
+    """Other packs every epoch, as many on every rank, and what they do in the Trainer's log:
+    `Trainer(callbacks=[PackingCallback(train)])`.
 
     - At Trainer's construction the data set is padded with empty packs to a multiple of the ranks
       times the packs of a batch. Else accelerate repeats packs of the epoch's start, which are then
@@ -18,20 +50,298 @@ class PackCallback(TrainerCallback):
     - At an epoch's start its number is written where every worker reads it. accelerate calls
       `set_epoch` only where a sampler does not have one, and workers that live on
       (`dataloader_persistent_workers`) never hear of it.
+    - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
+      printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
+      in Trainer's list as training begins:
 
-    Without the callback training is right on one process, with the same packs every epoch.
+    | name | unit | what |
+    | --- | --- | --- |
+    | `pack/utilization` | 0 to 1 | useful tokens over the capacity of the packs |
+    | `pack/tokens_per_second` | tokens/s | useful tokens |
+    | `pack/supervised_tokens_per_second` | tokens/s | tokens with a loss |
+    | `pack/patches_per_second` | patches/s | useful patches into the vision tower |
+    | `pack/flops_max_over_mean` | 1 or more | FLOPs of the busiest rank over the mean rank's, the steps' \
+maxima summed over their means summed: 1.1 is a tenth of the time spent waiting |
+    | `pack/tflops` | 10^12 FLOP/s | a device's useful model FLOPs |
+    | `pack/mfu` | 0 to 1 | that over the device's dense bf16 peak, where it is in PEAK_TFLOPS |
+    | `pack/image_attention/layer_N` | 0 to 1 | attention mass of supervised rows on the images before \
+them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
+
+    Useful is a segment with a supervised token: not what `PackCollator(pad_to=)` fills up and not an
+    empty pack. FLOPs are `mmpack.cost.sample_flops`'s: matrix products, no recomputation. A part of
+    the model without a trained parameter counts as frozen; a language model that is trained through
+    adapters (LoRA) counts no gradients of weights, a vision tower so trained is counted whole.
+    Seconds are wall clock, waiting for data too, but without evaluation and saving.
+
+    A step costs the callback some arithmetic on host integers that come with the batch: no
+    question to the device, no random number. Ranks exchange a few numbers at logging alone.
+
+    Args:
+        dataset: the training data.
+        attention_every: log `pack/image_attention` from every so many optimizer steps' packs, at the
+            next log; None: not at all. It needs a patched model.
+        attention_layers: text layers to look at, from 0; by default the middle and the last one.
+
+    Raises:
+        ValueError: `attention_every` is below 1; as training begins: the model is not patched or has no
+            such layers.
     """
 
-    def __init__(self, dataset: PackedDataset) -> None:
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        attention_every: int | None = None,
+        attention_layers: Sequence[int] | None = None,
+    ) -> None:
+        if attention_every is not None and attention_every < 1:
+            raise ValueError(f"attention_every must be positive, got {attention_every}")
         self.dataset = dataset
+        self.attention_every = attention_every
+        self.attention_layers = attention_layers
+        self._hook: Any = None
+        self._share: AttentionShare | None = None
+        self._is_in_step = False
+        self._is_watched = False
+        self._costs: _Costs | None = None
+        self._seen = _Seen()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.dataset.pad_to(args.world_size * args.train_batch_size)
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        _step_in_front(self)
+        self._remove_hook()
+        base = find_inner(model)
+        if self.attention_every is not None:
+            self._share = AttentionShare(_chosen_layers(model, base, self.attention_layers))
+        is_costed = base is not None and base.config.model_type in FAMILIES
+        self._costs = _Costs(model, base) if is_costed else None
+        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
+        self._seen = _Seen()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remove_hook()
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        every = self.attention_every
+        self._is_watched = every is not None and (state.global_step + 1) % every == 0
+        self._is_in_step = True
+        self._seen.flops.append(0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._is_in_step = False
+        self._seen.mark = time.perf_counter()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seen.pause()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seen.pause()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or not self._seen.num_packs:
+            return  # an evaluation's log, a summary's, or no pack was seen
+        values = self._values(args.device)
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)  # a copy, made before callbacks are called
+
+    def _take(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The hook: counts a training batch, and asks attention to call back."""
+        pack = kwargs.get("mmpack")
+        if pack is None or not self._is_in_step:
+            return None
+        self._count(pack)
+        if self._share is None or not self._is_watched:
+            return None
+        return args, {**kwargs, "mmpack": {**pack, "watch": self._share.watch()}}
+
+    @torch.compiler.disable
+    def _count(self, pack: dict[str, Any]) -> None:
+        seen = self._seen
+        tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
+        is_useful = supervised > 0
+        patches = np.concatenate([[0], pack["grid_thw"].prod(axis=1).cumsum()])
+        patches = np.diff(patches[pack["image_offsets"]])
+        seen.num_packs += pack["num_packs"]
+        seen.tokens += int(tokens[is_useful].sum())
+        seen.supervised += int(supervised.sum())
+        seen.patches += int(patches[is_useful].sum())
+        if self._costs is not None:
+            flops = self._costs.of(tokens, supervised, pack["grid_thw"], pack["image_offsets"])
+            seen.useful_flops += int(flops[is_useful].sum())
+            seen.flops[-1] += int(flops.sum())
+
+    def _values(self, device: torch.device) -> dict[str, float]:
+        seen, self._seen = self._seen, _Seen()
+        seconds = self._seen.start - seen.start - seen.paused
+        mine = (seen, self._share.pop() if self._share is not None else None)
+        ranks: list[Any] = [mine]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        every = [rank for rank, _ in ranks]
+        room = self.dataset.plan.capacity * sum(rank.num_packs for rank in every)
+        values = {
+            "utilization": sum(rank.tokens for rank in every) / room,
+            "tokens_per_second": sum(rank.tokens for rank in every) / seconds,
+            "supervised_tokens_per_second": sum(rank.supervised for rank in every) / seconds,
+            "patches_per_second": sum(rank.patches for rank in every) / seconds,
+        }
+        if self._costs is not None:
+            steps = np.array([rank.flops for rank in every])  # (ranks, steps)
+            values["flops_max_over_mean"] = steps.max(axis=0).sum() / steps.mean(axis=0).sum()
+            tflops = sum(rank.useful_flops for rank in every) / seconds / len(every) / 1e12
+            values["tflops"] = tflops
+            peak = peak_tflops(device)
+            if peak is not None:
+                values["mfu"] = tflops / peak
+        if self._share is not None:
+            for layer, (mass, rows) in zip(self._share.layers, sum(share for _, share in ranks)):
+                if rows:
+                    values[f"image_attention/layer_{layer}"] = mass / rows
+        return {f"pack/{name}": float(value) for name, value in values.items()}
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+
+@dataclass
+class _Seen:
+    """What one rank has seen since the last log."""
+
+    num_packs: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    patches: int = 0
+    useful_flops: int = 0
+    flops: list[int] = field(default_factory=list)  # of each step, all it computes
+    start: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0
+    mark: float = field(default_factory=time.perf_counter)  # training's last sign of life
+
+    def pause(self) -> None:
+        """What has passed since the mark was no training."""
+        now = time.perf_counter()
+        self.paused += now - self.mark
+        self.mark = now
+
+
+class _Costs:
+    """FLOPs of segments in a model as it is being trained."""
+
+    def __init__(self, model: nn.Module, base: Any) -> None:
+        self.config = base.config
+        tower = dict(base.visual.named_parameters())
+        of_tower = {id(parameter) for parameter in tower.values()}
+        parts = {
+            "vision": [p for name, p in tower.items() if "merger" not in name],
+            "merger": [p for name, p in tower.items() if "merger" in name],
+            "language": [p for p in model.parameters() if id(p) not in of_tower],
+        }
+        self.frozen = [
+            name for name, part in parts.items() if not any(p.requires_grad for p in part)
+        ]
+        self.frozen_for_text = self.frozen
+        language = parts["language"]
+        trained = sum(_numel(p) for p in language if p.requires_grad)
+        if 0 < trained < sum(map(_numel, language)) / 2:
+            # Adapters: gradients pass, as they would to a trained merger below.
+            self.frozen_for_text = ["vision", "language"]
+
+    def of(
+        self, num_tokens: Int64, num_supervised: Int64, grid_thw: Int64, image_offsets: Int64
+    ) -> Int64:
+        """(S,) operations, as in `sample_flops`."""
+        none, nowhere = np.empty((0, 3), dtype=np.int64), np.zeros_like(image_offsets)
+        zeros = np.zeros_like(num_tokens)
+        text = (num_tokens, num_supervised, none, nowhere)
+        images = (zeros, zeros, grid_thw, image_offsets)
+        return sample_flops(self.config, *text, frozen=self.frozen_for_text) + sample_flops(
+            self.config, *images, frozen=self.frozen
+        )
+
+
+def _numel(parameter: Any) -> int:
+    return getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3 leaves an empty shell
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bf16 TFLOP/s of a device; None if it is not known, as of a CPU or a part of a GPU (MIG)."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    if "MIG" in words:
+        return None
+    known = (peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words))
+    return next(known, None)
+
+
+def _chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
+    if not is_patched(model):
+        raise ValueError(
+            "attention_every needs a patched model, whose attention calls back; "
+            "patch_model(model) before training"
+        )
+    num_layers = len(base.language_model.layers)
+    if layers is None:
+        return [num_layers // 2, num_layers - 1]
+    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+    if wrong or not layers:
+        raise ValueError(f"attention_layers must be from 0 to {num_layers - 1}, got {list(layers)}")
+    return layers
+
+
+def _step_in_front(callback: TrainerCallback) -> None:
+    """Make the callback the first of its handler's, so that reporters see what it puts into logs.
+
+    Trainer puts reporters in front of a user's callbacks, and tells callbacks neither of itself nor of
+    the handler; the handler is the caller. Where it is not found, values are printed and in
+    `log_history`, but reporters have gone by.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from mmpack import images
 from mmpack.assemble import assemble, concatenate
 from mmpack.encode import encode_samples
 from mmpack.readers import read_samples
-from mmpack.types import IGNORE, EncodedSample, Pack
+from mmpack.types import IGNORE, EncodedSample, Int64, Pack
 from mmpack.vision import VisionSpec
 
 
@@ -120,6 +120,7 @@ class PackCollator:
         if self.pad_to is not None:
             pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
         batch = _batch(pack, pixel_values)
+        batch["mmpack"]["num_packs"] = len(features) if isinstance(features[0], Pack) else 1
         if self.full_logits:
             del batch["shift_labels"], batch["logits_to_keep"]
         return batch
@@ -174,11 +175,17 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         "max_seqlen": pack.max_seqlen,
         "segment_ids": torch.from_numpy(pack.segment_ids),
         "tiles": torch.from_numpy(pack.tiles),
+        "supervised_offsets": tuple(
+            map(int, np.searchsorted(pack.supervised_index, pack.cu_seqlens))
+        ),
+        "supervised_index": supervised,
         "feature_index": torch.from_numpy(pack.feature_index),
         "feature_token": torch.from_numpy(pack.feature_token),
         "text_order": torch.from_numpy(pack.text_order),
         "text_id_offsets": torch.from_numpy(pack.text_id_offsets),
         "num_patches": len(pack.vision_position_ids),
+        "grid_thw": tuple(tuple(map(int, grid)) for grid in pack.grid_thw),
+        "image_offsets": tuple(map(int, _image_offsets(pack))),
         "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
         "vision_cu_seqlens": torch.from_numpy(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
@@ -190,6 +197,14 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         # Python floats: tensors of them would be cast to bf16 with the inputs
         batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
     return batch
+
+
+def _image_offsets(pack: Pack) -> Int64:
+    """(S + 1,) offsets of the segments in the images."""
+    ends = pack.vision.num_features(pack.grid_thw).cumsum()
+    last_token = pack.feature_token[ends - 1]
+    offsets: Int64 = np.searchsorted(last_token, pack.cu_seqlens)
+    return offsets
 
 
 def _has_images(feature: Mapping[str, Any]) -> bool:

@@ -286,11 +286,16 @@ def _bindings(base: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     ]
 
 
-def _inner_model(model: nn.Module) -> Any:
-    """The module that holds `visual` and `language_model`, wherever it is wrapped."""
+def find_inner(model: nn.Module) -> Any:
+    """The module that holds `visual` and `language_model`, wherever it is wrapped; None without."""
     found = [m for m in model.modules() if hasattr(m, "visual") and hasattr(m, "language_model")]
     # transformers gives the outer model properties of the same names; the inner one comes last.
-    base = found[-1] if found else None
+    return found[-1] if found else None
+
+
+def _inner_model(model: nn.Module) -> Any:
+    """`find_inner`, or an error."""
+    base = find_inner(model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type not in SUPPORTED:
         raise ValueError(

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mmpack.dataset import PackedDataset
-from mmpack.hf.callbacks import PackCallback
+from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.models import patch_model
 from mmpack.vision import VisionSpec
@@ -124,7 +124,7 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         args=args,
         train_dataset=dataset,
         data_collator=PackCollator(),
-        callbacks=[PackCallback(dataset)],
+        callbacks=[PackingCallback(dataset)],
     )
     output = trainer.train()
     if args.save_strategy != "no":
