@@ -254,9 +254,9 @@ class _Seen:
     patches: int = 0
     useful_flops: int = 0
     flops: list[int] = field(default_factory=list)  # of each step, all it computes
-    start: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=lambda: time.perf_counter())
     paused: float = 0.0
-    mark: float = field(default_factory=time.perf_counter)  # training's last sign of life
+    mark: float = field(default_factory=lambda: time.perf_counter())  # training's last sign of life
 
     def pause(self) -> None:
         """What has passed since the mark was no training."""
