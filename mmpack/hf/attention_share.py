@@ -7,7 +7,7 @@ layer attends with, for at most ROWS rows of a pack: ROWS x T scores a head, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,22 +27,21 @@ class AttentionShare:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(sorted(set(layers)))
+        self._left: set[int] = set()
         self._sums: dict[int, list[torch.Tensor]] = {layer: [] for layer in self.layers}
 
-    def watch(self) -> Callable[..., None]:
-        """What one forward's attention calls, as `mmpack["watch"]`; each layer is taken once, though
-        gradient checkpointing runs it twice."""
-        left = set(self.layers)
+    def begin(self) -> None:
+        """A batch comes: each layer is to be taken once, though gradient checkpointing runs it twice."""
+        self._left = set(self.layers)
 
-        @torch.compiler.disable
-        def take(
-            layer: int, q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: dict[str, Any]
-        ) -> None:
-            if layer in left:
-                left.remove(layer)
-                self._sums[layer].append(image_share(q_HTK, k, scale, pack))
-
-        return take
+    @torch.compiler.disable
+    def take(
+        self, layer: int, q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: dict[str, Any]
+    ) -> None:
+        """What text attention calls, as `mmpack["watch"]`."""
+        if layer in self._left:
+            self._left.remove(layer)
+            self._sums[layer].append(image_share(q_HTK, k, scale, pack))
 
     def pop(self) -> Float64:
         """(layers, 2) mass and rows summed since the last call. Waits for the device."""

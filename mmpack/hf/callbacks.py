@@ -74,7 +74,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     Seconds are wall clock, waiting for data too, but without evaluation and saving.
 
     A step costs the callback some arithmetic on host integers that come with the batch: no
-    question to the device, no random number. Ranks exchange a few numbers at logging alone.
+    question to the device, no random number. Ranks exchange a few numbers at logging alone. A compiled
+    model stays one graph, except in steps whose attention is looked at.
 
     Args:
         dataset: the training data.
@@ -104,6 +105,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._is_in_step = False
         self._is_watched = False
         self._costs: _Costs | None = None
+        self._packs: list[dict[str, Any]] = []
         self._seen = _Seen()
 
     def on_init_end(
@@ -128,6 +130,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         is_costed = base is not None and base.config.model_type in FAMILIES
         self._costs = _Costs(model, base) if is_costed else None
         self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
+        self._is_in_step = False
+        self._packs.clear()
         self._seen = _Seen()
 
     def on_train_end(
@@ -148,11 +152,21 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._is_watched = every is not None and (state.global_step + 1) % every == 0
         self._is_in_step = True
         self._seen.flops.append(0)
+        if self._share is not None:
+            self._share.begin()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._count()
+        if self._share is not None:
+            self._share.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._is_in_step = False
+        self._count()
         self._seen.mark = time.perf_counter()
 
     def on_evaluate(
@@ -183,30 +197,34 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def _take(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The hook: counts a training batch, and asks attention to call back."""
+        """The hook: keeps a training batch's dict, and asks attention to call back. torch.compile traces
+        it; reading the integers here would tie a graph to them."""
         pack = kwargs.get("mmpack")
         if pack is None or not self._is_in_step:
             return None
-        self._count(pack)
+        self._packs.append(pack)
         if self._share is None or not self._is_watched:
             return None
-        return args, {**kwargs, "mmpack": {**pack, "watch": self._share.watch()}}
+        return args, {**kwargs, "mmpack": {**pack, "watch": self._share.take}}
 
-    @torch.compiler.disable
-    def _count(self, pack: dict[str, Any]) -> None:
+    def _count(self) -> None:
+        """Add up the batches the hook kept."""
         seen = self._seen
-        tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
-        is_useful = supervised > 0
-        patches = np.concatenate([[0], pack["grid_thw"].prod(axis=1).cumsum()])
-        patches = np.diff(patches[pack["image_offsets"]])
-        seen.num_packs += pack["num_packs"]
-        seen.tokens += int(tokens[is_useful].sum())
-        seen.supervised += int(supervised.sum())
-        seen.patches += int(patches[is_useful].sum())
-        if self._costs is not None:
-            flops = self._costs.of(tokens, supervised, pack["grid_thw"], pack["image_offsets"])
-            seen.useful_flops += int(flops[is_useful].sum())
-            seen.flops[-1] += int(flops.sum())
+        for pack in self._packs:
+            tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
+            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
+            images = np.array(pack["image_offsets"])
+            patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
+            is_useful = supervised > 0
+            seen.num_packs += pack["num_packs"]
+            seen.tokens += int(tokens[is_useful].sum())
+            seen.supervised += int(supervised.sum())
+            seen.patches += int(patches[is_useful].sum())
+            if self._costs is not None:
+                flops = self._costs.of(tokens, supervised, grids, images)
+                seen.useful_flops += int(flops[is_useful].sum())
+                seen.flops[-1] += int(flops.sum())
+        self._packs.clear()
 
     def _values(self, device: torch.device) -> dict[str, float]:
         seen, self._seen = self._seen, _Seen()
