@@ -80,7 +80,7 @@ def image_share(
     is_image = pack["feature_index"] >= 0
     sees_image = (is_image & ~is_hidden).any(1)
     mass = torch.zeros(n, dtype=dtype, device=device)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, torch.bfloat16, enabled=False):
         for q, k_TK in zip(q_HTK.chunk(len(k)), k):  # heads that share keys
             scores = q[:, rows].to(dtype) @ k_TK.to(dtype).T * scale
             weights = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1)
