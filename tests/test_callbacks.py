@@ -360,6 +360,7 @@ def test_an_unpatched_model_is_counted_too(tmp_path):
     assert mean == pytest.approx(dataset.plan.utilization)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_stays_one_graph():
     dataset = dataset_of()
     model = patch_model(tiny_model(CONFIG))
@@ -418,7 +419,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
     monkeypatch.setattr(callbacks, "dist", SimpleNamespace(**group))
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: 2.0))
     callback._seen = seen[0]
-    assert callback._values(torch.device("cpu")) == {
+    assert callback._values(CAPACITY, torch.device("cpu")) == {
         "pack/utilization": 80 / (2 * CAPACITY),
         "pack/tokens_per_second": 40.0,
         "pack/supervised_tokens_per_second": 10.0,

@@ -80,9 +80,10 @@ def image_share(
     is_image = pack["feature_index"] >= 0
     sees_image = (is_image & ~is_hidden).any(1)
     mass = torch.zeros(n, dtype=dtype, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=False):
-        for q, k_TK in zip(q_HTK.chunk(len(k)), k):  # heads that share keys
+    for q, k_TK in zip(q_HTK.chunk(len(k)), k):  # heads that share keys
+        # autocast, which would round products to bf16, is off where it can be on
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             scores = q[:, rows].to(dtype) @ k_TK.to(dtype).T * scale
-            weights = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1)
-            mass += (weights * is_image).sum((0, 2)) / num_heads
+        weights = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1)
+        mass += (weights * is_image).sum((0, 2)) / num_heads
     return torch.stack([(mass * sees_image).sum(), sees_image.sum().to(dtype)])

@@ -61,7 +61,7 @@ class PackingCallback(TrainerCallback):
     | `pack/supervised_tokens_per_second` | tokens/s | tokens with a loss |
     | `pack/patches_per_second` | patches/s | useful patches into the vision tower |
     | `pack/flops_max_over_mean` | 1 or more | FLOPs of the busiest rank over the mean rank's, the steps' \
-maxima summed over their means summed: 1.1 is a tenth of the time spent waiting |
+maxima summed over their means summed: at 1.25 ranks compute 80 % of the time, if that goes as FLOPs |
     | `pack/tflops` | 10^12 FLOP/s | a device's useful model FLOPs |
     | `pack/mfu` | 0 to 1 | that over the device's dense bf16 peak, where it is in PEAK_TFLOPS |
     | `pack/image_attention/layer_N` | 0 to 1 | attention mass of supervised rows on the images before \
@@ -187,9 +187,12 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or not self._seen.num_packs:
+        if logs is None or "loss" not in logs or not self._seen.num_batches:
             return  # an evaluation's log, a summary's, or no pack was seen
-        values = self._values(args.device)
+        capacity = (
+            self.dataset.plan.capacity * state.train_batch_size
+        )  # padded: every batch is full
+        values = self._values(capacity, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # a copy, made before callbacks are called
@@ -216,7 +219,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             images = np.array(pack["image_offsets"])
             patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
             is_useful = supervised > 0
-            seen.num_packs += pack["num_packs"]
+            seen.num_batches += 1
             seen.tokens += int(tokens[is_useful].sum())
             seen.supervised += int(supervised.sum())
             seen.patches += int(patches[is_useful].sum())
@@ -226,7 +229,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
                 seen.flops[-1] += int(flops.sum())
         self._packs.clear()
 
-    def _values(self, device: torch.device) -> dict[str, float]:
+    def _values(self, capacity: int, device: torch.device) -> dict[str, float]:
         seen, self._seen = self._seen, _Seen()
         seconds = self._seen.start - seen.start - seen.paused
         mine = (seen, self._share.pop() if self._share is not None else None)
@@ -235,7 +238,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
         every = [rank for rank, _ in ranks]
-        room = self.dataset.plan.capacity * sum(rank.num_packs for rank in every)
+        room = capacity * sum(rank.num_batches for rank in every)
         values = {
             "utilization": sum(rank.tokens for rank in every) / room,
             "tokens_per_second": sum(rank.tokens for rank in every) / seconds,
@@ -266,7 +269,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 class _Seen:
     """What one rank has seen since the last log."""
 
-    num_packs: int = 0
+    num_batches: int = 0
     tokens: int = 0
     supervised: int = 0
     patches: int = 0

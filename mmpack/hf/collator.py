@@ -120,7 +120,6 @@ class PackCollator:
         if self.pad_to is not None:
             pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
         batch = _batch(pack, pixel_values)
-        batch["mmpack"]["num_packs"] = len(features) if isinstance(features[0], Pack) else 1
         if self.full_logits:
             del batch["shift_labels"], batch["logits_to_keep"]
         return batch
