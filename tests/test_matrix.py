@@ -13,6 +13,7 @@ from builders import (
     made_up_rows,
     tiny_config,
     tiny_model,
+    to,
     with_noise,
     worst_difference,
 )
@@ -181,3 +182,26 @@ def test_the_logits_of_every_token():
     assert all_of_them.logits.shape == (1, full["labels"].shape[1], 100)
     torch.testing.assert_close(all_of_them.logits[0, rows["logits_to_keep"]], one.logits[0])
     torch.testing.assert_close(one.loss, all_of_them.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_step_on_the_gpu_waits_for_nothing(impl):
+    """Forward, backward and optimizer with torch's alarm on: a host sync is an error."""
+    batch, _, num_items = made_up_rows()
+    model = patch_model(tiny_model(CONFIG).to("cuda", torch.bfloat16), impl=impl)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    batch = to(torch.device("cuda"), batch)
+    num_items = torch.tensor(num_items, device="cuda")
+
+    def step():
+        model(**batch, num_items_in_batch=num_items).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # compiles, and runs the self-test
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
