@@ -18,7 +18,7 @@ def run(*arguments, **options):
 def demo(tmp_path_factory):
     """`mmpack demo --write`, run once: (what it printed, the folder)."""
     folder = tmp_path_factory.mktemp("demo") / "data"
-    done = run("demo", "--write", folder, timeout=120)
+    done = run("demo", "--write", folder, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder
 
