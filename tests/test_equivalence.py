@@ -105,7 +105,6 @@ def test_patched_model(name, dtype, packs, expected):
     assert_theorem(model, batch, num_items, expected(name, dtype, False), TOLERANCE[dtype])
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("tied", "checkpointing"), [(True, None), (False, False), (False, True), (True, False)]
 )
