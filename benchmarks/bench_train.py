@@ -208,7 +208,7 @@ class Run:
 
 @pytest.mark.parametrize("capacity", [8192, 16384] if ON_GPU else [2048])
 def test_step(capacity, benchmark, recorder, quick):
-    run = Run(num_rows=96 if ON_GPU else 8 if quick else 48, capacity=capacity)
+    run = Run(num_rows=8 if quick and not ON_GPU else 96, capacity=capacity)
     names = list(run.candidates)
     for name in names:  # warm up
         run.prepare(name)
