@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from benchmarks.harness import compare, device, measure
 from benchmarks.peers import index_copy_insertion, transformers_insertion
 from mmpack import reference
 from mmpack.ops import accumulate_embedding_grad, embed_features
@@ -134,30 +134,18 @@ def test_insertion(mode, T, D, share, benchmark, recorder, copy_ceiling, quick):
         "accumulate": case.accumulations,
     }
     candidates = makers[mode]()
-    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 30)
     config = f"T={T} D={D} share={share} bf16"
-    medians = {}
-    for name, values in times.items():
-        medians[name] = sorted(values)[len(values) // 2]
-        common = {"x": ("T", T), "config": config}
-        recorder.add(
-            "embed_features", name, mode, metric="time", unit="ms", values=values, **common
-        )
-        rates = [case.bytes(mode) / ms / 1e6 for ms in values]
-        recorder.add(
-            "embed_features", name, mode, metric="bandwidth", unit="GB/s", values=rates, **common
-        )
-        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
-            value = probe(candidates[name])
-            if value is not None:
-                recorder.add(
-                    "embed_features", name, mode, metric=metric, unit=unit, values=[value], **common
-                )
-    ours = next(name for name in ("mmpack accumulating", "mmpack", "index_copy") if name in medians)
-    benchmark.extra_info.update(
-        {f"{name} x": round(median / medians[ours], 2) for name, median in medians.items()},
-        case=config,
-        share_of_copy=round(case.bytes(mode) / medians[ours] / 1e6 / copy_ceiling, 3),
+    medians = measure(
+        recorder,
+        "embed_features",
+        mode,
+        candidates,
+        x=("T", T),
+        config=config,
+        rate=("bandwidth", "GB/s", case.bytes(mode)),
+        rounds=5 if quick or not ON_GPU else 30,
     )
+    ours = next(name for name in ("mmpack accumulating", "mmpack", "index_copy") if name in medians)
+    share_of_copy = round(case.bytes(mode) / medians[ours] / 1e6 / copy_ceiling, 3)
+    compare(benchmark, medians, ours, case=config, share_of_copy=share_of_copy)
     benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)
-    print(f"\n{mode} {config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))

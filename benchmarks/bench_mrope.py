@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from benchmarks.harness import compare, device, measure
 from benchmarks.peers import (
     liger_mrope,
     load_liger_mrope,
@@ -90,35 +90,18 @@ def test_rope(mode, T, H, HK, K, sections, benchmark, recorder, copy_ceiling, qu
         pytest.skip("not among the quick cases")
     case = Case(T, H, HK, K, sections)
     candidates = {"forward": case.forwards, "backward": case.backwards}[mode]()
-    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 30, warmup=1 if quick else 3)
     config = f"T={T} H={H}+{HK} K={K} bf16"
-    medians = {}
-    for name, values in times.items():
-        medians[name] = sorted(values)[len(values) // 2]
-        figures = {
-            ("time", "ms"): values,
-            ("bandwidth", "GB/s"): [case.bytes() / ms / 1e6 for ms in values],
-        }
-        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
-            value = probe(candidates[name])
-            if value is not None:
-                figures[metric, unit] = [value]
-        for (metric, unit), found in figures.items():
-            recorder.add(
-                "mrope",
-                name,
-                mode,
-                metric=metric,
-                unit=unit,
-                values=found,
-                x=("T", T),
-                config=config,
-            )
-    ours = "mmpack" if "mmpack" in medians else "transformers"
-    benchmark.extra_info.update(
-        {f"{name} x": round(median / medians[ours], 2) for name, median in medians.items()},
-        case=config,
-        share_of_copy=round(case.bytes() / medians[ours] / 1e6 / copy_ceiling, 3),
+    medians = measure(
+        recorder,
+        "mrope",
+        mode,
+        candidates,
+        x=("T", T),
+        config=config,
+        rate=("bandwidth", "GB/s", case.bytes()),
+        rounds=5 if quick or not ON_GPU else 30,
     )
+    ours = "mmpack" if "mmpack" in medians else "transformers"
+    share_of_copy = round(case.bytes() / medians[ours] / 1e6 / copy_ceiling, 3)
+    compare(benchmark, medians, ours, case=config, share_of_copy=share_of_copy)
     benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)
-    print(f"\n{mode} {config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from benchmarks.harness import compare, device, measure
 from benchmarks.peers import conv3d_patch_embed, linear_patch_embed
 from mmpack import VisionSpec, images
 from mmpack.ops import patch_embed
@@ -95,35 +95,23 @@ def test_patch_embed(mode, P, p, E, benchmark, recorder, copy_ceiling, quick):
         "to the device": case.copies,
     }
     candidates = makers[mode]()
-    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 30, warmup=1 if quick else 3)
     config = f"P={P} p={p} E={E} bf16"
-    medians = {}
-    for name, values in times.items():
-        medians[name] = sorted(values)[len(values) // 2]
-        figures = {
-            ("time", "ms"): values,
-            ("bandwidth", "GB/s"): [case.bytes(mode) / ms / 1e6 for ms in values],
-            ("to the device", "B"): [case.host["uint8" if name == "mmpack" else "float32"].nbytes],
-        }
-        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
-            value = probe(candidates[name])
-            if value is not None:
-                figures[metric, unit] = [value]
-        for (metric, unit), found in figures.items():
-            recorder.add(
-                "patch_embed",
-                name,
-                mode,
-                metric=metric,
-                unit=unit,
-                values=found,
-                x=("P", P),
-                config=config,
-            )
-    benchmark.extra_info.update(
-        {f"{name} x": round(median / medians["mmpack"], 2) for name, median in medians.items()},
-        case=config,
-        share_of_copy=round(case.bytes(mode) / medians["mmpack"] / 1e6 / copy_ceiling, 3),
+    medians = measure(
+        recorder,
+        "patch_embed",
+        mode,
+        candidates,
+        x=("P", P),
+        config=config,
+        rate=("bandwidth", "GB/s", case.bytes(mode)),
+        rounds=5 if quick or not ON_GPU else 30,
     )
+    for name in medians:
+        sent = case.host["uint8" if name == "mmpack" else "float32"].nbytes
+        recorder.add(
+            "patch_embed", name, mode, metric="to the device", unit="B", values=[sent],
+            x=("P", P), config=config,
+        )  # fmt: skip
+    share_of_copy = round(case.bytes(mode) / medians["mmpack"] / 1e6 / copy_ceiling, 3)
+    compare(benchmark, medians, "mmpack", case=config, share_of_copy=share_of_copy)
     benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
-    print(f"\n{mode} {config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))

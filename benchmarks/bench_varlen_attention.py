@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from benchmarks.harness import compare, device, measure
 from benchmarks.peers import dense_mask_attention, per_image_attention
 from mmpack import reference
 from mmpack.ops import varlen_attention
@@ -189,33 +189,16 @@ def test_attention(case, mode, benchmark, recorder, quick):
     if quick and case.name not in QUICK:
         pytest.skip("not among the quick cases")
     candidates = candidates_of(case, mode)
-    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 20)
-    medians = {}
-    for name, values in times.items():
-        medians[name] = sorted(values)[len(values) // 2]
-        common = {"x": ("T", sum(case.lengths)), "config": case.name}
-        tflops = [case.flops(mode) / ms / 1e9 for ms in values]
-        for metric, unit, figures in (("time", "ms", values), ("rate", "TFLOP/s", tflops)):
-            recorder.add(
-                "varlen_attention", name, mode, metric=metric, unit=unit, values=figures, **common
-            )
-        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
-            value = probe(candidates[name])
-            if value is not None:
-                recorder.add(
-                    "varlen_attention", name, mode, metric=metric, unit=unit, values=[value],
-                    **common,
-                )  # fmt: skip
+    medians = measure(
+        recorder,
+        "varlen_attention",
+        mode,
+        candidates,
+        x=("T", sum(case.lengths)),
+        config=case.name,
+        rate=("rate", "TFLOP/s", case.flops(mode)),
+        rounds=5 if quick or not ON_GPU else 20,
+    )
     ours = "triton" if "triton" in medians else "sdpa"
-    benchmark.extra_info.update(
-        {f"{name} x": round(median / medians[ours], 2) for name, median in medians.items()},
-        case=case.name,
-    )
+    compare(benchmark, medians, ours, case=case.name)
     benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)
-    print(
-        f"\n{mode} {case.name}: "
-        + ", ".join(
-            f"{name} {ms:.3f} ms {case.flops(mode) / ms / 1e9:.3g} TFLOP/s"
-            for name, ms in medians.items()
-        )
-    )

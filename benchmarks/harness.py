@@ -135,6 +135,49 @@ def time_ms(
     return times
 
 
+def measure(
+    recorder: Recorder,
+    bench: str,
+    mode: str,
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    x: tuple[str, float],
+    config: str,
+    rate: tuple[str, str, float],
+    rounds: int,
+) -> dict[str, float]:
+    """Time the candidates of a case in turn, keep what is found, print it; their median milliseconds.
+
+    `rate` is (metric, unit, amount): the amount of work over the seconds taken stands beside the times,
+    in the unit's billions (GB/s) or trillions (TFLOP/s).
+    """
+    metric, unit, amount = rate
+    scale = {"GB/s": 1e6, "TFLOP/s": 1e9}[unit]  # of milliseconds
+    medians = {}
+    for name, values in time_ms(candidates, rounds=rounds, warmup=min(3, rounds)).items():
+        medians[name] = sorted(values)[len(values) // 2]
+        figures = {("time", "ms"): values, (metric, unit): [amount / ms / scale for ms in values]}
+        for probed, of, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
+            value = probe(candidates[name])
+            if value is not None:
+                figures[probed, of] = [value]
+        for (metric_name, of), found in figures.items():
+            recorder.add(
+                bench, name, mode, metric=metric_name, unit=of, values=found, x=x, config=config
+            )
+    line = ", ".join(
+        f"{name} {ms:.3f} ms {amount / ms / scale:.3g} {unit}" for name, ms in medians.items()
+    )
+    print(f"\n{mode} {config}: {line}")
+    return medians
+
+
+def compare(benchmark: Any, medians: dict[str, float], ours: str, **extra: Any) -> None:
+    """What pytest-benchmark's table says beside our time: how many times as long the others take."""
+    ratios = {f"{name} x": round(median / medians[ours], 2) for name, median in medians.items()}
+    benchmark.extra_info.update(ratios, **extra)
+
+
 def timer() -> Callable[[Callable[[], Any]], float]:
     """Milliseconds of one call: CUDA events after the L2 cache is flushed, or the wall clock."""
     return _cuda_timer() if torch.cuda.is_available() else _wall_ms
