@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.model_configs import QWEN2_VL_2B
 from benchmarks.planners import planners
 from mmpack import PackPlan, plan_packs
 from mmpack.cost import sample_flops
@@ -23,25 +24,6 @@ from mmpack.mixture import cost_floor, rank_imbalance
 CAPACITIES = (4096, 8192, 32768)
 RANKS = (8, 64)
 LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lengths" / "sft_mix.npz"
-QWEN2_VL_2B = {
-    "model_type": "qwen2_vl",
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "vision_config": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "mlp_ratio": 4,
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "hidden_size": 1536,
-    },
-}
 
 
 def real_rows() -> tuple[np.ndarray, np.ndarray]:

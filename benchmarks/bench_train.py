@@ -18,6 +18,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.harness import device, host_syncs, kernel_launches, peak_mib, timer
+from benchmarks.model_configs import QWEN2_VL_2B
 from mmpack import VisionSpec, plan_packs
 from mmpack.assemble import assemble
 from mmpack.hf import PackCollator, patch_model, unpatch_model
@@ -47,28 +48,11 @@ SPEC = VisionSpec(
     vision_start_token_id=VOCAB - 3,
     vision_end_token_id=VOCAB - 4,
 )
-VISION_2B = {
-    "depth": 32,
-    "embed_dim": 1280,
-    "hidden_size": 1536,
-    "mlp_ratio": 4,
-    "num_heads": 16,
-    "patch_size": 14,
-}
-TEXT_2B = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vocab_size": VOCAB,
-}
-TINY_VISION = {**VISION_2B, "depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+TEXT, VISION = QWEN2_VL_2B["text_config"], QWEN2_VL_2B["vision_config"]
+TINY_VISION = {**VISION, "depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
 TINY_TEXT = {
-    **TEXT_2B,
+    **TEXT,
+    "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 1,
@@ -160,7 +144,7 @@ class Run:
     def __init__(self, num_rows: int, capacity: int) -> None:
         self.samples = samples_of(num_rows)
         self.num_tokens = sum(sample.num_tokens for sample in self.samples)
-        text, vision = (TEXT_2B, VISION_2B) if ON_GPU else (TINY_TEXT, TINY_VISION)
+        text, vision = (TEXT, VISION) if ON_GPU else (TINY_TEXT, TINY_VISION)
         config = Qwen2VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=True,
             image_token_id=SPEC.image_token_id, video_token_id=SPEC.video_token_id,

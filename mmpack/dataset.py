@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class PackedDataset(Dataset[Pack]):
     Attributes:
         samples: the encoded samples, a list or an `EncodedStore`.
         plan: which of them share a pack in epoch 0.
-        num_empty: empty packs at the end, see `pad_to`.
+        num_empty: empty packs at the end, see `append_empty_packs`.
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
@@ -142,8 +143,8 @@ class PackedDataset(Dataset[Pack]):
         """
         self._epoch[0] = epoch
 
-    def pad_to(self, multiple: int) -> None:
-        """Append empty packs until the number of items is a multiple of `multiple`.
+    def append_empty_packs(self, multiple: int) -> None:
+        """Append as few empty packs as make the number of items a multiple of `multiple`.
 
         That is the number of ranks times the packs of a batch: without, accelerate evens ranks out
         with packs that other ranks train on too. An empty pack is the smallest sample without labels:
@@ -168,12 +169,16 @@ class PackedDataset(Dataset[Pack]):
         numbers = self._planned[1].samples_of(index).tolist()
         return assemble([self._sample(number) for number in numbers])
 
-    def _empty_pack(self) -> Pack:
+    @cached_property
+    def _smallest(self) -> int:
+        """The planned sample with the fewest patches, then tokens."""
         num_tokens, num_patches = (
             sizes[self.plan.sample_index] for sizes in sizes_of(self.samples)
         )
-        smallest = self.plan.sample_index[np.lexsort((num_tokens, num_patches))[0]]
-        sample = self._sample(int(smallest))
+        return int(self.plan.sample_index[np.lexsort((num_tokens, num_patches))[0]])
+
+    def _empty_pack(self) -> Pack:
+        sample = self._sample(self._smallest)
         return assemble([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
 
     def _sample(self, number: int) -> EncodedSample:

@@ -17,6 +17,17 @@ from mmpack.types import EncodedSample
 
 VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up
 
+# TrainingArguments that log every step and touch nothing else.
+QUIET = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
 # For models of 100 ids.
 SMALL_SPEC = VisionSpec(
     min_pixels=1,

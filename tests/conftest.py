@@ -89,6 +89,22 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often the fused embedding ran."""
+    import mmpack.ops
+
+    calls = []
+    real = mmpack.ops.embed_features
+
+    def count(*args, **kwargs):
+        calls.append(kwargs["padding_idx"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(mmpack.ops, "embed_features", count)
+    return calls
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

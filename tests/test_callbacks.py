@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
+from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mmpack.dataset
@@ -68,17 +68,8 @@ class Reporter(TrainerCallback):
 
 
 def trained(model, folder, callbacks=(), collate=None, dataset=None, **options):
-    arguments = {
-        "output_dir": str(folder),
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **options,
-    }
+    arguments = {**QUIET, "output_dir": str(folder), "num_train_epochs": 1}
+    arguments |= {"per_device_eval_batch_size": 8, **options}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments),

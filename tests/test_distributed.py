@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from builders import (
+    QUIET,
     SMALL_SPEC,
     encoded,
     loss_and_grads,
@@ -122,15 +123,10 @@ def trainer_step(folder):
     """(logged loss, gradients) of one step of Trainer: it shards the packs and averages over ranks."""
     keep = KeepGradients()
     args = TrainingArguments(
+        **QUIET,
         output_dir=folder,
         max_steps=1,
-        per_device_train_batch_size=1,
         max_grad_norm=0.0,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
         ddp_backend="gloo",
         ddp_find_unused_parameters=False,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import SMALL_SPEC, encoded, loss_and_grads, tiny_config, tiny_model, with_noise
+from builders import QUIET, SMALL_SPEC, encoded, loss_and_grads, tiny_config, tiny_model, with_noise
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -53,7 +53,7 @@ def test_every_epoch_has_every_sample_once_in_other_packs():
 def test_padding_appends_empty_packs():
     dataset = numbered_dataset()
     packs = len(dataset)
-    dataset.pad_to(packs - 1)
+    dataset.append_empty_packs(packs - 1)
     assert len(dataset) == 2 * (packs - 1)
     assert dataset.num_empty == packs - 2
     empty = dataset[-1]
@@ -61,16 +61,16 @@ def test_padding_appends_empty_packs():
     assert (empty.labels == -100).all()
     assert len(empty.input_ids) == 6  # the smallest sample
     assert numbers_in(dataset[packs - 1])
-    dataset.pad_to(packs)
+    dataset.append_empty_packs(packs)
     assert len(dataset) == packs
     with pytest.raises(ValueError, match="multiple must be positive, got 0"):
-        dataset.pad_to(0)
+        dataset.append_empty_packs(0)
 
 
 def test_an_empty_pack_prefers_text():
     samples = [encoded(SMALL_SPEC, 1, (2, 2), 3), encoded(SMALL_SPEC, *range(1, 30))]
     dataset = PackedDataset.from_samples(samples, 40)
-    dataset.pad_to(len(dataset) + 1)
+    dataset.append_empty_packs(len(dataset) + 1)
     assert len(dataset[-1].grid_thw) == 0
 
 
@@ -78,7 +78,7 @@ def model_and_batches():
     model = tiny_model(tiny_config(100, vision=SMALL_SPEC))
     samples = [encoded(SMALL_SPEC, 1, 2, 3, (4, 4), 4, 5), encoded(SMALL_SPEC, 6, 7, 8)]
     dataset = PackedDataset.from_samples(samples, 40)
-    dataset.pad_to(2)
+    dataset.append_empty_packs(2)
     full, empty = (dataset.samples, [dataset[1]])
     from mmpack import assemble
 
@@ -170,16 +170,11 @@ def train_numbered(folder, epochs=2):
     trainer = Trainer(
         model=patch_model(tiny_model(tiny_config(100, vision=SMALL_SPEC))),
         args=TrainingArguments(
+            **QUIET,
             output_dir=str(folder),
             num_train_epochs=epochs,
-            per_device_train_batch_size=1,
             dataloader_num_workers=1,
             dataloader_persistent_workers=True,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
         ),
         train_dataset=dataset,
         data_collator=Recorder(f"{folder}/rank{rank}.jsonl"),

@@ -258,22 +258,6 @@ def test_other_models_are_refused(model):
         patch_model(model)
 
 
-@pytest.fixture
-def fused_calls(monkeypatch):
-    """How often the fused embedding ran."""
-    import mmpack.ops
-
-    calls = []
-    real = mmpack.ops.embed_features
-
-    def count(*args, **kwargs):
-        calls.append(kwargs["padding_idx"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(mmpack.ops, "embed_features", count)
-    return calls
-
-
 class Subclass(torch.nn.Embedding):
     """Stands for whatever is more than an nn.Embedding (LoRA's, a quantised one)."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import (
+    QUIET,
     SMALL_SPEC,
     encoded,
     loss_and_grads,
@@ -86,18 +87,7 @@ def train(model, tmp_path, packs=PACKS, collate=None, callbacks=(), **options):
 
 def trainer_of(model, tmp_path, packs=PACKS, collate=None, callbacks=(), **options):
     trainer_options = {name: options.pop(name) for name in ("compute_metrics",) if name in options}
-    arguments = {
-        "output_dir": tmp_path,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_steps": 1,
-        **options,
-    }
+    arguments = {**QUIET, "output_dir": tmp_path, "max_steps": 1, **options}
     return Trainer(
         model=model,
         args=TrainingArguments(**arguments),
@@ -107,22 +97,6 @@ def trainer_of(model, tmp_path, packs=PACKS, collate=None, callbacks=(), **optio
         callbacks=list(callbacks),
         **trainer_options,
     )
-
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    """How often the fused embedding ran."""
-    import mmpack.ops
-
-    calls = []
-    real = mmpack.ops.embed_features
-
-    def count(*args, **kwargs):
-        calls.append(kwargs["padding_idx"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(mmpack.ops, "embed_features", count)
-    return calls
 
 
 # Gradient checkpointing
@@ -596,16 +570,11 @@ def test_trl(full_logits, conversations, tokenizer, tmp_path):
     num_items = int((batch["labels"] != -100).sum())
     loss, grads = loss_and_grads(model, [batch], num_items)
     args = trl.SFTConfig(
+        **{**QUIET, "per_device_train_batch_size": len(rows)},
         output_dir=tmp_path,
         max_steps=1,
-        per_device_train_batch_size=len(rows),
         max_length=None,
         bf16=False,
-        use_cpu=True,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
     )
     trainer = trl.SFTTrainer(
         model=model,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from builders import (
+    QUIET,
     loss_and_grads,
     stock_inputs,
     stock_processor,
@@ -71,16 +72,11 @@ def one_step(model, dataset, tmp_path, collate=None, **options):
     """(logged loss, gradients) of one optimizer step over the whole data set."""
     keep = KeepGradients()
     arguments = {
+        **QUIET,
         "output_dir": tmp_path,
         "max_steps": 1,
-        "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": len(dataset),
         "max_grad_norm": 0.0,  # gradients as they are
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         **options,
     }
     trainer = Trainer(
@@ -173,17 +169,7 @@ def test_tied_embeddings_learn(dataset, tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             keep.append(logs.get("loss"))
 
-    args = TrainingArguments(
-        output_dir=tmp_path,
-        max_steps=20,
-        per_device_train_batch_size=1,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    args = TrainingArguments(**QUIET, output_dir=tmp_path, max_steps=20, learning_rate=1e-2)
     Trainer(
         model=model,
         args=args,

@@ -111,7 +111,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.dataset.pad_to(args.world_size * args.train_batch_size)
+        self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
 
     def on_train_begin(
         self,
