@@ -7,11 +7,12 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mmpack._native",
-            ["csrc/balance.cpp", "csrc/bindings.cpp", "csrc/planner.cpp"],
+            ["csrc/balance.cpp", "csrc/bindings.cpp", "csrc/patchify.cpp", "csrc/planner.cpp"],
             depends=[
                 "csrc/balance.h",
                 "csrc/levels.h",
                 "csrc/open_bins.h",
+                "csrc/patchify.h",
                 "csrc/planner.h",
                 "csrc/random.h",
             ],

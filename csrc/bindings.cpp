@@ -8,6 +8,7 @@
 #include <string>
 
 #include "balance.h"
+#include "patchify.h"
 #include "planner.h"
 
 namespace py = pybind11;
@@ -16,6 +17,7 @@ namespace {
 
 using Int64Array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
+constexpr std::int64_t kMostPixels = std::int64_t{1} << 20;  // of a side
 constexpr std::int64_t kMostCost = std::int64_t{1} << 62;  // of all samples together
 
 std::span<const std::int64_t> view(const Int64Array& array, const char* name) {
@@ -68,10 +70,43 @@ py::tuple plan(const Int64Array& num_tokens, std::int64_t capacity,
   return py::make_tuple(to_numpy(plan.sample_index), to_numpy(plan.bin_offsets));
 }
 
+void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
+              const py::array& patches) {
+  const auto is_bytes = [](const py::array& array) {
+    return array.dtype().kind() == 'u' && array.itemsize() == 1;
+  };
+  if (!is_bytes(pixels) || pixels.ndim() != 3)
+    throw std::invalid_argument("pixels must be uint8 (height, width, channels)");
+  if (patch < 1 || merge < 1 || patch > kMostPixels || merge > kMostPixels)
+    throw std::invalid_argument("patch and merge must be positive pixels and patches");
+  const std::int64_t height = pixels.shape(0), width = pixels.shape(1), channels = pixels.shape(2);
+  const std::int64_t block = patch * merge;
+  if (height % block || width % block) {
+    throw std::invalid_argument("pixels of " + std::to_string(height) + " x " +
+                                std::to_string(width) + " are no multiple of " +
+                                std::to_string(block));
+  }
+  const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge};
+  if (!is_bytes(patches) || patches.ndim() != 2 || patches.shape(0) != grid.grid_h * grid.grid_w ||
+      patches.shape(1) != channels * patch * patch) {
+    throw std::invalid_argument("patches must be uint8 (" + std::to_string(grid.grid_h * grid.grid_w) +
+                                ", " + std::to_string(channels * patch * patch) + ")");
+  }
+  if (!patches.writeable() || !(patches.flags() & py::array::c_style))
+    throw std::invalid_argument("patches must be contiguous and writeable");
+  const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), pixels.strides(0),
+                                pixels.strides(1), pixels.strides(2), channels};
+  auto* out = static_cast<std::uint8_t*>(py::array(patches).mutable_data());
+  py::gil_scoped_release release;
+  mmpack::patchify(picture, grid, out);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "mmpack's C++ core; see csrc/.";
+  m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
+        py::arg("patches"), "Writes the patches of one picture; see csrc/patchify.h.");
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");

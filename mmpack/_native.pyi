@@ -1,6 +1,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+def patchify(
+    pixels: NDArray[np.uint8], patch: int, merge: int, patches: NDArray[np.uint8]
+) -> None: ...
 def plan(
     num_tokens: NDArray[np.int64],
     capacity: int,

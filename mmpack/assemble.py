@@ -5,13 +5,14 @@ The only door to assembly. `impl="reference"` runs the specification in `mmpack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from mmpack import images
+from mmpack.errors import BadImageError
 from mmpack.types import EncodedSample, Int32, Int64, Pack
 
 
@@ -20,6 +21,7 @@ def assemble(
     *,
     pixels: bool = True,
     impl: Literal["reference"] = "reference",
+    empty: Callable[..., images.Patches] = np.empty,
 ) -> Pack:
     """Expand, concatenate and index the samples of one pack, and decode their images.
 
@@ -27,13 +29,14 @@ def assemble(
         samples: at least one; all encoded with the same `VisionSpec`.
         pixels: decode the images; without, `Pack.pixels` is None.
         impl: which implementation; there is one so far.
+        empty: makes the array the pixels are decoded into, called as `numpy.empty`.
 
     Returns:
         The pack. Segment s is `samples[s]`; images are in marker order.
 
     Raises:
-        ValueError: no samples, different specs, or an image that cannot be decoded to its planned
-            grid (names file and row).
+        ValueError: no samples or different specs.
+        BadImageError: an image cannot be decoded to its planned grid; names file and row.
     """
     if impl != "reference":
         raise ValueError(f"impl must be 'reference', got {impl!r}")
@@ -50,14 +53,16 @@ def assemble(
     from mmpack import reference  # here: planning does not need torch
 
     pack = reference.assemble(samples)
-    return replace(pack, pixels=_load_pixels(samples, pack)) if pixels else pack
+    return replace(pack, pixels=_load_pixels(samples, pack, empty)) if pixels else pack
 
 
-def _load_pixels(samples: Sequence[EncodedSample], pack: Pack) -> images.Patches:
+def _load_pixels(
+    samples: Sequence[EncodedSample], pack: Pack, empty: Callable[..., images.Patches]
+) -> images.Patches:
     vision = pack.vision
-    pixels = np.empty((len(pack.vision_position_ids), vision.patch_values), dtype=np.uint8)
+    pixels = empty((len(pack.vision_position_ids), vision.patch_values), dtype=np.uint8)
     end = 0
-    for sample in samples:
+    for segment, sample in enumerate(samples):
         if len(sample.images) != len(sample.grid_thw):
             raise ValueError(
                 f"{_where(sample)}: {len(sample.grid_thw)} grids but {len(sample.images)} images to "
@@ -66,9 +71,11 @@ def _load_pixels(samples: Sequence[EncodedSample], pack: Pack) -> images.Patches
         for image, grid in zip(sample.images, sample.grid_thw):
             begin, end = end, end + int(grid.prod())
             try:
-                pixels[begin:end] = images.load_patches(image, grid, vision)
+                images.load_patches(image, grid, vision, out=pixels[begin:end])
             except ValueError as error:
-                raise ValueError(f"{_where(sample)}: {error}") from None
+                bad = BadImageError(f"{_where(sample)}: {error}")
+                bad.segment = segment
+                raise bad from None
     return pixels
 
 

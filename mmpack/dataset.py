@@ -8,26 +8,32 @@ because workers that live on hear of nothing else.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from mmpack import buffers
 from mmpack.assemble import assemble
 from mmpack.cost import sample_flops
 from mmpack.encode import encode_samples
+from mmpack.errors import BadImageError
 from mmpack.plan import OnOverflow, plan_epoch, plan_packs
 from mmpack.readers import read_samples
 from mmpack.truncate import truncate_sample
 from mmpack.types import IGNORE, EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
+
+_COUNTERS = 257  # of segments dropped: 256 workers, then the process itself
+_log = logging.getLogger(__name__)
 
 
 class PackedDataset(Dataset[Pack]):
@@ -39,6 +45,9 @@ class PackedDataset(Dataset[Pack]):
         samples: the encoded samples, a list or an `EncodedStore`.
         plan: which of them share a pack in epoch 0.
         num_empty: empty packs at the end, see `append_empty_packs`.
+        on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
+            made. "raise", the default: an error that names file and row, out of a DataLoader worker
+            too. "drop": its segment leaves the pack, with a warning in the log, and is counted.
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
@@ -49,6 +58,8 @@ class PackedDataset(Dataset[Pack]):
         self._patch_capacity = plan.patch_capacity
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._planned = (0, plan)  # epoch, plan
+        self.on_bad_image: Literal["raise", "drop"] = "raise"
+        self._dropped = torch.zeros(_COUNTERS, dtype=torch.int64).share_memory_()  # one a worker
 
     @classmethod
     def from_samples(
@@ -143,6 +154,11 @@ class PackedDataset(Dataset[Pack]):
         """
         self._epoch[0] = epoch
 
+    @property
+    def num_dropped_segments(self) -> int:
+        """Segments left out of packs so far because of bad images, in this process and its workers."""
+        return int(self._dropped.sum())
+
     def append_empty_packs(self, multiple: int) -> None:
         """Append as few empty packs as make the number of items a multiple of `multiple`.
 
@@ -167,7 +183,22 @@ class PackedDataset(Dataset[Pack]):
         if index >= self.plan.num_packs:
             return self._empty_pack()
         numbers = self._planned[1].samples_of(index).tolist()
-        return assemble([self._sample(number) for number in numbers])
+        return self._assemble([self._sample(number) for number in numbers])
+
+    def _assemble(self, samples: list[EncodedSample]) -> Pack:
+        if self.on_bad_image not in ("raise", "drop"):
+            raise ValueError(f"on_bad_image must be 'raise' or 'drop', got {self.on_bad_image!r}")
+        while samples:
+            try:
+                return assemble(samples, empty=buffers.empty)
+            except BadImageError as error:
+                if self.on_bad_image == "raise":
+                    raise
+                _log.warning("dropped %s", error)
+                worker = get_worker_info()
+                self._dropped[-1 if worker is None else worker.id % (_COUNTERS - 1)] += 1
+                del samples[error.segment]
+        return assemble([EncodedSample.filler(1, self.vision)])  # none is left
 
     @cached_property
     def _smallest(self) -> int:
@@ -179,7 +210,7 @@ class PackedDataset(Dataset[Pack]):
 
     def _empty_pack(self) -> Pack:
         sample = self._sample(self._smallest)
-        return assemble([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
+        return self._assemble([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
 
     def _sample(self, number: int) -> EncodedSample:
         sample = self.samples[number]

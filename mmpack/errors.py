@@ -17,6 +17,13 @@ class RowError(ValueError):
         self.advice = advice
 
 
+class BadImageError(ValueError):
+    """An image of a pack cannot be decoded to its planned grid. `segment` is the place of its sample
+    in the pack, -1 where the error comes from another process."""
+
+    segment = -1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BadRow:
     """A row that cannot be used: where it is, why, what to do about it, and what it holds (None

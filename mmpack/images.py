@@ -3,6 +3,7 @@
 Pixels stay uint8 until the collator. `normalize_patches(load_patches(image))` equals transformers'
 `Qwen2VLImageProcessorPil` bit for bit: transparency is put on white, EXIF rotation is not applied,
 the resize is Pillow's bicubic on RGB, and the normalisation follows its float64/float32 roundings.
+JPEGs are decoded whole: Pillow's `draft` is faster, and gives other pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack import _native
 from mmpack.errors import RowError
 from mmpack.types import ImageRef
 from mmpack.vision import BICUBIC, VisionSpec, check_aspect_ratio
@@ -46,9 +48,15 @@ def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
 
 
 def load_patches(
-    image: ImageRef, grid_thw: tuple[int, int, int] | NDArray[np.integer], vision: VisionSpec
+    image: ImageRef,
+    grid_thw: tuple[int, int, int] | NDArray[np.integer],
+    vision: VisionSpec,
+    out: Patches | None = None,
 ) -> Patches:
     """Decode and resize one image to its planned grid.
+
+    Args:
+        out: (h * w, C * p * p) uint8, contiguous: where to write; new memory by default.
 
     Returns:
         (h * w, C * p * p) uint8: one row a patch, in Qwen's merge order (blocks of
@@ -66,14 +74,19 @@ def load_patches(
                 f"{grid_h} x {grid_w} patches; pack the data again"
             )
         p, m = vision.patch_size, vision.merge_size
-        pixels = _resized_rgb(_decode(image, opened), (grid_w * p, grid_h * p))
-    blocks = pixels.reshape(grid_h // m, m, p, grid_w // m, m, p, 3)
-    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (block row, block col, m, m, C, p, p)
-    return np.ascontiguousarray(patches).reshape(grid_h * grid_w, 3 * p * p)
+        size = (grid_w * p, grid_h * p)
+        pixels = _resized_rgb(_decode(image, opened), size, vision.resizer)
+    if out is None:
+        out = np.empty((grid_h * grid_w, vision.patch_values), dtype=np.uint8)
+    _native.patchify(pixels, p, m, out)
+    return out
 
 
-def normalize_patches(pixels: Patches, vision: VisionSpec) -> NDArray[np.float32]:
-    """uint8 still patches (P, C * p * p) -> transformers' `pixel_values` (P, C * t * p * p) float32.
+def normalize_patches(
+    pixels: Patches, vision: VisionSpec, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """uint8 still patches (P, C * p * p) -> transformers' `pixel_values` (P, C * t * p * p) float32,
+    written to `out` where it is given.
 
     A still image fills every one of its t frames. A byte has 256 values, so each channel is a
     table of 256 floats made with transformers' own roundings: x / 255 in float64, cast to
@@ -86,10 +99,12 @@ def normalize_patches(pixels: Patches, vision: VisionSpec) -> NDArray[np.float32
 
     num_patches, channels, frames = len(pixels), len(table), vision.temporal_patch_size
     values = pixels.reshape(num_patches, channels, 1, -1)
-    out = np.empty((num_patches, channels, frames, values.shape[-1]), dtype=np.float32)
+    if out is None:
+        out = np.empty((num_patches, channels * frames * values.shape[-1]), dtype=np.float32)
+    floats = out.reshape(num_patches, channels, frames, -1)
     for channel in range(channels):
-        out[:, channel] = table[channel][values[:, channel]]
-    return out.reshape(num_patches, -1)
+        floats[:, channel] = table[channel][values[:, channel]]
+    return out
 
 
 def encoded_bytes(image: ImageRef) -> bytes:
@@ -141,12 +156,31 @@ def _looks_cut(image: ImageRef, format: str | None) -> bool:
         return end not in file.read()
 
 
-def _resized_rgb(image: Image, size: tuple[int, int]) -> Patches:
-    """(height, width, 3) uint8. A grey image is resized before it becomes three equal channels: the
-    same pixels, a third of the memory."""
-    if image.mode == "L" and image.info.get("transparency") is None:
-        return np.asarray(image.resize(size, resample=BICUBIC).convert("RGB"))
-    return np.asarray(_to_rgb(image).resize(size, resample=BICUBIC))
+def _resized_rgb(image: Image, size: tuple[int, int], resizer: str) -> Patches:
+    """(height, width, 3) uint8. The channels of a grey image are one, seen three times."""
+    is_grey = image.mode == "L" and image.info.get("transparency") is None
+    if not is_grey:
+        image = _to_rgb(image)
+    if image.size == size:
+        pixels = np.asarray(image)
+    elif resizer == "torch":
+        pixels = _resized_by_torch(image, size)
+    else:
+        pixels = np.asarray(image.resize(size, resample=BICUBIC))
+    return np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3)) if is_grey else pixels
+
+
+def _resized_by_torch(image: Image, size: tuple[int, int]) -> Patches:
+    """The antialiased bicubic resize of bytes that torchvision calls, and with it transformers' image
+    processors where torchvision is installed; one pass over all channels."""
+    import torch
+
+    pixels = torch.from_numpy(np.array(image))
+    planes = pixels.unflatten(1, (pixels.shape[1], 1)) if pixels.ndim == 2 else pixels
+    resized = torch.nn.functional.interpolate(
+        planes.permute(2, 0, 1)[None], size[::-1], mode="bicubic", antialias=True
+    )
+    return resized[0].permute(1, 2, 0).reshape(size[1], size[0], *pixels.shape[2:]).numpy()
 
 
 def _to_rgb(image: Image) -> Image:
@@ -157,4 +191,4 @@ def _to_rgb(image: Image) -> Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

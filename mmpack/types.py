@@ -86,6 +86,13 @@ class EncodedSample:
     source: str = ""
     row: int = -1
 
+    @classmethod
+    def filler(cls, num_tokens: int, vision: VisionSpec) -> EncodedSample:
+        """Tokens of no meaning without labels: what fills a pack up."""
+        ids = np.zeros(num_tokens, dtype=np.int32)  # "!": any text token would do
+        no_images = np.empty((0, 3), dtype=np.int32)
+        return cls(ids, np.full_like(ids, IGNORE), no_images, (), vision, "filler")
+
     @property
     def num_tokens(self) -> int:
         """Length in a pack: every marker becomes as many placeholders as its image has features."""

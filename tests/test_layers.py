@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mmpack"
 
 LAYERS = {
+    "_native": 0,
     "errors": 0,
     "vision": 0,
     "types": 0,
-    "_native": 1,
+    "buffers": 1,
     "cost": 1,
     "files": 1,
     "images": 1,
@@ -61,7 +62,7 @@ ROOMS = {
     "matplotlib": {"report"},
     "pyarrow": {"files"},
     "tokenizers": {"demo"},
-    "torch": {"reference", "dataset", "hf", "demo", "ops"},
+    "torch": {"buffers", "images", "reference", "dataset", "hf", "demo", "ops"},
     "tqdm": {"cli"},
     "transformers": {"hf", "demo"},
     "triton": {"ops"},

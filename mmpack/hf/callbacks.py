@@ -64,6 +64,7 @@ class PackingCallback(TrainerCallback):
 maxima summed over their means summed: at 1.25 ranks compute 80 % of the time, if that goes as FLOPs |
     | `pack/tflops` | 10^12 FLOP/s | a device's useful model FLOPs |
     | `pack/mfu` | 0 to 1 | that over the device's dense bf16 peak, where it is in PEAK_TFLOPS |
+    | `pack/dropped_segments` | segments | left out so far because of bad images, where there were any |
     | `pack/image_attention/layer_N` | 0 to 1 | attention mass of supervised rows on the images before \
 them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
@@ -232,6 +233,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def _values(self, capacity: int, device: torch.device) -> dict[str, float]:
         seen, self._seen = self._seen, _Seen()
         seconds = self._seen.start - seen.start - seen.paused
+        seen.dropped = self.dataset.num_dropped_segments
         mine = (seen, self._share.pop() if self._share is not None else None)
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
@@ -257,6 +259,9 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             for layer, (mass, rows) in zip(self._share.layers, sum(share for _, share in ranks)):
                 if rows:
                     values[f"image_attention/layer_{layer}"] = mass / rows
+        dropped = sum(rank.dropped for rank in every)
+        if dropped:
+            values["dropped_segments"] = dropped
         return {f"pack/{name}": float(value) for name, value in values.items()}
 
     def _remove_hook(self) -> None:
@@ -274,6 +279,7 @@ class _Seen:
     supervised: int = 0
     patches: int = 0
     useful_flops: int = 0
+    dropped: int = 0  # since the data set was made
     flops: list[int] = field(default_factory=list)  # of each step, all it computes
     start: float = field(default_factory=lambda: time.perf_counter())
     paused: float = 0.0

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack import images
+from mmpack import buffers, images
 from mmpack.assemble import assemble, concatenate
 from mmpack.encode import encode_samples
 from mmpack.readers import read_samples
@@ -129,10 +129,7 @@ def _padded(pack: Pack, num_tokens: int) -> Pack:
     """The pack with a last segment of that many tokens without labels."""
     if not num_tokens:
         return pack
-    vision = pack.vision
-    ids = np.zeros(num_tokens, dtype=np.int32)  # "!": any text token would do
-    no_images = np.empty((0, 3), dtype=np.int32)
-    filler = EncodedSample(ids, np.full_like(ids, IGNORE), no_images, (), vision, "padding")
+    filler = EncodedSample.filler(num_tokens, pack.vision)
     return concatenate([pack, assemble([filler], pixels=pack.pixels is not None)])
 
 
@@ -150,8 +147,10 @@ def _pixel_values(pack: Pack, pixels: str) -> torch.Tensor | None:
             f"the pack has {len(pack.grid_thw)} images but was assembled without pixels"
         )
     if pixels == "uint8":
-        return torch.from_numpy(pack.pixels)
-    return torch.from_numpy(images.normalize_patches(pack.pixels, pack.vision))
+        return buffers.as_tensor(pack.pixels)
+    num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
+    floats = buffers.empty((len(pack.pixels), num_values), np.float32)
+    return buffers.as_tensor(images.normalize_patches(pack.pixels, pack.vision, out=floats))
 
 
 def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+// uint8 pixels -> uint8 patches in Qwen's merge order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mmpack {
+
+// One resized picture; strides in bytes. A grey one has channel_stride 0: every channel is the same.
+struct Picture {
+  const std::uint8_t* pixels;
+  std::ptrdiff_t row_stride;
+  std::ptrdiff_t column_stride;
+  std::ptrdiff_t channel_stride;
+  std::int64_t channels;
+};
+
+// grid_h x grid_w patches of patch x patch pixels; both divisible by merge. All positive.
+struct PatchGrid {
+  std::int64_t grid_h;
+  std::int64_t grid_w;
+  std::int64_t patch;
+  std::int64_t merge;
+};
+
+// Writes grid_h * grid_w rows of channels * patch * patch bytes to `out`: merge x merge blocks in
+// reading order, the patches of a block in reading order. What transformers' image processor computes
+// by a transposition, without its floats and without a still's second frame.
+void patchify(const Picture& picture, const PatchGrid& grid, std::uint8_t* out);
+
+}  // namespace mmpack

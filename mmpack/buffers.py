@@ -1,0 +1,35 @@
+"""Arrays that leave a DataLoader worker without being copied.
+
+A worker's batch reaches the main process through shared memory: tensors that lie there already are
+sent by name, others are copied into it first. So what is large is written there from the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch.utils.data import get_worker_info
+
+
+def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+    """`numpy.empty`; in a DataLoader worker on shared memory, whose tensor `as_tensor` finds."""
+    if get_worker_info() is None:
+        return np.empty(shape, dtype)
+    tensor = torch.from_numpy(np.empty(0, dtype))
+    num_bytes = math.prod(shape) * tensor.itemsize
+    storage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own collation does
+    array: NDArray[Any] = tensor.set_(storage, 0, tuple(shape)).numpy()
+    return array
+
+
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """The array as a tensor on the same memory, which is shared if `empty` made it so."""
+    tensor = array.base
+    if isinstance(tensor, torch.Tensor) and tensor.shape == array.shape:
+        return tensor
+    return torch.from_numpy(array)

@@ -1,0 +1,158 @@
+"""DataLoader workers: no copies, errors with names, nothing dropped silently, steady memory."""
+
+import gc
+import logging
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from builders import encoded, tiny_model
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from mmpack import PackedDataset, VisionSpec
+from mmpack.assemble import assemble
+from mmpack.hf import PackCollator, PackingCallback, patch_model
+from mmpack.types import ImageRef
+
+SPEC = VisionSpec(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+CAPACITY = 40
+
+
+def rows(folder, num_rows=12):
+    """Rows of 17 tokens, two a pack: text, an image of 56 x 84 pixels, text."""
+    from dataclasses import replace
+
+    samples = []
+    for number in range(num_rows):
+        path = folder / f"{number}.png"
+        noise = np.random.default_rng(number).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        sample = encoded(SPEC, 1, 2, (4, 6), *range(3, 10))
+        image = ImageRef(str(path), size=(56, 84))
+        samples.append(replace(sample, images=(image,), source="rows.json", row=number))
+    return samples
+
+
+def loader(dataset, collate=None, **options):
+    return DataLoader(
+        dataset, batch_size=1, num_workers=2, collate_fn=collate or PackCollator(), **options
+    )
+
+
+class SharedCollator(PackCollator):
+    """Looks, in the worker, at where pixels lie before the batch is sent."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        pixels = batch["pixel_values"]
+        batch["is_shared"] = pixels.is_shared()
+        batch["is_the_packs"] = pixels.data_ptr() == features[0].pixels.ctypes.data
+        return batch
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+def test_pixels_are_written_once_to_what_is_sent(tmp_path, pixels):
+    """In a worker to shared memory: uint8 where the decoder writes, float32 where they are made."""
+    dataset = PackedDataset.from_samples(rows(tmp_path), CAPACITY)
+    model = patch_model(tiny_model()) if pixels == "uint8" else None
+    collate = SharedCollator(model=model, pixels=pixels)
+    assert not collate([dataset[0]])["is_shared"]
+    batches = list(loader(dataset, collate))
+    assert all(batch["is_shared"] for batch in batches)
+    assert all(batch["is_the_packs"] == (pixels == "uint8") for batch in batches)
+    for batch, pack in zip(batches, dataset):
+        expected = PackCollator(model=model, pixels=pixels)([pack])["pixel_values"]
+        assert torch.equal(batch["pixel_values"], expected)
+
+
+def test_a_bad_image_in_a_worker_is_an_error_that_names_it(tmp_path):
+    dataset = PackedDataset.from_samples(rows(tmp_path), CAPACITY)
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"row 7 of rows\.json: image .*7\.png cannot be decoded"):
+        list(loader(dataset))
+
+
+def test_a_bad_image_can_leave_its_pack(tmp_path, caplog):
+    samples = rows(tmp_path)
+    dataset = PackedDataset.from_samples(samples, CAPACITY)
+    dataset.on_bad_image = "drop"
+    for number in (3, 7):
+        (tmp_path / f"{number}.png").unlink()
+    with caplog.at_level(logging.WARNING, "mmpack"):
+        packs = [dataset[n] for n in range(len(dataset))]
+    assert sorted(m for m in caplog.messages) == [
+        f"dropped row {n} of rows.json: image {tmp_path / f'{n}.png'} does not exist; mend the path"
+        for n in (3, 7)
+    ]
+    assert dataset.num_dropped_segments == 2
+    for n, pack in enumerate(packs):
+        left = [samples[i] for i in dataset.plan.samples_of(n) if i not in (3, 7)]
+        assert pack.num_segments == max(1, len(left))
+        if left:
+            expected = assemble(left)
+            assert np.array_equal(pack.pixels, expected.pixels)
+            assert np.array_equal(pack.labels, expected.labels)
+    batches = list(loader(dataset))  # workers count where everybody sees it
+    assert dataset.num_dropped_segments == 4
+    assert sum(len(batch["image_grid_thw"]) for batch in batches if "pixel_values" in batch) == 10
+
+
+def test_a_pack_that_lost_all_its_samples_has_no_loss(tmp_path):
+    dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
+    dataset.on_bad_image = "drop"
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(b"nothing")
+    pack = dataset[0]
+    assert len(pack.input_ids) == pack.num_segments == 1
+    loss = patch_model(tiny_model())(**PackCollator()([pack])).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_the_log_counts_what_was_dropped(tmp_path):
+    from builders import QUIET
+    from transformers import Trainer, TrainingArguments
+
+    dataset = PackedDataset.from_samples(rows(tmp_path), CAPACITY)
+    dataset.on_bad_image = "drop"
+    (tmp_path / "3.png").unlink()
+    trainer = Trainer(
+        model=patch_model(tiny_model()),
+        args=TrainingArguments(**QUIET, output_dir=tmp_path, num_train_epochs=1),
+        train_dataset=dataset,
+        data_collator=PackCollator(),
+        callbacks=[PackingCallback(dataset)],
+    )
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert last["pack/dropped_segments"] == 1
+
+
+def test_another_word_for_it_is_refused(tmp_path):
+    dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
+    dataset.on_bad_image = "skip"
+    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'drop', got 'skip'"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("epochs", [4, pytest.param(120, marks=pytest.mark.slow)])
+def test_memory_is_steady(tmp_path, epochs):
+    """Two workers that live on, 48 packs an epoch: no private memory, no mapping (shared memory among
+    them) and no open file is held longer than its batch. In MiB and as numbers, of all processes."""
+    dataset = PackedDataset.from_samples(rows(tmp_path, 96), CAPACITY)
+    batches = loader(dataset, persistent_workers=True)
+    me = psutil.Process()
+    seen = []
+    for _ in range(epochs):
+        for batch in batches:
+            del batch
+        gc.collect()
+        everyone = [me, *me.children(recursive=True)]
+        memory = sum(p.memory_full_info().uss for p in everyone) / 2**20
+        maps = sum(len(p.memory_maps(grouped=False)) for p in everyone)
+        seen.append((memory, maps, sum(p.num_fds() for p in everyone)))
+    before, after = (np.median(part, axis=0) for part in np.array_split(seen[epochs // 4 :], 2))
+    print(f"MiB, mappings, files: {before} then {after}")
+    assert (after - before < (4, 8, 8)).all()
