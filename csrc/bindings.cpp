@@ -101,12 +101,41 @@ void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
   mmpack::patchify(picture, grid, out);
 }
 
+void normalize(const py::array& patches, const py::array& table, std::int64_t frames,
+               const py::array& values) {
+  const auto is = [](const py::array& array, char kind, py::ssize_t itemsize) {
+    return array.dtype().kind() == kind && array.itemsize() == itemsize &&
+           (array.flags() & py::array::c_style);
+  };
+  if (!is(patches, 'u', 1) || patches.ndim() != 2)
+    throw std::invalid_argument("patches must be contiguous uint8 (P, C * p * p)");
+  if (!is(table, 'f', 4) || table.ndim() != 2 || table.shape(1) != 256 || table.shape(0) < 1)
+    throw std::invalid_argument("table must be contiguous float32 (C, 256)");
+  const std::int64_t channels = table.shape(0), pixels = patches.shape(1) / channels;
+  if (patches.shape(1) % channels)
+    throw std::invalid_argument("patches must hold equally many bytes of every channel");
+  if (frames < 1 || frames > kMostPixels) throw std::invalid_argument("frames must be positive");
+  if (!is(values, 'f', 4) || values.ndim() != 2 || values.shape(0) != patches.shape(0) ||
+      values.shape(1) != patches.shape(1) * frames || !values.writeable()) {
+    throw std::invalid_argument(
+        "values must be contiguous, writeable float32 (P, C * frames * p * p)");
+  }
+  const auto* bytes = static_cast<const std::uint8_t*>(patches.data());
+  const auto* floats = static_cast<const float*>(table.data());
+  auto* out = static_cast<float*>(py::array(values).mutable_data());
+  const std::int64_t num_patches = patches.shape(0);
+  py::gil_scoped_release release;
+  mmpack::normalize(bytes, num_patches, channels, pixels, frames, floats, out);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "mmpack's C++ core; see csrc/.";
   m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
         py::arg("patches"), "Writes the patches of one picture; see csrc/patchify.h.");
+  m.def("normalize", &normalize, py::arg("patches"), py::arg("table"), py::arg("frames"),
+        py::arg("values"), "Writes bytes as a table's floats; see csrc/patchify.h.");
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");

@@ -43,4 +43,14 @@ void patchify(const Picture& picture, const PatchGrid& grid, std::uint8_t* out) 
   write_patches<0, 0>(picture, grid, out);
 }
 
+void normalize(const std::uint8_t* patches, std::int64_t num_patches, std::int64_t channels,
+               std::int64_t pixels, std::int64_t frames, const float* table, float* out) {
+  for (std::int64_t row = 0; row < num_patches * channels; ++row, patches += pixels) {
+    const float* values = table + row % channels * 256;
+    for (std::int64_t frame = 0; frame < frames; ++frame, out += pixels) {
+      for (std::int64_t x = 0; x < pixels; ++x) out[x] = values[patches[x]];
+    }
+  }
+}
+
 }  // namespace mmpack

@@ -1,4 +1,4 @@
-// uint8 pixels -> uint8 patches in Qwen's merge order.
+// uint8 pixels -> uint8 patches in Qwen's merge order -> floats.
 #pragma once
 
 #include <cstddef>
@@ -27,5 +27,10 @@ struct PatchGrid {
 // reading order, the patches of a block in reading order. What transformers' image processor computes
 // by a transposition, without its floats and without a still's second frame.
 void patchify(const Picture& picture, const PatchGrid& grid, std::uint8_t* out);
+
+// Still patches (num_patches, channels, pixels) to floats (num_patches, channels, frames, pixels) by a
+// table (channels, 256): a byte's float, in every frame.
+void normalize(const std::uint8_t* patches, std::int64_t num_patches, std::int64_t channels,
+               std::int64_t pixels, std::int64_t frames, const float* table, float* out);
 
 }  // namespace mmpack

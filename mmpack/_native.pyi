@@ -4,6 +4,12 @@ from numpy.typing import NDArray
 def patchify(
     pixels: NDArray[np.uint8], patch: int, merge: int, patches: NDArray[np.uint8]
 ) -> None: ...
+def normalize(
+    patches: NDArray[np.uint8],
+    table: NDArray[np.float32],
+    frames: int,
+    values: NDArray[np.float32],
+) -> None: ...
 def plan(
     num_tokens: NDArray[np.int64],
     capacity: int,

@@ -97,13 +97,10 @@ def normalize_patches(
     std = np.array(vision.image_std, dtype=np.float32)[:, None]
     table = (scaled - mean) / std  # (C, 256)
 
-    num_patches, channels, frames = len(pixels), len(table), vision.temporal_patch_size
-    values = pixels.reshape(num_patches, channels, 1, -1)
+    frames = vision.temporal_patch_size
     if out is None:
-        out = np.empty((num_patches, channels * frames * values.shape[-1]), dtype=np.float32)
-    floats = out.reshape(num_patches, channels, frames, -1)
-    for channel in range(channels):
-        floats[:, channel] = table[channel][values[:, channel]]
+        out = np.empty((len(pixels), frames * vision.patch_values), dtype=np.float32)
+    _native.normalize(np.ascontiguousarray(pixels), table, frames, out)
     return out
 
 

@@ -1,0 +1,134 @@
+"""What does an image cost between its file and the pack's buffer?
+
+Of real images where they lie beside the checkout, of made-up photographs else: Pillow's decoding and
+resizing, which nobody gets around, and all of it (`images.load_patches`), by Pillow's and by torch's
+resize. Of two sizes in memory: transformers' PIL image processor. CPU only; one thread.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.harness import compare, time_ms
+from mmpack import VisionSpec, images
+from mmpack.types import ImageRef
+from mmpack.vision import BICUBIC
+
+SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+BY_TORCH = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280, resizer="torch")
+REALSET = Path(__file__).resolve().parents[2] / "shared" / "data" / "realset"
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Smooth colours with noise on top, which compresses like a photograph."""
+    rng = np.random.default_rng(height)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), resample=BICUBIC), dtype=np.int16)
+    noisy = smooth + rng.integers(-8, 9, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def encoded_images(number: int) -> list[ImageRef]:
+    """Bytes, so that no disk is measured."""
+    if REALSET.is_dir():
+        lines = (REALSET / "image_meta.jsonl").read_text(encoding="utf-8").splitlines()
+        paths = [REALSET / json.loads(line)["path"] for line in lines]
+        return [ImageRef(p.name, p.read_bytes()) for p in random.Random(0).sample(paths, number)]
+    refs = []
+    for n in range(number):
+        buffer = io.BytesIO()
+        photograph(360 + 40 * (n % 12), 480 + 56 * (n % 9)).save(buffer, "JPEG" if n % 2 else "PNG")
+        refs.append(ImageRef(f"photograph {n}", buffer.getvalue()))
+    return refs
+
+
+def decode_and_resize(image: ImageRef, spec: VisionSpec) -> Image.Image:
+    """What a processor by Pillow cannot do without: RGB of the planned size."""
+    opened = Image.open(io.BytesIO(image.data))
+    height, width = spec.smart_resize(opened.height, opened.width)
+    return images._to_rgb(opened).resize((width, height), resample=BICUBIC)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+def test_files(benchmark, recorder, quick):
+    """All images one after the other; per-image milliseconds."""
+    refs = encoded_images(24 if quick else 400)
+    grids = [SPEC.image_grid(*images.probe(ref)) for ref in refs]
+    buffer = np.empty((max(h * w for _, h, w in grids), SPEC.patch_values), dtype=np.uint8)
+
+    def load(spec):
+        for ref, grid in zip(refs, grids):
+            images.load_patches(ref, grid, spec, out=buffer[: grid[1] * grid[2]])
+
+    candidates = {
+        "Pillow's decode and resize": lambda: [decode_and_resize(ref, SPEC) for ref in refs],
+        "mmpack": partial(load, SPEC),
+        "mmpack by torch": partial(load, BY_TORCH),
+    }
+    medians = {}
+    for name, values in time_ms(candidates, rounds=3 if quick else 7, warmup=1).items():
+        values = [ms / len(refs) for ms in values]
+        medians[name] = sorted(values)[len(values) // 2]
+        recorder.add(
+            "pixels", name, "a file", metric="time", unit="ms", values=values,
+            x=("images", len(refs)), config="real" if REALSET.is_dir() else "made up",
+        )  # fmt: skip
+    off = np.concatenate(
+        [
+            np.abs(
+                images.load_patches(ref, grid, SPEC).astype(np.int16)
+                - images.load_patches(ref, grid, BY_TORCH)
+            ).ravel()
+            for ref, grid in zip(refs[:200], grids)
+        ]
+    )
+    within = [round(float((off <= n).mean()), 4) for n in (0, 1)]
+    compare(benchmark, medians, "mmpack", torch_equal=within[0], torch_within_1=within[1])
+    print(f"\na file: {medians}; torch's resize: equal, within 1: {within}, at most {off.max()}")
+    benchmark.pedantic(candidates["mmpack"], rounds=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(448, 448), (768, 1024), (1080, 1920)])
+def test_a_picture(height, width, benchmark, recorder, quick):
+    """Of a decoded image: transformers' `pixel_values`, and ours as bytes and as floats."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    picture = photograph(height, width)
+    ref = ImageRef("picture", picture)
+    grid = SPEC.image_grid(height, width)
+    stock = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": SPEC.min_pixels, "longest_edge": SPEC.max_pixels}
+    )
+    patches = np.empty((grid[1] * grid[2], SPEC.patch_values), dtype=np.uint8)
+
+    def in_bytes(spec=SPEC):
+        return images.load_patches(ref, grid, spec, out=patches)
+
+    candidates = {
+        "transformers": lambda: stock(images=[picture], return_tensors="np")["pixel_values"],
+        "mmpack": in_bytes,
+        "mmpack float32": lambda: images.normalize_patches(in_bytes(), SPEC),
+        "mmpack by torch": partial(in_bytes, BY_TORCH),
+    }
+    floats, size = candidates["transformers"](), f"{width} x {height}"
+    assert np.array_equal(floats, candidates["mmpack float32"]())
+    medians = {}
+    for name, values in time_ms(candidates, rounds=5 if quick else 30, warmup=2).items():
+        medians[name] = sorted(values)[len(values) // 2]
+        num_bytes = {"transformers": floats, "mmpack float32": floats}.get(name, patches).nbytes
+        for metric, unit, figures in (("time", "ms", values), ("made", "B", [num_bytes])):
+            recorder.add(
+                "pixels", name, "a picture", metric=metric, unit=unit, values=figures,
+                x=("pixels", height * width), config=size,
+            )  # fmt: skip
+    compare(benchmark, medians, "mmpack", case=size)
+    print(f"\na picture of {size}: {medians}")
+    benchmark.pedantic(candidates["mmpack"], rounds=3)
