@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--model", help="folder of a model with its weights")
     train.add_argument("--config", help="config.json of a model to start with random weights")
     train.add_argument("--steps", type=int, help="optimizer steps; short for --max_steps")
+    train.add_argument(
+        "--on-bad-image",
+        choices=["raise", "drop"],
+        default="raise",
+        help="an image that can no longer be decoded: stop, or leave its row out of its pack",
+    )
     _add_data_options(train, required=False)
     train.set_defaults(run=_train)
 
@@ -122,6 +128,12 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--capacity", type=int, required=required, help="tokens a pack may hold")
     parser.add_argument("--patch-capacity", type=int, help="vision patches a pack may hold")
     parser.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
+    parser.add_argument(
+        "--resizer",
+        choices=["pillow", "torch"],
+        default="pillow",
+        help="pillow resizes bit for bit as transformers' PIL processor, torch faster",
+    )
     parser.add_argument(
         "--on-error", choices=["raise", "skip"], default="raise", help="what to do with a bad row"
     )
@@ -287,6 +299,7 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
 
     on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
     tokenizer, vision = load_processor(options.tokenizer, options.max_pixels)
+    vision = replace(vision, resizer=options.resizer)
     samples = read_samples(options.data, on_error=on_error, **_reading(options))
     encoded = encode_samples(
         samples,
@@ -347,6 +360,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
         for row in bad_rows:
             print(f"left out {row}", file=sys.stderr)
+    dataset.on_bad_image = options.on_bad_image
     model = load_model(options.model, options.config, args.seed)
     print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
     print(json.dumps(train(model, dataset, args)))
