@@ -34,7 +34,7 @@ void write_images(const Samples& samples, const PackBuffers& out) {
   std::int32_t frame = 0, patch = 0;
   auto* place = out.vision_position_ids.data();
   out.vision_cu_seqlens[0] = 0;
-  for (std::size_t image = 0; image < samples.markers.size(); ++image) {
+  for (std::size_t image = 0; image < samples.num_images(); ++image) {
     const auto [frames, height, width] = grid_of(samples, image);
     for (std::int64_t t = 0; t < frames; ++t) {
       const auto size = static_cast<std::int32_t>(height * width);
@@ -70,6 +70,11 @@ void sort_by_id(std::vector<std::uint64_t>& text, std::uint64_t largest) {
   }
 }
 
+bool ascend(std::span<const std::int32_t> offsets, std::size_t end) {
+  return !offsets.empty() && offsets.front() == 0 &&
+         offsets.back() == static_cast<std::int64_t>(end) && std::ranges::is_sorted(offsets);
+}
+
 std::int64_t longest(std::span<const std::int32_t> offsets) {
   std::int64_t most = 0;
   for (std::size_t s = 1; s < offsets.size(); ++s) {
@@ -86,23 +91,28 @@ PackSize measure(const Samples& samples) {
   require(n <= kMostRows, "a pack must have fewer than 2^31 tokens");
   require(samples.labels.size() == samples.input_ids.size(),
           "input_ids and labels must be of one length");
-  require(offsets.size() >= 2 && offsets.front() == 0 && offsets.back() == n &&
-              std::is_sorted(offsets.begin(), offsets.end()),
+  require(offsets.size() >= 2 && ascend(offsets, samples.input_ids.size()),
           "offsets must ascend from 0 to the number of input_ids");
-  require(3 * samples.markers.size() == samples.grid_thw.size(),
-          "markers and grid_thw must be of one length");
+  require(samples.grid_offsets.size() == offsets.size() &&
+              ascend(samples.grid_offsets, samples.num_images()),
+          "grid_offsets must be as many as offsets and ascend from 0 to the number of grids");
   require(samples.merge_size >= 1, "merge_size must be positive");
   for (const std::int32_t id : samples.input_ids) {
     require(id >= 0, "input_ids must not be negative");
   }
-  std::int64_t before = -1;
-  for (const std::int32_t marker : samples.markers) {
-    require(before < marker && marker < n, "markers must be places in input_ids, ascending");
-    before = marker;
+  for (std::size_t s = 0; s < samples.num_segments(); ++s) {
+    const auto* ids = samples.input_ids.data();
+    const auto markers = std::count(ids + offsets[s], ids + offsets[s + 1], samples.marker_id);
+    const auto grids = samples.grid_offsets[s + 1] - samples.grid_offsets[s];
+    if (markers != grids) {
+      throw std::invalid_argument("there must be a grid for every marker, got " +
+                                  std::to_string(markers) + " image markers, " +
+                                  std::to_string(grids) + " grids");
+    }
   }
 
   PackSize size{n, 0, 0, 0};
-  for (std::size_t image = 0; image < samples.markers.size(); ++image) {
+  for (std::size_t image = 0; image < samples.num_images(); ++image) {
     const Grid grid = grid_of(samples, image);
     if (std::min({grid.frames, grid.height, grid.width}) < 1 ||
         grid.height % samples.merge_size || grid.width % samples.merge_size) {
@@ -117,7 +127,7 @@ PackSize measure(const Samples& samples) {
     size.frames += grid.frames;
     size.features += grid.patches() / samples.merge_size / samples.merge_size;
   }
-  size.tokens += size.features - static_cast<std::int64_t>(samples.markers.size());
+  size.tokens += size.features - static_cast<std::int64_t>(samples.num_images());
   require(size.tokens <= kMostRows, "a pack must have fewer than 2^31 tokens");
   return size;
 }
@@ -136,7 +146,7 @@ PackCounts assemble(const Samples& samples, const PackBuffers& out) {
     std::int64_t position = 0;  // M-RoPE position of the next token
     for (std::int32_t n = samples.offsets[segment]; n < samples.offsets[segment + 1]; ++n) {
       const std::int64_t id = samples.input_ids[n];
-      if (image == samples.markers.size() || n != samples.markers[image]) {
+      if (id != samples.marker_id) {
         // nothing predicts a segment's first token
         const std::int64_t label = token == begin ? kIgnore : samples.labels[n];
         out.input_ids[token] = id;

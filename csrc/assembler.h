@@ -1,8 +1,7 @@
 // One pack from its samples: markers expanded, positions, and every index a training step needs.
 //
 // What mmpack/reference.py specifies, bit for bit, written once into the caller's memory. A marker
-// is a place, and its grid says how often the id there stands in the pack: which id that is, and
-// where grids come from, is nobody's business here.
+// is a token of one id, and its grid says how often it stands in the pack.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +17,12 @@ constexpr std::int64_t kMaxRun = 32;  // tokens of one id in a run of text_id_of
 struct Samples {
   std::span<const std::int32_t> input_ids, labels;  // (n,), one marker per image
   std::span<const std::int32_t> offsets;            // (S + 1,) of the samples in them
-  std::span<const std::int32_t> markers;            // (I,) their places, ascending
-  std::span<const std::int32_t> grid_thw;           // (I, 3) patches
-  std::int64_t merge_size;
+  std::span<const std::int32_t> grid_thw;           // (I, 3) patches, in marker order
+  std::span<const std::int32_t> grid_offsets;       // (S + 1,) of the samples in it
+  std::int64_t marker_id, merge_size;
 
   std::size_t num_segments() const { return offsets.size() - 1; }
+  std::size_t num_images() const { return grid_thw.size() / 3; }
 };
 
 // What they take in a pack.

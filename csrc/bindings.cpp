@@ -132,36 +132,41 @@ py::tuple plan(const py::array& num_tokens, std::int64_t capacity,
 }
 
 mmpack::Samples view_samples(const py::array& input_ids, const py::array& labels,
-                             const py::array& offsets, const py::array& markers,
-                             const py::array& grid_thw, std::int64_t merge_size) {
+                             const py::array& offsets, const py::array& grid_thw,
+                             const py::array& grid_offsets, std::int64_t marker_id,
+                             std::int64_t merge_size) {
   return {view<std::int32_t>(input_ids, "input_ids", {kAny}),
           view<std::int32_t>(labels, "labels", {kAny}),
           view<std::int32_t>(offsets, "offsets", {kAny}),
-          view<std::int32_t>(markers, "markers", {kAny}),
           view<std::int32_t>(grid_thw, "grid_thw", {kAny, 3}),
+          view<std::int32_t>(grid_offsets, "grid_offsets", {kAny}),
+          marker_id,
           merge_size};
 }
 
 py::tuple measure(const py::array& input_ids, const py::array& labels, const py::array& offsets,
-                  const py::array& markers, const py::array& grid_thw, std::int64_t merge_size) {
-  const auto samples = view_samples(input_ids, labels, offsets, markers, grid_thw, merge_size);
+                  const py::array& grid_thw, const py::array& grid_offsets, std::int64_t marker_id,
+                  std::int64_t merge_size) {
+  const auto samples =
+      view_samples(input_ids, labels, offsets, grid_thw, grid_offsets, marker_id, merge_size);
   const auto [tokens, features, frames, patches] = mmpack::measure(samples);
   return py::make_tuple(tokens, features, frames, patches);
 }
 
 py::tuple assemble(const py::array& input_ids, const py::array& labels, const py::array& offsets,
-                   const py::array& markers, const py::array& grid_thw, std::int64_t merge_size,
-                   const py::dict& out) {
-  const auto samples = view_samples(input_ids, labels, offsets, markers, grid_thw, merge_size);
+                   const py::array& grid_thw, const py::array& grid_offsets, std::int64_t marker_id,
+                   std::int64_t merge_size, const py::dict& out) {
+  const auto samples =
+      view_samples(input_ids, labels, offsets, grid_thw, grid_offsets, marker_id, merge_size);
   const auto [T, F, frames, P] = mmpack::measure(samples);
   const auto S = static_cast<std::int64_t>(samples.num_segments());
-  const auto I = static_cast<std::int64_t>(samples.markers.size());
+  const auto I = static_cast<std::int64_t>(samples.num_images());
   Outputs outputs(out);
   outputs.keep_apart(samples.input_ids, "input_ids");
   outputs.keep_apart(samples.labels, "labels");
   outputs.keep_apart(samples.offsets, "offsets");
-  outputs.keep_apart(samples.markers, "markers");
   outputs.keep_apart(samples.grid_thw, "grid_thw");
+  outputs.keep_apart(samples.grid_offsets, "grid_offsets");
   const mmpack::PackBuffers buffers{
       .input_ids = outputs.take<std::int64_t>("input_ids", {T}),
       .labels = outputs.take<std::int64_t>("labels", {T}),
@@ -236,10 +241,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");
   m.def("measure", &measure, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("markers"), py::arg("grid_thw"), py::arg("merge_size"),
+        py::arg("grid_thw"), py::arg("grid_offsets"), py::arg("marker_id"), py::arg("merge_size"),
         "(tokens, features, frames, patches) of the samples in a pack; see csrc/assembler.h.");
   m.def("assemble", &assemble, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("markers"), py::arg("grid_thw"), py::arg("merge_size"), py::arg("out"),
+        py::arg("grid_thw"), py::arg("grid_offsets"), py::arg("marker_id"), py::arg("merge_size"), py::arg("out"),
         "Writes a pack into the arrays of `out`; (supervised, runs, tiles, vision_tiles, max_seqlen, "
         "vision_max_seqlen), how much of them it took. See csrc/assembler.h.");
   m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),

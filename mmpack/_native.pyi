@@ -17,16 +17,18 @@ def measure(
     input_ids: NDArray[np.int32],
     labels: NDArray[np.int32],
     offsets: NDArray[np.int32],
-    markers: NDArray[np.int32],
     grid_thw: NDArray[np.int32],
+    grid_offsets: NDArray[np.int32],
+    marker_id: int,
     merge_size: int,
 ) -> tuple[int, int, int, int]: ...
 def assemble(
     input_ids: NDArray[np.int32],
     labels: NDArray[np.int32],
     offsets: NDArray[np.int32],
-    markers: NDArray[np.int32],
     grid_thw: NDArray[np.int32],
+    grid_offsets: NDArray[np.int32],
+    marker_id: int,
     merge_size: int,
     out: dict[str, NDArray[Any]],
 ) -> tuple[int, int, int, int, int, int]: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ from mmpack.types import EncodedSample, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
 # Samples one after the other, as the core reads them: input_ids (n,), labels (n,), offsets (S + 1,),
-# markers (I,), grid_thw (I, 3), merge_size.
-_Joined = tuple[Int32, Int32, Int32, Int32, Int32, int]
+# grid_thw (I, 3), grid_offsets (S + 1,), marker_id, merge_size.
+_Joined = tuple[Int32, Int32, Int32, Int32, Int32, int, int]
 
 
 def assemble(
@@ -73,28 +74,26 @@ def _measure(samples: Sequence[EncodedSample]) -> tuple[_Joined, tuple[int, int,
 
 def _join(samples: Sequence[EncodedSample]) -> _Joined:
     vision = samples[0].vision
-    input_ids = np.concatenate([sample.input_ids for sample in samples])
-    offsets = np.cumsum([0, *[len(sample.input_ids) for sample in samples]], dtype=np.int32)
-    markers = np.flatnonzero(input_ids == vision.image_token_id).astype(np.int32)
-    num_markers = np.diff(np.searchsorted(markers, offsets)).tolist()
-    for sample, found in zip(samples, num_markers):
-        if found != len(sample.grid_thw):
-            raise ValueError(
-                f"{_where(sample)}: {found} image markers, {len(sample.grid_thw)} grids"
-            )
-        if len(sample.labels) != len(sample.input_ids):
-            raise ValueError(
-                f"{_where(sample)}: {len(sample.labels)} labels, {len(sample.input_ids)} input_ids"
-            )
-    labels = np.concatenate([sample.labels for sample in samples])
-    grid_thw = np.concatenate([sample.grid_thw for sample in samples])
-    return input_ids, labels, offsets, markers, grid_thw, vision.merge_size
+    num_ids = [len(sample.input_ids) for sample in samples]
+    num_grids = [len(sample.grid_thw) for sample in samples]
+    for sample, n in zip(samples, num_ids):
+        if len(sample.labels) != n:
+            raise ValueError(f"{_where(sample)}: {len(sample.labels)} labels, {n} input_ids")
+    return (
+        np.concatenate([sample.input_ids for sample in samples]),
+        np.concatenate([sample.labels for sample in samples]),
+        np.array([*accumulate(num_ids, initial=0)], dtype=np.int32),
+        np.concatenate([sample.grid_thw for sample in samples]),
+        np.array([*accumulate(num_grids, initial=0)], dtype=np.int32),
+        vision.image_token_id,
+        vision.merge_size,
+    )
 
 
 def _assemble_native(joined: _Joined, size: tuple[int, int, int, int], vision: VisionSpec) -> Pack:
-    offsets, markers = joined[2:4]
+    offsets, grid_thw = joined[2:4]
     T, F, frames, P = size
-    S, I, text = len(offsets) - 1, len(markers), T - F
+    S, I, text = len(offsets) - 1, len(grid_thw), T - F
     int64: dict[str, tuple[int, ...]] = {
         "input_ids": (T,),
         "labels": (T,),
