@@ -7,8 +7,15 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mmpack._native",
-            ["csrc/balance.cpp", "csrc/bindings.cpp", "csrc/patchify.cpp", "csrc/planner.cpp"],
+            [
+                "csrc/assembler.cpp",
+                "csrc/balance.cpp",
+                "csrc/bindings.cpp",
+                "csrc/patchify.cpp",
+                "csrc/planner.cpp",
+            ],
             depends=[
+                "csrc/assembler.h",
                 "csrc/balance.h",
                 "csrc/levels.h",
                 "csrc/open_bins.h",
@@ -17,7 +24,8 @@ setup(
                 "csrc/random.h",
             ],
             cxx_std=20,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            # no fused multiply-add: a plan is the same on every machine
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
         )
     ]
 )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mmpack import VisionSpec
+
 
 def transformers_insertion(
     input_ids_T: torch.Tensor,
@@ -59,6 +61,55 @@ def per_image_attention(
         for parts in zip(*(x.split(lengths) for x in (q_PHK, k, v)))
     ]
     return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def rope_index_model(vision: VisionSpec) -> Any:
+    """A `Qwen2VLModel` that knows where its ids are and is otherwise as small as can be."""
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    return Qwen2VLModel(
+        Qwen2VLConfig(
+            text_config={
+                **text,
+                **heads,
+                **rope,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "pad_token_id": 0,
+            },
+            vision_config={"depth": 1, "embed_dim": 8, "hidden_size": 8, "num_heads": 1},
+            image_token_id=vision.image_token_id,
+            video_token_id=vision.video_token_id,
+            vision_start_token_id=vision.vision_start_token_id,
+            vision_end_token_id=vision.vision_end_token_id,
+        )
+    )
+
+
+def rope_index_pack(
+    model: Any, samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """A packed row of expanded samples (input_ids, labels, image_grid_thw) as a collator makes it of
+    transformers' parts (5.23): `get_rope_index` on each sample with images, all of it joined."""
+    positions = []
+    for ids, _, grids in samples:
+        places = torch.arange(len(ids)).expand(4, -1)
+        if len(grids):  # of text alone all four rows are the same
+            is_image = (ids == model.config.image_token_id).int()[None]
+            rope, _ = model.get_rope_index(ids[None], is_image, image_grid_thw=grids)
+            places = torch.cat([places[:1], rope[:, 0]])
+        positions.append(places)
+    lengths = torch.tensor([0, *[len(ids) for ids, _, _ in samples]])
+    return {
+        "input_ids": torch.cat([ids for ids, _, _ in samples]),
+        "labels": torch.cat([labels for _, labels, _ in samples]),
+        "position_ids": torch.cat(positions, dim=1),
+        "image_grid_thw": torch.cat([grids for _, _, grids in samples]),
+        "cu_seqlens": lengths.cumsum(0, dtype=torch.int32),
+    }
 
 
 def conv3d_patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "assembler.h"
 #include "balance.h"
 #include "patchify.h"
 #include "planner.h"
@@ -15,54 +19,120 @@ namespace py = pybind11;
 
 namespace {
 
-using Int64Array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+constexpr std::int64_t kMost = std::int64_t{1} << 60;  // of all samples together: sums stay exact
+constexpr py::ssize_t kAny = -1;                       // an extent that may be any
 
 constexpr std::int64_t kMostPixels = std::int64_t{1} << 20;  // of a side
-constexpr std::int64_t kMostCost = std::int64_t{1} << 62;  // of all samples together
 
-std::span<const std::int64_t> view(const Int64Array& array, const char* name) {
-  if (array.ndim() != 1)
-    throw std::invalid_argument(std::string(name) + " must have one dimension");
-  return {array.data(), static_cast<std::size_t>(array.size())};
+using Shape = std::initializer_list<py::ssize_t>;
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+bool has_shape(const py::array& array, Shape shape) {
+  return std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim(),
+                    [](py::ssize_t wanted, py::ssize_t is) { return wanted == kAny || wanted == is; });
+}
+
+std::string to_text(Shape shape) {
+  std::string text;
+  for (const py::ssize_t extent : shape) {
+    text += (text.empty() ? "" : ", ") + (extent == kAny ? "any" : std::to_string(extent));
+  }
+  return "(" + text + ")";
+}
+
+// The elements of an array of this type and shape and no other: nothing is converted.
+template <typename T>
+std::span<const T> view(const py::array& array, const char* name, Shape shape) {
+  if (!py::isinstance<py::array_t<T>>(array) || !has_shape(array, shape)) {
+    refuse(std::string(name) + " must be " + std::string(py::str(py::dtype::of<T>())) + " of shape " +
+           to_text(shape) + ", got " + std::string(py::str(array.dtype())) + " of shape " +
+           std::string(py::str(array.attr("shape"))));
+  }
+  constexpr int kPlain = int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
+  if ((array.flags() & kPlain) != kPlain) {
+    refuse(std::string(name) + " must be contiguous and aligned");
+  }
+  return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
+}
+
+template <typename T>
+std::span<T> writable(const py::array& array, const char* name, Shape shape) {
+  const auto values = view<T>(array, name, shape);
+  if (!array.writeable()) refuse(std::string(name) + " must be writable");
+  return {const_cast<T*>(values.data()), values.size()};
+}
+
+// The caller's arrays to write into, by name. None may share memory with another or with what is
+// read: a result would become an argument that nobody has checked.
+class Outputs {
+ public:
+  explicit Outputs(const py::dict& arrays) : arrays_(arrays) {}
+
+  template <typename T>
+  void keep_apart(std::span<const T> values, const char* name) {
+    const auto *begin = reinterpret_cast<const char*>(values.data()),
+               *end = begin + values.size_bytes();
+    const std::less<const char*> before;
+    for (const auto& [other_begin, other_end] : taken_) {
+      if (before(begin, other_end) && before(other_begin, end)) {
+        refuse(std::string(name) + " must not share memory with another array");
+      }
+    }
+    if (begin != end) taken_.emplace_back(begin, end);
+  }
+
+  template <typename T>
+  std::span<T> take(const char* name, Shape shape) {
+    const py::object item = arrays_.attr("get")(name);
+    if (!py::isinstance<py::array>(item)) refuse(std::string(name) + " must be a numpy array");
+    const py::array array = py::reinterpret_borrow<py::array>(item);
+    const auto values = writable<T>(array, name, shape);
+    keep_apart(std::span<const T>(values), name);
+    return values;
+  }
+
+ private:
+  const py::dict& arrays_;
+  std::vector<std::pair<const char*, const char*>> taken_;
+};
+
+template <typename T>
+py::array_t<T> to_numpy(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
 void check_sizes(std::span<const std::int64_t> sizes, std::int64_t capacity, const char* name) {
+  std::int64_t total = 0;
   for (const std::int64_t size : sizes) {
-    if (size < 0 || size > capacity) {
-      throw std::invalid_argument(std::string(name) + " must lie in [0, " +
-                                  std::to_string(capacity) + "], got " + std::to_string(size));
+    if (size < 0 || size > capacity || size > kMost - total) {
+      refuse(std::string(name) + " must lie in [0, " + std::to_string(capacity) +
+             "], their sum in [0, 2^60], got " + std::to_string(size));
     }
+    total += size;
   }
 }
 
-Int64Array to_numpy(const std::vector<std::int64_t>& values) {
-  return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
-py::tuple plan(const Int64Array& num_tokens, std::int64_t capacity,
-               const std::optional<Int64Array>& num_patches, std::int64_t patch_capacity,
-               const std::optional<Int64Array>& costs, std::uint64_t seed) {
-  const auto tokens = view(num_tokens, "num_tokens");
-  const auto patches =
-      num_patches ? view(*num_patches, "num_patches") : std::span<const std::int64_t>();
-  const auto cost = costs ? view(*costs, "costs") : std::span<const std::int64_t>();
-  if (num_patches && patches.size() != tokens.size()) {
-    throw std::invalid_argument("num_tokens and num_patches must be of one length");
-  }
-  if (costs && cost.size() != tokens.size()) {
-    throw std::invalid_argument("num_tokens and costs must be of one length");
-  }
+py::tuple plan(const py::array& num_tokens, std::int64_t capacity,
+               const std::optional<py::array>& num_patches, std::int64_t patch_capacity,
+               const std::optional<py::array>& costs, std::uint64_t seed) {
+  using Values = std::span<const std::int64_t>;
+  const Values tokens = view<std::int64_t>(num_tokens, "num_tokens", {kAny});
+  const Shape shape = {static_cast<py::ssize_t>(tokens.size())};
+  const Values patches = num_patches ? view<std::int64_t>(*num_patches, "num_patches", shape) : Values();
+  const Values cost = costs ? view<std::int64_t>(*costs, "costs", shape) : Values();
   if (!num_patches) patch_capacity = 0;
+  if (capacity < 1 || capacity > kMost || patch_capacity < 0 || patch_capacity > kMost) {
+    refuse("capacities must be positive and at most 2^60");
+  }
   mmpack::Plan plan;
   {
     py::gil_scoped_release release;
     check_sizes(tokens, capacity, "num_tokens");
     check_sizes(patches, patch_capacity, "num_patches");
-    std::int64_t total = 0;
-    for (const std::int64_t c : cost) {
-      if (c < 0 || c > kMostCost - total)
-        throw std::invalid_argument("costs must lie in [0, 2^62], their sum too");
-      total += c;
+    check_sizes(cost, kMost, "costs");
+    if (costs && std::ranges::all_of(cost, [](std::int64_t c) { return c == 0; })) {
+      refuse("costs must not all be zero");
     }
     const mmpack::Sizes sizes{tokens, capacity, patches, patch_capacity};
     plan = costs ? mmpack::balance(sizes, cost, seed) : mmpack::best_fit_decreasing(sizes, seed);
@@ -72,66 +142,145 @@ py::tuple plan(const Int64Array& num_tokens, std::int64_t capacity,
 
 void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
               const py::array& patches) {
-  const auto is_bytes = [](const py::array& array) {
-    return array.dtype().kind() == 'u' && array.itemsize() == 1;
-  };
-  if (!is_bytes(pixels) || pixels.ndim() != 3)
-    throw std::invalid_argument("pixels must be uint8 (height, width, channels)");
+  if (!py::isinstance<py::array_t<std::uint8_t>>(pixels) || pixels.ndim() != 3)
+    refuse("pixels must be uint8 (height, width, channels)");
   if (patch < 1 || merge < 1 || patch > kMostPixels || merge > kMostPixels)
-    throw std::invalid_argument("patch and merge must be positive pixels and patches");
+    refuse("patch and merge must be positive numbers of pixels and patches");
   const std::int64_t height = pixels.shape(0), width = pixels.shape(1), channels = pixels.shape(2);
   const std::int64_t block = patch * merge;
   if (height % block || width % block) {
-    throw std::invalid_argument("pixels of " + std::to_string(height) + " x " +
-                                std::to_string(width) + " are no multiple of " +
-                                std::to_string(block));
+    refuse("pixels of " + std::to_string(height) + " x " + std::to_string(width) +
+           " are no multiple of " + std::to_string(block));
   }
   const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge};
-  if (!is_bytes(patches) || patches.ndim() != 2 || patches.shape(0) != grid.grid_h * grid.grid_w ||
-      patches.shape(1) != channels * patch * patch) {
-    throw std::invalid_argument("patches must be uint8 (" + std::to_string(grid.grid_h * grid.grid_w) +
-                                ", " + std::to_string(channels * patch * patch) + ")");
-  }
-  if (!patches.writeable() || !(patches.flags() & py::array::c_style))
-    throw std::invalid_argument("patches must be contiguous and writeable");
   const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), pixels.strides(0),
                                 pixels.strides(1), pixels.strides(2), channels};
-  auto* out = static_cast<std::uint8_t*>(py::array(patches).mutable_data());
+  const auto out = writable<std::uint8_t>(patches, "patches",
+                                          {grid.grid_h * grid.grid_w, channels * patch * patch});
   py::gil_scoped_release release;
-  mmpack::patchify(picture, grid, out);
+  mmpack::patchify(picture, grid, out.data());
 }
 
 void normalize(const py::array& patches, const py::array& table, std::int64_t frames,
                const py::array& values) {
-  const auto is = [](const py::array& array, char kind, py::ssize_t itemsize) {
-    return array.dtype().kind() == kind && array.itemsize() == itemsize &&
-           (array.flags() & py::array::c_style);
-  };
-  if (!is(patches, 'u', 1) || patches.ndim() != 2)
-    throw std::invalid_argument("patches must be contiguous uint8 (P, C * p * p)");
-  if (!is(table, 'f', 4) || table.ndim() != 2 || table.shape(1) != 256 || table.shape(0) < 1)
-    throw std::invalid_argument("table must be contiguous float32 (C, 256)");
-  const std::int64_t channels = table.shape(0), pixels = patches.shape(1) / channels;
-  if (patches.shape(1) % channels)
-    throw std::invalid_argument("patches must hold equally many bytes of every channel");
-  if (frames < 1 || frames > kMostPixels) throw std::invalid_argument("frames must be positive");
-  if (!is(values, 'f', 4) || values.ndim() != 2 || values.shape(0) != patches.shape(0) ||
-      values.shape(1) != patches.shape(1) * frames || !values.writeable()) {
-    throw std::invalid_argument(
-        "values must be contiguous, writeable float32 (P, C * frames * p * p)");
-  }
-  const auto* bytes = static_cast<const std::uint8_t*>(patches.data());
-  const auto* floats = static_cast<const float*>(table.data());
-  auto* out = static_cast<float*>(py::array(values).mutable_data());
-  const std::int64_t num_patches = patches.shape(0);
+  const auto bytes = view<std::uint8_t>(patches, "patches", {kAny, kAny});
+  const auto floats = view<float>(table, "table", {kAny, 256});
+  const py::ssize_t num_patches = patches.shape(0), width = patches.shape(1);
+  const py::ssize_t channels = table.shape(0);
+  if (!channels || width % channels) refuse("patches must have equally many bytes of every channel");
+  if (frames < 1 || frames > kMostPixels) refuse("frames must be positive");
+  const auto out = writable<float>(values, "values", {num_patches, width * frames});
   py::gil_scoped_release release;
-  mmpack::normalize(bytes, num_patches, channels, pixels, frames, floats, out);
+  mmpack::normalize(bytes.data(), num_patches, channels, width / channels, frames, floats.data(),
+                    out.data());
+}
+
+mmpack::Samples view_samples(const py::array& input_ids, const py::array& labels,
+                             const py::array& offsets, const py::array& grid_thw,
+                             const py::array& grid_offsets, std::int64_t marker_id,
+                             std::int64_t merge_size) {
+  return {view<std::int32_t>(input_ids, "input_ids", {kAny}),
+          view<std::int32_t>(labels, "labels", {kAny}),
+          view<std::int32_t>(offsets, "offsets", {kAny}),
+          view<std::int32_t>(grid_thw, "grid_thw", {kAny, 3}),
+          view<std::int32_t>(grid_offsets, "grid_offsets", {kAny}),
+          marker_id,
+          merge_size};
+}
+
+py::tuple measure(const py::array& input_ids, const py::array& labels, const py::array& offsets,
+                  const py::array& grid_thw, const py::array& grid_offsets, std::int64_t marker_id,
+                  std::int64_t merge_size) {
+  const auto samples =
+      view_samples(input_ids, labels, offsets, grid_thw, grid_offsets, marker_id, merge_size);
+  const auto [tokens, features, frames, patches] = mmpack::measure(samples);
+  return py::make_tuple(tokens, features, frames, patches);
+}
+
+py::tuple assemble(const py::array& input_ids, const py::array& labels, const py::array& offsets,
+                   const py::array& grid_thw, const py::array& grid_offsets, std::int64_t marker_id,
+                   std::int64_t merge_size, const py::dict& out) {
+  const auto samples =
+      view_samples(input_ids, labels, offsets, grid_thw, grid_offsets, marker_id, merge_size);
+  const auto [T, F, frames, P] = mmpack::measure(samples);
+  const auto S = static_cast<std::int64_t>(samples.num_segments());
+  const auto I = static_cast<std::int64_t>(samples.num_images());
+  Outputs outputs(out);
+  outputs.keep_apart(samples.input_ids, "input_ids");
+  outputs.keep_apart(samples.labels, "labels");
+  outputs.keep_apart(samples.offsets, "offsets");
+  outputs.keep_apart(samples.grid_thw, "grid_thw");
+  outputs.keep_apart(samples.grid_offsets, "grid_offsets");
+  const mmpack::PackBuffers buffers{
+      .input_ids = outputs.take<std::int64_t>("input_ids", {T}),
+      .labels = outputs.take<std::int64_t>("labels", {T}),
+      .position_ids = outputs.take<std::int64_t>("position_ids", {4, T}),
+      .cu_seqlens = outputs.take<std::int32_t>("cu_seqlens", {S + 1}),
+      .segment_ids = outputs.take<std::int32_t>("segment_ids", {T}),
+      .tiles = outputs.take<std::int32_t>("tiles", {mmpack::most_tiles(T, S), 4}),
+      .feature_index = outputs.take<std::int32_t>("feature_index", {T}),
+      .feature_token = outputs.take<std::int32_t>("feature_token", {F}),
+      .text_order = outputs.take<std::int32_t>("text_order", {T - F}),
+      .text_id_offsets = outputs.take<std::int32_t>("text_id_offsets", {T - F + 1}),
+      .supervised_index = outputs.take<std::int32_t>("supervised_index", {T - F}),
+      .grid_thw = outputs.take<std::int64_t>("grid_thw", {I, 3}),
+      .vision_cu_seqlens = outputs.take<std::int32_t>("vision_cu_seqlens", {frames + 1}),
+      .vision_segment_ids = outputs.take<std::int32_t>("vision_segment_ids", {P}),
+      .vision_tiles =
+          outputs.take<std::int32_t>("vision_tiles", {mmpack::most_tiles(P, frames), 4}),
+      .vision_position_ids = outputs.take<std::int64_t>("vision_position_ids", {P, 2}),
+  };
+  mmpack::PackCounts counts;
+  {
+    py::gil_scoped_release release;
+    counts = mmpack::assemble(samples, buffers);
+  }
+  return py::make_tuple(counts.supervised, counts.runs, counts.tiles, counts.vision_tiles,
+                        counts.max_seqlen, counts.vision_max_seqlen);
+}
+
+py::array_t<std::int32_t> attention_tiles(const py::array& offsets, bool causal) {
+  const auto values = view<std::int32_t>(offsets, "offsets", {kAny});
+  if (values.empty() || values.front() != 0 || !std::ranges::is_sorted(values)) {
+    refuse("offsets must ascend from 0");
+  }
+  const auto segments = static_cast<std::int64_t>(values.size()) - 1;
+  std::vector<std::int32_t> tiles(4 * mmpack::most_tiles(values.back(), segments));
+  std::int64_t count;
+  {
+    py::gil_scoped_release release;
+    count = mmpack::attention_tiles(values, causal, tiles);
+  }
+  return py::array_t<std::int32_t>({count, std::int64_t{4}}, tiles.data());
+}
+
+py::tuple text_by_id(const py::array& input_ids, const py::array& feature_index) {
+  const auto ids = view<std::int64_t>(input_ids, "input_ids", {kAny});
+  const Shape shape = {static_cast<py::ssize_t>(ids.size())};
+  const auto features = view<std::int32_t>(feature_index, "feature_index", shape);
+  constexpr std::int64_t kMostId = std::int64_t{1} << 31;
+  if (static_cast<std::int64_t>(ids.size()) >= kMostId) refuse("input_ids must be fewer than 2^31");
+  std::vector<std::int32_t> order, offsets;
+  {
+    py::gil_scoped_release release;
+    std::vector<std::uint64_t> text;
+    for (std::size_t t = 0; t < ids.size(); ++t) {
+      if (features[t] >= 0) continue;
+      if (ids[t] < 0 || ids[t] >= kMostId) refuse("input_ids must lie in [0, 2^31)");
+      text.push_back(static_cast<std::uint64_t>(ids[t]) << 32 | t);
+    }
+    order.resize(text.size());
+    offsets.resize(text.size() + 1);
+    offsets.resize(mmpack::text_by_id(std::move(text), order, offsets) + 1);
+  }
+  return py::make_tuple(to_numpy(order), to_numpy(offsets));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "mmpack's C++ core; see csrc/.";
+  m.attr("TILE") = mmpack::kTile;
   m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
         py::arg("patches"), "Writes the patches of one picture; see csrc/patchify.h.");
   m.def("normalize", &normalize, py::arg("patches"), py::arg("table"), py::arg("frames"),
@@ -139,4 +288,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");
+  m.def("measure", &measure, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
+        py::arg("grid_thw"), py::arg("grid_offsets"), py::arg("marker_id"), py::arg("merge_size"),
+        "(tokens, features, frames, patches) of the samples in a pack; see csrc/assembler.h.");
+  m.def("assemble", &assemble, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
+        py::arg("grid_thw"), py::arg("grid_offsets"), py::arg("marker_id"), py::arg("merge_size"), py::arg("out"),
+        "Writes a pack into the arrays of `out`; (supervised, runs, tiles, vision_tiles, max_seqlen, "
+        "vision_max_seqlen), how much of them it took. See csrc/assembler.h.");
+  m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),
+        "(n, 4) int32; see csrc/assembler.h.");
+  m.def("text_by_id", &text_by_id, py::arg("input_ids"), py::arg("feature_index"),
+        "(text_order, text_id_offsets), int32; see csrc/assembler.h.");
 }

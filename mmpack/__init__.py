@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+try:
+    from mmpack import _native as _native
+except ImportError as error:
+    raise ImportError(
+        "mmpack's C++ core is not built; run: pip install --no-build-isolation --no-deps -e ."
+    ) from error
+
 from mmpack.assemble import assemble
 from mmpack.encode import encode_sample
 from mmpack.plan import plan_packs

@@ -1,5 +1,9 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+TILE: int
 
 def patchify(
     pixels: NDArray[np.uint8], patch: int, merge: int, patches: NDArray[np.uint8]
@@ -18,3 +22,26 @@ def plan(
     costs: NDArray[np.int64] | None,
     seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def measure(
+    input_ids: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    offsets: NDArray[np.int32],
+    grid_thw: NDArray[np.int32],
+    grid_offsets: NDArray[np.int32],
+    marker_id: int,
+    merge_size: int,
+) -> tuple[int, int, int, int]: ...
+def assemble(
+    input_ids: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    offsets: NDArray[np.int32],
+    grid_thw: NDArray[np.int32],
+    grid_offsets: NDArray[np.int32],
+    marker_id: int,
+    merge_size: int,
+    out: dict[str, NDArray[Any]],
+) -> tuple[int, int, int, int, int, int]: ...
+def attention_tiles(offsets: NDArray[np.int32], causal: bool) -> NDArray[np.int32]: ...
+def text_by_id(
+    input_ids: NDArray[np.int64], feature_index: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...

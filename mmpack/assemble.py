@@ -1,66 +1,152 @@
 """[EncodedSample] -> Pack: the samples of one bin become one flat row.
 
-The only door to assembly. `impl="reference"` runs the specification in `mmpack.reference`.
+The only door to assembly. `impl="reference"` runs the specification in `mmpack.reference`; by default
+the C++ core writes the same arrays, bit for bit (`csrc/assembler.h`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import numpy as np
 
-from mmpack import images
+from mmpack import _native, images
 from mmpack.errors import BadImageError
 from mmpack.types import EncodedSample, Int32, Int64, Pack
+from mmpack.vision import VisionSpec
+
+# Samples one after the other, as the core reads them: input_ids (n,), labels (n,), offsets (S + 1,),
+# grid_thw (I, 3), grid_offsets (S + 1,), marker_id, merge_size.
+_Joined = tuple[Int32, Int32, Int32, Int32, Int32, int, int]
 
 
 def assemble(
     samples: Sequence[EncodedSample],
     *,
     pixels: bool = True,
-    impl: Literal["reference"] = "reference",
-    empty: Callable[..., images.Patches] = np.empty,
+    impl: Literal["native", "reference"] = "native",
+    empty: Callable[..., Any] = np.empty,
 ) -> Pack:
     """Expand, concatenate and index the samples of one pack, and decode their images.
 
     Args:
         samples: at least one; all encoded with the same `VisionSpec`.
         pixels: decode the images; without, `Pack.pixels` is None.
-        impl: which implementation; there is one so far.
-        empty: makes the array the pixels are decoded into, called as `numpy.empty`.
+        impl: "native", or "reference" for the specification; the packs are equal.
+        empty: makes the arrays that the core and the decoder write, called as `numpy.empty`.
 
     Returns:
         The pack. Segment s is `samples[s]`; images are in marker order.
 
     Raises:
-        ValueError: no samples or different specs.
+        ValueError: no samples, different specs, or a sample whose arrays contradict each other.
         BadImageError: an image cannot be decoded to its planned grid; names file and row.
     """
-    if impl != "reference":
-        raise ValueError(f"impl must be 'reference', got {impl!r}")
+    if impl not in ("native", "reference"):
+        raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
     if not samples:
         raise ValueError("a pack needs at least one sample")
-    if any(sample.vision != samples[0].vision for sample in samples):
+    vision = samples[0].vision
+    if any(sample.vision is not vision and sample.vision != vision for sample in samples):
         raise ValueError("the samples of a pack were encoded with different VisionSpecs")
-    for sample in samples:
-        markers = int((sample.input_ids == sample.vision.image_token_id).sum())
-        if markers != len(sample.grid_thw):
-            raise ValueError(
-                f"{_where(sample)}: {markers} image markers, {len(sample.grid_thw)} grids"
-            )
-    from mmpack import reference  # here: planning does not need torch
+    joined, size = _measure(samples)
+    if impl == "native":
+        pack = _assemble_native(joined, size, vision, empty)
+    else:
+        from mmpack import reference  # here: planning does not need torch
 
-    pack = reference.assemble(samples)
+        pack = reference.assemble(samples)
     return replace(pack, pixels=_load_pixels(samples, pack, empty)) if pixels else pack
 
 
+def _measure(samples: Sequence[EncodedSample]) -> tuple[_Joined, tuple[int, int, int, int]]:
+    """The samples joined, and (tokens, features, frames, patches) of their pack."""
+    joined = _join(samples)
+    try:
+        return joined, _native.measure(*joined)
+    except ValueError as error:
+        if len(samples) == 1:
+            raise ValueError(f"{_where(samples[0])}: {error}") from None
+        for sample in samples:  # which of them?
+            _measure([sample])
+        raise
+
+
+def _join(samples: Sequence[EncodedSample]) -> _Joined:
+    vision = samples[0].vision
+    num_ids = [len(sample.input_ids) for sample in samples]
+    num_grids = [len(sample.grid_thw) for sample in samples]
+    for sample, n in zip(samples, num_ids):
+        if len(sample.labels) != n:
+            raise ValueError(f"{_where(sample)}: {len(sample.labels)} labels, {n} input_ids")
+    return (
+        np.concatenate([sample.input_ids for sample in samples]),
+        np.concatenate([sample.labels for sample in samples]),
+        np.array([*accumulate(num_ids, initial=0)], dtype=np.int32),
+        np.concatenate([sample.grid_thw for sample in samples]),
+        np.array([*accumulate(num_grids, initial=0)], dtype=np.int32),
+        vision.image_token_id,
+        vision.merge_size,
+    )
+
+
+def _assemble_native(
+    joined: _Joined,
+    size: tuple[int, int, int, int],
+    vision: VisionSpec,
+    empty: Callable[..., Any],
+) -> Pack:
+    offsets, grid_thw = joined[2:4]
+    T, F, frames, P = size
+    S, I, text = len(offsets) - 1, len(grid_thw), T - F
+    int64: dict[str, tuple[int, ...]] = {
+        "input_ids": (T,),
+        "labels": (T,),
+        "position_ids": (4, T),
+        "grid_thw": (I, 3),
+        "vision_position_ids": (P, 2),
+    }
+    int32: dict[str, tuple[int, ...]] = {
+        "cu_seqlens": (S + 1,),
+        "segment_ids": (T,),
+        "feature_index": (T,),
+        "feature_token": (F,),
+        "text_order": (text,),
+        "vision_cu_seqlens": (frames + 1,),
+        "vision_segment_ids": (P,),
+        # with room to spare: their lengths are known when they are written
+        "supervised_index": (text,),
+        "text_id_offsets": (text + 1,),
+        "tiles": (S + T // _native.TILE, 4),
+        "vision_tiles": (frames + P // _native.TILE, 4),
+    }
+    out: dict[str, Any] = {name: empty(shape, np.int64) for name, shape in int64.items()}
+    out |= {name: empty(shape, np.int32) for name, shape in int32.items()}
+    supervised, runs, tiles, vision_tiles, max_seqlen, vision_max_seqlen = _native.assemble(
+        *joined, out
+    )
+    out["supervised_index"] = out["supervised_index"][:supervised]
+    out["text_id_offsets"] = out["text_id_offsets"][: runs + 1]
+    out["tiles"] = out["tiles"][:tiles]
+    out["vision_tiles"] = out["vision_tiles"][:vision_tiles]
+    return Pack(
+        **out,
+        max_seqlen=max_seqlen,
+        vision_max_seqlen=vision_max_seqlen,
+        pixels=None,
+        vision=vision,
+    )
+
+
 def _load_pixels(
-    samples: Sequence[EncodedSample], pack: Pack, empty: Callable[..., images.Patches]
+    samples: Sequence[EncodedSample], pack: Pack, empty: Callable[..., Any]
 ) -> images.Patches:
     vision = pack.vision
-    pixels = empty((len(pack.vision_position_ids), vision.patch_values), dtype=np.uint8)
+    shape = (len(pack.vision_position_ids), vision.patch_values)
+    pixels: images.Patches = empty(shape, dtype=np.uint8)
     end = 0
     for segment, sample in enumerate(samples):
         if len(sample.images) != len(sample.grid_thw):
@@ -87,14 +173,14 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
     """Several packs as one, segments and images in order.
 
     Raises:
-        ValueError: the packs have different specs.
+        ValueError: no packs, or packs with different specs.
     """
+    if not packs:
+        raise ValueError("a batch needs at least one pack")
     if len(packs) == 1:
         return packs[0]
     if any(pack.vision != packs[0].vision for pack in packs):
         raise ValueError("the packs of a batch were made with different VisionSpecs")
-    from mmpack import reference
-
     tokens = _starts([len(pack.input_ids) for pack in packs])
     features = _starts([len(pack.feature_token) for pack in packs])
     patches = _starts([len(pack.vision_position_ids) for pack in packs])
@@ -102,7 +188,7 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
     feature_index = np.concatenate(
         [np.where(p.feature_index < 0, -1, p.feature_index + n) for p, n in zip(packs, features)]
     ).astype(np.int32)
-    text_order, text_id_offsets = reference.text_by_id(input_ids, feature_index)
+    text_order, text_id_offsets = _native.text_by_id(input_ids, feature_index)
     cu_seqlens = _join_offsets([pack.cu_seqlens for pack in packs], tokens)
     vision_cu_seqlens = _join_offsets([pack.vision_cu_seqlens for pack in packs], patches)
     pixels = [pack.pixels for pack in packs if pack.pixels is not None]
@@ -112,8 +198,8 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
         position_ids=np.concatenate([pack.position_ids for pack in packs], axis=1),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(pack.max_seqlen for pack in packs),
-        segment_ids=reference.segment_ids(cu_seqlens),
-        tiles=reference.attention_tiles(cu_seqlens, causal=True),
+        segment_ids=_segment_ids(cu_seqlens),
+        tiles=_native.attention_tiles(cu_seqlens, causal=True),
         feature_index=feature_index,
         feature_token=_shift([pack.feature_token for pack in packs], tokens),
         text_order=text_order,
@@ -122,8 +208,8 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
         grid_thw=np.concatenate([pack.grid_thw for pack in packs]),
         vision_cu_seqlens=vision_cu_seqlens,
         vision_max_seqlen=max(pack.vision_max_seqlen for pack in packs),
-        vision_segment_ids=reference.segment_ids(vision_cu_seqlens),
-        vision_tiles=reference.attention_tiles(vision_cu_seqlens, causal=False),
+        vision_segment_ids=_segment_ids(vision_cu_seqlens),
+        vision_tiles=_native.attention_tiles(vision_cu_seqlens, causal=False),
         vision_position_ids=np.concatenate([pack.vision_position_ids for pack in packs]),
         pixels=np.concatenate(pixels) if len(pixels) == len(packs) else None,
         vision=packs[0].vision,
@@ -142,3 +228,7 @@ def _shift(arrays: Sequence[Int32], by: Int64) -> Int32:
 def _join_offsets(offsets: Sequence[Int32], starts: Int64) -> Int32:
     rest = [array[1:] for array in offsets]
     return np.concatenate([[0], _shift(rest, starts)]).astype(np.int32)
+
+
+def _segment_ids(offsets: Int32) -> Int32:
+    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))

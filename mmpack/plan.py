@@ -14,14 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mmpack import _native
 from mmpack.types import Int64, PackPlan
-
-try:
-    from mmpack import _native
-except ImportError as error:
-    raise ImportError(
-        "mmpack's C++ core is not built; run: pip install --no-build-isolation --no-deps -e ."
-    ) from error
 
 OnOverflow = Literal["error", "drop", "truncate"]
 

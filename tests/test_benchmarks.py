@@ -79,6 +79,7 @@ def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     assert sent["transformers"] == pytest.approx(
         8 * sent["mmpack"], rel=1e-4
     )  # six digits are kept
+    assert {("assemble", name) for name in ("transformers", "reference", "mmpack")} <= impls
     assert {("plan", "mmpack"), ("plan", "mmpack by cost")} <= impls
     assert {row["metric"] for row in rows} >= {"time", "bandwidth"}
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmpack import buffers, images
 from mmpack.assemble import assemble, concatenate
+from mmpack.buffers import as_tensor
 from mmpack.encode import encode_samples
 from mmpack.readers import read_samples
 from mmpack.types import IGNORE, EncodedSample, Int64, Pack
@@ -147,49 +148,49 @@ def _pixel_values(pack: Pack, pixels: str) -> torch.Tensor | None:
             f"the pack has {len(pack.grid_thw)} images but was assembled without pixels"
         )
     if pixels == "uint8":
-        return buffers.as_tensor(pack.pixels)
+        return as_tensor(pack.pixels)
     num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
     floats = buffers.empty((len(pack.pixels), num_values), np.float32)
-    return buffers.as_tensor(images.normalize_patches(pack.pixels, pack.vision, out=floats))
+    return as_tensor(images.normalize_patches(pack.pixels, pack.vision, out=floats))
 
 
 def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
-    supervised = torch.from_numpy(pack.supervised_index).long()
-    labels = torch.from_numpy(pack.labels)
+    supervised = as_tensor(pack.supervised_index).long()
+    labels = as_tensor(pack.labels)
     batch: dict[str, Any] = {
-        "input_ids": torch.from_numpy(pack.input_ids)[None],  # first: Trainer reads its size
+        "input_ids": as_tensor(pack.input_ids)[None],  # first: Trainer reads its size
         "labels": labels[None],
         "shift_labels": labels[supervised + 1][None],
         "logits_to_keep": supervised,
-        "position_ids": torch.from_numpy(pack.position_ids)[:, None],
+        "position_ids": as_tensor(pack.position_ids)[:, None],
         "use_cache": False,
     }
     if pixel_values is not None:
         batch["pixel_values"] = pixel_values
-        batch["image_grid_thw"] = torch.from_numpy(pack.grid_thw)
+        batch["image_grid_thw"] = as_tensor(pack.grid_thw)
     batch["mmpack"] = {
         "offsets": tuple(map(int, pack.cu_seqlens)),  # ints: torch.compile takes arrays for tensors
-        "cu_seqlens": torch.from_numpy(pack.cu_seqlens),
+        "cu_seqlens": as_tensor(pack.cu_seqlens),
         "max_seqlen": pack.max_seqlen,
-        "segment_ids": torch.from_numpy(pack.segment_ids),
-        "tiles": torch.from_numpy(pack.tiles),
+        "segment_ids": as_tensor(pack.segment_ids),
+        "tiles": as_tensor(pack.tiles),
         "supervised_offsets": tuple(
             map(int, np.searchsorted(pack.supervised_index, pack.cu_seqlens))
         ),
         "supervised_index": supervised,
-        "feature_index": torch.from_numpy(pack.feature_index),
-        "feature_token": torch.from_numpy(pack.feature_token),
-        "text_order": torch.from_numpy(pack.text_order),
-        "text_id_offsets": torch.from_numpy(pack.text_id_offsets),
+        "feature_index": as_tensor(pack.feature_index),
+        "feature_token": as_tensor(pack.feature_token),
+        "text_order": as_tensor(pack.text_order),
+        "text_id_offsets": as_tensor(pack.text_id_offsets),
         "num_patches": len(pack.vision_position_ids),
         "grid_thw": tuple(tuple(map(int, grid)) for grid in pack.grid_thw),
         "image_offsets": tuple(map(int, _image_offsets(pack))),
         "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
-        "vision_cu_seqlens": torch.from_numpy(pack.vision_cu_seqlens),
+        "vision_cu_seqlens": as_tensor(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
-        "vision_segment_ids": torch.from_numpy(pack.vision_segment_ids),
-        "vision_tiles": torch.from_numpy(pack.vision_tiles),
-        "vision_position_ids": torch.from_numpy(pack.vision_position_ids),
+        "vision_segment_ids": as_tensor(pack.vision_segment_ids),
+        "vision_tiles": as_tensor(pack.vision_tiles),
+        "vision_position_ids": as_tensor(pack.vision_position_ids),
     }
     if pixel_values is not None and pixel_values.dtype == torch.uint8:
         # Python floats: tensors of them would be cast to bf16 with the inputs

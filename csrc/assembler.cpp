@@ -1,0 +1,255 @@
+#include "assembler.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace mmpack {
+namespace {
+
+constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kIgnore = -100;  // label of a token without loss
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+struct Grid {
+  std::int64_t frames, height, width;
+
+  std::int64_t patches() const { return frames * height * width; }
+};
+
+Grid grid_of(const Samples& samples, std::size_t image) {
+  const auto* grid = &samples.grid_thw[3 * image];
+  return {grid[0], grid[1], grid[2]};
+}
+
+void write_images(const Samples& samples, const PackBuffers& out) {
+  std::copy(samples.grid_thw.begin(), samples.grid_thw.end(), out.grid_thw.begin());
+  const std::int64_t merge = samples.merge_size;
+  std::int32_t frame = 0, patch = 0;
+  auto* place = out.vision_position_ids.data();
+  out.vision_cu_seqlens[0] = 0;
+  for (std::size_t image = 0; image < samples.num_images(); ++image) {
+    const auto [frames, height, width] = grid_of(samples, image);
+    for (std::int64_t t = 0; t < frames; ++t) {
+      const auto size = static_cast<std::int32_t>(height * width);
+      std::fill_n(&out.vision_segment_ids[patch], size, frame);
+      patch += size;
+      out.vision_cu_seqlens[++frame] = patch;
+      for (std::int64_t row = 0; row < height; row += merge) {
+        for (std::int64_t column = 0; column < width; column += merge) {
+          for (std::int64_t i = row; i < row + merge; ++i) {
+            for (std::int64_t j = column; j < column + merge; ++j) {
+              *place++ = i;
+              *place++ = j;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Stable, by the upper 32 bits, of which `largest` is the largest.
+void sort_by_id(std::vector<std::uint64_t>& text, std::uint64_t largest) {
+  constexpr int kBits = 11;
+  constexpr std::uint64_t kDigits = 1 << kBits;
+  std::vector<std::uint64_t> sorted(text.size());
+  for (int shift = 0; largest >> shift; shift += kBits) {
+    const auto digit = [&](std::uint64_t token) { return (token >> 32 >> shift) % kDigits; };
+    std::array<std::size_t, kDigits + 1> start{};
+    for (const std::uint64_t token : text) ++start[digit(token) + 1];
+    for (std::size_t d = 0; d < kDigits; ++d) start[d + 1] += start[d];
+    for (const std::uint64_t token : text) sorted[start[digit(token)]++] = token;
+    text.swap(sorted);
+  }
+}
+
+bool ascend(std::span<const std::int32_t> offsets, std::size_t end) {
+  return !offsets.empty() && offsets.front() == 0 &&
+         offsets.back() == static_cast<std::int64_t>(end) && std::ranges::is_sorted(offsets);
+}
+
+std::int64_t longest(std::span<const std::int32_t> offsets) {
+  std::int64_t most = 0;
+  for (std::size_t s = 1; s < offsets.size(); ++s) {
+    most = std::max<std::int64_t>(most, offsets[s] - offsets[s - 1]);
+  }
+  return most;
+}
+
+}  // namespace
+
+PackSize measure(const Samples& samples) {
+  const auto n = static_cast<std::int64_t>(samples.input_ids.size());
+  const auto& offsets = samples.offsets;
+  require(n <= kMostRows, "a pack must have fewer than 2^31 tokens");
+  require(samples.labels.size() == samples.input_ids.size(),
+          "input_ids and labels must be of one length");
+  require(offsets.size() >= 2 && ascend(offsets, samples.input_ids.size()),
+          "offsets must ascend from 0 to the number of input_ids");
+  require(samples.grid_offsets.size() == offsets.size() &&
+              ascend(samples.grid_offsets, samples.num_images()),
+          "grid_offsets must be as many as offsets and ascend from 0 to the number of grids");
+  require(samples.merge_size >= 1, "merge_size must be positive");
+  for (const std::int32_t id : samples.input_ids) {
+    require(id >= 0, "input_ids must not be negative");
+  }
+  for (std::size_t s = 0; s < samples.num_segments(); ++s) {
+    const auto* ids = samples.input_ids.data();
+    const auto markers = std::count(ids + offsets[s], ids + offsets[s + 1], samples.marker_id);
+    const auto grids = samples.grid_offsets[s + 1] - samples.grid_offsets[s];
+    if (markers != grids) {
+      throw std::invalid_argument("there must be a grid for every marker, got " +
+                                  std::to_string(markers) + " image markers, " +
+                                  std::to_string(grids) + " grids");
+    }
+  }
+
+  PackSize size{n, 0, 0, 0};
+  for (std::size_t image = 0; image < samples.num_images(); ++image) {
+    const Grid grid = grid_of(samples, image);
+    if (std::min({grid.frames, grid.height, grid.width}) < 1 ||
+        grid.height % samples.merge_size || grid.width % samples.merge_size) {
+      throw std::invalid_argument(
+          "grids must be positive, height and width multiples of " +
+          std::to_string(samples.merge_size) + ", got " + std::to_string(grid.frames) + " x " +
+          std::to_string(grid.height) + " x " + std::to_string(grid.width));
+    }
+    require(grid.frames * grid.height <= (kMostRows - size.patches) / grid.width,
+            "a pack must have fewer than 2^31 patches");
+    size.patches += grid.patches();
+    size.frames += grid.frames;
+    size.features += grid.patches() / samples.merge_size / samples.merge_size;
+  }
+  size.tokens += size.features - static_cast<std::int64_t>(samples.num_images());
+  require(size.tokens <= kMostRows, "a pack must have fewer than 2^31 tokens");
+  return size;
+}
+
+PackCounts assemble(const Samples& samples, const PackBuffers& out) {
+  const std::size_t num_tokens = out.input_ids.size();
+  auto *text_places = out.position_ids.data(), *frames = text_places + num_tokens,
+       *rows = frames + num_tokens, *columns = rows + num_tokens;
+  std::vector<std::uint64_t> text;  // id << 32 | place
+  text.reserve(out.text_order.size());
+  PackCounts counts{};
+  std::size_t token = 0, feature = 0, image = 0;
+  out.cu_seqlens[0] = 0;
+  for (std::size_t segment = 0; segment < samples.num_segments(); ++segment) {
+    const std::size_t begin = token;
+    std::int64_t position = 0;  // M-RoPE position of the next token
+    for (std::int32_t n = samples.offsets[segment]; n < samples.offsets[segment + 1]; ++n) {
+      const std::int64_t id = samples.input_ids[n];
+      if (id != samples.marker_id) {
+        // nothing predicts a segment's first token
+        const std::int64_t label = token == begin ? kIgnore : samples.labels[n];
+        out.input_ids[token] = id;
+        out.labels[token] = label;
+        text_places[token] = static_cast<std::int64_t>(token - begin);
+        frames[token] = rows[token] = columns[token] = position++;
+        out.feature_index[token] = -1;
+        if (label != kIgnore) {
+          out.supervised_index[counts.supervised++] = static_cast<std::int32_t>(token) - 1;
+        }
+        text.push_back(static_cast<std::uint64_t>(id) << 32 | token);
+        ++token;
+        continue;
+      }
+      const Grid grid = grid_of(samples, image++);
+      const std::int64_t height = grid.height / samples.merge_size;
+      const std::int64_t width = grid.width / samples.merge_size;
+      const auto count = static_cast<std::size_t>(grid.frames * height * width);
+      std::fill_n(&out.input_ids[token], count, id);
+      std::fill_n(&out.labels[token], count, kIgnore);
+      for (std::size_t f = 0; f < count; ++f) {
+        text_places[token + f] = static_cast<std::int64_t>(token + f - begin);
+        out.feature_index[token + f] = static_cast<std::int32_t>(feature + f);
+        out.feature_token[feature + f] = static_cast<std::int32_t>(token + f);
+      }
+      feature += count;
+      for (std::int64_t t = 0; t < grid.frames; ++t) {
+        for (std::int64_t h = 0; h < height; ++h) {
+          for (std::int64_t w = 0; w < width; ++w, ++token) {
+            frames[token] = position + t;
+            rows[token] = position + h;
+            columns[token] = position + w;
+          }
+        }
+      }
+      position += std::max(height, width);
+    }
+    std::fill_n(out.segment_ids.data() + begin, token - begin, static_cast<std::int32_t>(segment));
+    out.cu_seqlens[segment + 1] = static_cast<std::int32_t>(token);
+  }
+  write_images(samples, out);
+  counts.runs = text_by_id(std::move(text), out.text_order, out.text_id_offsets);
+  counts.tiles = attention_tiles(out.cu_seqlens, true, out.tiles);
+  counts.vision_tiles = attention_tiles(out.vision_cu_seqlens, false, out.vision_tiles);
+  counts.max_seqlen = longest(out.cu_seqlens);
+  counts.vision_max_seqlen = longest(out.vision_cu_seqlens);
+  return counts;
+}
+
+std::int64_t attention_tiles(std::span<const std::int32_t> offsets, bool causal,
+                             std::span<std::int32_t> tiles) {
+  using Tile = std::array<std::int32_t, 4>;
+  std::vector<Tile> found;
+  std::int32_t joined_begin = 0, joined_end = 0;  // short segments waiting for more
+  const auto close = [&] {
+    if (joined_begin < joined_end) {
+      found.push_back({joined_begin, joined_end, joined_begin, joined_end});
+    }
+  };
+  for (std::size_t s = 1; s < offsets.size(); ++s) {
+    const std::int32_t begin = offsets[s - 1], end = offsets[s];
+    if (end - joined_begin <= kTile) {
+      joined_end = end;
+      continue;
+    }
+    close();
+    joined_begin = begin;
+    joined_end = end;
+    if (end - begin > kTile) {
+      for (std::int64_t row = begin; row < end; row += kTile) {
+        const std::int64_t last = std::min<std::int64_t>(row + kTile, end);
+        found.push_back(
+            {static_cast<std::int32_t>(row), static_cast<std::int32_t>(last), begin, end});
+      }
+      joined_begin = end;
+    }
+  }
+  close();
+  std::stable_sort(found.begin(), found.end(), [&](const Tile& a, const Tile& b) {
+    const int last = causal ? 1 : 3;
+    return a[last] - a[2] > b[last] - b[2];
+  });
+  auto* row = tiles.data();
+  for (const Tile& tile : found) row = std::copy(tile.begin(), tile.end(), row);
+  return static_cast<std::int64_t>(found.size());
+}
+
+std::int64_t text_by_id(std::vector<std::uint64_t> text, std::span<std::int32_t> order,
+                        std::span<std::int32_t> offsets) {
+  std::uint64_t largest = 0;
+  for (const std::uint64_t token : text) largest = std::max(largest, token >> 32);
+  sort_by_id(text, largest);
+  std::int64_t runs = 0, start = 0;
+  for (std::size_t n = 0; n < text.size(); ++n) {
+    const bool is_new = n == 0 || text[n] >> 32 != text[n - 1] >> 32;
+    if (is_new || static_cast<std::int64_t>(n) - start == kMaxRun) {
+      start = static_cast<std::int64_t>(n);
+      offsets[runs++] = static_cast<std::int32_t>(n);
+    }
+    order[n] = static_cast<std::int32_t>(text[n]);  // the lower half: the place
+  }
+  offsets[runs] = static_cast<std::int32_t>(text.size());
+  return runs;
+}
+
+}  // namespace mmpack
