@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -154,6 +155,24 @@ def write_batches(
                 num_rows += batch.num_rows
     if num_rows == 0:
         raise ValueError("there are no samples to store: no row of the data was usable")
+    return _finish(folder, vision, about)
+
+
+def reuse_store(
+    folder: str | os.PathLike[str], store: EncodedStore, about: dict[str, Any]
+) -> EncodedStore:
+    """The samples of a store as another one: a link to its file where the disk has links."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = store.folder / "samples.arrow", folder / "samples.arrow"
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return _finish(folder, store.vision, about)
+
+
+def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any]) -> EncodedStore:
     text = json.dumps({"format": FORMAT, "vision": asdict(vision), "about": about}, indent=2)
     (folder / "mmpack.json").write_text(text + "\n", encoding="utf-8")  # last: a store is whole
     return open_store(folder)
