@@ -41,7 +41,7 @@ def samples(parts, quick):
 
 
 def index(path, parts, folder, jobs=None):
-    """Index a file; the number of samples."""
+    """Index a file into a store."""
     from mmpack.index import index_rows
     from mmpack.readers import row_groups
     from mmpack.store import write_batches
@@ -49,7 +49,7 @@ def index(path, parts, folder, jobs=None):
     tokenizer, vision = parts
     rows = index_rows(list(row_groups(path, None, None)), tokenizer, vision, jobs=jobs)
     batches = (indexed.batch for indexed in rows if indexed.batch)
-    return len(write_batches(folder, batches, vision, {}))
+    return write_batches(folder, batches, vision, {})
 
 
 def chats(samples):
@@ -87,7 +87,7 @@ def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
     )
     names = (tmp_path / str(n) for n in range(1000))
 
-    def tokenize(conversations=list(conversations)):
+    def tokenize(conversations):
         texts = tokenizer.apply_chat_template(conversations, tokenize=False)
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
 
@@ -103,7 +103,7 @@ def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
     rounds = 1 if quick else 7
     candidates = {
         "mmpack": lambda: index(path, parts, next(names)),
-        "template and tokenizer": tokenize,
+        "template and tokenizer": lambda: tokenize(list(conversations)),
     }
     times = time_ms(candidates, rounds=rounds, warmup=1)
     tenth = time_ms({"process": process}, rounds=1 if quick else 3, warmup=0)["process"]
@@ -170,7 +170,7 @@ def write_rows(path: Path, num_rows: int) -> None:
         turn["value"]
         for row in json.loads(REALSET.read_text(encoding="utf-8"))
         for turn in row["conversations"]
-    ).split(" ")
+    ).split()
     data = np.load(SHARED / "lengths" / "sft_mix.npz")
     rng = np.random.default_rng(0)
     tokens = rng.choice(data["text_tokens"][~data["imputed"]], num_rows)
@@ -181,7 +181,7 @@ def write_rows(path: Path, num_rows: int) -> None:
         for start, length in zip(starts.tolist(), lengths.tolist()):
             middle = start + max(1, length // 2)
             turns = [words[start:middle], words[middle : start + length]]
-            values = [" ".join(turn).replace("<image>", "picture") or "-" for turn in turns]
+            values = [" ".join(turn).replace("<image>", "picture") for turn in turns]
             conversation = [
                 {"from": who, "value": value} for who, value in zip(("human", "gpt"), values)
             ]
@@ -218,13 +218,13 @@ def main() -> None:
     watcher.start()
     jobs = int(sys.argv[3]) if len(sys.argv) > 3 else None
     start = time.perf_counter()
-    indexed = index(path, parts, folder / f"store{time.time_ns()}", jobs)
+    store = index(path, parts, folder / f"store{time.time_ns()}", jobs)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
     print(
-        f"{indexed:,} rows of {path.stat().st_size / 1e6:,.0f} MB in {seconds:.1f} s, "
-        f"{indexed / seconds:,.0f} rows/s, at most {max(peaks):,.0f} MiB"
+        f"{len(store):,} rows, {store.num_tokens.mean():.0f} tokens each, in {seconds:.1f} s, "
+        f"{len(store) / seconds:,.0f} rows/s, at most {max(peaks):,.0f} MiB"
     )
 
 
