@@ -47,7 +47,7 @@ def index(path, parts, folder, jobs=None):
     from mmpack.store import write_batches
 
     tokenizer, vision = parts
-    rows = index_rows(list(row_groups(path, None, None)), tokenizer, vision, jobs=jobs)
+    rows = index_rows(list(row_groups(path, None, REALSET.parent)), tokenizer, vision, jobs=jobs)
     batches = (indexed.batch for indexed in rows if indexed.batch)
     return write_batches(folder, batches, vision, {})
 
@@ -76,11 +76,8 @@ def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
 
     tokenizer, vision = parts
     rows = json.loads(REALSET.read_text(encoding="utf-8"))[: len(samples)]
-    path = REALSET.with_name("realset_sft.json")
-    if quick:
-        path = tmp_path / "rows.json"
-        path.write_text(json.dumps(rows))
-        (tmp_path / "images").symlink_to(REALSET.parent / "images")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     conversations, files = zip(*chats(samples))
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels}

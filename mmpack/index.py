@@ -17,9 +17,10 @@ import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -78,10 +79,11 @@ def index_rows(
         dict(reading or {}),
         dict(encoding or {}),
     )
-    for indexed in _in_order(work, _chunks(groups), jobs):
-        for bad in indexed.bad_rows:
-            report(bad, on_error)
-        yield indexed
+    with closing(_in_order(work, _chunks(groups), jobs)) as done:
+        for indexed in done:
+            for bad in indexed.bad_rows:
+                report(bad, on_error)
+            yield indexed
 
 
 _Chunk = tuple[int, list[Row]] | ValueError  # rows of a group, or the error that ended its file
@@ -90,6 +92,7 @@ _Chunk = tuple[int, list[Row]] | ValueError  # rows of a group, or the error tha
 def _chunks(groups: Iterable[RowGroup]) -> Iterator[_Chunk]:
     for number, group in enumerate(groups):
         chunk: list[Row] = []
+        ended = None
         try:
             for row in group.rows:
                 chunk.append(row)
@@ -97,10 +100,12 @@ def _chunks(groups: Iterable[RowGroup]) -> Iterator[_Chunk]:
                     yield number, chunk
                     chunk = []
         except ValueError as error:
+            ended = error
+        if chunk:
             yield number, chunk
-            yield error  # an item like any other, so that the rows before it come first
+        if ended is not None:
+            yield ended  # an item like any other, so that the rows before it come first
             return
-        yield number, chunk
 
 
 class _Work:
@@ -147,7 +152,9 @@ class _Work:
         return Indexed(len(rows), as_batch(encoded) if encoded else None, bad_rows)
 
 
-def _in_order(work: _Work, chunks: Iterator[_Chunk], jobs: int | None) -> Iterator[Indexed]:
+def _in_order(
+    work: _Work, chunks: Iterator[_Chunk], jobs: int | None
+) -> Generator[Indexed, None, None]:
     """The work done on every chunk: here, or here until workers pay, or by workers."""
     alone_until = -math.inf if jobs else time.monotonic() + _ALONE_S
     jobs = jobs or _num_cores()
