@@ -40,6 +40,7 @@ examples:
 """
 
 
+PLANNING = ("capacity", "patch_capacity", "on_overflow", "plan_seed", "config", "frozen")
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
 
 
@@ -326,7 +327,7 @@ def _packed_before(out: Path, about: dict[str, Any], overwrite: bool) -> tuple[A
         store = open_store(out)
         names = changes(store, about["made from"])
         why = f"{' and '.join(names[:4])} changed since" if names else ""
-        planned = [n for n in about if n != "begun" and about[n] != store.about.get(n)]
+        planned = [name for name in PLANNING if about[name] != store.about.get(name)]
     except ValueError as error:
         store, why, planned = None, str(error), []
     if not overwrite and (why or planned):

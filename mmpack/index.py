@@ -224,8 +224,8 @@ def made_from(
         if group.file is not None:
             stat = group.file.stat()
             name = str(group.file.resolve())
-            parts[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns}, {group.fields}"
-            settings["media folders"] = group.folders.names
+            parts[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {group.fields}"
+            parts[f"media folders of {name}"] = repr(group.folders.names)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     content = tokenizer.backend_tokenizer.to_str() + repr(tokenizer.chat_template)
     parts["the tokenizer"] = hashlib.sha256(content.encode()).hexdigest()
