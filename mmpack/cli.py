@@ -7,14 +7,19 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmpack.errors import BadRow, OnError
 from mmpack.media import DATA_URIS
 from mmpack.types import EncodedSample
+from mmpack.vision import VisionSpec
+
+if TYPE_CHECKING:
+    from mmpack.files import Row
+    from mmpack.readers import RowGroup
 
 CHECK_EXAMPLE = """exit code: 0 every row is usable, 1 some are refused, 2 usage
 
@@ -35,11 +40,12 @@ examples:
 """
 
 
+PLANNING = ("capacity", "patch_capacity", "on_overflow", "plan_seed", "config", "frozen")
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 done, 1 refused with a reason, 2 usage)."""
+    """Run a command; returns the exit code (0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.run is not _train:
@@ -49,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"mmpack: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mmpack: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("data", metavar="DATA", nargs="+", help=DATA_HELP)
     pack.add_argument("--out", required=True, help="folder to write the packed data set to")
     pack.add_argument("--overwrite", action="store_true", help="replace a packed data set in --out")
+    pack.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes (as many as cores, where the rows are many)",
+    )
     pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     pack.add_argument(
         "--config",
@@ -217,26 +232,49 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     start = time.perf_counter()
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        is_ours = (out / "mmpack.json").exists()
-        if not (options.overwrite and is_ours):
-            raise ValueError(
-                f"{out} is not empty; choose another --out, or --overwrite a packed set"
-            )
+    is_ours = (out / "mmpack.json").exists()
+    if out.exists() and any(out.iterdir()) and not is_ours:
+        raise ValueError(f"{out} is not empty; choose another --out, or --overwrite a packed set")
 
     from mmpack.dataset import costs_of, plan_samples
+    from mmpack.hf.training import load_processor
+    from mmpack.index import made_from
     from mmpack.plan import padded_utilization
+    from mmpack.readers import row_groups
     from mmpack.report import balance_lines, balance_report
-    from mmpack.store import write_store
+    from mmpack.store import reuse_store, write_batches
 
     config = _config(options.config, options.frozen)
     bad_rows: list[BadRow] = []
-    samples, vision = _encode(options, bad_rows)
-    about = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
+    about: dict[str, Any] = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("run", "json", "overwrite", "jobs", "out")
+    }
+    about["begun"] = time.time_ns()
+    reading = _reading(options)
+    groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
+    tokenizer, vision = load_processor(options.tokenizer, options.max_pixels, options.resizer)
+    encoding = {name: about[name] for name in ("train_on_prompt", "mask_history")}
+    settings = {**reading, **encoding, "on_error": options.on_error}
+    about["made from"] = made_from(groups, tokenizer, vision, **settings)
+    old, why = _packed_before(out, about, options.overwrite) if is_ours else (None, "")
+    if why and not options.json:
+        print(f"encoding anew: {why}")
+
     partial = out.with_name(out.name + ".partial")  # what is at `out` is always whole
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        store = write_store(partial, samples, vision, about)
+        if old is not None:
+            store = reuse_store(partial, old, {**about, "begun": old.about["begun"]})
+            if (out / "bad_rows.jsonl").exists():
+                shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
+        else:
+            on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
+            ways = {"reading": reading, "encoding": encoding, "on_error": on_error}
+            batches = _batches(groups, tokenizer, vision, jobs=options.jobs, **ways)
+            store = write_batches(partial, batches, vision, about)
+            _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
         cost = None if config is None else costs_of(store, config, options.frozen)
         plan = plan_samples(
             store,
@@ -249,7 +287,7 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         plan.save(partial / "plan.npz")
         lost = [(n, "dropped") for n in plan.dropped] + [(n, "cut") for n in plan.truncated]
         overflow = [_overflow_line(store[number], fate) for number, fate in lost]
-        _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
+        num_bad = _count_lines(partial / "bad_rows.jsonl")
         _write_lines(partial / "overflow.jsonl", overflow)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
@@ -257,8 +295,9 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     report = {
-        "rows": len(store) + len(bad_rows),
-        "bad_rows": len(bad_rows),
+        "rows": len(store) + num_bad,
+        "bad_rows": num_bad,
+        "reused": old is not None,
         "dropped": plan.num_dropped,
         "truncated": plan.num_truncated,
         "packs": plan.num_packs,
@@ -272,6 +311,8 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.json:
         print(json.dumps(report))
         return
+    if old is not None:
+        print(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
     print(
         f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
@@ -279,14 +320,65 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
     print("\n".join(balance_lines(report)))
-    if bad_rows:
-        print(f"{len(bad_rows):,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
+    if num_bad:
+        print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if lost:
         print(
             f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
             f"{out / 'overflow.jsonl'}"
         )
     print(f"written to {out}")
+
+
+def _packed_before(out: Path, about: dict[str, Any], overwrite: bool) -> tuple[Any, str]:
+    """(the store at `out` if it is what would be made now, else None, and why it is not)"""
+    from mmpack.index import changes
+    from mmpack.store import open_store
+
+    try:
+        store = open_store(out)
+        names = changes(store, about["made from"])
+        why = f"{' and '.join(names[:4])} changed since" if names else ""
+        planned = [name for name in PLANNING if about[name] != store.about.get(name)]
+    except ValueError as error:
+        store, why, planned = None, str(error), []
+    if not overwrite and (why or planned):
+        reason = why or f"{' and '.join(planned[:4])} changed since"
+        raise ValueError(f"{out} is not empty; choose another --out, or --overwrite it: {reason}")
+    return (None if why else store), why
+
+
+def _batches(
+    groups: list[RowGroup], tokenizer: Any, vision: VisionSpec, **options: Any
+) -> Iterator[bytes]:
+    """Batches for a store, a bar showing rows, rows a second and, where files know how many they
+    have, how long it will take."""
+    from tqdm import tqdm
+
+    from mmpack.files import count_rows
+    from mmpack.index import index_rows
+
+    counts = [count_rows(group.file) if group.file is not None else None for group in groups]
+    is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
+    is_known = all(array or count is not None for array, count in zip(is_array, counts))
+    total = sum(count or 0 for count in counts) if is_known else None
+    with tqdm(total=total, unit=" rows", desc="encoding", disable=None) as bar:
+
+        def counted(rows: Iterable[Row]) -> Iterator[Row]:
+            """An array is read whole, so that is when its length is known."""
+            rows = list(rows)
+            if is_known:
+                bar.total += len(rows)
+            yield from rows
+
+        groups = [
+            group._replace(rows=counted(group.rows)) if array else group
+            for group, array in zip(groups, is_array)
+        ]
+        for indexed in index_rows(groups, tokenizer, vision, **options):
+            bar.update(indexed.num_rows)
+            if indexed.batch is not None:
+                yield indexed.batch
 
 
 def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
@@ -298,8 +390,7 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
     from mmpack.readers import read_samples
 
     on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
-    tokenizer, vision = load_processor(options.tokenizer, options.max_pixels)
-    vision = replace(vision, resizer=options.resizer)
+    tokenizer, vision = load_processor(options.tokenizer, options.max_pixels, options.resizer)
     samples = read_samples(options.data, on_error=on_error, **_reading(options))
     encoded = encode_samples(
         samples,
@@ -379,6 +470,13 @@ def _overflow_line(sample: EncodedSample, fate: str) -> dict[str, Any]:
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if rows:
         path.write_text("".join(_json_line(row) for row in rows), encoding="utf-8")
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _json_line(value: dict[str, Any]) -> str:

@@ -138,7 +138,7 @@ class PackedDataset(Dataset[Pack]):
     @classmethod
     def from_store(cls, folder: str | os.PathLike[str]) -> PackedDataset:
         """Open what `mmpack pack --out FOLDER` wrote."""
-        from mmpack.store import open_store  # here: data sets in memory do not need `datasets`
+        from mmpack.store import open_store  # here: data sets in memory do not need Arrow
 
         return cls(open_store(folder), PackPlan.load(Path(folder) / "plan.npz"))
 

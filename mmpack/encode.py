@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,10 +28,12 @@ _STAND_IN = "\ue000{}\ue001"  # private use characters: no template tests for th
 
 
 @dataclass(frozen=True, slots=True)
-class _Special:
-    """A special token the template wrote."""
+class _Fixed:
+    """What the template writes alone: the same for every conversation of a shape."""
 
-    token_id: int
+    text: str
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +41,21 @@ class _Span:
     """What the template has between two special tokens: its text around one text of the row."""
 
     before: str
-    slot: int | None  # which text of the conversation; None: template text alone
     after: str
+    is_answer: bool = False
+    before_ids: tuple[int, ...] = ()  # an answer's: those of `before` alone
+    ends_early: bool = False  # an answer's: `after` is not of it
 
-    def fill(self, texts: Sequence[str]) -> str:
-        return self.before + ("" if self.slot is None else texts[self.slot]) + self.after
+
+_Layout = tuple[_Fixed | _Span, ...]  # a rendered conversation with its texts left out
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """A rendered conversation with its texts left out; `is_answer` says of each item whether it is
-    an answer's text or the token that ends an answer."""
+class _Piece(NamedTuple):
+    """What stands between two special tokens of a rendered template."""
 
-    items: tuple[_Special | _Span, ...]
-    is_answer: tuple[bool, ...]
+    before: str = ""
+    slot: int | None = None  # which text of the conversation; None: template text alone
+    after: str = ""
 
 
 def encode_sample(
@@ -100,16 +103,24 @@ def encode_samples(
         ValueError: a sample cannot be used and `on_error` is "raise": no supervised token, an image
             that cannot be read, a template that rewrites its text. Names file and row.
     """
+    encode = encoder(tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history)
+    remaining = iter(samples)
+    while chunk := list(islice(remaining, _CHUNK)):
+        yield from encode(chunk, on_error)
+
+
+def encoder(
+    tokenizer: Any, vision: VisionSpec, *, train_on_prompt: bool = False, mask_history: bool = False
+) -> Callable[[Sequence[Sample], OnError], Iterator[EncodedSample]]:
+    """`encode_samples` for who has samples a chunk at a time: what a chunk teaches of the chat
+    template serves the next."""
     if train_on_prompt and mask_history:
         raise ValueError(
             "train_on_prompt supervises every turn and mask_history the last; pick one"
         )
-    encoder = _Encoder(
+    return _Encoder(
         tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
-    )
-    remaining = iter(samples)
-    while chunk := list(islice(remaining, _CHUNK)):
-        yield from encoder.encode(chunk, on_error)
+    ).encode
 
 
 def encode_prompt(
@@ -170,12 +181,11 @@ class _Encoder:
             except ValueError as error:
                 _report(sample, error, on_error)
                 continue
-            begin = len(to_tokenize)
-            to_tokenize += self._strings(layout, _texts(sample.messages))
-            laid_out.append((sample, layout, grids, slice(begin, len(to_tokenize))))
-        ids = self._tokenize(to_tokenize)
-        for sample, layout, grids, strings in laid_out:
-            encoded = self._finish(sample, layout, grids, iter(ids[strings]))
+            to_tokenize += _strings(layout, _texts(sample.messages))
+            laid_out.append((sample, layout, grids))
+        ids = iter(self._tokenize(to_tokenize))
+        for sample, layout, grids in laid_out:
+            encoded = self._finish(sample, layout, grids, ids)
             if encoded.is_supervised or self._is_prompt:
                 yield encoded
             else:
@@ -195,11 +205,12 @@ class _Encoder:
             self._layouts[shape] = self._make_layout(messages)
         layout = self._layouts[shape]
         texts = _texts(messages)
-        filled = "".join(
-            item.fill(texts) if isinstance(item, _Span) else self._special_tokens[item.token_id]
-            for item in layout.items
-        )
-        if filled != self._render(_chat(messages, texts)):
+        remaining = iter(texts)
+        filled = [
+            item.text if isinstance(item, _Fixed) else item.before + next(remaining) + item.after
+            for item in layout
+        ]
+        if "".join(filled) != self._render(_chat(messages, texts)):
             raise RowError(
                 "the chat template rewrites this row's text (trims it, or strips reasoning), so its "
                 "answer cannot be told from the rest",
@@ -218,8 +229,8 @@ class _Encoder:
         ]
         held = [
             item.slot
-            if isinstance(item, _Span)
-            else ("image" if item.token_id == self._vision.image_token_id else None)
+            if isinstance(item, _Piece)
+            else ("image" if item == self._vision.image_token_id else None)
             for item in items
         ]
         if [part for part in held if part is not None] != parts:
@@ -232,65 +243,65 @@ class _Encoder:
         supervised = answers[-1:] if self._mask_history else answers
         message_of = iter([n for n, message in enumerate(messages) for _ in message.content])
         parts_left = [len(message.content) for message in messages]
-        is_answer = []
+        layout: list[_Fixed | _Span] = []
         answer_ends = False
         for item, part in zip(items, held):
+            is_answer = False
             if part is not None:
                 message = next(message_of)
                 parts_left[message] -= 1
-                is_answer.append(message in supervised and isinstance(item, _Span))
+                is_answer = message in supervised and isinstance(item, _Piece)
                 answer_ends = message in supervised and parts_left[message] == 0
-            else:
-                is_end = (
-                    answer_ends
-                    and isinstance(item, _Special)
-                    and item.token_id not in self._vision_ids
-                )
-                is_answer.append(is_end)
-                answer_ends = answer_ends and not is_end
-        return _Layout(tuple(items), tuple(is_answer))
+            elif answer_ends and not isinstance(item, _Piece) and item not in self._vision_ids:
+                is_answer, answer_ends = True, False
+            layout.append(self._item(item, is_answer))
+        return tuple(layout)
 
-    def _split(self, rendered: str) -> list[_Special | _Span]:
-        items: list[_Special | _Span] = []
-        span = _Span("", None, "")
+    def _item(self, item: _Piece | int, is_answer: bool) -> _Fixed | _Span:
+        if isinstance(item, int):
+            is_answer |= self._train_on_prompt and item not in self._vision_ids
+            return _Fixed(self._special_tokens[item], (item,), (item if is_answer else IGNORE,))
+        if item.slot is None:
+            (ids,) = map(tuple, self._tokenize([item.before]))
+            return _Fixed(item.before, ids, ids if self._train_on_prompt else (IGNORE,) * len(ids))
+        if not is_answer or self._train_on_prompt:
+            return _Span(item.before, item.after, self._train_on_prompt)
+        (before_ids,) = map(tuple, self._tokenize([item.before]))
+        return _Span(item.before, item.after, True, before_ids, ends_early=bool(item.after))
+
+    def _split(self, rendered: str) -> list[_Piece | int]:
+        """What was rendered from stand-ins: ids of special tokens, and what is between them."""
+        items: list[_Piece | int] = []
+        piece = _Piece()
         position = 0
         for match in [*self._pieces.finditer(rendered), None]:
             plain = rendered[position : match.start() if match else len(rendered)]
-            span = replace(span, **{"before" if span.slot is None else "after": plain})
+            piece = piece._replace(**{"before" if piece.slot is None else "after": plain})
             if match and match[1] is not None:
-                if span.slot is not None:
+                if piece.slot is not None:
                     raise ValueError("the chat template writes no special token between two texts")
-                span = replace(span, slot=int(match[1]))
+                piece = piece._replace(slot=int(match[1]))
             else:
-                if span != _Span("", None, ""):
-                    items.append(span)
-                span = _Span("", None, "")
+                if piece != _Piece():
+                    items.append(piece)
+                piece = _Piece()
                 if match:
-                    items.append(_Special(self._special_ids[match[0]]))
+                    items.append(self._special_ids[match[0]])
             position = match.end() if match else position
         return items
 
-    def _strings(self, layout: _Layout, texts: Sequence[str]) -> Iterator[str]:
-        """What to tokenise: every span whole, and for an answer the strings that bound it."""
-        for item, is_answer in zip(layout.items, layout.is_answer):
-            if isinstance(item, _Span):
-                yield item.fill(texts)
-                if is_answer and not self._train_on_prompt:
-                    yield item.before
-                    if item.after:
-                        yield replace(item, after="").fill(texts)
-
     def _tokenize(self, strings: list[str]) -> list[list[int]]:
-        if not strings:
-            return []
-        encoded = self._tokenizer(
-            strings,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,  # "longer than the model's maximum" is the planner's business
-        )
-        return encoded["input_ids"]
+        """The ids of each string, special tokens in it being text.
+
+        `encode_batch_fast` of the tokenizer's backend, set as its own call sets it, which here costs
+        half as much again (a dict a string). "Longer than the model's maximum" is the planner's
+        business.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
 
     def _finish(
         self,
@@ -300,34 +311,39 @@ class _Encoder:
         tokenized: Iterator[list[int]],
     ) -> EncodedSample:
         input_ids: list[int] = []
-        supervised: list[bool] = []
-        for item, is_answer in zip(layout.items, layout.is_answer):
-            if isinstance(item, _Special):
-                ids = [item.token_id]
-                start, stop = 0, 1
-                is_answer |= self._train_on_prompt and item.token_id not in self._vision_ids
-            else:
-                ids = next(tokenized)
-                start, stop = 0, len(ids)
-                if self._train_on_prompt:
-                    is_answer = True
-                elif is_answer:
-                    # From the first token that differs from those of the template's text alone
-                    # to the first that differs from those of template text and answer.
-                    start = _common_prefix(ids, next(tokenized))
-                    stop = _common_prefix(ids, next(tokenized)) if item.after else len(ids)
-            supervised += [is_answer and start <= n < stop for n in range(len(ids))]
+        labels: list[int] = []
+        for item in layout:
+            if isinstance(item, _Fixed):
+                input_ids += item.ids
+                labels += item.labels
+                continue
+            ids = next(tokenized)
             input_ids += ids
-        ids_array = np.array(input_ids, dtype=np.int32)
+            # An answer is from the first token that differs from those of the template's text alone
+            # to the first that differs from those of template text and answer.
+            start = _common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
+            stop = _common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
+            labels += [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - max(start, stop))
         return EncodedSample(
-            input_ids=ids_array,
-            labels=np.where(supervised, ids_array, np.int32(IGNORE)),
+            input_ids=np.array(input_ids, dtype=np.int32),
+            labels=np.array(labels, dtype=np.int32),
             grid_thw=np.array(grids, dtype=np.int32).reshape(-1, 3),
             images=sample.images,
             vision=self._vision,
             source=sample.source,
             row=sample.row,
         )
+
+
+def _strings(layout: _Layout, texts: Iterable[str]) -> Iterator[str]:
+    """What to tokenise: every span whole, and where text follows an answer, without that."""
+    remaining = iter(texts)
+    for item in layout:
+        if isinstance(item, _Span):
+            text = item.before + next(remaining)
+            yield text + item.after
+            if item.ends_early:
+                yield text
 
 
 def _texts(messages: Iterable[Message]) -> list[str]:

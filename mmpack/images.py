@@ -9,6 +9,7 @@ JPEGs are decoded whole: Pillow's `draft` is faster, and gives other pixels.
 from __future__ import annotations
 
 import io
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmpack.vision import BICUBIC, VisionSpec, check_aspect_ratio
 
 Patches = NDArray[np.uint8]
 _TAIL = 1 << 12  # bytes; cameras write a little after a JPEG's end
+_WEBP_HEADER = 30  # bytes up to the size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,13 +38,14 @@ def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
         RowError: no image Pillow can read, cut or damaged, over Pillow's limit of pixels
             (decompression bombs; checked before decoding), or an aspect ratio above 200.
     """
+    size = None if decode else _webp_size(image)
+    if size is not None:
+        _check_shape(image, *size)
+        return size
     with _open(image) as opened:
         width, height = opened.size
-        try:
-            check_aspect_ratio(height, width)
-        except RowError as error:
-            raise RowError(f"image {image.path}: {error.error}", error.advice) from None
-        if decode or _looks_cut(image, opened.format):
+        _check_shape(image, height, width)
+        if decode or _looks_cut(opened):
             _decode(image, opened)
     return height, width
 
@@ -140,17 +143,65 @@ def _decode(image: ImageRef, opened: Image) -> Image:
     return opened
 
 
-def _looks_cut(image: ImageRef, format: str | None) -> bool:
-    """Whether a file lacks its format's end marker in its last bytes."""
-    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(format or "")
-    if end is None:
+def _looks_cut(opened: Image) -> bool:
+    """Whether a file just opened lacks its format's end marker in its last bytes."""
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(opened.format or "")
+    file = getattr(opened, "fp", None)
+    if end is None or file is None:
         return False
-    if image.data is not None:
-        return end not in image.data[-_TAIL:]
-    with open(image.path, "rb") as file:
-        file.seek(0, io.SEEK_END)
-        file.seek(max(0, file.tell() - _TAIL))
-        return end not in file.read()
+    position = file.tell()
+    file.seek(max(0, file.seek(0, io.SEEK_END) - _TAIL))
+    is_cut = end not in file.read()
+    file.seek(position)  # where the decoder goes on
+    return is_cut
+
+
+def _check_shape(image: ImageRef, height: int, width: int) -> None:
+    try:
+        check_aspect_ratio(height, width)
+    except RowError as error:
+        raise RowError(f"image {image.path}: {error.error}", error.advice) from None
+
+
+def _webp_size(image: ImageRef) -> tuple[int, int] | None:
+    """(height, width) of a still WebP of one chunk; None for whatever is not plainly that.
+
+    Pillow reads a WebP file whole and makes a decoder to learn its size. The checks are those of
+    libwebp's `WebPGetFeatures` on such a file (RFC 9649, RFC 6386 section 9.1).
+    """
+    if isinstance(image.data, bytes):
+        header, length = image.data[:_WEBP_HEADER], len(image.data)
+    elif image.data is None and image.path[-5:].lower() == ".webp":
+        try:
+            with open(image.path, "rb", buffering=0) as file:
+                header, length = file.read(_WEBP_HEADER), os.fstat(file.fileno()).st_size
+        except OSError:
+            return None
+    else:
+        return None
+    if len(header) < _WEBP_HEADER or header[:4] != b"RIFF" or header[8:12] != b"WEBP":
+        return None
+    riff_bytes, chunk_bytes = (int.from_bytes(header[at : at + 4], "little") for at in (4, 16))
+    if riff_bytes != 12 + chunk_bytes + chunk_bytes % 2 or length != 8 + riff_bytes:
+        return None
+    if header[12:16] == b"VP8 ":
+        frame = int.from_bytes(header[20:23], "little")  # inter 1, profile 3, shown 1, length 19
+        if frame & 0b11001 != 0b10000 or header[23:26] != b"\x9d\x01\x2a":
+            return None
+        if frame >> 5 >= chunk_bytes:
+            return None
+        width, height = (int.from_bytes(header[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    elif header[12:16] == b"VP8L" and header[20] == 0x2F:
+        bits = int.from_bytes(header[21:25], "little")  # width 14, height 14, alpha 1, version 3
+        if bits >> 29:
+            return None
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        return None
+    from PIL.Image import MAX_IMAGE_PIXELS
+
+    is_small = MAX_IMAGE_PIXELS is None or width * height <= MAX_IMAGE_PIXELS
+    return (height, width) if 0 < width * height and is_small else None
 
 
 def _resized_rgb(image: Image, size: tuple[int, int], resizer: str) -> Patches:

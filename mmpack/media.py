@@ -30,6 +30,11 @@ class MediaFolders:
         self._names = [os.path.abspath(name) for name in names if name != DATA_URIS]
         self._folders = [os.path.realpath(name) for name in self._names]
 
+    @property
+    def names(self) -> list[str]:
+        """The folders, and "data:" where images in the row are welcome."""
+        return [*self._names, *([DATA_URIS] if self._takes_data_uris else [])]
+
     def locate(self, value: Any) -> ImageRef:
         """One image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image.
 

@@ -156,9 +156,8 @@ class RowReader:
             for part in parts:
                 if isinstance(part, Picture):
                     value = next(listed) if part.value is None else part.value
-                    content.append(
-                        self._file(value) if isinstance(value, str) else self._locate(value)
-                    )
+                    is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
+                    content.append(self._file(value) if is_path else self._locate(value))
                 elif content and isinstance(content[-1], str):
                     content[-1] += part
                 else:
@@ -202,6 +201,7 @@ class RowGroup(NamedTuple):
     rows: Iterable[Row]
     fields: Fields | None  # None: each row tells
     folders: MediaFolders
+    file: Path | None = None  # None: rows in memory
 
 
 def row_groups(
@@ -230,7 +230,7 @@ def row_groups(
     files = [file for path in data for file in data_files(path)]
     for file in files:
         yield RowGroup(
-            read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent)
+            read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent), file
         )
 
 

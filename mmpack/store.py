@@ -1,91 +1,116 @@
-"""EncodedSamples on disk: an Arrow table through `datasets`, memory-mapped.
+"""EncodedSamples on disk: an Arrow stream, memory-mapped.
 
-A store is a folder: `samples/` is a data set `datasets.load_from_disk` reads, `mmpack.json` holds
-the `VisionSpec` and what the store was made from. Image files stay where they are; a row holds their
-paths, and the bytes of images that are in no file. The only file that imports `datasets`.
+A store is a folder: `samples.arrow` is a stream any Arrow reader takes (`datasets.Dataset.from_file`
+too), `mmpack.json` holds the `VisionSpec` and what the store was made from. Image files stay where
+they are; a row holds their paths, and the bytes of images that are in no file.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow
+import pyarrow.ipc
+from numpy.typing import NDArray
 
 from mmpack import images
-from mmpack.types import EncodedSample, ImageRef
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Int32, Int64
 from mmpack.vision import VisionSpec
 
-FORMAT = 2
-_CHUNK = 1000
-_FEATURES = datasets.Features(
+FORMAT = 3
+_CHUNK = 256  # samples of a batch
+_SCHEMA = pyarrow.schema(
     {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "grid_thw": datasets.List(datasets.Value("int32")),  # flat, three an image
-        "images": datasets.List(datasets.Value("string")),
-        "image_bytes": datasets.List(datasets.Value("large_binary")),  # null: in its file
-        "source": datasets.Value("string"),
-        "row": datasets.Value("int64"),
-        "num_tokens": datasets.Value("int64"),
-        "num_patches": datasets.Value("int64"),
-        "num_supervised": datasets.Value("int64"),
+        "input_ids": pyarrow.list_(pyarrow.int32()),
+        "labels": pyarrow.list_(pyarrow.int32()),
+        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, three an image
+        "images": pyarrow.list_(pyarrow.string()),
+        "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: in its file
+        "source": pyarrow.string(),
+        "row": pyarrow.int64(),
+        "num_tokens": pyarrow.int64(),
+        "num_patches": pyarrow.int64(),
+        "num_supervised": pyarrow.int64(),
     }
 )
 
 
 class EncodedStore(Sequence[EncodedSample]):
-    """A store opened for reading; rows are read from disk when they are asked for.
+    """A store opened for reading; a sample is a view of the file, made when it is asked for.
+
+    A worker that unpickles it opens the file again, so nothing is copied.
 
     Attributes:
+        folder: where it lies.
         vision: the spec of all samples.
         num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
         about: what `write_store` was told.
     """
 
-    def __init__(self, rows: datasets.Dataset, vision: VisionSpec, about: dict[str, Any]) -> None:
-        self._rows = rows.with_format("arrow")
+    def __init__(self, folder: Path, vision: VisionSpec, about: dict[str, Any]) -> None:
+        self.folder = folder
         self.vision = vision
         self.about = about
+        with pyarrow.memory_map(str(folder / "samples.arrow")) as mapped:  # views keep it open
+            self._table = pyarrow.ipc.open_stream(mapped).read_all()
+        batches = self._table.to_batches()
+        self._columns = [batch.columns for batch in batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
         self.num_tokens = self._column("num_tokens")
         self.num_patches = self._column("num_patches")
         self.num_supervised = self._column("num_supervised")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (self.folder,)
+
     @property
-    def sources(self) -> np.ndarray:
+    def sources(self) -> NDArray[Any]:
         """(N,) files the samples come from."""
         return self._column("source")
 
-    def grids(self) -> tuple[np.ndarray, np.ndarray]:
+    def grids(self) -> tuple[Int32, Int64]:
         """Of all images: grid_thw (I, 3), and offsets (N + 1,): images of sample n are
         `offsets[n] : offsets[n + 1]`."""
-        rows = self._rows.select_columns("grid_thw")[:]["grid_thw"]
-        values = [chunk.flatten().to_numpy() for chunk in rows.chunks]
-        lengths = [chunk.value_lengths().to_numpy() for chunk in rows.chunks]
-        return np.concatenate(values).reshape(-1, 3), np.cumsum([0, *np.concatenate(lengths)]) // 3
+        chunks = self._table["grid_thw"].chunks
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+        lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
 
-    def _column(self, name: str) -> np.ndarray:
-        return self._rows.select_columns(name)[:][name].to_numpy()
+    def image_paths(self) -> Iterator[str]:
+        """Files of the images, some more than once."""
+        for _, _, _, paths, data, *_ in self._columns:
+            yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return self._table[name].to_numpy()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.num_tokens)
 
     def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
-        row = self._rows[int(number)]
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        number = int(number) % len(self)
+        n = bisect_right(self._starts, number) - 1
+        row = number - self._starts[n]
+        ids, labels, grid, paths, data, source, of_source, *_ = self._columns[n]
         return EncodedSample(
-            input_ids=row["input_ids"][0].values.to_numpy(),
-            labels=row["labels"][0].values.to_numpy(),
-            grid_thw=row["grid_thw"][0].values.to_numpy().reshape(-1, 3),
-            images=tuple(map(ImageRef, row["images"][0].as_py(), row["image_bytes"][0].as_py())),
+            input_ids=ids[row].values.to_numpy(),
+            labels=labels[row].values.to_numpy(),
+            grid_thw=grid[row].values.to_numpy().reshape(-1, 3),
+            images=tuple(map(ImageRef, paths[row].as_py(), data[row].as_py())),
             vision=self.vision,
-            source=row["source"][0].as_py(),
-            row=row["row"][0].as_py(),
+            source=source[row].as_py(),
+            row=of_source[row].as_py(),
         )
 
 
@@ -106,20 +131,48 @@ def write_store(
     Raises:
         ValueError: no samples, or a folder that holds a store.
     """
+    return write_batches(folder, map(as_batch, _chunks(samples)), vision, about)
+
+
+def write_batches(
+    folder: str | os.PathLike[str],
+    batches: Iterable[bytes],
+    vision: VisionSpec,
+    about: dict[str, Any],
+) -> EncodedStore:
+    """`write_store` for samples that are batches already, made by `as_batch` in any process; none
+    but the one being written is in memory."""
     folder = Path(folder)
     if (folder / "mmpack.json").exists():
         raise ValueError(f"{folder} holds a store already")
-    chunks = [_table(chunk) for chunk in _chunks(samples)]
-    if not chunks:
+    folder.mkdir(parents=True, exist_ok=True)
+    num_rows = 0
+    with pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as file:
+        with pyarrow.ipc.new_stream(file, _SCHEMA) as stream:
+            for data in batches:
+                batch = pyarrow.ipc.read_record_batch(pyarrow.py_buffer(data), _SCHEMA)
+                stream.write_batch(batch)
+                num_rows += batch.num_rows
+    if num_rows == 0:
         raise ValueError("there are no samples to store: no row of the data was usable")
-    rows = datasets.concatenate_datasets(chunks)
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+    return _finish(folder, vision, about)
+
+
+def reuse_store(
+    folder: str | os.PathLike[str], store: EncodedStore, about: dict[str, Any]
+) -> EncodedStore:
+    """The samples of a store as another one: a link to its file where the disk has links."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = store.folder / "samples.arrow", folder / "samples.arrow"
     try:
-        rows.save_to_disk(folder / "samples")
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return _finish(folder, store.vision, about)
+
+
+def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any]) -> EncodedStore:
     text = json.dumps({"format": FORMAT, "vision": asdict(vision), "about": about}, indent=2)
     (folder / "mmpack.json").write_text(text + "\n", encoding="utf-8")  # last: a store is whole
     return open_store(folder)
@@ -141,8 +194,33 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
             f"{folder} has store format {saved.get('format')}, not {FORMAT}; pack again"
         )
     vision = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()}
-    rows = datasets.load_from_disk(str(folder / "samples"))
-    return EncodedStore(rows, VisionSpec(**vision), saved["about"])
+    return EncodedStore(folder, VisionSpec(**vision), saved["about"])
+
+
+def as_batch(samples: Sequence[EncodedSample]) -> bytes:
+    """Samples of one spec as the bytes of an Arrow record batch."""
+    vision = samples[0].vision
+    ids, ids_offsets = _joined([sample.input_ids for sample in samples])
+    labels, _ = _joined([sample.labels for sample in samples])
+    grids, grid_offsets = _joined([sample.grid_thw for sample in samples])
+    refs = [image for sample in samples for image in sample.images]
+    is_supervised = labels != IGNORE
+    is_supervised[ids_offsets[:-1]] = False  # the first of a segment has nothing before it
+    num_images = np.diff(grid_offsets)
+    num_tokens = np.diff(ids_offsets) - num_images
+    columns = [
+        _lists(ids, ids_offsets),
+        _lists(labels, ids_offsets),
+        _lists(grids.ravel(), 3 * grid_offsets),
+        _lists([image.path for image in refs], grid_offsets, pyarrow.string()),
+        _lists([_bytes(image) for image in refs], grid_offsets, pyarrow.large_binary()),
+        [sample.source for sample in samples],
+        [sample.row for sample in samples],
+        num_tokens + _sums(vision.num_features(grids), grid_offsets),
+        _sums(grids.astype(np.int64).prod(axis=-1), grid_offsets),
+        _sums(is_supervised, ids_offsets),
+    ]
+    return pyarrow.record_batch(columns, schema=_SCHEMA).serialize().to_pybytes()
 
 
 def _chunks(samples: Iterable[EncodedSample]) -> Iterator[list[EncodedSample]]:
@@ -151,20 +229,19 @@ def _chunks(samples: Iterable[EncodedSample]) -> Iterator[list[EncodedSample]]:
         yield chunk
 
 
-def _table(samples: Sequence[EncodedSample]) -> datasets.Dataset:
-    columns = {
-        "input_ids": [sample.input_ids for sample in samples],
-        "labels": [sample.labels for sample in samples],
-        "grid_thw": [sample.grid_thw.ravel() for sample in samples],
-        "images": [[image.path for image in sample.images] for sample in samples],
-        "image_bytes": [[_bytes(image) for image in sample.images] for sample in samples],
-        "source": [sample.source for sample in samples],
-        "row": [sample.row for sample in samples],
-        "num_tokens": [sample.num_tokens for sample in samples],
-        "num_patches": [sample.num_patches for sample in samples],
-        "num_supervised": [sample.num_supervised for sample in samples],
-    }
-    return datasets.Dataset.from_dict(columns, features=_FEATURES)
+def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Int64]:
+    return np.concatenate(arrays), np.cumsum([0, *map(len, arrays)])
+
+
+def _lists(values: Any, offsets: Int64, type: Any = None) -> pyarrow.ListArray:
+    offsets_32 = pyarrow.array(offsets.astype(np.int32))
+    return pyarrow.ListArray.from_arrays(offsets_32, pyarrow.array(values, type))
+
+
+def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
+    """(N,) sums of the values between offsets."""
+    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return sums[offsets[1:]] - sums[offsets[:-1]]
 
 
 def _bytes(image: ImageRef) -> bytes | None:

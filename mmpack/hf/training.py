@@ -29,7 +29,7 @@ from mmpack.vision import VisionSpec
 
 
 def load_processor(
-    folder: str | os.PathLike[str], max_pixels: int | None = None
+    folder: str | os.PathLike[str], max_pixels: int | None = None, resizer: str = "pillow"
 ) -> tuple[Any, VisionSpec]:
     """(tokenizer, VisionSpec) from a folder as Qwen publishes them.
 
@@ -51,7 +51,7 @@ def load_processor(
         if not template.is_file():
             raise ValueError(f"{folder} has no chat template")
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
-    vision = VisionSpec.from_parts(image_processor, tokenizer)
+    vision = replace(VisionSpec.from_parts(image_processor, tokenizer), resizer=resizer)
     return tokenizer, vision if max_pixels is None else replace(vision, max_pixels=max_pixels)
 
 
