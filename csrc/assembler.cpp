@@ -41,15 +41,18 @@ void write_images(const Samples& samples, const PackBuffers& out) {
       std::fill_n(&out.vision_segment_ids[patch], size, frame);
       patch += size;
       out.vision_cu_seqlens[++frame] = patch;
-      for (std::int64_t row = 0; row < height; row += merge) {
-        for (std::int64_t column = 0; column < width; column += merge) {
-          for (std::int64_t i = row; i < row + merge; ++i) {
-            for (std::int64_t j = column; j < column + merge; ++j) {
-              *place++ = i;
-              *place++ = j;
-            }
+      for (std::int64_t column = 0; column < width; column += merge) {
+        for (std::int64_t i = 0; i < merge; ++i) {
+          for (std::int64_t j = column; j < column + merge; ++j) {
+            *place++ = i;
+            *place++ = j;
           }
         }
+      }
+      const std::int64_t row_of_features = merge * width;  // and every further one like it
+      for (std::int64_t n = row_of_features; n < size; ++n, place += 2) {
+        place[0] = place[-2 * row_of_features] + merge;
+        place[1] = place[1 - 2 * row_of_features];
       }
     }
   }
