@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -100,6 +101,18 @@ def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
     if dtype == torch.float64 and config.model_type == "qwen3_vl_moe":
         model.set_experts_implementation("eager")  # torch's grouped products know no float64
     return model.to(dtype).train()
+
+
+@functools.cache
+def collator(family="qwen2_vl"):
+    """For models of `small_config(family)`."""
+    return PackCollator(model=tiny_model(small_config(family)))
+
+
+def packed(samples, family="qwen2_vl", seed=0):
+    """`encoded` samples as a pack of a family's patches, with seeded pixels."""
+    samples = [dataclasses.replace(sample, vision=small_spec(family)) for sample in samples]
+    return with_noise(assemble(samples, pixels=False), seed)
 
 
 def float64_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
@@ -226,7 +239,7 @@ def made_up_rows(family="qwen2_vl"):
         encoded(spec, 8, (4, 6), (6, 2), 9, 10),
     ]
     packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
-    collate = PackCollator(model=tiny_model(small_config(family)))
+    collate = collator(family)
     stock = []
     for alone in (collate([pack]) for pack in packs):
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
