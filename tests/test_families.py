@@ -201,6 +201,7 @@ def test_the_routers_auxiliary_loss_stays_transformers():
     assert loss == pytest.approx(expected[0], rel=1e-5)
     assert worst_difference(grads, expected[1])[0] <= 1e-5
     model.config.text_config.router_aux_loss_coef = 0.5
+    batch["output_router_logits"] = True  # transformers 5.17 looks here, and not into the config
     out = model(**batch, num_items_in_batch=torch.tensor(num_items))
     assert out.aux_loss > 0
     assert out.loss.item() == pytest.approx(loss + 0.5 * out.aux_loss.item(), rel=1e-5)

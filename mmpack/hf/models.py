@@ -47,10 +47,11 @@ class _Patch:
 
 
 def patch_model(model: Model, impl: str = "auto") -> Model:
-    """Patch a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (also MoE) model, in place, to train on packs; returns it. Patching twice is one patch.
+    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, in place, to train on packs; returns it.
+    Patching twice is one patch.
 
     A self-test follows: a small pack is run twice with another first segment, and the second
-    segment's hidden states must not change by a bit. Where it cannot run yet (weights on the meta
+    segment's hidden states must not change by a bit (behind experts: by rounding only). Where it cannot run yet (weights on the meta
     device or sharded, kernels without their GPU) it runs at the first packed forward. Mode, gradients and random
     state are as before.
 
