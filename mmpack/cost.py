@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from mmpack.types import Int64
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PARTS = ("vision", "merger", "language")
 
 
@@ -81,9 +81,9 @@ def sample_flops(
     merger_linear = 2 * (1 + merger_trained + features_need_grad)  # its norm stands before it
 
     text = _value(config, "text_config", default=config)
-    head, layer, attention = _text_sizes(text)
+    head, linear, attention = _text_sizes(text)
     layers = _value(text, "num_hidden_layers")
-    flops: Int64 = text_linear * (layers * layer * n + head * supervised)
+    flops: Int64 = text_linear * (linear * n + head * supervised)
     # scores and their product with the values, 2 operations each over n (n + 1) / 2 pairs
     forward = layers * 2 * attention * n * (n + 1)
     flops += forward * 7 // 2 if language_trained or features_need_grad else forward
@@ -104,13 +104,29 @@ def sample_flops(
 
 
 def _text_sizes(text: Any) -> tuple[int, int, int]:
-    """Multiply-adds a token of the head and of a layer's linears; width of the attention."""
+    """Multiply-adds a token of the head and of all layers' linears; width of the attention."""
     hidden, heads = _value(text, "hidden_size"), _value(text, "num_attention_heads")
     head_dim = _value(text, "head_dim", default=None) or hidden // heads
     kv_heads = _value(text, "num_key_value_heads", default=None) or heads
-    layer = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
-    layer += 3 * hidden * _value(text, "intermediate_size")
-    return hidden * _value(text, "vocab_size"), layer, heads * head_dim
+    layers, (sparse, experts) = _value(text, "num_hidden_layers"), _experts(text)
+    linear = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim)
+    linear += (layers - sparse) * 3 * hidden * _value(text, "intermediate_size")
+    if sparse:  # a token's router, and the experts it is sent to
+        chosen = _value(text, "num_experts_per_tok") * _value(text, "moe_intermediate_size")
+        linear += sparse * hidden * (experts + 3 * chosen)
+    return hidden * _value(text, "vocab_size"), linear, heads * head_dim
+
+
+def _experts(text: Any) -> tuple[int, int]:
+    """How many layers have experts, as transformers' decoder layer decides, and how many experts."""
+    names = ("num_experts", "num_local_experts")  # as published, and as transformers 5 writes it
+    experts = next((n for name in names if (n := _value(text, name, default=None))), 0)
+    if not experts:
+        return 0, 0
+    step = _value(text, "decoder_sparse_step", default=1)
+    dense = _value(text, "mlp_only_layers", default=None) or ()
+    layers = range(_value(text, "num_hidden_layers"))
+    return sum(layer not in dense and (layer + 1) % step == 0 for layer in layers), experts
 
 
 def _vision_sizes(family: str, vision: Any) -> tuple[int, int, int, int, int, int]:
@@ -126,7 +142,7 @@ def _vision_sizes(family: str, vision: Any) -> tuple[int, int, int, int, int, in
         width, out = _value(vision, "hidden_size"), _value(vision, "out_hidden_size")
         gated = family == "qwen2_5_vl"
         block = (3 if gated else 2) * width * _value(vision, "intermediate_size")
-        if family == "qwen3_vl":
+        if family.startswith("qwen3_vl"):
             mergers += len(_value(vision, "deepstack_visual_indexes"))
     channels = _value(vision, "in_channels", default=None) or _value(vision, "in_chans")
     patch_values = (

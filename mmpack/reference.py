@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from mmpack.types import IGNORE, EncodedSample, Int32, Int64, Pack
+from mmpack.types import IGNORE, EncodedSample, Float32, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
 MAX_RUN = 32  # tokens of one id in a run of `text_id_offsets`
@@ -157,6 +157,43 @@ def _patch_places(grids: Sequence[Sequence[int]], vision: VisionSpec) -> Int64:
     return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 
+def window_order(
+    place_P2: Int64, frame_P: Int32, merge_size: int, side: int
+) -> tuple[Int32, Int32]:
+    """(order, cu_seqlens): the features (F,) of a pack's images window by window, in reading order
+    within each and frame by frame, and the windows' offsets in their patches.
+
+    A window is `side` x `side` features, less at the edges of an image. transformers'
+    `get_vision_window_index`, for patches at rows and columns `place_P2` of frames `frame_P`.
+    """
+    first_patch = slice(None, None, merge_size**2)
+    window = np.column_stack([frame_P[first_patch], place_P2[first_patch] // (merge_size * side)])
+    order = np.lexsort(window.T[::-1])  # by frame, row, column; stable
+    is_new = np.diff(window[order], axis=0, prepend=-1).any(axis=1)
+    starts = np.append(np.flatnonzero(is_new), len(order))
+    return order.astype(np.int32), (starts * merge_size**2).astype(np.int32)
+
+
+def interpolated_positions(place_P2: Int64, grid_thw: Int64, side: int) -> tuple[Int32, Float32]:
+    """(index, weight), each (P, 4): rows of a learned `side` x `side` table of positions, and their
+    shares, whose sum is a patch's position: bilinear, the table's corners on the image's.
+
+    transformers' `get_vision_interpolation_indices_and_weights(align_corners=True)`, its float32
+    roundings included, for patches at rows and columns `place_P2` of images `grid_thw` (I, 3).
+    """
+    size_P2 = np.repeat(grid_thw[:, 1:], grid_thw.prod(axis=1), axis=0)
+    at = place_P2.astype(np.float32) * np.float32(side - 1)
+    at /= np.maximum(size_P2 - 1, 1).astype(np.float32)
+    below = np.floor(at)
+    taps = below[..., None] + np.arange(2, dtype=np.float32)  # (P, 2 axes, 2)
+    weights = np.maximum(1 - np.abs(at[..., None] - taps), 0)
+    rows, columns = taps.clip(0, side - 1).astype(np.int32).swapaxes(0, 1)
+    row_weights, column_weights = weights.swapaxes(0, 1)
+    index: Int32 = rows[:, :, None] * side + columns[:, None, :]
+    weight: Float32 = row_weights[:, :, None] * column_weights[:, None, :]
+    return index.reshape(-1, 4), weight.reshape(-1, 4)
+
+
 def embed_features(
     input_ids: torch.Tensor,
     feature_index: torch.Tensor,
@@ -180,6 +217,14 @@ def insert_features(
     What transformers' `masked_scatter` of the features into the placeholders computes.
     """
     return embeds_TD.index_copy(0, feature_token.long(), features_FD)
+
+
+def add_features(
+    hidden_TD: torch.Tensor, features_FD: torch.Tensor, feature_token: torch.Tensor
+) -> torch.Tensor:
+    """(T, D) hidden states with feature f added to row `feature_token[f]`, out of place: one level of
+    Qwen3-VL's deepstack (transformers' `_deepstack_process`)."""
+    return hidden_TD.index_add(0, feature_token, features_FD)
 
 
 def patch_embed(

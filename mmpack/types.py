@@ -17,6 +17,7 @@ from mmpack.vision import VisionSpec
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 IGNORE = -100  # label of a token without loss

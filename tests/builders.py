@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from mmpack import VisionSpec
 from mmpack.assemble import assemble, concatenate
@@ -39,10 +40,38 @@ SMALL_SPEC = VisionSpec(
 )
 
 
-def tiny_config(vocab_size=VOCAB, tied=False, hidden=32, vision=None):
-    """A Qwen2-VL of two text layers (GQA 4:2) and two vision layers."""
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+# What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
+TOWER = {"hidden_size": 32, "intermediate_size": 48}
+VISION = {
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
+    "qwen2_5_vl": {**TOWER, "window_size": 56, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {**TOWER, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+}
+VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
+# A text layer more than deepstack has levels: what is added after the last one reaches no loss.
+TEXT = {"qwen3_vl": {"head_dim": 8, "num_hidden_layers": 3}}
+TEXT["qwen3_vl_moe"] = TEXT["qwen3_vl"] | {
+    "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def small_spec(family="qwen2_vl"):
+    """`SMALL_SPEC` with the family's patches."""
+    patch_size = 16 if family.startswith("qwen3") else 14
+    return dataclasses.replace(SMALL_SPEC, patch_size=patch_size)
+
+
+def small_config(family="qwen2_vl", **options):
+    """A config of 100 ids."""
+    return tiny_config(100, vision=small_spec(family), family=family, **options)
+
+
+def tiny_config(vocab_size=VOCAB, tied=False, hidden=32, vision=None, family="qwen2_vl"):
+    """Two or three text layers (GQA 4:2) and two vision layers of a family."""
     vision = vision or VisionSpec(min_pixels=1, max_pixels=1)
-    return Qwen2VLConfig(
+    out = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
+    return CONFIG_MAPPING[family](
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": hidden,
@@ -51,17 +80,17 @@ def tiny_config(vocab_size=VOCAB, tied=False, hidden=32, vision=None):
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
-            "rope_scaling": {"type": "mrope", "mrope_section": [hidden // 8 - 2, 1, 1]},
+            "rope_scaling": {"rope_type": "default", "mrope_section": [hidden // 8 - 2, 1, 1]},
             "rope_theta": 10000.0,
             "pad_token_id": 0,
+            **TEXT.get(family, {}),
         },
         vision_config={
             "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": hidden,
             "num_heads": 2,
-            "mlp_ratio": 2,
             "patch_size": vision.patch_size,
+            **VISION[family],
+            out: hidden,
         },
         tie_word_embeddings=tied,
         image_token_id=vision.image_token_id,
@@ -75,12 +104,26 @@ def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
     """Random weights, large enough that a leak shows; equal for equal configs."""
     config = copy.deepcopy(config or tiny_config(**config_options))
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attn)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
+    if dtype == torch.float64 and config.model_type == "qwen3_vl_moe":
+        model.set_experts_implementation("eager")  # torch's grouped products know no float64
     return model.to(dtype).train()
+
+
+@functools.cache
+def collator(family="qwen2_vl"):
+    """For models of `small_config(family)`."""
+    return PackCollator(model=tiny_model(small_config(family)))
+
+
+def packed(samples, family="qwen2_vl", seed=0):
+    """`encoded` samples as a pack of a family's patches, with seeded pixels."""
+    samples = [dataclasses.replace(sample, vision=small_spec(family)) for sample in samples]
+    return with_noise(assemble(samples, pixels=False), seed)
 
 
 def float64_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
@@ -198,20 +241,22 @@ def encoded(vision, *pieces, supervised=True):
     return EncodedSample(ids, labels, np.array(grids, dtype=np.int32).reshape(-1, 3), (), vision)
 
 
-def made_up_rows():
+def made_up_rows(family="qwen2_vl"):
     """(packed batch, stock inputs of each row, supervised tokens) without any real data."""
+    spec = small_spec(family)
     rows = [
-        encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
-        encoded(SMALL_SPEC, range(5, 60)),
-        encoded(SMALL_SPEC, 8, (4, 4), (6, 2), 9, 10),
+        encoded(spec, 1, 2, (2, 4), 3, 4),
+        encoded(spec, range(5, 60)),
+        encoded(spec, 8, (4, 6), (6, 2), 9, 10),
     ]
     packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
+    collate = collator(family)
     stock = []
-    for alone in (PackCollator()([pack]) for pack in packs):
+    for alone in (collate([pack]) for pack in packs):
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
         inputs = {name: alone[name] for name in names if name in alone}
         stock.append({**inputs, "mm_token_type_ids": (alone["input_ids"] == 90).int()})
-    batch = PackCollator()([concatenate(packs)])
+    batch = collate([concatenate(packs)])
     return batch, stock, batch["shift_labels"].numel()
 
 

@@ -29,7 +29,7 @@ def noise(monkeypatch):
     monkeypatch.setattr(mmpack.dataset, "assemble", assemble_noise)
 
 
-def assemble_noise(samples):
+def assemble_noise(samples, **options):
     return with_noise(assemble(samples, pixels=False))
 
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen3_vl import Qwen3VLConfig
+from transformers.models.qwen3_vl_moe import Qwen3VLMoeConfig
 
 from mmpack.cost import sample_flops
 
@@ -46,6 +47,17 @@ CONFIGS = {
         vision_config={
             **VISION, "hidden_size": 32, "intermediate_size": 80, "out_hidden_size": 64,
             "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
+        },
+        **IDS,
+    ),
+    "qwen3_vl_moe": Qwen3VLMoeConfig(
+        text_config={
+            **TEXT, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48, "mlp_only_layers": [1],
+        },
+        vision_config={
+            **VISION, "hidden_size": 32, "intermediate_size": 80, "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
         },
         **IDS,
     ),
@@ -109,6 +121,8 @@ def counted(model, row):
 def test_costs_are_what_torch_counts(family, frozen):
     config = CONFIGS[family]
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    if family == "qwen3_vl_moe":
+        model.set_experts_implementation("eager")  # torch counts no grouped products
     visual = model.model.visual
     mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", [])]
     model.requires_grad_("language" not in frozen)
@@ -121,6 +135,12 @@ def test_costs_are_what_torch_counts(family, frozen):
         expected, num_tokens = counted(model, row)
         ours = sample_flops(config, [num_tokens], [row[1]], row[2], [0, len(row[2])], frozen=frozen)
         assert ours[0] == pytest.approx(expected, rel=0.01), name
+
+
+def test_a_saved_config_costs_the_same():
+    rows = ([100, 50], [30, 10], [(1, 8, 12)], [0, 1, 1])
+    for config in CONFIGS.values():
+        assert (sample_flops(config.to_dict(), *rows) == sample_flops(config, *rows)).all()
 
 
 def test_a_config_json_of_qwen2_vl_will_do(shared):

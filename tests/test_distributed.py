@@ -5,6 +5,7 @@ at another place, ends in an error after gloo's timeout.
 """
 
 import datetime
+import functools
 import os
 import socket
 import traceback
@@ -16,11 +17,12 @@ import torch.multiprocessing as mp
 from builders import (
     QUIET,
     SMALL_SPEC,
+    collator,
     encoded,
     loss_and_grads,
-    tiny_config,
+    packed,
+    small_config,
     tiny_model,
-    with_noise,
     worst_difference,
 )
 from torch.distributed.fsdp import fully_shard
@@ -28,15 +30,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import assemble
 from mmpack.hf import PackCollator, patch_model
 
-CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+CONFIG = small_config()
 SAMPLES = [
-    [encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4), encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9)],
+    [encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4), encoded(SMALL_SPEC, 8, (4, 6), (2, 2), 9)],
     [encoded(SMALL_SPEC, 5, 6, 7), encoded(SMALL_SPEC, 10, 11)],
 ]
-PACKS = [with_noise(assemble(samples, pixels=False), n) for n, samples in enumerate(SAMPLES)]
+PACKS = [packed(samples, seed=n) for n, samples in enumerate(SAMPLES)]
 NUM_ITEMS = sum(len(pack.supervised_index) for pack in PACKS)
 
 
@@ -67,7 +68,7 @@ def fsdp(model, also=(), order="patch first"):
         patch_model(model)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     text, tower = model.model.language_model, model.model.visual
-    for module in (*also, *tower.blocks, *text.layers, model):
+    for module in dict.fromkeys((*also, *tower.blocks, *text.layers, model)):
         fully_shard(module, mesh=mesh)
     return patch_model(model)
 
@@ -76,30 +77,48 @@ def fsdp_embedding_alone(model):
     return fsdp(model, also=[model.get_input_embeddings()])
 
 
+def fsdp_tower_alone(model):
+    """What comes out of the tower must be its own output, or nobody gathers its shards again."""
+    return fsdp(model, also=[*model.model.visual.blocks, model.model.visual])
+
+
 def fsdp_then_patch(model):
     return fsdp(model, order="patch last")
 
 
-# name: (prepare, wrap, PackCollator's pixels)
+# name: (family, prepare, wrap, PackCollator's pixels)
 CASES = {
-    "ddp": (plain, ddp, "float32"),
-    "ddp, then patched": (plain, ddp_then_patch, "float32"),
-    "ddp, checkpointing": (checkpoint, ddp, "uint8"),
-    "fsdp2": (plain, fsdp, "float32"),
-    "fsdp2, then patched": (plain, fsdp_then_patch, "float32"),
-    "fsdp2, checkpointing": (checkpoint, fsdp, "uint8"),
-    "fsdp2, the embedding a group of its own": (plain, fsdp_embedding_alone, "float32"),
-    "fsdp2, a frozen tower": (freeze_tower, fsdp, "float32"),
-}
+    "ddp": ("qwen2_vl", plain, ddp, "float32"),
+    "ddp, then patched": ("qwen2_vl", plain, ddp_then_patch, "float32"),
+    "ddp, checkpointing": ("qwen2_vl", checkpoint, ddp, "uint8"),
+    "fsdp2": ("qwen2_vl", plain, fsdp, "float32"),
+    "fsdp2, then patched": ("qwen2_vl", plain, fsdp_then_patch, "float32"),
+    "fsdp2, checkpointing": ("qwen2_vl", checkpoint, fsdp, "uint8"),
+    "fsdp2, the embedding a group of its own": (
+        "qwen2_vl", plain, fsdp_embedding_alone, "float32",
+    ),
+    "fsdp2, a frozen tower": ("qwen2_vl", freeze_tower, fsdp, "float32"),
+    "ddp, Qwen2.5-VL": ("qwen2_5_vl", checkpoint, ddp, "float32"),
+    "fsdp2, Qwen2.5-VL, the tower a group of its own": (
+        "qwen2_5_vl", plain, fsdp_tower_alone, "uint8",
+    ),
+    "fsdp2, Qwen2.5-VL, then patched": ("qwen2_5_vl", plain, fsdp_then_patch, "float32"),
+    "ddp, Qwen3-VL": ("qwen3_vl", plain, ddp, "uint8"),
+    "fsdp2, Qwen3-VL, checkpointing": ("qwen3_vl", checkpoint, fsdp, "float32"),
+    "fsdp2, Qwen3-VL, a frozen tower": ("qwen3_vl", freeze_tower, fsdp_tower_alone, "float32"),
+    "ddp, Qwen3-VL-MoE": ("qwen3_vl_moe", plain, ddp, "float32"),
+    "fsdp2, Qwen3-VL-MoE": ("qwen3_vl_moe", plain, fsdp, "uint8"),
+}  # fmt: skip
 
 
 def step(rank, case):
     """(this rank's share of the loss, every parameter's gradient) of a step over both packs."""
-    prepare, wrap, pixels = CASES[case]
-    model = tiny_model(CONFIG)
+    family, prepare, wrap, pixels = CASES[case]
+    model = tiny_model(small_config(family))
     prepare(model)
     wrapped = wrap(model)
-    batch = PackCollator(model=wrapped, pixels=pixels)([PACKS[rank]])
+    pack = packed(SAMPLES[rank], family, seed=rank)
+    batch = PackCollator(model=wrapped, pixels=pixels)([pack])
     loss = wrapped(**batch, num_items_in_batch=torch.tensor(NUM_ITEMS)).loss
     (loss * 2).backward()  # ranks' gradients are averaged
     return loss.item(), gradients(model)
@@ -184,20 +203,27 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Both packs in one process."""
-    return loss_and_grads(
-        patch_model(tiny_model(CONFIG)), [PackCollator()([p]) for p in PACKS], NUM_ITEMS
-    )
+    """Both packs in one process, by family."""
+
+    @functools.cache
+    def compute(family):
+        batches = [
+            collator(family)([packed(samples, family, n)]) for n, samples in enumerate(SAMPLES)
+        ]
+        return loss_and_grads(patch_model(tiny_model(small_config(family))), batches, NUM_ITEMS)
+
+    return compute
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one_step(case, results, expected):
     (loss, grads), (other_loss, other_grads) = results(case)
-    assert loss + other_loss == pytest.approx(expected[0], rel=1e-5)
-    assert grads.keys() == other_grads.keys() == expected[1].keys()
+    family, prepare, _, _ = CASES[case]
+    expected_loss, exact = expected(family)
+    assert loss + other_loss == pytest.approx(expected_loss, rel=1e-5)
+    assert grads.keys() == other_grads.keys() == exact.keys()
     assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
-    exact = expected[1]
-    if CASES[case][0] is freeze_tower:
+    if prepare is freeze_tower:
         assert all((g == 0).all() for n, g in grads.items() if "visual" in n)
         exact = {n: torch.zeros_like(g) if "visual" in n else g for n, g in exact.items()}
     difference, name = worst_difference(grads, exact)
@@ -207,7 +233,8 @@ def test_two_ranks_are_one_step(case, results, expected):
 def test_a_trainer_on_two_ranks(results, expected):
     """Two packs of 15 and 3 supervised tokens count by their tokens, as if one process had both."""
     (loss, grads), (_, other_grads) = results("trainer")
-    assert loss == pytest.approx(expected[0], rel=1e-5)
+    expected_loss, exact = expected("qwen2_vl")
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
     for ours in (grads, other_grads):
-        difference, name = worst_difference(ours, expected[1])
+        difference, name = worst_difference(ours, exact)
         assert difference <= 1e-5, name

@@ -10,13 +10,13 @@ import random
 import pytest
 import torch
 from builders import (
-    SMALL_SPEC,
+    FAMILIES,
     float64_loss,
     loss_and_grads,
     made_up_rows,
+    small_config,
     stock_inputs,
     stock_processor,
-    tiny_config,
     tiny_model,
     to,
     worst_difference,
@@ -167,11 +167,12 @@ def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenize
     ],
     ids=str,
 )
-def test_made_up_rows(impl, dtype, device):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_made_up_rows(family, impl, dtype, device):
     """The theorem without any real data, on every device there is."""
-    batch, stock, num_items = made_up_rows()
+    batch, stock, num_items = made_up_rows(family)
     batch, stock = to(device, batch), [to(device, inputs) for inputs in stock]
-    config = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+    config = small_config(family)
     rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
     model = patch_model(model_of(dtype, config=config).to(device), impl=impl)
     # The rotary kernel's float32 cosines are not transformers' to the last bit, and transformers rotates

@@ -1,17 +1,21 @@
-"""The theorem over everything a run may switch on: implementation x mode, on made-up rows.
+"""The theorem over everything a run may switch on: family x implementation x mode, on made-up rows.
 
 Pairs of them in CI, on the oldest transformers too; all with `-m slow`.
 """
 
+import functools
+import itertools
+
 import pytest
 import torch
 from builders import (
+    FAMILIES,
     SMALL_SPEC,
     encoded,
     float64_loss,
     loss_and_grads,
     made_up_rows,
-    tiny_config,
+    small_config,
     tiny_model,
     to,
     with_noise,
@@ -30,25 +34,40 @@ IMPLS = {
 }
 MODES = ["plain", "checkpointing", "reentrant", "LoRA", "LoRA checkpointing", "frozen tower"]
 QUICK = [
-    ("reference float64", "plain"),
-    ("reference float64", "LoRA checkpointing"),
-    ("libraries float64", "frozen tower"),
-    ("libraries float64", "reentrant"),
-    ("libraries float32", "checkpointing"),
-    ("kernels float32", "reentrant"),
-    ("kernels float32", "LoRA"),
+    ("qwen2_vl", "reference float64", "plain"),
+    ("qwen2_vl", "reference float64", "LoRA checkpointing"),
+    ("qwen2_vl", "libraries float64", "frozen tower"),
+    ("qwen2_vl", "libraries float64", "reentrant"),
+    ("qwen2_vl", "libraries float32", "checkpointing"),
+    ("qwen2_vl", "kernels float32", "reentrant"),
+    ("qwen2_vl", "kernels float32", "LoRA"),
+    ("qwen2_5_vl", "reference float64", "LoRA"),
+    ("qwen2_5_vl", "libraries float64", "checkpointing"),
+    ("qwen2_5_vl", "libraries float64", "plain"),
+    ("qwen2_5_vl", "libraries float32", "reentrant"),
+    ("qwen2_5_vl", "libraries float32", "frozen tower"),
+    ("qwen2_5_vl", "kernels float32", "LoRA checkpointing"),
+    ("qwen3_vl", "reference float64", "reentrant"),
+    ("qwen3_vl", "libraries float64", "LoRA checkpointing"),
+    ("qwen3_vl", "libraries float64", "plain"),
+    ("qwen3_vl", "libraries float32", "LoRA"),
+    ("qwen3_vl", "libraries float32", "frozen tower"),
+    ("qwen3_vl", "kernels float32", "checkpointing"),
+    ("qwen3_vl_moe", "reference float64", "plain"),
+    ("qwen3_vl_moe", "libraries float64", "LoRA"),
+    ("qwen3_vl_moe", "libraries float32", "plain"),
+    ("qwen3_vl_moe", "libraries float32", "reentrant"),
+    ("qwen3_vl_moe", "kernels float32", "checkpointing"),
 ]
-PAIRS = [
-    pytest.param(impl, mode, marks=() if (impl, mode) in QUICK else pytest.mark.slow)
-    for impl in IMPLS
-    for mode in MODES
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(FAMILIES, IMPLS, MODES)
 ]
-CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
 
 
-def model_of(dtype, mode, impl=None):
+def model_of(dtype, mode, impl=None, family="qwen2_vl"):
     """A model in a mode, equal for equal arguments; patched if `impl` is given."""
-    model = tiny_model(CONFIG, dtype=dtype)
+    model = tiny_model(small_config(family), dtype=dtype)
     if dtype == torch.float64:
         model.loss_function = float64_loss
     if impl:
@@ -71,40 +90,57 @@ def model_of(dtype, mode, impl=None):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("impl", "mode"), PAIRS)
-def test_the_theorem(impl, mode):
+@pytest.mark.parametrize(("family", "impl", "mode"), CASES)
+def test_the_theorem(family, impl, mode):
     name, dtype, tolerance = IMPLS[impl]
-    batch, stock, num_items = made_up_rows()
-    expected_loss, expected = loss_and_grads(model_of(dtype, mode), stock, num_items)
-    loss, grads = loss_and_grads(model_of(dtype, mode, name), [batch], num_items)
+    batch, stock, num_items = made_up_rows(family)
+    rows_alone = model_of(dtype, mode, family=family)
+    expected_loss, expected = loss_and_grads(rows_alone, stock, num_items)
+    loss, grads = loss_and_grads(model_of(dtype, mode, name, family), [batch], num_items)
     assert loss == pytest.approx(expected_loss, rel=tolerance)
     difference, parameter = worst_difference(grads, expected)
     assert difference <= tolerance, parameter
     assert any(gradient.abs().max() > 0 for gradient in grads.values())
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_autocast(impl):
+@pytest.mark.parametrize(
+    ("family", "impl"),
+    [
+        pytest.param("qwen2_vl", "auto", marks=pytest.mark.smoke),
+        pytest.param("qwen2_vl", "triton", marks=pytest.mark.smoke),
+        ("qwen2_5_vl", "auto"),
+        ("qwen3_vl", "auto"),
+    ],
+)
+def test_autocast(family, impl):
     """No further from float32 than twice what stock autocast is, rows alone; float16, whose sums the
-    interpreter gets right."""
-    batch, stock, num_items = made_up_rows()
-    _, exact = loss_and_grads(model_of(torch.float32, "plain"), stock, num_items)
+    interpreter gets right. (Not MoE: a rounding may send a token to another expert.)"""
+    batch, stock, num_items = made_up_rows(family)
+    model = functools.partial(model_of, torch.float32, "plain", family=family)
+    _, exact = loss_and_grads(model(), stock, num_items)
     with torch.autocast("cpu", torch.float16):
-        _, theirs = loss_and_grads(model_of(torch.float32, "plain"), stock, num_items)
-        _, ours = loss_and_grads(model_of(torch.float32, "plain", impl), [batch], num_items)
+        _, theirs = loss_and_grads(model(), stock, num_items)
+        _, ours = loss_and_grads(model(impl=impl), [batch], num_items)
     for name, gradient in exact.items():
         budget = 2 * (theirs[name] - gradient).abs().max() + 5e-3 * gradient.abs().max()
         assert (ours[name] - gradient).abs().max() <= budget, name
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_the_whole_step_compiles_into_one_graph(impl):
+@pytest.mark.parametrize(
+    ("family", "impl"),
+    [
+        pytest.param("qwen2_vl", "auto", marks=pytest.mark.smoke),
+        pytest.param("qwen2_vl", "triton", marks=pytest.mark.smoke),
+        ("qwen2_5_vl", "auto"),
+        ("qwen3_vl", "auto"),
+        pytest.param("qwen3_vl_moe", "auto", marks=pytest.mark.slow),
+    ],
+)
+def test_the_whole_step_compiles_into_one_graph(family, impl):
     """Forward and backward, no graph break, the same numbers; and again for another pack."""
-    batch, _, num_items = made_up_rows()
-    expected = loss_and_grads(model_of(torch.float32, "plain", impl), [batch], num_items)
-    model = model_of(torch.float32, "plain", impl)
+    batch, _, num_items = made_up_rows(family)
+    expected = loss_and_grads(model_of(torch.float32, "plain", impl, family), [batch], num_items)
+    model = model_of(torch.float32, "plain", impl, family)
     loss_and_grads(model, [batch], num_items)  # an eager step, which asks what may be asked once
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -116,17 +152,20 @@ def test_the_whole_step_compiles_into_one_graph(impl):
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_no_data_is_asked_for_in_a_step(impl):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_data_is_asked_for_in_a_step(family, impl):
     """Train mode, forward and backward on the meta device, where a question to the data is an error;
     floats and text alone (uint8 pixels: test_pixels)."""
-    batch, _, num_items = made_up_rows()
-    model = model_of(torch.float32, "plain", impl)
+    batch, _, num_items = made_up_rows(family)
+    model = model_of(torch.float32, "plain", impl, family)
     if impl == "auto":
         loss_and_grads(model, [batch], num_items)
     else:
         from mmpack.hf.models import _STATE
 
         getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
+    if family == "qwen3_vl_moe":
+        model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
     loss = model.to("meta")(**on_meta(batch), num_items_in_batch=torch.tensor(3)).loss
     loss.backward()
     assert loss.is_meta
@@ -186,10 +225,12 @@ def test_the_logits_of_every_token():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_a_step_on_the_gpu_waits_for_nothing(impl):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_on_the_gpu_waits_for_nothing(family, impl):
     """Forward, backward and optimizer with torch's alarm on: a host sync is an error."""
-    batch, _, num_items = made_up_rows()
-    model = patch_model(tiny_model(CONFIG).to("cuda", torch.bfloat16), impl=impl)
+    batch, _, num_items = made_up_rows(family)
+    config = small_config(family)
+    model = patch_model(tiny_model(config).to("cuda", torch.bfloat16), impl=impl)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     batch = to(torch.device("cuda"), batch)
     num_items = torch.tensor(num_items, device="cuda")

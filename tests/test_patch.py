@@ -4,57 +4,78 @@ import copy
 
 import pytest
 import torch
-from builders import SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
-from transformers import Qwen2VLForConditionalGeneration
+from builders import (
+    FAMILIES,
+    SMALL_SPEC,
+    collator,
+    encoded,
+    packed,
+    small_config,
+    small_spec,
+    tiny_model,
+)
 
-from mmpack import assemble
 from mmpack.hf import PackCollator, attention, patch_model, unpatch_model
 from mmpack.hf.isolation import check_isolation
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
-CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+CONFIG = small_config()
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def batch_of(*samples):
+def batch_of(*samples, family="qwen2_vl"):
     """A packed batch with seeded pixels."""
-    return PackCollator()([with_noise(assemble(samples, pixels=False))])
+    return collator(family)([packed(samples, family)])
 
 
 SAMPLES = [
     encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
     encoded(SMALL_SPEC, 5, 6, 7),
-    encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9),
+    encoded(SMALL_SPEC, 8, (4, 6), (2, 2), 9),
 ]
 TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
 
 
 @pytest.fixture
-def batch():
-    return batch_of(*SAMPLES)
+def family():
+    """What tests marked `every_family` run with in turn, and all others once."""
+    return "qwen2_vl"
 
 
 @pytest.fixture
-def model():
-    return tiny_model(CONFIG)
+def batch(family):
+    return batch_of(*SAMPLES, family=family)
+
+
+@pytest.fixture
+def model(family):
+    return tiny_model(small_config(family))
 
 
 def state_of(model):
-    """Everything patching may touch."""
+    """Everything patching may touch: attributes and hooks of every module, and the implementations."""
     base = model.model
+    hooks = [
+        dict(table)
+        for module in model.modules()
+        for name, table in sorted(vars(module).items())
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+    ]
     return (
         base.language_model.config._attn_implementation,
         base.visual.config._attn_implementation,
-        dict(base._forward_pre_hooks),
-        dict(base._forward_pre_hooks_with_kwargs),
-        [vars(block.attn).get("forward") for block in base.visual.blocks],
-        hasattr(base, "_mmpack_patch"),
+        hooks,
+        [sorted(vars(module)) for module in model.modules()],
         [name for name, _ in model.state_dict().items()],
     )
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_unpatching_takes_everything_back(attn, batch):
-    model = tiny_model(CONFIG, attn=attn).eval()
+@pytest.mark.parametrize(
+    ("family", "attn"), [("qwen2_vl", "eager"), *((family, "sdpa") for family in FAMILIES)]
+)
+def test_unpatching_takes_everything_back(family, attn, batch):
+    model = tiny_model(small_config(family), attn=attn).eval()
+    assert model.loss_function  # transformers keeps it once asked
     before = state_of(model)
     loss = model(**batch).loss
     assert patch_model(model) is model
@@ -67,6 +88,7 @@ def test_unpatching_takes_everything_back(attn, batch):
     assert unpatch_model(model) is model
 
 
+@every_family
 def test_patching_leaves_mode_gradients_and_random_state(model):
     model.train()
     model.model.visual.eval()
@@ -78,20 +100,21 @@ def test_patching_leaves_mode_gradients_and_random_state(model):
     assert all(p.grad is None for p in model.parameters())
 
 
-def padded_batch():
+def padded_batch(family):
     input_ids = torch.tensor([[0, 0, 1, 92, 90, 93, 2], [3, 4, 5, 92, 90, 93, 6]])
     return {
         "input_ids": input_ids,
         "attention_mask": (input_ids > 0).long(),
         "mm_token_type_ids": (input_ids == 90).int(),
-        "pixel_values": torch.randn(8, 1176),
+        "pixel_values": torch.randn(8, 2 * small_spec(family).patch_values),
         "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
     }
 
 
-def test_left_padded_evaluation_and_generation_stay_stock(model):
+@every_family
+def test_left_padded_evaluation_and_generation_stay_stock(model, family):
     model.eval()
-    inputs = padded_batch()
+    inputs = padded_batch(family)
     logits = model(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     patch_model(model)
@@ -99,8 +122,9 @@ def test_left_padded_evaluation_and_generation_stay_stock(model):
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
 
 
-def test_a_packed_step_between_generations(model, batch):
-    inputs = padded_batch()
+@every_family
+def test_a_packed_step_between_generations(model, batch, family):
+    inputs = padded_batch(family)
     model.eval()
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     patch_model(model)
@@ -108,14 +132,16 @@ def test_a_packed_step_between_generations(model, batch):
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
 
 
+@every_family
 def test_a_saved_model_is_stock(model, batch, tmp_path):
     loss = patch_model(model)(**batch).loss
     model.save_pretrained(tmp_path)
     assert "mmpack" not in (tmp_path / "config.json").read_text()
-    reloaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path)
     assert torch.allclose(reloaded(**batch).loss, loss)
 
 
+@every_family
 def test_a_deep_copy_is_patched_on_its_own(model, batch):
     patch_model(model)
     loss = model(**batch).loss.item()
@@ -138,10 +164,13 @@ def inner(batch):
     return {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", "logits_to_keep")}
 
 
-def test_segments_do_not_see_each_other(model):
+@every_family
+def test_segments_do_not_see_each_other(model, family):
     """Bitwise: another text and other pixels in segment 0 leave segments 1 and 2 as they are."""
+    if family == "qwen3_vl_moe":
+        model.set_experts_implementation("batched_mm")  # products that do not depend on the others
     patch_model(model).eval()
-    one, other = batch_of(*SAMPLES), batch_of(*SAMPLES)
+    one, other = (batch_of(*SAMPLES, family=family) for _ in range(2))
     end = int(one["mmpack"]["offsets"][1])
     other["input_ids"][0, 0] = 50
     other["pixel_values"][:8] = 1.0
@@ -150,7 +179,9 @@ def test_segments_do_not_see_each_other(model):
     assert not torch.equal(logits[0][0, :end], logits[1][0, :end])
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("family", "training"), [("qwen2_vl", False), *((family, True) for family in FAMILIES)]
+)
 def test_a_pack_without_images_runs_the_tower(model, training):
     patch_model(model).train(training)
     calls = []
@@ -169,8 +200,10 @@ def test_a_frozen_tower_is_not_run_for_nothing(model):
     assert calls == []
 
 
+@every_family
 def test_the_vision_tower_attends_in_one_call(model, batch, monkeypatch):
     calls = []
+    num_layers = model.config.text_config.num_hidden_layers
     real = attention.varlen_attention
 
     def count(q, *args, **kwargs):
@@ -181,9 +214,10 @@ def test_the_vision_tower_attends_in_one_call(model, batch, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attention", count)
     model(**batch)
     tokens, patches = batch["input_ids"].shape[1], len(batch["pixel_values"])
-    assert calls == [patches] * 2 + [tokens] * 2
+    assert calls == [patches] * 2 + [tokens] * num_layers
 
 
+@every_family
 def test_the_self_test_finds_a_leak(model, monkeypatch):
     def leaky(q, k, v, cu_seqlens, max_seqlen, **options):
         options["offsets"] = (0, len(q))
@@ -197,6 +231,7 @@ def test_the_self_test_finds_a_leak(model, monkeypatch):
     assert state_of(model) == before
 
 
+@every_family
 def test_the_self_test_finds_attention_switched_back(model):
     patch_model(model)
     check_isolation(model.model)
@@ -205,18 +240,20 @@ def test_the_self_test_finds_attention_switched_back(model):
         check_isolation(model.model)
 
 
-def test_a_model_without_weights_is_tested_at_first_use(batch, monkeypatch):
+@every_family
+def test_a_model_without_weights_is_tested_at_first_use(batch, family):
+    like = tiny_model(small_config(family))
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(copy.deepcopy(CONFIG))
+        model = type(like)(copy.deepcopy(like.config))
     patch_model(model)
     assert not model.model._mmpack_patch.is_isolated
     model.to_empty(device="cpu")
-    model.load_state_dict(tiny_model(CONFIG).state_dict())
+    model.load_state_dict(like.state_dict())
     for module in model.modules():  # buffers are not in the state dict
         if hasattr(module, "original_inv_freq"):
             fresh = type(module)(module.config)
             module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
-    expected = patch_model(tiny_model(CONFIG))(**batch).loss
+    expected = patch_model(like)(**batch).loss
     assert torch.allclose(model(**batch).loss, expected)
     assert model.model._mmpack_patch.is_isolated
 
@@ -242,7 +279,7 @@ def test_dropout_and_sliding_windows_are_refused(batch):
         model(**batch)
     model.eval()(**batch)
 
-    config = tiny_config(vocab_size=100, vision=SMALL_SPEC).to_dict()
+    config = small_config().to_dict()
     config["text_config"].update(use_sliding_window=True, sliding_window=4, max_window_layers=0)
     config["text_config"].pop("layer_types")
     model = tiny_model(type(CONFIG)(**config))
@@ -251,8 +288,16 @@ def test_dropout_and_sliding_windows_are_refused(batch):
 
 
 def test_other_models_are_refused(model):
-    with pytest.raises(ValueError, match=r"cannot patch Linear .* supported: qwen2_vl"):
+    with pytest.raises(
+        ValueError, match=r"cannot patch Linear .* supported: qwen2_vl, qwen2_5_vl, q"
+    ):
         patch_model(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model_type None.*qwen3_vl, qwen3_vl_moe$"):
+        PackCollator(model=torch.nn.Linear(2, 2))
+    model.model.config.model_type = "qwen3_5"
+    with pytest.raises(ValueError, match=r"cannot patch .* \(model_type 'qwen3_5'\); supported: "):
+        patch_model(model)
+    model.model.config.model_type = "qwen2_vl"
     model.model.visual.blocks[0].attn.forward = model.model.visual.blocks[0].attn.forward
     with pytest.raises(ValueError, match="already has a replaced forward"):
         patch_model(model)

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
 from builders import (
+    FAMILIES,
     SMALL_SPEC,
     encoded,
     float64_loss,
     loss_and_grads,
+    small_spec,
     tiny_config,
     tiny_model,
     with_noise,
@@ -28,17 +30,22 @@ pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
 SAMPLES = [
     encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
     encoded(SMALL_SPEC, 5, 6, 7),
-    encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9),
+    encoded(SMALL_SPEC, 8, (4, 6), (2, 2), 9),
 ]
 PACKS = [with_noise(assemble([sample], pixels=False), n) for n, sample in enumerate(SAMPLES)]
 NUM_ITEMS = 6
 
 
-def model_of(dtype=torch.float32, spec=SMALL_SPEC):
-    model = tiny_model(tiny_config(vocab_size=100, vision=spec), dtype=dtype)
+def model_of(dtype=torch.float32, spec=SMALL_SPEC, family="qwen2_vl"):
+    model = tiny_model(tiny_config(vocab_size=100, vision=spec, family=family), dtype=dtype)
     if dtype == torch.float64:
         model.loss_function = float64_loss
     return model
+
+
+def packs_of(spec):
+    samples = [dataclasses.replace(sample, vision=spec) for sample in SAMPLES]
+    return [with_noise(assemble([sample], pixels=False), n) for n, sample in enumerate(samples)]
 
 
 def uint8_batch(model, packs=PACKS):
@@ -118,19 +125,20 @@ def exact_rows(packs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("patch_size", [14, 16])
-def test_the_theorem(dtype, patch_size):
+@pytest.mark.parametrize(
+    ("family", "patch_size"), [("qwen2_vl", 16), *((f, small_spec(f).patch_size) for f in FAMILIES)]
+)
+def test_the_theorem(dtype, family, patch_size):
     """Loss and gradients of a pack of bytes equal those of its rows in the stock model, to 1e-10 in
     float64, where the stock model's pixels are normalised in float64 too."""
     spec = dataclasses.replace(SMALL_SPEC, patch_size=patch_size)
-    samples = [dataclasses.replace(sample, vision=spec) for sample in SAMPLES]
-    packs = [with_noise(assemble([s], pixels=False), n) for n, s in enumerate(samples)]
+    packs = packs_of(spec)
     rows = [
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.items()}
         for row in exact_rows(packs)
     ]
-    expected = loss_and_grads(model_of(dtype, spec), rows, NUM_ITEMS)
-    model = patch_model(model_of(dtype, spec))
+    expected = loss_and_grads(model_of(dtype, spec, family), rows, NUM_ITEMS)
+    model = patch_model(model_of(dtype, spec, family))
     loss, grads = loss_and_grads(model, [uint8_batch(model, packs)], NUM_ITEMS)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     assert abs(loss - expected[0]) <= tolerance * expected[0]
@@ -260,12 +268,17 @@ def test_zero_3_gathers_the_weight(monkeypatch, calls):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_a_step_asks_the_device_nothing(impl):
+@pytest.mark.parametrize(
+    ("family", "impl"), [("qwen2_vl", "triton"), *((family, "auto") for family in FAMILIES)]
+)
+def test_a_step_asks_the_device_nothing(family, impl):
     """Forward and backward on the meta device, which raises where data are read."""
-    model = patch_model(model_of(), impl=impl)
-    batch = uint8_batch(model)
+    spec = small_spec(family)
+    model = patch_model(model_of(spec=spec, family=family), impl=impl)
+    batch = uint8_batch(model, packs_of(spec))
     model(**batch)  # the self-test of isolation, which does ask
+    if family == "qwen3_vl_moe":
+        model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
     loss = model.to("meta")(**send_to_device(batch, torch.device("meta"))).loss
     loss.backward()
     assert (loss.device.type, loss.shape) == ("meta", ())

@@ -3,35 +3,43 @@
 import pytest
 import torch
 from builders import (
+    FAMILIES,
     SMALL_SPEC,
+    collator,
     encoded,
     loss_and_grads,
-    tiny_config,
+    packed,
+    small_config,
     tiny_model,
-    with_noise,
     worst_difference,
 )
 
-from mmpack import assemble
-from mmpack.hf import PackCollator, patch_model
+from mmpack.hf import patch_model
 from mmpack.hf.rotary import rotations
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
-CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+CONFIG = small_config()
+every_family = pytest.mark.parametrize("family", FAMILIES)
 SAMPLES = [
     encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
     encoded(SMALL_SPEC, 5, 6, 7),
-    encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9),
+    encoded(SMALL_SPEC, 8, (4, 6), (2, 2), 9),
 ]
 
 
 @pytest.fixture
-def batch():
-    return PackCollator()([with_noise(assemble(SAMPLES, pixels=False))])
+def family():
+    """What tests marked `every_family` run with in turn, and all others once."""
+    return "qwen2_vl"
 
 
-def patched(impl="triton"):
-    return patch_model(tiny_model(CONFIG), impl=impl)
+@pytest.fixture
+def batch(family):
+    return collator(family)([packed(SAMPLES, family)])
+
+
+def patched(impl="triton", family="qwen2_vl"):
+    return patch_model(tiny_model(small_config(family)), impl=impl)
 
 
 @pytest.fixture
@@ -50,21 +58,24 @@ def launches(monkeypatch):
     return calls
 
 
-def test_every_attention_calls_it_once(batch, launches):
+@every_family
+def test_every_attention_calls_it_once(batch, family, launches):
     tokens, patches = batch["input_ids"].shape[1], len(batch["pixel_values"])
-    model = patched()
+    model = patched(family=family)
     model(**batch)
     launches.clear()  # the self-test's too
     model(**batch)
-    assert launches == [((patches, 2, 16), 2)] * 2 + [((tokens, 4, 8), 3)] * 2
+    num_layers = model.config.text_config.num_hidden_layers
+    assert launches == [((patches, 2, 16), 2)] * 2 + [((tokens, 4, 8), 3)] * num_layers
     launches.clear()
-    patched("auto")(**batch)
+    patched("auto", family)(**batch)
     assert launches == []
 
 
-def test_each_bound_forward_equals_stock(batch):
+@every_family
+def test_each_bound_forward_equals_stock(batch, family):
     """Text and vision attention, output and gradients, in float32."""
-    model = patched("auto")
+    model = patched("auto", family)
     base = model.model
     positions = batch["position_ids"][1:]
     plain = {**batch["mmpack"], "impl": "auto"}

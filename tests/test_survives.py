@@ -11,36 +11,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import (
+    FAMILIES,
     QUIET,
     SMALL_SPEC,
+    collator,
     encoded,
     loss_and_grads,
+    packed,
+    small_config,
     stock_processor,
-    tiny_config,
     tiny_model,
-    with_noise,
     worst_difference,
 )
 from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import assemble
 from mmpack.hf import PackCollator, attention, patch_model, unpatch_model
 from mmpack.hf.loss import PackedLoss
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
-CONFIG = tiny_config(vocab_size=100, vision=SMALL_SPEC)
+every_family = pytest.mark.parametrize("family", FAMILIES)
 SAMPLES = [
     encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4),
     encoded(SMALL_SPEC, 5, 6, 7),
-    encoded(SMALL_SPEC, 8, (4, 4), (2, 2), 9),
+    encoded(SMALL_SPEC, 8, (4, 6), (2, 2), 9),
 ]
 TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
 SILENT = [encoded(SMALL_SPEC, 1, 2, (2, 4), 3, supervised=False)]
 
 
-def pack_of(*samples):
-    return with_noise(assemble(samples, pixels=False))
+def pack_of(*samples, family="qwen2_vl"):
+    return packed(samples, family)
 
 
 PACKS = [pack_of(*SAMPLES[:2]), pack_of(*SAMPLES[1:])]
@@ -56,19 +57,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def make(**config):
-    return tiny_model(tiny_config(vocab_size=100, vision=SMALL_SPEC, **config))
+def make(family="qwen2_vl"):
+    return tiny_model(small_config(family))
 
 
 @pytest.fixture
-def batch():
-    return PackCollator()([pack_of(*SAMPLES)])
+def family():
+    """What tests marked `every_family` run with in turn, and all others once."""
+    return "qwen2_vl"
 
 
 @pytest.fixture
-def expected(batch):
-    """Loss and gradients of the patched model as it is; tests/test_equivalence.py holds them to stock."""
-    return loss_and_grads(patch_model(make()), [batch], NUM_ITEMS)
+def batch(family):
+    return collator(family)([pack_of(*SAMPLES, family=family)])
+
+
+@pytest.fixture
+def expected(batch, family):
+    """Loss and gradients of the patched model as it is; tests/test_matrix.py holds them to stock."""
+    return loss_and_grads(patch_model(make(family)), [batch], NUM_ITEMS)
 
 
 def assert_same(ours, expected, tolerance=1e-5):
@@ -105,11 +112,12 @@ def trainer_of(model, tmp_path, packs=PACKS, collate=None, callbacks=(), **optio
 @pytest.mark.smoke
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("samples", [SAMPLES, TEXT], ids=["images", "text"])
-def test_checkpointing_runs_the_hook_once(use_reentrant, samples, monkeypatch):
+@every_family
+def test_checkpointing_runs_the_hook_once(family, use_reentrant, samples, monkeypatch):
     """The tower's blocks and the text layers run again in the backward; the hook, the tower's forward
     and the embedding do not."""
-    batch = PackCollator()([pack_of(*samples)])
-    model = patch_model(make())
+    batch = collator(family)([pack_of(*samples, family=family)])
+    model = patch_model(make(family))
     expected = loss_and_grads(model, [batch], NUM_ITEMS)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
@@ -128,7 +136,8 @@ def test_checkpointing_runs_the_hook_once(use_reentrant, samples, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attention", count)
     assert_same(loss_and_grads(model, [batch], NUM_ITEMS), expected)
     assert sorted(calls) == ["language_model", "language_model.embed_tokens", "visual"]
-    assert (layers.count(True), layers.count(False)) == (2 * 2, 2 * 2)
+    num_layers = model.config.text_config.num_hidden_layers
+    assert (layers.count(True), layers.count(False)) == (2 * num_layers, 2 * 2)
 
 
 def test_reentrant_checkpointing_in_a_trainer(tmp_path):
@@ -160,12 +169,16 @@ def trained(result):
     return result[0], {name: grad for name, grad in result[1].items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS.keys())
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [*(("qwen2_vl", name) for name in TARGETS), *((family, "both") for family in FAMILIES[1:])],
+)
 @pytest.mark.parametrize("order", ["patch first", "lora first"])
-def test_lora(order, targets, batch):
+def test_lora(order, family, targets, batch):
     """Equal to LoRA on the stock model, whose adapters all get gradients."""
-    expected = loss_and_grads(lora(make(), targets), [batch], NUM_ITEMS)
-    model = make()
+    targets = TARGETS[targets]
+    expected = loss_and_grads(lora(make(family), targets), [batch], NUM_ITEMS)
+    model = make(family)
     if order == "patch first":
         patch_model(model)
     model = patch_model(lora(model, targets))
@@ -178,21 +191,23 @@ def test_lora(order, targets, batch):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_lora_under_checkpointing(use_reentrant, batch):
+@every_family
+def test_lora_under_checkpointing(family, use_reentrant, batch):
     """Reentrant checkpointing differentiates only what has an input that requires gradients: the hooks
     of `enable_input_require_grads` see to that, in the text model and in the tower."""
-    expected = loss_and_grads(lora(make(), TARGETS["both"]), [batch], NUM_ITEMS)
-    model = patch_model(lora(make(), TARGETS["both"]))
+    expected = loss_and_grads(lora(make(family), TARGETS["both"]), [batch], NUM_ITEMS)
+    model = patch_model(lora(make(family), TARGETS["both"]))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_same(trained(loss_and_grads(model, [batch], NUM_ITEMS)), trained(expected))
 
 
-def test_lora_on_bytes(batch):
+@every_family
+def test_lora_on_bytes(batch, family):
     """A patch embedding with an adapter is called as a module, on normalised pixels."""
-    model = patch_model(lora(make(), TARGETS["tower"]))
+    model = patch_model(lora(make(family), TARGETS["tower"]))
     collate = PackCollator(model=model, pixels="uint8")
-    result = loss_and_grads(model, [collate([pack_of(*SAMPLES)])], NUM_ITEMS)
+    result = loss_and_grads(model, [collate([pack_of(*SAMPLES, family=family)])], NUM_ITEMS)
     assert_same(trained(result), trained(loss_and_grads(model, [batch], NUM_ITEMS)), 2e-5)
 
 
@@ -206,17 +221,28 @@ def test_the_fused_embedding_and_lora(batch, fused_calls):
         assert bool(fused_calls) == ("embed_tokens" not in targets)
 
 
-def test_trained_copies_of_modules(batch):
-    """PEFT's `modules_to_save`: a whole trained copy beside the frozen table."""
-    models = [lora(make(), ["q_proj"], modules_to_save=["embed_tokens"]) for _ in range(2)]
-    expected = loss_and_grads(models[0], [batch], NUM_ITEMS)
-    result = loss_and_grads(patch_model(models[1]), [batch], NUM_ITEMS)
-    assert_same(result, expected)
-    assert any("modules_to_save" in name and grad.any() for name, grad in result[1].items())
+@pytest.mark.parametrize("order", ["patch first", "lora first"])
+@every_family
+def test_trained_copies_of_modules(family, order, batch):
+    """PEFT's `modules_to_save`: whole trained copies beside the frozen table and the tower's merger."""
+    copies = ["embed_tokens", "merger"]
+    expected = lora(make(family), ["q_proj"], modules_to_save=copies)
+    model = make(family) if order == "lora first" else patch_model(make(family))
+    model = patch_model(lora(model, ["q_proj"], modules_to_save=copies))
+    expected = loss_and_grads(expected, [batch], NUM_ITEMS)
+    for _ in range(2):
+        result = loss_and_grads(model, [batch], NUM_ITEMS)
+        assert_same(result, expected)
+    for name in copies:
+        saved = [g for n, g in result[1].items() if f"{name}.modules_to_save" in n]
+        assert saved and all(grad.any() for grad in saved)
+    unpatch_model(model)
+    assert_same(loss_and_grads(model, [batch], NUM_ITEMS), expected)
 
 
-def test_merged_adapters_stay_patched(batch):
-    model = patch_model(lora(make(), TARGETS["both"]))
+@every_family
+def test_merged_adapters_stay_patched(batch, family):
+    model = patch_model(lora(make(family), TARGETS["both"]))
     loss = model(**batch).loss
     merged = model.merge_and_unload()
     assert merged(**batch).loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -232,10 +258,11 @@ def test_lora_in_a_trainer(tmp_path):
 
 
 @pytest.mark.smoke
-def test_a_frozen_tower_is_not_recorded_on_a_dummy(monkeypatch):
+@every_family
+def test_a_frozen_tower_is_not_recorded_on_a_dummy(family):
     """`enable_input_require_grads` makes the tower's first output require gradients; a rank with images
     runs a frozen tower unrecorded, so a rank without must, or it gathers shards nobody sends."""
-    model = patch_model(make())
+    model = patch_model(make(family))
     model.model.visual.requires_grad_(False)
     model.enable_input_require_grads()
     next(model.model.visual.parameters()).ds_id = 7  # as ZeRO-3 marks its shards
@@ -243,15 +270,17 @@ def test_a_frozen_tower_is_not_recorded_on_a_dummy(monkeypatch):
     model.model.visual.merger.register_forward_hook(
         lambda module, args, out: recorded.append(out.requires_grad)
     )
-    model(**PackCollator()([pack_of(*TEXT)])).loss.backward()
-    model(**PackCollator()([pack_of(*SAMPLES)])).loss.backward()
+    for samples in (TEXT, SAMPLES):
+        batch = collator(family)([pack_of(*samples, family=family)])
+        model(**batch).loss.backward()
     assert recorded == [False, False]
 
 
-def test_shards_are_left_to_their_modules(batch, expected, fused_calls):
+@every_family
+def test_shards_are_left_to_their_modules(family, expected, fused_calls):
     """Under ZeRO-3 a weight is empty until its module is called: neither the embedding nor the patch
     embedding may be read around it. Gathering is done here by hooks, as DeepSpeed's."""
-    model = patch_model(make(), impl="triton")
+    model = patch_model(make(family), impl="triton")
     embedding, projection = model.get_input_embeddings(), model.model.visual.patch_embed.proj
     for module in (embedding, projection):
         weight, full = module.weight, module.weight.detach().clone()
@@ -265,9 +294,8 @@ def test_shards_are_left_to_their_modules(batch, expected, fused_calls):
         module.register_forward_pre_hook(gather)
     fused_calls.clear()
     collate = PackCollator(model=model, pixels="uint8")
-    assert_same(
-        loss_and_grads(model, [collate([pack_of(*SAMPLES)])], NUM_ITEMS), expected, tolerance=2e-5
-    )
+    batch = collate([pack_of(*SAMPLES, family=family)])
+    assert_same(loss_and_grads(model, [batch], NUM_ITEMS), expected, tolerance=2e-5)
     assert fused_calls == []
 
 
@@ -389,10 +417,11 @@ def test_a_users_loss_is_kept(when, batch):
 
 
 @pytest.mark.smoke
-def test_the_loss_is_patched_once_and_taken_back():
-    model = make()
+@every_family
+def test_the_loss_is_patched_once_and_taken_back(family):
+    model = make(family)
     stock = model.loss_function
-    had = hasattr(model, "accepts_loss_kwargs")
+    had = getattr(model, "accepts_loss_kwargs", None)
     for _ in range(2):
         patch_model(model)
         assert isinstance(model.loss_function, PackedLoss)
@@ -402,7 +431,7 @@ def test_the_loss_is_patched_once_and_taken_back():
         assert len(model.model._forward_hooks) == len(model.model._forward_pre_hooks) == 1
     unpatch_model(model)
     assert model.loss_function is stock
-    assert hasattr(model, "accepts_loss_kwargs") == had
+    assert getattr(model, "accepts_loss_kwargs", None) == had
     assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
     for table in ("_forward_hooks", "_forward_pre_hooks"):
         assert not getattr(model.model, table)
@@ -410,11 +439,14 @@ def test_the_loss_is_patched_once_and_taken_back():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("num_items", [None, 0, 3])
-def test_a_pack_without_labels(num_items):
+@pytest.mark.parametrize(
+    ("family", "num_items"),
+    [("qwen2_vl", None), ("qwen2_vl", 0), *((family, 3) for family in FAMILIES)],
+)
+def test_a_pack_without_labels(family, num_items):
     """Loss 0 and gradients 0: other micro-batches and ranks go on, and no parameter is left without."""
-    model = patch_model(make())
-    batch = PackCollator()([pack_of(*SILENT)])
+    model = patch_model(make(family))
+    batch = collator(family)([pack_of(*SILENT, family=family)])
     if num_items is not None:
         batch["num_items_in_batch"] = torch.tensor(num_items)
     loss = model(**batch).loss
@@ -434,8 +466,9 @@ def test_a_trainer_goes_on_after_a_step_without_labels(tmp_path):
 # Copies and wrappers
 
 
-def test_a_copy_trains_on_its_own(batch):
-    model = patch_model(make())
+@every_family
+def test_a_copy_trains_on_its_own(batch, family):
+    model = patch_model(make(family))
     other = copy.deepcopy(model)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
     before = copy.deepcopy(model.state_dict())
@@ -450,7 +483,7 @@ def test_a_copy_trains_on_its_own(batch):
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model(**batch).loss.item() == pytest.approx(losses[0], rel=1e-6)
-    fresh = tiny_model(CONFIG)
+    fresh = make(family)
     fresh.load_state_dict(other.state_dict())
     assert fresh(**batch).loss.item() == pytest.approx(other(**batch).loss.item(), rel=1e-5)
     unpatch_model(other)
@@ -524,10 +557,11 @@ def test_liger(order, full_logits, torchs_kernel, expected):
     assert torchs_kernel == [batch["input_ids"].shape[1] if full_logits else NUM_ITEMS]
 
 
-def test_an_outer_forward_that_passes_everything_down(batch):
+@every_family
+def test_an_outer_forward_that_passes_everything_down(batch, family):
     """Liger's and TRL's call the inner model with `logits_to_keep` in the keywords; both kinds of
     output are cut to the supervised rows."""
-    model = patch_model(make()).eval()
+    model = patch_model(make(family)).eval()
     inner = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
     index = inner["logits_to_keep"]
     cut = model.model(**inner).last_hidden_state

@@ -1,5 +1,7 @@
 """The theorem inside a stock Hugging Face Trainer, whose defaults break stock packing silently."""
 
+import functools
+
 import pytest
 import torch
 from builders import (
@@ -49,9 +51,19 @@ def stock_rows(rows, realset_rows, shared, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def expected(stock_rows):
-    """Loss and gradients of every row alone, weighted by tokens, in float32."""
-    return loss_and_grads(tiny_model(), stock_rows, num_items_of(stock_rows))
+def expected_of(stock_rows):
+    """family -> loss and gradients of every row alone, weighted by tokens, in float32."""
+
+    @functools.cache
+    def compute(family):
+        return loss_and_grads(tiny_model(family=family), stock_rows, num_items_of(stock_rows))
+
+    return compute
+
+
+@pytest.fixture
+def expected(expected_of):
+    return expected_of("qwen2_vl")
 
 
 def num_items_of(stock_rows):
@@ -98,11 +110,25 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_patched_model(options, dataset, expected, tmp_path):
-    impl = "triton" if options == {"gradient_checkpointing": True} else "auto"
-    model = patch_model(tiny_model(), impl=impl)
-    loss, grads = one_step(model, dataset, tmp_path, **options)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *(("qwen2_vl", name) for name in OPTIONS),
+        ("qwen2_5_vl", "accumulation 4"),
+        ("qwen3_vl", "accumulation 4"),
+        pytest.param("qwen3_vl_moe", "accumulation 4", marks=pytest.mark.slow),
+    ],
+)
+def test_patched_model(family, options, dataset, expected_of, tmp_path):
+    """Micro-batches of unequal weight; the newer families say accepts_loss_kwargs=False, which lets
+    Trainer count micro-batches alike."""
+    impl = "triton" if options == "checkpointing" else "auto"
+    model = tiny_model(family=family)
+    assert getattr(model, "accepts_loss_kwargs", None) == (None if family == "qwen2_vl" else False)
+    patch_model(model, impl=impl)
+    collate = PackCollator(model=model)
+    loss, grads = one_step(model, dataset, tmp_path, collate, **OPTIONS[options])
+    expected = expected_of(family)
     assert loss == pytest.approx(expected[0], rel=1e-5)
     difference, name = worst_difference(grads, expected[1])
     assert difference <= 1e-5, name

@@ -65,8 +65,11 @@ def text_attention(
     return out[None], None
 
 
-def vision_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The forward to bind on a vision attention whose class's own forward is `stock`."""
+def vision_forward(
+    stock: Callable[..., torch.Tensor], segments: str = "vision"
+) -> Callable[..., torch.Tensor]:
+    """The forward to bind on a vision attention whose class's own forward is `stock`; within whole
+    images ("vision") or windows ("window")."""
 
     def forward(
         self: nn.Module,
@@ -88,12 +91,12 @@ def vision_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
             q,
             k,
             v,
-            mmpack["vision_cu_seqlens"],
-            mmpack["vision_max_seqlen"],
+            mmpack[f"{segments}_cu_seqlens"],
+            mmpack[f"{segments}_max_seqlen"],
             causal=False,
             scale=self.scaling,
-            tiles=(mmpack["vision_tiles"], mmpack["vision_segment_ids"]),
-            offsets=mmpack["vision_offsets"],
+            tiles=(mmpack[f"{segments}_tiles"], mmpack[f"{segments}_segment_ids"]),
+            offsets=mmpack[f"{segments}_offsets"],
             impl=mmpack["impl"],
         )
         return self.proj(out.reshape(num_patches, -1))

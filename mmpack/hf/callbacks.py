@@ -18,7 +18,8 @@ from transformers.trainer_callback import CallbackHandler
 from mmpack.cost import FAMILIES, sample_flops
 from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
-from mmpack.hf.models import find_inner, is_patched
+from mmpack.hf.families import find_inner
+from mmpack.hf.models import is_patched
 from mmpack.types import Int64
 
 # Dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets (which print sparse ones, twice as

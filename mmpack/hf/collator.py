@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack import buffers, images
+from mmpack import _native, buffers, images, reference
 from mmpack.assemble import assemble, concatenate
 from mmpack.buffers import as_tensor
 from mmpack.encode import encode_samples
+from mmpack.hf.families import Tower, inner_model, tower_of
 from mmpack.readers import read_samples
 from mmpack.types import IGNORE, EncodedSample, Int64, Pack
 from mmpack.vision import VisionSpec
@@ -45,9 +46,13 @@ class PackCollator:
     of what float32 takes from the worker to the device. The patched model's patch embedding normalises
     them, an unpatched model cannot read them; hence `model=`.
 
+    Qwen2.5-VL's and Qwen3-VL's towers need more indices than a pack has, which differ by model: windows,
+    or places in a table of positions. They are made here, in the worker; hence `model=` too.
+
     Args:
         processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
-        model: the model the batches are for; asked whether it is patched, and not kept.
+        model: the model the batches are for, for Qwen2-VL with float32 pixels not needed; asked what
+            its tower is and whether it is patched, and not kept.
         pixels: "float32" or "uint8".
         full_logits: leave `logits_to_keep` and `shift_labels` away, so that the model returns the logits
             of every token, in the places of `labels`: for `compute_metrics`, `compute_loss_func`. It
@@ -56,7 +61,8 @@ class PackCollator:
             one shape (`torch.compile`); as a rule the capacity. Patches stay as many as there are.
 
     Raises:
-        ValueError: uint8 pixels without a patched model, or `pad_to` below 1.
+        ValueError: uint8 pixels without a patched model, a model that is not supported, or `pad_to`
+            below 1.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class PackCollator:
         self.pixels = pixels
         self.full_logits = full_logits
         self.pad_to = pad_to
+        self.tower = Tower() if model is None else tower_of(inner_model(model))
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
@@ -120,7 +127,7 @@ class PackCollator:
             pixel_values = torch.cat(parts) if parts else None
         if self.pad_to is not None:
             pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
-        batch = _batch(pack, pixel_values)
+        batch = _batch(pack, pixel_values, self.tower)
         if self.full_logits:
             del batch["shift_labels"], batch["logits_to_keep"]
         return batch
@@ -154,7 +161,7 @@ def _pixel_values(pack: Pack, pixels: str) -> torch.Tensor | None:
     return as_tensor(images.normalize_patches(pack.pixels, pack.vision, out=floats))
 
 
-def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
+def _batch(pack: Pack, pixel_values: torch.Tensor | None, tower: Tower) -> dict[str, Any]:
     supervised = as_tensor(pack.supervised_index).long()
     labels = as_tensor(pack.labels)
     batch: dict[str, Any] = {
@@ -192,10 +199,45 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None) -> dict[str, Any]:
         "vision_tiles": as_tensor(pack.vision_tiles),
         "vision_position_ids": as_tensor(pack.vision_position_ids),
     }
+    if pixel_values is not None and tower.window_side is not None:
+        batch["mmpack"] |= _in_windows(pack, tower.window_side)
+    if pixel_values is not None and tower.table_side is not None:
+        index, weight = reference.interpolated_positions(
+            pack.vision_position_ids, pack.grid_thw, tower.table_side
+        )
+        batch["mmpack"]["position_index"] = torch.from_numpy(index)
+        # The floats' bits: FSDP2 and DeepSpeed cast floating inputs to bf16.
+        batch["mmpack"]["position_weight_bits"] = torch.from_numpy(weight.view(np.int32))
     if pixel_values is not None and pixel_values.dtype == torch.uint8:
         # Python floats: tensors of them would be cast to bf16 with the inputs
         batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
     return batch
+
+
+def _in_windows(pack: Pack, side: int) -> dict[str, Any]:
+    """What a windowed tower takes, and the pack's features and positions in the order it gives them."""
+    merged = pack.vision.merge_size**2
+    order, cu_seqlens = reference.window_order(
+        pack.vision_position_ids, pack.vision_segment_ids, pack.vision.merge_size, side
+    )
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    is_text = pack.feature_index < 0
+    positions = pack.vision_position_ids.reshape(-1, merged, 2)[order].reshape(-1, 2)
+    arrays = {
+        "feature_index": np.where(is_text, np.int32(-1), place[pack.feature_index]),
+        "feature_token": pack.feature_token[order],
+        "vision_position_ids": positions,
+        "window_order": order,
+        "window_cu_seqlens": cu_seqlens,
+        "window_segment_ids": reference.segment_ids(cu_seqlens),
+        "window_tiles": _native.attention_tiles(cu_seqlens, False),
+    }
+    return {
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        "window_offsets": tuple(map(int, cu_seqlens)),
+        "window_max_seqlen": int(np.diff(cu_seqlens).max()),
+    }
 
 
 def _image_offsets(pack: Pack) -> Int64:

@@ -1,4 +1,4 @@
-"""patch_model / unpatch_model: a transformers Qwen2-VL learns to take packs.
+"""patch_model / unpatch_model: a transformers Qwen-VL model learns to take packs.
 
 Nothing of transformers is replaced. On the one model instance given, patching
 
@@ -6,7 +6,9 @@ Nothing of transformers is replaced. On the one model instance given, patching
   features at their places and passes `inputs_embeds` on; and a hook that cuts its output to the
   supervised rows where an outer forward leaves that to it;
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
-- binds a forward on each vision attention and on the patch embedding.
+- binds a forward on each vision attention and on the patch embedding;
+- Qwen2.5-VL: leaves the features in the order of the windows; Qwen3-VL: adds deepstack's features by
+  index (`mmpack.hf.tower`). What a family needs is in `mmpack.hf.families`.
 
 A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
 are untouched. `unpatch_model` takes everything back.
@@ -14,7 +16,6 @@ are untouched. `unpatch_model` takes everything back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mmpack.hf import attention, pixels
+from mmpack.hf import attention, tower
 from mmpack.hf.embedding import embed, is_sharded
+from mmpack.hf.families import family_of, inner_model
 from mmpack.hf.isolation import check_isolation
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.rotary import rotations, text_forward
@@ -31,7 +33,6 @@ from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
 Model = TypeVar("Model", bound=nn.Module)
 
-SUPPORTED = ("qwen2_vl",)  # config.model_type of the inner model
 _STATE = "_mmpack_patch"
 
 
@@ -39,24 +40,24 @@ _STATE = "_mmpack_patch"
 class _Patch:
     """What `patch_model` did to an inner model; lives on it as an attribute."""
 
-    hook_id: int
-    output_hook_id: int
+    hooks: list[tuple[str, int]]  # (submodule's name, id): handles would not survive a deep copy
     text_attention: str  # the implementation before
     impl: str
     is_isolated: bool = False
 
 
 def patch_model(model: Model, impl: str = "auto") -> Model:
-    """Patch a Qwen2-VL model, in place, to train on packs; returns it. Patching twice is one patch.
+    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, in place, to train on packs; returns it.
+    Patching twice is one patch.
 
     A self-test follows: a small pack is run twice with another first segment, and the second
-    segment's hidden states must not change by a bit. Where it cannot run yet (weights on the meta
+    segment's hidden states must not change by a bit (behind experts: by rounding only). Where it cannot run yet (weights on the meta
     device or sharded, kernels without their GPU) it runs at the first packed forward. Mode, gradients and random
     state are as before.
 
     Args:
-        model: a `Qwen2VLForConditionalGeneration`, its inner `Qwen2VLModel`, or a wrapper that holds
-            one (PEFT).
+        model: a `Qwen2VLForConditionalGeneration`, or another family's, its inner `Qwen2VLModel`, or a
+            wrapper that holds one (PEFT).
         impl: which ops do the work. "auto": libraries' (torch, flash-attn); "triton": mmpack's own
             kernels (attention, rotary embedding, token embedding with feature insertion), on a CUDA device or in
             Triton's interpreter; "auto" will mean them once they are measured on a GPU. Or one of
@@ -71,23 +72,21 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         raise ValueError(
             f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
         )
-    base = _inner_model(model)
+    base = inner_model(model)
     if hasattr(base, _STATE):
         getattr(base, _STATE).impl = impl
         return model
     bindings = _bindings(base)
-    for module, _ in bindings:
-        if "forward" in vars(module):
+    for module, method, _ in bindings:
+        if method in vars(module):
             raise ValueError(
-                f"{type(module).__name__} already has a replaced forward (accelerate's offload to "
+                f"{type(module).__name__} already has a replaced {method} (accelerate's offload to "
                 "several devices does that); patch the model before, or load it on one device"
             )
-    for module, forward_over in bindings:
-        module.forward = MethodType(forward_over(type(module).forward), module)
-    hook = base.register_forward_pre_hook(_take_pack, with_kwargs=True)
+    for module, method, over in bindings:
+        setattr(module, method, MethodType(over(getattr(type(module), method)), module))
     text_attention = base.language_model.config._attn_implementation
-    output_hook = base.register_forward_hook(_keep_supervised, with_kwargs=True)
-    setattr(base, _STATE, _Patch(hook.id, output_hook.id, text_attention, impl))
+    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer is still to move to its GPU cannot run kernels yet.
@@ -103,17 +102,19 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
 
 def unpatch_model(model: Model) -> Model:
     """Take `patch_model` back; returns the model. A model that is not patched stays as it is."""
-    base = _inner_model(model)
+    base = inner_model(model)
     patch = vars(base).get(_STATE)
     if patch is None:
         return model
-    base._forward_pre_hooks.pop(patch.hook_id, None)
-    base._forward_pre_hooks_with_kwargs.pop(patch.hook_id, None)
-    base._forward_hooks.pop(patch.output_hook_id, None)
-    base._forward_hooks_with_kwargs.pop(patch.output_hook_id, None)
-    for module, _ in _bindings(base):
-        del module.forward
+    for name, hook_id in patch.hooks:
+        module = base.get_submodule(name)
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            getattr(module, kind).pop(hook_id, None)
+            getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
+    for module, method, _ in _bindings(base):
+        delattr(module, method)
     vars(base.visual.patch_embed).pop("normalization", None)
+    vars(base.visual.merger).pop("merged", None)
     _set_text_attention(base, patch.text_attention)
     remove_loss(base, model)
     delattr(base, _STATE)
@@ -139,34 +140,24 @@ def _take_pack(
         )
     if not torch.compiler.is_compiling():  # host-side questions, asked of every eager batch
         _check_once(base)
-        _check_batch(args, kwargs, pack)
+        _check_batch(base, args, kwargs, pack)
     impl = getattr(base, _STATE).impl
     pack = {**pack, "impl": impl}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton":
         pack |= rotations(base, pack, position_ids[:, 0])
-    features_FD, dummy_FD = None, None
+    features, nothing = [None], None
     # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(base.visual)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
         if kwargs.get("pixel_values") is not None:
-            pixel_values = kwargs["pixel_values"]
-            if pixel_values.dtype == torch.uint8:
-                base.visual.patch_embed.normalization = pack["normalization"]
-            else:
-                pixel_values = pixel_values.type(base.visual.dtype)
-            features_FD = base.visual(
-                pixel_values,
-                grid_thw=kwargs["image_grid_thw"],
-                cu_seqlens=pack["vision_cu_seqlens"],
-                max_seqlen=pack["vision_max_seqlen"],
-                position_ids=pack["vision_position_ids"],
-                mmpack=pack,
-            ).pooler_output
-        elif _tower_must_run(base.visual):
-            dummy_FD = _dummy_features(base)
-    embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features_FD, pack, impl)
-    if dummy_FD is not None:
-        embeds_TD = embeds_TD + 0 * dummy_FD.sum().to(embeds_TD.device, embeds_TD.dtype)
+            features = tower.run_tower(base, kwargs["pixel_values"], kwargs["image_grid_thw"], pack)
+        elif tower.must_run(base.visual):
+            nothing = 0 * tower.run_on_nothing(base, impl)
+    embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features[0], pack, impl)
+    if nothing is not None:
+        embeds_TD = embeds_TD + nothing.to(embeds_TD.device, embeds_TD.dtype)
+    if features[1:]:
+        pack["deepstack"] = features[1:]
     return args, {
         **kwargs,
         "mmpack": pack,
@@ -193,7 +184,9 @@ def _keep_supervised(
     return output
 
 
-def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]) -> None:
+def _check_batch(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]
+) -> None:
     """Host-side checks of what a data loader may have done to the batch."""
     if args or kwargs.get("input_ids") is None:
         raise ValueError("a packed batch must be passed by keyword, with input_ids: model(**batch)")
@@ -205,7 +198,7 @@ def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, 
             f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
             f"(1, {num_tokens}); nothing may cut or stack a PackCollator's batch"
         )
-    pixel_values = kwargs.get("pixel_values")
+    family, pixel_values = family_of(base), kwargs.get("pixel_values")
     num_patches = 0 if pixel_values is None else len(pixel_values)
     if num_patches != pack["num_patches"]:
         raise ValueError(
@@ -213,42 +206,12 @@ def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, 
             "IterableDataset under Trainer is cut by accelerate unless TrainingArguments has "
             "accelerator_config={'dispatch_batches': False}"
         )
-
-
-def _is_trained(visual: nn.Module) -> bool:
-    """A frozen tower saves nothing for a backward. (`enable_input_require_grads` makes the outputs of
-    embeddings require gradients, the tower's among them.)"""
-    return any(parameter.requires_grad for parameter in visual.parameters())
-
-
-def _tower_must_run(visual: nn.Module) -> bool:
-    """Without images the tower still runs where another rank may wait for it: for its gradients
-    (DDP) or its shards (FSDP, ZeRO-3)."""
-    return _is_trained(visual) or any(is_sharded(parameter) for parameter in visual.parameters())
-
-
-def _dummy_features(base: nn.Module) -> torch.Tensor:
-    """Features of one 2 x 2-patch image of zeros, made on the device."""
-    config, device = base.visual.config, base.visual.device
-    num_patches = config.spatial_merge_size**2
-    patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * num_patches
-    pack = {
-        "impl": getattr(base, _STATE).impl,
-        "vision_offsets": (0, num_patches),
-        "vision_cu_seqlens": cu_seqlens,
-        "vision_max_seqlen": num_patches,
-        "vision_segment_ids": torch.zeros(num_patches, dtype=torch.int32, device=device),
-        "vision_tiles": cu_seqlens.repeat(1, 2),  # one tile, its segment's rows
-    }
-    return base.visual(
-        torch.zeros(num_patches, patch_values, dtype=base.visual.dtype, device=device),
-        grid_thw=torch.ones(1, 3, dtype=torch.long, device=device),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=num_patches,
-        position_ids=torch.zeros(num_patches, 2, dtype=torch.long, device=device),
-        mmpack=pack,
-    ).pooler_output
+    needed = {"window_order": family.has_windows, "position_index": family.has_position_table}
+    if num_patches and any(is_needed and name not in pack for name, is_needed in needed.items()):
+        raise ValueError(
+            f"the batch was collated without knowing a {base.config.model_type}'s vision tower; pass the "
+            "model to the collator: PackCollator(model=model)"
+        )
 
 
 def _check_once(base: nn.Module) -> None:
@@ -276,30 +239,26 @@ def _set_text_attention(base: nn.Module, name: str) -> None:
     )
 
 
-def _bindings(base: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """(module, what makes its new forward of its class's own)."""
-    tower, text = base.visual, base.language_model
-    return [
-        (tower.patch_embed, pixels.patch_embed_forward),
-        *((block.attn, attention.vision_forward) for block in tower.blocks),
-        *((layer.self_attn, text_forward) for layer in text.layers),
+def _bindings(base: nn.Module) -> list[tower.Binding]:
+    """What to bind on the model: the tower's, and the text attentions' forwards."""
+    text = base.language_model
+    bound = [(layer.self_attn, "forward", text_forward) for layer in text.layers]
+    if family_of(base).has_deepstack:
+        bound.append((text, "_deepstack_process", tower.deepstack_by_index))
+    return [*tower.bindings(base), *bound]
+
+
+def _register_hooks(base: nn.Module) -> list[tuple[str, int]]:
+    family = family_of(base)
+    handles = [
+        ("", base.register_forward_pre_hook(_take_pack, with_kwargs=True)),
+        ("", base.register_forward_hook(_keep_supervised, with_kwargs=True)),
     ]
-
-
-def find_inner(model: nn.Module) -> Any:
-    """The module that holds `visual` and `language_model`, wherever it is wrapped; None without."""
-    found = [m for m in model.modules() if hasattr(m, "visual") and hasattr(m, "language_model")]
-    # transformers gives the outer model properties of the same names; the inner one comes last.
-    return found[-1] if found else None
-
-
-def _inner_model(model: nn.Module) -> Any:
-    """`find_inner`, or an error."""
-    base = find_inner(model)
-    model_type = getattr(getattr(base, "config", None), "model_type", None)
-    if model_type not in SUPPORTED:
-        raise ValueError(
-            f"cannot patch {type(model).__name__} (model_type {model_type!r}); supported: "
-            f"{', '.join(SUPPORTED)}"
-        )
-    return base
+    if family.has_windows:
+        give = base.visual.register_forward_hook(tower.give_merged, with_kwargs=True, prepend=True)
+        keep = base.visual.merger.register_forward_hook(tower.keep_merged)
+        handles += [("visual", give), ("visual.merger", keep)]
+    if family.has_deepstack:
+        add = base.language_model.register_forward_pre_hook(tower.add_deepstack, with_kwargs=True)
+        handles.append(("language_model", add))
+    return [(name, handle.id) for name, handle in handles]

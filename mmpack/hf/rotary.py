@@ -14,16 +14,23 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
+from mmpack.hf.families import family_of
+
 
 def rotations(base: nn.Module, pack: dict[str, Any], position_ids: torch.Tensor) -> dict[str, Any]:
-    """What the bound attentions of `base` ask for in the `mmpack` dict: a rotary module and its
-    positions, (3, T) of the text and (2, P) of the tower."""
+    """What the bound attentions of `base` ask for in the `mmpack` dict: a rotary module, its positions,
+    (3, T) of the text and (2, P) of the tower, and whether they take the frequencies by turns."""
+    text = base.language_model.rotary_emb, position_ids, family_of(base).is_interleaved
     tower = base.visual.rotary_pos_emb, pack["vision_position_ids"].T
-    return {"rotary": (base.language_model.rotary_emb, position_ids), "vision_rotary": tower}
+    return {"rotary": text, "vision_rotary": tower}
 
 
 def rotate(
-    q_THK: torch.Tensor, k: torch.Tensor, rotary: nn.Module, position_ids: torch.Tensor
+    q_THK: torch.Tensor,
+    k: torch.Tensor,
+    rotary: nn.Module,
+    position_ids: torch.Tensor,
+    is_interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k turned as `rotary` would have them: contiguous, in one launch."""
     from mmpack.ops import apply_mrope  # here: Triton is not everywhere
@@ -35,6 +42,7 @@ def rotate(
         position_ids,
         rotary.inv_freq,
         tuple(getattr(rotary, "mrope_section", one_each)),
+        interleaved=is_interleaved,
         attention_scaling=rotary.attention_scaling,
     )
 
@@ -60,10 +68,12 @@ def text_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         pack = kwargs.get("mmpack")
         if pack is None or "rotary" not in pack:
-            return stock(self, hidden_states, attention_mask, **kwargs)
+            return stock(self, hidden_states, attention_mask=attention_mask, **kwargs)
         rows = hidden_states[0]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (x(rows).unflatten(1, (-1, self.head_dim)) for x in projections)
+        if hasattr(self, "q_norm"):  # Qwen3-VL
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, k, *pack["rotary"])
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         out, weights = attend(
@@ -72,7 +82,7 @@ def text_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.sliding_window,
+            sliding_window=getattr(self, "sliding_window", None),
             mmpack=pack,
         )
         return self.o_proj(out.flatten(2)), weights

@@ -119,11 +119,12 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         `steps`, `first_loss`, `last_loss`, `seconds`.
     """
     check_fit(model, dataset.vision)
+    patch_model(model)
     trainer = Trainer(
-        model=patch_model(model),
+        model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=PackCollator(),
+        data_collator=PackCollator(model=model),
         callbacks=[PackingCallback(dataset)],
     )
     output = trainer.train()

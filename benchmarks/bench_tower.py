@@ -1,0 +1,141 @@
+"""What does a vision tower gain from indices made on the host: Qwen2.5-VL's windows, Qwen3-VL's positions?
+
+"indices": making them for a pack, on the CPU, transformers' functions beside ours. "step": the tower
+forward and backward on the same float pixels, stock's own forward, which makes its indices on the device,
+permutes and loops over images, beside the patched one. Attention is the library's on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_window_index,
+)
+
+from benchmarks.harness import device, host_syncs, peak_extra_mib, time_ms
+from mmpack import VisionSpec, assemble, reference
+from mmpack.hf import PackCollator, patch_model
+from mmpack.hf.tower import run_tower
+from mmpack.types import EncodedSample
+
+ON_GPU = torch.cuda.is_available()
+SPEC = VisionSpec(min_pixels=1, max_pixels=1)
+GRIDS = {  # images of a pack: many small ones, few large ones
+    "small": [(1, 16, 16)] * (64 if ON_GPU else 4),
+    "large": [(1, 62, 82)] * 6 if ON_GPU else [(1, 24, 32)],
+}
+WIDTH, DEPTH, HEADS, OUT = (1280, 32, 16, 2048) if ON_GPU else (64, 4, 4, 64)
+TOWERS = {
+    "qwen2_5_vl": {"fullatt_block_indexes": list(range(DEPTH // 4 - 1, DEPTH, DEPTH // 4))[-4:]},
+    "qwen3_vl": {"num_position_embeddings": 2304, "deepstack_visual_indexes": [0]},
+}
+
+
+def model_of(family: str) -> torch.nn.Module:
+    """A real tower on a GPU, a narrow one on a CPU; hardly any text model."""
+    text = {
+        "vocab_size": 151_680, "hidden_size": OUT, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": OUT // 2,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [OUT // 4 - 2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": DEPTH, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_heads": HEADS,
+        "out_hidden_size": OUT, "patch_size": 14, **TOWERS[family],
+    }  # fmt: skip
+    config = CONFIG_MAPPING[family](text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    return model.to(device(), torch.bfloat16 if ON_GPU else torch.float32)
+
+
+class Case:
+    """A pack of images alone, and the tower with and without the patch."""
+
+    def __init__(self, family: str, grids: list[tuple[int, int, int]]) -> None:
+        self.family, self.grid_thw = family, torch.tensor(grids)
+        ids = np.full(len(grids), SPEC.image_token_id, dtype=np.int32)
+        sample = EncodedSample(ids, ids, np.array(grids, dtype=np.int32), (), SPEC)
+        self.pack = assemble([sample], pixels=False)
+        self.P = len(self.pack.vision_position_ids)
+
+    def steps(self) -> dict:
+        """Every candidate's forward and backward."""
+        stock = model_of(self.family)
+        model = patch_model(copy.deepcopy(stock))
+        collate = PackCollator(model=model)
+        pixels = np.zeros((self.P, SPEC.patch_values), dtype=np.uint8)
+        object.__setattr__(self.pack, "pixels", pixels)
+        pack = {
+            name: x.to(device()) if isinstance(x, torch.Tensor) else x
+            for name, x in collate([self.pack])["mmpack"].items()
+        }
+        pack["impl"] = "auto"
+        values = torch.randn(self.P, 2 * SPEC.patch_values).to(device(), stock.dtype)
+        grid_thw = self.grid_thw.to(device())
+
+        def transformers():
+            out = stock.model.visual(values, grid_thw=grid_thw)
+            levels = [out.pooler_output, *getattr(out, "deepstack_features", [])]
+            sum(level.square().mean() for level in levels).backward()
+
+        def mmpack():
+            levels = run_tower(model.model, values, grid_thw, pack)
+            sum(level.square().mean() for level in levels).backward()
+
+        return {"transformers": transformers, "mmpack": mmpack}
+
+    def indices(self) -> dict:
+        """Every candidate's making of the indices."""
+        pack = self.pack
+        if self.family == "qwen2_5_vl":
+            return {
+                "transformers": lambda: get_vision_window_index(self.grid_thw, 2, 112, 14),
+                "mmpack": lambda: reference.window_order(
+                    pack.vision_position_ids, pack.vision_segment_ids, 2, 4
+                ),
+            }
+        return {
+            "transformers": lambda: get_vision_interpolation_indices_and_weights(
+                self.grid_thw, 48, align_corners=True, spatial_merge_size=2
+            ),
+            "mmpack": lambda: reference.interpolated_positions(
+                pack.vision_position_ids, pack.grid_thw, 48
+            ),
+        }
+
+
+@pytest.mark.parametrize("mode", ["indices", "step"])
+@pytest.mark.parametrize("images", GRIDS)
+@pytest.mark.parametrize("family", TOWERS)
+def test_tower(family, images, mode, benchmark, recorder, quick):
+    if quick and images == "large":
+        pytest.skip("not among the quick cases")
+    grids = GRIDS[images] * (32 if mode == "indices" and not ON_GPU else 1)
+    case = Case(family, grids)
+    candidates = {"indices": case.indices, "step": case.steps}[mode]()
+    times = time_ms(candidates, rounds=5 if quick or not ON_GPU else 30, warmup=1 if quick else 3)
+    config = f"{family} {images} P={case.P} width={WIDTH} depth={DEPTH}"
+    medians = {}
+    for name, values in times.items():
+        medians[name] = sorted(values)[len(values) // 2]
+        figures = {("time", "ms"): values}
+        for metric, unit, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
+            value = probe(candidates[name]) if mode == "step" else None
+            if value is not None:
+                figures[metric, unit] = [value]
+        for (metric, unit), found in figures.items():
+            recorder.add(
+                "tower", name, mode, metric=metric, unit=unit, values=found,
+                x=("P", case.P), config=config,
+            )  # fmt: skip
+    benchmark.extra_info.update(
+        {f"{name} x": round(ms / medians["mmpack"], 2) for name, ms in medians.items()}, case=config
+    )
+    benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
+    print(f"\n{mode} {config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))

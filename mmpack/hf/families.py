@@ -1,0 +1,89 @@
+"""The supported model families: one code path, their differences as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a family does that Qwen2-VL does not.
+
+    Attributes:
+        has_windows: most of the tower's blocks attend within windows, and its features come out
+            window by window.
+        has_position_table: the tower adds learned positions, interpolated to each image's grid.
+        has_deepstack: features of inner blocks are added after the first text layers.
+        is_interleaved: t, h and w take the rotary frequencies by turns, not one after the other.
+        has_experts: text tokens are routed to experts, whose products are as long as their tokens.
+    """
+
+    has_windows: bool = False
+    has_position_table: bool = False
+    has_deepstack: bool = False
+    is_interleaved: bool = False
+    has_experts: bool = False
+
+
+_QWEN3 = {"has_position_table": True, "has_deepstack": True, "is_interleaved": True}
+FAMILIES = {  # by config.model_type of the inner model
+    "qwen2_vl": Family(),
+    "qwen2_5_vl": Family(has_windows=True),
+    "qwen3_vl": Family(**_QWEN3),
+    "qwen3_vl_moe": Family(**_QWEN3, has_experts=True),
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What the collator makes indices for, beyond what Qwen2-VL's tower needs.
+
+    Attributes:
+        window_side: side of an attention window in features; None: no windows.
+        table_side: side of the learned table of positions; None: no table.
+    """
+
+    window_side: int | None = None
+    table_side: int | None = None
+
+
+def family_of(base: Any) -> Family:
+    """The family of an inner model that `inner_model` has found."""
+    return FAMILIES[base.config.model_type]
+
+
+def tower_of(base: Any) -> Tower:
+    """What the collator must know of an inner model's tower."""
+    family, config = family_of(base), base.config.vision_config
+    window_side = table_side = None
+    if family.has_windows:
+        window_side = config.window_size // config.spatial_merge_size // config.patch_size
+    if family.has_position_table:
+        table_side = int(config.num_position_embeddings**0.5)
+    return Tower(window_side, table_side)
+
+
+def find_inner(model: nn.Module) -> Any:
+    """The module that holds `visual` and `language_model`, wherever it is wrapped; None without."""
+    found = [m for m in model.modules() if hasattr(m, "visual") and hasattr(m, "language_model")]
+    # transformers gives the outer model properties of the same names; the inner one comes last.
+    return found[-1] if found else None
+
+
+def inner_model(model: nn.Module) -> Any:
+    """`find_inner`, of a supported family.
+
+    Raises:
+        ValueError: there is none, or it is of another family; lists those supported.
+    """
+    base = find_inner(model)
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"cannot patch {type(model).__name__} (model_type {model_type!r}); supported: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return base

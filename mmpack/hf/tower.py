@@ -1,0 +1,176 @@
+"""The vision tower on a pack: called with indices made on the host, its features in the pack's order.
+
+Qwen2.5-VL's tower permutes its hidden states into windows and its features back. Packed, the pixels are
+permuted instead, which have no gradient, positions arrive permuted, and the features stay as they come:
+`feature_index` names them in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpack import reference
+from mmpack.hf import attention, pixels
+from mmpack.hf.embedding import is_sharded
+from mmpack.hf.families import family_of
+
+Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, what makes the new one of it
+
+
+def run_tower(
+    base: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor, pack: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Features (F, D) in the order of `pack["feature_index"]`: those of the embeddings, then deepstack's,
+    one text layer each.
+
+    Args:
+        base: a patched inner model.
+        pixel_values: (P, values) floats, or uint8, in merge order.
+        grid_thw: (I, 3) patches of each image.
+        pack: the batch's `mmpack` dict.
+    """
+    tower, family = base.visual, family_of(base)
+    if pixel_values.dtype == torch.uint8:
+        tower.patch_embed.normalization = pack["normalization"]
+    else:
+        pixel_values = pixel_values.type(tower.dtype)
+    indices = {}
+    if family.has_windows:
+        order = pack["window_order"]
+        features = pixel_values.unflatten(0, (-1, tower.spatial_merge_unit))
+        pixel_values = features.index_select(0, order).flatten(0, 1)
+        indices = {
+            "window_index": order[:0],  # nothing to permute, nothing to take back
+            "cu_window_seqlens": pack["window_cu_seqlens"],
+            "max_window_seqlen": pack["window_max_seqlen"],
+        }
+    if family.has_position_table:
+        weights = pack["position_weight_bits"].view(torch.float32)
+        indices = {"interp_indices": pack["position_index"], "interp_weights": weights}
+    output = tower(
+        pixel_values,
+        grid_thw=grid_thw,
+        cu_seqlens=pack["vision_cu_seqlens"],
+        max_seqlen=pack["vision_max_seqlen"],
+        position_ids=pack["vision_position_ids"],
+        mmpack=pack,
+        **indices,
+    )
+    return [output.pooler_output, *getattr(output, "deepstack_features", [])]
+
+
+def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
+    """The sum of every output for one feature's patches of zeros, made on the device: a scalar."""
+    config, device = base.visual.config, base.visual.device
+    num_patches = config.spatial_merge_size**2
+    patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * num_patches
+    no_int32 = torch.zeros(num_patches, dtype=torch.int32, device=device)
+    segments = {
+        "offsets": (0, num_patches),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": num_patches,
+        "segment_ids": no_int32,
+        "tiles": cu_seqlens.repeat(1, 2),  # one tile, its segment's rows
+    }
+    pack = {
+        "impl": impl,
+        **{f"{kind}_{name}": x for kind in ("vision", "window") for name, x in segments.items()},
+        "vision_position_ids": torch.zeros(num_patches, 2, dtype=torch.long, device=device),
+        "window_order": no_int32[:1],
+        "position_index": no_int32[:, None].expand(-1, 4),
+        "position_weight_bits": no_int32[:, None].repeat(1, 4),
+    }
+    zeros = torch.zeros(num_patches, patch_values, dtype=base.visual.dtype, device=device)
+    grid_thw = torch.ones(1, 3, dtype=torch.long, device=device)
+    return torch.stack([x.sum() for x in run_tower(base, zeros, grid_thw, pack)]).sum()
+
+
+def is_trained(tower: nn.Module) -> bool:
+    """A frozen tower saves nothing for a backward. (`enable_input_require_grads` makes the outputs of
+    embeddings require gradients, the tower's among them.)"""
+    return any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def must_run(tower: nn.Module) -> bool:
+    """Without images the tower still runs where another rank may wait for it: for its gradients
+    (DDP) or its shards (FSDP, ZeRO-3)."""
+    return is_trained(tower) or any(is_sharded(parameter) for parameter in tower.parameters())
+
+
+def bindings(base: Any) -> list[Binding]:
+    """What to bind on the tower."""
+    tower, has_windows = base.visual, family_of(base).has_windows
+    bound: list[Binding] = [(tower.patch_embed, "forward", pixels.patch_embed_forward)]
+    for number, block in enumerate(tower.blocks):
+        is_whole = not has_windows or number in tower.fullatt_block_indexes
+        segments = "vision" if is_whole else "window"
+        bound.append((block.attn, "forward", partial(attention.vision_forward, segments=segments)))
+    if has_windows:
+        bound.append((tower, "permute_input_for_window_attn", _stay_in_order))
+    return bound
+
+
+def _stay_in_order(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The permutation to bind: none where `run_tower` has done it."""
+
+    def permute(
+        self: nn.Module, input_tensor: torch.Tensor, window_index: torch.Tensor, seq_len: int
+    ) -> torch.Tensor:
+        if not len(window_index):
+            return input_tensor
+        return stock(self, input_tensor, window_index, seq_len)
+
+    return permute
+
+
+def keep_merged(merger: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    """The hook on a windowed tower's merger: its output, before the tower permutes it back."""
+    merger.merged = [output]
+
+
+def give_merged(
+    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any | None:
+    """The hook on a windowed tower: what its merger gave takes the place of the permuted features, here
+    so that wrappers of the tower (FSDP2 over it) see it go out."""
+    merged = tower.merger.merged.pop()
+    if kwargs.get("mmpack") is None:
+        return None
+    output.pooler_output = merged
+    return output
+
+
+def add_deepstack(
+    text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The pre-hook on the text model: deepstack's features, and the tokens they are added to."""
+    pack = kwargs.get("mmpack")
+    if pack is None or "deepstack" not in pack:
+        return None
+    pack = dict(pack)
+    features = pack.pop("deepstack")  # layers need not see them
+    where = {"visual_pos_masks": pack["feature_token"], "deepstack_visual_embeds": features}
+    return args, {**kwargs, **where, "mmpack": pack}
+
+
+def deepstack_by_index(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`_deepstack_process` to bind: tokens named by an index are added to, a mask is stock's."""
+
+    def process(
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        visual_pos_masks: torch.Tensor,
+        visual_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        if visual_pos_masks.dtype == torch.bool:
+            return stock(self, hidden_states, visual_pos_masks, visual_embeds)
+        features_FD = visual_embeds.to(hidden_states.device, hidden_states.dtype)
+        return reference.add_features(hidden_states[0], features_FD, visual_pos_masks)[None]
+
+    return process
