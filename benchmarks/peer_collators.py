@@ -83,11 +83,8 @@ def llamafactory_collator(
     except ImportError:
         return None
     processor.video_processor = processor.image_processor  # it is asked for, and not used either
-    size = processor.image_processor.size
-    pixels = {
-        "image_max_pixels": size["longest_edge"],
-        "image_min_pixels": size["shortest_edge"],
-    }
+    # It would resize by itself before the processor does, to other grids than ours: left out.
+    pixels = {"image_max_pixels": 1 << 40, "image_min_pixels": 1}
     for name, value in {**pixels, "crop_to_patches": False, "image_do_pan_and_scan": False}.items():
         setattr(processor, name, value)
     collate = MultiModalDataCollatorForSeq2Seq(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,11 +117,11 @@ def encoded_bytes(image: ImageRef) -> bytes:
     return buffer.getvalue()
 
 
-def _open(image: ImageRef) -> Image:
+def _open(image: ImageRef) -> AbstractContextManager[Image]:
     from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light
 
     if isinstance(image.data, Image.Image):
-        return image.data.copy()  # the caller closes what it gets
+        return nullcontext(image.data)  # whose owner closes it
     try:
         return Image.open(image.path if image.data is None else io.BytesIO(image.data))
     except FileNotFoundError:

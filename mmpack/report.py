@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,3 +192,11 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
             "its samples allow"
         )
     return lines
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """Any row as a line: bytes and pictures abridged, half characters escaped."""
+    try:
+        return json.dumps(value, default=lambda other: f"{other!r:.100}") + "\n"
+    except RecursionError:
+        return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
