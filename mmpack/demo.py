@@ -74,7 +74,9 @@ COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
 def run_demo(folder: str | None = None) -> None:
     """Run it and print what it finds; `folder` keeps data set, tokenizer and config."""
     logging.set_verbosity_error()
-    torch.set_num_threads(1)  # a tiny model's threads wait for each other, on a busy machine above all
+    torch.set_num_threads(
+        1
+    )  # a tiny model's threads wait for each other, on a busy machine above all
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(folder or scratch)

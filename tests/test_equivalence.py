@@ -129,8 +129,14 @@ def test_the_same_batch_on_an_unpatched_model(name, attn, packs, expected):
     assert_theorem(model, batch, num_items, expected(name, torch.float32, False), 1e-5)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize(("name", "tied"), [("mixed", False), ("images", True), ("text", False)])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("mixed", False),
+        pytest.param("images", True, marks=pytest.mark.smoke),
+        pytest.param("text", False, marks=pytest.mark.slow),
+    ],
+)
 def test_kernels(name, tied, packs, expected):
     """The same with mmpack's kernels, in Triton's interpreter where there is no GPU."""
     if torch.cuda.is_available():

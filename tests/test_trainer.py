@@ -19,7 +19,7 @@ from mmpack import PackedDataset, VisionSpec
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
-pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
+pytestmark = pytest.mark.usefixtures("wide_tiles")
 MAX_PIXELS = 28 * 28 * 16
 NUM_ROWS = 18
 CAPACITY = 700
@@ -114,8 +114,8 @@ OPTIONS = {
     ("family", "options"),
     [
         *(("qwen2_vl", name) for name in OPTIONS),
-        ("qwen2_5_vl", "accumulation 4"),
-        ("qwen3_vl", "accumulation 4"),
+        pytest.param("qwen2_5_vl", "accumulation 4", marks=pytest.mark.smoke),
+        pytest.param("qwen3_vl", "accumulation 4", marks=pytest.mark.smoke),
         pytest.param("qwen3_vl_moe", "accumulation 4", marks=pytest.mark.slow),
     ],
 )
@@ -134,6 +134,7 @@ def test_patched_model(family, options, dataset, expected_of, tmp_path):
     assert difference <= 1e-5, name
 
 
+@pytest.mark.smoke
 def test_uint8_pixels(dataset, expected, tmp_path):
     """Bytes from the workers to the tower; the rows alone had transformers' own float32 pixels."""
     model = patch_model(tiny_model())
@@ -144,6 +145,7 @@ def test_uint8_pixels(dataset, expected, tmp_path):
     assert difference <= 1e-5, name
 
 
+@pytest.mark.smoke
 def test_unpatched_model(dataset, expected, tmp_path):
     # Trainer switches the cache off in the wrong config; the batch's use_cache=False saves us.
     model = tiny_model()
@@ -154,6 +156,7 @@ def test_unpatched_model(dataset, expected, tmp_path):
     assert difference <= 1e-5, name
 
 
+@pytest.mark.smoke
 def test_bf16(dataset, stock_rows, expected, tmp_path):
     """Autocast over float32 weights: no further from float32 than stock transformers is, on the
     rows alone or on the same packs (more tokens a product round differently)."""
