@@ -208,7 +208,7 @@ def test_data_uris_are_not_remembered(tmp_path):
     for value in (uri, "a.png"):
         from mmpack.conversations import Picture
 
-        reader.place_images([*turns, ("user", [Picture()])], [value])
+        reader.place_media([*turns, ("user", [Picture()])], {"image": [value]})
     assert reader._file.cache_info().currsize == 1
 
 
