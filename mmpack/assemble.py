@@ -176,7 +176,9 @@ def _load_pixels(
             patches = int(grid_thw.prod(axis=1).sum())
             try:
                 if isinstance(ref, ImageRef):
-                    images.load_patches(ref, grid_thw[0], vision, out=stills[still : still + patches])
+                    images.load_patches(
+                        ref, grid_thw[0], vision, out=stills[still : still + patches]
+                    )
                     still += patches
                 else:
                     videos.load_patches(ref, grid_thw, vision, out=clips[clip : clip + patches])
@@ -207,7 +209,7 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
     tokens = _starts([len(pack.input_ids) for pack in packs])
     grids = [pack.num_images for pack in packs]
     patches = [pack.num_image_patches for pack in packs]
-    features = [n // packs[0].vision.merge_size**2 for n in patches]
+    features = [n // packs[0].vision.merge_size ** 2 for n in patches]
     frames = [int(np.searchsorted(pack.vision_cu_seqlens, n)) for pack, n in zip(packs, patches)]
     input_ids = np.concatenate([pack.input_ids for pack in packs])
     feature_token = _images_first(

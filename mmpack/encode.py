@@ -268,10 +268,7 @@ class _Encoder:
             next(slots) if isinstance(p, str) else _kind(p) for m in messages for p in m.content
         ]
         held = [
-            item.slot
-            if isinstance(item, _Piece)
-            else self._media_of.get(item)
-            for item in items
+            item.slot if isinstance(item, _Piece) else self._media_of.get(item) for item in items
         ]
         if [part for part in held if part is not None] != parts:
             raise RowError(
@@ -359,7 +356,11 @@ class _Encoder:
         for item in layout:
             if isinstance(item, _Clip):
                 for text in next(timestamps):
-                    clip = (spec.vision_start_token_id, spec.video_token_id, spec.vision_end_token_id)
+                    clip = (
+                        spec.vision_start_token_id,
+                        spec.video_token_id,
+                        spec.vision_end_token_id,
+                    )
                     input_ids += (*self._timestamp_ids(text), *clip)
                 labels += [IGNORE] * (len(input_ids) - len(labels))
                 continue
@@ -382,7 +383,9 @@ class _Encoder:
             vision=self._vision,
             source=sample.source,
             row=sample.row,
-            temporal_step=np.array(media.steps, dtype=np.float32) if set(media.steps) - {1} else None,
+            temporal_step=np.array(media.steps, dtype=np.float32)
+            if set(media.steps) - {1}
+            else None,
         )
 
 

@@ -79,7 +79,8 @@ class MediaFolders:
                 return self.locate(path, kind)
             if not isinstance(data, (bytes, bytearray)):
                 raise RowError(
-                    f"the bytes of {_a(kind)} are {type(data).__name__}, not bytes", "write its path"
+                    f"the bytes of {_a(kind)} are {type(data).__name__}, not bytes",
+                    "write its path",
                 )
             name = (
                 os.path.basename(path) if isinstance(path, str) and _is_unicode(path) else "bytes"

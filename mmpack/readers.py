@@ -202,7 +202,9 @@ def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: in
         return f"the marker is spelt {MARKERS[kind]}"
     if markers < num_values:
         return f"add a marker or drop the extra {kind}"
-    return f"add the missing {kind} or remove a marker; one meant as text can stand in a content part"
+    return (
+        f"add the missing {kind} or remove a marker; one meant as text can stand in a content part"
+    )
 
 
 class RowGroup(NamedTuple):

@@ -136,7 +136,9 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[M
         file = files[begin]
         frames = files[begin:end] if listed else ()
         media.append(
-            VideoRef(file.path, None if listed else file.data, frames, video["num_frames"], video["fps"])
+            VideoRef(
+                file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
+            )
         )
     return (*media, *files[end:])
 

@@ -50,7 +50,9 @@ def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
     if not num_frames:
         raise RowError(f"video {video.path} has no frames", "replace it")
     if not fps > 0:
-        raise RowError(f"video {video.path} does not say how many frames a second it has", "remux it")
+        raise RowError(
+            f"video {video.path} does not say how many frames a second it has", "remux it"
+        )
     if height * width > images.most_pixels():
         raise RowError(f"video {video.path} is too large: {width} x {height} pixels", "shrink it")
     _check_shape(video, height, width)
@@ -158,7 +160,9 @@ def _open(video: VideoRef) -> Iterator[tuple[Any, Any]]:
     try:
         file = open(video.path, "rb") if video.data is None else io.BytesIO(video.data)
     except OSError as error:
-        raise RowError(f"video {video.path} cannot be opened: {error.strerror}", "mend the path") from None
+        raise RowError(
+            f"video {video.path} cannot be opened: {error.strerror}", "mend the path"
+        ) from None
     with file:
         try:
             container = av.open(file, options=_OPTIONS)
@@ -179,7 +183,9 @@ def _decode(video: VideoRef, packet: Any) -> list[Any]:
         frames: list[Any] = packet.decode()
         return frames
     except (OSError, ValueError) as error:
-        raise RowError(f"video {video.path} cannot be decoded: {_reason(error)}", "replace it") from None
+        raise RowError(
+            f"video {video.path} cannot be decoded: {_reason(error)}", "replace it"
+        ) from None
 
 
 def _count(video: VideoRef, counted: Iterator[int | bool]) -> int:
@@ -188,7 +194,9 @@ def _count(video: VideoRef, counted: Iterator[int | bool]) -> int:
     except RowError:
         raise
     except (OSError, ValueError) as error:  # of the demuxer
-        raise RowError(f"video {video.path} cannot be read: {_reason(error)}", "replace it") from None
+        raise RowError(
+            f"video {video.path} cannot be read: {_reason(error)}", "replace it"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

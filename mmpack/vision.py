@@ -122,15 +122,11 @@ class VideoSpec:
         index = places.astype(np.int64)
         return index[index < num_frames]
 
-    def timestamps(
-        self, index: NDArray[np.int64], fps: float, multiple: int
-    ) -> list[str]:
+    def timestamps(self, index: NDArray[np.int64], fps: float, multiple: int) -> list[str]:
         """The text before every temporal patch: the mean of its first and last frame's times."""
         padded = [*index.tolist(), *[int(index[-1])] * (-len(index) % multiple)]
         times = [frame / fps for frame in padded]
-        means = [
-            (times[n] + times[n + multiple - 1]) / 2 for n in range(0, len(times), multiple)
-        ]
+        means = [(times[n] + times[n + multiple - 1]) / 2 for n in range(0, len(times), multiple)]
         return [f"<{mean:.1f} seconds>" for mean in means]
 
 

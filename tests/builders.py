@@ -278,8 +278,7 @@ def made_up_rows(family="qwen2_vl"):
         encoded(spec, 1, 2, (2, 4), 3, 4),
         encoded(spec, range(5, 60)),
         encoded(spec, 8, (4, 6), (6, 2), 9, 10),
-        encoded(spec, 11, (2, 2, 4), 12, (2, 2), 13, (3, 2, 2), 14),
-        encoded(spec, (2, 4, 2), 15, 16),
+        encoded(spec, 11, (2, 4, 4), 12, (2, 4), 13, (3, 4, 2), 14),
     ]
     packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
     collate = collator(family)

@@ -163,5 +163,7 @@ def test_what_cannot_be_assembled_is_refused():
     broken = replace(encoded(SPEC, 1, (2, 2)), grid_thw=np.empty((0, 3), dtype=np.int32))
     with pytest.raises(ValueError, match="row -1 of : .* got 1 image and video markers, 0 grids"):
         assemble([broken], pixels=False)
-    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode; pass pixels=False"):
+    with pytest.raises(
+        ValueError, match="1 grids but 0 images and videos to decode; pass pixels=False"
+    ):
         assemble([encoded(SPEC, 1, (2, 2))])

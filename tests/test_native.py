@@ -22,9 +22,7 @@ int64 = partial(np.array, dtype=np.int64)
 
 IMAGE, VIDEO = 7, 6
 SPECS = [
-    VisionSpec(
-        min_pixels=1, max_pixels=1, merge_size=m, image_token_id=IMAGE, video_token_id=VIDEO
-    )
+    VisionSpec(min_pixels=1, max_pixels=1, merge_size=m, image_token_id=IMAGE, video_token_id=VIDEO)
     for m in (1, 2, 3)
 ]
 

@@ -210,7 +210,9 @@ def _batch(pack: Pack, pixel_values: dict[str, torch.Tensor], tower: Tower) -> d
         "text_order": as_tensor(pack.text_order),
         "text_id_offsets": as_tensor(pack.text_id_offsets),
         "num_patches": len(pack.vision_position_ids),
-        "grid_thw": tuple(tuple(map(int, grid)) for grid in pack.grid_thw[grid_order]),  # by segment
+        "grid_thw": tuple(
+            tuple(map(int, grid)) for grid in pack.grid_thw[grid_order]
+        ),  # by segment
         "grid_offsets": tuple(map(int, grid_offsets)),
         "video_rule": rule,
         "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
@@ -296,6 +298,8 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
     ):
         grid_thw = np.empty((0, 3), dtype=np.int32)
         if _has(feature, pixels):
+            if feature.get(name) is None:
+                raise ValueError(f"feature {number} has {pixels} but no {name}; pass both on")
             grid_thw = np.asarray(feature[name], dtype=np.int32).reshape(-1, 3)
         patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
         if len(grid_thw) and len(feature[pixels]) != patches:

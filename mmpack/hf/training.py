@@ -28,7 +28,6 @@ from mmpack.hf.collator import PackCollator
 from mmpack.hf.models import patch_model
 from mmpack.vision import VisionSpec
 
-
 # Class defaults of transformers' video processors, whose files cannot be imported without torchvision.
 _FRAMES = {"min_frames": 4, "max_frames": 768}
 _VIDEO_PROCESSORS = {
@@ -104,7 +103,9 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
         if (folder / name).is_file():
             saved = json.loads((folder / name).read_text(encoding="utf-8"))
             found = saved if part is None else saved.get(part)
-            settings = found | {"processor_class": saved.get("processor_class")} if found else settings
+            settings = (
+                found | {"processor_class": saved.get("processor_class")} if found else settings
+            )
     of_class = str(settings.get("processor_class"))
     if config is None and of_class.startswith("Qwen2_5"):
         return None
