@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import functools
+import inspect
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
 from mmpack import VideoSpec, VisionSpec
 from mmpack.assemble import assemble, concatenate
@@ -39,6 +40,10 @@ SMALL_SPEC = VisionSpec(
     vision_end_token_id=93,
 )
 
+
+# transformers before its pull request 48669 cuts the seconds of a temporal patch to whole ones.
+CUTS_SECONDS = "int(next(second_per_grid_ts))" in inspect.getsource(Qwen2_5_VLModel.get_rope_index)
+SECONDS = 2.0 if CUTS_SECONDS else 0.65  # a temporal patch of `encoded`'s videos
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 # What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
@@ -237,7 +242,7 @@ def assert_within_budget(name, ours, torchs, exact):
 
 def encoded(vision, *pieces, supervised=True):
     """An EncodedSample from text ids, (grid_h, grid_w) images and (grid_t, grid_h, grid_w) videos in
-    reading order. A video's temporal patches are 0.65 s long; their times, ids 94 and on."""
+    reading order. A video's temporal patches are SECONDS long; their times are ids from 94 on."""
     ids, grids, steps = [], [], []
     start, end = vision.vision_start_token_id, vision.vision_end_token_id
     for piece in pieces:
@@ -250,8 +255,8 @@ def encoded(vision, *pieces, supervised=True):
             else:
                 ids += [start, vision.video_token_id, end]
                 grids.append(piece)
-                steps.append(np.float32(vision.video.tokens_per_second or 1) * np.float32(0.65))
-                steps[-1] = steps[-1] if vision.video.tokens_per_second else 1
+                per_second = vision.video.tokens_per_second
+                steps.append(per_second * np.float32(SECONDS) if per_second else 1)
         elif isinstance(piece, tuple):
             ids += [vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id]
             grids.append((1, *piece))
@@ -305,7 +310,7 @@ def stock_of(alone, spec):
             grids = torch.cat([count[:, None], grids[:, 1:]], dim=1)
         inputs["video_grid_thw"] = grids
         if spec.video.tokens_per_second:
-            inputs["second_per_grid_ts"] = torch.full((len(grids),), 0.65)
+            inputs["second_per_grid_ts"] = torch.full((len(grids),), SECONDS)
     return inputs
 
 
