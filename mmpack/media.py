@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import os
 import re
 import stat
@@ -17,6 +16,7 @@ from typing import Any
 
 from mmpack.errors import RowError, names
 from mmpack.types import ImageRef, VideoRef
+from mmpack.vision import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
 _KINDS = {"image": "picture", "video": "file"}  # what an error asks for
@@ -47,9 +47,10 @@ class MediaFolders:
         frames, fps = value, None
         if isinstance(value, dict) and "frames" in value:
             frames, fps = value["frames"], value.get("fps")
-            if not (fps is None or (type(fps) in (int, float) and 0 < fps < math.inf)):
+            if fps is not None and not is_rate(fps):
                 raise RowError(
-                    f"the fps of a video are {fps!a:.40}, no positive number", "mend the row"
+                    f"the fps of a video are {fps!a:.40}, no number from 0.001 to 10,000",
+                    "mend the row",
                 )
         if isinstance(frames, (list, tuple)):
             if not frames:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mmpack import images
 from mmpack.errors import RowError
 from mmpack.types import ImageRef, Int64, Media, VideoRef
-from mmpack.vision import VisionSpec, check_aspect_ratio
+from mmpack.vision import VisionSpec, check_aspect_ratio, is_rate
 
 # FFmpeg's names of demuxers; those of playlists, of image sequences and of raw streams are not here.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
@@ -49,7 +49,7 @@ def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
         height, width, fps = stream.height, stream.width, float(stream.average_rate or 0)
     if not num_frames:
         raise RowError(f"video {video.path} has no frames", "replace it")
-    if not fps > 0:
+    if not is_rate(fps):
         raise RowError(
             f"video {video.path} does not say how many frames a second it has", "remux it"
         )

@@ -18,7 +18,6 @@ from mmpack.errors import RowError
 
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize refuses more
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
-_UNKNOWN_FPS = 24.0  # transformers' for frames that nobody gave a rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ class VisionSpec:
                 resampling, no rescaling, ...), or its tokenizer lacks a vision token.
         """
         video_processor = getattr(processor, "video_processor", None)
-        if config is None and "second_per_grid_ts" in processor.model_input_names:
+        if config is None and "second_per_grid_ts" in getattr(processor, "model_input_names", ()):
             video_processor = None  # what time means is in the config
         return cls.from_parts(
             processor.image_processor, processor.tokenizer, video_processor, config
@@ -300,17 +299,16 @@ class VisionSpec:
             RowError: too few frames or, in a list, more than `max_frames`.
         """
         video = self.video_spec
+        fps = fps or video.fps
         if not is_list:
-            return video.sample(num_frames, fps or _UNKNOWN_FPS, self.temporal_patch_size), fps or (
-                _UNKNOWN_FPS
-            )
+            return video.sample(num_frames, fps, self.temporal_patch_size), fps
         check_num_frames(num_frames, self.temporal_patch_size)
         if num_frames > video.max_frames:
             raise RowError(
                 f"a list of {num_frames} frames, at most {video.max_frames} are taken",
                 "leave frames out, or raise max_frames",
             )
-        return np.arange(num_frames), fps or video.fps
+        return np.arange(num_frames), fps
 
     def temporal_step(self, index: NDArray[np.int64], num_frames: int, fps: float) -> float:
         """M-RoPE positions from one temporal patch of a video to the next, a float32.
@@ -364,6 +362,11 @@ def check_num_frames(num_frames: int, multiple: int) -> None:
         raise RowError(
             f"a video of {num_frames} frames, it takes at least {multiple}", "give it as an image"
         )
+
+
+def is_rate(fps: Any) -> bool:
+    """Whether that can be a video's frames a second."""
+    return type(fps) in (int, float) and 1e-3 <= fps <= 1e4
 
 
 def check_aspect_ratio(height: int, width: int) -> None:

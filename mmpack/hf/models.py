@@ -149,7 +149,7 @@ def _take_pack(
     features, nothing = [None], None
     # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
-        if pack["num_patches"]:
+        if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
             features = tower.run_tower(base, *tower.pixels_and_grids(kwargs), pack)
         elif tower.must_run(base.visual):
             nothing = 0 * tower.run_on_nothing(base, impl)
