@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,8 @@ namespace {
 
 constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kIgnore = -100;  // label of a token without loss
+// Positions are at most this: below, every step of float32 is exact or rounded as in the reference.
+constexpr float kMostPosition = 1 << 30;
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -23,19 +26,17 @@ struct Grid {
   std::int64_t patches() const { return frames * height * width; }
 };
 
-Grid grid_of(const Samples& samples, std::size_t image) {
-  const auto* grid = &samples.grid_thw[3 * image];
-  return {grid[0], grid[1], grid[2]};
+Grid grid_of(std::span<const std::int32_t> grid_thw, std::size_t n) {
+  return {grid_thw[3 * n], grid_thw[3 * n + 1], grid_thw[3 * n + 2]};
 }
 
-void write_images(const Samples& samples, const PackBuffers& out) {
-  std::copy(samples.grid_thw.begin(), samples.grid_thw.end(), out.grid_thw.begin());
-  const std::int64_t merge = samples.merge_size;
+// The patches of out.grid_thw, which has been written.
+void write_patches(std::int64_t merge, const PackBuffers& out) {
   std::int32_t frame = 0, patch = 0;
   auto* place = out.vision_position_ids.data();
   out.vision_cu_seqlens[0] = 0;
-  for (std::size_t image = 0; image < samples.num_images(); ++image) {
-    const auto [frames, height, width] = grid_of(samples, image);
+  for (auto grid = out.grid_thw.begin(); grid != out.grid_thw.end(); grid += 3) {
+    const std::int64_t frames = grid[0], height = grid[1], width = grid[2];
     for (std::int64_t t = 0; t < frames; ++t) {
       const auto size = static_cast<std::int32_t>(height * width);
       std::fill_n(&out.vision_segment_ids[patch], size, frame);
@@ -97,26 +98,33 @@ PackSize measure(const Samples& samples) {
   require(offsets.size() >= 2 && ascend(offsets, samples.input_ids.size()),
           "offsets must ascend from 0 to the number of input_ids");
   require(samples.grid_offsets.size() == offsets.size() &&
-              ascend(samples.grid_offsets, samples.num_images()),
+              ascend(samples.grid_offsets, samples.num_grids()),
           "grid_offsets must be as many as offsets and ascend from 0 to the number of grids");
+  require(samples.temporal_step.size() == samples.num_grids(),
+          "temporal_step must be as many as grids");
+  require(samples.image_id != samples.video_id, "image_id and video_id must differ");
   require(samples.merge_size >= 1, "merge_size must be positive");
+  const auto is_marker = [&](std::int64_t id) {
+    return id == samples.image_id || id == samples.video_id;
+  };
   for (const std::int32_t id : samples.input_ids) {
     require(id >= 0, "input_ids must not be negative");
   }
   for (std::size_t s = 0; s < samples.num_segments(); ++s) {
     const auto* ids = samples.input_ids.data();
-    const auto markers = std::count(ids + offsets[s], ids + offsets[s + 1], samples.marker_id);
+    const auto markers = std::count_if(ids + offsets[s], ids + offsets[s + 1], is_marker);
     const auto grids = samples.grid_offsets[s + 1] - samples.grid_offsets[s];
     if (markers != grids) {
       throw std::invalid_argument("there must be a grid for every marker, got " +
-                                  std::to_string(markers) + " image markers, " +
+                                  std::to_string(markers) + " image and video markers, " +
                                   std::to_string(grids) + " grids");
     }
   }
 
-  PackSize size{n, 0, 0, 0};
-  for (std::size_t image = 0; image < samples.num_images(); ++image) {
-    const Grid grid = grid_of(samples, image);
+  PackSize size{n, 0, 0, 0, 0, 0};
+  std::size_t marker = 0;  // its token
+  for (std::size_t g = 0; g < samples.num_grids(); ++g, ++marker) {
+    const Grid grid = grid_of(samples.grid_thw, g);
     if (std::min({grid.frames, grid.height, grid.width}) < 1 ||
         grid.height % samples.merge_size || grid.width % samples.merge_size) {
       throw std::invalid_argument(
@@ -128,28 +136,41 @@ PackSize measure(const Samples& samples) {
             "a pack must have fewer than 2^31 patches");
     size.patches += grid.patches();
     size.frames += grid.frames;
-    size.features += grid.patches() / samples.merge_size / samples.merge_size;
+    const std::int64_t features = grid.patches() / samples.merge_size / samples.merge_size;
+    size.features += features;
+    const float step = samples.temporal_step[g];
+    require(step >= 0 && static_cast<float>(grid.frames - 1) * step <= kMostPosition,
+            "temporal_step must not be negative, nor lead past position 2^30");
+    while (!is_marker(samples.input_ids[marker])) ++marker;
+    if (samples.input_ids[marker] == samples.image_id) {
+      ++size.images;
+      size.image_features += features;
+    }
   }
-  size.tokens += size.features - static_cast<std::int64_t>(samples.num_images());
+  size.tokens += size.features - static_cast<std::int64_t>(samples.num_grids());
   require(size.tokens <= kMostRows, "a pack must have fewer than 2^31 tokens");
   return size;
 }
 
-PackCounts assemble(const Samples& samples, const PackBuffers& out) {
+PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuffers& out) {
   const std::size_t num_tokens = out.input_ids.size();
   auto *text_places = out.position_ids.data(), *frames = text_places + num_tokens,
        *rows = frames + num_tokens, *columns = rows + num_tokens;
   std::vector<std::uint64_t> text;  // id << 32 | place
   text.reserve(out.text_order.size());
   PackCounts counts{};
-  std::size_t token = 0, feature = 0, image = 0;
+  std::size_t token = 0, marker = 0;
+  struct {
+    std::size_t grid, feature;  // the next one's
+  } image{0, 0},
+      video{static_cast<std::size_t>(size.images), static_cast<std::size_t>(size.image_features)};
   out.cu_seqlens[0] = 0;
   for (std::size_t segment = 0; segment < samples.num_segments(); ++segment) {
     const std::size_t begin = token;
     std::int64_t position = 0;  // M-RoPE position of the next token
     for (std::int32_t n = samples.offsets[segment]; n < samples.offsets[segment + 1]; ++n) {
       const std::int64_t id = samples.input_ids[n];
-      if (id != samples.marker_id) {
+      if (id != samples.image_id && id != samples.video_id) {
         // nothing predicts a segment's first token
         const std::int64_t label = token == begin ? kIgnore : samples.labels[n];
         out.input_ids[token] = id;
@@ -164,7 +185,11 @@ PackCounts assemble(const Samples& samples, const PackBuffers& out) {
         ++token;
         continue;
       }
-      const Grid grid = grid_of(samples, image++);
+      const Grid grid = grid_of(samples.grid_thw, marker);
+      const float step = samples.temporal_step[marker++];
+      auto& [number, feature] = id == samples.image_id ? image : video;
+      const std::array<std::int64_t, 3> sides{grid.frames, grid.height, grid.width};
+      std::copy(sides.begin(), sides.end(), &out.grid_thw[3 * number++]);
       const std::int64_t height = grid.height / samples.merge_size;
       const std::int64_t width = grid.width / samples.merge_size;
       const auto count = static_cast<std::size_t>(grid.frames * height * width);
@@ -177,9 +202,10 @@ PackCounts assemble(const Samples& samples, const PackBuffers& out) {
       }
       feature += count;
       for (std::int64_t t = 0; t < grid.frames; ++t) {
+        const auto at = static_cast<std::int64_t>(static_cast<float>(t) * step);
         for (std::int64_t h = 0; h < height; ++h) {
           for (std::int64_t w = 0; w < width; ++w, ++token) {
-            frames[token] = position + t;
+            frames[token] = position + at;
             rows[token] = position + h;
             columns[token] = position + w;
           }
@@ -190,7 +216,7 @@ PackCounts assemble(const Samples& samples, const PackBuffers& out) {
     std::fill_n(out.segment_ids.data() + begin, token - begin, static_cast<std::int32_t>(segment));
     out.cu_seqlens[segment + 1] = static_cast<std::int32_t>(token);
   }
-  write_images(samples, out);
+  write_patches(samples.merge_size, out);
   counts.runs = text_by_id(std::move(text), out.text_order, out.text_id_offsets);
   counts.tiles = attention_tiles(out.cu_seqlens, true, out.tiles);
   counts.vision_tiles = attention_tiles(out.vision_cu_seqlens, false, out.vision_tiles);

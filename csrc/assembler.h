@@ -1,7 +1,8 @@
 // One pack from its samples: markers expanded, positions, and every index a training step needs.
 //
 // What mmpack/reference.py specifies, bit for bit, written once into the caller's memory. A marker
-// is a token of one id, and its grid says how often it stands in the pack.
+// is a token of one of two ids, an image's or a video's, and its grid says how often it stands in the
+// pack. Grids, patches and features are images first, then videos.
 #pragma once
 
 #include <cstdint>
@@ -15,19 +16,20 @@ constexpr std::int64_t kMaxRun = 32;  // tokens of one id in a run of text_id_of
 
 // The samples of a pack, one after the other.
 struct Samples {
-  std::span<const std::int32_t> input_ids, labels;  // (n,), one marker per image
+  std::span<const std::int32_t> input_ids, labels;  // (n,), one marker per grid
   std::span<const std::int32_t> offsets;            // (S + 1,) of the samples in them
   std::span<const std::int32_t> grid_thw;           // (I, 3) patches, in marker order
+  std::span<const float> temporal_step;             // (I,) M-RoPE positions a temporal patch
   std::span<const std::int32_t> grid_offsets;       // (S + 1,) of the samples in it
-  std::int64_t marker_id, merge_size;
+  std::int64_t image_id, video_id, merge_size;
 
   std::size_t num_segments() const { return offsets.size() - 1; }
-  std::size_t num_images() const { return grid_thw.size() / 3; }
+  std::size_t num_grids() const { return grid_thw.size() / 3; }
 };
 
-// What they take in a pack.
+// What they take in a pack; images are the grids and features that are no video's.
 struct PackSize {
-  std::int64_t tokens, features, frames, patches;
+  std::int64_t tokens, features, frames, patches, images, image_features;
 };
 
 // Throws std::invalid_argument where the samples contradict themselves or pass 2^31 - 1 rows.
@@ -55,7 +57,7 @@ struct PackCounts {
 };
 
 // The samples must have been measured, the buffers be as large as that says.
-PackCounts assemble(const Samples& samples, const PackBuffers& out);
+PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuffers& out);
 
 // Rows [begin, end) of attention and of the segment they are in, most work first; returns how many.
 // offsets (S + 1,) ascend from 0.

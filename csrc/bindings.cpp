@@ -141,7 +141,7 @@ py::tuple plan(const py::array& num_tokens, std::int64_t capacity,
 }
 
 void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
-              const py::array& patches) {
+              const py::array& patches, std::int64_t frame) {
   if (!py::isinstance<py::array_t<std::uint8_t>>(pixels) || pixels.ndim() != 3)
     refuse("pixels must be uint8 (height, width, channels)");
   if (patch < 1 || merge < 1 || patch > kMostPixels || merge > kMostPixels)
@@ -152,11 +152,16 @@ void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
     refuse("pixels of " + std::to_string(height) + " x " + std::to_string(width) +
            " are no multiple of " + std::to_string(block));
   }
-  const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge};
+  const std::int64_t values = channels * patch * patch;
+  const std::int64_t frames =
+      patches.ndim() == 2 && values ? patches.shape(1) / values : std::int64_t{1};
+  if (frame < 0 || frame >= std::max(frames, std::int64_t{1}))
+    refuse("frame must be one of the " + std::to_string(frames) + " that patches have room for");
+  const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge, frames, frame};
   const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), pixels.strides(0),
                                 pixels.strides(1), pixels.strides(2), channels};
   const auto out = writable<std::uint8_t>(patches, "patches",
-                                          {grid.grid_h * grid.grid_w, channels * patch * patch});
+                                          {grid.grid_h * grid.grid_w, std::max(frames, std::int64_t{1}) * values});
   py::gil_scoped_release release;
   mmpack::patchify(picture, grid, out.data());
 }
@@ -177,39 +182,45 @@ void normalize(const py::array& patches, const py::array& table, std::int64_t fr
 
 mmpack::Samples view_samples(const py::array& input_ids, const py::array& labels,
                              const py::array& offsets, const py::array& grid_thw,
-                             const py::array& grid_offsets, std::int64_t marker_id,
-                             std::int64_t merge_size) {
+                             const py::array& temporal_step, const py::array& grid_offsets,
+                             std::int64_t image_id, std::int64_t video_id, std::int64_t merge_size) {
   return {view<std::int32_t>(input_ids, "input_ids", {kAny}),
           view<std::int32_t>(labels, "labels", {kAny}),
           view<std::int32_t>(offsets, "offsets", {kAny}),
           view<std::int32_t>(grid_thw, "grid_thw", {kAny, 3}),
+          view<float>(temporal_step, "temporal_step", {kAny}),
           view<std::int32_t>(grid_offsets, "grid_offsets", {kAny}),
-          marker_id,
+          image_id,
+          video_id,
           merge_size};
 }
 
 py::tuple measure(const py::array& input_ids, const py::array& labels, const py::array& offsets,
-                  const py::array& grid_thw, const py::array& grid_offsets, std::int64_t marker_id,
+                  const py::array& grid_thw, const py::array& temporal_step,
+                  const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
                   std::int64_t merge_size) {
-  const auto samples =
-      view_samples(input_ids, labels, offsets, grid_thw, grid_offsets, marker_id, merge_size);
-  const auto [tokens, features, frames, patches] = mmpack::measure(samples);
-  return py::make_tuple(tokens, features, frames, patches);
+  const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
+                                    grid_offsets, image_id, video_id, merge_size);
+  const auto size = mmpack::measure(samples);
+  return py::make_tuple(size.tokens, size.features, size.frames, size.patches, size.images);
 }
 
 py::tuple assemble(const py::array& input_ids, const py::array& labels, const py::array& offsets,
-                   const py::array& grid_thw, const py::array& grid_offsets, std::int64_t marker_id,
+                   const py::array& grid_thw, const py::array& temporal_step,
+                   const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
                    std::int64_t merge_size, const py::dict& out) {
-  const auto samples =
-      view_samples(input_ids, labels, offsets, grid_thw, grid_offsets, marker_id, merge_size);
-  const auto [T, F, frames, P] = mmpack::measure(samples);
+  const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
+                                    grid_offsets, image_id, video_id, merge_size);
+  const auto size = mmpack::measure(samples);
+  const auto T = size.tokens, F = size.features, frames = size.frames, P = size.patches;
   const auto S = static_cast<std::int64_t>(samples.num_segments());
-  const auto I = static_cast<std::int64_t>(samples.num_images());
+  const auto I = static_cast<std::int64_t>(samples.num_grids());
   Outputs outputs(out);
   outputs.keep_apart(samples.input_ids, "input_ids");
   outputs.keep_apart(samples.labels, "labels");
   outputs.keep_apart(samples.offsets, "offsets");
   outputs.keep_apart(samples.grid_thw, "grid_thw");
+  outputs.keep_apart(samples.temporal_step, "temporal_step");
   outputs.keep_apart(samples.grid_offsets, "grid_offsets");
   const mmpack::PackBuffers buffers{
       .input_ids = outputs.take<std::int64_t>("input_ids", {T}),
@@ -233,7 +244,7 @@ py::tuple assemble(const py::array& input_ids, const py::array& labels, const py
   mmpack::PackCounts counts;
   {
     py::gil_scoped_release release;
-    counts = mmpack::assemble(samples, buffers);
+    counts = mmpack::assemble(samples, size, buffers);
   }
   return py::make_tuple(counts.supervised, counts.runs, counts.tiles, counts.vision_tiles,
                         counts.max_seqlen, counts.vision_max_seqlen);
@@ -282,17 +293,20 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "mmpack's C++ core; see csrc/.";
   m.attr("TILE") = mmpack::kTile;
   m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
-        py::arg("patches"), "Writes the patches of one picture; see csrc/patchify.h.");
+        py::arg("patches"), py::arg("frame") = 0,
+        "Writes the patches of one picture, a frame of them; see csrc/patchify.h.");
   m.def("normalize", &normalize, py::arg("patches"), py::arg("table"), py::arg("frames"),
         py::arg("values"), "Writes bytes as a table's floats; see csrc/patchify.h.");
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");
   m.def("measure", &measure, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("grid_thw"), py::arg("grid_offsets"), py::arg("marker_id"), py::arg("merge_size"),
-        "(tokens, features, frames, patches) of the samples in a pack; see csrc/assembler.h.");
+        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
+        py::arg("video_id"), py::arg("merge_size"),
+        "(tokens, features, frames, patches, images) of the samples in a pack; see csrc/assembler.h.");
   m.def("assemble", &assemble, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("grid_thw"), py::arg("grid_offsets"), py::arg("marker_id"), py::arg("merge_size"), py::arg("out"),
+        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
+        py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
         "Writes a pack into the arrays of `out`; (supervised, runs, tiles, vision_tiles, max_seqlen, "
         "vision_max_seqlen), how much of them it took. See csrc/assembler.h.");
   m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),

@@ -7,7 +7,7 @@ namespace {
 // One patch, channel by channel. With Column and Patch known the compiler unrolls the innermost loop.
 template <std::ptrdiff_t Column, std::int64_t Patch>
 std::uint8_t* write_patch(const Picture& picture, const std::uint8_t* corner, std::int64_t patch_side,
-                          std::uint8_t* out) {
+                          std::int64_t other_frames, std::uint8_t* out) {
   const std::ptrdiff_t column = Column ? Column : picture.column_stride;
   const std::int64_t patch = Patch ? Patch : patch_side;
   for (std::int64_t c = 0; c < picture.channels; ++c) {
@@ -15,6 +15,7 @@ std::uint8_t* write_patch(const Picture& picture, const std::uint8_t* corner, st
     for (std::int64_t y = 0; y < patch; ++y, row += picture.row_stride, out += patch) {
       for (std::int64_t x = 0; x < patch; ++x) out[x] = row[x * column];
     }
+    out += other_frames;
   }
   return out;
 }
@@ -23,12 +24,14 @@ template <std::ptrdiff_t Column, std::int64_t Patch>
 void write_patches(const Picture& picture, const PatchGrid& grid, std::uint8_t* out) {
   const std::ptrdiff_t down = grid.patch * picture.row_stride;
   const std::ptrdiff_t right = grid.patch * picture.column_stride;
+  const std::int64_t other_frames = (grid.frames - 1) * grid.patch * grid.patch;  // of a channel
+  out += grid.frame * grid.patch * grid.patch;
   for (std::int64_t top = 0; top < grid.grid_h; top += grid.merge) {
     for (std::int64_t left = 0; left < grid.grid_w; left += grid.merge) {
       for (std::int64_t i = top; i < top + grid.merge; ++i) {
         for (std::int64_t j = left; j < left + grid.merge; ++j) {
           const std::uint8_t* corner = picture.pixels + i * down + j * right;
-          out = write_patch<Column, Patch>(picture, corner, grid.patch, out);
+          out = write_patch<Column, Patch>(picture, corner, grid.patch, other_frames, out);
         }
       }
     }

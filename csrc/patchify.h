@@ -15,17 +15,20 @@ struct Picture {
   std::int64_t channels;
 };
 
-// grid_h x grid_w patches of patch x patch pixels; both divisible by merge. All positive.
+// grid_h x grid_w patches of patch x patch pixels; both divisible by merge. All positive. The picture is
+// one of the `frames` of its patches, 0 <= frame < frames.
 struct PatchGrid {
   std::int64_t grid_h;
   std::int64_t grid_w;
   std::int64_t patch;
   std::int64_t merge;
+  std::int64_t frames;
+  std::int64_t frame;
 };
 
-// Writes grid_h * grid_w rows of channels * patch * patch bytes to `out`: merge x merge blocks in
-// reading order, the patches of a block in reading order. What transformers' image processor computes
-// by a transposition, without its floats and without a still's second frame.
+// Writes a frame of grid_h * grid_w rows of channels * frames * patch * patch bytes to `out`: merge x
+// merge blocks in reading order, the patches of a block in reading order. What transformers' image and
+// video processors compute by a transposition, without their floats and a still's second frame.
 void patchify(const Picture& picture, const PatchGrid& grid, std::uint8_t* out);
 
 // Still patches (num_patches, channels, pixels) to floats (num_patches, channels, frames, pixels) by a

@@ -17,7 +17,7 @@ from mmpack.plan import plan_packs
 from mmpack.prompt import render_prompt
 from mmpack.readers import read_samples
 from mmpack.types import EncodedSample, Pack, PackPlan, Sample
-from mmpack.vision import VisionSpec
+from mmpack.vision import VideoSpec, VisionSpec
 
 if TYPE_CHECKING:
     from mmpack.dataset import PackedDataset
@@ -28,6 +28,7 @@ __all__ = [
     "PackPlan",
     "PackedDataset",
     "Sample",
+    "VideoSpec",
     "VisionSpec",
     "assemble",
     "encode_sample",

@@ -6,7 +6,11 @@ from numpy.typing import NDArray
 TILE: int
 
 def patchify(
-    pixels: NDArray[np.uint8], patch: int, merge: int, patches: NDArray[np.uint8]
+    pixels: NDArray[np.uint8],
+    patch: int,
+    merge: int,
+    patches: NDArray[np.uint8],
+    frame: int = 0,
 ) -> None: ...
 def normalize(
     patches: NDArray[np.uint8],
@@ -27,17 +31,21 @@ def measure(
     labels: NDArray[np.int32],
     offsets: NDArray[np.int32],
     grid_thw: NDArray[np.int32],
+    temporal_step: NDArray[np.float32],
     grid_offsets: NDArray[np.int32],
-    marker_id: int,
+    image_id: int,
+    video_id: int,
     merge_size: int,
-) -> tuple[int, int, int, int]: ...
+) -> tuple[int, int, int, int, int]: ...
 def assemble(
     input_ids: NDArray[np.int32],
     labels: NDArray[np.int32],
     offsets: NDArray[np.int32],
     grid_thw: NDArray[np.int32],
+    temporal_step: NDArray[np.float32],
     grid_offsets: NDArray[np.int32],
-    marker_id: int,
+    image_id: int,
+    video_id: int,
     merge_size: int,
     out: dict[str, NDArray[Any]],
 ) -> tuple[int, int, int, int, int, int]: ...

@@ -12,15 +12,17 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpack import _native, images
+from mmpack import _native, images, videos
 from mmpack.errors import BadImageError
-from mmpack.types import EncodedSample, Int32, Int64, Pack
+from mmpack.types import EncodedSample, Float32, ImageRef, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
 # Samples one after the other, as the core reads them: input_ids (n,), labels (n,), offsets (S + 1,),
-# grid_thw (I, 3), grid_offsets (S + 1,), marker_id, merge_size.
-_Joined = tuple[Int32, Int32, Int32, Int32, Int32, int, int]
+# grid_thw (I, 3), temporal_step (I,), grid_offsets (S + 1,), image_id, video_id, merge_size.
+_Joined = tuple[Int32, Int32, Int32, Int32, Float32, Int32, int, int, int]
+_Size = tuple[int, int, int, int, int]  # tokens, features, frames, patches, images of a pack
 
 
 def assemble(
@@ -30,20 +32,20 @@ def assemble(
     impl: Literal["native", "reference"] = "native",
     empty: Callable[..., Any] = np.empty,
 ) -> Pack:
-    """Expand, concatenate and index the samples of one pack, and decode their images.
+    """Expand, concatenate and index the samples of one pack, and decode their images and videos.
 
     Args:
         samples: at least one; all encoded with the same `VisionSpec`.
-        pixels: decode the images; without, `Pack.pixels` is None.
+        pixels: decode images and videos; without, `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; the packs are equal.
         empty: makes the arrays that the core and the decoder write, called as `numpy.empty`.
 
     Returns:
-        The pack. Segment s is `samples[s]`; images are in marker order.
+        The pack. Segment s is `samples[s]`; images are in marker order, then videos.
 
     Raises:
         ValueError: no samples, different specs, or a sample whose arrays contradict each other.
-        BadImageError: an image cannot be decoded to its planned grid; names file and row.
+        BadImageError: an image or a video cannot be decoded to its planned grid; names file and row.
     """
     if impl not in ("native", "reference"):
         raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
@@ -59,11 +61,14 @@ def assemble(
         from mmpack import reference  # here: planning does not need torch
 
         pack = reference.assemble(samples)
-    return replace(pack, pixels=_load_pixels(samples, pack, empty)) if pixels else pack
+    if not pixels:
+        return pack
+    stills, clips = _load_pixels(samples, pack, empty)
+    return replace(pack, pixels=stills, video_pixels=clips)
 
 
-def _measure(samples: Sequence[EncodedSample]) -> tuple[_Joined, tuple[int, int, int, int]]:
-    """The samples joined, and (tokens, features, frames, patches) of their pack."""
+def _measure(samples: Sequence[EncodedSample]) -> tuple[_Joined, _Size]:
+    """The samples joined, and the size of their pack."""
     joined = _join(samples)
     try:
         return joined, _native.measure(*joined)
@@ -82,25 +87,31 @@ def _join(samples: Sequence[EncodedSample]) -> _Joined:
     for sample, n in zip(samples, num_ids):
         if len(sample.labels) != n:
             raise ValueError(f"{_where(sample)}: {len(sample.labels)} labels, {n} input_ids")
+    steps = [
+        np.ones(n, dtype=np.float32) if sample.temporal_step is None else sample.temporal_step
+        for sample, n in zip(samples, num_grids)
+    ]
     return (
         np.concatenate([sample.input_ids for sample in samples]),
         np.concatenate([sample.labels for sample in samples]),
         np.array([*accumulate(num_ids, initial=0)], dtype=np.int32),
         np.concatenate([sample.grid_thw for sample in samples]),
+        np.concatenate(steps),
         np.array([*accumulate(num_grids, initial=0)], dtype=np.int32),
         vision.image_token_id,
+        vision.video_token_id,
         vision.merge_size,
     )
 
 
 def _assemble_native(
     joined: _Joined,
-    size: tuple[int, int, int, int],
+    size: _Size,
     vision: VisionSpec,
     empty: Callable[..., Any],
 ) -> Pack:
     offsets, grid_thw = joined[2:4]
-    T, F, frames, P = size
+    T, F, frames, P, num_images = size
     S, I, text = len(offsets) - 1, len(grid_thw), T - F
     int64: dict[str, tuple[int, ...]] = {
         "input_ids": (T,),
@@ -134,35 +145,49 @@ def _assemble_native(
     out["vision_tiles"] = out["vision_tiles"][:vision_tiles]
     return Pack(
         **out,
+        num_images=num_images,
         max_seqlen=max_seqlen,
         vision_max_seqlen=vision_max_seqlen,
         pixels=None,
+        video_pixels=None,
         vision=vision,
     )
 
 
 def _load_pixels(
     samples: Sequence[EncodedSample], pack: Pack, empty: Callable[..., Any]
-) -> images.Patches:
-    vision = pack.vision
-    shape = (len(pack.vision_position_ids), vision.patch_values)
-    pixels: images.Patches = empty(shape, dtype=np.uint8)
-    end = 0
+) -> tuple[images.Patches, images.Patches]:
+    vision, num_stills = pack.vision, pack.num_image_patches
+    num_clips = len(pack.vision_position_ids) - num_stills
+    values = vision.patch_values
+    stills: images.Patches = empty((num_stills, values), dtype=np.uint8)
+    clips: images.Patches = empty((num_clips, vision.temporal_patch_size * values), dtype=np.uint8)
+    still = clip = 0  # the next one's first patch
     for segment, sample in enumerate(samples):
-        if len(sample.images) != len(sample.grid_thw):
+        grids = iter(sample.grid_thw)
+        counts = [videos.num_grids(ref, vision) for ref in sample.images]
+        if sum(counts) != len(sample.grid_thw):
             raise ValueError(
-                f"{_where(sample)}: {len(sample.grid_thw)} grids but {len(sample.images)} images to "
-                "decode; pass pixels=False"
+                f"{_where(sample)}: {len(sample.grid_thw)} grids but {len(sample.images)} images and "
+                "videos to decode; pass pixels=False"
             )
-        for image, grid in zip(sample.images, sample.grid_thw):
-            begin, end = end, end + int(grid.prod())
+        for ref, count in zip(sample.images, counts):
+            grid_thw = np.array([next(grids) for _ in range(count)])
+            patches = int(grid_thw.prod(axis=1).sum())
             try:
-                images.load_patches(image, grid, vision, out=pixels[begin:end])
+                if isinstance(ref, ImageRef):
+                    images.load_patches(
+                        ref, grid_thw[0], vision, out=stills[still : still + patches]
+                    )
+                    still += patches
+                else:
+                    videos.load_patches(ref, grid_thw, vision, out=clips[clip : clip + patches])
+                    clip += patches
             except ValueError as error:
                 bad = BadImageError(f"{_where(sample)}: {error}")
                 bad.segment = segment
                 raise bad from None
-    return pixels
+    return stills, clips
 
 
 def _where(sample: EncodedSample) -> str:
@@ -170,7 +195,7 @@ def _where(sample: EncodedSample) -> str:
 
 
 def concatenate(packs: Sequence[Pack]) -> Pack:
-    """Several packs as one, segments and images in order.
+    """Several packs as one, segments in order, images in order before videos in order.
 
     Raises:
         ValueError: no packs, or packs with different specs.
@@ -182,16 +207,22 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
     if any(pack.vision != packs[0].vision for pack in packs):
         raise ValueError("the packs of a batch were made with different VisionSpecs")
     tokens = _starts([len(pack.input_ids) for pack in packs])
-    features = _starts([len(pack.feature_token) for pack in packs])
-    patches = _starts([len(pack.vision_position_ids) for pack in packs])
+    grids = [pack.num_images for pack in packs]
+    patches = [pack.num_image_patches for pack in packs]
+    features = [n // packs[0].vision.merge_size ** 2 for n in patches]
+    frames = [int(np.searchsorted(pack.vision_cu_seqlens, n)) for pack, n in zip(packs, patches)]
     input_ids = np.concatenate([pack.input_ids for pack in packs])
-    feature_index = np.concatenate(
-        [np.where(p.feature_index < 0, -1, p.feature_index + n) for p, n in zip(packs, features)]
+    feature_token = _images_first(
+        [pack.feature_token + n for pack, n in zip(packs, tokens)], features
     ).astype(np.int32)
+    feature_index = np.full(len(input_ids), -1, dtype=np.int32)
+    feature_index[feature_token] = np.arange(len(feature_token), dtype=np.int32)
     text_order, text_id_offsets = _native.text_by_id(input_ids, feature_index)
     cu_seqlens = _join_offsets([pack.cu_seqlens for pack in packs], tokens)
-    vision_cu_seqlens = _join_offsets([pack.vision_cu_seqlens for pack in packs], patches)
+    lengths = _images_first([np.diff(pack.vision_cu_seqlens) for pack in packs], frames)
+    vision_cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     pixels = [pack.pixels for pack in packs if pack.pixels is not None]
+    clips = [pack.video_pixels for pack in packs if pack.video_pixels is not None]
     return Pack(
         input_ids=input_ids,
         labels=np.concatenate([pack.labels for pack in packs]),
@@ -201,19 +232,27 @@ def concatenate(packs: Sequence[Pack]) -> Pack:
         segment_ids=_segment_ids(cu_seqlens),
         tiles=_native.attention_tiles(cu_seqlens, causal=True),
         feature_index=feature_index,
-        feature_token=_shift([pack.feature_token for pack in packs], tokens),
+        feature_token=feature_token,
         text_order=text_order,
         text_id_offsets=text_id_offsets,
         supervised_index=_shift([pack.supervised_index for pack in packs], tokens),
-        grid_thw=np.concatenate([pack.grid_thw for pack in packs]),
+        grid_thw=_images_first([pack.grid_thw for pack in packs], grids),
+        num_images=sum(grids),
         vision_cu_seqlens=vision_cu_seqlens,
         vision_max_seqlen=max(pack.vision_max_seqlen for pack in packs),
         vision_segment_ids=_segment_ids(vision_cu_seqlens),
         vision_tiles=_native.attention_tiles(vision_cu_seqlens, causal=False),
-        vision_position_ids=np.concatenate([pack.vision_position_ids for pack in packs]),
+        vision_position_ids=_images_first([pack.vision_position_ids for pack in packs], patches),
         pixels=np.concatenate(pixels) if len(pixels) == len(packs) else None,
+        video_pixels=np.concatenate(clips) if len(clips) == len(packs) else None,
         vision=packs[0].vision,
     )
+
+
+def _images_first(arrays: Sequence[NDArray[Any]], num_images: Sequence[int]) -> NDArray[Any]:
+    """Arrays whose first rows are images' and whose rest are videos' as one such array."""
+    images = [array[:n] for array, n in zip(arrays, num_images)]
+    return np.concatenate([*images, *(array[n:] for array, n in zip(arrays, num_images))])
 
 
 def _starts(sizes: Sequence[int]) -> Int64:

@@ -99,6 +99,7 @@ class Summary:
         fields: rows by the fields they have (that are not null or empty).
         roles, turns: turns by role; rows by number of user turns.
         images_per_row: rows by number of images.
+        num_videos, video_frames: all videos, and the frames of each before sampling.
         image_uses: path -> times used; images in memory are not in it.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
         same_content: file names of equal content (with `hash_files`).
@@ -107,6 +108,8 @@ class Summary:
     def __init__(self, hash_files: bool = False) -> None:
         self.num_rows = 0
         self.num_images = 0
+        self.num_videos = 0
+        self.video_frames: list[int] = []
         self.bad_rows: list[BadRow] = []
         self.groups: dict[str, dict[str, Any]] = defaultdict(
             lambda: {"rows": 0, "refused": 0, "images": 0, "tokens": []}
@@ -141,6 +144,8 @@ class Summary:
             self.images_per_row[len(sample.images)] += 1
             self.num_images += len(sample.images)
             group["images"] += len(sample.images)
+            self.num_videos += len(sample.videos)
+            self.video_frames += [video.num_frames for video in sample.videos]
             for image in sample.images:
                 self._add_image(image)
         for encoded in checked.encoded:
@@ -205,6 +210,7 @@ class Summary:
             "usable": self.num_usable,
             "refused": self.num_rows - self.num_usable,
             "images": self.num_images,
+            "videos": self.num_videos,
             "image_files": len(self.image_uses),
             "image_files_used_again": sum(count > 1 for count in used),
             "fields": dict(self.fields),
@@ -243,6 +249,7 @@ def row_line(checked: CheckedRow) -> dict[str, Any]:
     line["error"], line["advice"] = (None, None) if bad is None else (bad.error, bad.advice)
     if bad is None:
         line["images"] = sum(len(sample.images) for sample in checked.samples)
+        line["videos"] = sum(len(sample.videos) for sample in checked.samples)
         if checked.encoded:
             line["tokens"] = sum(encoded.num_tokens for encoded in checked.encoded)
     return line

@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading_options(check)
     check.add_argument("--tokenizer", help="folder of tokenizer and processor: count tokens too")
     check.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
+    _add_video_options(check)
+    check.add_argument(
+        "--config", help="config.json, or the folder, of the model (Qwen2.5-VL videos)"
+    )
     check.add_argument(
         "--bad", metavar="FILE", help="write the refused rows and why, as JSON lines"
     )
@@ -117,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-bad-image",
         choices=["raise", "drop"],
         default="raise",
-        help="an image that can no longer be decoded: stop, or leave its row out of its pack",
+        help="an image or video that can no longer be decoded: stop, or leave its row out of its pack",
     )
     _add_data_options(train, required=False)
     train.set_defaults(run=_train)
@@ -130,12 +134,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_video_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--video-fps", type=float, help="frames sampled a second (the processor's, or 2)"
+    )
+    parser.add_argument(
+        "--video-max-frames", type=int, help="most frames sampled (the processor's)"
+    )
+    parser.add_argument(
+        "--video-max-pixels",
+        type=int,
+        help="pixel budget of a frame, for Qwen3-VL of all frames together (the processor's)",
+    )
+
+
+def _processor(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(tokenizer, VisionSpec) as the options say."""
+    from mmpack.hf.training import load_config, load_processor
+
+    model = options.config or getattr(options, "model", None)
+    return load_processor(
+        options.tokenizer,
+        options.max_pixels,
+        getattr(options, "resizer", "pillow"),
+        None if model is None else load_config(model),
+        {
+            "fps": options.video_fps,
+            "max_frames": options.video_max_frames,
+            "max_pixels": options.video_max_pixels,
+        },
+    )
+
+
 def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     _add_reading_options(parser)
     parser.add_argument("--tokenizer", required=required, help="folder of tokenizer and processor")
     parser.add_argument("--capacity", type=int, required=required, help="tokens a pack may hold")
     parser.add_argument("--patch-capacity", type=int, help="vision patches a pack may hold")
     parser.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
+    _add_video_options(parser)
     parser.add_argument(
         "--resizer",
         choices=["pillow", "torch"],
@@ -172,7 +209,7 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="folder images may lie in, repeatable; relative paths are looked up in the first "
+        help="folder images and videos may lie in, repeatable; relative paths are looked up in the first "
         "(default: the data file's folder)",
     )
     parser.add_argument(
@@ -184,10 +221,12 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
         "--missing-marker",
         choices=["refuse", "prepend"],
         default="refuse",
-        help="images but no <image> in a row: refuse it, or put them in front",
+        help="images but no <image> in a row, or videos but no <video>: refuse it, or put them in front",
     )
     parser.add_argument(
-        "--decode", action="store_true", help="decode every image to find damaged ones (slower)"
+        "--decode",
+        action="store_true",
+        help="decode every image and video to find damaged ones (slower)",
     )
 
 
@@ -201,9 +240,7 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
     reading = _reading(options)
     groups = row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir"))
     if options.tokenizer is not None:
-        from mmpack.hf.training import load_processor
-
-        tokenizer, vision = load_processor(options.tokenizer, options.max_pixels)
+        tokenizer, vision = _processor(options)
         reading.update(tokenizer=tokenizer, vision=vision)
     summary = Summary(hash_files=options.decode)
     for checked in tqdm(check_rows(groups, **reading), unit=" rows", desc="checking", disable=None):
@@ -225,7 +262,8 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.pack import run_pack
 
-    run_pack(options, _reading(options), _config(options.config, options.frozen))
+    config = _config(options.config, options.frozen)
+    run_pack(options, _reading(options), _processor(options), config)
 
 
 def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
@@ -233,11 +271,10 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
     from tqdm import tqdm
 
     from mmpack.encode import encode_samples
-    from mmpack.hf.training import load_processor
     from mmpack.readers import read_samples
 
     on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
-    tokenizer, vision = load_processor(options.tokenizer, options.max_pixels, options.resizer)
+    tokenizer, vision = _processor(options)
     samples = read_samples(options.data, on_error=on_error, **_reading(options))
     encoded = encode_samples(
         samples,

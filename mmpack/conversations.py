@@ -7,6 +7,7 @@ the way Qwen2.5's and Qwen3's own chat templates write it, because Qwen2-VL's ha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,17 @@ from typing import Any
 from mmpack.errors import RowError, names
 from mmpack.files import parse_json
 
-MARKER = "<image>"
+MARKERS = {"image": "<image>", "video": "<video>"}
+_SPLIT = re.compile(f"({'|'.join(MARKERS.values())})")
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen-VL's templates write without one
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image at its place; `value` None: the next one of the row's list."""
+    """An image or a video at its place; `value` None: the next one of the row's list."""
 
     value: Any = None
+    kind: str = "image"
 
 
 Part = str | Picture
@@ -238,13 +241,12 @@ def _alpaca_turns(row: dict[str, Any], columns: dict[str, str]) -> list[Turn]:
 
 
 def _parts(content: Any, where: str) -> list[Part]:
-    """Text and pictures of a turn. In a string every `<image>` is a picture; in OpenAI content
+    """Text and pictures of a turn. In a string every `<image>` and `<video>` is one; in OpenAI content
     parts a picture is a part of its own and `<image>` in a text is text."""
     if isinstance(content, str):
-        parts: list[Part] = []
-        for number, text in enumerate(_text(content, where).split(MARKER)):
-            parts += [Picture(), text] if number else [text]
-        return parts
+        kinds = {marker: kind for kind, marker in MARKERS.items()}
+        pieces = _SPLIT.split(_text(content, where))  # text and markers by turns
+        return [Picture(kind=kinds[p]) if p in kinds else p for p in pieces]
     if not isinstance(content, list):
         raise RowError(
             f"the text of {where} must be a string, got {_short(content)}", "mend the row"
@@ -259,12 +261,19 @@ def _content_part(part: Any, where: str) -> Part:
     if kind == "text":
         text = part.get("text")
         return _text(text if text is not None else part.get("value"), where)
-    if kind in ("image", "image_url"):
-        value = next(
-            (part[k] for k in ("image", "image_url", "value") if part.get(k) is not None), None
-        )
-        return Picture(value["url"] if isinstance(value, dict) and "url" in value else value)
-    raise RowError(f"{where} has a content part of type {_short(kind)}", "text and image are read")
+    medium = next((m for m in MARKERS if kind in (m, f"{m}_url")), None)
+    if medium is not None:
+        names_of = (medium, f"{medium}_url", "value")
+        value = next((part[k] for k in names_of if part.get(k) is not None), None)
+        if isinstance(value, dict) and "url" in value:
+            value = value["url"]
+        if medium == "video" and isinstance(value, list):
+            fps = next((part[k] for k in ("sample_fps", "fps") if part.get(k) is not None), None)
+            value = {"frames": value, "fps": fps}
+        return Picture(value, medium)
+    raise RowError(
+        f"{where} has a content part of type {_short(kind)}", "text, image and video are read"
+    )
 
 
 def _text(text: Any, where: str) -> str:

@@ -1,10 +1,14 @@
-"""Sample -> EncodedSample: chat template, label mask, one marker per image.
+"""Sample -> EncodedSample: chat template, label mask, one marker per image or video.
 
 The tokenizer's own chat template is rendered once with the row's text and once with stand-ins for
 it, which tells which characters the template wrote. Only special tokens *the template* wrote
 become special tokens; everything between two of them (role, newline and content together) is
 tokenised in one piece with `split_special_tokens=True`. So the ids equal those of the rendered
 text, and a control token typed by a user stays text and opens no turn.
+
+Where videos have timestamps, their marker becomes as many as the video has temporal patches, each behind
+its time and between vision tokens of its own, all within those the template wrote: the expansion of
+transformers' `Qwen3VLProcessor`.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmpack import images
+from mmpack import images, videos
 from mmpack.errors import BadRow, OnError, RowError, report
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Message, Sample, VideoRef
 from mmpack.vision import VisionSpec
 
 _CHUNK = 256  # samples tokenised in one call; tokenizers spreads a call over the cores
@@ -47,7 +51,21 @@ class _Span:
     ends_early: bool = False  # an answer's: `after` is not of it
 
 
-_Layout = tuple[_Fixed | _Span, ...]  # a rendered conversation with its texts left out
+class _Clip(NamedTuple):
+    """A video's marker, where it becomes several."""
+
+    text: str
+
+
+_Layout = tuple[_Fixed | _Span | _Clip, ...]  # a rendered conversation with its texts left out
+
+
+class _Vision(NamedTuple):
+    """What the images and videos of a sample are in a pack."""
+
+    grids: list[tuple[int, int, int]]
+    steps: list[float]  # M-RoPE positions a temporal patch
+    timestamps: list[list[str]]  # of each video that has them
 
 
 class _Piece(NamedTuple):
@@ -82,7 +100,7 @@ def encode_samples(
     mask_history: bool = False,
     on_error: OnError = "raise",
 ) -> Iterator[EncodedSample]:
-    """Encode samples: ids with one marker per image, labels, grids from the image headers.
+    """Encode samples: ids with one marker per image or video, labels, grids from the headers.
 
     Supervised are the assistant's text and the token that ends its turn (`<|im_end|>`), not the
     newline after it. A token that the tokenizer makes from template text and answer together
@@ -101,7 +119,7 @@ def encode_samples(
 
     Raises:
         ValueError: a sample cannot be used and `on_error` is "raise": no supervised token, an image
-            that cannot be read, a template that rewrites its text. Names file and row.
+            or video that cannot be read, a template that rewrites its text. Names file and row.
     """
     encode = encoder(tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history)
     remaining = iter(samples)
@@ -145,8 +163,9 @@ class _Encoder:
         is_prompt: bool = False,
     ) -> None:
         self._vision = vision
+        self._media_of = {vision.image_token_id: "image", vision.video_token_id: "video"}
         self._vision_ids = {
-            vision.image_token_id,
+            *self._media_of,
             vision.vision_start_token_id,
             vision.vision_end_token_id,
         }
@@ -167,6 +186,7 @@ class _Encoder:
         self._pieces = re.compile(
             "|".join([_STAND_IN.format(r"(\d+)"), *map(re.escape, longest_first)])
         )
+        self._timestamp_ids = functools.cache(lambda text: tuple(self._tokenize([text])[0]))
         self._layouts: dict[tuple[tuple[str, ...], ...], _Layout] = {}
 
     def encode(self, samples: Sequence[Sample], on_error: OnError) -> Iterator[EncodedSample]:
@@ -175,29 +195,49 @@ class _Encoder:
         for sample in samples:
             try:
                 layout = self._layout(sample.messages)
-                grids = [
-                    self._vision.image_grid(*(i.size or images.probe(i))) for i in sample.images
-                ]
+                media = self._place(sample)
             except ValueError as error:
                 _report(sample, error, on_error)
                 continue
             to_tokenize += _strings(layout, _texts(sample.messages))
-            laid_out.append((sample, layout, grids))
+            laid_out.append((sample, layout, media))
         ids = iter(self._tokenize(to_tokenize))
-        for sample, layout, grids in laid_out:
-            encoded = self._finish(sample, layout, grids, ids)
+        for sample, layout, media in laid_out:
+            encoded = self._finish(sample, layout, media, ids)
             if encoded.is_supervised or self._is_prompt:
                 yield encoded
             else:
                 error = RowError("no token of the row is supervised", "it has no answer to learn")
                 _report(sample, error, on_error)
 
+    def _place(self, sample: Sample) -> _Vision:
+        spec = self._vision
+        placed = _Vision([], [], [])
+        for ref in sample.media:
+            if isinstance(ref, ImageRef):
+                placed.grids.append(spec.image_grid(*(ref.size or images.probe(ref))))
+                placed.steps.append(1.0)
+                continue
+            video = videos.probe(ref) if ref.size is None else ref
+            assert video.size is not None
+            index, fps = videos.sampled(video, spec)
+            patches, height, width = spec.video_grid(len(index), *video.size)
+            if spec.video_spec.has_timestamps:
+                placed.grids.extend([(1, height, width)] * patches)
+                placed.steps.extend([1.0] * patches)
+                times = spec.video_spec.timestamps(index, fps, spec.temporal_patch_size)
+                placed.timestamps.append(times)
+            else:
+                placed.grids.append((patches, height, width))
+                placed.steps.append(spec.temporal_step(index, video.num_frames, fps))
+        return placed
+
     def _layout(self, messages: tuple[Message, ...]) -> _Layout:
         """The layout of the conversation's shape, checked against the template's own rendering."""
         shape = tuple(
             (
                 message.role,
-                *("text" if isinstance(part, str) else "image" for part in message.content),
+                *map(_kind, message.content),
             )
             for message in messages
         )
@@ -207,7 +247,7 @@ class _Encoder:
         texts = _texts(messages)
         remaining = iter(texts)
         filled = [
-            item.text if isinstance(item, _Fixed) else item.before + next(remaining) + item.after
+            item.before + next(remaining) + item.after if isinstance(item, _Span) else item.text
             for item in layout
         ]
         if "".join(filled) != self._render(_chat(messages, texts)):
@@ -225,17 +265,14 @@ class _Encoder:
         # The slot or image of every item that holds one, against the conversation in its order.
         slots = iter(range(len(stand_ins)))
         parts = [
-            next(slots) if isinstance(p, str) else "image" for m in messages for p in m.content
+            next(slots) if isinstance(p, str) else _kind(p) for m in messages for p in m.content
         ]
         held = [
-            item.slot
-            if isinstance(item, _Piece)
-            else ("image" if item == self._vision.image_token_id else None)
-            for item in items
+            item.slot if isinstance(item, _Piece) else self._media_of.get(item) for item in items
         ]
         if [part for part in held if part is not None] != parts:
             raise RowError(
-                "the chat template does not write every text and image of the row once and in order",
+                "the chat template does not write every text, image and video of the row once and in order",
                 "is it the template of a Qwen-VL model?",
             )
 
@@ -243,7 +280,7 @@ class _Encoder:
         supervised = answers[-1:] if self._mask_history else answers
         message_of = iter([n for n, message in enumerate(messages) for _ in message.content])
         parts_left = [len(message.content) for message in messages]
-        layout: list[_Fixed | _Span] = []
+        layout: list[_Fixed | _Span | _Clip] = []
         answer_ends = False
         for item, part in zip(items, held):
             is_answer = False
@@ -257,8 +294,10 @@ class _Encoder:
             layout.append(self._item(item, is_answer))
         return tuple(layout)
 
-    def _item(self, item: _Piece | int, is_answer: bool) -> _Fixed | _Span:
+    def _item(self, item: _Piece | int, is_answer: bool) -> _Fixed | _Span | _Clip:
         if isinstance(item, int):
+            if self._media_of.get(item) == "video" and self._vision.video_spec.has_timestamps:
+                return _Clip(self._special_tokens[item])
             is_answer |= self._train_on_prompt and item not in self._vision_ids
             return _Fixed(self._special_tokens[item], (item,), (item if is_answer else IGNORE,))
         if item.slot is None:
@@ -307,12 +346,24 @@ class _Encoder:
         self,
         sample: Sample,
         layout: _Layout,
-        grids: Sequence[tuple[int, int, int]],
+        media: _Vision,
         tokenized: Iterator[list[int]],
     ) -> EncodedSample:
         input_ids: list[int] = []
         labels: list[int] = []
+        timestamps = iter(media.timestamps)
+        spec = self._vision
         for item in layout:
+            if isinstance(item, _Clip):
+                for text in next(timestamps):
+                    clip = (
+                        spec.vision_start_token_id,
+                        spec.video_token_id,
+                        spec.vision_end_token_id,
+                    )
+                    input_ids += (*self._timestamp_ids(text), *clip)
+                labels += [IGNORE] * (len(input_ids) - len(labels))
+                continue
             if isinstance(item, _Fixed):
                 input_ids += item.ids
                 labels += item.labels
@@ -327,11 +378,14 @@ class _Encoder:
         return EncodedSample(
             input_ids=np.array(input_ids, dtype=np.int32),
             labels=np.array(labels, dtype=np.int32),
-            grid_thw=np.array(grids, dtype=np.int32).reshape(-1, 3),
-            images=sample.images,
+            grid_thw=np.array(media.grids, dtype=np.int32).reshape(-1, 3),
+            images=sample.media,
             vision=self._vision,
             source=sample.source,
             row=sample.row,
+            temporal_step=np.array(media.steps, dtype=np.float32)
+            if set(media.steps) - {1}
+            else None,
         )
 
 
@@ -346,6 +400,12 @@ def _strings(layout: _Layout, texts: Iterable[str]) -> Iterator[str]:
                 yield text
 
 
+def _kind(part: str | Media) -> str:
+    if isinstance(part, str):
+        return "text"
+    return "video" if isinstance(part, VideoRef) else "image"
+
+
 def _texts(messages: Iterable[Message]) -> list[str]:
     return [part for message in messages for part in message.content if isinstance(part, str)]
 
@@ -355,11 +415,11 @@ def _chat(messages: Iterable[Message], texts: Sequence[str]) -> list[dict[str, A
     replacement = iter(texts)
     chat = []
     for message in messages:
-        if any(isinstance(part, ImageRef) for part in message.content):
+        if any(not isinstance(part, str) for part in message.content):
             content: Any = [
-                {"type": "image"}
-                if isinstance(part, ImageRef)
-                else {"type": "text", "text": next(replacement)}
+                {"type": "text", "text": next(replacement)}
+                if isinstance(part, str)
+                else {"type": _kind(part)}
                 for part in message.content
             ]
         else:

@@ -9,8 +9,10 @@ JPEGs are decoded whole: Pillow's `draft` is faster, and gives other pixels.
 from __future__ import annotations
 
 import io
+import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,20 +79,38 @@ def load_patches(
                 f"image {image.path} is now {width} x {height} pixels, it was planned as a grid of "
                 f"{grid_h} x {grid_w} patches; pack the data again"
             )
-        p, m = vision.patch_size, vision.merge_size
-        size = (grid_w * p, grid_h * p)
-        pixels = _resized_rgb(_decode(image, opened), size, vision.resizer)
-    if out is None:
-        out = np.empty((grid_h * grid_w, vision.patch_values), dtype=np.uint8)
-    _native.patchify(pixels, p, m, out)
+        if out is None:
+            out = np.empty((grid_h * grid_w, vision.patch_values), dtype=np.uint8)
+        write_frame(_decode(image, opened), (grid_h, grid_w), vision, out)
     return out
+
+
+def write_frame(
+    picture: Image, grid_hw: tuple[int, int], vision: VisionSpec, out: Patches, frame: int = 0
+) -> None:
+    """Resize a picture to `grid_hw` patches and write it as a frame of the patches `out`, (h * w,
+    C * frames * p * p) uint8, contiguous."""
+    p = vision.patch_size
+    size = (grid_hw[1] * p, grid_hw[0] * p)
+    _native.patchify(_resized_rgb(picture, size, vision.resizer), p, vision.merge_size, out, frame)
+
+
+@contextmanager
+def decoded(image: ImageRef) -> Iterator[Image]:
+    """An image, decoded.
+
+    Raises:
+        RowError: it cannot be read.
+    """
+    with _open(image) as opened:
+        yield _decode(image, opened)
 
 
 def normalize_patches(
     pixels: Patches, vision: VisionSpec, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """uint8 still patches (P, C * p * p) -> transformers' `pixel_values` (P, C * t * p * p) float32,
-    written to `out` where it is given.
+    """uint8 patches, of stills (P, C * p * p) or of videos (P, C * t * p * p) -> transformers'
+    `pixel_values` (P, C * t * p * p) float32, written to `out` where it is given.
 
     A still image fills every one of its t frames. A byte has 256 values, so each channel is a
     table of 256 floats made with transformers' own roundings: x / 255 in float64, cast to
@@ -101,9 +121,10 @@ def normalize_patches(
     std = np.array(vision.image_std, dtype=np.float32)[:, None]
     table = (scaled - mean) / std  # (C, 256)
 
-    frames = vision.temporal_patch_size
+    values = vision.temporal_patch_size * vision.patch_values
+    frames = values // pixels.shape[1]
     if out is None:
-        out = np.empty((len(pixels), frames * vision.patch_values), dtype=np.float32)
+        out = np.empty((len(pixels), values), dtype=np.float32)
     _native.normalize(np.ascontiguousarray(pixels), table, frames, out)
     return out
 
@@ -162,6 +183,13 @@ def _check_shape(image: ImageRef, height: int, width: int) -> None:
         check_aspect_ratio(height, width)
     except RowError as error:
         raise RowError(f"image {image.path}: {error.error}", error.advice) from None
+
+
+def most_pixels() -> float:
+    """Pillow's limit of pixels: a picture that claims more is taken for a decompression bomb."""
+    from PIL.Image import MAX_IMAGE_PIXELS
+
+    return math.inf if MAX_IMAGE_PIXELS is None else 2 * MAX_IMAGE_PIXELS
 
 
 def _webp_size(image: ImageRef) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""What a row says of an image -> ImageRef, and nothing outside the media folder.
+"""What a row says of an image or a video -> a reference, and nothing outside the media folder.
 
 Rows come from anywhere, so a path in one is not trusted: it must stay inside the folders the user
 named, links followed; URLs are refused unread; only regular files are looked at.
@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmpack.errors import RowError, names
-from mmpack.types import ImageRef
+from mmpack.types import ImageRef, VideoRef
+from mmpack.vision import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
+_KINDS = {"image": "picture", "video": "file"}  # what an error asks for
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is no URL
 
 
 class MediaFolders:
-    """The folders images may lie in; a relative path is looked up in the first."""
+    """The folders images and videos may lie in; a relative path is looked up in the first."""
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]]) -> None:
         names = [os.fspath(folder) for folder in folders]
@@ -35,8 +37,34 @@ class MediaFolders:
         """The folders, and "data:" where images in the row are welcome."""
         return [*self._names, *([DATA_URIS] if self._takes_data_uris else [])]
 
-    def locate(self, value: Any) -> ImageRef:
-        """One image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image.
+    def locate_video(self, value: Any) -> VideoRef:
+        """One video of a row: a path, bytes, `{"path": ..., "bytes": ...}`, or a list of frames, each as
+        `locate` takes it, alone or in `{"frames": ..., "fps": ...}`.
+
+        Raises:
+            RowError: not one of these, no such file, or a place that is not allowed.
+        """
+        frames, fps = value, None
+        if isinstance(value, dict) and "frames" in value:
+            frames, fps = value["frames"], value.get("fps")
+            if fps is not None and not is_rate(fps):
+                raise RowError(
+                    f"the fps of a video are {fps!a:.40}, no number from 0.001 to 10,000",
+                    "mend the row",
+                )
+        if isinstance(frames, (list, tuple)):
+            if not frames:
+                raise RowError("a video is an empty list of frames", "drop it and its marker")
+            refs = tuple(self.locate(frame) for frame in frames)
+            return VideoRef(refs[0].path, frames=refs, fps=None if fps is None else float(fps))
+        if hasattr(value, "getbands"):
+            raise RowError("a video is a picture", "list its frames, or name its file")
+        found = self.locate(value, "video")
+        return VideoRef(found.path, found.data)
+
+    def locate(self, value: Any, kind: str = "image") -> ImageRef:
+        """One image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image. `kind` is
+        what errors call it.
 
         Raises:
             RowError: not one of these, no such file, or a place that is not allowed.
@@ -45,14 +73,16 @@ class MediaFolders:
             data, path = value.get("bytes"), value.get("path")
             if data is None and path is None:
                 raise RowError(
-                    f"an image has neither path nor bytes but {names(value)}",
+                    f"{_a(kind)} has neither path nor bytes but {names(value)}",
                     "give it one of them",
                 )
             if data is None:
-                return self.locate(path)
+                return self.locate(path, kind)
             if not isinstance(data, (bytes, bytearray)):
-                kind = type(data).__name__
-                raise RowError(f"the bytes of an image are {kind}, not bytes", "write its path")
+                raise RowError(
+                    f"the bytes of {_a(kind)} are {type(data).__name__}, not bytes",
+                    "write its path",
+                )
             name = (
                 os.path.basename(path) if isinstance(path, str) and _is_unicode(path) else "bytes"
             )
@@ -60,38 +90,39 @@ class MediaFolders:
         if isinstance(value, (bytes, bytearray)):
             return ImageRef("bytes", bytes(value))
         if isinstance(value, str):
-            return self._locate_path(value)
+            return self._locate_path(value, kind)
         if hasattr(value, "getbands") and hasattr(value, "size"):  # a PIL image, without PIL here
             width, height = value.size
             return ImageRef("image in memory", value, (height, width))
         raise RowError(
-            f"an image must be a path, bytes or a picture, got {type(value).__name__}",
+            f"{_a(kind)} must be a path, bytes or {'a picture' if kind == 'image' else 'a list of frames'}, "
+            f"got {type(value).__name__}",
             "write its path",
         )
 
-    def _locate_path(self, path: str) -> ImageRef:
+    def _locate_path(self, path: str, kind: str) -> ImageRef:
         if not path or "\0" in path or not _is_unicode(path):
-            raise RowError(f"image path {path!a:.100} is no file name", "mend the path")
+            raise RowError(f"{kind} path {path!a:.100} is no file name", "mend the path")
         if path.startswith("data:"):
-            return self._decode_uri(path)
+            return self._decode_uri(path, kind)
         if _URL.match(path):
-            raise RowError(f"image {path:.100} is a URL, URLs are not read", "download it first")
+            raise RowError(f"{kind} {path:.100} is a URL, URLs are not read", "download it first")
         full = self._full(path)
         if "\\" in path and not (self._is_allowed(full) and os.path.exists(full)):
             full = self._full(path.replace("\\", "/"))  # written on Windows
         if not self._is_allowed(full):
             raise RowError(
-                f"image {path:.200} lies outside of {' and '.join(self._names)}",
+                f"{kind} {path:.200} lies outside of {' and '.join(self._names)}",
                 "move it there, or name its folder as a media folder",
             )
         try:
             is_file = stat.S_ISREG(os.stat(full).st_mode)
         except OSError:
             raise RowError(
-                f"image {full:.300} does not exist", "mend the path or the media folder"
+                f"{kind} {full:.300} does not exist", "mend the path or the media folder"
             ) from None
         if not is_file:
-            raise RowError(f"image {full:.300} is not a file", "name the picture itself")
+            raise RowError(f"{kind} {full:.300} is not a file", f"name the {_KINDS[kind]} itself")
         return ImageRef(full)
 
     def _full(self, path: str) -> str:
@@ -101,19 +132,23 @@ class MediaFolders:
         real = os.path.realpath(path)
         return any(_is_inside(real, folder) for folder in self._folders)
 
-    def _decode_uri(self, uri: str) -> ImageRef:
+    def _decode_uri(self, uri: str, kind: str) -> ImageRef:
         head, _, body = uri.partition(",")
         if not self._takes_data_uris:
             raise RowError(
-                f"image {head:.60},... is a data URI, which are read only if allowed",
+                f"{kind} {head:.60},... is a data URI, which are read only if allowed",
                 f"allow them: {DATA_URIS!r} among the media folders",
             )
         if not head.endswith(";base64"):
-            raise RowError(f"image {head:.60},... is not base64", "encode it as base64")
+            raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
         try:
             return ImageRef("data URI", base64.b64decode(body, validate=True))
         except (binascii.Error, ValueError):
-            raise RowError(f"image {head:.60},... is broken base64", "encode it again") from None
+            raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "image" else f"a {kind}"
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from mmpack.dataset import costs_of, plan_samples
 from mmpack.errors import BadRow, OnError
 from mmpack.files import Row, count_rows
-from mmpack.hf.training import load_processor
 from mmpack.index import changes, index_rows, made_from
 from mmpack.plan import padded_utilization
 from mmpack.readers import RowGroup, row_groups
@@ -28,7 +27,12 @@ from mmpack.vision import VisionSpec
 PLANNING = ("capacity", "patch_capacity", "on_overflow", "plan_seed", "config", "frozen")
 
 
-def run_pack(options: argparse.Namespace, reading: dict[str, Any], config: Any) -> None:
+def run_pack(
+    options: argparse.Namespace,
+    reading: dict[str, Any],
+    processor: tuple[Any, VisionSpec],
+    config: Any,
+) -> None:
     """Encode, plan, write and report. `reading` are the options of `read_samples`, `config` is the
     model's, for costs, or None."""
     start = time.perf_counter()
@@ -45,7 +49,7 @@ def run_pack(options: argparse.Namespace, reading: dict[str, Any], config: Any) 
     }
     about["begun"] = time.time_ns()
     groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
-    tokenizer, vision = load_processor(options.tokenizer, options.max_pixels, options.resizer)
+    tokenizer, vision = processor
     encoding = {name: about[name] for name in ("train_on_prompt", "mask_history")}
     settings = {**reading, **encoding, "on_error": options.on_error}
     about["made from"] = made_from(groups, tokenizer, vision, **settings)

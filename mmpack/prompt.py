@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from mmpack.assemble import assemble
 from mmpack.conversations import detect_fields, turns_of
 from mmpack.encode import encode_prompt
@@ -23,13 +25,15 @@ class Prompt(NamedTuple):
     """What a model's `generate` is given, as arrays."""
 
     input_ids: Int64  # (T,)
-    image_grid_thw: Int64  # (I, 3)
+    image_grid_thw: Int64  # (images, 3)
     position_ids: Int64  # (4, T)
+    video_grid_thw: Int64  # (videos, 3); with timestamps a row a temporal patch
 
 
 def render_prompt(
     messages: Sequence[dict[str, Any]],
     images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
     *,
     tokenizer: Any,
     vision: VisionSpec,
@@ -44,6 +48,7 @@ def render_prompt(
         messages: `role`/`content` turns that end with the user's; `content` holds one `<image>` per
             image, or OpenAI content parts.
         images: paths, bytes or PIL images, in the order of their markers.
+        videos: paths, bytes or lists of frames, the same.
         tokenizer: a transformers fast tokenizer with a chat template, or a processor holding one.
         vision: pixel budget and ids, as in training.
         missing_marker: images but no marker anywhere: "refuse", or "prepend" the markers to the
@@ -56,6 +61,7 @@ def render_prompt(
     turns = turns_of(row, detect_fields(row), is_prompt=True)
     anywhere = MediaFolders([".", os.sep])  # a caller's own paths are trusted, a row's are not
     reader = RowReader(None, anywhere, missing_marker)
-    encoded = encode_prompt(reader.place_images(turns, list(images)), tokenizer, vision)
-    pack = assemble([encoded], pixels=False)
-    return Prompt(pack.input_ids, pack.grid_thw, pack.position_ids)
+    messages_in_place = reader.place_media(turns, {"image": list(images), "video": list(videos)})
+    pack = assemble([encode_prompt(messages_in_place, tokenizer, vision)], pixels=False)
+    grids = np.split(pack.grid_thw, [pack.num_images])
+    return Prompt(pack.input_ids, grids[0], pack.position_ids, grids[1])

@@ -1,8 +1,8 @@
 """Rows on disk -> Sample.
 
 A row is checked here, where its number is known: its fields, roles and turns
-(`mmpack.conversations`), its images' places and counts, that each image is a readable file inside
-the media folder (`mmpack.media`, `mmpack.images`). What leaves this file can be encoded.
+(`mmpack.conversations`), its images' and videos' places and counts, that each is a readable file inside
+the media folder (`mmpack.media`, `mmpack.images`, `mmpack.videos`). What leaves this file can be encoded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mmpack import images
+from mmpack import images, videos
 from mmpack.conversations import (
-    MARKER,
+    MARKERS,
     Fields,
     Picture,
     Turn,
@@ -30,7 +30,7 @@ from mmpack.conversations import (
 from mmpack.errors import BadRow, OnError, RowError, report
 from mmpack.files import Row, data_files, read_rows
 from mmpack.media import DATA_URIS, MediaFolders
-from mmpack.types import ImageRef, Message, Sample
+from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
 _PathLike = str | os.PathLike[str]
@@ -56,16 +56,16 @@ def read_samples(
             being the folder with that file. Without it, the entry of a `dataset_info.json` beside
             the file that names the file; else each row's own fields decide: `conversations` of
             `from`/`value`, `messages` of `role`/`content`, or `instruction`/`input`/`output`.
-        media_dir: the folders images may lie in; relative paths are looked up in the first. By
+        media_dir: the folders images and videos may lie in; relative paths are looked up in the first. By
             default the data file's folder (for rows in memory: the current one). The entry "data:"
             admits data URIs.
         on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning; a
             list: leave it out and append it there.
         missing_marker: images but no `<image>` anywhere in the row: "refuse" it, or "prepend" as
             many markers to the first turn as there are images (what LLaMA-Factory's inference
-            engines do).
-        verify: how images are looked at: their "header", and that the file is not cut; or "decode"
-            them whole.
+            engines do); the same for videos and `<video>`.
+        verify: how images and videos are looked at: their "header", and that an image is not cut; or
+            "decode" them whole.
 
     Yields:
         One `Sample` per usable row, in order. Rows count from 0 in each file.
@@ -124,40 +124,47 @@ class RowReader:
         if not isinstance(content, dict):
             raise RowError(f"a row must be an object, got {type(content).__name__}", "mend the row")
         fields = self._fields or detect_fields(content)
-        for media in ("videos", "audios", "video", "audio"):
+        for media in ("audios", "audio"):
             if content.get(fields.columns.get(media, media)):
-                raise RowError(f"the row has {media}", "only images are read so far")
+                raise RowError(f"the row has {media}", "images and videos are read")
         turns = turns_of(content, fields)
-        values = _image_values(content, fields.columns["images"])
-        messages = self.place_images(turns, values)
+        values = {kind: _media_values(content, fields.columns, kind) for kind in MARKERS}
+        messages = self.place_media(turns, values)
         return Sample(messages=messages, source=row.source, row=row.number)
 
-    def place_images(self, turns: list[Turn], values: list[Any]) -> tuple[Message, ...]:
-        """Turns as messages with their images in place.
+    def place_media(self, turns: list[Turn], values: dict[str, list[Any]]) -> tuple[Message, ...]:
+        """Turns as messages with their images and videos, `values` by kind, in place.
 
         Raises:
-            RowError: as many markers as images there are not, or an image cannot be used.
+            RowError: as many markers as images or videos there are not, or one cannot be used.
         """
-        pictures = [part for _, parts in turns for part in parts if isinstance(part, Picture)]
-        markers = sum(picture.value is None for picture in pictures)
-        if values and not pictures and self._prepends:
-            first = next(parts for role, parts in turns if role != "system")
-            first[:0] = [Picture()] * len(values)
-            markers = len(values)
-        if markers != len(values):
-            raise RowError(
-                f"{markers} {MARKER} markers but {len(values)} images",
-                _count_advice(turns, markers, len(values)),
-            )
-        listed = iter(values)
+        for kind, listed in values.items():
+            pictures = [
+                part
+                for _, parts in turns
+                for part in parts
+                if isinstance(part, Picture) and part.kind == kind
+            ]
+            markers = sum(picture.value is None for picture in pictures)
+            if listed and not pictures and self._prepends:
+                first = next(parts for role, parts in turns if role != "system")
+                first[:0] = [Picture(kind=kind)] * len(listed)
+                markers = len(listed)
+            if markers != len(listed):
+                raise RowError(
+                    f"{markers} {MARKERS[kind]} markers but {len(listed)} {kind}s",
+                    _count_advice(turns, kind, markers, len(listed)),
+                )
+        remaining = {kind: iter(listed) for kind, listed in values.items()}
         messages = []
         for role, parts in turns:
-            content: list[str | ImageRef] = []
+            content: list[str | Media] = []
             for part in parts:
                 if isinstance(part, Picture):
-                    value = next(listed) if part.value is None else part.value
+                    value = next(remaining[part.kind]) if part.value is None else part.value
                     is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
-                    content.append(self._file(value) if is_path else self._locate(value))
+                    locate = self._file if is_path else self._locate
+                    content.append(locate(value, part.kind))
                 elif content and isinstance(content[-1], str):
                     content[-1] += part
                 else:
@@ -166,33 +173,38 @@ class RowReader:
             messages.append(Message(role, tuple(part for part in content if part != "") or ("",)))
         return tuple(messages)
 
-    def _locate(self, value: Any) -> ImageRef:
+    def _locate(self, value: Any, kind: str) -> Media:
+        if kind == "video":
+            return videos.probe(self._folders.locate_video(value), decode=self._decode)
         image = self._folders.locate(value)
         return replace(image, size=images.probe(image, decode=self._decode))
 
 
-def _image_values(row: dict[str, Any], column: str) -> list[Any]:
-    """The row's images as a list, however they are given."""
+def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> list[Any]:
+    """The row's images or videos as a list, however they are given."""
+    column = columns[f"{kind}s"]
     value = structured(row.get(column))
-    if column == "images":  # `image` is LLaVA's and Qwen's own name for it
-        other = structured(row.get("image"))
+    if column == f"{kind}s":  # `image` is LLaVA's and Qwen's own name for it
+        other = structured(row.get(kind))
         if value and other:
-            raise RowError("the row has both 'images' and 'image'", "keep one of them")
+            raise RowError(f"the row has both '{kind}s' and '{kind}'", "keep one of them")
         value = value or other
     if value is None or (isinstance(value, str) and value == ""):
         return []
     return value if isinstance(value, list) else [value]
 
 
-def _count_advice(turns: Sequence[Turn], markers: int, num_images: int) -> str:
+def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:
     text = "".join(part for _, parts in turns for part in parts if isinstance(part, str))
-    if markers == 0 and any(
-        near in text.lower() for near in ("<img", "<image", "[image]", "<|image")
-    ):
-        return f"the marker is spelt {MARKER}"
-    if markers < num_images:
-        return "add a marker or drop the extra image"
-    return "add the missing image or remove a marker; one meant as text can stand in a content part"
+    short = "img" if kind == "image" else kind
+    spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
+    if markers == 0 and any(near in text.lower() for near in spellings):
+        return f"the marker is spelt {MARKERS[kind]}"
+    if markers < num_values:
+        return f"add a marker or drop the extra {kind}"
+    return (
+        f"add the missing {kind} or remove a marker; one meant as text can stand in a content part"
+    )
 
 
 class RowGroup(NamedTuple):

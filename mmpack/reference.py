@@ -19,50 +19,57 @@ from mmpack.vision import VisionSpec
 
 MAX_RUN = 32  # tokens of one id in a run of `text_id_offsets`
 TILE = 128  # rows of attention that one program takes
+_Run = tuple[int, tuple[int, int, int]]  # the first token of a run of placeholders, and its grid
 
 
 def assemble(samples: Sequence[EncodedSample]) -> Pack:
     """The samples of a pack, expanded, concatenated and indexed; without pixels.
 
     Positions are those of transformers' `Qwen2VLModel.get_rope_index` on each sample alone; row 0
-    is the plain position in the segment, which transformers reads to keep segments apart.
+    is the plain position in the segment, which transformers reads to keep segments apart. Grids, and
+    with them patches and features, are images first, then videos: one call of the tower takes both.
     """
     vision = samples[0].vision
+    markers = (vision.image_token_id, vision.video_token_id)
     input_ids: list[int] = []
     labels: list[int] = []
     positions: list[tuple[int, int, int, int]] = []
     cu_seqlens = [0]
-    feature_index: list[int] = []
-    grids: list[tuple[int, int, int]] = []
-    num_features = 0
+    runs: tuple[list[_Run], list[_Run]] = ([], [])  # of images, of videos
 
     for sample in samples:
         begin = len(input_ids)
-        grid_of_marker = iter(sample.grid_thw.tolist())
+        steps = sample.temporal_step
+        if steps is None:
+            steps = np.ones(len(sample.grid_thw), dtype=np.float32)
+        grid_of_marker = zip(sample.grid_thw.tolist(), steps)
         position = 0  # M-RoPE position of the next token
         for token_id, label in zip(sample.input_ids.tolist(), sample.labels.tolist()):
             here = len(input_ids) - begin  # text position
-            if token_id != vision.image_token_id:
+            if token_id not in markers:
                 input_ids.append(token_id)
                 labels.append(label if here else IGNORE)  # nothing predicts a segment's first token
                 positions.append((here, position, position, position))
-                feature_index.append(-1)
                 position += 1
                 continue
-            grid = next(grid_of_marker)
-            grids.append(tuple(grid))
-            places = _feature_places(grid, vision)
-            for n, (t, h, w) in enumerate(places):
+            grid, step = next(grid_of_marker)
+            runs[markers.index(token_id)].append((len(input_ids), tuple(grid)))
+            for n, (t, h, w) in enumerate(_feature_places(grid, vision)):
                 input_ids.append(token_id)
                 labels.append(IGNORE)
+                t = int(np.float32(t) * step)  # transformers' rounding: in float32, then cut
                 positions.append((here + n, position + t, position + h, position + w))
-                feature_index.append(num_features + n)
-            num_features += len(places)
             position += max(grid[1], grid[2]) // vision.merge_size
         cu_seqlens.append(len(input_ids))
 
     ids = np.array(input_ids, dtype=np.int64)
-    features = np.array(feature_index, dtype=np.int32)
+    ordered = [*runs[0], *runs[1]]
+    grids = [grid for _, grid in ordered]
+    feature_token = [
+        start + n for start, grid in ordered for n in range(len(_feature_places(grid, vision)))
+    ]
+    features = np.full(len(ids), -1, dtype=np.int32)
+    features[feature_token] = np.arange(len(feature_token))
     text_order, text_id_offsets = text_by_id(ids, features)
     frames = [h * w for t, h, w in grids for _ in range(t)]
     vision_cu_seqlens = list(accumulate(frames, initial=0))
@@ -75,17 +82,19 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
         segment_ids=segment_ids(cu_seqlens),
         tiles=attention_tiles(cu_seqlens, causal=True),
         feature_index=features,
-        feature_token=np.flatnonzero(features >= 0).astype(np.int32),
+        feature_token=np.array(feature_token, dtype=np.int32),
         text_order=text_order,
         text_id_offsets=text_id_offsets,
         supervised_index=np.flatnonzero(np.array(labels[1:]) != IGNORE).astype(np.int32),
         grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
+        num_images=len(runs[0]),
         vision_cu_seqlens=np.array(vision_cu_seqlens, dtype=np.int32),
         vision_max_seqlen=max(frames, default=0),
         vision_segment_ids=segment_ids(vision_cu_seqlens),
         vision_tiles=attention_tiles(vision_cu_seqlens, causal=False),
         vision_position_ids=_patch_places(grids, vision),
         pixels=None,
+        video_pixels=None,
         vision=vision,
     )
 

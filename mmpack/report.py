@@ -37,6 +37,12 @@ def check_table(summary: Summary) -> str:
         f"images  {summary.num_images:,} in {len(summary.image_uses):,} files, "
         f"{sum(count > 1 for count in summary.image_uses.values()):,} of them used more than once",
     ]
+    if summary.num_videos:
+        frames = np.array(summary.video_frames)
+        lines.append(
+            f"videos  {summary.num_videos:,}; {frames.min():,}-{frames.max():,} frames, median "
+            f"{int(np.median(frames)):,}"
+        )
     if summary.same_content:
         extra = sum(len(paths) - 1 for paths in summary.same_content)
         example = " = ".join(Path(path).name for path in summary.same_content[0])

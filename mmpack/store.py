@@ -1,8 +1,8 @@
 """EncodedSamples on disk: an Arrow stream, memory-mapped.
 
 A store is a folder: `samples.arrow` is a stream any Arrow reader takes (`datasets.Dataset.from_file`
-too), `mmpack.json` holds the `VisionSpec` and what the store was made from. Image files stay where
-they are; a row holds their paths, and the bytes of images that are in no file.
+too), `mmpack.json` holds the `VisionSpec` and what the store was made from. Image and video files stay
+where they are; a row holds their paths, and the bytes of images and videos that are in no file.
 """
 
 from __future__ import annotations
@@ -23,23 +23,31 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from mmpack import images
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Int32, Int64
-from mmpack.vision import VisionSpec
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Int32, Int64, Media, VideoRef
+from mmpack.vision import VideoSpec, VisionSpec
 
-FORMAT = 3
+FORMAT = 4
 _CHUNK = 256  # samples of a batch
+_VIDEO = {
+    "place": pyarrow.int32(),  # of its file, or of its first frame, among the sample's
+    "listed": pyarrow.int32(),  # frames that are images of their own; 0: a file
+    "num_frames": pyarrow.int32(),
+    "fps": pyarrow.float64(),
+}
 _SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.list_(pyarrow.int32()),
         "labels": pyarrow.list_(pyarrow.int32()),
-        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, three an image
-        "images": pyarrow.list_(pyarrow.string()),
+        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, three a marker
+        "images": pyarrow.list_(pyarrow.string()),  # of every file: images, videos, frames
         "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: in its file
         "source": pyarrow.string(),
         "row": pyarrow.int64(),
         "num_tokens": pyarrow.int64(),
         "num_patches": pyarrow.int64(),
         "num_supervised": pyarrow.int64(),
+        "videos": pyarrow.list_(pyarrow.struct(_VIDEO)),
+        "temporal_step": pyarrow.list_(pyarrow.float32()),  # of every marker, or null
     }
 )
 
@@ -78,7 +86,7 @@ class EncodedStore(Sequence[EncodedSample]):
         return self._column("source")
 
     def grids(self) -> tuple[Int32, Int64]:
-        """Of all images: grid_thw (I, 3), and offsets (N + 1,): images of sample n are
+        """Of all markers: grid_thw (I, 3), and offsets (N + 1,): those of sample n are
         `offsets[n] : offsets[n + 1]`."""
         chunks = self._table["grid_thw"].chunks
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
@@ -86,7 +94,7 @@ class EncodedStore(Sequence[EncodedSample]):
         return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
 
     def image_paths(self) -> Iterator[str]:
-        """Files of the images, some more than once."""
+        """Files of images and videos, some more than once."""
         for _, _, _, paths, data, *_ in self._columns:
             yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
 
@@ -102,16 +110,37 @@ class EncodedStore(Sequence[EncodedSample]):
         number = int(number) % len(self)
         n = bisect_right(self._starts, number) - 1
         row = number - self._starts[n]
-        ids, labels, grid, paths, data, source, of_source, *_ = self._columns[n]
+        ids, labels, grid, paths, data, source, of_source, *_, videos, steps = self._columns[n]
+        files = tuple(map(ImageRef, paths[row].as_py(), data[row].as_py()))
+        step = steps[row].values
         return EncodedSample(
             input_ids=ids[row].values.to_numpy(),
             labels=labels[row].values.to_numpy(),
             grid_thw=grid[row].values.to_numpy().reshape(-1, 3),
-            images=tuple(map(ImageRef, paths[row].as_py(), data[row].as_py())),
+            images=_media(files, videos[row].as_py()),
             vision=self.vision,
             source=source[row].as_py(),
             row=of_source[row].as_py(),
+            temporal_step=None if step is None else step.to_numpy(),
         )
+
+
+def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[Media, ...]:
+    """The references of a sample from its files, and which of them are videos'."""
+    media: list[Media] = []
+    end = 0
+    for video in videos:
+        begin, listed = video["place"], video["listed"]
+        media += files[end:begin]
+        end = begin + max(listed, 1)
+        file = files[begin]
+        frames = files[begin:end] if listed else ()
+        media.append(
+            VideoRef(
+                file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
+            )
+        )
+    return (*media, *files[end:])
 
 
 def write_store(
@@ -194,6 +223,8 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
             f"{folder} has store format {saved.get('format')}, not {FORMAT}; pack again"
         )
     vision = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()}
+    if vision["video"] is not None:
+        vision["video"] = VideoSpec(**vision["video"])
     return EncodedStore(folder, VisionSpec(**vision), saved["about"])
 
 
@@ -203,22 +234,25 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
     ids, ids_offsets = _joined([sample.input_ids for sample in samples])
     labels, _ = _joined([sample.labels for sample in samples])
     grids, grid_offsets = _joined([sample.grid_thw for sample in samples])
-    refs = [image for sample in samples for image in sample.images]
+    files = [_files(sample.images) for sample in samples]
+    file_offsets = np.cumsum([0, *map(len, files)])
+    refs = [file for of_sample in files for file in of_sample]
     is_supervised = labels != IGNORE
     is_supervised[ids_offsets[:-1]] = False  # the first of a segment has nothing before it
-    num_images = np.diff(grid_offsets)
-    num_tokens = np.diff(ids_offsets) - num_images
+    num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
     columns = [
         _lists(ids, ids_offsets),
         _lists(labels, ids_offsets),
         _lists(grids.ravel(), 3 * grid_offsets),
-        _lists([image.path for image in refs], grid_offsets, pyarrow.string()),
-        _lists([_bytes(image) for image in refs], grid_offsets, pyarrow.large_binary()),
+        _lists([image.path for image in refs], file_offsets, pyarrow.string()),
+        _lists([_bytes(image) for image in refs], file_offsets, pyarrow.large_binary()),
         [sample.source for sample in samples],
         [sample.row for sample in samples],
         num_tokens + _sums(vision.num_features(grids), grid_offsets),
         _sums(grids.astype(np.int64).prod(axis=-1), grid_offsets),
         _sums(is_supervised, ids_offsets),
+        [_videos(sample.images) for sample in samples],
+        [sample.temporal_step for sample in samples],
     ]
     return pyarrow.record_batch(columns, schema=_SCHEMA).serialize().to_pybytes()
 
@@ -242,6 +276,30 @@ def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
     """(N,) sums of the values between offsets."""
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     return sums[offsets[1:]] - sums[offsets[:-1]]
+
+
+def _files(media: Iterable[Media]) -> list[ImageRef]:
+    """What references lie in: images, video files and frames."""
+    files: list[ImageRef] = []
+    for ref in media:
+        if isinstance(ref, ImageRef):
+            files.append(ref)
+        else:
+            files += ref.frames or (ImageRef(ref.path, ref.data),)
+    return files
+
+
+def _videos(media: Iterable[Media]) -> list[dict[str, Any]]:
+    videos, place = [], 0
+    for ref in media:
+        if isinstance(ref, VideoRef):
+            listed = len(ref.frames)
+            values = (place, listed, ref.num_frames, ref.fps)
+            videos.append(dict(zip(_VIDEO, values)))
+            place += max(listed, 1)
+        else:
+            place += 1
+    return videos
 
 
 def _bytes(image: ImageRef) -> bytes | None:

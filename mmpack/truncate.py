@@ -1,4 +1,4 @@
-"""Cut an encoded sample to a length, at a text token and never inside an image."""
+"""Cut an encoded sample to a length, at a text token and never inside an image or a video."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from mmpack.types import EncodedSample
+from mmpack.videos import num_grids as num_grids_of
 
 
 def truncate_sample(
@@ -14,13 +15,13 @@ def truncate_sample(
 ) -> EncodedSample:
     """Cut a sample at a text token so that it fits.
 
-    An image run (`<|vision_start|>`, its placeholders, `<|vision_end|>`) is never cut: one that
-    does not fit whole is removed with everything after it, its image too. The result may have
-    lost its whole answer: check `is_supervised`.
+    An image run (`<|vision_start|>`, its placeholders, `<|vision_end|>`) is never cut, nor is a video's,
+    timestamps and all: one that does not fit whole is removed with everything after it, its image too.
+    The result may have lost its whole answer: check `is_supervised`.
     """
-    vision = sample.vision
-    is_marker = sample.input_ids == vision.image_token_id
-    width = np.ones(len(sample.input_ids), dtype=np.int64)
+    vision, ids = sample.vision, sample.input_ids
+    is_marker = (ids == vision.image_token_id) | (ids == vision.video_token_id)
+    width = np.ones(len(ids), dtype=np.int64)
     width[is_marker] = vision.num_features(sample.grid_thw)
     patches = np.zeros_like(width)
     patches[is_marker] = sample.grid_thw.astype(np.int64).prod(axis=-1)
@@ -31,16 +32,20 @@ def truncate_sample(
     cut = int(fits.sum())  # both sums only grow: the tokens that fit come first
     if cut == len(fits):
         return sample
-    # Inside `start marker end`, the cut moves to before `start`.
-    if cut and sample.input_ids[cut] == vision.vision_end_token_id and is_marker[cut - 1]:
+    # Inside a run the cut moves to before its outermost start.
+    opened = np.cumsum(ids == vision.vision_start_token_id) - np.cumsum(
+        ids == vision.vision_end_token_id
+    )
+    while cut and opened[cut - 1] > 0:
         cut -= 1
-    if cut and is_marker[cut] and sample.input_ids[cut - 1] == vision.vision_start_token_id:
-        cut -= 1
-    num_images = int(is_marker[:cut].sum())
+    num_grids = int(is_marker[:cut].sum())
+    counts = [num_grids_of(ref, vision) for ref in sample.images]
+    num_refs = int((np.cumsum(counts) <= num_grids).sum())
     return replace(
         sample,
-        input_ids=sample.input_ids[:cut],
+        input_ids=ids[:cut],
         labels=sample.labels[:cut],
-        grid_thw=sample.grid_thw[:num_images],
-        images=sample.images[:num_images],
+        grid_thw=sample.grid_thw[:num_grids],
+        images=sample.images[:num_refs],
+        temporal_step=None if sample.temporal_step is None else sample.temporal_step[:num_grids],
     )

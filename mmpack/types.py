@@ -39,12 +39,36 @@ class ImageRef:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoRef:
+    """Where a video lies: a file, opened by `mmpack.videos` alone, or a list of frames.
+
+    Attributes:
+        path: its file, or a name to show in errors.
+        data: the encoded video as bytes, where it is not in a file.
+        frames: its frames, sampled already, where it is a list of images.
+        num_frames: frames of the file or the list.
+        fps: frames a second of either, as far as known.
+        size: (height, width) of its frames in pixels if known.
+    """
+
+    path: str
+    data: Any = None
+    frames: tuple[ImageRef, ...] = ()
+    num_frames: int = 0
+    fps: float | None = None
+    size: tuple[int, int] | None = None
+
+
+Media = ImageRef | VideoRef
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` holds text and images in reading order, so a text that quotes
+    """One turn. `content` holds text, images and videos in reading order, so a text that quotes
     `<image>` is text and an image is at its place by construction."""
 
     role: str  # "system", "user" or "assistant"
-    content: tuple[str | ImageRef, ...]
+    content: tuple[str | Media, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +80,8 @@ class Sample:
     row: int  # its number there, from 0
 
     @property
-    def images(self) -> tuple[ImageRef, ...]:
-        """Every image, in reading order."""
+    def media(self) -> tuple[Media, ...]:
+        """Every image and video, in reading order."""
         return tuple(
             part
             for message in self.messages
@@ -65,27 +89,43 @@ class Sample:
             if not isinstance(part, str)
         )
 
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """Every image, in reading order."""
+        return tuple(part for part in self.media if isinstance(part, ImageRef))
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """Every video, in reading order."""
+        return tuple(part for part in self.media if isinstance(part, VideoRef))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedSample:
-    """A sample as token ids with ONE marker per image; not yet expanded, no pixel decoded.
+    """A sample as token ids with ONE marker per image or video; not yet expanded, no pixel decoded.
+
+    A marker is `image_token_id` or `video_token_id`. Where videos have timestamps, each temporal patch
+    has a marker and a grid (1, h, w) of its own.
 
     Attributes:
         input_ids: (n,) int32.
         labels: (n,) int32, the id where the token is supervised, else -100.
-        grid_thw: (I, 3) int32, patches of each image, in marker order.
-        images: I references.
+        grid_thw: (I, 3) int32, patches of each marker, in their order.
+        images: references to images and videos, in their order.
         vision: the spec the grids were made with.
         source, row: where the sample comes from, for errors.
+        temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next
+            (`VisionSpec.temporal_step`); None: one.
     """
 
     input_ids: Int32
     labels: Int32
     grid_thw: Int32
-    images: tuple[ImageRef, ...]
+    images: tuple[Media, ...]
     vision: VisionSpec
     source: str = ""
     row: int = -1
+    temporal_step: Float32 | None = None
 
     @classmethod
     def filler(cls, num_tokens: int, vision: VisionSpec) -> EncodedSample:
@@ -96,7 +136,7 @@ class EncodedSample:
 
     @property
     def num_tokens(self) -> int:
-        """Length in a pack: every marker becomes as many placeholders as its image has features."""
+        """Length in a pack: every marker becomes as many placeholders as its grid has features."""
         features = self.vision.num_features(self.grid_thw)
         return len(self.input_ids) - len(features) + int(features.sum())
 
@@ -214,13 +254,16 @@ class Pack:
         text_order: (T - F,) int32: tokens that are no feature, sorted by id, then by place.
         text_id_offsets: (R + 1,) int32: runs of one id, at most 32 tokens each, in `text_order`.
         supervised_index: (L,) int32: rows whose prediction is supervised (label at the next row).
-        grid_thw: (I, 3) int64 patches of each image, in marker order.
+        grid_thw: (I, 3) int64 patches of each grid: images in marker order, then videos. Patches and
+            features are in this order too.
+        num_images: grids that are images'.
         vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.
         vision_max_seqlen: patches of the largest frame.
         vision_segment_ids, vision_tiles: (P,) and (n, 4) int32, the same of the frames.
         vision_position_ids: (P, 2) int64 row and column of every patch, in merge order.
-        pixels: (P, C * p * p) uint8 patches in merge order, or None where not decoded.
-        vision: the spec of the images.
+        pixels: (P1, C * p * p) uint8 patches of the images in merge order, or None where not decoded.
+        video_pixels: (P2, C * t * p * p) uint8 patches of the videos, the same; P1 + P2 = P.
+        vision: the spec of images and videos.
     """
 
     input_ids: Int64
@@ -236,13 +279,20 @@ class Pack:
     text_id_offsets: Int32
     supervised_index: Int32
     grid_thw: Int64
+    num_images: int
     vision_cu_seqlens: Int32
     vision_max_seqlen: int
     vision_segment_ids: Int32
     vision_tiles: Int32
     vision_position_ids: Int64
     pixels: NDArray[np.uint8] | None
+    video_pixels: NDArray[np.uint8] | None
     vision: VisionSpec
+
+    @property
+    def num_image_patches(self) -> int:
+        """P1: patches of the images, which come before those of the videos."""
+        return int(self.grid_thw[: self.num_images].prod(axis=1).sum())
 
     @property
     def num_segments(self) -> int:

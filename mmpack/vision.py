@@ -21,6 +21,115 @@ BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoSpec:
+    """What a video processor and a model's config say about videos: frames, pixel budget, time.
+
+    Attributes:
+        min_pixels, max_pixels: the area a frame is resized into, in pixels; with `budgets_clip` the area
+            of all sampled frames together.
+        fps: frames sampled a second.
+        min_frames, max_frames: of a sampled video; a shorter file gives all it has.
+        budgets_clip: Qwen3-VL's video processor: the budget is the whole clip's, and the frames are
+            spread from the first to the last.
+        tokens_per_second: Qwen2.5-VL: M-RoPE positions a second of video. None: a position a temporal
+            patch.
+        has_timestamps: Qwen3-VL: every temporal patch is a run of placeholders of its own, behind its
+            time as text.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    budgets_clip: bool = False
+    tokens_per_second: float | None = None
+    has_timestamps: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"a video's min_pixels must be positive and at most max_pixels, got min_pixels="
+                f"{self.min_pixels} and max_pixels={self.max_pixels}"
+            )
+        if not (self.fps > 0 and 0 < self.min_frames <= self.max_frames):
+            raise ValueError(
+                f"fps must be positive and min_frames positive and at most max_frames, got "
+                f"fps={self.fps}, min_frames={self.min_frames} and max_frames={self.max_frames}"
+            )
+
+    @classmethod
+    def from_parts(cls, video_processor: Any, config: Any = None) -> VideoSpec:
+        """Read the spec off a transformers Qwen-VL video processor, and the model's config, which alone
+        knows how Qwen2.5-VL's positions follow time.
+
+        Raises:
+            ValueError: the processor does something that mmpack does not.
+        """
+        expected = {
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "rescale_factor": 1 / 255,
+            "resample": BICUBIC,
+            "num_frames": None,
+        }
+        for name, value in expected.items():
+            _expect("video", video_processor, name, value)
+        if getattr(video_processor, "cap_pixels_per_frame", None):
+            raise ValueError(
+                "the video processor has cap_pixels_per_frame=True, mmpack computes False only"
+            )
+        size = video_processor.size
+        tower = getattr(config, "vision_config", None)
+        name = getattr(video_processor, "video_processor_type", type(video_processor).__name__)
+        is_third = name.startswith("Qwen3")
+        return cls(
+            min_pixels=int(size["shortest_edge"]),
+            max_pixels=int(size["longest_edge"]),
+            fps=float(getattr(video_processor, "fps", None) or cls.fps),
+            min_frames=int(video_processor.min_frames),
+            max_frames=int(video_processor.max_frames),
+            budgets_clip=is_third,
+            tokens_per_second=getattr(tower, "tokens_per_second", None),
+            has_timestamps=is_third,
+        )
+
+    def sample(self, num_frames: int, fps: float, multiple: int) -> NDArray[np.int64]:
+        """Which of a file's frames are taken, ascending; equal to transformers' `sample_frames`.
+
+        Args:
+            num_frames, fps: the file's.
+            multiple: frames in a patch. An odd one out is filled up with the last frame.
+
+        Raises:
+            RowError: fewer frames than a patch has.
+        """
+        check_num_frames(num_frames, multiple)
+        wanted = num_frames / fps * self.fps
+        if self.budgets_clip:
+            count = min(max(int(wanted), self.min_frames), self.max_frames, num_frames)
+            spread: NDArray[np.int64] = np.linspace(0, num_frames - 1, count).round().astype(int)
+            return spread
+        most = min(self.max_frames, num_frames) // multiple * multiple
+        wanted = min(max(wanted, self.min_frames), most, num_frames)
+        count = max(math.floor(wanted / multiple), 1) * multiple
+        step = num_frames / count
+        # torch.arange's roundings: float32 of a product in float64, then cut
+        places = (np.arange(math.ceil(num_frames / step)) * step).astype(np.float32)
+        index = places.astype(np.int64)
+        return index[index < num_frames]
+
+    def timestamps(self, index: NDArray[np.int64], fps: float, multiple: int) -> list[str]:
+        """The text before every temporal patch: the mean of its first and last frame's times."""
+        padded = [*index.tolist(), *[int(index[-1])] * (-len(index) % multiple)]
+        times = [frame / fps for frame in padded]
+        means = [(times[n] + times[n + multiple - 1]) / 2 for n in range(0, len(times), multiple)]
+        return [f"<{mean:.1f} seconds>" for mean in means]
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionSpec:
     """What an image processor and a tokenizer say about images: patches, pixel budget, ids.
 
@@ -38,6 +147,7 @@ class VisionSpec:
             calls the kernel torchvision and transformers' other image processor call, and is three
             times as fast: of the values of 200 photographs, charts and screenshots 98.4 % are
             Pillow's, 99.9 % within 1, the worst 29 of 255 off.
+        video: the same for videos; None: there are none.
         image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids of
             `<|image_pad|>`, `<|video_pad|>`, `<|vision_start|>` and `<|vision_end|>`.
     """
@@ -50,6 +160,7 @@ class VisionSpec:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     resizer: str = "pillow"
+    video: VideoSpec | None = None
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -65,19 +176,29 @@ class VisionSpec:
             )
 
     @classmethod
-    def from_processor(cls, processor: Any) -> VisionSpec:
+    def from_processor(cls, processor: Any, config: Any = None) -> VisionSpec:
         """Read the spec off a transformers Qwen-VL processor (`processor.image_processor`,
-        `processor.tokenizer`).
+        `processor.video_processor`, `processor.tokenizer`).
+
+        Args:
+            config: the model's; for videos of a Qwen2.5-VL, whose positions follow time as it says.
 
         Raises:
             ValueError: the processor does something to pixels that mmpack does not (another
                 resampling, no rescaling, ...), or its tokenizer lacks a vision token.
         """
-        return cls.from_parts(processor.image_processor, processor.tokenizer)
+        video_processor = getattr(processor, "video_processor", None)
+        if config is None and "second_per_grid_ts" in getattr(processor, "model_input_names", ()):
+            video_processor = None  # what time means is in the config
+        return cls.from_parts(
+            processor.image_processor, processor.tokenizer, video_processor, config
+        )
 
     @classmethod
-    def from_parts(cls, image_processor: Any, tokenizer: Any) -> VisionSpec:
-        """`from_processor` for an image processor and a tokenizer held apart."""
+    def from_parts(
+        cls, image_processor: Any, tokenizer: Any, video_processor: Any = None, config: Any = None
+    ) -> VisionSpec:
+        """`from_processor` for its parts held apart; without a video processor there are no videos."""
         expected = {
             "do_resize": True,
             "do_rescale": True,
@@ -87,11 +208,14 @@ class VisionSpec:
             "resample": BICUBIC,
         }
         for name, value in expected.items():
-            got = getattr(image_processor, name, value)
-            if got != value:
-                raise ValueError(
-                    f"the image processor has {name}={got}, mmpack computes {name}={value} only"
-                )
+            _expect("image", image_processor, name, value)
+        video = None
+        if video_processor is not None:
+            video = VideoSpec.from_parts(video_processor, config)
+            for name in ("patch_size", "merge_size", "temporal_patch_size"):
+                _expect("video", video_processor, name, getattr(image_processor, name))
+            for name in ("image_mean", "image_std"):
+                _expect("video", video_processor, name, getattr(image_processor, name), list)
         size = image_processor.size
         return cls(
             min_pixels=int(size["shortest_edge"]),
@@ -101,6 +225,7 @@ class VisionSpec:
             temporal_patch_size=int(image_processor.temporal_patch_size),
             image_mean=tuple(image_processor.image_mean),
             image_std=tuple(image_processor.image_std),
+            video=video,
             image_token_id=_token_id(tokenizer, "<|image_pad|>"),
             video_token_id=_token_id(tokenizer, "<|video_pad|>"),
             vision_start_token_id=_token_id(tokenizer, "<|vision_start|>"),
@@ -122,27 +247,126 @@ class VisionSpec:
         """
         check_aspect_ratio(height, width)
         factor = self.patch_size * self.merge_size
-        new_height = round(height / factor) * factor
-        new_width = round(width / factor) * factor
-        if new_height * new_width > self.max_pixels:
-            shrink = math.sqrt((height * width) / self.max_pixels)
-            new_height = max(factor, math.floor(height / shrink / factor) * factor)
-            new_width = max(factor, math.floor(width / shrink / factor) * factor)
-        elif new_height * new_width < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            new_height = math.ceil(height * grow / factor) * factor
-            new_width = math.ceil(width * grow / factor) * factor
-        return new_height, new_width
+        return _resized(height, width, factor, self.min_pixels, self.max_pixels)
 
     def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) in patches of a still image of `height` x `width` pixels."""
         new_height, new_width = self.smart_resize(height, width)
         return 1, new_height // self.patch_size, new_width // self.patch_size
 
+    def video_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) in patches of a video of `num_frames` sampled frames; equal to what transformers'
+        video processor makes of it.
+
+        Raises:
+            RowError: fewer frames than a patch has, or an aspect ratio above 200.
+            ValueError: the spec has no `video`.
+        """
+        video, multiple = self.video_spec, self.temporal_patch_size
+        check_num_frames(num_frames, multiple)
+        factor = self.patch_size * self.merge_size
+        frames, counted = 1, 1
+        if video.budgets_clip:
+            frames, counted = num_frames, round(num_frames / multiple) * multiple
+            if min(height, width) < factor:
+                scale = max(factor / height, factor / width)
+                height, width = int(height * scale), int(width * scale)
+        check_aspect_ratio(height, width)
+        new_height, new_width = _resized(
+            height, width, factor, video.min_pixels, video.max_pixels, frames, counted
+        )
+        patches = -(-num_frames // multiple)
+        return patches, new_height // self.patch_size, new_width // self.patch_size
+
+    @property
+    def video_spec(self) -> VideoSpec:
+        """`video`; an error where there is none."""
+        if self.video is None:
+            raise RowError(
+                "the VisionSpec knows no videos",
+                "make it of a processor with a video processor, and for Qwen2.5-VL of the model's config "
+                "too: VisionSpec.from_processor(processor, model.config)",
+            )
+        return self.video
+
+    def frame_times(
+        self, num_frames: int, fps: float | None, is_list: bool
+    ) -> tuple[NDArray[np.int64], float]:
+        """(index, fps): which frames of a video are taken, and how many it has a second. A list of
+        frames has been sampled already, at the spec's rate unless it says another.
+
+        Raises:
+            RowError: too few frames or, in a list, more than `max_frames`.
+        """
+        video = self.video_spec
+        fps = fps or video.fps
+        if not is_list:
+            return video.sample(num_frames, fps, self.temporal_patch_size), fps
+        check_num_frames(num_frames, self.temporal_patch_size)
+        if num_frames > video.max_frames:
+            raise RowError(
+                f"a list of {num_frames} frames, at most {video.max_frames} are taken",
+                "leave frames out, or raise max_frames",
+            )
+        return np.arange(num_frames), fps
+
+    def temporal_step(self, index: NDArray[np.int64], num_frames: int, fps: float) -> float:
+        """M-RoPE positions from one temporal patch of a video to the next, a float32.
+
+        As Qwen2.5-VL's processor and `get_rope_index` have it: tokens a second times
+        `second_per_grid_ts`, which is a float32 tensor there.
+        """
+        per_second = self.video_spec.tokens_per_second
+        if per_second is None:
+            return 1.0
+        seconds = self.temporal_patch_size / (len(index) / num_frames * fps)
+        return float(np.float32(per_second) * np.float32(seconds))
+
     def num_features(self, grid_thw: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """(I,) features, that is tokens, of every grid in `grid_thw` (I, 3)."""
         patches: NDArray[np.int64] = grid_thw.astype(np.int64).prod(axis=-1)
         return patches // self.merge_size**2
+
+
+def _resized(
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    frames: int = 1,
+    counted: int = 1,
+) -> tuple[int, int]:
+    """transformers' `smart_resize`; of a clip whose area is that of its frames, `counted` of them in
+    whole patches."""
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if counted * new_height * new_width > max_pixels:
+        shrink = math.sqrt((frames * height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif counted * new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def check_num_frames(num_frames: int, multiple: int) -> None:
+    """Refuse what is no video.
+
+    Raises:
+        RowError: fewer frames than a patch has.
+    """
+    if num_frames < multiple:
+        raise RowError(
+            f"a video of {num_frames} frames, it takes at least {multiple}", "give it as an image"
+        )
+
+
+def is_rate(fps: Any) -> bool:
+    """Whether that can be a video's frames a second."""
+    return type(fps) in (int, float) and 1e-3 <= fps <= 1e4
 
 
 def check_aspect_ratio(height: int, width: int) -> None:
@@ -159,6 +383,16 @@ def check_aspect_ratio(height: int, width: int) -> None:
             f"{width} x {height} pixels is an aspect ratio of {ratio:.0f}, Qwen2-VL takes at most "
             f"{MAX_ASPECT_RATIO}",
             "crop or drop the image",
+        )
+
+
+def _expect(kind: str, processor: Any, name: str, value: Any, cast: Any = None) -> None:
+    got = getattr(processor, name, value)
+    if cast is not None:
+        got, value = cast(got), cast(value)
+    if got != value:
+        raise ValueError(
+            f"the {kind} processor has {name}={got}, mmpack computes {name}={value} only"
         )
 
 

@@ -3,15 +3,16 @@
 import copy
 import dataclasses
 import functools
+import inspect
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
-from mmpack import VisionSpec
+from mmpack import VideoSpec, VisionSpec
 from mmpack.assemble import assemble, concatenate
 from mmpack.hf import PackCollator
 from mmpack.types import EncodedSample
@@ -40,6 +41,10 @@ SMALL_SPEC = VisionSpec(
 )
 
 
+# transformers before its pull request 48669 cuts the seconds of a temporal patch to whole ones.
+CUTS_SECONDS = "int(next(second_per_grid_ts))" in inspect.getsource(Qwen2_5_VLModel.get_rope_index)
+SECONDS = 2.0 if CUTS_SECONDS else 0.65  # a temporal patch of `encoded`'s videos
+
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 # What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
 TOWER = {"hidden_size": 32, "intermediate_size": 48}
@@ -57,9 +62,16 @@ TEXT["qwen3_vl_moe"] = TEXT["qwen3_vl"] | {
 
 
 def small_spec(family="qwen2_vl"):
-    """`SMALL_SPEC` with the family's patches."""
-    patch_size = 16 if family.startswith("qwen3") else 14
-    return dataclasses.replace(SMALL_SPEC, patch_size=patch_size)
+    """`SMALL_SPEC` with the family's patches and what videos are to it."""
+    is_third = family.startswith("qwen3")
+    video = VideoSpec(
+        min_pixels=1,
+        max_pixels=1,
+        budgets_clip=is_third,
+        has_timestamps=is_third,
+        tokens_per_second=4 if family == "qwen2_5_vl" else None,
+    )
+    return dataclasses.replace(SMALL_SPEC, patch_size=16 if is_third else 14, video=video)
 
 
 def small_config(family="qwen2_vl", **options):
@@ -121,7 +133,7 @@ def collator(family="qwen2_vl"):
 
 
 def packed(samples, family="qwen2_vl", seed=0):
-    """`encoded` samples as a pack of a family's patches, with seeded pixels."""
+    """`encoded` samples without videos as a pack of a family's patches, with seeded pixels."""
     samples = [dataclasses.replace(sample, vision=small_spec(family)) for sample in samples]
     return with_noise(assemble(samples, pixels=False), seed)
 
@@ -187,9 +199,13 @@ def stock_labels(input_ids):
 
 def with_noise(pack, seed=0):
     """A pack assembled without pixels, given seeded ones."""
-    shape = (len(pack.vision_position_ids), pack.vision.patch_values)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return dataclasses.replace(pack, pixels=pixels)
+    stills, values = pack.num_image_patches, pack.vision.patch_values
+    clips = len(pack.vision_position_ids) - stills
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (stills, values), dtype=np.uint8)
+    shape = (clips, pack.vision.temporal_patch_size * values)
+    video_pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    return dataclasses.replace(pack, pixels=pixels, video_pixels=video_pixels)
 
 
 def loss_and_grads(model, batches, num_items):
@@ -225,20 +241,39 @@ def assert_within_budget(name, ours, torchs, exact):
 
 
 def encoded(vision, *pieces, supervised=True):
-    """An EncodedSample from text ids and (grid_h, grid_w) images in reading order."""
-    ids, grids = [], []
+    """An EncodedSample from text ids, (grid_h, grid_w) images and (grid_t, grid_h, grid_w) videos in
+    reading order. A video's temporal patches are SECONDS long; their times are ids from 94 on."""
+    ids, grids, steps = [], [], []
+    start, end = vision.vision_start_token_id, vision.vision_end_token_id
     for piece in pieces:
-        if isinstance(piece, tuple):
+        steps += [1] * (len(grids) - len(steps))
+        if isinstance(piece, tuple) and len(piece) == 3:
+            if vision.video.has_timestamps:
+                runs = [(94 + n % 6, start, vision.video_token_id, end) for n in range(piece[0])]
+                ids += [start, *sum(runs, ()), end]
+                grids += [(1, *piece[1:])] * piece[0]
+            else:
+                ids += [start, vision.video_token_id, end]
+                grids.append(piece)
+                per_second = vision.video.tokens_per_second
+                steps.append(per_second * np.float32(SECONDS) if per_second else 1)
+        elif isinstance(piece, tuple):
             ids += [vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id]
             grids.append((1, *piece))
         else:
             ids += [piece] if isinstance(piece, int) else list(piece)
     ids = np.array(ids, dtype=np.int32)
-    special = np.isin(
-        ids, [vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id]
-    )
+    steps += [1] * (len(grids) - len(steps))
+    special = np.isin(ids, [start, vision.image_token_id, vision.video_token_id, end])
     labels = np.where(special | (not supervised), -100, ids).astype(np.int32)
-    return EncodedSample(ids, labels, np.array(grids, dtype=np.int32).reshape(-1, 3), (), vision)
+    return EncodedSample(
+        ids,
+        labels,
+        np.array(grids, dtype=np.int32).reshape(-1, 3),
+        (),
+        vision,
+        temporal_step=np.array(steps, dtype=np.float32) if set(steps) - {1} else None,
+    )
 
 
 def made_up_rows(family="qwen2_vl"):
@@ -248,16 +283,35 @@ def made_up_rows(family="qwen2_vl"):
         encoded(spec, 1, 2, (2, 4), 3, 4),
         encoded(spec, range(5, 60)),
         encoded(spec, 8, (4, 6), (6, 2), 9, 10),
+        encoded(spec, 11, (2, 4, 4), 12, (2, 4), 13, (3, 4, 2), 14),
     ]
     packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
     collate = collator(family)
     stock = []
     for alone in (collate([pack]) for pack in packs):
-        names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
-        inputs = {name: alone[name] for name in names if name in alone}
-        stock.append({**inputs, "mm_token_type_ids": (alone["input_ids"] == 90).int()})
+        stock.append(stock_of(alone, spec))
     batch = collate([concatenate(packs)])
     return batch, stock, batch["shift_labels"].numel()
+
+
+def stock_of(alone, spec):
+    """A row's batch as the processor's output would be, positions and all left to the model."""
+    names = ("input_ids", "labels", "pixel_values", "pixel_values_videos", "image_grid_thw")
+    inputs = {name: alone[name] for name in names if name in alone}
+    ids = alone["input_ids"]
+    types = torch.zeros_like(ids)
+    types[ids == spec.image_token_id] = 1
+    types[ids == spec.video_token_id] = 2
+    inputs["mm_token_type_ids"] = types.int()
+    if "video_grid_thw" in alone:
+        grids = alone["video_grid_thw"]
+        if spec.video.has_timestamps:  # one row a video again; neighbours differ here
+            grids, count = grids.unique_consecutive(dim=0, return_counts=True)
+            grids = torch.cat([count[:, None], grids[:, 1:]], dim=1)
+        inputs["video_grid_thw"] = grids
+        if spec.video.tokens_per_second:
+            inputs["second_per_grid_ts"] = torch.full((len(grids),), SECONDS)
+    return inputs
 
 
 def to(device, value):

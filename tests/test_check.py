@@ -56,7 +56,7 @@ def test_json_lines(rows, capsys):
     assert main(["check", rows, "--json"]) == 1
     *lines, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert lines[0] == {
-        "file": "rows.json", "row": 0, "ok": True, "error": None, "advice": None, "images": 1,
+        "file": "rows.json", "row": 0, "ok": True, "error": None, "advice": None, "images": 1, "videos": 0,
     }  # fmt: skip
     assert lines[1] == {
         "file": "rows.json", "row": 1, "ok": False, "error": "1 <image> markers but 2 images",

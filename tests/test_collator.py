@@ -127,7 +127,7 @@ def test_what_is_missing_or_cut_is_named(features, processor):
         ({**whole, "pixel_values": whole["pixel_values"][:1]}, "has 1 patches in pixel_values but"),
         ({**whole, "labels": whole["labels"][:, 1:]}, f"has {n} input_ids but {n - 1} labels"),
         ({**whole, "input_ids": whole["input_ids"].expand(2, n)}, "must be one sample"),
-        ({**whole, "pixel_values_videos": torch.zeros(4, 1176)}, "videos are not supported"),
+        ({**whole, "pixel_values_videos": torch.zeros(4, 1176)}, "but no video_grid_thw"),
     ]
     for feature, message in cases:
         with pytest.raises(ValueError, match=message):

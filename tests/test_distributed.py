@@ -22,6 +22,7 @@ from builders import (
     loss_and_grads,
     packed,
     small_config,
+    small_spec,
     tiny_model,
     worst_difference,
 )
@@ -108,7 +109,18 @@ CASES = {
     "fsdp2, Qwen3-VL, a frozen tower": ("qwen3_vl", freeze_tower, fsdp_tower_alone, "float32"),
     "ddp, Qwen3-VL-MoE": ("qwen3_vl_moe", plain, ddp, "float32"),
     "fsdp2, Qwen3-VL-MoE": ("qwen3_vl_moe", plain, fsdp, "uint8"),
+    "fsdp2, Qwen2.5-VL, videos beside text": ("qwen2_5_vl", plain, fsdp, "uint8"),
+    "fsdp2, Qwen3-VL, videos beside images": ("qwen3_vl", plain, fsdp, "float32"),
 }  # fmt: skip
+
+
+def pack_of(case, rank):
+    """One rank has images, or videos alone; the other none, or images alone."""
+    family, samples = CASES[case][0], SAMPLES[rank]
+    if "videos" in case:
+        films = [encoded(small_spec(family), 1, (2, 2, 4), 3, 4)]
+        samples = (films, SAMPLES[0 if "images" in case else 1])[rank]
+    return packed(samples, family, seed=rank)
 
 
 def step(rank, case):
@@ -117,8 +129,7 @@ def step(rank, case):
     model = tiny_model(small_config(family))
     prepare(model)
     wrapped = wrap(model)
-    pack = packed(SAMPLES[rank], family, seed=rank)
-    batch = PackCollator(model=wrapped, pixels=pixels)([pack])
+    batch = PackCollator(model=wrapped, pixels=pixels)([pack_of(case, rank)])
     loss = wrapped(**batch, num_items_in_batch=torch.tensor(NUM_ITEMS)).loss
     (loss * 2).backward()  # ranks' gradients are averaged
     return loss.item(), gradients(model)
@@ -203,13 +214,15 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Both packs in one process, by family."""
+    """Both packs in one process, by family and, in cases with videos, by case."""
 
     @functools.cache
-    def compute(family):
-        batches = [
-            collator(family)([packed(samples, family, n)]) for n, samples in enumerate(SAMPLES)
+    def compute(family, case=None):
+        packs = [
+            packed(samples, family, n) if case is None else pack_of(case, n)
+            for n, samples in enumerate(SAMPLES)
         ]
+        batches = [collator(family)([pack]) for pack in packs]
         return loss_and_grads(patch_model(tiny_model(small_config(family))), batches, NUM_ITEMS)
 
     return compute
@@ -219,7 +232,7 @@ def expected():
 def test_two_ranks_are_one_step(case, results, expected):
     (loss, grads), (other_loss, other_grads) = results(case)
     family, prepare, _, _ = CASES[case]
-    expected_loss, exact = expected(family)
+    expected_loss, exact = expected(family, case if "videos" in case else None)
     assert loss + other_loss == pytest.approx(expected_loss, rel=1e-5)
     assert grads.keys() == other_grads.keys() == exact.keys()
     assert all(torch.equal(grads[name], other_grads[name]) for name in grads)

@@ -168,7 +168,7 @@ def test_a_template_that_ignores_images_is_refused(templated, vision, tmp_path):
     )
     user = Message("user", (ImageRef(str(tmp_path / "a.png")), "What?"))
     sample = Sample((user, Message("assistant", ("This.",))), "train.json", 0)
-    with pytest.raises(ValueError, match="does not write every text and image"):
+    with pytest.raises(ValueError, match="does not write every text, image and video"):
         encode_sample(sample, tokenizer, vision)
 
 

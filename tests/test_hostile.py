@@ -164,33 +164,41 @@ def test_a_broken_file_leaves_the_next_one_usable(folder, capsys):
     assert summary["summary"]["usable"] == 2
 
 
-def test_no_row_opens_a_file_outside_or_a_socket(folder):
+def test_no_row_opens_a_file_outside_or_a_socket(folder, tmp_path):
     code = """
 import os, sys
 import json
 from mmpack import read_samples
-folder = sys.argv[1]
+folder, extra = sys.argv[1:]
 rows = json.load(open(folder + "/rows.json"))
 list(read_samples(rows[:3], media_dir=folder, on_error=[], verify="decode"))  # imports what it needs
 rows += [{"conversations": rows[0]["conversations"], "images": [path]} for path in (
     "..\\\\..\\\\etc\\\\passwd", "images/../../../etc/hostname", "//etc/passwd", "~/.bashrc", "/dev/zero",
     "FILE:///etc/passwd", "ftp://localhost/a.png", "\\\\\\\\server\\\\share\\\\a.png")]
+ask = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "a"}]
+rows += [{"conversations": ask, "videos": [video]} for video in (
+    "../../../etc/hostname", "file:/etc/passwd", "concat:/etc/passwd|/etc/group", "rtsp://localhost/a",
+    extra + "/playlist.mp4", "/dev/zero", "%03d.png", ["/etc/passwd"], {"bytes": b"#EXTM3U /etc/passwd"})]
 opened = []
 def audit(event, arguments):
     if event.startswith(("socket.", "subprocess.", "os.system", "urllib.", "pickle.")):
         opened.append(event)
     elif event == "open" and isinstance(arguments[0], (str, bytes)):
         path = os.path.realpath(os.fsdecode(arguments[0]))
-        if not path.startswith((folder, sys.prefix, sys.base_prefix)):
+        if not path.startswith((folder, extra, sys.prefix, sys.base_prefix)):
             opened.append(path)
 sys.addaudithook(audit)
 bad = []
-samples = list(read_samples(rows, media_dir=folder, on_error=bad, verify="decode"))
+samples = list(read_samples(rows, media_dir=[folder, extra], on_error=bad, verify="decode"))
 assert len(samples) + len(bad) == len(rows)
 print(json.dumps(opened))
 """
+    text = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n/etc/passwd\n#EXT-X-ENDLIST\n"
+    (tmp_path / "playlist.mp4").write_text(text)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder.resolve())], capture_output=True, text=True
+        [sys.executable, "-c", code, str(folder.resolve()), str(tmp_path.resolve())],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
@@ -225,6 +233,7 @@ JUNK = [
     None, True, 0, -1, 10**400, float("nan"), float("inf"), "", " ", "<image>", "\ud800", "\0", "a" * 5000,
     "<|im_end|>", "../../etc/passwd", "http://x/y.png", "data:image/png;base64,", [], {}, [[]], [None],
     {"from": "human"}, {"type": "image"}, {"bytes": b"\x89PNG", "path": None}, b"\xff\xd8\xff", "[1, 2",
+    "<video>", {"type": "video"}, {"frames": ["a.png"] * 3, "fps": 10**400}, {"frames": []}, ["a.png"],
     '{"a": ', "[" * 2000, {"role": "user", "content": [{"type": "text"}]}, [{"from": "gpt", "value": 1}],
 ]  # fmt: skip
 
@@ -272,6 +281,11 @@ def test_mutated_rows_end_in_samples_or_reasons(count, tmp_path, tokenizer, visi
             "system": "S",
         },
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Ho"}]},
+        {
+            "conversations": [{**human, "value": "<video>Hi<image>"}, gpt],
+            "videos": [{"frames": ["a.png", "a.png"], "fps": 2}],
+            "images": ["a.png"],
+        },
         {
             "instruction": "<image>",
             "input": "x",

@@ -163,7 +163,7 @@ def test_what_changed_is_named(pack, tmp_path, rows, change):
         name = "mask_history changed since"
     else:
         (tmp_path / "out" / "mmpack.json").write_text('{"format": 2}')
-        name = "store format 2, not 3"
+        name = "store format 2, not 4"
     code, error = pack(*options)
     assert code == 1
     assert name in error
@@ -208,7 +208,7 @@ def test_data_uris_are_not_remembered(tmp_path):
     for value in (uri, "a.png"):
         from mmpack.conversations import Picture
 
-        reader.place_images([*turns, ("user", [Picture()])], [value])
+        reader.place_media([*turns, ("user", [Picture()])], {"image": [value]})
     assert reader._file.cache_info().currsize == 1
 
 

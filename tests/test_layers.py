@@ -15,6 +15,7 @@ LAYERS = {
     "errors": 0,
     "vision": 0,
     "types": 0,
+    "videos": 1,
     "buffers": 1,
     "cost": 1,
     "files": 1,
@@ -45,6 +46,7 @@ LAYERS = {
 SAME_LAYER = {
     ("vision", "errors"),
     ("types", "vision"),
+    ("videos", "images"),
     ("hf", "hf"),
     ("ops", "ops"),
     ("ops", "reference"),  # the door to attention runs it by name
@@ -60,6 +62,7 @@ SAME_LAYER = {
 ROOMS = {
     "PIL": {"images", "demo"},
     "accelerate": {"hf"},
+    "av": {"videos"},
     "datasets": set(),
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},

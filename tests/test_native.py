@@ -20,23 +20,32 @@ from mmpack.types import EncodedSample
 int32 = partial(np.array, dtype=np.int32)
 int64 = partial(np.array, dtype=np.int64)
 
-IMAGE = 7
+IMAGE, VIDEO = 7, 6
 SPECS = [
-    VisionSpec(min_pixels=1, max_pixels=1, merge_size=m, image_token_id=IMAGE) for m in (1, 2, 3)
+    VisionSpec(min_pixels=1, max_pixels=1, merge_size=m, image_token_id=IMAGE, video_token_id=VIDEO)
+    for m in (1, 2, 3)
 ]
 
 
 def sample(spec, *pieces):
-    """Of ids, (id, label) pairs, and (t, h, w) grids in features."""
-    ids, labels, grids = [], [], []
+    """Of ids, (id, label) pairs, (t, h, w) grids of images in features, and (t, h, w, step) of videos."""
+    ids, labels, grids, steps = [], [], [], []
     for piece in pieces:
-        if isinstance(piece, tuple) and len(piece) == 3:
+        if isinstance(piece, tuple) and len(piece) > 2:
             grids.append((piece[0], piece[1] * spec.merge_size, piece[2] * spec.merge_size))
-            piece = IMAGE
+            steps.append(piece[3] if piece[3:] else 1)
+            piece = VIDEO if piece[3:] else IMAGE
         token, label = piece if isinstance(piece, tuple) else (piece, piece)
         ids.append(token)
         labels.append(label)
-    return EncodedSample(int32(ids), int32(labels), int32(grids).reshape(-1, 3), (), spec)
+    return EncodedSample(
+        int32(ids),
+        int32(labels),
+        int32(grids).reshape(-1, 3),
+        (),
+        spec,
+        temporal_step=np.array(steps, dtype=np.float32) if set(steps) - {1} else None,
+    )
 
 
 def equal_to_reference(samples):
@@ -54,6 +63,10 @@ EDGES = {
     "images side by side": [[(1, 2, 2), (1, 1, 5), 1], [(1, 3, 1), (1, 1, 1)]],
     "nothing supervised": [[(1, -100), (2, -100)], [(3, -100)]],
     "frames": [[1, (3, 2, 2), 2], [(2, 1, 1)]],
+    "a video": [[1, (3, 2, 2, 1), 2]],
+    "a video before an image": [[(3, 1, 2, 4.5), 1, (1, 2, 2)], [(1, 1, 1), 2, (2, 2, 1, 0.3)]],
+    "videos alone": [[(2, 1, 1, 0)], [(1, 1, 1, 1), (5, 1, 2, 1 / 3)]],
+    "a long video": [[1, (700, 1, 1, 0.1), 2], [(300, 1, 1, 25.1)]],
     "300 tiny images": [[1, *[(1, 1, 1), 2] * 300]],
     "one huge image": [[1, (1, 90, 91), 2]],
     "a segment of 127": [LONG[:127], LONG[:5]],
@@ -76,7 +89,9 @@ tokens = st.one_of(
     st.integers(8, 2**31 - 1),
     st.tuples(st.integers(8, 60), st.just(-100)),
 )
-grids = st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12))
+grids = st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12)) | st.tuples(
+    st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.floats(0, 60, width=32)
+)
 runs = st.one_of(
     st.lists(st.one_of(tokens, grids), max_size=12),
     st.tuples(tokens, st.integers(1, 300)).map(lambda run: [run[0]] * run[1]),
@@ -118,12 +133,14 @@ def plan_arguments():
 
 def samples_arguments():
     return {
-        "input_ids": int32([1, IMAGE, 2, IMAGE, 3]),
+        "input_ids": int32([1, VIDEO, 2, IMAGE, 3]),
         "labels": int32([-100, -100, 2, -100, 3]),
         "offsets": int32([0, 3, 5]),
         "grid_thw": int32([[1, 2, 2], [1, 4, 2]]),
+        "temporal_step": np.array([2.5, 1], dtype=np.float32),
         "grid_offsets": int32([0, 1, 2]),
-        "marker_id": IMAGE,
+        "image_id": IMAGE,
+        "video_id": VIDEO,
         "merge_size": 2,
     }
 
@@ -288,12 +305,12 @@ CONTRADICTIONS = [
             ({"grid_offsets": int32([0, 1, 3])}, "ascend from 0"),
             ({"grid_offsets": int32([0, 3, 2])}, "ascend from 0"),
             ({"grid_offsets": int32([0, -1, 2])}, "ascend from 0"),
-            ({"grid_offsets": int32([0, 2, 2])}, "got 1 image markers, 2 grids"),
-            ({"input_ids": int32([1, IMAGE, 2, 2, 3])}, "got 0 image markers, 1 grids"),
-            ({"input_ids": int32([1] * 4 + [IMAGE])}, "got 0 image markers, 1 grids"),
-            ({"marker_id": 4}, "got 0 image markers, 1 grids"),
-            ({"marker_id": -1}, "got 0 image markers, 1 grids"),
-            ({"marker_id": IMAGE + 2**32}, "got 0 image markers, 1 grids"),
+            ({"grid_offsets": int32([0, 2, 2])}, "got 1 image and video markers, 2 grids"),
+            ({"input_ids": int32([1, IMAGE, 2, 2, 3])}, "got 0 image and video markers, 1 grids"),
+            ({"input_ids": int32([1] * 4 + [IMAGE])}, "got 0 image and video markers, 1 grids"),
+            ({"image_id": 4}, "got 0 image and video markers, 1 grids"),
+            ({"image_id": -1}, "got 0 image and video markers, 1 grids"),
+            ({"image_id": IMAGE + 2**32}, "got 0 image and video markers, 1 grids"),
             ({"grid_thw": int32([[1, 2, 2]])}, "ascend from 0 to the number of grids"),
             ({"grid_thw": int32([[1, 2], [1, 2]])}, "of shape"),
             ({"grid_thw": int32([[1, 2, 2], [0, 2, 2]])}, "must be positive"),
@@ -305,6 +322,18 @@ CONTRADICTIONS = [
             ({"grid_thw": int32([[1, 2, 2], [1, 1 << 16, 1 << 16]])}, "2\\^31 patches"),
             ({"grid_thw": int32([[MOST32, 2**30, 2**30]] * 2)}, "2\\^31 patches"),
             ({"grid_thw": int32([[1, 2**15, 2**15]] * 2)}, "2\\^31 patches"),
+            ({"temporal_step": np.float32([1])}, "as many as grids"),
+            ({"temporal_step": np.float32([-1, 1])}, "temporal_step must not be negative"),
+            ({"temporal_step": np.float32([1, np.nan])}, "temporal_step must not be negative"),
+            ({"temporal_step": np.float32([np.inf, 1])}, "temporal_step must not be negative"),
+            (
+                {
+                    "grid_thw": int32([[2, 2, 2], [1, 2, 2]]),
+                    "temporal_step": np.float32([2e9, 1]),
+                },
+                "past position 2\\^30",
+            ),
+            ({"video_id": IMAGE}, "image_id and video_id must differ"),
             ({"merge_size": 0}, "merge_size must be positive"),
             ({"merge_size": -2}, "merge_size must be positive"),
             ({"merge_size": MOST64}, "multiples of"),
@@ -373,7 +402,7 @@ def test_the_door_names_the_row():
         for change, message in [
             ({"input_ids": int32([-1, IMAGE])}, "row 5 of : input_ids must not be negative"),
             ({"input_ids": int64([1, IMAGE])}, "row 5 of : input_ids must be int32 .* got int64"),
-            ({"input_ids": int32([1, 1])}, "row 5 of : .* got 0 image markers, 1 grids"),
+            ({"input_ids": int32([1, 1])}, "row 5 of : .* got 0 image and video markers, 1 grids"),
             ({"labels": int32([1])}, "row 5 of : 1 labels, 2 input_ids"),
             (
                 {"grid_thw": int32([[1, 3, 2]])},
@@ -443,6 +472,10 @@ VALUES = np.zeros((8, 1176), dtype=np.float32)
         ((PIXELS[1:], 14, 2, PATCHES), "27 x 56 are no multiple of 28"),
         ((PIXELS, 14, 3, PATCHES), "no multiple of 42"),
         ((PIXELS[:, :, :2], 14, 2, PATCHES), "patches must be uint8 of shape"),
+        ((PIXELS, 14, 2, PATCHES, 1), "frame must be one of the 1"),
+        ((PIXELS, 14, 2, np.zeros((8, 1176), np.uint8), 2), "frame must be one of the 2"),
+        ((PIXELS, 14, 2, np.zeros((8, 1176), np.uint8), -1), "frame must be one of the 2"),
+        ((PIXELS, 14, 2, np.zeros((8, 1177), np.uint8), 1), "patches must be uint8 of shape"),
         ((PIXELS, 14, 2, PATCHES[:7]), "patches must be uint8 of shape"),
         ((PIXELS, 14, 2, PATCHES[:, :587]), "patches must be uint8 of shape"),
         ((PIXELS, 14, 2, np.zeros((16, 588), np.uint8)[::2]), "patches must be contiguous"),
@@ -453,6 +486,17 @@ VALUES = np.zeros((8, 1176), dtype=np.float32)
 def test_wrong_pixels_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         _native.patchify(*arguments)
+
+
+def test_a_frame_of_a_patch_leaves_the_others_alone():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 28, 56, 3), dtype=np.uint8)
+    out = guarded((8, 3 * 588), np.uint8)
+    for frame in (2, 0, 1):
+        _native.patchify(pictures[frame], 14, 2, out, frame)
+    alone = [patches_by_transposition(picture, 14, 2).reshape(8, 3, 196) for picture in pictures]
+    assert np.array_equal(out.reshape(8, 3, 3, 196), np.stack(alone, axis=2))
+    assert_guards_stand({"patches": out})
 
 
 def test_no_pixels_are_no_patches():

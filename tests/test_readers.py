@@ -310,12 +310,15 @@ def test_a_nested_row_is_several_samples(tmp_path):
             {"conversations": TURNS, "images": ["a.png"], "image": "b.png"},
             "both 'images' and 'image'",
         ),
-        ({"conversations": TURNS, "images": ["a.png"], "videos": ["v.mp4"]}, "the row has videos"),
+        (
+            {"conversations": TURNS, "images": ["a.png"], "videos": ["v.mp4"]},
+            "0 <video> markers but 1 videos",
+        ),
         ({"instruction": "x", "output": None}, "no field 'output'"),
         ({"instruction": "x", "output": "y", "history": [["one"]]}, "'history' must hold pairs"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-            "content part of type 'video'; text and image are read",
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+            "content part of type 'audio'; text, image and video are read",
         ),
         (
             {"conversations": [TURNS[0], {"from": "function_call", "value": "add(1, 2)"}]},

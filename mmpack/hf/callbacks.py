@@ -218,7 +218,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         for pack in self._packs:
             tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
             grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
-            images = np.array(pack["image_offsets"])
+            images = np.array(pack["grid_offsets"])
             patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
             is_useful = supervised > 0
             seen.num_batches += 1

@@ -21,8 +21,10 @@ from mmpack.buffers import as_tensor
 from mmpack.encode import encode_samples
 from mmpack.hf.families import Tower, inner_model, tower_of
 from mmpack.readers import read_samples
-from mmpack.types import IGNORE, EncodedSample, Int64, Pack
+from mmpack.types import IGNORE, EncodedSample, Float32, Int64, Pack
 from mmpack.vision import VisionSpec
+
+_PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # and grids
 
 
 class PackCollator:
@@ -42,8 +44,11 @@ class PackCollator:
     leaves the cache on, and with a cache transformers mixes packed samples without a word) and
     `mmpack={...}`. T tokens, L supervised tokens, P patches, I images.
 
+    Videos are `pixel_values_videos` and `video_grid_thw`, as transformers has them; with timestamps a grid
+    is one temporal patch.
+
     With `pixels="uint8"` the `pixel_values` are the pack's own bytes, (P, C * p * p) uint8: an eighth
-    of what float32 takes from the worker to the device. The patched model's patch embedding normalises
+    of what float32 takes from the worker to the device; a video's, (P, C * t * p * p), are a quarter. The patched model's patch embedding normalises
     them, an unpatched model cannot read them; hence `model=`.
 
     Qwen2.5-VL's and Qwen3-VL's towers need more indices than a pack has, which differ by model: windows,
@@ -115,7 +120,9 @@ class PackCollator:
             samples = encode_samples(read_samples(features), self.tokenizer, self.vision)
             pack = assemble(list(samples))
             pixel_values = _pixel_values(pack, self.pixels)
-        elif self.pixels == "uint8" and any(_has_images(feature) for feature in features):
+        elif self.pixels == "uint8" and any(
+            _has(feature, name) for feature in features for name in _PIXELS
+        ):
             raise ValueError(
                 "processor outputs hold float pixel_values; pass Packs, EncodedSamples or raw rows for "
                 "pixels='uint8', or leave it away"
@@ -123,8 +130,11 @@ class PackCollator:
         else:
             samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
             pack = assemble(samples, pixels=False)
-            parts = [torch.as_tensor(f["pixel_values"]) for f in features if _has_images(f)]
-            pixel_values = torch.cat(parts) if parts else None
+            pixel_values = {}
+            for name in _PIXELS:
+                parts = [torch.as_tensor(f[name]) for f in features if _has(f, name)]
+                if parts:
+                    pixel_values[name] = torch.cat(parts)
         if self.pad_to is not None:
             pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
         batch = _batch(pack, pixel_values, self.tower)
@@ -147,21 +157,25 @@ def _is_patched(model: nn.Module | None) -> bool:
     return model is not None and is_patched(model)
 
 
-def _pixel_values(pack: Pack, pixels: str) -> torch.Tensor | None:
-    if not len(pack.grid_thw):
-        return None
-    if pack.pixels is None:
-        raise ValueError(
-            f"the pack has {len(pack.grid_thw)} images but was assembled without pixels"
-        )
-    if pixels == "uint8":
-        return as_tensor(pack.pixels)
-    num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
-    floats = buffers.empty((len(pack.pixels), num_values), np.float32)
-    return as_tensor(images.normalize_patches(pack.pixels, pack.vision, out=floats))
+def _pixel_values(pack: Pack, pixels: str) -> dict[str, torch.Tensor]:
+    """`pixel_values` of the images and `pixel_values_videos`, each where there are any."""
+    num_images, values = pack.num_images, {}
+    counts = {"images": num_images, "videos": len(pack.grid_thw) - num_images}
+    arrays = (pack.pixels, pack.video_pixels)
+    for name, (kind, count), patches in zip(_PIXELS, counts.items(), arrays):
+        if not count:
+            continue
+        if patches is None:
+            raise ValueError(f"the pack has {count} {kind} but was assembled without pixels")
+        if pixels == "float32":
+            num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
+            floats = buffers.empty((len(patches), num_values), np.float32)
+            patches = images.normalize_patches(patches, pack.vision, out=floats)
+        values[name] = as_tensor(patches)
+    return values
 
 
-def _batch(pack: Pack, pixel_values: torch.Tensor | None, tower: Tower) -> dict[str, Any]:
+def _batch(pack: Pack, pixel_values: dict[str, torch.Tensor], tower: Tower) -> dict[str, Any]:
     supervised = as_tensor(pack.supervised_index).long()
     labels = as_tensor(pack.labels)
     batch: dict[str, Any] = {
@@ -172,9 +186,15 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None, tower: Tower) -> dict[
         "position_ids": as_tensor(pack.position_ids)[:, None],
         "use_cache": False,
     }
-    if pixel_values is not None:
-        batch["pixel_values"] = pixel_values
-        batch["image_grid_thw"] = as_tensor(pack.grid_thw)
+    grids = as_tensor(pack.grid_thw).split([pack.num_images, len(pack.grid_thw) - pack.num_images])
+    for (name, grid_name), grid_thw in zip(_PIXELS.items(), grids):
+        if name in pixel_values:
+            batch |= {name: pixel_values[name], grid_name: grid_thw}
+    grid_order, grid_offsets = _grids_by_segment(pack)
+    rule = None
+    if pack.num_images < len(pack.grid_thw):
+        video = pack.vision.video_spec
+        rule = (video.has_timestamps, video.tokens_per_second)
     batch["mmpack"] = {
         "offsets": tuple(map(int, pack.cu_seqlens)),  # ints: torch.compile takes arrays for tensors
         "cu_seqlens": as_tensor(pack.cu_seqlens),
@@ -190,8 +210,11 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None, tower: Tower) -> dict[
         "text_order": as_tensor(pack.text_order),
         "text_id_offsets": as_tensor(pack.text_id_offsets),
         "num_patches": len(pack.vision_position_ids),
-        "grid_thw": tuple(tuple(map(int, grid)) for grid in pack.grid_thw),
-        "image_offsets": tuple(map(int, _image_offsets(pack))),
+        "grid_thw": tuple(
+            tuple(map(int, grid)) for grid in pack.grid_thw[grid_order]
+        ),  # by segment
+        "grid_offsets": tuple(map(int, grid_offsets)),
+        "video_rule": rule,
         "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
         "vision_cu_seqlens": as_tensor(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
@@ -199,16 +222,16 @@ def _batch(pack: Pack, pixel_values: torch.Tensor | None, tower: Tower) -> dict[
         "vision_tiles": as_tensor(pack.vision_tiles),
         "vision_position_ids": as_tensor(pack.vision_position_ids),
     }
-    if pixel_values is not None and tower.window_side is not None:
+    if pixel_values and tower.window_side is not None:
         batch["mmpack"] |= _in_windows(pack, tower.window_side)
-    if pixel_values is not None and tower.table_side is not None:
+    if pixel_values and tower.table_side is not None:
         index, weight = reference.interpolated_positions(
             pack.vision_position_ids, pack.grid_thw, tower.table_side
         )
         batch["mmpack"]["position_index"] = torch.from_numpy(index)
         # The floats' bits: FSDP2 and DeepSpeed cast floating inputs to bf16.
         batch["mmpack"]["position_weight_bits"] = torch.from_numpy(weight.view(np.int32))
-    if pixel_values is not None and pixel_values.dtype == torch.uint8:
+    if any(values.dtype == torch.uint8 for values in pixel_values.values()):
         # Python floats: tensors of them would be cast to bf16 with the inputs
         batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
     return batch
@@ -240,16 +263,17 @@ def _in_windows(pack: Pack, side: int) -> dict[str, Any]:
     }
 
 
-def _image_offsets(pack: Pack) -> Int64:
-    """(S + 1,) offsets of the segments in the images."""
+def _grids_by_segment(pack: Pack) -> tuple[Int64, Int64]:
+    """(order (I,), offsets (S + 1,)): the grids segment by segment, which feature order, images before
+    videos, is not."""
     ends = pack.vision.num_features(pack.grid_thw).cumsum()
     last_token = pack.feature_token[ends - 1]
-    offsets: Int64 = np.searchsorted(last_token, pack.cu_seqlens)
-    return offsets
+    order: Int64 = np.argsort(last_token)
+    return order, np.searchsorted(last_token[order], pack.cu_seqlens)
 
 
-def _has_images(feature: Mapping[str, Any]) -> bool:
-    return feature.get("pixel_values") is not None and len(feature["pixel_values"]) > 0
+def _has(feature: Mapping[str, Any], name: str) -> bool:
+    return feature.get(name) is not None and len(feature[name]) > 0
 
 
 def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec) -> EncodedSample:
@@ -260,8 +284,6 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         )
     if feature.get("labels") is None:
         raise ValueError(f"feature {number} has no labels; mask the prompt with -100 and pass them")
-    if feature.get("pixel_values_videos") is not None:
-        raise ValueError(f"feature {number} has a video; videos are not supported yet")
     input_ids, labels = (_row(feature[name], name, number) for name in ("input_ids", "labels"))
     if len(input_ids) != len(labels):
         raise ValueError(
@@ -270,36 +292,63 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
     if feature.get("attention_mask") is not None:  # padding needs no place in a pack
         real = _row(feature["attention_mask"], "attention_mask", number) != 0
         input_ids, labels = input_ids[real], labels[real]
-    if _has_images(feature):
-        grid_thw = np.asarray(feature["image_grid_thw"], dtype=np.int32).reshape(-1, 3)
-    else:
+    grids, markers = [], []
+    for (pixels, name), token_id, kind in zip(
+        _PIXELS.items(), (vision.image_token_id, vision.video_token_id), ("image", "video")
+    ):
         grid_thw = np.empty((0, 3), dtype=np.int32)
-
-    num_features = vision.num_features(grid_thw)
-    placeholders = np.flatnonzero(input_ids == vision.image_token_id)
-    if len(placeholders) != num_features.sum():
-        raise ValueError(
-            f"feature {number} has {len(placeholders)} image placeholders but its {len(grid_thw)} "
-            f"images have {num_features.sum()} features; was it truncated?"
-        )
-    patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
-    if len(grid_thw) and len(feature["pixel_values"]) != patches:
-        raise ValueError(
-            f"feature {number} has {len(feature['pixel_values'])} patches in pixel_values but its "
-            f"grids have {patches}"
-        )
-    keep = np.ones(len(input_ids), dtype=bool)
-    keep[placeholders] = False
-    keep[placeholders[np.cumsum(num_features) - num_features]] = True
+        if _has(feature, pixels):
+            if feature.get(name) is None:
+                raise ValueError(f"feature {number} has {pixels} but no {name}; pass both on")
+            grid_thw = np.asarray(feature[name], dtype=np.int32).reshape(-1, 3)
+        patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
+        if len(grid_thw) and len(feature[pixels]) != patches:
+            raise ValueError(
+                f"feature {number} has {len(feature[pixels])} patches in {pixels} but its "
+                f"grids have {patches}"
+            )
+        if kind == "video" and len(grid_thw) and vision.video_spec.has_timestamps:
+            grid_thw = np.insert(grid_thw[:, 1:].repeat(grid_thw[:, 0], axis=0), 0, 1, axis=1)
+        num_features = vision.num_features(grid_thw)
+        placeholders = np.flatnonzero(input_ids == token_id)
+        if len(placeholders) != num_features.sum():
+            raise ValueError(
+                f"feature {number} has {len(placeholders)} {kind} placeholders but its {len(grid_thw)} "
+                f"{kind}s have {num_features.sum()} features; was it truncated?"
+            )
+        grids.append(grid_thw)
+        markers.append(placeholders[np.cumsum(num_features) - num_features])
+    is_vision = np.isin(input_ids, (vision.image_token_id, vision.video_token_id))
+    keep = ~is_vision
+    keep[np.concatenate(markers)] = True
+    order = np.argsort(np.concatenate(markers))
     return EncodedSample(
         input_ids=input_ids[keep].astype(np.int32),
-        labels=np.where(input_ids == vision.image_token_id, IGNORE, labels)[keep].astype(np.int32),
-        grid_thw=grid_thw,
+        labels=np.where(is_vision, IGNORE, labels)[keep].astype(np.int32),
+        grid_thw=np.concatenate(grids)[order],
         images=(),
         vision=vision,
         source="processor outputs",
         row=number,
+        temporal_step=_steps(feature, [len(g) for g in grids], number, vision)[order],
     )
+
+
+def _steps(
+    feature: Mapping[str, Any], num_grids: Sequence[int], number: int, vision: VisionSpec
+) -> Float32:
+    """M-RoPE positions a temporal patch, of the images and then the videos."""
+    steps = np.ones(sum(num_grids), dtype=np.float32)
+    per_second = vision.video_spec.tokens_per_second if num_grids[1] else None
+    if per_second is not None:
+        seconds = feature.get("second_per_grid_ts")
+        if seconds is None or len(seconds) != num_grids[1]:
+            raise ValueError(
+                f"feature {number} has {num_grids[1]} videos and not as many second_per_grid_ts; pass on "
+                "what the processor gives"
+            )
+        steps[num_grids[0] :] = np.float32(per_second) * np.asarray(seconds, dtype=np.float32)
+    return steps
 
 
 def _row(values: Any, name: str, number: int) -> np.ndarray:

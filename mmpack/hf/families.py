@@ -18,6 +18,8 @@ class Family:
         has_position_table: the tower adds learned positions, interpolated to each image's grid.
         has_deepstack: features of inner blocks are added after the first text layers.
         is_interleaved: t, h and w take the rotary frequencies by turns, not one after the other.
+        has_timestamps: a video's temporal patches are runs of placeholders of their own, behind their
+            times.
         has_experts: text tokens are routed to experts, whose products are as long as their tokens.
     """
 
@@ -25,10 +27,16 @@ class Family:
     has_position_table: bool = False
     has_deepstack: bool = False
     is_interleaved: bool = False
+    has_timestamps: bool = False
     has_experts: bool = False
 
 
-_QWEN3 = {"has_position_table": True, "has_deepstack": True, "is_interleaved": True}
+_QWEN3 = {
+    "has_position_table": True,
+    "has_deepstack": True,
+    "is_interleaved": True,
+    "has_timestamps": True,
+}
 FAMILIES = {  # by config.model_type of the inner model
     "qwen2_vl": Family(),
     "qwen2_5_vl": Family(has_windows=True),
@@ -64,6 +72,26 @@ def tower_of(base: Any) -> Tower:
     if family.has_position_table:
         table_side = int(config.num_position_embeddings**0.5)
     return Tower(window_side, table_side)
+
+
+def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:
+    """Refuse videos encoded for another family.
+
+    Args:
+        base: an inner model.
+        rule: of the data, `has_timestamps` and `tokens_per_second` (`mmpack.vision.VideoSpec`).
+
+    Raises:
+        ValueError: the model's differ; names both.
+    """
+    per_second = getattr(base.config.vision_config, "tokens_per_second", None)
+    ours = (family_of(base).has_timestamps, per_second)
+    if ours != rule:
+        raise ValueError(
+            f"the model takes videos with has_timestamps={ours[0]} and tokens_per_second={ours[1]}, these "
+            f"were encoded with {rule[0]} and {rule[1]}; encode them with the model's own processor and "
+            "config: VisionSpec.from_processor(processor, model.config)"
+        )
 
 
 def find_inner(model: nn.Module) -> Any:

@@ -31,8 +31,13 @@ def check_isolation(base: nn.Module) -> None:
         RuntimeError: the second segment's hidden states differ.
     """
     vision = _vision_spec(base.config)
-    special = (vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id)
-    text_ids = [token_id for token_id in range(18) if token_id not in special]
+    special = (
+        vision.vision_start_token_id,
+        vision.image_token_id,
+        vision.video_token_id,
+        vision.vision_end_token_id,
+    )
+    text_ids = [token_id for token_id in range(19) if token_id not in special]
     samples = [_sample(text_ids[n : n + 5], vision) for n in (0, 5, 10)]
     modes = [(module, module.training) for module in base.modules()]
     device = base.device

@@ -25,7 +25,7 @@ from torch import nn
 
 from mmpack.hf import attention, tower
 from mmpack.hf.embedding import embed, is_sharded
-from mmpack.hf.families import family_of, inner_model
+from mmpack.hf.families import check_videos, family_of, inner_model
 from mmpack.hf.isolation import check_isolation
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.rotary import rotations, text_forward
@@ -149,8 +149,8 @@ def _take_pack(
     features, nothing = [None], None
     # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
-        if kwargs.get("pixel_values") is not None:
-            features = tower.run_tower(base, kwargs["pixel_values"], kwargs["image_grid_thw"], pack)
+        if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
+            features = tower.run_tower(base, *tower.pixels_and_grids(kwargs), pack)
         elif tower.must_run(base.visual):
             nothing = 0 * tower.run_on_nothing(base, impl)
     embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features[0], pack, impl)
@@ -166,6 +166,8 @@ def _take_pack(
         "position_ids": position_ids,
         "pixel_values": None,
         "image_grid_thw": None,
+        "pixel_values_videos": None,
+        "video_grid_thw": None,
         "use_cache": False,
     }
 
@@ -198,8 +200,9 @@ def _check_batch(
             f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
             f"(1, {num_tokens}); nothing may cut or stack a PackCollator's batch"
         )
-    family, pixel_values = family_of(base), kwargs.get("pixel_values")
-    num_patches = 0 if pixel_values is None else len(pixel_values)
+    family = family_of(base)
+    pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
+    num_patches = sum(len(values) for values in pixels if values is not None)
     if num_patches != pack["num_patches"]:
         raise ValueError(
             f"pixel_values have {num_patches} patches, the pack has {pack['num_patches']}; an "
@@ -212,6 +215,8 @@ def _check_batch(
             f"the batch was collated without knowing a {base.config.model_type}'s vision tower; pass the "
             "model to the collator: PackCollator(model=model)"
         )
+    if pack["video_rule"] is not None:
+        check_videos(base, pack["video_rule"])
 
 
 def _check_once(base: nn.Module) -> None:

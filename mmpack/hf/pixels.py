@@ -7,6 +7,7 @@ stock forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,17 +29,30 @@ def patch_embed_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., tor
         if is_here and is_bare(self.proj, nn.Conv3d):
             from mmpack.ops import patch_embed  # here: Triton is not everywhere
 
-            return patch_embed(hidden_states, None, weight, self.proj.bias, mean, std)
-        return stock(self, normalized(hidden_states, mean, std, self.temporal_patch_size))
+            stills, video = hidden_states, None
+            still_values = math.prod(weight.shape[1:]) // weight.shape[2]
+            if hidden_states.shape[1] > still_values:
+                stills, video = hidden_states[:0, :still_values], hidden_states
+            return patch_embed(stills, video, weight, self.proj.bias, mean, std)
+        values = self.in_channels * self.temporal_patch_size * self.patch_size**2
+        return stock(self, normalized(hidden_states, mean, std, values))
 
     return forward
 
 
 def normalized(
-    stills: torch.Tensor, mean: Sequence[float], std: Sequence[float], frames: int
+    patches: torch.Tensor, mean: Sequence[float], std: Sequence[float], values: int
 ) -> torch.Tensor:
-    """uint8 still patches (P, C * p * p) -> `pixel_values` (P, C * frames * p * p) float32, where they
-    are: for a projection that is more than its weight (LoRA, hooks, a shard of its own)."""
-    channels = stills.unflatten(1, (len(mean), -1)).float().unbind(1)
+    """uint8 patches, of stills (P, C * p * p) or videos (P, C * t * p * p) -> `pixel_values` (P, values)
+    float32, values = C * t * p * p, where they are: for a projection that is more than its weight (LoRA,
+    hooks, a shard of its own)."""
+    channels = patches.unflatten(1, (len(mean), -1)).float().unbind(1)
     scaled = [(x / 255 - m) / s for x, m, s in zip(channels, mean, std)]
-    return torch.stack(scaled, dim=1)[:, :, None].expand(-1, -1, frames, -1).flatten(1)
+    return in_every_frame(torch.stack(scaled, dim=1).flatten(1), len(mean), values)
+
+
+def in_every_frame(patches: torch.Tensor, channels: int, values: int) -> torch.Tensor:
+    """Patches (P, values), those of stills (P, C * p * p) repeated in every frame."""
+    frames = values // patches.shape[1]
+    by_channel = patches.unflatten(1, (channels, 1, -1))
+    return by_channel.expand(-1, -1, frames, -1).flatten(1)

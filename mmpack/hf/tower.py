@@ -7,7 +7,7 @@ permuted instead, which have no gradient, positions arrive permuted, and the fea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,20 @@ from mmpack.hf.families import family_of
 Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, what makes the new one of it
 
 
+def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's pixels (P, values) and grids (I, 3), images before videos, which one call takes. Bytes of
+    stills beside those of videos are repeated in every frame, as floats are in the worker."""
+    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+    parts = [(batch[a], batch[b]) for a, b in names if batch.get(a) is not None]
+    if len(parts) == 1:
+        return parts[0]
+    (stills, image_grids), (clips, video_grids) = parts
+    if stills.dtype == torch.uint8:
+        channels = len(batch["mmpack"]["normalization"][0])
+        stills = pixels.in_every_frame(stills, channels, clips.shape[1])
+    return torch.cat([stills, clips]), torch.cat([image_grids, video_grids])
+
+
 def run_tower(
     base: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor, pack: dict[str, Any]
 ) -> list[torch.Tensor]:
@@ -31,7 +45,7 @@ def run_tower(
     Args:
         base: a patched inner model.
         pixel_values: (P, values) floats, or uint8, in merge order.
-        grid_thw: (I, 3) patches of each image.
+        grid_thw: (I, 3) patches of each image and video.
         pack: the batch's `mmpack` dict.
     """
     tower, family = base.visual, family_of(base)

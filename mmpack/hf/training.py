@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -27,14 +28,36 @@ from mmpack.hf.collator import PackCollator
 from mmpack.hf.models import patch_model
 from mmpack.vision import VisionSpec
 
+# Class defaults of transformers' video processors, whose files cannot be imported without torchvision.
+_FRAMES = {"min_frames": 4, "max_frames": 768}
+_VIDEO_PROCESSORS = {
+    "Qwen2VLVideoProcessor": {
+        **_FRAMES,
+        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
+    },
+    "Qwen3VLVideoProcessor": {
+        **_FRAMES,
+        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
+    },
+}
+
 
 def load_processor(
-    folder: str | os.PathLike[str], max_pixels: int | None = None, resizer: str = "pillow"
+    folder: str | os.PathLike[str],
+    max_pixels: int | None = None,
+    resizer: str = "pillow",
+    config: Any = None,
+    video: Mapping[str, Any] | None = None,
 ) -> tuple[Any, VisionSpec]:
     """(tokenizer, VisionSpec) from a folder as Qwen publishes them.
 
-    The image processor's settings alone are needed, so this works where torchvision, which
-    transformers' own processor asks for, is not installed.
+    The processors' settings alone are needed, so this works where torchvision, which transformers' own
+    processor asks for, is not installed.
+
+    Args:
+        max_pixels, resizer: the spec's, over the folder's.
+        config: the model's; by default the folder's, where it holds one.
+        video: fields of `VideoSpec` over the folder's; None as a value leaves them.
 
     Raises:
         ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`.
@@ -51,8 +74,49 @@ def load_processor(
         if not template.is_file():
             raise ValueError(f"{folder} has no chat template")
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
-    vision = replace(VisionSpec.from_parts(image_processor, tokenizer), resizer=resizer)
-    return tokenizer, vision if max_pixels is None else replace(vision, max_pixels=max_pixels)
+    if config is None and (Path(folder) / "config.json").is_file():
+        config = load_config(folder)
+    video_processor = _video_processor(Path(folder), config)
+    vision = VisionSpec.from_parts(image_processor, tokenizer, video_processor, config)
+    changes: dict[str, Any] = {"resizer": resizer}
+    if max_pixels is not None:
+        changes["max_pixels"] = max_pixels
+    chosen = {name: value for name, value in (video or {}).items() if value is not None}
+    if chosen and vision.video is None:
+        raise ValueError(
+            f"{folder} is of a Qwen2.5-VL, whose videos need the model's config; pass --config too"
+        )
+    if chosen:
+        changes["video"] = replace(vision.video, **chosen)
+    return tokenizer, replace(vision, **changes)
+
+
+def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
+    """The settings of a folder's video processor, where transformers looks for them. None for Qwen2.5-VL
+    without its config, which says what time means."""
+    settings: dict[str, Any] = {}
+    for name, part in {
+        "preprocessor_config.json": None,
+        "video_preprocessor_config.json": None,
+        "processor_config.json": "video_processor",
+    }.items():
+        if (folder / name).is_file():
+            saved = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = saved if part is None else saved.get(part)
+            settings = (
+                found | {"processor_class": saved.get("processor_class")} if found else settings
+            )
+    of_class = str(settings.get("processor_class"))
+    if config is None and of_class.startswith("Qwen2_5"):
+        return None
+    default = "Qwen3VLVideoProcessor" if of_class.startswith("Qwen3") else "Qwen2VLVideoProcessor"
+    kind = settings.get("video_processor_type") or default
+    if kind not in _VIDEO_PROCESSORS:
+        raise ValueError(f"{folder} has a {kind}; read are {', '.join(_VIDEO_PROCESSORS)}")
+    merged = {**_VIDEO_PROCESSORS[kind], **settings, "video_processor_type": kind}
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # the older names
+    given = {edges[name]: merged[name] for name in edges if merged.get(name) is not None}
+    return SimpleNamespace(**{**merged, "size": {**merged["size"], **given}})
 
 
 def load_model(model: str | None, config: str | None, seed: int) -> nn.Module:
@@ -87,6 +151,7 @@ def check_fit(model: nn.Module, vision: VisionSpec) -> None:
     tower = config.vision_config
     pairs = {
         "image_token_id": (config.image_token_id, vision.image_token_id),
+        "video_token_id": (config.video_token_id, vision.video_token_id),
         "vision_start_token_id": (config.vision_start_token_id, vision.vision_start_token_id),
         "patch_size": (tower.patch_size, vision.patch_size),
         "merge_size": (tower.spatial_merge_size, vision.merge_size),
