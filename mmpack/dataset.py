@@ -121,7 +121,8 @@ class PackedDataset(Dataset[Pack]):
         if isinstance(processor, tuple):
             tokenizer, vision = processor
         else:
-            tokenizer, vision = processor, VisionSpec.from_processor(processor)
+            config = cost if hasattr(cost, "model_type") else None  # videos of Qwen2.5-VL need it
+            tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
         if not isinstance(data, (str, os.PathLike)):
             data = list(data)
         if isinstance(data, list) and data and isinstance(data[0], Sample):

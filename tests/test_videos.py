@@ -411,6 +411,24 @@ def test_processor_outputs_with_videos(family):
             collate(features)
 
 
+def test_a_processor_of_time_needs_the_config(tokenizer, stock):
+    """Qwen2.5-VL's processor does not know how many positions a second has; the model does."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    processor = types.SimpleNamespace(
+        image_processor=Qwen2VLImageProcessorPil(),
+        video_processor=processor_of(2, stock[0]),
+        tokenizer=tokenizer,
+        model_input_names=["input_ids", "second_per_grid_ts"],
+    )
+    assert VisionSpec.from_processor(processor).video is None
+    assert VisionSpec.from_processor(types.SimpleNamespace(**vars(processor) | {
+        "model_input_names": ["input_ids"]})).video == SECOND  # fmt: skip
+    model = tiny_model(tiny_config(family="qwen2_5_vl"))
+    collate = PackCollator(processor, model=model)
+    assert collate.vision.video == dataclasses.replace(SECOND, tokens_per_second=4)
+
+
 TURNS = ROW["conversations"]
 ONE = [{"from": "human", "value": "<video>?"}, TURNS[1]]
 WRONG = {

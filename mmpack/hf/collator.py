@@ -96,7 +96,8 @@ class PackCollator:
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
-            self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor)
+            config = None if model is None else inner_model(model).config
+            self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         if all(isinstance(feature, Pack) for feature in features):
