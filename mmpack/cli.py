@@ -40,7 +40,15 @@ examples:
 """
 
 
-PLANNING = ("capacity", "patch_capacity", "on_overflow", "plan_seed", "config", "frozen")
+PLANNING = (
+    "capacity",
+    "patch_capacity",
+    "max_image_share",
+    "on_overflow",
+    "plan_seed",
+    "config",
+    "frozen",
+)
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
 
 
@@ -101,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     pack.add_argument(
+        "--png", metavar="FILE", help="draw how text and images share packs and files"
+    )
+    pack.add_argument(
         "--config",
         help="config.json, or the folder, of the model to train: packs then cost the same on it",
     )
@@ -142,6 +153,12 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--tokenizer", required=required, help="folder of tokenizer and processor")
     parser.add_argument("--capacity", type=int, required=required, help="tokens a pack may hold")
     parser.add_argument("--patch-capacity", type=int, help="vision patches a pack may hold")
+    parser.add_argument(
+        "--max-image-share",
+        type=float,
+        metavar="SHARE",
+        help="most of a pack's capacity that image tokens may take, 0 to 1",
+    )
     parser.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
     parser.add_argument(
         "--resizer",
@@ -154,9 +171,8 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     parser.add_argument(
         "--on-overflow",
-        choices=["error", "drop", "truncate"],
-        default="error",
-        help="what to do with a row longer than a pack",
+        choices=["error", "drop", "truncate", "split"],
+        help="what to do with a row longer than a pack (error; documents: split)",
     )
     parser.add_argument("--train-on-prompt", action="store_true", help="supervise all text")
     parser.add_argument(
@@ -173,6 +189,12 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage",
+        choices=["sft", "pretrain"],
+        default="sft",
+        help="rows are conversations, or documents: text with images, without a template",
+    )
     parser.add_argument("--dataset", metavar="NAME", help="entry of the dataset_info.json in DATA")
     parser.add_argument(
         "--media-dir",
@@ -241,15 +263,16 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.index import made_from
     from mmpack.plan import padded_utilization
     from mmpack.readers import row_groups
-    from mmpack.report import balance_lines, balance_report
+    from mmpack.report import balance_lines, balance_report, pack_picture
     from mmpack.store import reuse_store, write_batches
 
+    _settle(options)
     config = _config(options.config, options.frozen)
     bad_rows: list[BadRow] = []
     about: dict[str, Any] = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("run", "json", "overwrite", "jobs", "out")
+        if name not in ("run", "json", "overwrite", "jobs", "out", "png")
     }
     about["begun"] = time.time_ns()
     reading = _reading(options)
@@ -275,18 +298,21 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
             batches = _batches(groups, tokenizer, vision, jobs=options.jobs, **ways)
             store = write_batches(partial, batches, vision, about)
             _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
-        cost = None if config is None else costs_of(store, config, options.frozen)
+        samples, patch_capacity, on_overflow = _cut(store, vision, options)
+        if samples is not store:
+            samples.save(partial / "pieces.npz")
+        cost = None if config is None else costs_of(samples, config, options.frozen)
         plan = plan_samples(
-            store,
+            samples,
             options.capacity,
-            options.patch_capacity,
-            options.on_overflow,
+            patch_capacity,
+            on_overflow,
             options.plan_seed,
             cost,
         )
         plan.save(partial / "plan.npz")
         lost = [(n, "dropped") for n in plan.dropped] + [(n, "cut") for n in plan.truncated]
-        overflow = [_overflow_line(store[number], fate) for number, fate in lost]
+        overflow = [_overflow_line(samples[number], fate) for number, fate in lost]
         num_bad = _count_lines(partial / "bad_rows.jsonl")
         _write_lines(partial / "overflow.jsonl", overflow)
         shutil.rmtree(out, ignore_errors=True)
@@ -305,9 +331,14 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "utilization": round(plan.utilization, 6),
         "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
-        **balance_report(plan, store.sources, store.num_patches // vision.merge_size**2),
+        **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
         "seconds": round(time.perf_counter() - start, 3),
     }
+    if samples is not store:
+        report |= {"split": samples.num_split, "pieces": len(samples)}
+    if options.png is not None:
+        image_tokens = samples.num_patches // vision.merge_size**2
+        pack_picture(plan, samples.sources, image_tokens, options.png)
     if options.json:
         print(json.dumps(report))
         return
@@ -320,6 +351,9 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
     print("\n".join(balance_lines(report)))
+    if report.get("split"):
+        cut = report["pieces"] - len(store) + report["split"]
+        print(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     if num_bad:
         print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if lost:
@@ -387,11 +421,13 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
 
     from mmpack.encode import encode_samples
     from mmpack.hf.training import load_processor
-    from mmpack.readers import read_samples
+    from mmpack.readers import read_documents, read_samples
 
+    reading = _reading(options)
+    read = read_documents if reading.pop("stage") == "pretrain" else read_samples
     on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
     tokenizer, vision = load_processor(options.tokenizer, options.max_pixels, options.resizer)
-    samples = read_samples(options.data, on_error=on_error, **_reading(options))
+    samples = read(options.data, on_error=on_error, **reading)
     encoded = encode_samples(
         samples,
         tokenizer,
@@ -401,6 +437,19 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
         on_error=on_error,
     )
     return tqdm(encoded, unit=" rows", desc="encoding", disable=None), vision
+
+
+def _cut(samples: Any, vision: VisionSpec, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(samples, long documents in pieces, patch capacity, on_overflow), as there is to plan."""
+    from mmpack.split import image_capacity, split_samples
+
+    patch_capacity = options.patch_capacity
+    if options.max_image_share is not None:
+        most = image_capacity(options.max_image_share, options.capacity, vision)
+        patch_capacity = most if patch_capacity is None else min(most, patch_capacity)
+    if options.on_overflow != "split":
+        return samples, patch_capacity, options.on_overflow
+    return split_samples(samples, options.capacity, patch_capacity), patch_capacity, "error"
 
 
 def _config(path: str | None, frozen: Sequence[str]) -> Any:
@@ -421,7 +470,18 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
         "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
         "missing_marker": options.missing_marker,
         "verify": "decode" if options.decode else "header",
+        "stage": options.stage,
     }
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """What follows from other options: documents are split, conversations are not."""
+    if options.on_overflow is None:
+        options.on_overflow = "split" if options.stage == "pretrain" else "error"
+    if options.stage == "sft" and options.on_overflow == "split":
+        raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
+    if options.stage == "pretrain" and (options.train_on_prompt or options.mask_history):
+        raise ValueError("documents have no turns; leave out --train-on-prompt and --mask-history")
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -438,15 +498,17 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
             "--capacity"
         )
     else:
+        _settle(options)
         bad_rows: list[BadRow] = []
         config = _config(options.model or options.config, options.frozen)
-        samples = list(_encode(options, bad_rows)[0])
+        encoded, vision = _encode(options, bad_rows)
+        samples, patch_capacity, on_overflow = _cut(list(encoded), vision, options)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
             None if config is None else costs_of(samples, config, options.frozen),
-            patch_capacity=options.patch_capacity,
-            on_overflow=options.on_overflow,
+            patch_capacity=patch_capacity,
+            on_overflow=on_overflow,
             seed=options.plan_seed,
         )
         for row in bad_rows:

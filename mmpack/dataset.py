@@ -26,14 +26,17 @@ from mmpack.assemble import assemble
 from mmpack.cost import sample_flops
 from mmpack.encode import encode_samples
 from mmpack.errors import BadImageError
-from mmpack.plan import OnOverflow, plan_epoch, plan_packs
+from mmpack.plan import plan_epoch, plan_packs
 from mmpack.readers import read_samples
+from mmpack.split import SplitSamples, split_samples
 from mmpack.truncate import truncate_sample
 from mmpack.types import IGNORE, EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
 
 _COUNTERS = 257  # of segments dropped: 256 workers, then the process itself
 _log = logging.getLogger(__name__)
+
+OnOverflow = Literal["error", "drop", "truncate", "split"]
 
 
 class PackedDataset(Dataset[Pack]):
@@ -80,11 +83,15 @@ class PackedDataset(Dataset[Pack]):
 
         `on_overflow` says what becomes of a longer sample: "error"; "drop", listed in
         `plan.dropped`; "truncate", cut by `truncate_sample` and listed in `plan.truncated`, or
-        dropped if the cut takes its whole answer.
+        dropped if the cut takes its whole answer; "split", for documents: in pieces that `samples`
+        then holds, see `mmpack.split`.
 
         Raises:
-            ValueError: a sample is too long and `on_overflow` is "error"; names file and row.
+            ValueError: a sample is too long and `on_overflow` is "error", or an image is too large to
+                split around; names file and row.
         """
+        if on_overflow == "split":
+            samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
         return cls(
             samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
         )
@@ -140,7 +147,11 @@ class PackedDataset(Dataset[Pack]):
         """Open what `mmpack pack --out FOLDER` wrote."""
         from mmpack.store import open_store  # here: data sets in memory do not need Arrow
 
-        return cls(open_store(folder), PackPlan.load(Path(folder) / "plan.npz"))
+        samples: Sequence[EncodedSample] = open_store(folder)
+        pieces = Path(folder) / "pieces.npz"
+        if pieces.exists():
+            samples = SplitSamples.load(samples, pieces)
+        return cls(samples, PackPlan.load(Path(folder) / "plan.npz"))
 
     @property
     def vision(self) -> VisionSpec:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmpack.types import EncodedSample
+from mmpack.types import EncodedSample, Int64
 
 
 def truncate_sample(
@@ -19,12 +19,7 @@ def truncate_sample(
     lost its whole answer: check `is_supervised`.
     """
     vision = sample.vision
-    is_marker = sample.input_ids == vision.image_token_id
-    width = np.ones(len(sample.input_ids), dtype=np.int64)
-    width[is_marker] = vision.num_features(sample.grid_thw)
-    patches = np.zeros_like(width)
-    patches[is_marker] = sample.grid_thw.astype(np.int64).prod(axis=-1)
-
+    is_marker, width, patches = token_sizes(sample)
     fits = width.cumsum() <= capacity
     if patch_capacity is not None:
         fits &= patches.cumsum() <= patch_capacity
@@ -44,3 +39,14 @@ def truncate_sample(
         grid_thw=sample.grid_thw[:num_images],
         images=sample.images[:num_images],
     )
+
+
+def token_sizes(sample: EncodedSample) -> tuple[np.ndarray, Int64, Int64]:
+    """Of each of a sample's n ids: whether it is a marker, the tokens and the patches it becomes."""
+    vision = sample.vision
+    is_marker = sample.input_ids == vision.image_token_id
+    width = np.ones(len(sample.input_ids), dtype=np.int64)
+    width[is_marker] = vision.num_features(sample.grid_thw)
+    patches = np.zeros_like(width)
+    patches[is_marker] = sample.grid_thw.astype(np.int64).prod(axis=-1)
+    return is_marker, width, patches

@@ -43,13 +43,13 @@ class Message:
     """One turn. `content` holds text and images in reading order, so a text that quotes
     `<image>` is text and an image is at its place by construction."""
 
-    role: str  # "system", "user" or "assistant"
+    role: str  # "system", "user" or "assistant"; "document" of a document's only message
     content: tuple[str | ImageRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation; what a row on disk becomes."""
+    """One conversation or document; what a row on disk becomes."""
 
     messages: tuple[Message, ...]
     source: str  # file the row comes from

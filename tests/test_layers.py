@@ -25,8 +25,10 @@ LAYERS = {
     "reference": 1,
     "assemble": 2,
     "conversations": 2,
+    "documents": 2,
     "encode": 2,
     "plan": 2,
+    "split": 2,
     "store": 2,
     "truncate": 2,
     "readers": 3,
@@ -44,6 +46,8 @@ LAYERS = {
 SAME_LAYER = {
     ("vision", "errors"),
     ("types", "vision"),
+    ("documents", "conversations"),
+    ("split", "truncate"),
     ("hf", "hf"),
     ("ops", "ops"),
     ("ops", "reference"),  # the door to attention runs it by name
