@@ -221,6 +221,7 @@ class Pack:
         vision_position_ids: (P, 2) int64 row and column of every patch, in merge order.
         pixels: (P, C * p * p) uint8 patches in merge order, or None where not decoded.
         vision: the spec of the images.
+        resume: where a stream stands after this pack (`mmpack.stream`), else None.
     """
 
     input_ids: Int64
@@ -243,6 +244,7 @@ class Pack:
     vision_position_ids: Int64
     pixels: NDArray[np.uint8] | None
     vision: VisionSpec
+    resume: bytes | None = None
 
     @property
     def num_segments(self) -> int:
