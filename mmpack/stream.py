@@ -169,6 +169,8 @@ class PackStream(Assembling, IterableDataset[Pack]):
     def __iter__(self) -> Iterator[Pack]:
         info = get_worker_info()
         number, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if info is not None:  # threads of the tokenizer's would be missing in a fork, and it hangs
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._consumed and workers != self._workers:
             raise ValueError(
                 f"the state was saved with {self._workers} workers, there are {workers}; only as many "

@@ -45,7 +45,9 @@ def numbers_in(pack):
 def no_pixels(monkeypatch):
     """Images without a file get none."""
     real = mmpack.dataset.assemble
-    monkeypatch.setattr(mmpack.dataset, "assemble", lambda s, **k: real(s, pixels=any(x.images for x in s)))
+    monkeypatch.setattr(
+        mmpack.dataset, "assemble", lambda s, **k: real(s, pixels=any(x.images for x in s))
+    )
 
 
 def as_worker(stream, worker, workers):
