@@ -21,11 +21,13 @@ from mmpack.vision import VideoSpec, VisionSpec
 
 if TYPE_CHECKING:
     from mmpack.dataset import PackedDataset
+    from mmpack.stream import PackStream
 
 __all__ = [
     "EncodedSample",
     "Pack",
     "PackPlan",
+    "PackStream",
     "PackedDataset",
     "Sample",
     "VideoSpec",
@@ -40,8 +42,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PackedDataset":  # the one name that needs torch
+    if name == "PackedDataset":  # these two need torch
         from mmpack.dataset import PackedDataset
 
         return PackedDataset
+    if name == "PackStream":
+        from mmpack.stream import PackStream
+
+        return PackStream
     raise AttributeError(f"module 'mmpack' has no attribute {name!r}")

@@ -40,6 +40,7 @@ def check_rows(
     *,
     missing_marker: str = "refuse",
     verify: str = "header",
+    stage: str = "sft",
     tokenizer: Any = None,
     vision: Any = None,
 ) -> Iterator[CheckedRow]:
@@ -49,7 +50,7 @@ def check_rows(
     same.
     """
     for group in groups:
-        reader = RowReader(group.fields, group.folders, missing_marker, verify)
+        reader = RowReader(group.fields, group.folders, missing_marker, verify, stage)
         rows = iter(_rows_or_error(group.rows))
         while chunk := list(islice(rows, _CHUNK)):
             checked = [_read(row, reader) for row in chunk]

@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     pack.add_argument(
+        "--png", metavar="FILE", help="draw how text and images share packs and files"
+    )
+    pack.add_argument(
         "--config",
         help="config.json, or the folder, of the model to train: packs then cost the same on it",
     )
@@ -171,6 +174,12 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--tokenizer", required=required, help="folder of tokenizer and processor")
     parser.add_argument("--capacity", type=int, required=required, help="tokens a pack may hold")
     parser.add_argument("--patch-capacity", type=int, help="vision patches a pack may hold")
+    parser.add_argument(
+        "--max-image-share",
+        type=float,
+        metavar="SHARE",
+        help="most of a pack's capacity that image tokens may take, 0 to 1",
+    )
     parser.add_argument("--max-pixels", type=int, help="pixel budget of an image (the processor's)")
     _add_video_options(parser)
     parser.add_argument(
@@ -184,9 +193,8 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     parser.add_argument(
         "--on-overflow",
-        choices=["error", "drop", "truncate"],
-        default="error",
-        help="what to do with a row longer than a pack",
+        choices=["error", "drop", "truncate", "split"],
+        help="what to do with a row longer than a pack (error; documents: split)",
     )
     parser.add_argument("--train-on-prompt", action="store_true", help="supervise all text")
     parser.add_argument(
@@ -203,6 +211,12 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage",
+        choices=["sft", "pretrain"],
+        default="sft",
+        help="rows are conversations, or documents: text with images, without a template",
+    )
     parser.add_argument("--dataset", metavar="NAME", help="entry of the dataset_info.json in DATA")
     parser.add_argument(
         "--media-dir",
@@ -262,6 +276,7 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.pack import run_pack
 
+    _settle(options)
     config = _config(options.config, options.frozen)
     run_pack(options, _reading(options), _processor(options), config)
 
@@ -271,11 +286,13 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
     from tqdm import tqdm
 
     from mmpack.encode import encode_samples
-    from mmpack.readers import read_samples
+    from mmpack.readers import read_documents, read_samples
 
+    reading = _reading(options)
+    read = read_documents if reading.pop("stage") == "pretrain" else read_samples
     on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
     tokenizer, vision = _processor(options)
-    samples = read_samples(options.data, on_error=on_error, **_reading(options))
+    samples = read(options.data, on_error=on_error, **reading)
     encoded = encode_samples(
         samples,
         tokenizer,
@@ -305,12 +322,24 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
         "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
         "missing_marker": options.missing_marker,
         "verify": "decode" if options.decode else "header",
+        "stage": options.stage,
     }
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """What follows from other options: documents are split, conversations are not."""
+    if options.on_overflow is None:
+        options.on_overflow = "split" if options.stage == "pretrain" else "error"
+    if options.stage == "sft" and options.on_overflow == "split":
+        raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
+    if options.stage == "pretrain" and (options.train_on_prompt or options.mask_history):
+        raise ValueError("documents have no turns; leave out --train-on-prompt and --mask-history")
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.dataset import PackedDataset, costs_of
     from mmpack.hf.training import load_model, parse_training_arguments, train
+    from mmpack.pack import cut_long
 
     steps = [] if options.steps is None else ["--max_steps", str(options.steps)]
     args = parse_training_arguments([*steps, *rest])
@@ -322,15 +351,17 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
             "--capacity"
         )
     else:
+        _settle(options)
         bad_rows: list[BadRow] = []
         config = _config(options.model or options.config, options.frozen)
-        samples = list(_encode(options, bad_rows)[0])
+        encoded, vision = _encode(options, bad_rows)
+        samples, patch_capacity, on_overflow = cut_long(list(encoded), vision, options)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
             None if config is None else costs_of(samples, config, options.frozen),
-            patch_capacity=options.patch_capacity,
-            on_overflow=options.on_overflow,
+            patch_capacity=patch_capacity,
+            on_overflow=on_overflow,
             seed=options.plan_seed,
         )
         for row in bad_rows:

@@ -141,7 +141,7 @@ def turns_of(row: dict[str, Any], fields: Fields, *, is_prompt: bool = False) ->
     )
     system = row.get(columns["system"])
     if system and turns[0][0] != "system":  # a system turn outranks the column
-        turns.insert(0, ("system", _parts(system, "the system prompt")))
+        turns.insert(0, ("system", parts_of(system, "the system prompt")))
     tools = row.get(columns["tools"])
     if tools:
         if turns[0][0] != "system":
@@ -154,6 +154,11 @@ def turns_of(row: dict[str, Any], fields: Fields, *, is_prompt: bool = False) ->
                 f"the assistant's text in turn {number} is empty", "there is nothing to learn"
             )
     return turns
+
+
+def chat_turns(row: dict[str, Any], fields: Fields | None) -> list[Turn]:
+    """The turns of a conversation as they stand there, in any order."""
+    return _chat_turns(row, fields or detect_fields(row))
 
 
 def structured(value: Any) -> Any:
@@ -202,7 +207,7 @@ def _chat_turns(row: dict[str, Any], fields: Fields) -> list[Turn]:
                 f"{where} has the unknown role {_short(name)}", f"known are {sorted(roles)}"
             )
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
-        parts = [] if calls and not content else _parts(content, where)
+        parts = [] if calls and not content else parts_of(content, where)
         if role == "function_call":
             parts = [_calls_text(parts[0] if parts else "", where)]
         elif calls:
@@ -232,15 +237,15 @@ def _alpaca_turns(row: dict[str, Any], columns: dict[str, str]) -> list[Turn]:
             raise RowError(f"no field {columns[name]!r}; the row has {names(row)}", "add it")
     turns: list[Turn] = []
     for number, (question, answer) in enumerate(history):
-        turns.append(("user", _parts(question, f"history {number}")))
-        turns.append(("assistant", _parts(answer, f"history {number}")))
+        turns.append(("user", parts_of(question, f"history {number}")))
+        turns.append(("assistant", parts_of(answer, f"history {number}")))
     texts = [_text(text, "the instruction") for text in (prompt, query) if text]
-    turns.append(("user", _parts("\n".join(texts), "the instruction")))
-    turns.append(("assistant", _parts(row[columns["response"]], "the output")))
+    turns.append(("user", parts_of("\n".join(texts), "the instruction")))
+    turns.append(("assistant", parts_of(row[columns["response"]], "the output")))
     return turns
 
 
-def _parts(content: Any, where: str) -> list[Part]:
+def parts_of(content: Any, where: str) -> list[Part]:
     """Text and pictures of a turn. In a string every `<image>` and `<video>` is one; in OpenAI content
     parts a picture is a part of its own and `<image>` in a text is text."""
     if isinstance(content, str):

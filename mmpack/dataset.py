@@ -26,8 +26,9 @@ from mmpack.assemble import assemble
 from mmpack.cost import sample_flops
 from mmpack.encode import encode_samples
 from mmpack.errors import BadImageError
-from mmpack.plan import OnOverflow, plan_epoch, plan_packs
+from mmpack.plan import plan_epoch, plan_packs
 from mmpack.readers import read_samples
+from mmpack.split import SplitSamples, split_samples
 from mmpack.truncate import truncate_sample
 from mmpack.types import IGNORE, EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
@@ -35,8 +36,43 @@ from mmpack.vision import VisionSpec
 _COUNTERS = 257  # of segments dropped: 256 workers, then the process itself
 _log = logging.getLogger(__name__)
 
+OnOverflow = Literal["error", "drop", "truncate", "split"]
 
-class PackedDataset(Dataset[Pack]):
+
+class Assembling:
+    """What assembles samples into packs, and what becomes there of images that have become bad.
+
+    Attributes:
+        on_bad_image: "raise" or "drop".
+    """
+
+    def __init__(self) -> None:
+        self.on_bad_image: Literal["raise", "drop"] = "raise"
+        self._dropped = torch.zeros(_COUNTERS, dtype=torch.int64).share_memory_()  # one a worker
+
+    @property
+    def num_dropped_segments(self) -> int:
+        """Segments left out of packs so far because of bad images, in this process and its workers."""
+        return int(self._dropped.sum())
+
+    def _assemble(self, samples: list[EncodedSample]) -> Pack:
+        if self.on_bad_image not in ("raise", "drop"):
+            raise ValueError(f"on_bad_image must be 'raise' or 'drop', got {self.on_bad_image!r}")
+        vision = samples[0].vision
+        while samples:
+            try:
+                return assemble(samples, empty=buffers.empty)
+            except BadImageError as error:
+                if self.on_bad_image == "raise":
+                    raise
+                _log.warning("dropped %s", error)
+                worker = get_worker_info()
+                self._dropped[-1 if worker is None else worker.id % (_COUNTERS - 1)] += 1
+                del samples[error.segment]
+        return assemble([EncodedSample.filler(1, vision)])  # none is left
+
+
+class PackedDataset(Assembling, Dataset[Pack]):
     """Packs of encoded samples, by index.
 
     Train with `per_device_train_batch_size=1`: one item is one full row.
@@ -51,6 +87,7 @@ class PackedDataset(Dataset[Pack]):
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
+        super().__init__()
         self.samples = samples
         self.plan = plan
         self.num_empty = 0
@@ -58,8 +95,6 @@ class PackedDataset(Dataset[Pack]):
         self._patch_capacity = plan.patch_capacity
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._planned = (0, plan)  # epoch, plan
-        self.on_bad_image: Literal["raise", "drop"] = "raise"
-        self._dropped = torch.zeros(_COUNTERS, dtype=torch.int64).share_memory_()  # one a worker
 
     @classmethod
     def from_samples(
@@ -80,11 +115,15 @@ class PackedDataset(Dataset[Pack]):
 
         `on_overflow` says what becomes of a longer sample: "error"; "drop", listed in
         `plan.dropped`; "truncate", cut by `truncate_sample` and listed in `plan.truncated`, or
-        dropped if the cut takes its whole answer.
+        dropped if the cut takes its whole answer; "split", for documents: in pieces that `samples`
+        then holds, see `mmpack.split`.
 
         Raises:
-            ValueError: a sample is too long and `on_overflow` is "error"; names file and row.
+            ValueError: a sample is too long and `on_overflow` is "error", or an image is too large to
+                split around; names file and row.
         """
+        if on_overflow == "split":
+            samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
         return cls(
             samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
         )
@@ -141,12 +180,21 @@ class PackedDataset(Dataset[Pack]):
         """Open what `mmpack pack --out FOLDER` wrote."""
         from mmpack.store import open_store  # here: data sets in memory do not need Arrow
 
-        return cls(open_store(folder), PackPlan.load(Path(folder) / "plan.npz"))
+        samples: Sequence[EncodedSample] = open_store(folder)
+        pieces = Path(folder) / "pieces.npz"
+        if pieces.exists():
+            samples = SplitSamples.load(samples, pieces)
+        return cls(samples, PackPlan.load(Path(folder) / "plan.npz"))
 
     @property
     def vision(self) -> VisionSpec:
         """The spec all samples were encoded with."""
         return self.samples[0].vision
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a pack may hold."""
+        return self.plan.capacity
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan items come from, in workers that are already running too.
@@ -154,11 +202,6 @@ class PackedDataset(Dataset[Pack]):
         A pure function of the epoch. Under Trainer, `mmpack.hf.PackingCallback` calls it.
         """
         self._epoch[0] = epoch
-
-    @property
-    def num_dropped_segments(self) -> int:
-        """Segments left out of packs so far because of bad images, in this process and its workers."""
-        return int(self._dropped.sum())
 
     def append_empty_packs(self, multiple: int) -> None:
         """Append as few empty packs as make the number of items a multiple of `multiple`.
@@ -185,21 +228,6 @@ class PackedDataset(Dataset[Pack]):
             return self._empty_pack()
         numbers = self._planned[1].samples_of(index).tolist()
         return self._assemble([self._sample(number) for number in numbers])
-
-    def _assemble(self, samples: list[EncodedSample]) -> Pack:
-        if self.on_bad_image not in ("raise", "drop"):
-            raise ValueError(f"on_bad_image must be 'raise' or 'drop', got {self.on_bad_image!r}")
-        while samples:
-            try:
-                return assemble(samples, empty=buffers.empty)
-            except BadImageError as error:
-                if self.on_bad_image == "raise":
-                    raise
-                _log.warning("dropped %s", error)
-                worker = get_worker_info()
-                self._dropped[-1 if worker is None else worker.id % (_COUNTERS - 1)] += 1
-                del samples[error.segment]
-        return assemble([EncodedSample.filler(1, self.vision)])  # none is left
 
     @cached_property
     def _smallest(self) -> int:

@@ -28,6 +28,7 @@ from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Message, Sample
 from mmpack.vision import VisionSpec
 
 _CHUNK = 256  # samples tokenised in one call; tokenizers spreads a call over the cores
+_END_OF_DOCUMENT = "<|endoftext|>"  # of Qwen's base models; the instruct ones' eos ends a turn
 _STAND_IN = "\ue000{}\ue001"  # private use characters: no template tests for them
 
 
@@ -104,10 +105,12 @@ def encode_samples(
 
     Supervised are the assistant's text and the token that ends its turn (`<|im_end|>`), not the
     newline after it. A token that the tokenizer makes from template text and answer together
-    (an answer that opens with a newline) counts as answer.
+    (an answer that opens with a newline) counts as answer. A document (`mmpack.readers.read_documents`)
+    has no template: its texts, its images as `<|vision_start|>` marker `<|vision_end|>`, and
+    `<|endoftext|>`; supervised is all but the images.
 
     Args:
-        samples: conversations.
+        samples: conversations or documents.
         tokenizer: a transformers fast tokenizer with a chat template, or a processor holding one.
         vision: pixel budget and ids.
         train_on_prompt: supervise all text, but no vision token.
@@ -234,6 +237,8 @@ class _Encoder:
 
     def _layout(self, messages: tuple[Message, ...]) -> _Layout:
         """The layout of the conversation's shape, checked against the template's own rendering."""
+        if messages[0].role == "document":
+            return self._document_layout(messages[0])
         shape = tuple(
             (
                 message.role,
@@ -257,6 +262,21 @@ class _Encoder:
                 "clean the row or use another template",
             )
         return layout
+
+    def _document_layout(self, document: Message) -> _Layout:
+        """No template: texts, images and the token that ends a document. All text is supervised."""
+        run = (
+            self._vision.vision_start_token_id,
+            self._vision.image_token_id,
+            self._vision.vision_end_token_id,
+        )
+        image = _Fixed("", run, (IGNORE,) * len(run))
+        text = _Span("", "", is_answer=True)
+        parts = [text if isinstance(part, str) else image for part in document.content]
+        end = self._special_ids.get(_END_OF_DOCUMENT, self._tokenizer.eos_token_id)
+        if end is None:
+            raise ValueError(f"the tokenizer has neither {_END_OF_DOCUMENT} nor an eos_token")
+        return (*parts, _Fixed("", (end,), (end,)))
 
     def _make_layout(self, messages: tuple[Message, ...]) -> _Layout:
         stand_ins = [_STAND_IN.format(n) for n in range(len(_texts(messages)))]

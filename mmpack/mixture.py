@@ -75,6 +75,22 @@ def token_shares(
     return dict(sorted(shares.items(), key=lambda item: -item[1]["share"]))
 
 
+def image_shares(
+    plan: PackPlan, group: Sequence[str] | NDArray[Any], image_tokens: Int64
+) -> dict[str, float]:
+    """Which share of the tokens of each group of samples is images.
+
+    Args:
+        group: (N,) name of the group every sample is from.
+        image_tokens: (N,) tokens of its images.
+    """
+    kept = plan.sample_index
+    names, number = np.unique(np.asarray(group)[kept], return_inverse=True)
+    images = np.bincount(number, image_tokens[kept])
+    whole = np.bincount(number, plan.num_tokens[kept])
+    return {str(name): round(float(s), 4) for name, s in zip(names, images / whole)}
+
+
 def share_spread(plan: PackPlan, tokens: Int64) -> dict[str, float]:
     """`share`, `p10`, `p50` and `p90` as in `token_shares`, of (N,) tokens of every sample."""
     part, whole = plan.totals(tokens), np.maximum(plan.pack_tokens, 1)

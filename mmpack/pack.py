@@ -19,12 +19,21 @@ from mmpack.files import Row, count_rows
 from mmpack.index import changes, index_rows, made_from
 from mmpack.plan import padded_utilization
 from mmpack.readers import RowGroup, row_groups
-from mmpack.report import balance_lines, balance_report, json_line
+from mmpack.report import balance_lines, balance_report, json_line, pack_picture
+from mmpack.split import image_capacity, split_samples
 from mmpack.store import open_store, reuse_store, write_batches
 from mmpack.types import EncodedSample
 from mmpack.vision import VisionSpec
 
-PLANNING = ("capacity", "patch_capacity", "on_overflow", "plan_seed", "config", "frozen")
+PLANNING = (
+    "capacity",
+    "patch_capacity",
+    "max_image_share",
+    "on_overflow",
+    "plan_seed",
+    "config",
+    "frozen",
+)
 
 
 def run_pack(
@@ -45,7 +54,7 @@ def run_pack(
     about: dict[str, Any] = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("run", "json", "overwrite", "jobs", "out")
+        if name not in ("run", "json", "overwrite", "jobs", "out", "png")
     }
     about["begun"] = time.time_ns()
     groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
@@ -70,18 +79,21 @@ def run_pack(
             batches = _batches(groups, tokenizer, vision, jobs=options.jobs, **ways)
             store = write_batches(partial, batches, vision, about)
             _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
-        cost = None if config is None else costs_of(store, config, options.frozen)
+        samples, patch_capacity, on_overflow = cut_long(store, vision, options)
+        if samples is not store:
+            samples.save(partial / "pieces.npz")
+        cost = None if config is None else costs_of(samples, config, options.frozen)
         plan = plan_samples(
-            store,
+            samples,
             options.capacity,
-            options.patch_capacity,
-            options.on_overflow,
+            patch_capacity,
+            on_overflow,
             options.plan_seed,
             cost,
         )
         plan.save(partial / "plan.npz")
         lost = [(n, "dropped") for n in plan.dropped] + [(n, "cut") for n in plan.truncated]
-        overflow = [_overflow_line(store[number], fate) for number, fate in lost]
+        overflow = [_overflow_line(samples[number], fate) for number, fate in lost]
         num_bad = _count_lines(partial / "bad_rows.jsonl")
         _write_lines(partial / "overflow.jsonl", overflow)
         shutil.rmtree(out, ignore_errors=True)
@@ -100,9 +112,14 @@ def run_pack(
         "utilization": round(plan.utilization, 6),
         "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
-        **balance_report(plan, store.sources, store.num_patches // vision.merge_size**2),
+        **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
         "seconds": round(time.perf_counter() - start, 3),
     }
+    if samples is not store:
+        report |= {"split": samples.num_split, "pieces": len(samples)}
+    if options.png is not None:
+        image_tokens = samples.num_patches // vision.merge_size**2
+        pack_picture(plan, samples.sources, image_tokens, options.png)
     if options.json:
         print(json.dumps(report))
         return
@@ -115,6 +132,9 @@ def run_pack(
     )
     print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
     print("\n".join(balance_lines(report)))
+    if report.get("split"):
+        cut = report["pieces"] - len(store) + report["split"]
+        print(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     if num_bad:
         print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if lost:
@@ -123,6 +143,17 @@ def run_pack(
             f"{out / 'overflow.jsonl'}"
         )
     print(f"written to {out}")
+
+
+def cut_long(samples: Any, vision: VisionSpec, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(samples, long documents in pieces, patch capacity, on_overflow), as there is to plan."""
+    patch_capacity = options.patch_capacity
+    if options.max_image_share is not None:
+        most = image_capacity(options.max_image_share, options.capacity, vision)
+        patch_capacity = most if patch_capacity is None else min(most, patch_capacity)
+    if options.on_overflow != "split":
+        return samples, patch_capacity, options.on_overflow
+    return split_samples(samples, options.capacity, patch_capacity), patch_capacity, "error"
 
 
 def _packed_before(out: Path, about: dict[str, Any], overwrite: bool) -> tuple[Any, str]:

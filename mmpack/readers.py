@@ -27,6 +27,7 @@ from mmpack.conversations import (
     structured,
     turns_of,
 )
+from mmpack.documents import document_of
 from mmpack.errors import BadRow, OnError, RowError, report
 from mmpack.files import Row, data_files, read_rows
 from mmpack.media import DATA_URIS, MediaFolders
@@ -76,14 +77,39 @@ def read_samples(
     """
     for group in row_groups(data, mapping, media_dir):
         reader = RowReader(group.fields, group.folders, missing_marker, verify)
-        for row in group.rows:
-            try:
-                samples = reader.samples(row)
-            except RowError as error:
-                bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
-                report(bad, on_error)
-                continue
-            yield from samples
+        yield from _usable(group, reader, on_error)
+
+
+def read_documents(
+    data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]],
+    *,
+    mapping: str | dict[str, Any] | None = None,
+    media_dir: _PathLike | Sequence[_PathLike] | None = None,
+    on_error: OnError = "raise",
+    missing_marker: Literal["refuse", "prepend"] = "refuse",
+    verify: Literal["header", "decode"] = "header",
+) -> Iterator[Sample]:
+    """Read pretraining documents: `read_samples` for rows that are no conversations.
+
+    A row has `text` with `<image>` markers and `images`; a mapping names the text as LLaMA-Factory
+    does, `"columns": {"prompt": "text"}`. A conversation with all in the assistant's turn is a
+    document too. Arguments and errors are those of `read_samples`; a document becomes a `Sample` of
+    one message, whose role is "document".
+    """
+    for group in row_groups(data, mapping, media_dir):
+        reader = RowReader(group.fields, group.folders, missing_marker, verify, "pretrain")
+        yield from _usable(group, reader, on_error)
+
+
+def _usable(group: RowGroup, reader: RowReader, on_error: OnError) -> Iterator[Sample]:
+    for row in group.rows:
+        try:
+            samples = reader.samples(row)
+        except RowError as error:
+            bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+            report(bad, on_error)
+            continue
+        yield from samples
 
 
 class RowReader:
@@ -95,6 +121,7 @@ class RowReader:
         folders: MediaFolders,
         missing_marker: str = "refuse",
         verify: str = "header",
+        stage: str = "sft",
     ) -> None:
         if missing_marker not in ("refuse", "prepend"):
             raise ValueError(
@@ -102,10 +129,13 @@ class RowReader:
             )
         if verify not in ("header", "decode"):
             raise ValueError(f"verify must be 'header' or 'decode', got {verify!r}")
+        if stage not in ("sft", "pretrain"):
+            raise ValueError(f"stage must be 'sft' or 'pretrain', got {stage!r}")
         self._fields = fields
         self._folders = folders
         self._prepends = missing_marker == "prepend"
         self._decode = verify == "decode"
+        self._are_documents = stage == "pretrain"
         self._file = lru_cache(maxsize=1 << 16)(self._locate)  # rows share pictures
 
     def samples(self, row: Row) -> list[Sample]:
@@ -123,12 +153,26 @@ class RowReader:
     def _sample(self, content: Any, row: Row) -> Sample:
         if not isinstance(content, dict):
             raise RowError(f"a row must be an object, got {type(content).__name__}", "mend the row")
-        fields = self._fields or detect_fields(content)
-        for media in ("audios", "audio"):
-            if content.get(fields.columns.get(media, media)):
-                raise RowError(f"the row has {media}", "images and videos are read")
-        turns = turns_of(content, fields)
-        values = {kind: _media_values(content, fields.columns, kind) for kind in MARKERS}
+        if self._are_documents:
+            columns = self._fields.columns if self._fields else {}
+            unread: tuple[str, ...] = ("videos", "audios", "video", "audio")
+        else:
+            fields = self._fields or detect_fields(content)
+            columns = fields.columns
+            unread = ("audios", "audio")
+        for media in unread:
+            if content.get(columns.get(media, media)):
+                advice = (
+                    "of documents images are read"
+                    if self._are_documents
+                    else "images and videos are read"
+                )
+                raise RowError(f"the row has {media}", advice)
+        if self._are_documents:
+            turns: list[Turn] = [("document", document_of(content, self._fields))]
+        else:
+            turns = turns_of(content, fields)
+        values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
         messages = self.place_media(turns, values)
         return Sample(messages=messages, source=row.source, row=row.number)
 
@@ -182,7 +226,7 @@ class RowReader:
 
 def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> list[Any]:
     """The row's images or videos as a list, however they are given."""
-    column = columns[f"{kind}s"]
+    column = columns.get(f"{kind}s", f"{kind}s")
     value = structured(row.get(column))
     if column == f"{kind}s":  # `image` is LLaVA's and Qwen's own name for it
         other = structured(row.get(kind))

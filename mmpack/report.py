@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.check import Summary
-from mmpack.mixture import cost_floor, rank_imbalance, share_spread, token_shares
+from mmpack.mixture import cost_floor, image_shares, rank_imbalance, share_spread, token_shares
 from mmpack.types import PackPlan
 
 _SHOWN_BAD = 10
@@ -119,14 +119,9 @@ def check_picture(summary: Summary, path: str) -> None:
     """
     if not summary.lengths:
         raise ValueError("there is no usable row to draw")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a picture needs matplotlib: pip install 'mmpack[report]'") from None
-
     unit = "tokens" if summary.has_tokens else "characters"
     lengths = np.array([length for length, _, _ in summary.lengths])
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = _figure((12, 3.6))
     left, middle, right = figure.subplots(1, 3)
 
     left.hist(
@@ -166,13 +161,16 @@ def balance_report(
     """How packs compare with the data set and with each other, for JSON.
 
     `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over
-    the packs. Where costs were planned, `imbalance` and `imbalance_floor`: by number of ranks, the
+    the packs, and of each source `images`, the share of images in its tokens. Where costs were planned, `imbalance` and `imbalance_floor`: by number of ranks, the
     mean over steps of the dearest over the mean pack, and what no plan of these packs goes below.
     """
+    image_tokens = np.minimum(image_tokens, plan.num_tokens)
     report: dict[str, Any] = {
-        "image_share": share_spread(plan, np.minimum(image_tokens, plan.num_tokens)),
+        "image_share": share_spread(plan, image_tokens),
         "sources": token_shares(plan, sources),
     }
+    for name, share in image_shares(plan, sources, image_tokens).items():
+        report["sources"][name]["images"] = share
     if plan.cost is not None:
         packs, floor = plan.totals(plan.cost), cost_floor(plan, plan.cost)
         ranks = [n for n in _RANKS if n <= plan.num_packs]
@@ -189,6 +187,7 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{name}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
         "pack's (10th to 90th percentile)"
+        + (f"; {part['images']:.0%} of them images" if "images" in part else "")
         for name, part in parts
     ]
     for ranks, imbalance in report.get("imbalance", {}).items():
@@ -198,6 +197,51 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
             "its samples allow"
         )
     return lines
+
+
+def pack_picture(
+    plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any], path: str
+) -> None:
+    """Images' share of each pack, and text and images of each source, as a PNG.
+
+    Args:
+        sources, image_tokens: (N,) file of every sample, and tokens of its images.
+
+    Raises:
+        ValueError: no packs, or matplotlib is not installed.
+    """
+    if not plan.num_packs:
+        raise ValueError("there is no pack to draw")
+    figure = _figure((9, 3.6))
+    left, right = figure.subplots(1, 2)
+    image_tokens = np.minimum(image_tokens, plan.num_tokens)
+    shares = 100 * plan.totals(image_tokens) / plan.pack_tokens
+    left.hist(shares, bins=np.linspace(0, 100, 26), color="#228833")
+    mean = 100 * image_tokens[plan.sample_index].sum() / plan.pack_tokens.sum()
+    left.axvline(mean, color="#333333", linestyle="--")
+    left.set(xlabel="image tokens, % of a pack's", ylabel="packs", title="packs (dashed: all)")
+
+    parts = balance_report(plan, sources, image_tokens)["sources"]
+    shown = list(parts.items())[:_SHOWN_SOURCES][::-1]
+    names = [Path(name).name for name, _ in shown]
+    share, images = (
+        np.array([100 * part[key] for _, part in shown]) for key in ("share", "images")
+    )
+    right.barh(range(len(names)), share * (100 - images) / 100, color="#4477aa", label="text")
+    starts = share * (100 - images) / 100
+    right.barh(range(len(names)), share - starts, left=starts, color="#228833", label="images")
+    right.set(yticks=range(len(names)), yticklabels=names)
+    right.set(xlabel="% of all tokens", title="files")
+    right.legend(loc="upper right", bbox_to_anchor=(1, -0.12), ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs matplotlib: pip install 'mmpack[report]'") from None
+    return Figure(figsize=size, layout="constrained")
 
 
 def json_line(value: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmpack.types import EncodedSample
+from mmpack.types import EncodedSample, Int64
 from mmpack.videos import num_grids as num_grids_of
 
 
@@ -20,12 +20,7 @@ def truncate_sample(
     The result may have lost its whole answer: check `is_supervised`.
     """
     vision, ids = sample.vision, sample.input_ids
-    is_marker = (ids == vision.image_token_id) | (ids == vision.video_token_id)
-    width = np.ones(len(ids), dtype=np.int64)
-    width[is_marker] = vision.num_features(sample.grid_thw)
-    patches = np.zeros_like(width)
-    patches[is_marker] = sample.grid_thw.astype(np.int64).prod(axis=-1)
-
+    is_marker, width, patches = token_sizes(sample)
     fits = width.cumsum() <= capacity
     if patch_capacity is not None:
         fits &= patches.cumsum() <= patch_capacity
@@ -49,3 +44,14 @@ def truncate_sample(
         images=sample.images[:num_refs],
         temporal_step=None if sample.temporal_step is None else sample.temporal_step[:num_grids],
     )
+
+
+def token_sizes(sample: EncodedSample) -> tuple[np.ndarray, Int64, Int64]:
+    """Of each of a sample's n ids: whether it is a marker, the tokens and the patches it becomes."""
+    vision, ids = sample.vision, sample.input_ids
+    is_marker = (ids == vision.image_token_id) | (ids == vision.video_token_id)
+    width = np.ones(len(ids), dtype=np.int64)
+    width[is_marker] = vision.num_features(sample.grid_thw)
+    patches = np.zeros_like(width)
+    patches[is_marker] = sample.grid_thw.astype(np.int64).prod(axis=-1)
+    return is_marker, width, patches

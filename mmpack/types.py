@@ -67,13 +67,13 @@ class Message:
     """One turn. `content` holds text, images and videos in reading order, so a text that quotes
     `<image>` is text and an image is at its place by construction."""
 
-    role: str  # "system", "user" or "assistant"
+    role: str  # "system", "user" or "assistant"; "document" of a document's only message
     content: tuple[str | Media, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation; what a row on disk becomes."""
+    """One conversation or document; what a row on disk becomes."""
 
     messages: tuple[Message, ...]
     source: str  # file the row comes from
@@ -264,6 +264,7 @@ class Pack:
         pixels: (P1, C * p * p) uint8 patches of the images in merge order, or None where not decoded.
         video_pixels: (P2, C * t * p * p) uint8 patches of the videos, the same; P1 + P2 = P.
         vision: the spec of images and videos.
+        resume: where a stream stands after this pack (`mmpack.stream`), else None.
     """
 
     input_ids: Int64
@@ -288,6 +289,7 @@ class Pack:
     pixels: NDArray[np.uint8] | None
     video_pixels: NDArray[np.uint8] | None
     vision: VisionSpec
+    resume: bytes | None = None
 
     @property
     def num_image_patches(self) -> int:

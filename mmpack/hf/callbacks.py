@@ -20,6 +20,8 @@ from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.families import find_inner
 from mmpack.hf.models import is_patched
+from mmpack.hf.streaming import StreamKeeper
+from mmpack.stream import PackStream
 from mmpack.types import Int64
 
 # Dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets (which print sparse ones, twice as
@@ -79,6 +81,11 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     question to the device, no random number. Ranks exchange a few numbers at logging alone. A compiled
     model stays one graph, except in steps whose attention is looked at.
 
+    Of a `PackStream` every rank gets its own part, which is passed over without end until `max_steps`
+    (Trainer's epochs mean nothing here), and checkpoints hold where each rank stands, in
+    `mmpack_stream_RANK.json`: `trainer.train(resume_from_checkpoint=True)` continues with the packs that
+    would have come next. What is consumed is noted at the end of each optimizer step.
+
     Args:
         dataset: the training data.
         attention_every: log `pack/image_attention` from every so many optimizer steps' packs, at the
@@ -92,7 +99,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: PackedDataset | PackStream,
         *,
         attention_every: int | None = None,
         attention_layers: Sequence[int] | None = None,
@@ -102,6 +109,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self.dataset = dataset
         self.attention_every = attention_every
         self.attention_layers = attention_layers
+        self._stream = StreamKeeper(dataset) if isinstance(dataset, PackStream) else None
+        self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
         self._hook: Any = None
         self._share: AttentionShare | None = None
         self._is_in_step = False
@@ -113,7 +122,10 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
+        if self._stream is not None:
+            self._stream.on_init_end(args)
+        else:
+            self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
 
     def on_train_begin(
         self,
@@ -124,6 +136,9 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        if self._stream is not None:
+            self._stream.on_train_begin(args, state, kwargs.get("train_dataloader"))
+            self._waiting.clear()
         _step_in_front(self)
         self._remove_hook()
         base = find_inner(model)
@@ -170,6 +185,9 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._is_in_step = False
         self._count()
         self._seen.mark = time.perf_counter()
+        if self._stream is not None:
+            self._stream.consume(self._waiting)
+            self._waiting.clear()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,6 +197,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._stream is not None:
+            self._stream.on_save(args, state)
         self._seen.pause()
 
     def on_log(
@@ -191,9 +211,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     ) -> None:
         if logs is None or "loss" not in logs or not self._seen.num_batches:
             return  # an evaluation's log, a summary's, or no pack was seen
-        capacity = (
-            self.dataset.plan.capacity * state.train_batch_size
-        )  # padded: every batch is full
+        capacity = self.dataset.capacity * state.train_batch_size  # padded: every batch is full
         values = self._values(capacity, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -215,6 +233,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def _count(self) -> None:
         """Add up the batches the hook kept."""
         seen = self._seen
+        if self._stream is not None:
+            self._waiting += self._packs
         for pack in self._packs:
             tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
             grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)

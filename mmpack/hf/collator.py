@@ -139,6 +139,8 @@ class PackCollator:
         if self.pad_to is not None:
             pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
         batch = _batch(pack, pixel_values, self.tower)
+        if isinstance(features[-1], Pack) and features[-1].resume is not None:
+            batch["mmpack"]["resume"] = features[-1].resume  # of a stream: after its last pack
         if self.full_logits:
             del batch["shift_labels"], batch["logits_to_keep"]
         return batch

@@ -1,0 +1,75 @@
+"""What a stock Trainer does not do for a stream: its shards, and its state in the checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from mmpack.stream import PackStream
+
+
+class StreamKeeper:
+    """`PackingCallback`'s part for a `PackStream`: `stream` is told what a rank has consumed."""
+
+    def __init__(self, stream: PackStream) -> None:
+        self.stream = stream
+
+    def on_init_end(self, args: TrainingArguments) -> None:
+        """Give the rank its part. The state replaces Trainer's way to resume, which is to make all
+        packs again and throw them away.
+
+        Raises:
+            ValueError: accelerate would cut batches apart.
+        """
+        if args.accelerator_config.dispatch_batches is not False:
+            raise ValueError(
+                "accelerate cuts the batches of a stream apart; pass "
+                'TrainingArguments(accelerator_config={"dispatch_batches": False})'
+            )
+        args.ignore_data_skip = True
+        self.stream.shard(args.process_index, args.world_size).endless = True
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
+        """Load the state of a resumed run, and keep accelerate from sharding what is sharded.
+
+        Raises:
+            ValueError: the checkpoint has no state of the stream.
+        """
+        shard = getattr(dataloader, "dataset", None)
+        if args.world_size > 1 and shard is not self.stream:
+            # accelerate's IterableDatasetShard, which leaves out every other rank's share
+            if getattr(shard, "dataset", None) is not self.stream:
+                raise ValueError(
+                    "the training data set is not the stream PackingCallback was given"
+                )
+            shard.num_processes, shard.process_index = 1, 0
+        if not state.global_step:
+            return
+        path = self._path(args, state)
+        if path.exists():
+            self.stream.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        elif not self.stream.state_dict()["consumed"]:
+            raise ValueError(
+                f"{path} is not there, so where the stream stood is not known; resume from this "
+                "output_dir, or load the state yourself: stream.load_state_dict(...)"
+            )
+
+    def consume(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Note the batches of a step."""
+        for batch in batches:
+            if "resume" in batch:
+                self.stream.consume(batch["resume"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        path = self._path(args, state)
+        path.parent.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's
+        path.write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+
+    def _path(self, args: TrainingArguments, state: TrainerState) -> Path:
+        assert args.output_dir is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        return folder / f"mmpack_stream_{args.process_index}.json"

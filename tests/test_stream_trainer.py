@@ -1,0 +1,103 @@
+"""A stream in a stock Trainer: stopped and resumed it trains on the packs it would have, on two ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model
+from transformers import Trainer, TrainingArguments
+
+from mmpack import PackStream
+from mmpack.hf import PackCollator, PackingCallback, patch_model
+
+TESTS = Path(__file__).resolve().parent
+
+
+def stream(count=60):
+    samples = [encoded(SMALL_SPEC, n, 3, *[2] * (4 + 5 * n % 13)) for n in range(count)]
+    return PackStream(samples, None, 40, tiny_config(100, vision=SMALL_SPEC), buffer=8)
+
+
+def trainer_of(folder, data, seen, **options):
+    config = tiny_config(100, vision=SMALL_SPEC)
+    model = patch_model(tiny_model(config))
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    settings = {**QUIET, "accelerator_config": {"dispatch_batches": False}, **options}
+    args = TrainingArguments(str(folder), **settings)
+    callbacks = [PackingCallback(data)]
+    return Trainer(
+        model, args, train_dataset=data, data_collator=PackCollator(), callbacks=callbacks
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_continues_with_the_next_packs(tmp_path, workers):
+    """Over the end of a pass, with micro-batches, and packs that workers and accelerate made ahead."""
+    options = {
+        "gradient_accumulation_steps": 2, "dataloader_num_workers": workers,
+        "save_strategy": "steps", "save_steps": 5, "save_only_model": False,
+    }  # fmt: skip
+    whole, rest = [], []
+    trainer_of(tmp_path, stream(), whole, max_steps=12, **options).train()
+    checkpoint = tmp_path / "checkpoint-5"
+    state = json.loads((checkpoint / "mmpack_stream_0.json").read_text())
+    assert state["workers"] == max(1, workers)
+    resumed = trainer_of(tmp_path, stream(), rest, max_steps=12, **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert len(whole) == 24
+    assert rest == whole[10:]
+    log = [entry for entry in resumed.state.log_history if "pack/utilization" in entry]
+    assert len(log) > 0
+    (checkpoint / "mmpack_stream_0.json").unlink()
+    with pytest.raises(ValueError, match=r"mmpack_stream_0.json is not there.*load_state_dict"):
+        other = trainer_of(tmp_path, stream(), [], max_steps=12, **options)
+        other.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_dispatcher_is_refused_before_it_cuts_batches(tmp_path):
+    with pytest.raises(ValueError, match='accelerator_config={"dispatch_batches": False}'):
+        trainer_of(tmp_path, stream(), [], max_steps=1, accelerator_config={})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_ranks_have_parts_of_their_own_and_resume(tmp_path, workers):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
+    command += [str(TESTS / "test_stream_trainer.py"), str(tmp_path), str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=TESTS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for whole, rest in ranks:
+        assert rest == whole[3:]
+    numbers = [{ids[0] for ids in whole} for whole, _ in ranks]
+    assert not numbers[0] & numbers[1]  # of the first sample of each pack
+
+
+def _on_a_rank(folder, workers):
+    options = {
+        "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers,
+        "ddp_backend": "gloo",
+    }  # fmt: skip
+    whole, rest = [], []
+    folder = Path(folder)
+    trainer_of(folder / "run", stream(), whole, **options).train()
+    trainer = trainer_of(folder / "run", stream(), rest, **options)
+    trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
+    (folder / f"{trainer.args.process_index}.json").write_text(json.dumps([whole, rest]))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads sometimes keep a process that is through from ending
+
+
+if __name__ == "__main__":
+    _on_a_rank(sys.argv[1], int(sys.argv[2]))
