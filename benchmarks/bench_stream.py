@@ -24,7 +24,7 @@ from benchmarks.bench_plan import LENGTHS, real_rows, synthetic_rows
 from mmpack.stream import choose_packs
 
 CAPACITIES = (4096, 8192, 32768)
-RANKS, BUFFER, PACKS = 8, 200, 300  # packs of a rank
+RANKS, BUFFER, PACKS = 8, 200, 100  # packs of a rank
 
 Packs = Iterator[tuple[list[int], int]]  # rows of a pack, and rows read until it came
 

@@ -282,13 +282,14 @@ class _Shard:
             yield samples
 
     def _choose(self) -> list[int]:
+        is_ending = len(self._buffer) < self._stream.buffer
         tokens, cost, patches = np.array([e.sizes for e in self._buffer], dtype=np.int64).T
         limits = (self._stream.capacity, self._stream.patch_capacity or np.iinfo(np.int64).max >> 1)
         seed = zlib.crc32(repr((self._stream.seed, self._index, self.number_of_pass)).encode())
         keys = hashed(
             [(e.row << 16) + e.part for e in self._buffer], (seed << 32) + self._num_packs
         )
-        return _chosen(tokens, cost, patches, limits, (self._tokens, self._cost), keys)
+        return _chosen(tokens, cost, patches, limits, (self._tokens, self._cost), keys, is_ending)
 
     def _read(self, held: set[tuple[int, int]], begin: tuple[int, int]) -> Iterator[_Entry]:
         """Samples that fit: those held, then all from `begin` on."""
@@ -389,6 +390,7 @@ def _chosen(
     limits: tuple[int, int],
     so_far: tuple[int, int],
     keys: np.ndarray,
+    is_ending: bool,
 ) -> list[int]:
     """A pack that costs what packs have cost so far, and a little of what the buffer has more.
 
@@ -399,7 +401,7 @@ def _chosen(
     held_tokens, held_cost = int(tokens.sum()), int(cost.sum())
     target = all_cost * capacity // all_tokens
     target += (held_cost - all_cost * held_tokens // all_tokens) // _PULL
-    if held_tokens < 2 * capacity:  # the pass is over: what is left is shared out
+    if is_ending and held_tokens < 2 * capacity:  # what is left is shared out
         target = held_cost // max(1, -(-held_tokens // capacity))
     price = all_cost // all_tokens
     return select(tokens, cost, patches, limits=limits, target=target, price=price, keys=keys)
@@ -422,7 +424,8 @@ def choose_packs(
             return
         sizes = num_tokens[held], cost[held], np.zeros(len(held), dtype=np.int64)
         keys = hashed(held, (seed << 32) + number)
-        chosen = _chosen(*sizes, (capacity, 0), (tokens, spent), keys)
+        is_ending = len(held) < buffer
+        chosen = _chosen(*sizes, (capacity, 1), (tokens, spent), keys, is_ending)
         yield [held[place] for place in chosen], read
         taken = set(chosen)
         held = [n for place, n in enumerate(held) if place not in taken]

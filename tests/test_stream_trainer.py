@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model
 from transformers import Trainer, TrainingArguments
 
