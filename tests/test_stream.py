@@ -17,7 +17,6 @@ import mmpack.stream
 from mmpack import PackStream, VisionSpec
 from mmpack.cost import sample_flops
 from mmpack.hf import PackCollator
-from mmpack.hf.collator import _image_offsets
 from mmpack.mixture import rank_imbalance
 from mmpack.select import hashed, select
 
@@ -162,7 +161,8 @@ def test_packs_of_ranks_cost_the_same():
 def flops(pack):
     tokens = np.diff(pack.cu_seqlens)
     supervised = np.diff(np.searchsorted(pack.supervised_index, pack.cu_seqlens))
-    images = _image_offsets(pack) if len(pack.grid_thw) else np.zeros_like(pack.cu_seqlens)
+    last = pack.feature_token[(pack.grid_thw.prod(axis=1) // 4).cumsum() - 1]  # token of each image
+    images = np.searchsorted(last, pack.cu_seqlens)
     return int(sample_flops(CONFIG, tokens, supervised, pack.grid_thw, images).sum())
 
 
