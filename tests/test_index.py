@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -174,7 +175,10 @@ def test_ctrl_c_leaves_nothing(rows, shared, tmp_path):
     command = [sys.executable, "-m", "mmpack.cli", "pack", *map(str, rows), "--jobs", "2"]
     command += ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--capacity", "4096"]
     command += ["--out", str(tmp_path / "out"), "--on-error", "skip"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hear}
+    with subprocess.Popen(command, **options) as process:
         while not (tmp_path / "out.partial").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
