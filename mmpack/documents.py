@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmpack.conversations import Fields, Part, chat_turns, parts_of
+from mmpack.conversations import MARKERS, Fields, Part, chat_turns, parts_of
 from mmpack.errors import RowError, names
 
 
@@ -17,15 +17,24 @@ def document_of(row: dict[str, Any], fields: Fields | None) -> list[Part]:
     """The parts of a row's document; `fields` as mapped, None where nobody described the row.
 
     Raises:
-        RowError: no document, an empty one, or more text beside it.
+        RowError: no document, an empty one, one with a video, or more text beside it.
     """
     is_chat = fields is not None and fields.formatting != "alpaca"
     if fields is None:
         is_chat = row.get("text") is None and ("conversations" in row or "messages" in row)
-    parts = _spoken(row, fields) if is_chat else _written(row, fields)
+    parts = [_unless_video(p) for p in (_spoken if is_chat else _written)(row, fields)]
     if not any(not isinstance(part, str) or part.strip() for part in parts):
         raise RowError("the document is empty", "there is nothing to learn")
     return parts
+
+
+def _unless_video(part: Part) -> Part:
+    """Videos are not read: `<video>` in a text is text, as a tag of HTML is."""
+    if isinstance(part, str) or part.kind != "video":
+        return part
+    if part.value is not None:
+        raise RowError("the document has a video", "leave it out; of documents images are read")
+    return MARKERS["video"]
 
 
 def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:

@@ -80,6 +80,7 @@ def test_the_shapes_a_document_comes_in(folder):
     ]
     assert content_of({"text": parts}, folder) == expected
     assert content_of({"text": "<image>", "images": ["a.png"]}, folder) == ["a.png"]
+    assert content_of({"text": "a <video> tag"}, folder) == ["a <video> tag"]  # videos are not read
     row = {"text": "below", "images": ["a.png"]}
     assert content_of(row, folder, missing_marker="prepend") == ["a.png", "below"]
 
@@ -92,6 +93,7 @@ def test_the_shapes_a_document_comes_in(folder):
         ({"text": "<image>"}, "1 <image> markers but 0 images"),
         ({"text": 3}, "the text of the document must be a string, got 3"),
         ({"text": "a", "videos": ["v.mp4"]}, "the row has videos"),
+        ({"text": [{"type": "video", "video": "v.mp4"}]}, "the document has a video; leave it out"),
         (
             {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]},
             r"2 turns hold something \(user assistant\), a document is one.*--stage sft",
