@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.harness import compare, time_ms
 from mmpack import VisionSpec, images
 from mmpack.types import ImageRef
-from mmpack.vision import BICUBIC
+from mmpack.video_spec import BICUBIC
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
 BY_TORCH = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280, resizer="torch")

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_plan import LENGTHS, real_rows, synthetic_rows
-from mmpack.stream import choose_packs
+from mmpack.select import choose_packs
 
 CAPACITIES = (4096, 8192, 32768)
 RANKS, BUFFER, PACKS = 8, 200, 100  # packs of a rank

@@ -17,7 +17,8 @@ from mmpack.plan import plan_packs
 from mmpack.prompt import render_prompt
 from mmpack.readers import read_samples
 from mmpack.types import EncodedSample, Pack, PackPlan, Sample
-from mmpack.vision import VideoSpec, VisionSpec
+from mmpack.video_spec import VideoSpec
+from mmpack.vision import VisionSpec
 
 if TYPE_CHECKING:
     from mmpack.dataset import PackedDataset

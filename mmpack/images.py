@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from mmpack import _native
 from mmpack.errors import RowError
 from mmpack.types import ImageRef
-from mmpack.vision import BICUBIC, VisionSpec, check_aspect_ratio
+from mmpack.video_spec import BICUBIC
+from mmpack.vision import VisionSpec, check_aspect_ratio
 
 Patches = NDArray[np.uint8]
 _TAIL = 1 << 12  # bytes; cameras write a little after a JPEG's end

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmpack.errors import RowError, names
 from mmpack.types import ImageRef, VideoRef
-from mmpack.vision import is_rate
+from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
 _KINDS = {"image": "picture", "video": "file"}  # what an error asks for

@@ -16,7 +16,8 @@ The search looks at some 20,000 pairs a round: 2 to 4 ms a pack on one core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from mmpack.types import Int64
 
 _ROUNDS = 8
 _CLOSE = 1000  # within a thousandth of the target nothing is left to gain
+_PULL = 100  # a pack takes one part in this of what the buffer has too much of, see `choose`
 _MAX = np.iinfo(np.int64).max
 
 
@@ -73,6 +75,55 @@ def select(
         if not pack.improve():
             break
     return [int(place) for place in np.flatnonzero(pack.inside)]
+
+
+def choose(
+    tokens: Int64,
+    cost: Int64,
+    patches: Int64,
+    limits: tuple[int, int],
+    so_far: tuple[int, int],
+    keys: NDArray[np.uint64],
+    is_ending: bool,
+) -> list[int]:
+    """`select` for a pack that costs what packs have cost so far, and a little of what the buffer has
+    more; `so_far` are tokens and cost of all samples that have entered it.
+
+    Were the target the buffer's own mean, packs would follow every group of dear rows; were it the
+    mean of all, the buffer would in the end hold only dear or only cheap ones.
+    """
+    capacity, all_tokens, all_cost = limits[0], max(1, so_far[0]), so_far[1]
+    held_tokens, held_cost = int(tokens.sum()), int(cost.sum())
+    target = all_cost * capacity // all_tokens
+    target += (held_cost - all_cost * held_tokens // all_tokens) // _PULL
+    if is_ending and held_tokens < 2 * capacity:  # what is left is shared out
+        target = held_cost // max(1, -(-held_tokens // capacity))
+    price = all_cost // all_tokens
+    return select(tokens, cost, patches, limits=limits, target=target, price=price, keys=keys)
+
+
+def choose_packs(
+    num_tokens: Int64, cost: Int64, capacity: int, *, buffer: int = 200, seed: int = 0
+) -> Iterator[tuple[list[int], int]]:
+    """The packs a stream of samples of these sizes would have, for who has no samples: the samples'
+    numbers, and how many were read until the pack came."""
+    held: list[int] = []
+    tokens = spent = read = 0
+    for number in count():
+        while len(held) < buffer and read < len(num_tokens):
+            tokens += int(num_tokens[read])
+            spent += int(cost[read])
+            held.append(read)
+            read += 1
+        if not held:
+            return
+        sizes = num_tokens[held], cost[held], np.zeros(len(held), dtype=np.int64)
+        keys = hashed(held, (seed << 32) + number)
+        is_ending = len(held) < buffer
+        chosen = choose(*sizes, (capacity, 1), (tokens, spent), keys, is_ending)
+        yield [held[place] for place in chosen], read
+        taken = set(chosen)
+        held = [n for place, n in enumerate(held) if place not in taken]
 
 
 class _Pack:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from mmpack import images
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int32, Int64, Media, VideoRef
-from mmpack.vision import VideoSpec, VisionSpec
+from mmpack.video_spec import VideoSpec
+from mmpack.vision import VisionSpec
 
 FORMAT = 4
 _CHUNK = 256  # samples of a batch

@@ -17,7 +17,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,14 @@ from mmpack.encode import encoder
 from mmpack.errors import RowError
 from mmpack.files import Row
 from mmpack.readers import RowReader, row_groups
-from mmpack.select import hashed, select
+from mmpack.select import choose, hashed
 from mmpack.split import piece_of, split_bounds
 from mmpack.truncate import truncate_sample
-from mmpack.types import EncodedSample, Int64, Pack, Sample
+from mmpack.types import EncodedSample, Pack, Sample
 from mmpack.vision import VisionSpec
 
 _CHUNK = 16  # rows encoded in one call: small, so that no pack waits for many
 _SNAPSHOT = 64  # rows between two states of a source that has them
-_PULL = 100  # a pack takes one part in this of what the buffer has too much of, see `_chosen`
 _log = logging.getLogger(__name__)
 
 
@@ -289,7 +288,7 @@ class _Shard:
         keys = hashed(
             [(e.row << 16) + e.part for e in self._buffer], (seed << 32) + self._num_packs
         )
-        return _chosen(tokens, cost, patches, limits, (self._tokens, self._cost), keys, is_ending)
+        return choose(tokens, cost, patches, limits, (self._tokens, self._cost), keys, is_ending)
 
     def _read(self, held: set[tuple[int, int]], begin: tuple[int, int]) -> Iterator[_Entry]:
         """Samples that fit: those held, then all from `begin` on."""
@@ -381,54 +380,6 @@ class _Shard:
             raise ValueError(f"{name}; raise the capacity, or choose to drop, truncate or split")
         _log.warning("dropped: %s", name)
         return []
-
-
-def _chosen(
-    tokens: Int64,
-    cost: Int64,
-    patches: Int64,
-    limits: tuple[int, int],
-    so_far: tuple[int, int],
-    keys: np.ndarray,
-    is_ending: bool,
-) -> list[int]:
-    """A pack that costs what packs have cost so far, and a little of what the buffer has more.
-
-    Were the target the buffer's own mean, packs would follow every group of dear rows; were it the
-    mean of all, the buffer would in the end hold only dear or only cheap ones.
-    """
-    capacity, all_tokens, all_cost = limits[0], max(1, so_far[0]), so_far[1]
-    held_tokens, held_cost = int(tokens.sum()), int(cost.sum())
-    target = all_cost * capacity // all_tokens
-    target += (held_cost - all_cost * held_tokens // all_tokens) // _PULL
-    if is_ending and held_tokens < 2 * capacity:  # what is left is shared out
-        target = held_cost // max(1, -(-held_tokens // capacity))
-    price = all_cost // all_tokens
-    return select(tokens, cost, patches, limits=limits, target=target, price=price, keys=keys)
-
-
-def choose_packs(
-    num_tokens: Int64, cost: Int64, capacity: int, *, buffer: int = 200, seed: int = 0
-) -> Iterator[tuple[list[int], int]]:
-    """The packs a stream of samples of these sizes would have, for who has no samples: the samples'
-    numbers, and how many were read until the pack came."""
-    held: list[int] = []
-    tokens = spent = read = 0
-    for number in count():
-        while len(held) < buffer and read < len(num_tokens):
-            tokens += int(num_tokens[read])
-            spent += int(cost[read])
-            held.append(read)
-            read += 1
-        if not held:
-            return
-        sizes = num_tokens[held], cost[held], np.zeros(len(held), dtype=np.int64)
-        keys = hashed(held, (seed << 32) + number)
-        is_ending = len(held) < buffer
-        chosen = _chosen(*sizes, (capacity, 1), (tokens, spent), keys, is_ending)
-        yield [held[place] for place in chosen], read
-        taken = set(chosen)
-        held = [n for place, n in enumerate(held) if place not in taken]
 
 
 def _chunks(values: Iterator[Any]) -> Iterator[list[Any]]:

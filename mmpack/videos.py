@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from mmpack import images
 from mmpack.errors import RowError
 from mmpack.types import ImageRef, Int64, Media, VideoRef
-from mmpack.vision import VisionSpec, check_aspect_ratio, is_rate
+from mmpack.video_spec import is_rate
+from mmpack.vision import VisionSpec, check_aspect_ratio
 
 # FFmpeg's names of demuxers; those of playlists, of image sequences and of raw streams are not here.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"

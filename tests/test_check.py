@@ -103,13 +103,13 @@ def test_tokens_and_capacities(shared, realset, tmp_path, capsys):
 
 
 def test_a_row_that_cannot_be_encoded_is_refused(rows, shared, tmp_path, capsys, monkeypatch):
-    from mmpack import encode
+    from mmpack import template
     from mmpack.errors import RowError
 
     def refuse(self, messages):
         raise RowError("the chat template rewrites this row's text", "clean the row")
 
-    monkeypatch.setattr(encode._Encoder, "_layout", refuse)
+    monkeypatch.setattr(template.Template, "layout", refuse)
     arguments = ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--json"]
     assert main(["check", rows, *arguments]) == 1
     *lines, _ = map(json.loads, capsys.readouterr().out.splitlines())

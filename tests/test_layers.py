@@ -13,6 +13,7 @@ PACKAGE = ROOT / "mmpack"
 LAYERS = {
     "_native": 0,
     "errors": 0,
+    "video_spec": 0,
     "vision": 0,
     "types": 0,
     "videos": 1,
@@ -32,6 +33,7 @@ LAYERS = {
     "select": 2,
     "split": 2,
     "store": 2,
+    "template": 2,
     "truncate": 2,
     "readers": 3,
     "dataset": 4,
@@ -48,10 +50,13 @@ LAYERS = {
 # In their own layer these may use each other: the nouns stand on the spec and the errors, a room is
 # a room, and the command line is made of its commands.
 SAME_LAYER = {
+    ("video_spec", "errors"),
     ("vision", "errors"),
+    ("vision", "video_spec"),
     ("types", "vision"),
     ("videos", "images"),
     ("documents", "conversations"),
+    ("encode", "template"),
     ("split", "truncate"),
     ("stream", "dataset"),
     ("hf", "hf"),

@@ -79,7 +79,7 @@ def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:
 
     Args:
         base: an inner model.
-        rule: of the data, `has_timestamps` and `tokens_per_second` (`mmpack.vision.VideoSpec`).
+        rule: of the data, `has_timestamps` and `tokens_per_second` (`mmpack.video_spec.VideoSpec`).
 
     Raises:
         ValueError: the model's differ; names both.
