@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -85,6 +86,56 @@ std::int64_t longest(std::span<const std::int32_t> offsets) {
     most = std::max<std::int64_t>(most, offsets[s] - offsets[s - 1]);
   }
   return most;
+}
+
+using Tile = std::array<std::int32_t, 4>;  // [begin, end) of rows, and of their segment
+
+// In reading order.
+std::vector<Tile> cut_tiles(std::span<const std::int32_t> offsets) {
+  std::vector<Tile> found;
+  std::int32_t joined_begin = 0, joined_end = 0;  // short segments waiting for more
+  const auto close = [&] {
+    if (joined_begin < joined_end) {
+      found.push_back({joined_begin, joined_end, joined_begin, joined_end});
+    }
+  };
+  for (std::size_t s = 1; s < offsets.size(); ++s) {
+    const std::int32_t begin = offsets[s - 1], end = offsets[s];
+    if (end - joined_begin <= kTile) {
+      joined_end = end;
+      continue;
+    }
+    close();
+    joined_begin = begin;
+    joined_end = end;
+    if (end - begin > kTile) {
+      for (std::int64_t row = begin; row < end; row += kTile) {
+        const std::int64_t last = std::min<std::int64_t>(row + kTile, end);
+        found.push_back(
+            {static_cast<std::int32_t>(row), static_cast<std::int32_t>(last), begin, end});
+      }
+      joined_begin = end;
+    }
+  }
+  close();
+  return found;
+}
+
+// Runs of one id and at most kMaxRun tokens that text_by_id makes of the text tokens, markers aside.
+std::int64_t count_runs(const Samples& samples, std::size_t num_text) {
+  struct Slot {
+    std::int32_t id = -1, count = 0;
+  };
+  std::vector<Slot> slots(std::bit_ceil(2 * num_text + 1));  // at most half full
+  std::int64_t runs = 0;
+  for (const std::int32_t id : samples.input_ids) {
+    if (id == samples.image_id || id == samples.video_id) continue;
+    std::size_t at = static_cast<std::uint32_t>(id) * std::size_t{0x9e3779b1} % slots.size();
+    while (slots[at].id != id && slots[at].id >= 0) at = (at + 1) % slots.size();
+    slots[at].id = id;
+    runs += slots[at].count++ % kMaxRun == 0;
+  }
+  return runs;
 }
 
 }  // namespace
@@ -225,35 +276,56 @@ PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuff
   return counts;
 }
 
-std::int64_t attention_tiles(std::span<const std::int32_t> offsets, bool causal,
-                             std::span<std::int32_t> tiles) {
-  using Tile = std::array<std::int32_t, 4>;
-  std::vector<Tile> found;
-  std::int32_t joined_begin = 0, joined_end = 0;  // short segments waiting for more
-  const auto close = [&] {
-    if (joined_begin < joined_end) {
-      found.push_back({joined_begin, joined_end, joined_begin, joined_end});
+PackCounts outline(const Samples& samples, const PackSize& size, const OutlineBuffers& out) {
+  PackCounts counts{};
+  std::size_t token = 0, marker = 0, frame = 1;
+  std::vector<std::size_t> videos;
+  const auto add_frames = [&](const Grid& grid) {
+    for (std::int64_t t = 0; t < grid.frames; ++t, ++frame) {
+      const auto patches = static_cast<std::int32_t>(grid.height * grid.width);
+      out.vision_cu_seqlens[frame] = out.vision_cu_seqlens[frame - 1] + patches;
     }
   };
-  for (std::size_t s = 1; s < offsets.size(); ++s) {
-    const std::int32_t begin = offsets[s - 1], end = offsets[s];
-    if (end - joined_begin <= kTile) {
-      joined_end = end;
-      continue;
-    }
-    close();
-    joined_begin = begin;
-    joined_end = end;
-    if (end - begin > kTile) {
-      for (std::int64_t row = begin; row < end; row += kTile) {
-        const std::int64_t last = std::min<std::int64_t>(row + kTile, end);
-        found.push_back(
-            {static_cast<std::int32_t>(row), static_cast<std::int32_t>(last), begin, end});
+  out.cu_seqlens[0] = out.vision_cu_seqlens[0] = 0;
+  for (std::size_t segment = 0; segment < samples.num_segments(); ++segment) {
+    const std::size_t begin = token;
+    for (std::int32_t n = samples.offsets[segment]; n < samples.offsets[segment + 1]; ++n) {
+      const std::int64_t id = samples.input_ids[n];
+      if (id != samples.image_id && id != samples.video_id) {
+        const std::int64_t label = token == begin ? kIgnore : samples.labels[n];
+        out.labels[token] = label;
+        if (label != kIgnore) {
+          out.supervised_index[counts.supervised++] = static_cast<std::int32_t>(token) - 1;
+        }
+        ++token;
+        continue;
       }
-      joined_begin = end;
+      const Grid grid = grid_of(samples.grid_thw, marker);
+      const auto count =
+          static_cast<std::size_t>(grid.patches() / samples.merge_size / samples.merge_size);
+      std::fill_n(&out.labels[token], count, kIgnore);
+      token += count;
+      if (id == samples.image_id) {
+        add_frames(grid);
+      } else {
+        videos.push_back(marker);
+      }
+      out.markers[marker++] = n;
     }
+    out.cu_seqlens[segment + 1] = static_cast<std::int32_t>(token);
   }
-  close();
+  for (const std::size_t video : videos) add_frames(grid_of(samples.grid_thw, video));
+  counts.runs = count_runs(samples, static_cast<std::size_t>(size.tokens - size.features));
+  counts.tiles = static_cast<std::int64_t>(cut_tiles(out.cu_seqlens).size());
+  counts.vision_tiles = static_cast<std::int64_t>(cut_tiles(out.vision_cu_seqlens).size());
+  counts.max_seqlen = longest(out.cu_seqlens);
+  counts.vision_max_seqlen = longest(out.vision_cu_seqlens);
+  return counts;
+}
+
+std::int64_t attention_tiles(std::span<const std::int32_t> offsets, bool causal,
+                             std::span<std::int32_t> tiles) {
+  std::vector<Tile> found = cut_tiles(offsets);
   std::stable_sort(found.begin(), found.end(), [&](const Tile& a, const Tile& b) {
     const int last = causal ? 1 : 3;
     return a[last] - a[2] > b[last] - b[2];

@@ -59,6 +59,18 @@ struct PackCounts {
 // The samples must have been measured, the buffers be as large as that says.
 PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuffers& out);
 
+// What the host must know of a pack that the device assembles (mmpack/ops/assemble_sequence.py).
+struct OutlineBuffers {
+  std::span<std::int64_t> labels;             // (T,)
+  std::span<std::int32_t> supervised_index;   // room for T - F
+  std::span<std::int32_t> cu_seqlens;         // (S + 1,)
+  std::span<std::int32_t> vision_cu_seqlens;  // (frames + 1,)
+  std::span<std::int32_t> markers;            // (I,) the place of each in the samples' input_ids
+};
+
+// Like assemble, of the same arguments and with the same counts.
+PackCounts outline(const Samples& samples, const PackSize& size, const OutlineBuffers& out);
+
 // Rows [begin, end) of attention and of the segment they are in, most work first; returns how many.
 // offsets (S + 1,) ascend from 0.
 std::int64_t attention_tiles(std::span<const std::int32_t> offsets, bool causal,

@@ -202,7 +202,22 @@ py::tuple measure(const py::array& input_ids, const py::array& labels, const py:
   const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
                                     grid_offsets, image_id, video_id, merge_size);
   const auto size = mmpack::measure(samples);
-  return py::make_tuple(size.tokens, size.features, size.frames, size.patches, size.images);
+  return py::make_tuple(size.tokens, size.features, size.frames, size.patches, size.images,
+                        size.image_features * merge_size * merge_size);
+}
+
+void keep_apart(Outputs& outputs, const mmpack::Samples& samples) {
+  outputs.keep_apart(samples.input_ids, "input_ids");
+  outputs.keep_apart(samples.labels, "labels");
+  outputs.keep_apart(samples.offsets, "offsets");
+  outputs.keep_apart(samples.grid_thw, "grid_thw");
+  outputs.keep_apart(samples.temporal_step, "temporal_step");
+  outputs.keep_apart(samples.grid_offsets, "grid_offsets");
+}
+
+py::tuple to_tuple(const mmpack::PackCounts& counts) {
+  return py::make_tuple(counts.supervised, counts.runs, counts.tiles, counts.vision_tiles,
+                        counts.max_seqlen, counts.vision_max_seqlen);
 }
 
 py::tuple assemble(const py::array& input_ids, const py::array& labels, const py::array& offsets,
@@ -216,12 +231,7 @@ py::tuple assemble(const py::array& input_ids, const py::array& labels, const py
   const auto S = static_cast<std::int64_t>(samples.num_segments());
   const auto I = static_cast<std::int64_t>(samples.num_grids());
   Outputs outputs(out);
-  outputs.keep_apart(samples.input_ids, "input_ids");
-  outputs.keep_apart(samples.labels, "labels");
-  outputs.keep_apart(samples.offsets, "offsets");
-  outputs.keep_apart(samples.grid_thw, "grid_thw");
-  outputs.keep_apart(samples.temporal_step, "temporal_step");
-  outputs.keep_apart(samples.grid_offsets, "grid_offsets");
+  keep_apart(outputs, samples);
   const mmpack::PackBuffers buffers{
       .input_ids = outputs.take<std::int64_t>("input_ids", {T}),
       .labels = outputs.take<std::int64_t>("labels", {T}),
@@ -246,8 +256,34 @@ py::tuple assemble(const py::array& input_ids, const py::array& labels, const py
     py::gil_scoped_release release;
     counts = mmpack::assemble(samples, size, buffers);
   }
-  return py::make_tuple(counts.supervised, counts.runs, counts.tiles, counts.vision_tiles,
-                        counts.max_seqlen, counts.vision_max_seqlen);
+  return to_tuple(counts);
+}
+
+py::tuple outline(const py::array& input_ids, const py::array& labels, const py::array& offsets,
+                  const py::array& grid_thw, const py::array& temporal_step,
+                  const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
+                  std::int64_t merge_size, const py::dict& out) {
+  const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
+                                    grid_offsets, image_id, video_id, merge_size);
+  const auto size = mmpack::measure(samples);
+  const auto S = static_cast<std::int64_t>(samples.num_segments());
+  const auto I = static_cast<std::int64_t>(samples.num_grids());
+  Outputs outputs(out);
+  keep_apart(outputs, samples);
+  const mmpack::OutlineBuffers buffers{
+      .labels = outputs.take<std::int64_t>("labels", {size.tokens}),
+      .supervised_index =
+          outputs.take<std::int32_t>("supervised_index", {size.tokens - size.features}),
+      .cu_seqlens = outputs.take<std::int32_t>("cu_seqlens", {S + 1}),
+      .vision_cu_seqlens = outputs.take<std::int32_t>("vision_cu_seqlens", {size.frames + 1}),
+      .markers = outputs.take<std::int32_t>("markers", {I}),
+  };
+  mmpack::PackCounts counts;
+  {
+    py::gil_scoped_release release;
+    counts = mmpack::outline(samples, size, buffers);
+  }
+  return to_tuple(counts);
 }
 
 py::array_t<std::int32_t> attention_tiles(const py::array& offsets, bool causal) {
@@ -303,12 +339,17 @@ PYBIND11_MODULE(_native, m) {
   m.def("measure", &measure, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
         py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
         py::arg("video_id"), py::arg("merge_size"),
-        "(tokens, features, frames, patches, images) of the samples in a pack; see csrc/assembler.h.");
+        "(tokens, features, frames, patches, images, image patches) of the samples in a pack; see "
+        "csrc/assembler.h.");
   m.def("assemble", &assemble, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
         py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
         py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
         "Writes a pack into the arrays of `out`; (supervised, runs, tiles, vision_tiles, max_seqlen, "
         "vision_max_seqlen), how much of them it took. See csrc/assembler.h.");
+  m.def("outline", &outline, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
+        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
+        py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
+        "Writes what the host must know of a pack that the device assembles; counts as of `assemble`.");
   m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),
         "(n, 4) int32; see csrc/assembler.h.");
   m.def("text_by_id", &text_by_id, py::arg("input_ids"), py::arg("feature_index"),

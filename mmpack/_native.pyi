@@ -36,8 +36,20 @@ def measure(
     image_id: int,
     video_id: int,
     merge_size: int,
-) -> tuple[int, int, int, int, int]: ...
+) -> tuple[int, int, int, int, int, int]: ...
 def assemble(
+    input_ids: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    offsets: NDArray[np.int32],
+    grid_thw: NDArray[np.int32],
+    temporal_step: NDArray[np.float32],
+    grid_offsets: NDArray[np.int32],
+    image_id: int,
+    video_id: int,
+    merge_size: int,
+    out: dict[str, NDArray[Any]],
+) -> tuple[int, int, int, int, int, int]: ...
+def outline(
     input_ids: NDArray[np.int32],
     labels: NDArray[np.int32],
     offsets: NDArray[np.int32],

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,30 @@ from mmpack.errors import BadImageError
 from mmpack.types import EncodedSample, Float32, ImageRef, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
-# Samples one after the other, as the core reads them: input_ids (n,), labels (n,), offsets (S + 1,),
-# grid_thw (I, 3), temporal_step (I,), grid_offsets (S + 1,), image_id, video_id, merge_size.
-_Joined = tuple[Int32, Int32, Int32, Int32, Float32, Int32, int, int, int]
-_Size = tuple[int, int, int, int, int]  # tokens, features, frames, patches, images of a pack
+
+class Joined(NamedTuple):
+    """Samples one after the other, as the core reads them."""
+
+    input_ids: Int32  # (n,)
+    labels: Int32  # (n,)
+    offsets: Int32  # (S + 1,)
+    grid_thw: Int32  # (I, 3)
+    temporal_step: Float32  # (I,)
+    grid_offsets: Int32  # (S + 1,)
+    image_id: int
+    video_id: int
+    merge_size: int
+
+
+class Size(NamedTuple):
+    """What they take in a pack."""
+
+    tokens: int
+    features: int
+    frames: int
+    patches: int
+    images: int
+    image_patches: int
 
 
 def assemble(
@@ -49,38 +69,42 @@ def assemble(
     """
     if impl not in ("native", "reference"):
         raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
-    if not samples:
-        raise ValueError("a pack needs at least one sample")
-    vision = samples[0].vision
-    if any(sample.vision is not vision and sample.vision != vision for sample in samples):
-        raise ValueError("the samples of a pack were encoded with different VisionSpecs")
-    joined, size = _measure(samples)
+    joined, size = join(samples)
     if impl == "native":
-        pack = _assemble_native(joined, size, vision, empty)
+        pack = _assemble_native(joined, size, samples[0].vision, empty)
     else:
         from mmpack import reference  # here: planning does not need torch
 
         pack = reference.assemble(samples)
     if not pixels:
         return pack
-    stills, clips = _load_pixels(samples, pack, empty)
+    stills, clips = load_pixels(samples, size, empty)
     return replace(pack, pixels=stills, video_pixels=clips)
 
 
-def _measure(samples: Sequence[EncodedSample]) -> tuple[_Joined, _Size]:
-    """The samples joined, and the size of their pack."""
-    joined = _join(samples)
+def join(samples: Sequence[EncodedSample]) -> tuple[Joined, Size]:
+    """The samples one after the other, and the size of their pack.
+
+    Raises:
+        ValueError: as `assemble`.
+    """
+    if not samples:
+        raise ValueError("a pack needs at least one sample")
+    vision = samples[0].vision
+    if any(sample.vision is not vision and sample.vision != vision for sample in samples):
+        raise ValueError("the samples of a pack were encoded with different VisionSpecs")
+    joined = _concatenate(samples)
     try:
-        return joined, _native.measure(*joined)
+        return joined, Size(*_native.measure(*joined))
     except ValueError as error:
         if len(samples) == 1:
             raise ValueError(f"{_where(samples[0])}: {error}") from None
         for sample in samples:  # which of them?
-            _measure([sample])
+            join([sample])
         raise
 
 
-def _join(samples: Sequence[EncodedSample]) -> _Joined:
+def _concatenate(samples: Sequence[EncodedSample]) -> Joined:
     vision = samples[0].vision
     num_ids = [len(sample.input_ids) for sample in samples]
     num_grids = [len(sample.grid_thw) for sample in samples]
@@ -91,7 +115,7 @@ def _join(samples: Sequence[EncodedSample]) -> _Joined:
         np.ones(n, dtype=np.float32) if sample.temporal_step is None else sample.temporal_step
         for sample, n in zip(samples, num_grids)
     ]
-    return (
+    return Joined(
         np.concatenate([sample.input_ids for sample in samples]),
         np.concatenate([sample.labels for sample in samples]),
         np.array([*accumulate(num_ids, initial=0)], dtype=np.int32),
@@ -105,14 +129,13 @@ def _join(samples: Sequence[EncodedSample]) -> _Joined:
 
 
 def _assemble_native(
-    joined: _Joined,
-    size: _Size,
+    joined: Joined,
+    size: Size,
     vision: VisionSpec,
     empty: Callable[..., Any],
 ) -> Pack:
-    offsets, grid_thw = joined[2:4]
-    T, F, frames, P, num_images = size
-    S, I, text = len(offsets) - 1, len(grid_thw), T - F
+    T, F, frames, P, num_images, _ = size
+    S, I, text = len(joined.offsets) - 1, len(joined.grid_thw), T - F
     int64: dict[str, tuple[int, ...]] = {
         "input_ids": (T,),
         "labels": (T,),
@@ -154,11 +177,16 @@ def _assemble_native(
     )
 
 
-def _load_pixels(
-    samples: Sequence[EncodedSample], pack: Pack, empty: Callable[..., Any]
+def load_pixels(
+    samples: Sequence[EncodedSample], size: Size, empty: Callable[..., Any]
 ) -> tuple[images.Patches, images.Patches]:
-    vision, num_stills = pack.vision, pack.num_image_patches
-    num_clips = len(pack.vision_position_ids) - num_stills
+    """Patches of the images and of the videos, decoded into what `empty` makes.
+
+    Raises:
+        BadImageError: as `assemble`.
+    """
+    vision, num_stills = samples[0].vision, size.image_patches
+    num_clips = size.patches - num_stills
     values = vision.patch_values
     stills: images.Patches = empty((num_stills, values), dtype=np.uint8)
     clips: images.Patches = empty((num_clips, vision.temporal_patch_size * values), dtype=np.uint8)

@@ -299,3 +299,28 @@ class Pack:
     @property
     def num_segments(self) -> int:
         return len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompactPack:
+    """The samples of one pack, one after the other, not expanded: what the device assembles.
+
+    Attributes:
+        input_ids, labels: (n,) int32, with one marker a grid.
+        offsets: (S + 1,) int32 of the samples in them.
+        grid_thw: (I, 3) int32 patches of each marker, in their order.
+        temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next.
+        grid_offsets: (S + 1,) int32 of the samples in the grids.
+        pixels, video_pixels, vision, resume: as in `Pack`.
+    """
+
+    input_ids: Int32
+    labels: Int32
+    offsets: Int32
+    grid_thw: Int32
+    temporal_step: Float32
+    grid_offsets: Int32
+    pixels: NDArray[np.uint8] | None
+    video_pixels: NDArray[np.uint8] | None
+    vision: VisionSpec
+    resume: bytes | None = None
