@@ -15,6 +15,7 @@ import numpy as np
 from mmpack import _native
 from mmpack.assemble import Joined, Size, join, load_pixels
 from mmpack.types import CompactPack, EncodedSample, Int32, Int64
+from mmpack.vision import VisionSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +25,7 @@ class Outline:
     Attributes:
         labels, supervised_index, cu_seqlens, vision_cu_seqlens, max_seqlen, vision_max_seqlen: the pack's.
         markers: (I,) int32 places of the markers in the compact ids.
-        order: (I,) int64 the grids, images first: `grid_thw[order]` is the pack's.
-        num_images: grids that are images'.
+        grid_thw, num_images, vision: the pack's.
         num_features, num_runs, num_tiles, num_vision_tiles: lengths of what the device makes.
     """
 
@@ -34,8 +34,9 @@ class Outline:
     cu_seqlens: Int32
     vision_cu_seqlens: Int32
     markers: Int32
-    order: Int64
+    grid_thw: Int64
     num_images: int
+    vision: VisionSpec
     max_seqlen: int
     vision_max_seqlen: int
     num_features: int
@@ -117,8 +118,9 @@ def outline(pack: CompactPack, empty: Callable[..., Any] = np.empty) -> Outline:
     is_video = pack.input_ids[out["markers"]] == vision.video_token_id
     return Outline(
         **out,
-        order=np.argsort(is_video, kind="stable"),
+        grid_thw=pack.grid_thw[np.argsort(is_video, kind="stable")].astype(np.int64),
         num_images=size.images,
+        vision=vision,
         max_seqlen=max_seqlen,
         vision_max_seqlen=vision_max_seqlen,
         num_features=F,

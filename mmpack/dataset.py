@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from mmpack import buffers
 from mmpack.assemble import assemble
+from mmpack.compact import compact
 from mmpack.cost import sample_flops
 from mmpack.encode import encode_samples
 from mmpack.errors import BadImageError
@@ -44,10 +45,12 @@ class Assembling:
 
     Attributes:
         on_bad_image: "raise" or "drop".
+        assemble: "host", or "device": packs are `CompactPack`s, for `PackCollator(assemble="device")`.
     """
 
     def __init__(self) -> None:
         self.on_bad_image: Literal["raise", "drop"] = "raise"
+        self.assemble: Literal["host", "device"] = "host"
         self._dropped = torch.zeros(_COUNTERS, dtype=torch.int64).share_memory_()  # one a worker
 
     @property
@@ -55,13 +58,16 @@ class Assembling:
         """Segments left out of packs so far because of bad images, in this process and its workers."""
         return int(self._dropped.sum())
 
-    def _assemble(self, samples: list[EncodedSample]) -> Pack:
+    def _assemble(self, samples: list[EncodedSample]) -> Any:
         if self.on_bad_image not in ("raise", "drop"):
             raise ValueError(f"on_bad_image must be 'raise' or 'drop', got {self.on_bad_image!r}")
+        if self.assemble not in ("host", "device"):
+            raise ValueError(f"assemble must be 'host' or 'device', got {self.assemble!r}")
+        make = compact if self.assemble == "device" else assemble
         vision = samples[0].vision
         while samples:
             try:
-                return assemble(samples, empty=buffers.empty)
+                return make(samples, empty=buffers.empty)
             except BadImageError as error:
                 if self.on_bad_image == "raise":
                     raise
@@ -69,7 +75,7 @@ class Assembling:
                 worker = get_worker_info()
                 self._dropped[-1 if worker is None else worker.id % (_COUNTERS - 1)] += 1
                 del samples[error.segment]
-        return assemble([EncodedSample.filler(1, vision)])  # none is left
+        return make([EncodedSample.filler(1, vision)])  # none is left
 
 
 class PackedDataset(Assembling, Dataset[Pack]):
@@ -84,6 +90,8 @@ class PackedDataset(Assembling, Dataset[Pack]):
         on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
             made. "raise", the default: an error that names file and row, out of a DataLoader worker
             too. "drop": its segment leaves the pack, with a warning in the log, and is counted.
+        assemble: where packs are expanded: "host", the default, or "device", where items are
+            `CompactPack`s for `PackCollator(assemble="device")`.
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:

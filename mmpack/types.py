@@ -300,6 +300,10 @@ class Pack:
     def num_segments(self) -> int:
         return len(self.cu_seqlens) - 1
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompactPack:
@@ -324,3 +328,9 @@ class CompactPack:
     video_pixels: NDArray[np.uint8] | None
     vision: VisionSpec
     resume: bytes | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length expanded."""
+        features = int(self.vision.num_features(self.grid_thw).sum())
+        return len(self.input_ids) - len(self.grid_thw) + features

@@ -168,6 +168,7 @@ SHAPES = {
         "vision_tiles": (2, 4),
     },
 }
+OUTLINE = ("supervised_index", "cu_seqlens", "vision_cu_seqlens")
 GUARD = 77  # a number around every output, which must not change
 
 
@@ -192,10 +193,18 @@ def assemble_arguments():
     return {**samples_arguments(), "out": out}
 
 
+def outline_arguments():
+    out = {name: guarded(SHAPES[np.int32][name], np.int32) for name in OUTLINE}
+    out["labels"] = guarded((6,), np.int64)
+    out["markers"] = guarded((2,), np.int32)
+    return {**samples_arguments(), "out": out}
+
+
 GOOD = {
     "plan": plan_arguments,
     "measure": samples_arguments,
     "assemble": assemble_arguments,
+    "outline": outline_arguments,
     "attention_tiles": lambda: {"offsets": int32([0, 3, 300]), "causal": True},
     "text_by_id": lambda: {"input_ids": int64([3, 1, 3]), "feature_index": int32([-1, 0, -1])},
 }
@@ -287,7 +296,7 @@ CONTRADICTIONS = [
     ("plan", {"num_tokens": int64([2**59] * 3), "capacity": 2**60}, "their sum"),
     *[
         (entry, change, message)
-        for entry in ("measure", "assemble")
+        for entry in ("measure", "assemble", "outline")
         for change, message in [
             ({"input_ids": int32([1, IMAGE, 2, IMAGE, -3])}, "must not be negative"),
             ({"labels": int32([1, 2])}, "of one length"),

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack import _native, buffers, images, reference
 from mmpack.assemble import assemble, concatenate
-from mmpack.buffers import as_tensor
+from mmpack.compact import compact, concatenate_compact
 from mmpack.encode import encode_samples
+from mmpack.hf.batch import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.families import Tower, inner_model, tower_of
 from mmpack.readers import read_samples
-from mmpack.types import IGNORE, EncodedSample, Float32, Int64, Pack
+from mmpack.types import IGNORE, CompactPack, EncodedSample, Float32, Pack
 from mmpack.vision import VisionSpec
-
-_PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # and grids
 
 
 class PackCollator:
@@ -64,9 +62,12 @@ class PackCollator:
             costs the memory of (1, T, V) logits.
         pad_to: fill T up to a multiple of this with a last segment without labels, so that text has
             one shape (`torch.compile`); as a rule the capacity. Patches stay as many as there are.
+        assemble: "host", or "device": batches are compact, `input_ids (1, n)` with one marker an image
+            and `position_ids (4, 1, 0)`, and the patched model's hook lets the device expand them, to the
+            same bits. Set `assemble = "device"` on the `PackedDataset` or `PackStream` too.
 
     Raises:
-        ValueError: uint8 pixels without a patched model, a model that is not supported, or `pad_to`
+        ValueError: uint8 pixels or assembly on the device without a patched model, a model that is not supported, or `pad_to`
             below 1.
     """
 
@@ -78,20 +79,27 @@ class PackCollator:
         pixels: Literal["float32", "uint8"] = "float32",
         full_logits: bool = False,
         pad_to: int | None = None,
+        assemble: Literal["host", "device"] = "host",
     ) -> None:
-        if pixels not in ("float32", "uint8"):
-            raise ValueError(f"pixels must be 'float32' or 'uint8', got {pixels!r}")
-        if pixels == "uint8" and not _is_patched(model):
+        for name, value, choices in (
+            ("pixels", pixels, ("float32", "uint8")),
+            ("assemble", assemble, ("host", "device")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+        asked = "pixels='uint8'" if pixels == "uint8" else "assemble='device'"
+        if (pixels == "uint8" or assemble == "device") and not _is_patched(model):
             told = "none was passed" if model is None else f"{type(model).__name__} is not patched"
             raise ValueError(
-                f"pixels='uint8' needs a patched model to read them, {told}; "
-                "PackCollator(model=patch_model(model), pixels='uint8')"
+                f"{asked} needs a patched model to take the batches, {told}; "
+                f"PackCollator(model=patch_model(model), {asked})"
             )
         if pad_to is not None and pad_to < 1:
             raise ValueError(f"pad_to must be positive, got {pad_to}")
         self.pixels = pixels
         self.full_logits = full_logits
         self.pad_to = pad_to
+        self.assemble = assemble
         self.tower = Tower() if model is None else tower_of(inner_model(model))
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
@@ -100,12 +108,37 @@ class PackCollator:
             self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        pack, values = self._join(features)
+        if self.pad_to is not None:
+            pack = _padded(pack, -pack.num_tokens % self.pad_to)
+        make = batch_of if isinstance(pack, Pack) else compact_batch_of
+        batch = make(pack, values, self.tower)
+        resume = getattr(features[-1], "resume", None)
+        if resume is not None:
+            batch["mmpack"]["resume"] = resume  # of a stream: after its last pack
+        if self.full_logits:
+            del batch["shift_labels"], batch["logits_to_keep"]
+        return batch
+
+    def _join(self, features: Sequence[Any]) -> tuple[Pack | CompactPack, dict[str, torch.Tensor]]:
+        """One pack, and its pixels as the model takes them."""
+        pack: Pack | CompactPack
         if all(isinstance(feature, Pack) for feature in features):
+            if self.assemble == "device":
+                raise ValueError(
+                    "the packs are assembled already; for PackCollator(assemble='device') set "
+                    "`assemble = 'device'` on the PackedDataset or PackStream too"
+                )
             pack = concatenate(features)
-            pixel_values = _pixel_values(pack, self.pixels)
+        elif all(isinstance(feature, CompactPack) for feature in features):
+            if self.assemble == "host":
+                raise ValueError(
+                    "the packs are left for the device to assemble, which the batch must say: "
+                    "PackCollator(model=model, assemble='device')"
+                )
+            pack = concatenate_compact(features)
         elif all(isinstance(feature, EncodedSample) for feature in features):
-            pack = assemble(features)
-            pixel_values = _pixel_values(pack, self.pixels)
+            pack = self._assemble(features)
         elif not all(isinstance(feature, Mapping) for feature in features):
             kinds = sorted({type(feature).__name__ for feature in features})
             raise ValueError(
@@ -117,162 +150,48 @@ class PackCollator:
                 "processor outputs and raw rows can be packed only with their processor: "
                 "PackCollator(processor=processor)"
             )
-        elif all("input_ids" not in feature for feature in features):
-            samples = encode_samples(read_samples(features), self.tokenizer, self.vision)
-            pack = assemble(list(samples))
-            pixel_values = _pixel_values(pack, self.pixels)
-        elif self.pixels == "uint8" and any(
-            _has(feature, name) for feature in features for name in _PIXELS
-        ):
+        elif any("input_ids" in feature for feature in features):
+            samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
+            return self._assemble(samples, pixels=False), self._processed_pixels(features)
+        else:
+            samples = list(encode_samples(read_samples(features), self.tokenizer, self.vision))
+            pack = self._assemble(samples)
+        return pack, pixel_values_of(pack, self.pixels)
+
+    def _assemble(
+        self, samples: Sequence[EncodedSample], pixels: bool = True
+    ) -> Pack | CompactPack:
+        if self.assemble == "device":
+            return compact(samples, pixels=pixels)
+        return assemble(samples, pixels=pixels)
+
+    def _processed_pixels(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        parts = {
+            name: [torch.as_tensor(f[name]) for f in features if _has(f, name)] for name in PIXELS
+        }
+        values = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+        if values and self.pixels == "uint8":
             raise ValueError(
                 "processor outputs hold float pixel_values; pass Packs, EncodedSamples or raw rows for "
                 "pixels='uint8', or leave it away"
             )
-        else:
-            samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
-            pack = assemble(samples, pixels=False)
-            pixel_values = {}
-            for name in _PIXELS:
-                parts = [torch.as_tensor(f[name]) for f in features if _has(f, name)]
-                if parts:
-                    pixel_values[name] = torch.cat(parts)
-        if self.pad_to is not None:
-            pack = _padded(pack, -len(pack.input_ids) % self.pad_to)
-        batch = _batch(pack, pixel_values, self.tower)
-        if isinstance(features[-1], Pack) and features[-1].resume is not None:
-            batch["mmpack"]["resume"] = features[-1].resume  # of a stream: after its last pack
-        if self.full_logits:
-            del batch["shift_labels"], batch["logits_to_keep"]
-        return batch
+        return values
 
 
-def _padded(pack: Pack, num_tokens: int) -> Pack:
+def _padded(pack: Pack | CompactPack, num_tokens: int) -> Pack | CompactPack:
     """The pack with a last segment of that many tokens without labels."""
     if not num_tokens:
         return pack
-    filler = EncodedSample.filler(num_tokens, pack.vision)
-    return concatenate([pack, assemble([filler], pixels=pack.pixels is not None)])
+    filler, pixels = [EncodedSample.filler(num_tokens, pack.vision)], pack.pixels is not None
+    if isinstance(pack, CompactPack):
+        return concatenate_compact([pack, compact(filler, pixels=pixels)])
+    return concatenate([pack, assemble(filler, pixels=pixels)])
 
 
 def _is_patched(model: nn.Module | None) -> bool:
     from mmpack.hf.models import is_patched  # here: the patch's self-test collates
 
     return model is not None and is_patched(model)
-
-
-def _pixel_values(pack: Pack, pixels: str) -> dict[str, torch.Tensor]:
-    """`pixel_values` of the images and `pixel_values_videos`, each where there are any."""
-    num_images, values = pack.num_images, {}
-    counts = {"images": num_images, "videos": len(pack.grid_thw) - num_images}
-    arrays = (pack.pixels, pack.video_pixels)
-    for name, (kind, count), patches in zip(_PIXELS, counts.items(), arrays):
-        if not count:
-            continue
-        if patches is None:
-            raise ValueError(f"the pack has {count} {kind} but was assembled without pixels")
-        if pixels == "float32":
-            num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
-            floats = buffers.empty((len(patches), num_values), np.float32)
-            patches = images.normalize_patches(patches, pack.vision, out=floats)
-        values[name] = as_tensor(patches)
-    return values
-
-
-def _batch(pack: Pack, pixel_values: dict[str, torch.Tensor], tower: Tower) -> dict[str, Any]:
-    supervised = as_tensor(pack.supervised_index).long()
-    labels = as_tensor(pack.labels)
-    batch: dict[str, Any] = {
-        "input_ids": as_tensor(pack.input_ids)[None],  # first: Trainer reads its size
-        "labels": labels[None],
-        "shift_labels": labels[supervised + 1][None],
-        "logits_to_keep": supervised,
-        "position_ids": as_tensor(pack.position_ids)[:, None],
-        "use_cache": False,
-    }
-    grids = as_tensor(pack.grid_thw).split([pack.num_images, len(pack.grid_thw) - pack.num_images])
-    for (name, grid_name), grid_thw in zip(_PIXELS.items(), grids):
-        if name in pixel_values:
-            batch |= {name: pixel_values[name], grid_name: grid_thw}
-    grid_order, grid_offsets = _grids_by_segment(pack)
-    rule = None
-    if pack.num_images < len(pack.grid_thw):
-        video = pack.vision.video_spec
-        rule = (video.has_timestamps, video.tokens_per_second)
-    batch["mmpack"] = {
-        "offsets": tuple(map(int, pack.cu_seqlens)),  # ints: torch.compile takes arrays for tensors
-        "cu_seqlens": as_tensor(pack.cu_seqlens),
-        "max_seqlen": pack.max_seqlen,
-        "segment_ids": as_tensor(pack.segment_ids),
-        "tiles": as_tensor(pack.tiles),
-        "supervised_offsets": tuple(
-            map(int, np.searchsorted(pack.supervised_index, pack.cu_seqlens))
-        ),
-        "supervised_index": supervised,
-        "feature_index": as_tensor(pack.feature_index),
-        "feature_token": as_tensor(pack.feature_token),
-        "text_order": as_tensor(pack.text_order),
-        "text_id_offsets": as_tensor(pack.text_id_offsets),
-        "num_patches": len(pack.vision_position_ids),
-        "grid_thw": tuple(
-            tuple(map(int, grid)) for grid in pack.grid_thw[grid_order]
-        ),  # by segment
-        "grid_offsets": tuple(map(int, grid_offsets)),
-        "video_rule": rule,
-        "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
-        "vision_cu_seqlens": as_tensor(pack.vision_cu_seqlens),
-        "vision_max_seqlen": pack.vision_max_seqlen,
-        "vision_segment_ids": as_tensor(pack.vision_segment_ids),
-        "vision_tiles": as_tensor(pack.vision_tiles),
-        "vision_position_ids": as_tensor(pack.vision_position_ids),
-    }
-    if pixel_values and tower.window_side is not None:
-        batch["mmpack"] |= _in_windows(pack, tower.window_side)
-    if pixel_values and tower.table_side is not None:
-        index, weight = reference.interpolated_positions(
-            pack.vision_position_ids, pack.grid_thw, tower.table_side
-        )
-        batch["mmpack"]["position_index"] = torch.from_numpy(index)
-        # The floats' bits: FSDP2 and DeepSpeed cast floating inputs to bf16.
-        batch["mmpack"]["position_weight_bits"] = torch.from_numpy(weight.view(np.int32))
-    if any(values.dtype == torch.uint8 for values in pixel_values.values()):
-        # Python floats: tensors of them would be cast to bf16 with the inputs
-        batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
-    return batch
-
-
-def _in_windows(pack: Pack, side: int) -> dict[str, Any]:
-    """What a windowed tower takes, and the pack's features and positions in the order it gives them."""
-    merged = pack.vision.merge_size**2
-    order, cu_seqlens = reference.window_order(
-        pack.vision_position_ids, pack.vision_segment_ids, pack.vision.merge_size, side
-    )
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order), dtype=np.int32)
-    is_text = pack.feature_index < 0
-    positions = pack.vision_position_ids.reshape(-1, merged, 2)[order].reshape(-1, 2)
-    arrays = {
-        "feature_index": np.where(is_text, np.int32(-1), place[pack.feature_index]),
-        "feature_token": pack.feature_token[order],
-        "vision_position_ids": positions,
-        "window_order": order,
-        "window_cu_seqlens": cu_seqlens,
-        "window_segment_ids": reference.segment_ids(cu_seqlens),
-        "window_tiles": _native.attention_tiles(cu_seqlens, False),
-    }
-    return {
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        "window_offsets": tuple(map(int, cu_seqlens)),
-        "window_max_seqlen": int(np.diff(cu_seqlens).max()),
-    }
-
-
-def _grids_by_segment(pack: Pack) -> tuple[Int64, Int64]:
-    """(order (I,), offsets (S + 1,)): the grids segment by segment, which feature order, images before
-    videos, is not."""
-    ends = pack.vision.num_features(pack.grid_thw).cumsum()
-    last_token = pack.feature_token[ends - 1]
-    order: Int64 = np.argsort(last_token)
-    return order, np.searchsorted(last_token[order], pack.cu_seqlens)
 
 
 def _has(feature: Mapping[str, Any], name: str) -> bool:
@@ -297,7 +216,7 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         input_ids, labels = input_ids[real], labels[real]
     grids, markers = [], []
     for (pixels, name), token_id, kind in zip(
-        _PIXELS.items(), (vision.image_token_id, vision.video_token_id), ("image", "video")
+        PIXELS.items(), (vision.image_token_id, vision.video_token_id), ("image", "video")
     ):
         grid_thw = np.empty((0, 3), dtype=np.int32)
         if _has(feature, pixels):

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from mmpack.hf import attention, tower
+from mmpack.hf.batch import assemble_on_device
 from mmpack.hf.embedding import embed, is_sharded
-from mmpack.hf.families import check_videos, family_of, inner_model
+from mmpack.hf.families import check_videos, family_of, inner_model, tower_of
 from mmpack.hf.isolation import check_isolation
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.rotary import rotations, text_forward
@@ -142,6 +143,8 @@ def _take_pack(
         _check_once(base)
         _check_batch(base, args, kwargs, pack)
     impl = getattr(base, _STATE).impl
+    if "compact" in pack:
+        kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
     pack = {**pack, "impl": impl}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton":
@@ -195,6 +198,8 @@ def _check_batch(
     if kwargs.get("attention_mask") is not None:
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
     num_tokens = pack["offsets"][-1]
+    if "compact" in pack:
+        num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # features not yet there
     if kwargs["input_ids"].shape != (1, num_tokens):
         raise ValueError(
             f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
@@ -210,6 +215,8 @@ def _check_batch(
             "accelerator_config={'dispatch_batches': False}"
         )
     needed = {"window_order": family.has_windows, "position_index": family.has_position_table}
+    if "compact" in pack:
+        del needed["position_index"]  # made on the device
     if num_patches and any(is_needed and name not in pack for name, is_needed in needed.items()):
         raise ValueError(
             f"the batch was collated without knowing a {base.config.model_type}'s vision tower; pass the "

@@ -13,7 +13,17 @@ __all__ = ["patch_embed", "supervised_cross_entropy", "varlen_attention"]
 
 if find_spec("triton"):
     from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad
+    from mmpack.ops.assemble_patches import assemble_patches
+    from mmpack.ops.assemble_sequence import assemble_sequence
+    from mmpack.ops.attention_tiles import attention_tiles
     from mmpack.ops.embed_features import embed_features
     from mmpack.ops.mrope import apply_mrope
 
-    __all__ += ["accumulate_embedding_grad", "apply_mrope", "embed_features"]
+    __all__ += [
+        "accumulate_embedding_grad",
+        "apply_mrope",
+        "assemble_patches",
+        "assemble_sequence",
+        "attention_tiles",
+        "embed_features",
+    ]

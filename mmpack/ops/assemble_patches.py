@@ -67,7 +67,12 @@ def assemble_patches_fwd(grid_thw_I3, num_frames, P, num_tiles, merge_size):
             BLOCK_P=BLOCK_P,
             num_warps=4,
         )
-    return [cu_seqlens, segment_ids, attention_tiles_fwd(cu_seqlens, num_tiles, False), position_ids]
+    return [
+        cu_seqlens,
+        segment_ids,
+        attention_tiles_fwd(cu_seqlens, num_tiles, False),
+        position_ids,
+    ]
 
 
 def _empty(grid_thw, num_frames, P, num_tiles):

@@ -49,9 +49,7 @@ def _cut_tiles_kernel(tiles_ptr, offsets_ptr, S, TILE: tl.constexpr, BLOCK_CUT: 
         count += num_tiles
         joined_begin = tl.where(fits, joined_begin, tl.where(is_long, end, begin))
         begin = end
-    _store_tiles(
-        tiles_ptr, count, joined_begin, begin, joined_begin, begin, joined_begin < begin
-    )
+    _store_tiles(tiles_ptr, count, joined_begin, begin, joined_begin, begin, joined_begin < begin)
 
 
 @triton.jit
