@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VL
 
 from mmpack import VideoSpec, VisionSpec
 from mmpack.assemble import assemble, concatenate
-from mmpack.hf import PackCollator
+from mmpack.compact import compact
+from mmpack.hf import PackCollator, patch_model
 from mmpack.types import EncodedSample
 
 VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up
@@ -127,9 +128,12 @@ def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
 
 
 @functools.cache
-def collator(family="qwen2_vl"):
+def collator(family="qwen2_vl", assemble="host"):
     """For models of `small_config(family)`."""
-    return PackCollator(model=tiny_model(small_config(family)))
+    model = tiny_model(small_config(family))
+    if assemble == "device":
+        return PackCollator(model=patch_model(model), assemble="device")
+    return PackCollator(model=model)
 
 
 def packed(samples, family="qwen2_vl", seed=0):
@@ -276,7 +280,13 @@ def encoded(vision, *pieces, supervised=True):
     )
 
 
-def made_up_rows(family="qwen2_vl"):
+def as_compact(samples, pack):
+    """A pack of `samples` for the device to assemble, with the pixels of `pack`."""
+    bare = compact(samples, pixels=False)
+    return dataclasses.replace(bare, pixels=pack.pixels, video_pixels=pack.video_pixels)
+
+
+def made_up_rows(family="qwen2_vl", assemble_on="host"):
     """(packed batch, stock inputs of each row, supervised tokens) without any real data."""
     spec = small_spec(family)
     rows = [
@@ -290,7 +300,10 @@ def made_up_rows(family="qwen2_vl"):
     stock = []
     for alone in (collate([pack]) for pack in packs):
         stock.append(stock_of(alone, spec))
-    batch = collate([concatenate(packs)])
+    pack = concatenate(packs)
+    if assemble_on == "device":
+        pack = as_compact(rows, pack)
+    batch = collator(family, assemble_on)([pack])
     return batch, stock, batch["shift_labels"].numel()
 
 

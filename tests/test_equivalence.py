@@ -187,6 +187,17 @@ def test_made_up_rows(family, impl, dtype, device):
     assert_theorem(model, batch, num_items, rows_alone, tolerance)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_made_up_rows_assembled_on_the_device(family, dtype, device):
+    batch, stock, num_items = made_up_rows(family, assemble_on="device")
+    batch, stock = to(device, batch), [to(device, inputs) for inputs in stock]
+    config = small_config(family)
+    rows_alone = loss_and_grads(model_of(dtype, config=config).to(device), stock, num_items)
+    model = patch_model(model_of(dtype, config=config).to(device))
+    assert_theorem(model, batch, num_items, rows_alone, TOLERANCE[dtype])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(25))
 def test_random_packs(seed, realset_rows, realset_samples, shared, tokenizer):

@@ -188,6 +188,7 @@ def _assemble_sequence_kernel(
 def _text_runs_kernel(
     text_order_ptr,
     text_id_offsets_ptr,
+    id_start_ptr,
     sorted_ids_ptr,
     sorted_places_ptr,
     token_of_id_ptr,
@@ -197,28 +198,26 @@ def _text_runs_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """Text sorted by id, cut into runs of one id and at most MAX_RUN tokens."""
-    runs = 0
-    group = 0  # where the last id began
+    runs, ids = 0, 0  # before this block
     for first in range(0, num_text, BLOCK_X):
         x = first + tl.arange(0, BLOCK_X)
         is_text = x < num_text
         place = tl.load(sorted_places_ptr + x, mask=is_text, other=0)
-        tl.store(text_order_ptr + x, tl.load(token_of_id_ptr + place, mask=is_text), mask=is_text)
+        token = tl.load(token_of_id_ptr + place, mask=is_text, other=0)
+        tl.store(text_order_ptr + x, token, mask=is_text)
         token_id = tl.load(sorted_ids_ptr + x, mask=is_text, other=-1)
         before = tl.load(sorted_ids_ptr + x - 1, mask=is_text & (x > 0), other=-1)
-        began = tl.where(token_id != before, x, group)
-        began = tl.associative_scan(began, 0, _maximum)
-        starts = is_text & ((x - began) % MAX_RUN == 0)
-        run = runs + tl.cumsum(starts.to(tl.int32), axis=0) - 1
-        tl.store(text_id_offsets_ptr + run, x, mask=starts)
-        runs += tl.sum(starts.to(tl.int32), axis=0)
-        group = tl.max(tl.where(is_text, began, 0), axis=0)
+        is_new = (is_text & (token_id != before)).to(tl.int32)
+        number = ids + tl.cumsum(is_new, axis=0) - 1  # of its id, from 0
+        tl.store(id_start_ptr + number, x, mask=is_new != 0)
+        tl.debug_barrier()
+        start = tl.load(id_start_ptr + number, mask=is_text, other=0)
+        begins = is_text & ((x - start) % MAX_RUN == 0)
+        run = runs + tl.cumsum(begins.to(tl.int32), axis=0) - 1
+        tl.store(text_id_offsets_ptr + run, x, mask=begins)
+        runs += tl.sum(begins.to(tl.int32), axis=0)
+        ids += tl.sum(is_new, axis=0)
     tl.store(text_id_offsets_ptr + R, num_text)
-
-
-@triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
 
 
 def assemble_sequence_fwd(
@@ -276,6 +275,7 @@ def assemble_sequence_fwd(
     sorted_ids, places = keys.sort(stable=True)
     _text_runs_kernel[(1,)](
         *text,
+        offsets.new_empty(T - F),
         sorted_ids[I:],
         places[I:],
         token_of_id,

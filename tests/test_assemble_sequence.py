@@ -1,0 +1,214 @@
+"""Assembly on the device: every array equal to the reference's, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from test_native import EDGES, SPECS, sample, segments
+
+from mmpack import _native, assemble, plan_packs, reference
+from mmpack.compact import compact, concatenate_compact, outline
+from mmpack.ops import assemble_patches, assemble_sequence, attention_tiles
+
+CPU = torch.device("cpu")
+
+
+def on(device, *arrays):
+    return [torch.from_numpy(array).to(device) for array in arrays]
+
+
+def assembled(pack, device):
+    """(outline, what the device makes of a compact pack), all as arrays by name."""
+    known = outline(pack)
+    tensors = on(
+        device, pack.input_ids, pack.offsets, known.markers, pack.grid_thw, pack.temporal_step
+    )
+    sizes = (len(known.labels), known.num_features, known.num_runs, known.num_tiles)
+    spec = {"video_id": pack.vision.video_token_id, "merge_size": pack.vision.merge_size}
+    made = assemble_sequence(*tensors, sizes, **spec)
+    patches = assemble_patches(
+        *on(device, known.grid_thw),
+        len(known.vision_cu_seqlens) - 1,
+        int(known.vision_cu_seqlens[-1]),
+        known.num_vision_tiles,
+        merge_size=pack.vision.merge_size,
+    )
+    made |= {f"vision_{name}": tensor for name, tensor in patches.items()}
+    return known, {name: tensor.cpu().numpy() for name, tensor in made.items()}
+
+
+def assert_equal_to_the_reference(samples, device, pack=None):
+    known, made = assembled(pack or compact(samples, pixels=False), device)
+    expected = reference.assemble(samples)
+    named = {name: getattr(known, name) for name in ("labels", "supervised_index", "grid_thw")}
+    for name, array in {**made, **named}.items():
+        wanted = getattr(expected, name)
+        assert array.dtype == wanted.dtype, name
+        assert np.array_equal(array, wanted), name
+    for name in ("cu_seqlens", "vision_cu_seqlens"):  # the host knows them too
+        assert np.array_equal(getattr(known, name), made[name])
+    for name in ("max_seqlen", "vision_max_seqlen", "num_images"):
+        assert getattr(known, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge, device):
+    for spec in SPECS if "long" not in edge else SPECS[1:2]:  # the interpreter's loops are slow
+        assert_equal_to_the_reference([sample(spec, *segment) for segment in EDGES[edge]], device)
+
+
+def test_more_grids_and_segments_than_a_block(device):
+    """The outline sums 256 at once."""
+    spec = SPECS[1]
+    rows = [
+        [n % 50 + 8, *[(1, 1, 1 + n % 3)] * (n % 4), *[(1, 2, 1, 2.5)] * (n % 7 == 0)]
+        for n in range(300)
+    ]
+    assert_equal_to_the_reference([sample(spec, *row) for row in rows], device)
+
+
+def assert_ragged(segments):
+    samples = [sample(SPECS[1], *segment) for segment in segments]
+    assert_equal_to_the_reference(samples, CPU)
+    parts = [compact([one], pixels=False) for one in samples]
+    assert_equal_to_the_reference(samples, CPU, concatenate_compact(parts))
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
+
+
+@interpreted
+@settings(max_examples=12, deadline=None)
+@given(segments=segments)
+def test_ragged_packs(segments):
+    assert_ragged(segments)
+
+
+@interpreted
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(segments=segments)
+def test_many_ragged_packs(segments):
+    assert_ragged(segments)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "packs"), [(1024, 10), pytest.param(8192, None, marks=pytest.mark.slow)]
+)
+def test_real_packs(capacity, packs, realset, device):
+    """Some in CI, all of them at full length if asked."""
+    short = [row for row in realset if row.num_tokens <= capacity]
+    plan = plan_packs([row.num_tokens for row in short], capacity)
+    for number in range(plan.num_packs)[:packs]:
+        assert_equal_to_the_reference([short[n] for n in plan.samples_of(number)], device)
+
+
+@pytest.mark.gpu
+def test_a_long_pack_on_the_gpu():
+    spec = SPECS[1]
+    rng = np.random.default_rng(0)
+    rows = [
+        [*rng.integers(8, 151_000, 300).tolist(), *[(1, *rng.integers(4, 20, 2).tolist())] * 2]
+        for _ in range(60)
+    ]
+    assert_equal_to_the_reference([sample(spec, *row) for row in rows], torch.device("cuda"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_are_the_cores(causal, device):
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        lengths = rng.choice([0, 1, 5, 64, 127, 128, 129, 200, 256, 1000], rng.integers(0, 30))
+        offsets = np.concatenate([[0], lengths]).cumsum().astype(np.int32)
+        expected = _native.attention_tiles(offsets, causal)
+        tiles = attention_tiles(*on(device, offsets), len(expected), causal=causal)
+        assert np.array_equal(tiles.cpu().numpy(), expected)
+    many = np.arange(3000, dtype=np.int32) * 129
+    expected = _native.attention_tiles(many, causal)
+    if device.type == "cuda":  # a loop of seconds in the interpreter
+        tiles = attention_tiles(*on(device, many), len(expected), causal=causal)
+        assert np.array_equal(tiles.cpu().numpy(), expected)
+
+
+def test_nothing_is_asked_of_the_device():
+    pack = compact(
+        [sample(SPECS[1], *segment) for segment in EDGES["a video before an image"]], pixels=False
+    )
+    for name, array in assembled_on_meta(pack).items():
+        wanted = getattr(
+            reference.assemble([sample(SPECS[1], *s) for s in EDGES["a video before an image"]]),
+            name,
+        )
+        assert array.is_meta
+        assert array.shape == wanted.shape, name
+
+
+def assembled_on_meta(pack):
+    known = outline(pack)
+    arrays = (pack.input_ids, pack.offsets, known.markers, pack.grid_thw, pack.temporal_step)
+    sizes = (len(known.labels), known.num_features, known.num_runs, known.num_tiles)
+    made = assemble_sequence(*on("meta", *arrays), sizes, video_id=pack.vision.video_token_id)
+    patches = assemble_patches(
+        *on("meta", known.grid_thw),
+        len(known.vision_cu_seqlens) - 1,
+        int(known.vision_cu_seqlens[-1]),
+        known.num_vision_tiles,
+    )
+    return {**made, **{f"vision_{name}": tensor for name, tensor in patches.items()}}
+
+
+def test_what_does_not_fit_is_refused(device):
+    pack = compact([sample(SPECS[1], 1, (1, 2, 2), 2)], pixels=False)
+    known = outline(pack)
+    ids, offsets, markers, grids, steps = on(
+        device, pack.input_ids, pack.offsets, known.markers, pack.grid_thw, pack.temporal_step
+    )
+    good = {"sizes": (6, 4, 2, 1), "video_id": 6}
+    assert len(assemble_sequence(ids, offsets, markers, grids, steps, **good)["input_ids"]) == 6
+    for wrong, message in [
+        ((ids.long(), offsets, markers, grids, steps), "input_ids must be flat int32"),
+        ((ids, offsets, markers, grids.long(), steps), "grid_thw must be flat int32"),
+        ((ids, offsets, markers, grids[:0], steps), r"grid_thw must be \(1, 3\) for 1 markers"),
+        ((ids, offsets, markers, grids, steps.double()), "temporal_step must be float32"),
+        ((ids, offsets.to("meta"), markers, grids, steps), "offsets must be .* on meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            assemble_sequence(*wrong, **good)
+    for sizes in [(7, 4, 2, 1), (6, 3, 2, 1), (2, -0, 2, 1), (6, 4, -2, 1)]:
+        with pytest.raises(ValueError, match=r"3 input_ids with 1 markers do not make|do not make"):
+            assemble_sequence(ids, offsets, markers, grids, steps, sizes, video_id=6)
+    with pytest.raises(ValueError, match=r"int64 \(I, 3\)"):
+        assemble_patches(grids, 1, 4, 1)
+    with pytest.raises(ValueError, match="must not be negative"):
+        assemble_patches(grids.long(), 1, -4, 1)
+    with pytest.raises(ValueError, match="num_tiles must not be negative"):
+        attention_tiles(offsets, -1, causal=True)
+    if device.type == "cpu":
+        import triton
+
+        triton.knobs.runtime.interpret = False
+        try:
+            with pytest.raises(ValueError, match="needs a CUDA device"):
+                attention_tiles(offsets, 1, causal=True)
+        finally:
+            triton.knobs.runtime.interpret = True
+
+
+def test_packs_of_different_specs_are_not_joined():
+    one, other = (compact([sample(spec, 1, 2)], pixels=False) for spec in SPECS[:2])
+    with pytest.raises(ValueError, match="different VisionSpecs"):
+        concatenate_compact([one, other])
+    with pytest.raises(ValueError, match="at least one pack"):
+        concatenate_compact([])
+    assert concatenate_compact([one]) is one
+
+
+def test_a_compact_pack_is_of_its_samples():
+    """Its length, and the errors of `assemble`."""
+    samples = [sample(SPECS[1], *segment) for segment in EDGES["a video before an image"]]
+    pack = compact(samples, pixels=False)
+    assert pack.num_tokens == assemble(samples, pixels=False).num_tokens
+    with pytest.raises(ValueError, match="at least one sample"):
+        compact([])
+    with pytest.raises(ValueError, match="3 grids but 0 images"):
+        compact([sample(SPECS[1], 1, *[(1, 1, 1)] * 3)])
