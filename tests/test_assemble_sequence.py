@@ -174,8 +174,8 @@ def test_what_does_not_fit_is_refused(device):
     ]:
         with pytest.raises(ValueError, match=message):
             assemble_sequence(*wrong, **good)
-    for sizes in [(7, 4, 2, 1), (6, 3, 2, 1), (2, -0, 2, 1), (6, 4, -2, 1)]:
-        with pytest.raises(ValueError, match=r"3 input_ids with 1 markers do not make|do not make"):
+    for sizes in [(7, 4, 2, 1), (6, 3, 2, 1), (6, 4, -2, 1), (6, 4, 2, -1)]:
+        with pytest.raises(ValueError, match="3 input_ids with 1 markers do not make"):
             assemble_sequence(ids, offsets, markers, grids, steps, sizes, video_id=6)
     with pytest.raises(ValueError, match=r"int64 \(I, 3\)"):
         assemble_patches(grids, 1, 4, 1)
