@@ -15,6 +15,7 @@ if find_spec("triton"):
     from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad
     from mmpack.ops.assemble_patches import assemble_patches
     from mmpack.ops.assemble_sequence import assemble_sequence
+    from mmpack.ops.attention_masks import block_mask, dense_mask
     from mmpack.ops.attention_tiles import attention_tiles
     from mmpack.ops.embed_features import embed_features
     from mmpack.ops.mrope import apply_mrope
@@ -25,5 +26,7 @@ if find_spec("triton"):
         "assemble_patches",
         "assemble_sequence",
         "attention_tiles",
+        "block_mask",
+        "dense_mask",
         "embed_features",
     ]

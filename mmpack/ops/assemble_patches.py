@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.assemble_sequence import last_at_or_before
 from mmpack.ops.attention_tiles import attention_tiles_fwd
 from mmpack.ops.checks import check_device
+from mmpack.ops.offsets import last_at_or_before
 
 # P = patches, I = images and videos, n = tiles
 BLOCK_P = 256  # patches a program places

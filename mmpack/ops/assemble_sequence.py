@@ -22,26 +22,13 @@ from torch import Tensor
 
 from mmpack.ops.attention_tiles import attention_tiles_fwd
 from mmpack.ops.checks import check_indices
+from mmpack.ops.offsets import last_at_or_before
 
 # T = tokens, F = features, S = segments, I = images and videos, n = compact ids, R = runs of one id
 MAX_RUN = 32  # tokens of a run; mmpack.reference.MAX_RUN cuts them
 BLOCK_I = 256  # grids, or segments, that the outline sums at once
 BLOCK_T = 256  # tokens a program writes
 BLOCK_X = 2048  # sorted text tokens cut into runs at once
-
-
-@triton.jit
-def last_at_or_before(values_ptr, count, at, LOG: tl.constexpr):
-    """Of `count` ascending values the last one's place that is <= `at`; -1 where there is none."""
-    low = tl.zeros_like(at)
-    high = low + count
-    for _ in tl.static_range(LOG):
-        middle = (low + high) // 2
-        searching = low < high
-        is_before = tl.load(values_ptr + middle, mask=searching, other=0) <= at
-        low = tl.where(searching & is_before, middle + 1, low)
-        high = tl.where(searching & (is_before == 0), middle, high)
-    return low - 1
 
 
 @triton.jit
