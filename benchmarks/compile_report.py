@@ -25,17 +25,12 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it replaces the compiler
 
-import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
-from mmpack.ops import mrope, varlen_triton  # noqa: F401
+from benchmarks.compile_cases import CASES, Case
 
-embed = sys.modules["mmpack.ops.embed_features"]
-varlen = sys.modules["mmpack.ops.varlen_triton"]
 ARCH = 90
 MAX_SHARED = 227 * 1024
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,25 +47,6 @@ _INSTRUCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kernel as one GPU run would launch it, and what it may cost.
-
-    `arguments` are Triton types, ":16" marking divisibility by 16; `needs` are instructions that must
-    be there, `lacks` those that must not.
-    """
-
-    name: str
-    kernel: Any
-    arguments: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    max_registers: int
-    needs: tuple[str, ...] = ()
-    max_spill_bytes: int = 0
-    lacks: tuple[str, ...] = ("LDL", "STL", "ATOM")
-
-
 @dataclass
 class Result:
     """What the compiler made of a case."""
@@ -83,190 +59,6 @@ class Result:
     shared_bytes: int
     instructions: dict[str, int]
     problems: list[str] = field(default_factory=list)
-
-
-def _embed_cases(dtype: str, D: int) -> list[Case]:
-    wide = f"*{dtype}:16"
-    copies = {"D": D, "COPY_D": embed.copy_width(D)}
-    sums = {
-        "D": D,
-        "BLOCK_D": embed.BLOCK_D,
-        "MAX_RUN": embed.MAX_RUN,
-        "BLOCK_R": embed.BLOCK_R,
-        "ACC": tl.float32,
-    }
-    options = {"num_warps": embed.NUM_WARPS}
-    text = {
-        "input_ids_ptr": "*i64:16",
-        "text_order_ptr": "*i32:16",
-        "text_id_offsets_ptr": "*i32:16",
-    }
-    cases = [
-        Case(
-            f"embed_features_fwd {dtype} D={D}",
-            embed._embed_features_fwd_kernel,
-            {
-                "out_ptr": wide,
-                "input_ids_ptr": "*i64:16",
-                "feature_index_ptr": "*i32:16",
-                "weight_ptr": wide,
-                "features_ptr": wide,
-                "weight_stride": "i32:16",
-                "features_stride": "i32:16",
-            },
-            copies,
-            options,
-            max_registers=64,
-            needs=("LDG.128", "STG.128"),
-        )
-    ]
-    for accumulate in (False, True):
-        name = "accumulate_embedding_grad" if accumulate else "embed_features_bwd"
-        cases += [
-            Case(
-                f"{name} {dtype} D={D}",
-                embed._embed_features_bwd_kernel,
-                {
-                    "dweight_ptr": "*fp32:16" if accumulate else wide,
-                    "partial_ptr": "*fp32:16",
-                    "dfeatures_ptr": wide,
-                    "dout_ptr": wide,
-                    **text,
-                    "feature_token_ptr": "*i32:16",
-                    "dout_stride": "i32:16",
-                    "num_runs": "i32",
-                    "padding_idx": "i32",
-                },
-                {**sums, **copies, "ACCUMULATE": accumulate},
-                options,
-                max_registers=96,
-                needs=("LDG.128", "STG.128"),
-            ),
-            Case(
-                f"{name} partials {dtype} D={D}",
-                embed._embed_features_bwd_partials_kernel,
-                {
-                    "dweight_ptr": "*fp32:16" if accumulate else wide,
-                    "partial_ptr": "*fp32:16",
-                    **text,
-                    "num_runs": "i32",
-                    "padding_idx": "i32",
-                },
-                {**sums, "ACCUMULATE": accumulate},
-                options,
-                max_registers=96,
-                needs=("LDG.128", "STG.128"),
-            ),
-        ]
-    return cases
-
-
-def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
-    D0, D1 = varlen.split_head_dim(K)
-    at_the_limit = K == 128 or dtype == "fp32"  # there dk and dv are held to spill nothing
-    registers = {"fwd": 250, "bwd_dq": 220, "bwd_dkv": 255 if at_the_limit else 230}
-    cases = []
-    for name, kernel in (
-        ("fwd", varlen.kernels._varlen_attention_fwd_kernel),
-        ("bwd_dq", varlen.kernels._varlen_attention_bwd_dq_kernel),
-        ("bwd_dkv", varlen.kernels._varlen_attention_bwd_dkv_kernel),
-    ):
-        options = varlen.launch_options(name, K, {"fp32": torch.float32}.get(dtype))
-        num_warps = options.pop("num_warps")
-        constants = {"H": G, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": varlen.TILE}
-        constants |= {"CAUSAL": causal, **options}
-        arguments = {}
-        for argument in kernel.arg_names:
-            if argument.endswith("_desc"):  # q0_desc: queries, the first D0 columns
-                rows = constants["BN" if argument[0] in "kv" else "BM"]
-                columns = D1 if D1 and "1_" in argument else D0
-                arguments[argument] = f"tensordesc<{dtype}[{rows}, {columns}]>"
-            elif argument.endswith("_step"):
-                arguments[argument] = "i32:16"
-            elif argument not in constants:
-                arguments[argument] = {
-                    "lse_ptr": "*fp32:16",
-                    "delta_ptr": "*fp32:16",
-                    "tiles_ptr": "*i32:16",
-                    "segment_ids_ptr": "*i32:16",
-                    "T": "i32",
-                    "scale": "fp32",
-                    "scale_log2": "fp32",
-                }.get(argument, f"*{dtype}:16")
-        cases.append(
-            Case(
-                f"varlen_attention_{name} {dtype} K={K} {'causal' if causal else 'full'} G={G}",
-                kernel,
-                arguments,
-                constants,
-                {"num_warps": num_warps, "num_stages": options["STAGES"]},
-                max_registers=registers[name],
-                needs=("UTMALDG",) if dtype == "fp32" else ("HGMMA", "UTMALDG", "STG.128"),
-                lacks=("ATOM",) if dtype == "fp32" else ("LDL", "STL", "ATOM"),
-                # Exact float32 products use no tensor core; Triton 3.6 spills a little at K = 128.
-                max_spill_bytes=512 if dtype == "fp32" else 0,
-            )
-        )
-    return cases
-
-
-_TEXT = {"sections": (16, 24, 24), "interleaved": False, "num_freqs": 64}
-_QWEN3 = {"sections": (24, 20, 20), "interleaved": True, "num_freqs": 64}
-_VISION = {"sections": (20, 20), "interleaved": False, "num_freqs": 20}
-_PARTIAL = {"sections": (11, 11, 10), "interleaved": True, "num_freqs": 32}
-
-
-def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, Any]) -> Case:
-    """Of both directions the inverse, which negates more. Vision positions are a transposed view."""
-    strides = ("q_stride_t", "q_stride_h", "k_stride_t", "k_stride_h", "position_stride")
-    constants = mrope.mrope_constants(H, HK, K, **rope, inverse=True, dtype=None)
-    arguments = {
-        **dict.fromkeys(("q_out_ptr", "k_out_ptr", "q_ptr", "k_ptr"), f"*{dtype}:16"),
-        "position_ids_ptr": "*i64:16",
-        "inv_freq_ptr": "*fp32:16",
-        **dict.fromkeys(strides, "i32:16"),
-        "position_stride_t": "i32",
-        "T": "i32",
-        "scaling": "fp32",
-    }
-    return Case(
-        f"apply_mrope {name} {dtype}",
-        mrope._apply_mrope_kernel,
-        arguments,
-        constants,
-        {"num_warps": mrope.NUM_WARPS},
-        max_registers=128,
-        needs=("LDG.128", "STG.128"),
-    )
-
-
-CASES = [
-    case
-    for dtype, D in (("bf16", 1536), ("bf16", 3584), ("bf16", 8192), ("fp32", 3584))
-    for case in _embed_cases(dtype, D)
-] + [
-    _mrope_case("12 + 2 heads", "bf16", 12, 2, 128, _TEXT),
-    _mrope_case("28 + 4 heads", "bf16", 28, 4, 128, _TEXT),
-    _mrope_case("28 + 4 heads", "fp32", 28, 4, 128, _TEXT),
-    _mrope_case("interleaved", "bf16", 32, 8, 128, _QWEN3),
-    _mrope_case("vision", "bf16", 16, 16, 80, _VISION),
-    _mrope_case("partial", "bf16", 16, 2, 256, _PARTIAL),
-]
-CASES += [
-    case
-    for dtype, K, G, causal in (
-        ("bf16", 128, 6, True),  # Qwen2-VL-2B
-        ("bf16", 128, 7, True),  # 7B
-        ("fp16", 128, 7, True),
-        ("bf16", 128, 1, False),
-        ("bf16", 80, 1, False),  # the vision tower
-        ("bf16", 96, 1, False),
-        ("bf16", 64, 1, True),
-        ("fp32", 128, 7, True),
-        ("fp32", 80, 1, False),
-    )
-    for case in _attention_cases(dtype, K, G, causal)
-]
 
 
 def compile_case(case: Case) -> Result:
