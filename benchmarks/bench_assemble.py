@@ -3,19 +3,27 @@
 The peer is what a collator without mmpack does: `get_rope_index` on each sample with images, whose
 placeholders are expanded already, then everything joined with `torch.cat` and the segments' offsets; it
 makes none of the indices that mmpack's pack holds besides. The ceiling is a copy of the finished pack's arrays.
+
+And what of it can the device take over? `test_batch`: host time and bytes of a batch assembled by the C++
+core, and of a compact one; on a GPU the launches and the time there.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness import time_ms
+from benchmarks.harness import compare, kernel_launches, time_ms
 from benchmarks.peers import rope_index_model, rope_index_pack
 from mmpack import VisionSpec, assemble
+from mmpack.compact import compact
+from mmpack.hf.batch import assemble_on_device, batch_of, compact_batch_of
+from mmpack.hf.families import Tower
+from mmpack.ops import assemble_sequence
 from mmpack.types import IGNORE, EncodedSample
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
@@ -90,3 +98,91 @@ def test_assemble(capacity, segments, images, model, benchmark, recorder, quick)
     benchmark.extra_info.update(ratios, case=config)
     benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
     print(f"\n{config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))
+
+
+def num_bytes(batch: dict[str, Any]) -> int:
+    """Bytes of a batch's tensors, which go from the worker to the device."""
+    values = [*batch.values(), *batch["mmpack"].values()]
+    values += batch["mmpack"].get("compact", {}).values()
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(("capacity", "segments", "images"), CASES)
+def test_batch(capacity, segments, images, model, benchmark, recorder, quick):
+    """From samples to a batch, pixels aside: assembled by the host, or left to the device."""
+    if quick and capacity != 8192:
+        pytest.skip("not among the quick cases")
+    samples = made_up(capacity, segments, images)
+    pack = compact(samples, pixels=False)
+    values = {"pixel_values": torch.empty(0)} if images else {}  # grids are sent where pixels are
+    tower = Tower()
+    host, device = (
+        batch_of(assemble(samples, pixels=False), values, tower),
+        compact_batch_of(pack, values, tower),
+    )
+    expanded = []
+    for begin, end, sample in zip(
+        host["mmpack"]["offsets"], host["mmpack"]["offsets"][1:], samples
+    ):
+        ids, labels = (host[name][0, begin:end] for name in ("input_ids", "labels"))
+        expanded.append((ids, labels, torch.from_numpy(sample.grid_thw).long()))
+    candidates = {
+        "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
+        "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
+        "transformers": lambda: rope_index_pack(model, expanded),
+    }
+    times = time_ms(candidates, rounds=5 if quick else 50)
+    config = f"segments={segments} images={images} tokens={capacity}"
+    figures = {
+        ("time", "ms"): times,
+        ("bytes", "B"): {"device": [num_bytes(device)], "native": [num_bytes(host)]},
+    }
+    if torch.cuda.is_available():
+        figures |= on_the_gpu(device, quick)
+    for (metric, unit), found in figures.items():
+        for name, of_name in found.items():
+            recorder.add(
+                "batch",
+                name,
+                "host" if metric in ("time", "bytes") else "device",
+                metric=metric,
+                unit=unit,
+                values=of_name,
+                x=("tokens", capacity),
+                config=config,
+            )
+    medians = {name: float(np.median(taken)) for name, taken in times.items()}
+    compare(benchmark, medians, "device", case=config)
+    benchmark.pedantic(candidates["device"], rounds=3, warmup_rounds=1)
+    told = ", ".join(
+        f"{metric} {name} {float(np.median(of_name)):.4g} {unit}"
+        for (metric, unit), found in figures.items()
+        for name, of_name in found.items()
+    )
+    print(f"\n{config}: {told}")
+
+
+def on_the_gpu(batch: dict[str, Any], quick: bool) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """What the device does for a compact batch: the whole of it, and the sequence alone."""
+    batch = to_gpu(batch)
+    pack = batch["mmpack"]
+    tensors = (
+        batch["input_ids"][0],
+        *(pack["compact"][n] for n in ("offsets", "markers", "grid_thw")),
+    )
+    steps = pack["compact"]["temporal_step_bits"].view(torch.float32)
+    known = {name: pack["compact"][name] for name in ("sizes", "video_id", "merge_size")}
+    runs = {
+        "all": lambda: assemble_on_device(batch, pack, None),
+        "sequence": lambda: assemble_sequence(*tensors, steps, **known),
+    }
+    return {
+        ("on device", "ms"): time_ms(runs, rounds=5 if quick else 50),
+        ("launches", "1"): {name: [kernel_launches(run)] for name, run in runs.items()},
+    }
+
+
+def to_gpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: to_gpu(item) for name, item in value.items()}
+    return value.cuda() if isinstance(value, torch.Tensor) else value

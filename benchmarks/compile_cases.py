@@ -254,7 +254,7 @@ _INDEX_CASES = [
         "attention_tiles rank",
         attention_tiles._rank_tiles_kernel,
         {"CAUSAL": True, "BLOCK_N": attention_tiles.BLOCK_N, "BLOCK_M": attention_tiles.BLOCK_M},
-        128,
+        168,  # Triton 3.6 takes 158
     ),
     _index_case(
         "block_mask T=32768",

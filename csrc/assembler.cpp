@@ -127,11 +127,12 @@ std::int64_t count_runs(const Samples& samples, std::size_t num_text) {
     std::int32_t id = -1, count = 0;
   };
   std::vector<Slot> slots(std::bit_ceil(2 * num_text + 1));  // at most half full
+  const std::size_t last = slots.size() - 1;
   std::int64_t runs = 0;
   for (const std::int32_t id : samples.input_ids) {
     if (id == samples.image_id || id == samples.video_id) continue;
-    std::size_t at = static_cast<std::uint32_t>(id) * std::size_t{0x9e3779b1} % slots.size();
-    while (slots[at].id != id && slots[at].id >= 0) at = (at + 1) % slots.size();
+    std::size_t at = (static_cast<std::uint32_t>(id) * std::size_t{0x9e3779b1} >> 16) & last;
+    while (slots[at].id != id && slots[at].id >= 0) at = (at + 1) & last;
     slots[at].id = id;
     runs += slots[at].count++ % kMaxRun == 0;
   }

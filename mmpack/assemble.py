@@ -111,16 +111,16 @@ def _concatenate(samples: Sequence[EncodedSample]) -> Joined:
     for sample, n in zip(samples, num_ids):
         if len(sample.labels) != n:
             raise ValueError(f"{_where(sample)}: {len(sample.labels)} labels, {n} input_ids")
-    steps = [
-        np.ones(n, dtype=np.float32) if sample.temporal_step is None else sample.temporal_step
-        for sample, n in zip(samples, num_grids)
-    ]
+    steps = np.ones(sum(num_grids), dtype=np.float32)
+    for sample, begin in zip(samples, accumulate(num_grids, initial=0)):
+        if sample.temporal_step is not None:
+            steps[begin : begin + len(sample.temporal_step)] = sample.temporal_step
     return Joined(
         np.concatenate([sample.input_ids for sample in samples]),
         np.concatenate([sample.labels for sample in samples]),
         np.array([*accumulate(num_ids, initial=0)], dtype=np.int32),
         np.concatenate([sample.grid_thw for sample in samples]),
-        np.concatenate(steps),
+        steps,
         np.array([*accumulate(num_grids, initial=0)], dtype=np.int32),
         vision.image_token_id,
         vision.video_token_id,

@@ -166,12 +166,13 @@ def _batch(
     grid_offsets: Any,
 ) -> dict[str, Any]:
     """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
-    supervised = as_tensor(pack.supervised_index).long()
-    labels = as_tensor(pack.labels)
+    supervised = pack.supervised_index.astype(np.int64)
+    shift_labels = torch.from_numpy(pack.labels[supervised + 1])
+    supervised = torch.from_numpy(supervised)
     batch: dict[str, Any] = {
         "input_ids": None,  # first: Trainer reads its size
-        "labels": labels[None],
-        "shift_labels": labels[supervised + 1][None],
+        "labels": as_tensor(pack.labels)[None],
+        "shift_labels": shift_labels[None],
         "logits_to_keep": supervised,
         "position_ids": None,
         "use_cache": False,
@@ -185,17 +186,17 @@ def _batch(
         video = pack.vision.video_spec
         rule = (video.has_timestamps, video.tokens_per_second)
     batch["mmpack"] = {
-        "offsets": tuple(map(int, pack.cu_seqlens)),  # ints: torch.compile takes arrays for tensors
+        "offsets": tuple(pack.cu_seqlens.tolist()),  # ints: torch.compile takes arrays for tensors
         "max_seqlen": pack.max_seqlen,
         "supervised_offsets": tuple(
-            map(int, np.searchsorted(pack.supervised_index, pack.cu_seqlens))
+            np.searchsorted(pack.supervised_index, pack.cu_seqlens).tolist()
         ),
         "supervised_index": supervised,
         "num_patches": int(pack.vision_cu_seqlens[-1]),
-        "grid_thw": tuple(tuple(map(int, grid)) for grid in grid_thw),
-        "grid_offsets": tuple(map(int, grid_offsets)),
+        "grid_thw": tuple(map(tuple, grid_thw.tolist())),
+        "grid_offsets": tuple(grid_offsets.tolist()),
         "video_rule": rule,
-        "vision_offsets": tuple(map(int, pack.vision_cu_seqlens)),
+        "vision_offsets": tuple(pack.vision_cu_seqlens.tolist()),
         "vision_max_seqlen": pack.vision_max_seqlen,
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
@@ -218,7 +219,7 @@ def _windows(
     }
     return order, {
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        "window_offsets": tuple(map(int, cu_seqlens)),
+        "window_offsets": tuple(cu_seqlens.tolist()),
         "window_max_seqlen": int(np.diff(cu_seqlens).max()),
     }
 
