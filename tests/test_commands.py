@@ -144,7 +144,7 @@ def test_no_permission(works, tmp_path, capsys):
     (tmp_path / "locked.json").write_text("[]")
     (tmp_path / "locked.json").chmod(0)
     assert main(["check", str(tmp_path / "locked.json")]) == 1
-    assert "Permission denied" in capsys.readouterr().err
+    assert "locked.json: Permission denied" in capsys.readouterr().out
     tmp_path.chmod(0o500)
     assert main(works["pack"]) == 1
     assert "Permission denied" in capsys.readouterr().err
