@@ -118,14 +118,19 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.pictures import inspect_picture
 
     dataset = PackedDataset.from_store(options.data)
-    view = inspect.view_pack(dataset, options.pack)
+    number, segment = options.pack, options.segment
+    if options.row is not None:
+        (number, segment), *others = inspect.find_row(dataset, options.row)
+        for pack, piece in others:
+            print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+    view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
-    if options.segment is not None:
-        if options.segment not in chosen:
+    if segment is not None:
+        if segment not in chosen:
             raise ValueError(
-                f"pack {options.pack} has no segment {options.segment}; its {len(chosen)} count from 0"
+                f"pack {number} has no segment {segment}; its {len(chosen)} count from 0"
             )
-        chosen = range(options.segment, options.segment + 1)
+        chosen = range(segment, segment + 1)
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
     if note:
         print(f"mmpack: {note}", file=sys.stderr)

@@ -119,6 +119,7 @@ def run_demo(folder: str | None = None) -> dict[str, float]:
             f"\nleft in {folder}; now try\n"
             f"  mmpack pack {folder}/train.json --tokenizer {folder}/tokenizer "
             f"--capacity {CAPACITY} --out {folder}/packed\n"
+            f"  mmpack inspect {folder}/packed\n"
             f"  mmpack train --data {folder}/packed --config {folder}/config.json --steps 20 "
             f"--output_dir {folder}/run"
         )

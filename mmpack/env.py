@@ -80,9 +80,9 @@ def env_table(found: dict[str, Any]) -> str:
         rows.append((name, f"{state}, BROKEN: {package['error']}" if package["error"] else state))
     gpus = found["gpus"] or [f"none: {found['why_no_gpu']}"]
     rows += [("GPU", gpu) for gpu in gpus]
-    lines = aligned(rows, left=(0, 1))
+    lines = [*aligned(rows, left=(0, 1)), ""]
     if found["why_no_ops"]:
-        return "\n".join([*lines, "", f"mmpack.ops cannot be looked at: {found['why_no_ops']}"])
+        lines.append(f"mmpack.ops cannot be looked at: {found['why_no_ops']}")
     rows = [("op", "implementation", "")]
     for op, implementations in found["ops"].items():
         for name, reason in implementations.items():
@@ -90,7 +90,7 @@ def env_table(found: dict[str, Any]) -> str:
             if op == "varlen_attention" and name == found["auto"]:
                 state += "; what impl='auto' means"
             rows.append((op, name, state))
-    lines += ["", *aligned(rows, left=(0, 1, 2))]
+    lines += aligned(rows, left=(0, 1, 2)) if found["ops"] else []
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -106,6 +106,40 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     return PackView(number, num_packs, dataset.capacity, pack, samples, media, spans)
 
 
+def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
+    """(pack, segment) of a row of the data, several where it is a document in pieces. `row` is its number,
+    or FILE:NUMBER.
+
+    Raises:
+        ValueError: it is in no pack, or several files have a row of that number.
+    """
+    file, _, number = row.rpartition(":")
+    if not number.isdecimal():
+        raise ValueError(f"a row is a number or FILE:NUMBER, got {row!r}")
+    store, plan, sources = _store_of(dataset), dataset.plan, dataset.samples.sources  # type: ignore[attr-defined]
+    rows = store.rows
+    if store is not dataset.samples:
+        rows = rows[dataset.samples.sample_of]  # type: ignore[attr-defined]
+    is_it = rows == int(number)
+    if file:
+        is_it &= sources == file
+    names = sorted(set(sources[is_it]))
+    if len(names) > 1:
+        raise ValueError(f"row {number} is in {' and '.join(names)}; say --row {names[0]}:{number}")
+    places = np.flatnonzero(is_it[plan.sample_index])
+    if not len(places):
+        raise ValueError(
+            f"row {row} is in no pack; was it refused or dropped when this was packed?"
+        )
+    packs = np.searchsorted(plan.bin_offsets, places, side="right") - 1
+    return list(zip(packs.tolist(), (places - plan.bin_offsets[packs]).tolist()))
+
+
+def _store_of(dataset: PackedDataset) -> Any:
+    """The store under a data set, whose samples may be in pieces."""
+    return getattr(dataset.samples, "samples", dataset.samples)
+
+
 def _media(
     samples: Sequence[EncodedSample], pack: Pack
 ) -> tuple[list[Medium], list[int], list[int]]:
@@ -305,8 +339,7 @@ def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode |
     if it still lies where it did."""
     from mmpack.hf.training import load_tokenizer  # here: ids alone are shown at once
 
-    samples: Any = getattr(dataset.samples, "samples", dataset.samples)  # whole, or in pieces
-    about = samples.about
+    about = _store_of(dataset).about
     if folder is None:
         packed_with = str(about.get("tokenizer"))
         if not Path(packed_with).is_dir():

@@ -24,6 +24,7 @@ placeholders are one word. --json has every token's place exactly.
 
 examples:
   mmpack inspect packed
+  mmpack inspect packed --row 1843
   mmpack inspect packed --pack 17 --png pack17.png | less
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
 """
@@ -113,7 +114,13 @@ def command_line() -> argparse.ArgumentParser:
         "inspect", "show a pack: segments, text, images, what is supervised", INSPECT_EXAMPLES
     )
     inspect.add_argument("data", metavar="PACKED", help="folder that mmpack pack wrote")
-    inspect.add_argument("--pack", type=int, default=0, metavar="K", help="which one (0)")
+    which = inspect.add_mutually_exclusive_group()
+    which.add_argument("--pack", type=int, default=0, metavar="K", help="which one (0)")
+    which.add_argument(
+        "--row",
+        metavar="N",
+        help="the one with this row of the data, N or FILE:N, and its text alone",
+    )
     inspect.add_argument("--segment", type=int, metavar="N", help="the text of this one alone")
     inspect.add_argument(
         "--tokenizer",

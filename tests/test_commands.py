@@ -115,6 +115,8 @@ def broken(works, small_set, tmp_path):
         "no workers": ([*works["pack"], "--jobs", "0"], 1, "jobs must be positive"),
         "no store": (["inspect", str(tmp_path)], 1, "holds no finished store; make one with"),
         "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; there are "),
+        "no row": ([*works["inspect"], "--row", "99"], 1, "row 99 is in no pack; was it refused"),
+        "no row's number": ([*works["inspect"], "--row", "x"], 1, "a row is a number or FILE:NUM"),
         "no segment": ([*works["inspect"], "--segment", "-1"], 1, "has no segment -1; its "),
         "no PNG": ([*works["inspect"], "--png", str(tmp_path / "a.xyz")], 1, "'xyz' is not"),
         "no model": (train("--model", nowhere), 1, "holds no model config: there is no such"),

@@ -87,6 +87,28 @@ def test_the_terminal_shows_the_same(small_set, capsys):
     assert "--- segment 0: " not in chosen
 
 
+def test_a_row_is_found(small_set, capsys):
+    dataset = PackedDataset.from_store(small_set / "packed")
+    for row in range(24):
+        ((pack, segment),) = inspect.find_row(dataset, f"train.json:{row}")
+        assert dataset.samples_of(pack)[segment].row == row
+        assert inspect.find_row(dataset, str(row)) == [(pack, segment)]
+    text = looked_at(small_set, capsys, "--row", 5).out
+    assert re.findall("--- segment .*: row (\\d+) of", text) == ["5"]
+
+
+def test_rows_of_several_files(small_set, tmp_path, capsys):
+    rows = json.loads((small_set / "train.json").read_text())
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps([row for row in rows if not row["images"]][:2]))
+    arguments = ["pack", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--capacity", "64"]
+    arguments += ["--tokenizer", str(small_set / "tokenizer"), "--out", str(tmp_path / "packed")]
+    assert main([*arguments, "--on-overflow", "truncate", "--quiet"]) == 0
+    assert main(["inspect", str(tmp_path / "packed"), "--row", "1"]) == 1
+    assert "row 1 is in a.json and b.json; say --row a.json:1" in capsys.readouterr().err
+    assert ": row 1 of b.json" in looked_at(tmp_path, capsys, "--row", "b.json:1").out
+
+
 def test_without_the_tokenizer_there_are_ids(small_set, tmp_path, capsys):
     shutil.copytree(small_set / "packed", tmp_path / "packed")
     about = json.loads((tmp_path / "packed" / "mmpack.json").read_text())
@@ -165,8 +187,11 @@ def test_cut_rows_and_pieces_of_documents_are_shown_as_trained(small_set, tmp_pa
     arguments = ["pack", str(tmp_path / "docs.json"), "--stage", "pretrain", "--capacity", "64"]
     arguments += ["--tokenizer", str(small_set / "tokenizer"), "--out", str(tmp_path / "packed")]
     assert main([*arguments, "--quiet"]) == 0
-    num_packs = PackedDataset.from_store(tmp_path / "packed").plan.num_packs
+    dataset = PackedDataset.from_store(tmp_path / "packed")
+    num_packs = dataset.plan.num_packs
     assert num_packs > 1
+    assert sorted(inspect.find_row(dataset, "0")) == [(pack, 0) for pack in range(num_packs)]
+    assert "it goes on in pack" in looked_at(tmp_path, capsys, "--row", 0).err
     text = ""
     for pack in range(num_packs):
         found = json.loads(looked_at(tmp_path, capsys, "--pack", pack, "--json").out)
