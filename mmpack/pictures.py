@@ -17,7 +17,7 @@ from mmpack.report import SHOWN_SOURCES, balance_report
 from mmpack.types import PackPlan
 
 _SEGMENTS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright
-_LINES, _LINE_STEP = 8, 64  # a pack is folded into so many lines, of a multiple of so many tokens
+_LINES, _LINE_STEP = 8, 8  # a pack is folded into so many lines, of a multiple of so many tokens
 _BAND_IN, _LINE_IN, _SQUARE_IN = (
     10.0,
     1.0,
@@ -122,7 +122,7 @@ def inspect_picture(view: PackView, path: str) -> None:
     num_tokens = len(view.pack.input_ids)
     width = _LINE_STEP * -(-num_tokens // (_LINES * _LINE_STEP))
     lines = -(-num_tokens // width)
-    high = max(lines * _LINE_IN, 2 * _SQUARE_IN + 0.9)
+    high = max(lines * _LINE_IN, _SQUARE_IN + bool(view.media) * (_SQUARE_IN + 0.9))
     size = (1.0 + _BAND_IN + 1.0 + _SQUARE_IN + 0.3, high + 1.6)
     figure = _figure(size, layout=None)
 
