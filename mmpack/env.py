@@ -46,6 +46,8 @@ KERNELS = {
     "assemble_sequence": "the C++ core",
     "assemble_patches": "the C++ core",
     "attention_tiles": "the C++ core",
+    "block_mask": None,
+    "dense_mask": None,
 }
 PLAIN = ("patch_embed", "supervised_cross_entropy")
 
