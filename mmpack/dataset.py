@@ -228,14 +228,24 @@ class PackedDataset(Assembling, Dataset[Pack]):
     def __getitem__(self, index: int) -> Pack:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
-        epoch = int(self._epoch[0])
-        if self._planned[0] != epoch:
-            self._planned = (epoch, plan_epoch(self.plan, epoch))
         index %= len(self)
         if index >= self.plan.num_packs:
             return self._empty_pack()
-        numbers = self._planned[1].samples_of(index).tolist()
-        return self._assemble([self._sample(number) for number in numbers])
+        return self._assemble(self.samples_of(index))
+
+    def samples_of(self, index: int) -> list[EncodedSample]:
+        """The samples of a pack of this epoch as they are assembled, segment by segment, cut ones cut;
+        no image is opened.
+
+        Raises:
+            IndexError: there is no such pack; empty packs have none.
+        """
+        if not 0 <= index < self.plan.num_packs:
+            raise IndexError(f"pack {index} of {self.plan.num_packs}")
+        epoch = int(self._epoch[0])
+        if self._planned[0] != epoch:
+            self._planned = (epoch, plan_epoch(self.plan, epoch))
+        return [self._sample(number) for number in self._planned[1].samples_of(index).tolist()]
 
     @cached_property
     def _smallest(self) -> int:

@@ -71,8 +71,8 @@ THINGS = ["apples", "books", "chairs", "drums", "eggs", "flags", "glasses", "hat
 COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
 
 
-def run_demo(folder: str | None = None) -> None:
-    """Run it and print what it finds; `folder` keeps data set, tokenizer and config."""
+def run_demo(folder: str | None = None) -> dict[str, float]:
+    """Run it, print what it finds and return the figures; `folder` keeps data set, tokenizer and config."""
     logging.set_verbosity_error()
     torch.set_num_threads(
         1
@@ -112,15 +112,28 @@ def run_demo(folder: str | None = None) -> None:
             f"  token-weighted loss   relative difference {loss:.1e}\n"
             f"  gradients             largest relative difference of a parameter {gradient:.1e}"
         )
-    print(f"\ndone in {time.perf_counter() - start:.0f} s")
+    total = time.perf_counter() - start
+    print(f"\ndone in {total:.0f} s")
     if folder:
         print(
             f"\nleft in {folder}; now try\n"
             f"  mmpack pack {folder}/train.json --tokenizer {folder}/tokenizer "
             f"--capacity {CAPACITY} --out {folder}/packed\n"
+            f"  mmpack inspect {folder}/packed\n"
             f"  mmpack train --data {folder}/packed --config {folder}/config.json --steps 20 "
             f"--output_dir {folder}/run"
         )
+    return {
+        "rows": len(samples),
+        "packs": len(dataset),
+        "utilization": round(dataset.plan.utilization, 6),
+        "padded_utilization": round(padded_utilization(lengths, PADDED_BATCH), 6),
+        "padded_seconds": round(padded, 3),
+        "packed_seconds": round(packed, 3),
+        "loss_difference": float(loss),
+        "gradient_difference": gradient,
+        "seconds": round(total, 3),
+    }
 
 
 def write_data(root: Path, num_rows: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +18,10 @@ from mmpack.dataset import costs_of, plan_samples
 from mmpack.errors import BadRow, OnError
 from mmpack.files import Row, count_rows
 from mmpack.index import changes, index_rows, made_from
+from mmpack.pictures import pack_picture
 from mmpack.plan import padded_utilization
 from mmpack.readers import RowGroup, row_groups
-from mmpack.report import balance_lines, balance_report, json_line, pack_picture
+from mmpack.report import balance_lines, balance_report, json_line
 from mmpack.split import image_capacity, split_samples
 from mmpack.store import open_store, reuse_store, write_batches
 from mmpack.types import EncodedSample
@@ -54,8 +56,10 @@ def run_pack(
     about: dict[str, Any] = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("run", "json", "overwrite", "jobs", "out", "png")
+        if name not in ("command", "json", "quiet", "overwrite", "jobs", "out", "png")
     }
+    if Path(options.tokenizer).is_dir():
+        about["tokenizer"] = os.path.abspath(options.tokenizer)  # for mmpack inspect, anywhere
     about["begun"] = time.time_ns()
     groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
     tokenizer, vision = processor
@@ -76,7 +80,8 @@ def run_pack(
         else:
             on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
             ways = {"reading": reading, "encoding": encoding, "on_error": on_error}
-            batches = _batches(groups, tokenizer, vision, jobs=options.jobs, **ways)
+            ways |= {"jobs": options.jobs, "quiet": options.quiet}
+            batches = _batches(groups, tokenizer, vision, **ways)
             store = write_batches(partial, batches, vision, about)
             _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
         samples, patch_capacity, on_overflow = cut_long(store, vision, options)
@@ -172,7 +177,7 @@ def _packed_before(out: Path, about: dict[str, Any], overwrite: bool) -> tuple[A
 
 
 def _batches(
-    groups: list[RowGroup], tokenizer: Any, vision: VisionSpec, **options: Any
+    groups: list[RowGroup], tokenizer: Any, vision: VisionSpec, quiet: bool, **options: Any
 ) -> Iterator[bytes]:
     """Batches for a store, a bar showing rows, rows a second and, where files know how many they
     have, how long it will take."""
@@ -180,7 +185,7 @@ def _batches(
     is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
     is_known = all(array or count is not None for array, count in zip(is_array, counts))
     total = sum(count or 0 for count in counts) if is_known else None
-    with tqdm(total=total, unit=" rows", desc="encoding", disable=None) as bar:
+    with tqdm(total=total, unit=" rows", desc="encoding", disable=quiet or None) as bar:
 
         def counted(rows: Iterable[Row]) -> Iterator[Row]:
             """An array is read whole, so that is when its length is known."""

@@ -1,10 +1,10 @@
-"""Tables and pictures of what `mmpack.check` counted, and what `mmpack pack` says of its packs."""
+"""Tables of what `mmpack.check` counted, and what `mmpack pack` says of its packs."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mmpack.mixture import cost_floor, image_shares, rank_imbalance, share_sprea
 from mmpack.types import PackPlan
 
 _SHOWN_BAD = 10
-_SHOWN_SOURCES = 10
+SHOWN_SOURCES = 10
 _RANKS = (8, 64)
 
 
@@ -91,7 +91,7 @@ def _source_table(summary: Summary) -> list[str]:
         rows.append(
             (name, f"{group['rows']:,}", f"{group['refused']:,}", f"{group['images']:,}", tokens)
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
@@ -100,59 +100,19 @@ def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
         full = f"{line['utilization']:.1%}"
         rows.append((f"{line['capacity']:,}", f"{line['packs']:,}", full, f"{line['too_long']:,}"))
     padded = summary.as_dict()["padded_utilization"]
-    return [*_aligned(rows), f"padded batches of 8 would be {padded:.0%} full"]
+    return [*aligned(rows), f"padded batches of 8 would be {padded:.0%} full"]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Rows of cells as lines; columns are aligned to the right, but for those in `left`."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths))
+        )
         for row in rows
     ]
-
-
-def check_picture(summary: Summary, path: str) -> None:
-    """Lengths, images a row and utilization by capacity, as a PNG.
-
-    Raises:
-        ValueError: nothing to draw, or matplotlib is not installed.
-    """
-    if not summary.lengths:
-        raise ValueError("there is no usable row to draw")
-    unit = "tokens" if summary.has_tokens else "characters"
-    lengths = np.array([length for length, _, _ in summary.lengths])
-    figure = _figure((12, 3.6))
-    left, middle, right = figure.subplots(1, 3)
-
-    left.hist(
-        lengths, bins=np.geomspace(max(1, lengths.min()), lengths.max() + 1, 40), color="#4477aa"
-    )
-    left.set(xscale="log", xlabel=f"{unit} of a row", ylabel="rows", title="lengths")
-    counts = sorted(summary.images_per_row.items())
-    middle.bar([str(n) for n, _ in counts], [count for _, count in counts], color="#228833")
-    middle.set(xlabel="images of a row", ylabel="rows", title="images")
-    if summary.has_tokens:
-        table = summary.by_capacity()
-        names = [f"{line['capacity']:,}" for line in table]
-        right.bar(names, [100 * line["utilization"] for line in table], color="#ee6677")
-        for place, line in enumerate(table):
-            too_long, packs = f"{line['too_long']:,} too long", f"{line['packs']:,} packs"
-            style = {"rotation": 90, "ha": "center", "va": "top", "color": "white"}
-            top = 100 * line["utilization"] - 3
-            right.text(place, top, too_long if line["too_long"] else packs, **style)
-        padded = 100 * summary.as_dict()["padded_utilization"]
-        right.axhline(padded, color="#333333", linestyle="--")
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        label = f"padded batches of 8: {padded:.0f} %"
-        right.text(len(table) - 0.6, padded - 4, label, ha="right", va="top", bbox=box)
-        right.set(
-            xlabel="capacity", ylabel="% of a pack filled", ylim=(0, 105), title="utilization"
-        )
-        right.tick_params(axis="x", rotation=30)
-    else:
-        right.text(0.5, 0.5, "--tokenizer shows\nutilization by capacity", ha="center", va="center")
-        right.axis("off")
-    figure.savefig(path, dpi=120)
 
 
 def balance_report(
@@ -183,7 +143,7 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
     """The same in a terminal."""
     parts = [("images", report["image_share"])]
     if len(report["sources"]) > 1:
-        parts += list(report["sources"].items())[:_SHOWN_SOURCES]
+        parts += list(report["sources"].items())[:SHOWN_SOURCES]
     lines = [
         f"{name}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
         "pack's (10th to 90th percentile)"
@@ -197,51 +157,6 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
             "its samples allow"
         )
     return lines
-
-
-def pack_picture(
-    plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any], path: str
-) -> None:
-    """Images' share of each pack, and text and images of each source, as a PNG.
-
-    Args:
-        sources, image_tokens: (N,) file of every sample, and tokens of its images.
-
-    Raises:
-        ValueError: no packs, or matplotlib is not installed.
-    """
-    if not plan.num_packs:
-        raise ValueError("there is no pack to draw")
-    figure = _figure((9, 3.6))
-    left, right = figure.subplots(1, 2)
-    image_tokens = np.minimum(image_tokens, plan.num_tokens)
-    shares = 100 * plan.totals(image_tokens) / plan.pack_tokens
-    left.hist(shares, bins=np.linspace(0, 100, 26), color="#228833")
-    mean = 100 * image_tokens[plan.sample_index].sum() / plan.pack_tokens.sum()
-    left.axvline(mean, color="#333333", linestyle="--")
-    left.set(xlabel="image tokens, % of a pack's", ylabel="packs", title="packs (dashed: all)")
-
-    parts = balance_report(plan, sources, image_tokens)["sources"]
-    shown = list(parts.items())[:_SHOWN_SOURCES][::-1]
-    names = [Path(name).name for name, _ in shown]
-    share, images = (
-        np.array([100 * part[key] for _, part in shown]) for key in ("share", "images")
-    )
-    right.barh(range(len(names)), share * (100 - images) / 100, color="#4477aa", label="text")
-    starts = share * (100 - images) / 100
-    right.barh(range(len(names)), share - starts, left=starts, color="#228833", label="images")
-    right.set(yticks=range(len(names)), yticklabels=names)
-    right.set(xlabel="% of all tokens", title="files")
-    right.legend(loc="upper right", bbox_to_anchor=(1, -0.12), ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a picture needs matplotlib: pip install 'mmpack[report]'") from None
-    return Figure(figsize=size, layout="constrained")
 
 
 def json_line(value: dict[str, Any]) -> str:

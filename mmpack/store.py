@@ -86,6 +86,11 @@ class EncodedStore(Sequence[EncodedSample]):
         """(N,) files the samples come from."""
         return self._column("source")
 
+    @property
+    def rows(self) -> Int64:
+        """(N,) their numbers there."""
+        return self._column("row")
+
     def grids(self) -> tuple[Int32, Int64]:
         """Of all markers: grid_thw (I, 3), and offsets (N + 1,): those of sample n are
         `offsets[n] : offsets[n + 1]`."""

@@ -68,6 +68,20 @@ def realset(realset_samples, tokenizer, vision):
     return list(encode_samples(realset_samples, tokenizer, vision))
 
 
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory):
+    """A folder with a few of the demo's rows, its tokenizer and config, and the rows packed."""
+    from mmpack.cli import main
+    from mmpack.demo import write_data
+
+    folder = tmp_path_factory.mktemp("small_set")
+    write_data(folder, 24)
+    arguments = ["pack", folder / "train.json", "--tokenizer", folder / "tokenizer"]
+    arguments += ["--capacity", 2048, "--out", folder / "packed", "--quiet"]
+    assert main(list(map(str, arguments))) == 0
+    return folder
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where kernels run: a GPU, or Triton's interpreter on CPU tensors (bf16 sums are wrong there)."""

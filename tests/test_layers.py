@@ -45,7 +45,11 @@ LAYERS = {
     "check": 6,
     "cli": 6,
     "demo": 6,
+    "env": 6,
+    "inspect": 6,
+    "options": 6,
     "pack": 6,
+    "pictures": 6,
     "report": 6,
 }
 # In their own layer these may use each other: the nouns stand on the spec and the errors, a room is
@@ -66,9 +70,19 @@ SAME_LAYER = {
     ("ops", "reference"),  # the door to attention runs it by name
     ("cli", "demo"),
     ("cli", "check"),
+    ("cli", "env"),
+    ("cli", "inspect"),
+    ("cli", "options"),
     ("cli", "pack"),
+    ("cli", "pictures"),
     ("cli", "report"),
+    ("env", "report"),
+    ("inspect", "report"),
+    ("pack", "pictures"),
     ("pack", "report"),
+    ("pictures", "check"),
+    ("pictures", "inspect"),
+    ("pictures", "report"),
     ("report", "check"),
 }
 
@@ -80,7 +94,7 @@ ROOMS = {
     "datasets": set(),
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
-    "matplotlib": {"report"},
+    "matplotlib": {"pictures"},
     "pyarrow": {"files", "store"},
     "tokenizers": {"demo"},
     "torch": {"buffers", "images", "reference", "dataset", "stream", "hf", "demo", "ops"},

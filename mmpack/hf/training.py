@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import (
 from mmpack.dataset import PackedDataset
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
+from mmpack.hf.families import FAMILIES
 from mmpack.hf.models import patch_model
 from mmpack.vision import VisionSpec
 
@@ -40,6 +42,9 @@ _VIDEO_PROCESSORS = {
         "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
     },
 }
+
+
+_USAGE = "mmpack train --data PACKED --model FOLDER [options]; see mmpack train --help"
 
 
 def load_processor(
@@ -62,18 +67,11 @@ def load_processor(
     Raises:
         ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`.
     """
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} holds no Qwen-VL tokenizer and image processor: {error}"
-        ) from None
-    if tokenizer.chat_template is None:
-        template = Path(folder) / "chat_template.json"  # where Qwen2-VL was published with it
-        if not template.is_file():
-            raise ValueError(f"{folder} has no chat template")
-        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        raise ValueError(f"{folder} holds no Qwen-VL image processor: {error}") from None
     if config is None and (Path(folder) / "config.json").is_file():
         config = load_config(folder)
     video_processor = _video_processor(Path(folder), config)
@@ -89,6 +87,24 @@ def load_processor(
     if chosen:
         changes["video"] = replace(vision.video, **chosen)
     return tokenizer, replace(vision, **changes)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder, with its chat template.
+
+    Raises:
+        ValueError: the folder lacks one of them.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {_why(folder, error)}") from None
+    if tokenizer.chat_template is None:
+        template = Path(folder) / "chat_template.json"  # where Qwen2-VL was published with it
+        if not template.is_file():
+            raise ValueError(f"{folder} has no chat template")
+        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
 
 
 def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
@@ -123,10 +139,16 @@ def load_model(model: str | None, config: str | None, seed: int) -> nn.Module:
     """A model from a folder, or with random weights from a config file."""
     if (model is None) == (config is None):
         raise ValueError("pass --model FOLDER, or --config FILE for random weights")
+    path = str(model or config)
+    loaded = load_config(path)
+    if loaded.model_type not in FAMILIES:
+        raise ValueError(
+            f"{path} is of model_type {loaded.model_type!r}; supported: {', '.join(FAMILIES)}"
+        )
     if model is not None:
         return AutoModelForImageTextToText.from_pretrained(model)
     set_seed(seed)
-    return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config))
+    return AutoModelForImageTextToText.from_config(loaded)
 
 
 def load_config(path: str | os.PathLike[str]) -> Any:
@@ -138,7 +160,12 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no model config: {error}") from None
+        raise ValueError(f"{path} holds no model config: {_why(path, error)}") from None
+
+
+def _why(path: str | os.PathLike[str], error: Exception) -> str:
+    """transformers takes what is not there for a name on its hub, and says so at length."""
+    return str(error) if Path(path).exists() else "there is no such file or folder here"
 
 
 def check_fit(model: nn.Module, vision: VisionSpec) -> None:
@@ -173,7 +200,15 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
     defaults = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--report_to", "none"]
     if not any(option.startswith(("--output_dir", "--output-dir")) for option in options):
         defaults += ["--output_dir", "mmpack-output"]
-    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*defaults, *options])
+    parser = HfArgumentParser(TrainingArguments, prog="mmpack train", usage=_USAGE)
+    args, unknown = parser.parse_args_into_dataclasses(
+        [*defaults, *options], return_remaining_strings=True
+    )
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = get_close_matches(unknown[0].split("=")[0], known, 1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"{unknown[0]} is no option of it or of TrainingArguments{guess}")
     return args
 
 

@@ -69,7 +69,7 @@ def varlen_attention(
     """
     _check(q_THK, k, v, cu_seqlens, offsets)
     if impl == "auto":
-        impl = _auto(q_THK)
+        impl = auto_impl(q_THK)
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
@@ -121,7 +121,8 @@ def why_not(impl: str, q_THK: Tensor) -> str | None:
     return None
 
 
-def _auto(q_THK: Tensor) -> str:
+def auto_impl(q_THK: Tensor) -> str:
+    """What "auto" means for such a q."""
     if q_THK.device.type == "cuda" and q_THK.dtype in (torch.bfloat16, torch.float16):
         for impl in AUTO:
             if not why_not(impl, q_THK):

@@ -154,6 +154,6 @@ def why_not(impl):
     }[impl]
     try:
         found = __import__(module, fromlist=[name])
-    except ImportError as error:
+    except Exception as error:  # a package built for another torch raises what it likes
         return f"{module} cannot be imported: {error}"
     return None if hasattr(found, name) else f"{module} has no {name}"

@@ -1,0 +1,162 @@
+"""What holds for every command: help with examples, --json, --quiet, exit codes, no stack trace."""
+
+import json
+import os
+import shlex
+import sys
+
+import pytest
+from builders import tiny_config
+
+import mmpack.demo
+from mmpack.cli import main
+from mmpack.options import command_line
+
+COMMANDS = ["check", "pack", "inspect", "train", "demo", "env"]
+every_command = pytest.mark.parametrize("command", COMMANDS)
+
+
+@pytest.fixture
+def works(small_set, tmp_path, monkeypatch):
+    """Of every command, arguments with which it works."""
+    monkeypatch.setattr(mmpack.demo, "NUM_ROWS", 8)
+    tokenizer = ["--tokenizer", small_set / "tokenizer"]
+    arguments = {
+        "check": [small_set / "train.json", *tokenizer],
+        "pack": [
+            small_set / "train.json", *tokenizer, "--capacity", 2048, "--out", tmp_path / "packed",
+        ],
+        "inspect": [small_set / "packed"],
+        "train": [
+            "--data", small_set / "packed", "--config", small_set / "config.json", "--steps", 1,
+            "--output_dir", tmp_path / "run", "--save_strategy", "no",
+        ],
+        "demo": [],
+        "env": [],
+    }  # fmt: skip
+    return {name: [name, *map(str, of_command)] for name, of_command in arguments.items()}
+
+
+@every_command
+def test_json_is_all_there_is_on_stdout(command, works, capfd):
+    assert main([*works[command], "--json"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert len(lines) == (25 if command == "check" else 1)  # a line a row, and the summary
+
+
+@every_command
+def test_quiet_prints_nothing(command, works, capfd):
+    assert main([*works[command], "--quiet"]) == 0
+    assert capfd.readouterr().out == ""
+
+
+@every_command
+def test_examples_are_commands(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out.replace("\\\n", " ")
+    examples = [line.strip() for line in text.splitlines() if line.startswith("  mmpack ")]
+    assert examples
+    for example in examples:
+        words = shlex.split(example.partition("|")[0])[1:]
+        options, rest = command_line().parse_known_args(words)
+        assert options.command == command
+        assert not rest or command == "train"
+
+
+@every_command
+def test_usage(command, works, capsys):
+    for wrong in (["--json", "--quiet"], ["--surprise"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*works[command], *wrong])
+        assert "error: " in capsys.readouterr().err
+
+
+@every_command
+def test_nobody_reads_on(command, works, monkeypatch):
+    """`mmpack ... | head`: no stack trace, not from Python's last flush either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main([*works[command], "--json"]) == 141
+
+
+@every_command
+def test_interrupted(command, works, monkeypatch, capsys):
+    def interrupt(options, rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(mmpack.cli._COMMANDS, command, interrupt)
+    assert main(works[command]) == 130
+    assert capsys.readouterr().err == "mmpack: interrupted\n"
+
+
+@pytest.fixture
+def broken(works, small_set, tmp_path):
+    """User errors by name: what is appended to arguments that work, exit code, message."""
+    (tmp_path / "file").write_text("no folder")
+    tiny_config().to_json_file(tmp_path / "other.json")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    under_file, nowhere = str(tmp_path / "file" / "x"), str(tmp_path / "nowhere" / "x.png")
+    no_folder = "No such file or directory"
+
+    def train(*options):
+        return ["train", "--data", str(small_set / "packed"), *map(str, options)]
+
+    return {
+        "no data": (["check", nowhere], 1, "there is no such file"),
+        "no folder for --png": ([*works["check"], "--png", nowhere], 1, no_folder),
+        "--bad is a folder": ([*works["check"], "--bad", str(tmp_path)], 1, "Is a directory"),
+        "no tokenizer": ([*works["check"], "--tokenizer", nowhere], 1, "holds no Qwen-VL tokenizer"),
+        "--out under a file": ([*works["pack"], "--out", under_file], 1, "Not a directory"),
+        "no workers": ([*works["pack"], "--jobs", "0"], 1, "jobs must be positive"),
+        "no store": (["inspect", str(tmp_path)], 1, "holds no finished store; make one with"),
+        "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; there are "),
+        "no row": ([*works["inspect"], "--row", "99"], 1, "row 99 is in no pack; was it refused"),
+        "no row's number": ([*works["inspect"], "--row", "x"], 1, "a row is a number or FILE:NUM"),
+        "no segment": ([*works["inspect"], "--segment", "-1"], 1, "has no segment -1; its "),
+        "no PNG": ([*works["inspect"], "--png", str(tmp_path / "a.xyz")], 1, "'xyz' is not"),
+        "no model": (train("--model", nowhere), 1, "holds no model config: there is no such"),
+        "two models": (train("--model", "a", "--config", "b"), 1, "pass --model FOLDER, or"),
+        "other model": (train("--config", tmp_path / "other.json"), 1, "the model has image_token"),
+        "no Qwen-VL": (train("--config", tmp_path / "llama"), 1, "model_type 'llama'; supported: "),
+        "typo": ([*works["train"], "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
+        "no number": ([*works["train"], "--learning_rate", "x"], 2, "invalid float value: 'x'"),
+        "contradiction": ([*works["train"], "--eval_strategy", "steps"], 1, "eval_dataset"),
+        "--write under a file": (["demo", "--write", under_file], 1, "Not a directory"),
+    }  # fmt: skip
+
+
+def test_user_errors(broken, capsys):
+    for name, (arguments, code, message) in broken.items():
+        try:
+            assert main(arguments) == code, name
+        except SystemExit as ended:
+            assert ended.code == code == 2, name
+        captured = capsys.readouterr()
+        assert message in captured.err, name
+        assert captured.err.splitlines()[-1].startswith("mmpack"), name
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_no_permission(works, tmp_path, capsys):
+    (tmp_path / "locked.json").write_text("[]")
+    (tmp_path / "locked.json").chmod(0)
+    assert main(["check", str(tmp_path / "locked.json")]) == 1
+    assert "locked.json: Permission denied" in capsys.readouterr().out
+    tmp_path.chmod(0o500)
+    assert main(works["pack"]) == 1
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(works, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(works["check"]) == 1
+    assert "tqdm is not installed; mmpack check needs mmpack[train]" in capsys.readouterr().err
+
+
+def test_every_command_is_here():
+    assert list(mmpack.cli._COMMANDS) == COMMANDS
