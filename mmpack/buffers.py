@@ -33,3 +33,9 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor) and tensor.shape == array.shape:
         return tensor
     return torch.from_numpy(array)
+
+
+def as_ints(array: NDArray[Any]) -> tuple[Any, ...]:
+    """The array's numbers as tuples of ints, which stay on the host."""
+    numbers = array.tolist()
+    return tuple(numbers if array.ndim == 1 else map(tuple, numbers))

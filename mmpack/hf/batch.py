@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mmpack import _native, buffers, images, reference
-from mmpack.buffers import as_tensor
+from mmpack.buffers import as_ints, as_tensor
 from mmpack.compact import Outline, outline
 from mmpack.hf.families import Tower
 from mmpack.types import CompactPack, Int32, Int64, Pack
@@ -186,17 +186,15 @@ def _batch(
         video = pack.vision.video_spec
         rule = (video.has_timestamps, video.tokens_per_second)
     batch["mmpack"] = {
-        "offsets": tuple(pack.cu_seqlens.tolist()),  # ints: torch.compile takes arrays for tensors
+        "offsets": as_ints(pack.cu_seqlens),  # ints: torch.compile takes arrays for tensors
         "max_seqlen": pack.max_seqlen,
-        "supervised_offsets": tuple(
-            np.searchsorted(pack.supervised_index, pack.cu_seqlens).tolist()
-        ),
+        "supervised_offsets": as_ints(np.searchsorted(pack.supervised_index, pack.cu_seqlens)),
         "supervised_index": supervised,
         "num_patches": int(pack.vision_cu_seqlens[-1]),
-        "grid_thw": tuple(map(tuple, grid_thw.tolist())),
-        "grid_offsets": tuple(grid_offsets.tolist()),
+        "grid_thw": as_ints(grid_thw),
+        "grid_offsets": as_ints(grid_offsets),
         "video_rule": rule,
-        "vision_offsets": tuple(pack.vision_cu_seqlens.tolist()),
+        "vision_offsets": as_ints(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
@@ -219,7 +217,7 @@ def _windows(
     }
     return order, {
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        "window_offsets": tuple(cu_seqlens.tolist()),
+        "window_offsets": as_ints(cu_seqlens),
         "window_max_seqlen": int(np.diff(cu_seqlens).max()),
     }
 
