@@ -1,4 +1,4 @@
-"""The command line: mmpack check | pack | train | demo."""
+"""The command line: mmpack check | pack | merge | train | demo."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ examples:
 PACK_EXAMPLE = """example:
   mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --config Qwen2-VL-2B-Instruct \
       --capacity 8192 --out packed
+"""
+MERGE_EXAMPLE = """example, on eight machines and then on one:
+  mmpack pack data --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out parts/$I --shard $I/8
+  mmpack merge packed parts/*
 """
 TRAIN_EXAMPLE = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
 
@@ -96,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes (as many as cores, where the rows are many)",
     )
+    pack.add_argument(
+        "--shard", metavar="I/N", help="encode part I of N, as one of N machines; then mmpack merge"
+    )
     pack.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     pack.add_argument(
         "--png", metavar="FILE", help="draw how text and images share packs and files"
@@ -106,6 +113,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_data_options(pack, required=True)
     pack.set_defaults(run=_pack)
+
+    merge = commands.add_parser(
+        "merge",
+        help="join what mmpack pack --shard wrote, and plan",
+        epilog=MERGE_EXAMPLE,
+        formatter_class=raw,
+    )
+    merge.add_argument("out", metavar="OUT", help="folder to write the packed data set to")
+    merge.add_argument(
+        "parts", metavar="PART", nargs="+", help="folders of all parts, in any order"
+    )
+    merge.add_argument("--overwrite", action="store_true", help="replace a packed data set in OUT")
+    merge.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    merge.add_argument(
+        "--png", metavar="FILE", help="draw how text and images share packs and files"
+    )
+    merge.set_defaults(run=_merge)
 
     train = commands.add_parser(
         "train",
@@ -125,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=["raise", "drop"],
         default="raise",
         help="an image or video that can no longer be decoded: stop, or leave its row out of its pack",
+    )
+    train.add_argument(
+        "--on-changed-data",
+        choices=["raise", "warn"],
+        default="raise",
+        help="data files that changed after they were packed: stop, or train on the rows as they were",
     )
     _add_data_options(train, required=False)
     train.set_defaults(run=_train)
@@ -281,6 +311,12 @@ def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     run_pack(options, _reading(options), _processor(options), config)
 
 
+def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.merge import run_merge
+
+    run_merge(options, lambda settings: _config(settings["config"], settings["frozen"]))
+
+
 def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
     """(encoded samples with a progress bar, VisionSpec)"""
     from tqdm import tqdm
@@ -344,7 +380,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     steps = [] if options.steps is None else ["--max_steps", str(options.steps)]
     args = parse_training_arguments([*steps, *rest])
     if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
-        dataset = PackedDataset.from_store(options.data[0])
+        dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "

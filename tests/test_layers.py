@@ -24,6 +24,7 @@ LAYERS = {
     "media": 1,
     "mixture": 1,
     "ops": 1,
+    "publish": 1,
     "reference": 1,
     "assemble": 2,
     "conversations": 2,
@@ -44,6 +45,7 @@ LAYERS = {
     "check": 6,
     "cli": 6,
     "demo": 6,
+    "merge": 6,
     "pack": 6,
     "report": 6,
 }
@@ -53,6 +55,7 @@ SAME_LAYER = {
     ("video_spec", "errors"),
     ("vision", "errors"),
     ("vision", "video_spec"),
+    ("types", "errors"),
     ("types", "vision"),
     ("videos", "images"),
     ("documents", "conversations"),
@@ -64,8 +67,10 @@ SAME_LAYER = {
     ("ops", "reference"),  # the door to attention runs it by name
     ("cli", "demo"),
     ("cli", "check"),
+    ("cli", "merge"),
     ("cli", "pack"),
     ("cli", "report"),
+    ("merge", "pack"),
     ("pack", "report"),
     ("report", "check"),
 }
@@ -76,6 +81,7 @@ ROOMS = {
     "accelerate": {"hf"},
     "av": {"videos"},
     "datasets": set(),
+    "filelock": {"publish"},
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
     "matplotlib": {"report"},
