@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +26,12 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from mmpack.batches import as_batch
 from mmpack.encode import encoder
 from mmpack.errors import BadRow, OnError, RowError, report
 from mmpack.files import Row
 from mmpack.readers import RowGroup, RowReader
-from mmpack.store import EncodedStore, as_batch
+from mmpack.store import EncodedStore
 from mmpack.vision import VisionSpec
 
 _CHUNK = 256  # rows
@@ -41,7 +43,7 @@ class Indexed:
     """What became of a chunk of rows."""
 
     num_rows: int
-    batch: bytes | None  # the samples, see `mmpack.store.as_batch`; None: there are none
+    batch: bytes | None  # the samples, see `mmpack.batches.as_batch`; None: there are none
     bad_rows: list[BadRow] = field(default_factory=list)  # by row
 
 
@@ -208,8 +210,17 @@ def _begin(path: str) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores have a process each already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(path, "rb") as file:
         _work = pickle.load(file)  # which the process that reads has just written
+
+
+def _end_with_parent() -> None:
+    """One that is killed cannot end its workers, who would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _worked(chunk: _Chunk) -> Indexed:

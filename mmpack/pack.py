@@ -74,13 +74,12 @@ def run_pack(
     found = _look(out, about, options.overwrite)
     if not found.is_done:
         with turn(out) as mine:
-            if mine.waited_for:  # what somebody has just made needs no second look at its images
-                is_new = _mark(out) != found.mark
-                found = _look(out, about, options.overwrite, look_at_images=not is_new)
-                if not (found.is_done or is_new or mine.was_killed):
-                    raise ValueError(
-                        f"{mine.waited_for} ended without making {out}; its own message says why"
-                    )
+            if _mark(out) != found.mark:  # just made, it needs no second look at its images
+                found = _look(out, about, options.overwrite, look_at_images=False)
+            elif mine.waited_for and not mine.was_killed:
+                raise ValueError(
+                    f"{mine.waited_for} ended without making {out}; its own message says why"
+                )
             if not found.is_done:
                 if found.why and not options.json:
                     print(f"encoding anew: {found.why}")

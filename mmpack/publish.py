@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 _POLL_S = 0.5  # of hundreds of waiting machines each asks the file server this seldom
 _OURS = (
-    r"samples\.arrow|mmpack\.json|plan\.npz|pieces\.npz|bad_rows\.jsonl|overflow\.jsonl"
+    r"samples\.arrow|index\.npz|mmpack\.json|plan\.npz|pieces\.npz|bad_rows\.jsonl|overflow\.jsonl"
     r"|dataset_info\.json|state\.json|cache-\w+\.arrow"  # the last: of `datasets`, made from the rest
 )
 
