@@ -76,7 +76,8 @@ def waiting_for_a_killed_builder(data: Path) -> str:
         while not list(data.glob("out.partial-*")):
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as second:
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        with subprocess.Popen(command, text=True, **pipes) as second:
             assert second.stderr is not None
             said = second.stderr.readline()
             first.kill()

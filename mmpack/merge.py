@@ -32,7 +32,8 @@ def run_merge(options: argparse.Namespace, config_of: Callable[[dict[str, Any]],
     config = config_of(about)
     with turn(out):
         is_store = (out / "mmpack.json").exists()
-        if out.exists() and any(out.iterdir()) and not (is_store and options.overwrite):
+        is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        if not (is_free or (is_store and options.overwrite)):
             raise ValueError(f"{out} is not empty; choose another OUT, or --overwrite a packed set")
         with build(out, is_store) as partial:
             store = write_batches(partial, _joined(parts), parts[0].vision, about)

@@ -41,14 +41,20 @@ class Turn(NamedTuple):
 @contextmanager
 def turn(out: Path) -> Iterator[Turn]:
     """Be the only one who makes `out`, and say so where that means waiting. What a killed process left
-    is removed; the block must look at `out` again."""
+    is removed; the block must look at `out` again.
+
+    Raises:
+        ValueError: the folder that `out` is to lie in cannot be written to.
+    """
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     waited_for = ""
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
+    except OSError as error:
+        if not isinstance(error, Timeout):
+            raise ValueError(f"cannot write {out}: {error.strerror or error}") from None
         waited_for = " and ".join(_left_overs(out).values()) or "another process"
         print(f"waiting for {waited_for} to make {out}", file=sys.stderr, flush=True)
         lock.acquire(poll_interval=_POLL_S)
