@@ -77,7 +77,9 @@ def whole(data, tmp_path_factory):
 FORK = """
 import json, os, sys
 from mmpack import cli, index, merge, pack, publish
-from transformers import AutoImageProcessor, AutoTokenizer
+from mmpack.hf import training
+processor = training.load_processor(sys.argv[2])
+training.load_processor = lambda *options: processor
 def kill(*args, **options): os.kill(os.getpid(), 9)
 def slow(function):
     import time
@@ -101,56 +103,72 @@ def start(code, *arguments, **options):
     return subprocess.Popen(command, **pipes, **options)
 
 
-def fork(commands):
-    """Processes at once, each a change of mmpack and then a command: (exit codes, all they said)."""
-    process = start(FORK, json.dumps(commands))
-    said = process.communicate(timeout=120)
+# What becomes of mmpack in a process before it packs: SIGKILL with nothing written, after the samples,
+# before the plan and before the rename; files that cannot grow, as on a full disk.
+MOMENTS = {
+    "nothing": "pack.row_groups = pack.index_rows = kill",
+    "samples": "from mmpack import store; store.np.savez = kill",
+    "plan": "pack.plan_samples = kill",
+    "rename": "import pathlib; pathlib.Path.rename = kill",
+}
+FULL = (
+    "import resource as r, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    "r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000))"
+)
+
+
+@pytest.fixture(scope="module")
+def aftermath(data, tmp_path_factory):
+    """Processes that pack at once, three of them to one folder: (exit codes, where, all they said)."""
+    folder = tmp_path_factory.mktemp("fork")
+    changes = {**MOMENTS, "full": FULL}
+    slow = "pack.write_plan = slow(pack.write_plan)"  # so that all have begun before one ends
+    changes |= {f"shared{n}": slow for n in range(3)}
+    outs = {name: folder / name.rstrip("012") / "out" for name in changes}
+    commands = [(change, [*data, "--out", str(outs[name])]) for name, change in changes.items()]
+    process = start(FORK, json.dumps(commands), data[3])
+    said = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    return json.loads(said[0].splitlines()[-1]), "".join(said)
+    return dict(zip(changes, json.loads(said[0].splitlines()[-1]))), outs, "".join(said)
 
 
 # Who builds
 
 
-def test_one_builds_and_the_others_wait(data, whole, tmp_path):
-    out = tmp_path / "shared" / "out"
-    change = "pack.write_plan = slow(pack.write_plan)"  # so that all have begun before one ends
-    codes, said = fork([(change, [*data, "--out", str(out)])] * 3)
-    assert codes == [0, 0, 0], said
-    assert len(re.findall(r"^waiting for process \d+ on .* to make ", said, re.M)) == 2, said
-    assert said.count("nothing encoded anew") == 2
+def test_one_builds_and_the_others_wait(aftermath, whole):
+    codes, outs, said = aftermath
+    out = outs["shared0"]
+    assert [codes[f"shared{n}"] for n in range(3)] == [0, 0, 0], said
+    waits = re.findall(
+        rf"^waiting for process \d+ on .* to make {re.escape(str(out))}$", said, re.M
+    )
+    assert len(waits) == 2, said
+    assert said.count(f"nothing encoded anew: {out}") == 2
     for name in ("samples.arrow", "index.npz", "plan.npz", "bad_rows.jsonl", "overflow.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
 
 
-def test_what_a_kill_or_a_full_disk_leaves_is_no_store(data, run, tmp_path):
-    """SIGKILL with nothing written, after the samples, before the plan and before the rename."""
-    moments = [
-        "pack.row_groups = pack.index_rows = kill",
-        "from mmpack import store; store.np.savez = kill",
-        "pack.plan_samples = kill",
-        "import pathlib; pathlib.Path.rename = kill",
-    ]
-    full = (  # no file may become longer: writing beyond fails as on a full disk
-        "import resource as r, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000))"
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_kill_leaves_is_no_store(moment, aftermath, run, whole):
+    codes, outs, _ = aftermath
+    out = outs[moment]
+    assert codes[moment] == -signal.SIGKILL
+    left = [path.name for path in out.parent.glob("out*")]
+    assert [bool(re.fullmatch(r"out\.partial-.+-\d+", name)) for name in left] == (
+        [] if moment == "nothing" else [True]
     )
-    outs = [tmp_path / str(n) / "out" for n in range(len(moments))]
-    changes = [*zip(moments, outs), (full, tmp_path / "full" / "out")]
-    codes, said = fork([(change, [*data, "--out", str(out)]) for change, out in changes])
-    assert codes == [-signal.SIGKILL] * len(moments) + [1]
-    assert re.search(
-        r"^mmpack: cannot write .*out: File too large; nothing is left of it$", said, re.M
-    )
-    assert [path.name for path in (tmp_path / "full").iterdir()] == [".out.lock"]
-    for n, out in enumerate(outs):
-        left = [path.name for path in out.parent.glob("out*")] if n else []
-        assert all(re.fullmatch(r"out\.partial-.+-\d+", name) for name in left)
-        assert len(left) == (n > 0)
-        run("pack", "--out", out)
-        assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
-        PackedDataset.from_store(out)
+    run("pack", "--out", out)
+    assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
+    assert (out / "plan.npz").read_bytes() == (whole / "plan.npz").read_bytes()
+
+
+def test_a_full_disk_leaves_nothing(aftermath):
+    codes, outs, said = aftermath
+    assert codes["full"] == 1
+    error = f"mmpack: cannot write {outs['full']}: File too large; nothing is left of it"
+    assert error in said.splitlines()
+    assert [path.name for path in outs["full"].parent.iterdir()] == [".out.lock"]
 
 
 def test_who_waited_does_not_repeat_a_failure(run, tmp_path, monkeypatch):
@@ -349,10 +367,10 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_one_flipped_bit_is_found_or_changes_nothing(count, realset, vision, tmp_path):
+def test_one_flipped_bit_is_found_or_changes_nothing(count, whole, tmp_path):
     store = tmp_path / "store"
-    samples = sorted(realset, key=lambda sample: sample.num_tokens)[:30]
-    write_store(store, samples, vision, {"begun": 1})
+    samples = [open_store(whole)[number] for number in range(30)]
+    write_store(store, samples, samples[0].vision, {"begun": 1})
     PackedDataset.from_samples(samples, 4096, [1] * 30).plan.save(store / "plan.npz")
     names = ("samples.arrow", "index.npz", "mmpack.json", "plan.npz")
     good = {name: (store / name).read_bytes() for name in names}
@@ -393,9 +411,10 @@ def test_packing_again_mends_damage(run, whole, tmp_path):
     assert everything(out) == everything(whole)
 
 
-def test_a_plan_of_other_samples_is_refused(realset, vision, tmp_path):
-    write_store(tmp_path / "store", realset[:30], vision, {})
-    PackedDataset.from_samples(realset[1:31], 8192).plan.save(tmp_path / "store" / "plan.npz")
+def test_a_plan_of_other_samples_is_refused(whole, tmp_path):
+    samples = [open_store(whole)[number] for number in range(31)]
+    write_store(tmp_path / "store", samples[:30], samples[0].vision, {})
+    PackedDataset.from_samples(samples[1:31], 8192).plan.save(tmp_path / "store" / "plan.npz")
     with pytest.raises(ValueError, match=r"plan\.npz was made for other samples"):
         PackedDataset.from_store(tmp_path / "store")
     (tmp_path / "store" / "plan.npz").unlink()
@@ -433,7 +452,8 @@ def test_changed_data_is_named_before_training(whole, data, tmp_path, caplog):
         os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_data_that_changes_while_it_is_read(data, tmp_path, monkeypatch, capsys):
+def test_data_that_changes_while_it_is_read(data, processor, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mmpack.hf.training.load_processor", lambda *options: processor)
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(open(data[1], "rb").read())
     work = index._Work.__call__
