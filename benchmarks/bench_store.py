@@ -108,7 +108,8 @@ def look(folder: Path, num_packs: int) -> dict[str, Any]:
 def test_open(tmp_path, benchmark, recorder, quick):
     rows, rounds = (3000, 1) if quick else (10_000, 5)
     write(tmp_path / "store", rows)
-    found = [look(tmp_path / "store", 5) for _ in range(rounds)]
+    found = [benchmark.pedantic(lambda: look(tmp_path / "store", 5), rounds=1)]
+    found += [look(tmp_path / "store", 5) for _ in range(rounds - 1)]
     print()
     for name in ("open", "plan", "packs"):
         values = [one[f"{name} ms"] for one in found]
@@ -123,7 +124,6 @@ def test_open(tmp_path, benchmark, recorder, quick):
     recorder.add(
         "opening", "bytes", "open", metric="time", unit="ms", x=("rows", rows), values=values
     )
-    benchmark.pedantic(lambda: look(tmp_path / "store", 5), rounds=1)
 
 
 def main() -> None:
