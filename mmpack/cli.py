@@ -1,4 +1,4 @@
-"""The command line: mmpack check | pack | inspect | train | demo | env."""
+"""The command line: mmpack check | pack | merge | inspect | train | demo | env."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.dataset import PackedDataset
     from mmpack.pictures import inspect_picture
 
-    dataset = PackedDataset.from_store(options.data)
+    dataset = PackedDataset.from_store(options.data, "warn")
     number, segment = options.pack, options.segment
     if options.row is not None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
@@ -142,6 +142,12 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     print(inspect.table(view))
     for segment in chosen:
         print(f"\n{inspect.text(view, segment, decode, color=sys.stdout.isatty())}")
+
+
+def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.merge import run_merge
+
+    run_merge(options, lambda settings: _config(settings["config"], settings["frozen"]))
 
 
 def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
@@ -209,7 +215,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         ours += ["--disable_tqdm", "True"]
     args = parse_training_arguments([*ours, *rest])
     if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
-        dataset = PackedDataset.from_store(options.data[0])
+        dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
@@ -258,6 +264,7 @@ def _env(options: argparse.Namespace, rest: Sequence[str]) -> None:
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
     "check": _check,
     "pack": _pack,
+    "merge": _merge,
     "inspect": _inspect,
     "train": _train,
     "demo": _demo,

@@ -184,15 +184,52 @@ class PackedDataset(Assembling, Dataset[Pack]):
         )
 
     @classmethod
-    def from_store(cls, folder: str | os.PathLike[str]) -> PackedDataset:
-        """Open what `mmpack pack --out FOLDER` wrote."""
-        from mmpack.store import open_store  # here: data sets in memory do not need Arrow
+    def from_store(
+        cls,
+        folder: str | os.PathLike[str],
+        on_changed_data: Literal["raise", "warn"] = "raise",
+    ) -> PackedDataset:
+        """Open what `mmpack pack --out FOLDER` wrote.
 
-        samples: Sequence[EncodedSample] = open_store(folder)
-        pieces = Path(folder) / "pieces.npz"
+        Args:
+            folder: the store.
+            on_changed_data: the data files that it was made from have changed since: "raise", or
+                "warn" in the log and give the samples as they were. Files that are gone are not missed.
+
+        Raises:
+            ValueError: no store there, one that is damaged or a part of one, or changed data.
+        """
+        from mmpack.store import changed_files, open_store  # here: only stores need Arrow
+
+        if on_changed_data not in ("raise", "warn"):
+            raise ValueError(f"on_changed_data must be 'raise' or 'warn', got {on_changed_data!r}")
+        store = open_store(folder)
+        if changed := changed_files(store):
+            text = f"{' and '.join(changed[:4])} changed since {folder} was packed"
+            if on_changed_data == "raise":
+                raise ValueError(
+                    f"{text} ({len(changed)} of {len(store.about['files'])} data files); pack again with "
+                    "--overwrite, or train on the rows as they were with --on-changed-data warn "
+                    "(on_changed_data='warn')"
+                )
+            _log.warning("%s; its samples are the rows as they were", text)
+        samples: Sequence[EncodedSample] = store
+        pieces, plan = Path(folder) / "pieces.npz", Path(folder) / "plan.npz"
+        if "part" in store.about:
+            raise ValueError(
+                f"{folder} is part {store.about['part']} of a store; join all with mmpack merge"
+            )
+        if not plan.exists():
+            raise ValueError(f"{folder} has no plan; pack again with --overwrite")
         if pieces.exists():
             samples = SplitSamples.load(samples, pieces)
-        return cls(samples, PackPlan.load(Path(folder) / "plan.npz"))
+        planned = PackPlan.load(plan)
+        sizes = samples.num_tokens.copy()
+        if planned.num_tokens.shape == sizes.shape:
+            sizes[planned.truncated] = planned.num_tokens[planned.truncated]
+        if not np.array_equal(planned.num_tokens, sizes):
+            raise ValueError(f"{plan} was made for other samples; pack again with --overwrite")
+        return cls(samples, planned)
 
     @property
     def vision(self) -> VisionSpec:

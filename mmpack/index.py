@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +26,12 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from mmpack.batches import as_batch
 from mmpack.encode import encoder
 from mmpack.errors import BadRow, OnError, RowError, report
 from mmpack.files import Row
 from mmpack.readers import RowGroup, RowReader
-from mmpack.store import EncodedStore, as_batch
+from mmpack.store import EncodedStore
 from mmpack.vision import VisionSpec
 
 _CHUNK = 256  # rows
@@ -41,7 +43,7 @@ class Indexed:
     """What became of a chunk of rows."""
 
     num_rows: int
-    batch: bytes | None  # the samples, see `mmpack.store.as_batch`; None: there are none
+    batch: bytes | None  # the samples, see `mmpack.batches.as_batch`; None: there are none
     bad_rows: list[BadRow] = field(default_factory=list)  # by row
 
 
@@ -54,6 +56,7 @@ def index_rows(
     encoding: Mapping[str, Any] | None = None,
     on_error: OnError = "raise",
     jobs: int | None = None,
+    part: tuple[int, int] = (1, 1),
 ) -> Iterator[Indexed]:
     """Read and encode all rows, a chunk at a time and in order.
 
@@ -65,6 +68,7 @@ def index_rows(
         on_error: "raise" on the first bad row, "skip" it with a warning, or a list to append it to.
         jobs: processes; by default as many as this one has cores, started where the rows are more
             than a few seconds' work. 1: none but this one.
+        part: (i, n): of every n chunks the i-th, from 1; all rows are read, its own are encoded.
 
     Raises:
         ValueError: a bad row and `on_error` is "raise", a file that cannot be read, or a worker that
@@ -79,7 +83,13 @@ def index_rows(
         dict(reading or {}),
         dict(encoding or {}),
     )
-    with closing(_in_order(work, _chunks(groups), jobs)) as done:
+    number, of = part
+    chunks = (
+        chunk
+        for place, chunk in enumerate(_chunks(groups))
+        if place % of == number - 1 or isinstance(chunk, ValueError)
+    )
+    with closing(_in_order(work, chunks, jobs)) as done:
         for indexed in done:
             for bad in indexed.bad_rows:
                 report(bad, on_error)
@@ -200,8 +210,17 @@ def _begin(path: str) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores have a process each already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(path, "rb") as file:
         _work = pickle.load(file)  # which the process that reads has just written
+
+
+def _end_with_parent() -> None:
+    """One that is killed cannot end its workers, who would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _worked(chunk: _Chunk) -> Indexed:
@@ -233,12 +252,18 @@ def made_from(
     return parts | {name: repr(value) for name, value in sorted(settings.items())}
 
 
-def changes(store: EncodedStore, parts: Mapping[str, str]) -> list[str]:
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, by name."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def changes(
+    store: EncodedStore, parts: Mapping[str, str], look_at_images: bool = True
+) -> list[str]:
     """Why a store is not what would be made now: the parts that differ, by name, or the first image
     that changed since `about["begun"]`. Empty: it can be used again."""
-    before = store.about.get("made from", {})
-    names = [name for name in {**before, **parts} if before.get(name) != parts.get(name)]
-    for path in () if names else sorted(set(store.image_paths())):
+    names = different(store.about.get("made from", {}), parts)
+    for path in () if names or not look_at_images else sorted(set(store.image_paths())):
         try:
             stat = os.stat(path)
         except OSError:

@@ -17,7 +17,14 @@ PACK_EXAMPLES = """examples:
   mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out packed
   mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --config Qwen2-VL-2B-Instruct \\
       --capacity 8192 --out packed --json
+  mmpack pack data --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
   mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen2-VL-2B --capacity 8192 --out packed
+"""
+MERGE_EXAMPLES = """Machine I of N makes a part: mmpack pack ... --shard I/N --out parts/I
+
+examples:
+  mmpack merge packed parts/1 parts/2 parts/3
+  mmpack merge packed parts/* --overwrite
 """
 INSPECT_EXAMPLES = """Supervised tokens are green, or between [[ and ]] where the output is no terminal; an image's
 placeholders are one word. --json has every token's place exactly.
@@ -102,13 +109,22 @@ def command_line() -> argparse.ArgumentParser:
         help="processes (as many as cores, where the rows are many)",
     )
     pack.add_argument(
-        "--png", metavar="FILE", help="draw how text and images share packs and files"
+        "--shard", metavar="I/N", help="encode part I of N, as one of N machines; then mmpack merge"
     )
+    _add_mix_picture(pack)
     pack.add_argument(
         "--config",
         help="config.json, or the folder, of the model to train: packs then cost the same on it",
     )
     _add_data_options(pack, required=True)
+
+    merge = command("merge", "join what mmpack pack --shard wrote, and plan", MERGE_EXAMPLES)
+    merge.add_argument("out", metavar="OUT", help="folder to write the packed data set to")
+    merge.add_argument(
+        "parts", metavar="PART", nargs="+", help="folders of all parts, in any order"
+    )
+    merge.add_argument("--overwrite", action="store_true", help="replace a packed data set in OUT")
+    _add_mix_picture(merge)
 
     inspect = command(
         "inspect", "show a pack: segments, text, images, what is supervised", INSPECT_EXAMPLES
@@ -151,6 +167,12 @@ def command_line() -> argparse.ArgumentParser:
         default="raise",
         help="an image or video that can no longer be decoded: stop, or leave its row out of its pack",
     )
+    train.add_argument(
+        "--on-changed-data",
+        choices=["raise", "warn"],
+        default="raise",
+        help="data files that changed after they were packed: stop, or train on the rows as they were",
+    )
     _add_data_options(train, required=False)
 
     demo = command("demo", "see it work: data, model and training, nothing needed", DEMO_EXAMPLES)
@@ -159,6 +181,12 @@ def command_line() -> argparse.ArgumentParser:
     )
     command("env", "versions, GPUs, and which implementations are available here", ENV_EXAMPLES)
     return parser
+
+
+def _add_mix_picture(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--png", metavar="FILE", help="draw how text and images share packs and files"
+    )
 
 
 def _add_media_sizes(parser: argparse.ArgumentParser) -> None:

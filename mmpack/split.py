@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmpack.errors import RowError
+from mmpack.errors import RowError, names
 from mmpack.truncate import token_sizes
-from mmpack.types import IGNORE, EncodedSample, Int64
+from mmpack.types import IGNORE, EncodedSample, Int64, load_arrays
 from mmpack.vision import VisionSpec
 
 
@@ -127,9 +127,17 @@ class SplitSamples(Sequence[EncodedSample]):
 
     @classmethod
     def load(cls, samples: Sequence[EncodedSample], path: str | os.PathLike[str]) -> SplitSamples:
-        """The cuts that `save` wrote, of the same samples."""
-        with np.load(path) as saved:
-            return cls(samples, saved["sample_of"], saved["bounds"], saved["sizes"])
+        """The cuts that `save` wrote, of the same samples.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        saved = load_arrays(path)
+        if set(saved) != {"sample_of", "bounds", "sizes"}:
+            raise ValueError(
+                f"{path} is damaged: it holds {names(saved)}; pack again with --overwrite"
+            )
+        return cls(samples, **saved)
 
     def __len__(self) -> int:
         return len(self.sample_of)

@@ -1,56 +1,44 @@
 """EncodedSamples on disk: an Arrow stream, memory-mapped.
 
-A store is a folder: `samples.arrow` is a stream any Arrow reader takes (`datasets.Dataset.from_file`
-too), `mmpack.json` holds the `VisionSpec` and what the store was made from. Image and video files stay
-where they are; a row holds their paths, and the bytes of images and videos that are in no file.
+A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.npz` says where its batches
+lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store was made from;
+two more small files are for `datasets.load_from_disk`. Image and video files stay where they are; a row
+holds their paths, and the bytes of images and videos that are in no file.
+
+No byte is believed unseen. A row has a checksum, looked at whenever the row is read: that costs as much as
+the row is long, where one of a batch would make the first look at any row read 256. A batch's offsets are
+validated when it is first touched, so that a wrong one reads no memory that is not ours. The small files
+have checksums of their own; that of all of `samples.arrow` is for whoever makes another store of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.ipc
 from numpy.typing import NDArray
 
-from mmpack import images
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Int32, Int64, Media, VideoRef
+from mmpack.batches import SCHEMA, SIZES, as_batch, read_batch, sample_of
+from mmpack.types import EncodedSample, Int32, Int64, load_arrays
 from mmpack.video_spec import VideoSpec
 from mmpack.vision import VisionSpec
 
-FORMAT = 4
+FORMAT = 5
 _CHUNK = 256  # samples of a batch
-_VIDEO = {
-    "place": pyarrow.int32(),  # of its file, or of its first frame, among the sample's
-    "listed": pyarrow.int32(),  # frames that are images of their own; 0: a file
-    "num_frames": pyarrow.int32(),
-    "fps": pyarrow.float64(),
-}
-_SCHEMA = pyarrow.schema(
-    {
-        "input_ids": pyarrow.list_(pyarrow.int32()),
-        "labels": pyarrow.list_(pyarrow.int32()),
-        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, three a marker
-        "images": pyarrow.list_(pyarrow.string()),  # of every file: images, videos, frames
-        "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: in its file
-        "source": pyarrow.string(),
-        "row": pyarrow.int64(),
-        "num_tokens": pyarrow.int64(),
-        "num_patches": pyarrow.int64(),
-        "num_supervised": pyarrow.int64(),
-        "videos": pyarrow.list_(pyarrow.struct(_VIDEO)),
-        "temporal_step": pyarrow.list_(pyarrow.float32()),  # of every marker, or null
-    }
-)
+_OPEN_BATCHES = 4096  # of some 20 KiB each, views aside, so that memory has a bound
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
 class EncodedStore(Sequence[EncodedSample]):
@@ -65,18 +53,26 @@ class EncodedStore(Sequence[EncodedSample]):
         about: what `write_store` was told.
     """
 
-    def __init__(self, folder: Path, vision: VisionSpec, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, vision: VisionSpec, saved: dict[str, Any]) -> None:
         self.folder = folder
         self.vision = vision
-        self.about = about
-        with pyarrow.memory_map(str(folder / "samples.arrow")) as mapped:  # views keep it open
-            self._table = pyarrow.ipc.open_stream(mapped).read_all()
-        batches = self._table.to_batches()
-        self._columns = [batch.columns for batch in batches]
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
-        self.num_tokens = self._column("num_tokens")
-        self.num_patches = self._column("num_patches")
-        self.num_supervised = self._column("num_supervised")
+        self.about: dict[str, Any] = saved["about"]
+        self.checksum: int = saved["checksum"]
+        self._path = folder / "samples.arrow"
+        index = load_arrays(folder / "index.npz")
+        try:
+            self.num_tokens, self.num_patches, self.num_supervised = index["sizes"]
+            self._offsets, self._starts = index["offsets"].tolist(), index["starts"].tolist()
+            size = self._path.stat().st_size
+            if size != self._offsets[-1] + len(_END):
+                raise ValueError(
+                    f"it has {size:,} bytes, {self._offsets[-1] + len(_END):,} were written"
+                )
+            with pyarrow.memory_map(str(self._path)) as mapped:
+                self._mapped = mapped.read_buffer()  # which keeps it open
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(error) from None
+        self._columns = lru_cache(maxsize=_OPEN_BATCHES)(self._read_columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_store, (self.folder,)
@@ -84,28 +80,66 @@ class EncodedStore(Sequence[EncodedSample]):
     @property
     def sources(self) -> NDArray[Any]:
         """(N,) files the samples come from."""
-        return self._column("source")
+        chunks = [
+            self._columns(n)[5].to_numpy(zero_copy_only=False) for n in range(self._num_batches)
+        ]
+        return np.concatenate(chunks)
 
     @property
     def rows(self) -> Int64:
         """(N,) their numbers there."""
-        return self._column("row")
+        chunks = [self._columns(n)[6].to_numpy() for n in range(self._num_batches)]
+        return np.concatenate(chunks)
 
     def grids(self) -> tuple[Int32, Int64]:
         """Of all markers: grid_thw (I, 3), and offsets (N + 1,): those of sample n are
         `offsets[n] : offsets[n + 1]`."""
-        chunks = self._table["grid_thw"].chunks
+        chunks = [self._columns(n)[2] for n in range(self._num_batches)]
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
         lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
         return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
 
     def image_paths(self) -> Iterator[str]:
         """Files of images and videos, some more than once."""
-        for _, _, _, paths, data, *_ in self._columns:
+        for n in range(self._num_batches):
+            _, _, _, paths, data, *_ = self._columns(n)
             yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
 
-    def _column(self, name: str) -> NDArray[Any]:
-        return self._table[name].to_numpy()
+    def batches(self) -> Iterator[bytes]:
+        """What `write_batches` was given."""
+        return (self._batch(n).to_pybytes() for n in range(self._num_batches))
+
+    def verify(self) -> None:
+        """Read the whole file: before it becomes part of another store.
+
+        Raises:
+            ValueError: it is not what was written.
+        """
+        checksum = 0
+        for start in range(0, self._mapped.size, 1 << 20):
+            checksum = zlib.crc32(self._mapped[start : start + (1 << 20)], checksum)
+        if checksum != self.checksum:
+            raise self._damaged("its bytes are not those that were written")
+
+    @property
+    def _num_batches(self) -> int:
+        return len(self._starts) - 1
+
+    def _batch(self, number: int) -> Any:
+        return self._mapped[self._offsets[number] : self._offsets[number + 1]]
+
+    def _read_columns(self, number: int) -> list[Any]:
+        begin, end = self._starts[number : number + 2]
+        try:
+            batch = read_batch(self._batch(number))
+            if batch.num_rows != end - begin:
+                raise ValueError(f"{batch.num_rows} of {end - begin} samples are there")
+            return batch.columns
+        except (OSError, ValueError) as error:  # Arrow's are of these
+            raise self._damaged(f"samples {begin:,} to {end - 1:,}: {error}") from None
+
+    def _damaged(self, why: Any) -> ValueError:
+        return ValueError(f"{self._path} is damaged: {why}; pack again with --overwrite")
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -115,38 +149,12 @@ class EncodedStore(Sequence[EncodedSample]):
             raise IndexError(f"sample {number} of {len(self)}")
         number = int(number) % len(self)
         n = bisect_right(self._starts, number) - 1
-        row = number - self._starts[n]
-        ids, labels, grid, paths, data, source, of_source, *_, videos, steps = self._columns[n]
-        files = tuple(map(ImageRef, paths[row].as_py(), data[row].as_py()))
-        step = steps[row].values
-        return EncodedSample(
-            input_ids=ids[row].values.to_numpy(),
-            labels=labels[row].values.to_numpy(),
-            grid_thw=grid[row].values.to_numpy().reshape(-1, 3),
-            images=_media(files, videos[row].as_py()),
-            vision=self.vision,
-            source=source[row].as_py(),
-            row=of_source[row].as_py(),
-            temporal_step=None if step is None else step.to_numpy(),
-        )
-
-
-def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[Media, ...]:
-    """The references of a sample from its files, and which of them are videos'."""
-    media: list[Media] = []
-    end = 0
-    for video in videos:
-        begin, listed = video["place"], video["listed"]
-        media += files[end:begin]
-        end = begin + max(listed, 1)
-        file = files[begin]
-        frames = files[begin:end] if listed else ()
-        media.append(
-            VideoRef(
-                file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
-            )
-        )
-    return (*media, *files[end:])
+        columns, row = self._columns(n), number - self._starts[n]
+        sample = sample_of(columns, row, self.vision)
+        if sample is None:
+            place = f"row {columns[6][row]} of {columns[5][row]}"
+            raise self._damaged(f"sample {number:,} ({place}) is not what was written")
+        return sample
 
 
 def write_store(
@@ -169,34 +177,59 @@ def write_store(
     return write_batches(folder, map(as_batch, _chunks(samples)), vision, about)
 
 
+def _chunks(samples: Iterable[EncodedSample]) -> Iterator[list[EncodedSample]]:
+    remaining = iter(samples)
+    while chunk := list(islice(remaining, _CHUNK)):
+        yield chunk
+
+
 def write_batches(
     folder: str | os.PathLike[str],
     batches: Iterable[bytes],
     vision: VisionSpec,
     about: dict[str, Any],
+    may_be_empty: bool = False,
 ) -> EncodedStore:
     """`write_store` for samples that are batches already, made by `as_batch` in any process; none
-    but the one being written is in memory."""
+    but the one being written is in memory. `about` is written when all are, so it may grow meanwhile."""
     folder = Path(folder)
     if (folder / "mmpack.json").exists():
         raise ValueError(f"{folder} holds a store already")
     folder.mkdir(parents=True, exist_ok=True)
-    num_rows = 0
-    with pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as file:
-        with pyarrow.ipc.new_stream(file, _SCHEMA) as stream:
-            for data in batches:
-                batch = pyarrow.ipc.read_record_batch(pyarrow.py_buffer(data), _SCHEMA)
-                stream.write_batch(batch)
-                num_rows += batch.num_rows
-    if num_rows == 0:
+    starts, sizes, checksum = [0], [], 0
+    with open(folder / "samples.arrow", "wb") as file:
+
+        def write(data: Any) -> None:
+            nonlocal checksum
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+
+        header = SCHEMA.serialize()
+        write(header)
+        offsets = [len(header)]
+        for data in batches:
+            write(data)
+            batch = read_batch(data)
+            offsets.append(offsets[-1] + len(data))
+            starts.append(starts[-1] + batch.num_rows)
+            sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
+        write(_END)
+    if not sizes and not may_be_empty:
         raise ValueError("there are no samples to store: no row of the data was usable")
-    return _finish(folder, vision, about)
+    table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
+    np.savez(folder / "index.npz", offsets=offsets, starts=starts, sizes=table)
+    return _finish(folder, vision, about, checksum)
 
 
 def reuse_store(
     folder: str | os.PathLike[str], store: EncodedStore, about: dict[str, Any]
 ) -> EncodedStore:
-    """The samples of a store as another one: a link to its file where the disk has links."""
+    """The samples of a store as another one: a link to its file where the disk has links.
+
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    store.verify()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source, target = store.folder / "samples.arrow", folder / "samples.arrow"
@@ -204,109 +237,83 @@ def reuse_store(
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    return _finish(folder, store.vision, about)
+    shutil.copyfile(store.folder / "index.npz", folder / "index.npz")
+    return _finish(folder, store.vision, about, store.checksum)
 
 
-def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any]) -> EncodedStore:
-    text = json.dumps({"format": FORMAT, "vision": asdict(vision), "about": about}, indent=2)
-    (folder / "mmpack.json").write_text(text + "\n", encoding="utf-8")  # last: a store is whole
+def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: int) -> EncodedStore:
+    """What lies beside the samples; `mmpack.json` last: then a store is whole."""
+    # What datasets' load_from_disk reads. The fingerprint names its caches, so it follows the content.
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": "samples.arrow"}],
+        "_fingerprint": f"mmpack{checksum:010x}",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    saved: dict[str, Any] = {"format": FORMAT, "vision": asdict(vision), "about": about}
+    saved["checksum"] = checksum
+    saved["checksum of this file"] = _checksum_of(json.loads(json.dumps(saved)))
+    for name, content in (("state", state), ("dataset_info", {}), ("mmpack", saved)):
+        text = json.dumps(content, indent=2) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
     return open_store(folder)
+
+
+def _checksum_of(saved: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(saved, sort_keys=True).encode())
 
 
 def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
     """Open a store.
 
     Raises:
-        ValueError: the folder holds no store, or one of another format.
+        ValueError: the folder holds no store, one of another format, or a damaged one.
     """
     folder = Path(folder)
+    path = folder / "mmpack.json"
     try:
-        saved = json.loads((folder / "mmpack.json").read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{folder} holds no finished store; make one with mmpack pack") from None
-    if saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or "format" not in saved:
+        raise ValueError(f"{path} is not mmpack's; make a store with mmpack pack")
+    if saved["format"] != FORMAT:
         raise ValueError(
-            f"{folder} has store format {saved.get('format')}, not {FORMAT}; pack again"
+            f"{folder} has store format {saved['format']}, not {FORMAT}; pack again with --overwrite"
+        )
+    if saved.pop("checksum of this file", None) != _checksum_of(saved):
+        raise ValueError(
+            f"{path} is damaged: it is not what was written; pack again with --overwrite"
         )
     vision = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()}
     if vision["video"] is not None:
         vision["video"] = VideoSpec(**vision["video"])
-    return EncodedStore(folder, VisionSpec(**vision), saved["about"])
+    return EncodedStore(folder, VisionSpec(**vision), saved)
 
 
-def as_batch(samples: Sequence[EncodedSample]) -> bytes:
-    """Samples of one spec as the bytes of an Arrow record batch."""
-    vision = samples[0].vision
-    ids, ids_offsets = _joined([sample.input_ids for sample in samples])
-    labels, _ = _joined([sample.labels for sample in samples])
-    grids, grid_offsets = _joined([sample.grid_thw for sample in samples])
-    files = [_files(sample.images) for sample in samples]
-    file_offsets = np.cumsum([0, *map(len, files)])
-    refs = [file for of_sample in files for file in of_sample]
-    is_supervised = labels != IGNORE
-    is_supervised[ids_offsets[:-1]] = False  # the first of a segment has nothing before it
-    num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
-    columns = [
-        _lists(ids, ids_offsets),
-        _lists(labels, ids_offsets),
-        _lists(grids.ravel(), 3 * grid_offsets),
-        _lists([image.path for image in refs], file_offsets, pyarrow.string()),
-        _lists([_bytes(image) for image in refs], file_offsets, pyarrow.large_binary()),
-        [sample.source for sample in samples],
-        [sample.row for sample in samples],
-        num_tokens + _sums(vision.num_features(grids), grid_offsets),
-        _sums(grids.astype(np.int64).prod(axis=-1), grid_offsets),
-        _sums(is_supervised, ids_offsets),
-        [_videos(sample.images) for sample in samples],
-        [sample.temporal_step for sample in samples],
-    ]
-    return pyarrow.record_batch(columns, schema=_SCHEMA).serialize().to_pybytes()
+def changed_files(store: EncodedStore) -> list[str]:
+    """Data files that are not what the store was made from: of another size, or of another time and
+    other content. One that is not there, or cannot be read, is none: a store needs it no more."""
+    changed = []
+    for path, (num_bytes, time_ns, sha256) in store.about.get("files", {}).items():
+        try:
+            stat = os.stat(path)
+            if stat.st_size != num_bytes or (
+                stat.st_mtime_ns != time_ns and file_sha256(path) != sha256
+            ):
+                changed.append(path)
+        except OSError:
+            continue
+    return changed
 
 
-def _chunks(samples: Iterable[EncodedSample]) -> Iterator[list[EncodedSample]]:
-    remaining = iter(samples)
-    while chunk := list(islice(remaining, _CHUNK)):
-        yield chunk
-
-
-def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Int64]:
-    return np.concatenate(arrays), np.cumsum([0, *map(len, arrays)])
-
-
-def _lists(values: Any, offsets: Int64, type: Any = None) -> pyarrow.ListArray:
-    offsets_32 = pyarrow.array(offsets.astype(np.int32))
-    return pyarrow.ListArray.from_arrays(offsets_32, pyarrow.array(values, type))
-
-
-def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
-    """(N,) sums of the values between offsets."""
-    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return sums[offsets[1:]] - sums[offsets[:-1]]
-
-
-def _files(media: Iterable[Media]) -> list[ImageRef]:
-    """What references lie in: images, video files and frames."""
-    files: list[ImageRef] = []
-    for ref in media:
-        if isinstance(ref, ImageRef):
-            files.append(ref)
-        else:
-            files += ref.frames or (ImageRef(ref.path, ref.data),)
-    return files
-
-
-def _videos(media: Iterable[Media]) -> list[dict[str, Any]]:
-    videos, place = [], 0
-    for ref in media:
-        if isinstance(ref, VideoRef):
-            listed = len(ref.frames)
-            values = (place, listed, ref.num_frames, ref.fps)
-            videos.append(dict(zip(_VIDEO, values)))
-            place += max(listed, 1)
-        else:
-            place += 1
-    return videos
-
-
-def _bytes(image: ImageRef) -> bytes | None:
-    return None if image.data is None else images.encoded_bytes(image)
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.errors import names
 from mmpack.vision import VisionSpec
 
 Int32 = NDArray[np.int32]
@@ -222,17 +223,36 @@ class PackPlan:
         """Read a plan `save` wrote.
 
         Raises:
-            ValueError: an earlier version of mmpack wrote it.
+            ValueError: an earlier version of mmpack wrote it, or it is damaged.
         """
-        with np.load(path, allow_pickle=False) as arrays:
-            fields: dict[str, Any] = {name: arrays[name] for name in arrays.files}
+        fields: dict[str, Any] = load_arrays(path)
         if "num_tokens" not in fields:
-            raise ValueError(f"{path} is a plan of an earlier version; pack again")
+            raise ValueError(f"{path} is a plan of an earlier version; pack again with --overwrite")
         for name in ("capacity", "patch_capacity", "seed"):
             if name in fields:
                 fields[name] = int(fields[name])
         optional: dict[str, Any] = {"patch_capacity": None, "num_patches": None, "cost": None}
-        return cls(**{**optional, **fields})
+        fields = {**optional, **fields}
+        if set(fields) != set(cls.__slots__):
+            raise ValueError(
+                f"{path} is damaged: it holds {names(fields)}; pack again with --overwrite"
+            )
+        return cls(**fields)
+
+
+def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Every array of an .npz, whose zip has a checksum of each.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise ValueError(f"cannot read {path}: there is no such file") from None
+    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for damage
+        raise ValueError(f"{path} is damaged: {error}; pack again with --overwrite") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

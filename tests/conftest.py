@@ -70,15 +70,17 @@ def realset(realset_samples, tokenizer, vision):
 
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory):
-    """A folder with a few of the demo's rows, its tokenizer and config, and the rows packed."""
+    """A folder with a few of the demo's rows, its tokenizer and config, the rows packed, and packed as a
+    part of which there is one."""
     from mmpack.cli import main
     from mmpack.demo import write_data
 
     folder = tmp_path_factory.mktemp("small_set")
     write_data(folder, 24)
     arguments = ["pack", folder / "train.json", "--tokenizer", folder / "tokenizer"]
-    arguments += ["--capacity", 2048, "--out", folder / "packed", "--quiet"]
-    assert main(list(map(str, arguments))) == 0
+    arguments += ["--capacity", 2048, "--quiet"]
+    for where in (["packed"], ["part", "--shard", "1/1"]):
+        assert main([*map(str, arguments), "--out", str(folder / where[0]), *where[1:]]) == 0
     return folder
 
 

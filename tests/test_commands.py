@@ -12,7 +12,7 @@ import mmpack.demo
 from mmpack.cli import main
 from mmpack.options import command_line
 
-COMMANDS = ["check", "pack", "inspect", "train", "demo", "env"]
+COMMANDS = ["check", "pack", "merge", "inspect", "train", "demo", "env"]
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 
@@ -26,6 +26,7 @@ def works(small_set, tmp_path, monkeypatch):
         "pack": [
             small_set / "train.json", *tokenizer, "--capacity", 2048, "--out", tmp_path / "packed",
         ],
+        "merge": [tmp_path / "merged", small_set / "part"],
         "inspect": [small_set / "packed"],
         "train": [
             "--data", small_set / "packed", "--config", small_set / "config.json", "--steps", 1,
@@ -111,7 +112,7 @@ def broken(works, small_set, tmp_path):
         "no folder for --png": ([*works["check"], "--png", nowhere], 1, no_folder),
         "--bad is a folder": ([*works["check"], "--bad", str(tmp_path)], 1, "Is a directory"),
         "no tokenizer": ([*works["check"], "--tokenizer", nowhere], 1, "holds no Qwen-VL tokenizer"),
-        "--out under a file": ([*works["pack"], "--out", under_file], 1, "Not a directory"),
+        "--out under a file": ([*works["pack"], "--out", under_file], 1, "cannot write"),
         "no workers": ([*works["pack"], "--jobs", "0"], 1, "jobs must be positive"),
         "no store": (["inspect", str(tmp_path)], 1, "holds no finished store; make one with"),
         "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; there are "),

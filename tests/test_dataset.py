@@ -93,7 +93,7 @@ def test_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="holds no finished store"):
         open_store(tmp_path)
     (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="store format 0, not 4; pack again"):
+    with pytest.raises(ValueError, match="store format 0, not 5; pack again"):
         open_store(tmp_path)
 
 

@@ -110,10 +110,10 @@ def test_rows_of_several_files(small_set, tmp_path, capsys):
 
 
 def test_without_the_tokenizer_there_are_ids(small_set, tmp_path, capsys):
-    shutil.copytree(small_set / "packed", tmp_path / "packed")
-    about = json.loads((tmp_path / "packed" / "mmpack.json").read_text())
-    about["about"]["tokenizer"] = str(tmp_path / "gone")
-    (tmp_path / "packed" / "mmpack.json").write_text(json.dumps(about))
+    shutil.copytree(small_set / "tokenizer", tmp_path / "gone")
+    pack = ["pack", str(small_set / "train.json"), "--tokenizer", str(tmp_path / "gone")]
+    assert main([*pack, "--capacity", "2048", "--out", str(tmp_path / "packed"), "--quiet"]) == 0
+    shutil.rmtree(tmp_path / "gone")
     shown = looked_at(tmp_path, capsys)
     assert f"is not at {tmp_path / 'gone'} any more; these are ids, --tokenizer FOLDER" in shown.err
     view = inspect.view_pack(PackedDataset.from_store(tmp_path / "packed"), 0)

@@ -1,0 +1,241 @@
+"""What happens when something breaks: each fault is caused for real, what was observed is printed.
+
+    python -m benchmarks.faults [NAME ...]
+
+A fault is a function: its docstring says what breaks, its argument is the data (a demo data set,
+packed) in a folder of its own, and it returns what was observed, in a few words. It asserts that this is a
+clear error or an exact continuation, so a run that ends with exit code 0 means that all are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def mmpack(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """A command line run to its end; `stdout` and `stderr` are text."""
+    command = [sys.executable, "-m", "mmpack.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The error a refused command ends with: one line, no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    return lines[-1]
+
+
+TRAINING = []
+
+
+def pack_killed_anywhere(data: Path) -> str:
+    """SIGKILL of `mmpack pack` at 8 moments from its first file to its last, then the same command."""
+    command = pack_command(data, many_rows(data))
+    times = []
+    for wait in [None, *(n / 7 for n in range(8))]:
+        out = data / f"out{wait}"
+        with subprocess.Popen(
+            [*command, out], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ) as run:
+            while run.poll() is None and not list(data.glob(f"{out.name}*")):
+                time.sleep(0.005)
+            begin = time.monotonic()
+            if wait is not None:
+                time.sleep(wait * times[0])
+                run.kill()
+        times.append(time.monotonic() - begin)
+        if wait is None:
+            whole = contents(out)
+            assert run.returncode == 0
+            continue
+        was_whole = (out / "mmpack.json").exists()
+        assert was_whole or not out.exists(), "something that is no store is at --out"
+        done = subprocess.run([*command, out], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert contents(out) == whole, "another store than without the kill"
+        assert not list(data.glob("*.partial-*")), "left-overs"
+    return "every time a store equal to the byte, nothing left over"
+
+
+def waiting_for_a_killed_builder(data: Path) -> str:
+    """SIGKILL of the one of two `mmpack pack` that builds, while the other waits."""
+    command = [*pack_command(data, many_rows(data)), data / "out"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as first:
+        while not list(data.glob("out.partial-*")):
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        with subprocess.Popen(command, text=True, **pipes) as second:
+            assert second.stderr is not None
+            said = second.stderr.readline()
+            first.kill()
+            said += second.stderr.read()
+    assert second.returncode == 0, said
+    assert f"waiting for process {first.pid} on" in said, said
+    assert f"removing what process {first.pid} on" in said, said
+    return "the other says whom it waits for, removes what is left, and builds"
+
+
+def full_disk(data: Path) -> str:
+    """A full disk under `mmpack pack` (no file may grow beyond 100 kB: RLIMIT_FSIZE)."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [*pack_command(data, many_rows(data)), data / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert not list(data.glob("out*"))
+    return f"`{without_paths(reason(done), data)}`"
+
+
+def flipped_byte(data: Path) -> str:
+    """One flipped bit in the middle of `samples.arrow`, then a training over all of it."""
+    path = data / "packed" / "samples.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    path.write_bytes(content)
+    said = reason(train_epoch(data))
+    done = mmpack(*pack_command(data, data / "train.json")[3:], data / "packed", "--overwrite")
+    assert done.returncode == 0 and "encoding anew" in done.stdout, done.stderr
+    return f"`{without_paths(said, data)}`; `mmpack pack --overwrite` mends it"
+
+
+def flipped_byte_of_the_plan(data: Path) -> str:
+    """One flipped bit in `plan.npz`."""
+    path = data / "packed" / "plan.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    path.write_bytes(content)
+    return f"`{without_paths(reason(train_epoch(data)), data)}`"
+
+
+def torn_store(data: Path) -> str:
+    """A store copied in part: the end of `samples.arrow` is missing."""
+    os.truncate(data / "packed" / "samples.arrow", 10_000)
+    return f"`{without_paths(reason(train_epoch(data)), data)}`"
+
+
+def foreign_folder(data: Path) -> str:
+    """`mmpack pack --overwrite` onto a folder with other files."""
+    (data / "packed" / "thesis.tex").write_text("precious")
+    command = [*pack_command(data, data / "train.json"), data / "packed", "--overwrite"]
+    said = reason(mmpack(*command[3:], "--mask-history"))
+    assert (data / "packed" / "thesis.tex").read_text() == "precious"
+    return f"`{without_paths(said, data)}`"
+
+
+def changed_data(data: Path) -> str:
+    """A row of train.json changed after it was packed, its length not."""
+    done = mmpack(*pack_command(data, data / "train.json")[3:], data / "out")
+    assert done.returncode == 0, done.stderr
+    path = data / "train.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"chart", b"chirt", 1))
+    done = mmpack("train", "--data", data / "out", "--config", data / "config.json")
+    return f"`{without_paths(reason(done), data)}`"
+
+
+def changed_image(data: Path) -> str:
+    """An image replaced by one of another size after its row was packed."""
+    from PIL import Image
+
+    done = mmpack(*pack_command(data, data / "train.json")[3:], data / "out")
+    assert done.returncode == 0, done.stderr
+    first = next(path for path in sorted(data.rglob("*.png")))
+    Image.new("RGB", (900, 40)).save(first)
+    done = train_epoch(data, "out")
+    return f"`{without_paths(reason(done), data)}`"
+
+
+def pack_command(data: Path, rows: Path) -> list[Any]:
+    """`mmpack pack` but for the folder to write to."""
+    command = [sys.executable, "-m", "mmpack.cli", "pack", rows, "--tokenizer", data / "tokenizer"]
+    return [*command, "--capacity", "2048", "--out"]
+
+
+def many_rows(data: Path) -> Path:
+    """The rows twenty times over, so that packing takes a while."""
+    rows = json.loads((data / "train.json").read_text(encoding="utf-8"))
+    (data / "many.json").write_text(json.dumps(20 * rows), encoding="utf-8")
+    return data / "many.json"
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file of a store but the one that has the time."""
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "mmpack.json"}
+
+
+def train_epoch(data: Path, store: str = "packed") -> subprocess.CompletedProcess[str]:
+    options = ["--output_dir", data / "run", "--num_train_epochs", 1, "--save_strategy", "no"]
+    options += ["--disable_tqdm", True]
+    return mmpack("train", "--data", data / store, "--config", data / "config.json", *options)
+
+
+def without_paths(text: str, data: Path) -> str:
+    return text.replace(f"{data.resolve()}/", "").replace(f"{data}/", "")
+
+
+PACKING = [
+    pack_killed_anywhere,
+    waiting_for_a_killed_builder,
+    full_disk,
+    flipped_byte,
+    flipped_byte_of_the_plan,
+    torn_store,
+    foreign_folder,
+    changed_data,
+    changed_image,
+]
+
+
+def make_data(folder: Path) -> None:
+    """Leave in the folder what every fault gets: train.json, tokenizer, config.json and `packed`."""
+    for arguments in (
+        ["demo", "--write", folder],
+        ["pack", folder / "train.json", "--tokenizer", folder / "tokenizer", "--capacity", 2048]
+        + ["--out", folder / "packed"],
+    ):
+        done = mmpack(*arguments)
+        assert done.returncode == 0, done.stderr
+
+
+def main(names: Sequence[str]) -> int:
+    """Cause the named faults, or all; print the table, then how many ended otherwise than they should."""
+    faults = [fault for fault in [*PACKING, *TRAINING] if not names or fault.__name__ in names]
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "data"
+        make_data(made)
+        print("| fault | what was observed | s |\n| --- | --- | --- |")
+        for fault in faults:
+            data = Path(folder) / fault.__name__
+            shutil.copytree(made, data)
+            start = time.monotonic()
+            try:
+                observed = fault(data)
+            except AssertionError as error:
+                failures.append(fault.__name__)
+                observed = f"**not as it should be**: {str(error)[-300:]!r}"
+            seconds = time.monotonic() - start
+            what = " ".join((fault.__doc__ or "").split())
+            print(f"| {what} | {observed} | {seconds:.0f} |", flush=True)
+            shutil.rmtree(data)
+    print(f"{len(faults) - len(failures)} of {len(faults)} as they should be")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
