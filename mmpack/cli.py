@@ -26,9 +26,12 @@ PACK_EXAMPLE = """example:
       --capacity 8192 --out packed
 """
 TRAIN_EXAMPLE = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
+--resume_from_checkpoint FOLDER continues a run; `last` is the newest whole checkpoint of --output_dir, or the start.
 
 examples:
   mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1
+  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
+      --resume_from_checkpoint last
   mmpack train --data data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
@@ -338,11 +341,16 @@ def _settle(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.dataset import PackedDataset, costs_of
+    from mmpack.hf.resuming import last_checkpoint
     from mmpack.hf.training import load_model, parse_training_arguments, train
     from mmpack.pack import cut_long
 
     steps = [] if options.steps is None else ["--max_steps", str(options.steps)]
     args = parse_training_arguments([*steps, *rest])
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = last_checkpoint(args.output_dir)
+        where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
+        print(f"continuing from {where}", file=sys.stderr)
     if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
         dataset = PackedDataset.from_store(options.data[0])
     elif options.tokenizer is None or options.capacity is None:

@@ -12,7 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 from mmpack.cost import FAMILIES, sample_flops
@@ -20,6 +26,7 @@ from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.families import find_inner
 from mmpack.hf.models import is_patched
+from mmpack.hf.resuming import PackKeeper, WeightKeeper
 from mmpack.hf.streaming import StreamKeeper
 from mmpack.stream import PackStream
 from mmpack.types import Int64
@@ -110,6 +117,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self.attention_every = attention_every
         self.attention_layers = attention_layers
         self._stream = StreamKeeper(dataset) if isinstance(dataset, PackStream) else None
+        self._data = self._stream or PackKeeper(dataset)
+        self._weights: WeightKeeper | None = None
         self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
         self._hook: Any = None
         self._share: AttentionShare | None = None
@@ -120,12 +129,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._seen = _Seen()
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
-        if self._stream is not None:
-            self._stream.on_init_end(args)
-        else:
-            self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
+        self._data.on_init_end(args)
+        if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
+            self._weights = WeightKeeper(model)
 
     def on_train_begin(
         self,
@@ -136,9 +149,10 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        if self._stream is not None:
-            self._stream.on_train_begin(args, state, kwargs.get("train_dataloader"))
-            self._waiting.clear()
+        self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
+        self._waiting.clear()
+        if state.global_step and self._weights is not None:
+            self._weights.check(model)
         _step_in_front(self)
         self._remove_hook()
         base = find_inner(model)
@@ -152,15 +166,26 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._seen = _Seen()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         self._remove_hook()
+        if (
+            self._weights is not None
+            and args.load_best_model_at_end
+            and state.best_model_checkpoint
+        ):
+            assert model is not None
+            self._weights.check(model)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
-        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+        self._data.on_epoch_begin(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,6 +26,7 @@ from mmpack.dataset import PackedDataset
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.models import patch_model
+from mmpack.hf.resuming import check_checkpoint
 from mmpack.vision import VisionSpec
 
 # Class defaults of transformers' video processors, whose files cannot be imported without torchvision.
@@ -178,7 +179,8 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
 
 
 def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> dict[str, Any]:
-    """Patch the model, train it on the packs in a stock Trainer and save it.
+    """Patch the model, train it on the packs in a stock Trainer and save it. `resume_from_checkpoint` of
+    the arguments is a folder that training continues from.
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`.
@@ -192,7 +194,9 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         data_collator=PackCollator(model=model),
         callbacks=[PackingCallback(dataset)],
     )
-    output = trainer.train()
+    if args.resume_from_checkpoint is not None:
+        check_checkpoint(args.resume_from_checkpoint)
+    output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if args.save_strategy != "no":
         trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
