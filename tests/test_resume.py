@@ -94,7 +94,12 @@ def test_weights_are_restored(tmp_path, family, tied):
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     """Which Trainer does by name too; best is what the test says, the largest loss."""
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "greater_is_better": True}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "greater_is_better": True,
+    }
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     dataset, model = dataset_of(), patch_model(tiny_model(small_config()))
     keeper = Keeper()
@@ -213,6 +218,13 @@ def test_a_checkpoint_without_the_callback_is_refused(finished, tmp_path):
         run(tmp_path, resume=checkpoint)
 
 
+def test_a_finished_run_makes_no_step_more(finished):
+    with pytest.raises(
+        ValueError, match="has made its 4 steps; raise max_steps or num_train_epochs"
+    ):
+        run(finished, resume=finished / "checkpoint-4")
+
+
 def test_a_late_callback_is_refused(tmp_path):
     trainer = Trainer(
         patch_model(tiny_model(small_config())),
@@ -252,7 +264,13 @@ def copy_of(folder, to):
 def test_a_torn_checkpoint_is_passed_over(finished, tmp_path, caplog):
     """Whatever of it is missing or cut off, as if the run had been killed at any moment of saving."""
     files = sorted(path.name for path in (finished / "checkpoint-4").iterdir())
-    written = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    written = [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ]
     assert set(written) < set(files)
     assert last_checkpoint(finished) == str(finished / "checkpoint-4")
     for number, name in enumerate(written):
@@ -266,6 +284,8 @@ def test_a_torn_checkpoint_is_passed_over(finished, tmp_path, caplog):
             assert last_checkpoint(folder) == str(folder / "checkpoint-2")
             message = caplog.messages[-1]
             assert message.startswith(f"passed over {folder / 'checkpoint-4'}: ")
-            with pytest.raises(ValueError, match="is not a complete checkpoint: .*Name another one"):
+            with pytest.raises(
+                ValueError, match="is not a complete checkpoint: .*Name another one"
+            ):
                 check_checkpoint(folder / "checkpoint-4")
     assert last_checkpoint(tmp_path / "nothing") is None

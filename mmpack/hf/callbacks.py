@@ -26,7 +26,7 @@ from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.families import find_inner
 from mmpack.hf.models import is_patched
-from mmpack.hf.resuming import PackKeeper, WeightKeeper
+from mmpack.hf.resuming import PackKeeper, WeightKeeper, check_unfinished
 from mmpack.hf.streaming import StreamKeeper
 from mmpack.stream import PackStream
 from mmpack.types import Int64
@@ -151,8 +151,10 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         assert model is not None
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
-        if state.global_step and self._weights is not None:
-            self._weights.check(model)
+        if state.global_step:
+            if self._weights is not None:
+                self._weights.check(model)
+            check_unfinished(state)
         _step_in_front(self)
         self._remove_hook()
         base = find_inner(model)

@@ -34,6 +34,10 @@ STREAM_FILE = "mmpack_stream_{rank}.json"  # in a checkpoint: where a rank stand
 _log = logging.getLogger(__name__)
 
 
+class FinishedError(ValueError):
+    """A run that has made all its steps was resumed; Trainer would make one more."""
+
+
 class WeightKeeper:
     """Lets a model load checkpoints under the names they are saved with, and knows what came.
 
@@ -162,6 +166,17 @@ class PackKeeper:
         state.stateful_callbacks[KEY] = self._record
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+def check_unfinished(state: TrainerState) -> None:
+    """Raises:
+    FinishedError: no step is left.
+    """
+    if state.global_step >= state.max_steps:
+        raise FinishedError(
+            f"the checkpoint is of a run that has made its {state.max_steps} steps; raise max_steps or "
+            "num_train_epochs to go on"
+        )
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

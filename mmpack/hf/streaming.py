@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.resuming import KEY, STREAM_FILE
@@ -50,6 +51,9 @@ class StreamKeeper:
                     "the training data set is not the stream PackingCallback was given"
                 )
             shard.num_processes, shard.process_index = 1, 0
+        # A DataLoader that begins takes a number from torch's generator; a resumed run begins one more.
+        loader = getattr(dataloader, "base_dataloader", dataloader)
+        loader.generator = torch.Generator().manual_seed(args.seed)
         if not state.global_step:
             return
         ranks = state.stateful_callbacks.get(KEY, {}).get("ranks", args.world_size)
