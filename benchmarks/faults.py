@@ -114,6 +114,7 @@ def kill_worker(data: Path) -> str:
 
 def unreadable_image(data: Path) -> str:
     """An image cut in half after packing, read while training"""
+    pack(data)  # here, where the images are then cut
     for image in sorted((data / "charts").iterdir()):
         image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
     observed = reason(mmpack(*train(data)))
@@ -145,13 +146,17 @@ PACKING: list[Callable[[Path], str]] = []
 
 def make_data(folder: Path) -> None:
     """Leave in the folder what every fault gets: train.json, tokenizer, config.json and `packed`."""
-    for arguments in (
-        ["demo", "--write", folder],
-        ["pack", folder / "train.json", "--tokenizer", folder / "tokenizer", "--capacity", 2048]
-        + ["--out", folder / "packed"],
-    ):
-        done = mmpack(*arguments)
-        assert done.returncode == 0, done.stderr
+    done = mmpack("demo", "--write", folder)
+    assert done.returncode == 0, done.stderr
+    pack(folder)
+
+
+def pack(folder: Path) -> None:
+    """Pack the folder's rows, anew if they are packed."""
+    shutil.rmtree(folder / "packed", ignore_errors=True)
+    options = ["--tokenizer", folder / "tokenizer", "--capacity", 2048, "--out", folder / "packed"]
+    done = mmpack("pack", folder / "train.json", *options)
+    assert done.returncode == 0, done.stderr
 
 
 def main(names: Sequence[str]) -> int:
