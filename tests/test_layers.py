@@ -82,6 +82,7 @@ ROOMS = {
     "pyarrow": {"files", "store"},
     "tokenizers": {"demo"},
     "torch": {"buffers", "images", "reference", "dataset", "stream", "hf", "demo", "ops"},
+    "safetensors": {"hf"},  # transformers needs it
     "tqdm": {"cli", "pack"},
     "transformers": {"hf", "demo"},
     "triton": {"ops"},

@@ -60,6 +60,8 @@ class PackingCallback(TrainerCallback):
     - At an epoch's start its number is written where every worker reads it. accelerate calls
       `set_epoch` only where a sampler does not have one, and workers that live on
       (`dataloader_persistent_workers`) never hear of it.
+    - A resumed run continues with the packs that would have come next, whose order is the plan's, and with
+      the checkpoint's weights (`mmpack.hf.resuming`).
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
       printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
       in Trainer's list as training begins:
@@ -101,7 +103,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
     Raises:
         ValueError: `attention_every` is below 1; as training begins: the model is not patched or has no
-            such layers.
+            such layers; the run is resumed from a checkpoint of other packs or weights, or is finished.
     """
 
     def __init__(
