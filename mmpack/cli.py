@@ -207,6 +207,7 @@ def _settle(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.dataset import PackedDataset, costs_of
+    from mmpack.hf.resuming import last_checkpoint
     from mmpack.hf.training import load_model, parse_training_arguments, train
     from mmpack.pack import cut_long
 
@@ -214,6 +215,10 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.quiet:
         ours += ["--disable_tqdm", "True"]
     args = parse_training_arguments([*ours, *rest])
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = last_checkpoint(args.output_dir)
+        where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
+        print(f"continuing from {where}", file=sys.stderr)
     if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
     elif options.tokenizer is None or options.capacity is None:

@@ -36,10 +36,13 @@ examples:
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
+--resume_from_checkpoint FOLDER continues a run; `last` is the newest whole checkpoint of --output_dir, or the start.
 The last line printed is a JSON object; with --json the only one, and Trainer's log goes to stderr.
 
 examples:
   mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1
+  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
+      --resume_from_checkpoint last
   mmpack train --data data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """

@@ -106,6 +106,7 @@ ROOMS = {
     "pyarrow": {"batches", "files", "store"},
     "tokenizers": {"demo"},
     "torch": {"buffers", "images", "reference", "dataset", "stream", "hf", "demo", "ops"},
+    "safetensors": {"hf"},  # transformers needs it
     "tqdm": {"cli", "pack"},
     "transformers": {"hf", "demo"},
     "triton": {"ops"},

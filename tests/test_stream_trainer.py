@@ -83,6 +83,9 @@ def test_two_ranks_have_parts_of_their_own_and_resume(tmp_path, workers):
         assert rest == whole[3:]
     numbers = [{ids[0] for ids in whole} for whole, _ in ranks]
     assert not numbers[0] & numbers[1]  # of the first sample of each pack
+    alone = trainer_of(tmp_path / "run", stream(), [], max_steps=8)
+    with pytest.raises(ValueError, match="state is of 2 ranks, there are 1.*resume on 2"):
+        alone.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
 
 
 def _on_a_rank(folder, workers):

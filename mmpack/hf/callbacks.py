@@ -12,7 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 from mmpack.cost import FAMILIES, sample_flops
@@ -20,6 +26,7 @@ from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.families import find_inner
 from mmpack.hf.models import is_patched
+from mmpack.hf.resuming import PackKeeper, WeightKeeper, check_unfinished
 from mmpack.hf.streaming import StreamKeeper
 from mmpack.stream import PackStream
 from mmpack.types import Int64
@@ -53,6 +60,8 @@ class PackingCallback(TrainerCallback):
     - At an epoch's start its number is written where every worker reads it. accelerate calls
       `set_epoch` only where a sampler does not have one, and workers that live on
       (`dataloader_persistent_workers`) never hear of it.
+    - A resumed run continues with the packs that would have come next, whose order is the plan's, and with
+      the checkpoint's weights (`mmpack.hf.resuming`).
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
       printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
       in Trainer's list as training begins:
@@ -94,7 +103,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
     Raises:
         ValueError: `attention_every` is below 1; as training begins: the model is not patched or has no
-            such layers.
+            such layers; the run is resumed from a checkpoint of other packs or weights, or is finished.
     """
 
     def __init__(
@@ -110,6 +119,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self.attention_every = attention_every
         self.attention_layers = attention_layers
         self._stream = StreamKeeper(dataset) if isinstance(dataset, PackStream) else None
+        self._data = self._stream or PackKeeper(dataset)
+        self._weights: WeightKeeper | None = None
         self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
         self._hook: Any = None
         self._share: AttentionShare | None = None
@@ -120,12 +131,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._seen = _Seen()
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
-        if self._stream is not None:
-            self._stream.on_init_end(args)
-        else:
-            self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
+        self._data.on_init_end(args)
+        if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
+            self._weights = WeightKeeper(model)
 
     def on_train_begin(
         self,
@@ -136,9 +151,12 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        if self._stream is not None:
-            self._stream.on_train_begin(args, state, kwargs.get("train_dataloader"))
-            self._waiting.clear()
+        self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
+        self._waiting.clear()
+        if state.global_step:
+            if self._weights is not None:
+                self._weights.check(model)
+            check_unfinished(state)
         _step_in_front(self)
         self._remove_hook()
         base = find_inner(model)
@@ -152,15 +170,26 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._seen = _Seen()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         self._remove_hook()
+        if (
+            self._weights is not None
+            and args.load_best_model_at_end
+            and state.best_model_checkpoint
+        ):
+            assert model is not None
+            self._weights.check(model)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
-        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+        self._data.on_epoch_begin(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState, TrainingArguments
 
+from mmpack.hf.resuming import KEY, STREAM_FILE
 from mmpack.stream import PackStream
 
 
@@ -17,6 +19,7 @@ class StreamKeeper:
 
     def __init__(self, stream: PackStream) -> None:
         self.stream = stream
+        self._ranks = 1
 
     def on_init_end(self, args: TrainingArguments) -> None:
         """Give the rank its part. The state replaces Trainer's way to resume, which is to make all
@@ -31,6 +34,7 @@ class StreamKeeper:
                 'TrainingArguments(accelerator_config={"dispatch_batches": False})'
             )
         args.ignore_data_skip = True
+        self._ranks = args.world_size
         self.stream.shard(args.process_index, args.world_size).endless = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
@@ -47,8 +51,17 @@ class StreamKeeper:
                     "the training data set is not the stream PackingCallback was given"
                 )
             shard.num_processes, shard.process_index = 1, 0
+        # A DataLoader that begins takes a number from torch's generator; a resumed run begins one more.
+        loader = getattr(dataloader, "base_dataloader", dataloader)
+        loader.generator = torch.Generator().manual_seed(args.seed)
         if not state.global_step:
             return
+        ranks = state.stateful_callbacks.get(KEY, {}).get("ranks", args.world_size)
+        if ranks != args.world_size:
+            raise ValueError(
+                f"the stream's state is of {ranks} ranks, there are {args.world_size}: rows are dealt to ranks, "
+                f"which hold some hundred each; resume on {ranks}, or pack a data set that can be indexed"
+            )
         path = self._path(args, state)
         if path.exists():
             self.stream.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -57,6 +70,10 @@ class StreamKeeper:
                 f"{path} is not there, so where the stream stood is not known; resume from this "
                 "output_dir, or load the state yourself: stream.load_state_dict(...)"
             )
+
+    def on_epoch_begin(self, state: TrainerState) -> None:
+        """Leave in the state how many ranks' files belong to a checkpoint."""
+        state.stateful_callbacks[KEY] = {"ranks": self._ranks, "is a stream": True}
 
     def consume(self, batches: Iterable[dict[str, Any]]) -> None:
         """Note the batches of a step."""
@@ -67,9 +84,11 @@ class StreamKeeper:
     def on_save(self, args: TrainingArguments, state: TrainerState) -> None:
         path = self._path(args, state)
         path.parent.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's
-        path.write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+        written.replace(path)
 
     def _path(self, args: TrainingArguments, state: TrainerState) -> Path:
         assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        return folder / f"mmpack_stream_{args.process_index}.json"
+        return folder / STREAM_FILE.format(rank=args.process_index)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -11,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +32,7 @@ from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.families import FAMILIES
 from mmpack.hf.models import patch_model
+from mmpack.hf.resuming import FinishedError, check_checkpoint
 from mmpack.vision import VisionSpec
 
 # Class defaults of transformers' video processors, whose files cannot be imported without torchvision.
@@ -212,11 +217,30 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
     return args
 
 
+def _machine_failure(error: Exception, args: TrainingArguments) -> str | None:
+    """What to do about an error that is the machine's, None for others. torch names a full disk by a
+    position in a file, so the disk is asked."""
+    if "DataLoader worker" in str(error):
+        return (
+            f"{str(error).strip(' .')}. Most often memory is short, the machine's or /dev/shm's: fewer "
+            "dataloader_num_workers need less"
+        )
+    folder = Path(args.output_dir or ".")
+    if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
+        return f"the disk of {folder} is full; make room (save_total_limit keeps fewer checkpoints)"
+    return None
+
+
 def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> dict[str, Any]:
-    """Patch the model, train it on the packs in a stock Trainer and save it.
+    """Patch the model, train it on the packs in a stock Trainer and save it. `resume_from_checkpoint` of
+    the arguments is a folder that training continues from.
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`.
+
+    Raises:
+        ValueError: the model is not the data's; the folder is no complete checkpoint, or of another run; a
+            DataLoader worker was killed; the disk is full.
     """
     check_fit(model, dataset.vision)
     patch_model(model)
@@ -227,13 +251,29 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         data_collator=PackCollator(model=model),
         callbacks=[PackingCallback(dataset)],
     )
-    output = trainer.train()
-    if args.save_strategy != "no":
-        trainer.save_model()
+    if args.resume_from_checkpoint is not None:
+        check_checkpoint(args.resume_from_checkpoint)
+    start = time.perf_counter()
+    try:
+        with contextlib.suppress(FinishedError):  # its weights are loaded, and saved below
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        seconds = time.perf_counter() - start
+        if args.save_strategy != "no":
+            trainer.save_model()
+    except ValueError as error:
+        last = str(error).strip().rpartition("\n")[2]
+        if "Original Traceback" not in str(error):  # of a DataLoader worker
+            raise
+        raise ValueError(last.partition(": ")[2]) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _machine_failure(error, args)
+        if reason is None:
+            raise
+        raise ValueError(f"{reason}; then --resume_from_checkpoint last continues") from error
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "steps": output.global_step,
+        "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "seconds": round(output.metrics["train_runtime"], 3),
+        "seconds": round(seconds, 3),
     }

@@ -1,0 +1,248 @@
+"""Resuming in a stock Trainer: the weights it does not load, and packs it cannot know are others.
+
+Trainer's checkpoint holds weights, optimizer, scheduler, random states and, in `trainer_state.json`, the
+step. It loads weights by name with `strict=False`; Qwen2-VL and Qwen2.5-VL save theirs under the names
+of their first release, so nothing is restored and a warning is all one sees (transformers issue 43701).
+
+Which packs come next follows from the step alone: under `PackingCallback` step s of epoch e trains on the
+packs from s * n to (s + 1) * n of `plan_epoch(plan, e)`, n being ranks x packs of a batch x accumulated
+batches, however these share n. Trainer skips by number, so no pack is made to be thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.trainer import TRAINER_STATE_NAME
+
+from mmpack.dataset import PackedDataset
+
+KEY = "mmpack"  # in `TrainerState.stateful_callbacks`, which is saved in trainer_state.json
+STREAM_FILE = "mmpack_stream_{rank}.json"  # in a checkpoint: where a rank stands in its stream
+_log = logging.getLogger(__name__)
+
+
+class FinishedError(ValueError):
+    """A run that has made all its steps was resumed; Trainer would make one more."""
+
+
+class WeightKeeper:
+    """Lets a model load checkpoints under the names they are saved with, and knows what came.
+
+    It is a hook of `load_state_dict`, and so in all of Trainer's ways to load: on resuming, shard by
+    shard, and of the best model at the end. Names are mapped by `from_pretrained`'s own rules.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        self._came: set[str] = set()
+        self._unknown: set[str] = set()
+        model.register_load_state_dict_pre_hook(self._rename)
+
+    def _rename(
+        self, model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        for name in list(state_dict):
+            found = name
+            for rule in self._renamings:
+                if found in own:
+                    break
+                found, _ = rule.rename_source_key(found)
+            if found in own and found not in state_dict:
+                state_dict[found] = state_dict.pop(name)
+            (self._came if found in own else self._unknown).add(found)
+
+    def check(self, model: nn.Module) -> None:
+        """See that what was loaded since the last time is the whole model; nothing loaded is nothing.
+
+        FSDP and DeepSpeed load what they saved, all of it and under its own names.
+
+        Raises:
+            ValueError: weights of the checkpoint have no place in the model, or the other way round.
+        """
+        if AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED"):
+            return
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        came = {id(parameters[name]) for name in self._came if name in parameters}  # tied ones: one
+        missing = [name for name, p in model.named_parameters() if id(p) not in came]
+        unknown = sorted(self._unknown)
+        self._came, self._unknown = set(), set()
+        if missing or unknown:
+            raise ValueError(
+                f"the checkpoint is of another model: {len(missing)} of {len(parameters)} weights are not "
+                f"in it ({', '.join(missing[:3]) or '-'}), {len(unknown)} in it have no place "
+                f"({', '.join(unknown[:3]) or '-'}); resume with the model it was saved from, given to "
+                "Trainer as `model`"
+            )
+
+
+class PackKeeper:
+    """`PackingCallback`'s part for a `PackedDataset`: which packs a step trains on, also of a resumed run."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self.dataset = dataset
+        self._record: dict[str, Any] | None = None
+
+    def on_init_end(self, args: TrainingArguments) -> None:
+        """Even out the ranks, and keep the packs' order, which is random, different in every epoch, and
+        the same for any number of ranks. Trainer's own depends on them and on torch's seed.
+
+        Raises:
+            ValueError: an order was asked for that packs do not have.
+        """
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"packs are planned, train_sampling_strategy={args.train_sampling_strategy!r} would undo it; "
+                "leave it out"
+            )
+        args.train_sampling_strategy = "sequential"
+        self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
+        self._record = {
+            "made of": self.dataset.fingerprint(),
+            "ranks": args.world_size,
+            "batch size": args.train_batch_size,
+            "accumulated": args.gradient_accumulation_steps,
+        }
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
+        """See that a resumed run continues with the packs that would have come next.
+
+        Raises:
+            ValueError: it would not; says what differs.
+        """
+        if not state.global_step:
+            return
+        then = state.stateful_callbacks.get(KEY)
+        if self._record is None or then is None:
+            raise ValueError(
+                "the checkpoint was saved without PackingCallback, so its packs are not known"
+                if then is None
+                else "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
+            )
+        changed = changes(then["made of"], self._record["made of"])
+        if changed:
+            raise ValueError(
+                f"the checkpoint is of other packs: {changed}. To go on with these, start from its weights "
+                "(from_pretrained) instead of resuming"
+            )
+        steps = [_packs_of_a_step(record) for record in (then, self._record)]
+        if steps[0] != steps[1]:
+            raise ValueError(
+                f"the checkpoint's steps were {steps[0]} packs, {_product(then)}, these would be "
+                f"{steps[1]}, {_product(self._record)}, and packs would be lost or trained on twice; choose "
+                f"gradient_accumulation_steps so that the product is {steps[0]} again"
+            )
+        if args.ignore_data_skip and state.global_step % -(-then["made of"]["packs"] // steps[0]):
+            raise ValueError(
+                "ignore_data_skip would train on this epoch's packs again; leave it out, no pack is made "
+                "to be skipped"
+            )
+
+    def on_epoch_begin(self, state: TrainerState) -> None:
+        """Choose the epoch's packs, and leave in the state what they are made of.
+
+        Raises:
+            ValueError: the callback does not know what Trainer was made with.
+        """
+        if self._record is None:
+            raise ValueError(
+                "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
+            )
+        state.stateful_callbacks[KEY] = self._record
+        # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
+        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+def check_unfinished(state: TrainerState) -> None:
+    """Raises:
+    FinishedError: no step is left.
+    """
+    if state.global_step >= state.max_steps:
+        raise FinishedError(
+            f"the checkpoint is of a run that has made its {state.max_steps} steps; raise max_steps or "
+            "num_train_epochs to go on"
+        )
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest complete checkpoint of a run: `trainer.train(resume_from_checkpoint=...)`.
+
+    A run that was killed while it saved leaves a torn folder, which `resume_from_checkpoint=True` would
+    take. It is passed over with a warning in the log that says what is missing.
+
+    Returns:
+        Its folder, or None where there is none (yet).
+    """
+    pattern, folder = re.compile(r"checkpoint-(\d+)"), Path(output_dir)
+    found = {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := pattern.fullmatch(path.name))
+    }
+    for _, path in sorted(found.items(), reverse=True):
+        lacking = _lacking(path)
+        if lacking is None:
+            return str(path)
+        _log.warning("passed over %s: %s", path, lacking)
+    return None
+
+
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Raises:
+    ValueError: the folder is no complete checkpoint; says what is missing.
+    """
+    lacking = _lacking(Path(folder))
+    if lacking is not None:
+        raise ValueError(
+            f"{folder} is not a complete checkpoint: {lacking}. Name another one, or `last` for the newest that is"
+        )
+
+
+def _lacking(folder: Path) -> str | None:
+    """What a checkpoint lacks to be resumed. Trainer writes trainer_state.json after all else of its rank."""
+    try:
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"there is no {TRAINER_STATE_NAME}, saving was interrupted"
+    except (OSError, ValueError):
+        return f"{TRAINER_STATE_NAME} is cut off, saving was interrupted"
+    record = (state.get("stateful_callbacks") or {}).get(KEY, {})
+    ranks = record.get("ranks", 1)
+    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    torn = [name for name in names if not zipfile.is_zipfile(folder / name)]
+    if record.get("is a stream"):
+        streams = [STREAM_FILE.format(rank=rank) for rank in range(ranks)]
+        torn += [name for name in streams if not (folder / name).is_file()]
+    return f"{torn[0]} is not there or cut off" if torn else None
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two records, in words; empty if nothing does."""
+    names = [name for name in now if now[name] != then.get(name)]
+    return ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in names)
+
+
+def _packs_of_a_step(record: dict[str, Any]) -> int:
+    return record["ranks"] * record["batch size"] * record["accumulated"]
+
+
+def _product(record: dict[str, Any]) -> str:
+    return (
+        f"{record['ranks']} ranks x {record['batch size']} a batch x "
+        f"{record['accumulated']} accumulated"
+    )

@@ -1,0 +1,173 @@
+"""Training killed with SIGKILL at random moments, saving included, and continued: losses and samples are
+those of the run nobody killed.
+
+Runs are processes that a server forks, so that each begins within milliseconds; what runs in them is the
+command line, for a stream, which it has none for, a script.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+
+import mmpack.hf.training
+from mmpack import PackedDataset, PackStream, cli
+from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
+from mmpack.store import write_store
+from mmpack.types import ImageRef
+
+SPEC = replace(SMALL_SPEC, max_pixels=28 * 28 * 16)
+STEPS, EVERY = 16, 3  # a step and a save take about as long; an epoch is 9 packs
+OPTIONS = {
+    "max_steps": STEPS,
+    "save_steps": EVERY,
+    "learning_rate": 1e-2,
+    "neftune_noise_alpha": 5.0,
+}
+
+
+def samples_of(folder, count=24):
+    """Text, and in every third sample an image. The second token is the sample's number."""
+    Image.fromarray(np.arange(56 * 84 * 3, dtype=np.uint8).reshape(56, 84, 3)).save(
+        folder / "a.png"
+    )
+    image = ImageRef(str(folder / "a.png"), size=(56, 84))
+    samples = []
+    for number in range(count):
+        text = [2] * (4 + 5 * number % 13)
+        if number % 3:
+            sample = encoded(SPEC, 1, number + 3, text)
+        else:
+            sample = replace(encoded(SPEC, 1, number + 3, (4, 6), text), images=(image,))
+        samples.append(replace(sample, source="rows.json", row=number))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder as `mmpack pack` leaves one, and a model's config beside it."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = samples_of(folder)
+    write_store(folder / "packed", iter(samples), SPEC, {})
+    PackedDataset.from_samples(samples, 40).plan.save(folder / "packed" / "plan.npz")
+    tiny_config(100, vision=SPEC).save_pretrained(folder)
+    return folder
+
+
+def recorded(patch, path):
+    """`patch_model` of a model that notes what it is trained on, a line a batch."""
+
+    def patched(model, *args, **options):
+        def note(model, args, kwargs):
+            if "mmpack" in kwargs:
+                with open(path, "a") as file:
+                    file.write(json.dumps(kwargs["input_ids"][0].tolist()) + "\n")
+
+        patch(model, *args, **options).register_forward_pre_hook(note, with_kwargs=True)
+        return model
+
+    return patched
+
+
+def train_packs(folder, data, seen):
+    mmpack.hf.training.patch_model = recorded(mmpack.hf.training.patch_model, seen)
+    options = {**QUIET, **OPTIONS, "save_strategy": "steps", "resume_from_checkpoint": "last"}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    config = ["--config", str(data), "--output_dir", str(folder)]
+    os._exit(cli.main(["train", "--data", str(data / "packed"), *config, *words]))
+
+
+def train_stream(folder, data, seen):
+    stream = PackStream(samples_of(data), None, 40, buffer=8)
+    model = recorded(patch_model, seen)(tiny_model(tiny_config(100, vision=SPEC)))
+    options = {**QUIET, **OPTIONS, "save_strategy": "steps"}
+    args = TrainingArguments(str(folder), **options, accelerator_config={"dispatch_batches": False})
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=stream,
+        data_collator=PackCollator(),
+        callbacks=[PackingCallback(stream)],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    os._exit(0)
+
+
+SCRIPTS = {"packs": train_packs, "stream": train_stream}
+
+
+def start(script, folder, data, seen):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_kills"])
+    process = context.Process(target=SCRIPTS[script], args=(folder, data, seen))
+    with pytest.MonkeyPatch.context() as patch:  # the server, as it starts, does not get sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        process.start()
+    return process
+
+
+def finish(process):
+    process.join(timeout=120)
+    assert process.exitcode == 0
+
+
+def lines(path):
+    """What was trained on; a line that was cut off was no step."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("]")]
+
+
+def losses(folder):
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def whole(request, packed, tmp_path_factory):
+    """(script, its losses, what it trained on, seconds from the first step to the end)."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(request.param, folder, packed, folder / "seen")
+    wait_for(1, folder / "seen", process)
+    begin = time.monotonic()
+    finish(process)
+    seconds = time.monotonic() - begin
+    order = lines(folder / "seen")
+    assert len(order) == len(losses(folder)) == STEPS
+    return request.param, losses(folder), order, seconds
+
+
+def wait_for(steps, path, process):
+    while len(lines(path)) < steps:
+        assert process.is_alive()
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))]
+)
+def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
+    script, expected, order, seconds = whole
+    rng = random.Random(f"{script} {seed}")
+    process = start(script, tmp_path / "run", packed, tmp_path / "first")
+    wait_for(rng.randint(1, STEPS - 2), tmp_path / "first", process)
+    time.sleep(rng.uniform(0, 2 * seconds / STEPS))  # before, within or after a save
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    newest = last_checkpoint(tmp_path / "run")
+    done = 0 if newest is None else int(newest.rpartition("-")[2])
+    saved = [int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*")]
+    print(f"killed in step {len(lines(tmp_path / 'first'))}, saved {sorted(saved)}, whole {done}")
+    finish(start(script, tmp_path / "run", packed, tmp_path / "second"))
+    assert lines(tmp_path / "first")[:done] + lines(tmp_path / "second") == order
+    assert losses(tmp_path / "run") == expected
