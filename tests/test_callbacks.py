@@ -293,7 +293,7 @@ def test_frozen_parts_and_adapters_cost_less():
     model = tiny_model(CONFIG)
 
     def costs():
-        return callbacks._Costs(model, model.model).of(*arrays).tolist()
+        return callbacks.TrainedCosts(model, model.model).of(*arrays).tolist()
 
     assert costs() == sample_flops(CONFIG, *mixed).tolist()
     model.model.visual.requires_grad_(False)
@@ -309,7 +309,7 @@ def test_frozen_parts_and_adapters_cost_less():
     tower = sample_flops(
         CONFIG, [0, 0], [0, 0], *mixed[2:], frozen=["vision", "merger", "language"]
     )
-    assert callbacks._Costs(wrapped, inner).of(*arrays).tolist() == (passed + tower).tolist()
+    assert callbacks.TrainedCosts(wrapped, inner).of(*arrays).tolist() == (passed + tower).tolist()
 
 
 def test_peaks(monkeypatch):
@@ -400,7 +400,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
     callback = PackingCallback(dataset)
     callback._costs = object()
     seen = [
-        callbacks._Seen(1, 40, 10, 8, 7 * 10**12, flops=flops, start=0.0)
+        callbacks.Seen(1, 40, 10, 8, 7 * 10**12, flops=flops, start=0.0)
         for flops in ([6, 2], [2, 6])
     ]
 

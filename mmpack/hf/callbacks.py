@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,33 +20,15 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler
 
-from mmpack.cost import FAMILIES, sample_flops
+from mmpack.cost import FAMILIES
 from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.families import find_inner
 from mmpack.hf.models import is_patched
 from mmpack.hf.resuming import PackKeeper, WeightKeeper, check_unfinished
 from mmpack.hf.streaming import StreamKeeper
+from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
 from mmpack.stream import PackStream
-from mmpack.types import Int64
-
-# Dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets (which print sparse ones, twice as
-# many, since Hopper). The first entry whose words are all in the device's name.
-PEAK_TFLOPS = {
-    "H200 NVL": 835,
-    "H200": 989,
-    "GH200": 989,
-    "H100 NVL": 835,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H800 PCIe": 756,
-    "H800": 989,
-    "H20": 148,
-    "A100": 312,
-    "A800": 312,
-    "L40S": 362,
-    "B200": 2250,
-}
 
 
 class PackingCallback(TrainerCallback):
@@ -75,7 +56,7 @@ class PackingCallback(TrainerCallback):
     | `pack/flops_max_over_mean` | 1 or more | FLOPs of the busiest rank over the mean rank's, the steps' \
 maxima summed over their means summed: at 1.25 ranks compute 80 % of the time, if that goes as FLOPs |
     | `pack/tflops` | 10^12 FLOP/s | a device's useful model FLOPs |
-    | `pack/mfu` | 0 to 1 | that over the device's dense bf16 peak, where it is in PEAK_TFLOPS |
+    | `pack/mfu` | 0 to 1 | that over the device's dense bf16 peak, where it is in `mmpack.hf.throughput` |
     | `pack/dropped_segments` | segments | left out so far because of bad images, where there were any |
     | `pack/image_attention/layer_N` | 0 to 1 | attention mass of supervised rows on the images before \
 them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
@@ -126,9 +107,9 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._share: AttentionShare | None = None
         self._is_in_step = False
         self._is_watched = False
-        self._costs: _Costs | None = None
+        self._costs: TrainedCosts | None = None
         self._packs: list[dict[str, Any]] = []
-        self._seen = _Seen()
+        self._seen = Seen()
 
     def on_init_end(
         self,
@@ -163,11 +144,11 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if self.attention_every is not None:
             self._share = AttentionShare(_chosen_layers(model, base, self.attention_layers))
         is_costed = base is not None and base.config.model_type in FAMILIES
-        self._costs = _Costs(model, base) if is_costed else None
+        self._costs = TrainedCosts(model, base) if is_costed else None
         self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
         self._is_in_step = False
         self._packs.clear()
-        self._seen = _Seen()
+        self._seen = Seen()
 
     def on_train_end(
         self,
@@ -281,7 +262,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._packs.clear()
 
     def _values(self, capacity: int, device: torch.device) -> dict[str, float]:
-        seen, self._seen = self._seen, _Seen()
+        seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused
         seen.dropped = self.dataset.num_dropped_segments
         mine = (seen, self._share.pop() if self._share is not None else None)
@@ -318,78 +299,6 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
-
-
-@dataclass
-class _Seen:
-    """What one rank has seen since the last log."""
-
-    num_batches: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    patches: int = 0
-    useful_flops: int = 0
-    dropped: int = 0  # since the data set was made
-    flops: list[int] = field(default_factory=list)  # of each step, all it computes
-    start: float = field(default_factory=lambda: time.perf_counter())
-    paused: float = 0.0
-    mark: float = field(default_factory=lambda: time.perf_counter())  # training's last sign of life
-
-    def pause(self) -> None:
-        """What has passed since the mark was no training."""
-        now = time.perf_counter()
-        self.paused += now - self.mark
-        self.mark = now
-
-
-class _Costs:
-    """FLOPs of segments in a model as it is being trained."""
-
-    def __init__(self, model: nn.Module, base: Any) -> None:
-        self.config = base.config
-        tower = dict(base.visual.named_parameters())
-        of_tower = {id(parameter) for parameter in tower.values()}
-        parts = {
-            "vision": [p for name, p in tower.items() if "merger" not in name],
-            "merger": [p for name, p in tower.items() if "merger" in name],
-            "language": [p for p in model.parameters() if id(p) not in of_tower],
-        }
-        self.frozen = [
-            name for name, part in parts.items() if not any(p.requires_grad for p in part)
-        ]
-        self.frozen_for_text = self.frozen
-        language = parts["language"]
-        trained = sum(_numel(p) for p in language if p.requires_grad)
-        if 0 < trained < sum(map(_numel, language)) / 2:
-            # Adapters: gradients pass, as they would to a trained merger below.
-            self.frozen_for_text = ["vision", "language"]
-
-    def of(
-        self, num_tokens: Int64, num_supervised: Int64, grid_thw: Int64, image_offsets: Int64
-    ) -> Int64:
-        """(S,) operations, as in `sample_flops`."""
-        none, nowhere = np.empty((0, 3), dtype=np.int64), np.zeros_like(image_offsets)
-        zeros = np.zeros_like(num_tokens)
-        text = (num_tokens, num_supervised, none, nowhere)
-        images = (zeros, zeros, grid_thw, image_offsets)
-        return sample_flops(self.config, *text, frozen=self.frozen_for_text) + sample_flops(
-            self.config, *images, frozen=self.frozen
-        )
-
-
-def _numel(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3 leaves an empty shell
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """Dense bf16 TFLOP/s of a device; None if it is not known, as of a CPU or a part of a GPU (MIG)."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    if "MIG" in words:
-        return None
-    known = (peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words))
-    return next(known, None)
 
 
 def _chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
