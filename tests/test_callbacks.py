@@ -16,7 +16,14 @@ import mmpack.dataset
 from mmpack import PackedDataset
 from mmpack.assemble import assemble
 from mmpack.cost import sample_flops
-from mmpack.hf import PackCollator, PackingCallback, attention_share, callbacks, patch_model
+from mmpack.hf import (
+    PackCollator,
+    PackingCallback,
+    attention_share,
+    callbacks,
+    patch_model,
+    throughput,
+)
 from mmpack.types import IGNORE
 
 TESTS = Path(__file__).resolve().parent
@@ -116,7 +123,8 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
     """Batches of 2 packs, accumulated by 2, logged every 2 steps; a step takes 4 s, and an evaluation,
     which is not counted, 100 s a batch. One pack is empty, and rows are filled up to 64 tokens."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for module in (callbacks, throughput):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -293,7 +301,7 @@ def test_frozen_parts_and_adapters_cost_less():
     model = tiny_model(CONFIG)
 
     def costs():
-        return callbacks.TrainedCosts(model, model.model).of(*arrays).tolist()
+        return throughput.TrainedCosts(model, model.model).of(*arrays).tolist()
 
     assert costs() == sample_flops(CONFIG, *mixed).tolist()
     model.model.visual.requires_grad_(False)
@@ -309,7 +317,7 @@ def test_frozen_parts_and_adapters_cost_less():
     tower = sample_flops(
         CONFIG, [0, 0], [0, 0], *mixed[2:], frozen=["vision", "merger", "language"]
     )
-    assert callbacks.TrainedCosts(wrapped, inner).of(*arrays).tolist() == (passed + tower).tolist()
+    assert throughput.TrainedCosts(wrapped, inner).of(*arrays).tolist() == (passed + tower).tolist()
 
 
 def test_peaks(monkeypatch):
@@ -327,8 +335,8 @@ def test_peaks(monkeypatch):
     }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert callbacks.peak_tflops(torch.device("cuda", 0)) == peak, name
-    assert callbacks.peak_tflops(torch.device("cpu")) is None
+        assert throughput.peak_tflops(torch.device("cuda", 0)) == peak, name
+    assert throughput.peak_tflops(torch.device("cpu")) is None
 
 
 def test_refusals(tmp_path):
@@ -400,7 +408,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
     callback = PackingCallback(dataset)
     callback._costs = object()
     seen = [
-        callbacks.Seen(1, 40, 10, 8, 7 * 10**12, flops=flops, start=0.0)
+        throughput.Seen(1, 40, 10, 8, 7 * 10**12, flops=flops, start=0.0)
         for flops in ([6, 2], [2, 6])
     ]
 
@@ -411,7 +419,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
     group = {"is_available": lambda: True, "is_initialized": lambda: True}
     group |= {"get_world_size": lambda: 2, "all_gather_object": gather}
     monkeypatch.setattr(callbacks, "dist", SimpleNamespace(**group))
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: 2.0))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: 2.0))
     callback._seen = seen[0]
     assert callback._values(CAPACITY, torch.device("cpu")) == {
         "pack/utilization": 80 / (2 * CAPACITY),
