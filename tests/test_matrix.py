@@ -127,18 +127,19 @@ def test_autocast(family, impl):
 
 
 @pytest.mark.parametrize(
-    ("family", "impl"),
+    ("family", "impl", "assemble_on"),
     [
-        pytest.param("qwen2_vl", "auto", marks=pytest.mark.smoke),
-        pytest.param("qwen2_vl", "triton", marks=pytest.mark.smoke),
-        ("qwen2_5_vl", "auto"),
-        ("qwen3_vl", "auto"),
-        pytest.param("qwen3_vl_moe", "auto", marks=pytest.mark.slow),
+        pytest.param("qwen2_vl", "auto", "host", marks=pytest.mark.smoke),
+        pytest.param("qwen2_vl", "triton", "host", marks=pytest.mark.smoke),
+        ("qwen2_5_vl", "auto", "host"),
+        ("qwen3_vl", "auto", "host"),
+        ("qwen3_vl", "auto", "device"),
+        pytest.param("qwen3_vl_moe", "auto", "host", marks=pytest.mark.slow),
     ],
 )
-def test_the_whole_step_compiles_into_one_graph(family, impl):
+def test_the_whole_step_compiles_into_one_graph(family, impl, assemble_on):
     """Forward and backward, no graph break, the same numbers; and again for another pack."""
-    batch, _, num_items = made_up_rows(family)
+    batch, _, num_items = made_up_rows(family, assemble_on)
     expected = loss_and_grads(model_of(torch.float32, "plain", impl, family), [batch], num_items)
     model = model_of(torch.float32, "plain", impl, family)
     loss_and_grads(model, [batch], num_items)  # an eager step, which asks what may be asked once
