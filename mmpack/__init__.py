@@ -16,7 +16,7 @@ from mmpack.encode import encode_sample
 from mmpack.plan import plan_packs
 from mmpack.prompt import render_prompt
 from mmpack.readers import read_samples
-from mmpack.types import EncodedSample, Pack, PackPlan, Sample
+from mmpack.types import CompactPack, EncodedSample, Pack, PackPlan, Sample
 from mmpack.video_spec import VideoSpec
 from mmpack.vision import VisionSpec
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmpack.stream import PackStream
 
 __all__ = [
+    "CompactPack",
     "EncodedSample",
     "Pack",
     "PackPlan",

@@ -20,7 +20,7 @@ from builders import (
 )
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, assemble
+from mmpack import PackedDataset, PackStream, assemble
 from mmpack.compact import compact
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.hf.batch import assemble_on_device
@@ -181,3 +181,13 @@ def test_encoded_samples_and_processor_outputs_are_left_to_the_device_too():
     expected = without_patches(PackCollator(processor)([row]))
     batch = PackCollator(processor, model=model, assemble="device")([row])
     assert_same(completed(batch), expected)
+
+
+def test_streams_leave_packs_to_the_device_too():
+    rows = [encoded(SMALL_SPEC, *range(n, n + 9)) for n in range(3, 60, 3)]
+    host, device = (PackStream(rows, None, 30, buffer=8) for _ in range(2))
+    device.assemble = "device"
+    for pack, bare in zip(host, device, strict=True):
+        assert bare.resume == pack.resume
+        batch = collator("qwen2_vl", "device")([bare])
+        assert_same(completed(batch), without_patches(collator()([pack])))
