@@ -89,7 +89,9 @@ def test_the_collator_keeps_the_flag_and_not_the_model():
 
 def test_what_cannot_read_bytes_is_told():
     model = model_of()
-    with pytest.raises(ValueError, match="needs a patched model to take the batches, none was passed"):
+    with pytest.raises(
+        ValueError, match="needs a patched model to take the batches, none was passed"
+    ):
         PackCollator(pixels="uint8")
     with pytest.raises(ValueError, match="Qwen2VLForConditionalGeneration is not patched"):
         PackCollator(model=model, pixels="uint8")
