@@ -67,7 +67,7 @@ def sdist(checkout):
     """(the names in the source archive, the folder it is unpacked in)"""
     with tarfile.open(build("build_sdist", checkout)) as archive:
         names = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
-        archive.extractall(checkout.parent)
+        archive.extractall(checkout.parent, filter="data")
     return names, checkout.parent / f"mmpack-{mmpack.__version__}"
 
 
