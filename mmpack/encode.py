@@ -45,7 +45,19 @@ def encode_sample(
     train_on_prompt: bool = False,
     mask_history: bool = False,
 ) -> EncodedSample:
-    """Encode one sample; `encode_samples` is the same for many, faster."""
+    """Encode one sample: ids with one marker per image or video, labels, grids from the headers.
+
+    Args:
+        sample: what `read_samples` gives.
+        tokenizer, vision, train_on_prompt, mask_history: as in `encode_samples`, which is the same for
+            many, and faster.
+
+    Returns:
+        Its (n,) ids and labels and (I, 3) grids; no pixel is decoded.
+
+    Raises:
+        ValueError: it cannot be used; names file and row.
+    """
     (encoded,) = encode_samples(
         [sample], tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
     )

@@ -70,6 +70,9 @@ def index_rows(
             than a few seconds' work. 1: none but this one.
         part: (i, n): of every n chunks the i-th, from 1; all rows are read, its own are encoded.
 
+    Yields:
+        One `Indexed` per chunk: its samples as an Arrow batch.
+
     Raises:
         ValueError: a bad row and `on_error` is "raise", a file that cannot be read, or a worker that
             died.

@@ -1,8 +1,8 @@
 """Sizes -> PackPlan: which samples share a pack.
 
-Best-fit-decreasing over tokens, or over tokens and vision patches at once (`csrc/planner.cpp`); given
-costs too, packs that are as full and cost the same (`csrc/balance.cpp`). Sizes are all it needs, so a
-million samples are planned without opening one.
+Best-fit-decreasing over tokens (for packing text: arXiv 2404.10830), or over tokens and vision patches at
+once (`csrc/planner.cpp`); given costs too, packs that are as full and cost the same (`csrc/balance.cpp`).
+Sizes are all it needs, so a million samples are planned without opening one.
 """
 
 from __future__ import annotations

@@ -54,6 +54,10 @@ def render_prompt(
         missing_marker: images but no marker anywhere: "refuse", or "prepend" the markers to the
             first turn, as LLaMA-Factory's inference engines do.
 
+    Returns:
+        What `generate` is given but the pixels: `input_ids` (T,), `image_grid_thw` (images, 3),
+        `position_ids` (4, T) and `video_grid_thw` (videos, 3), all int64.
+
     Raises:
         ValueError: counts, roles or an image are wrong; says what to do.
     """

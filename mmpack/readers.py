@@ -93,8 +93,16 @@ def read_documents(
 
     A row has `text` with `<image>` markers and `images`; a mapping names the text as LLaMA-Factory
     does, `"columns": {"prompt": "text"}`. A conversation with all in the assistant's turn is a
-    document too. Arguments and errors are those of `read_samples`; a document becomes a `Sample` of
-    one message, whose role is "document".
+    document too.
+
+    Args:
+        data, mapping, media_dir, on_error, missing_marker, verify: as in `read_samples`.
+
+    Yields:
+        One `Sample` per usable document, in order: one message, whose role is "document".
+
+    Raises:
+        ValueError: as `read_samples`.
     """
     for group in row_groups(data, mapping, media_dir):
         reader = RowReader(group.fields, group.folders, missing_marker, verify, "pretrain")

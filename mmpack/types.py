@@ -65,20 +65,31 @@ Media = ImageRef | VideoRef
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` holds text, images and videos in reading order, so a text that quotes
-    `<image>` is text and an image is at its place by construction."""
+    """One turn.
 
-    role: str  # "system", "user" or "assistant"; "document" of a document's only message
+    Attributes:
+        role: "system", "user" or "assistant"; "document" of a document's only message.
+        content: text, images and videos in reading order, so a text that quotes `<image>` is text and
+            an image is at its place by construction.
+    """
+
+    role: str
     content: tuple[str | Media, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation or document; what a row on disk becomes."""
+    """One conversation or document; what a row on disk becomes.
+
+    Attributes:
+        messages: its turns, in order; of a document the only one.
+        source: the file the row comes from.
+        row: its number there, from 0.
+    """
 
     messages: tuple[Message, ...]
-    source: str  # file the row comes from
-    row: int  # its number there, from 0
+    source: str
+    row: int
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -188,14 +199,17 @@ class PackPlan:
 
     @property
     def num_packs(self) -> int:
+        """Packs of an epoch, without the empty ones that a data set may append."""
         return len(self.pack_tokens)
 
     @property
     def num_dropped(self) -> int:
+        """Samples left out because no pack can hold them."""
         return len(self.dropped)
 
     @property
     def num_truncated(self) -> int:
+        """Samples planned shorter than they are."""
         return len(self.truncated)
 
     @property
@@ -210,7 +224,7 @@ class PackPlan:
         return np.diff(sums[self.bin_offsets])
 
     def samples_of(self, pack: int) -> Int64:
-        """Numbers of the samples in one pack."""
+        """(S,) numbers of the samples in one pack."""
         return self.sample_index[self.bin_offsets[pack] : self.bin_offsets[pack + 1]]
 
     def save(self, path: str | Path) -> None:
@@ -318,10 +332,12 @@ class Pack:
 
     @property
     def num_segments(self) -> int:
+        """S."""
         return len(self.cu_seqlens) - 1
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return len(self.input_ids)
 
 

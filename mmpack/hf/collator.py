@@ -46,8 +46,8 @@ class PackCollator:
     is one temporal patch.
 
     With `pixels="uint8"` the `pixel_values` are the pack's own bytes, (P, C * p * p) uint8: an eighth
-    of what float32 takes from the worker to the device; a video's, (P, C * t * p * p), are a quarter. The patched model's patch embedding normalises
-    them, an unpatched model cannot read them; hence `model=`.
+    of what float32 takes from the worker to the device; a video's, (P, C * t * p * p), are a quarter. The
+    patched model's patch embedding normalises them, an unpatched model cannot read them; hence `model=`.
 
     Qwen2.5-VL's and Qwen3-VL's towers need more indices than a pack has, which differ by model: windows,
     or places in a table of positions. They are made here, in the worker; hence `model=` too.
@@ -67,8 +67,8 @@ class PackCollator:
             same bits. Set `assemble = "device"` on the `PackedDataset` or `PackStream` too.
 
     Raises:
-        ValueError: uint8 pixels or assembly on the device without a patched model, a model that is not supported, or `pad_to`
-            below 1.
+        ValueError: uint8 pixels or assembly on the device without a patched model, a model that is not
+            supported, or `pad_to` below 1; in a call, items that make no batch, each counted and named.
     """
 
     def __init__(

@@ -52,18 +52,18 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     Patching twice is one patch.
 
     A self-test follows: a small pack is run twice with another first segment, and the second
-    segment's hidden states must not change by a bit (behind experts: by rounding only). Where it cannot run yet (weights on the meta
-    device or sharded, kernels without their GPU) it runs at the first packed forward. Mode, gradients and random
-    state are as before.
+    segment's hidden states must not change by a bit (behind experts: by rounding only). Where it cannot
+    run yet (weights on the meta device or sharded, kernels without their GPU) it runs at the first packed
+    forward. Mode, gradients and random state are as before.
 
     Args:
         model: a `Qwen2VLForConditionalGeneration`, or another family's, its inner `Qwen2VLModel`, or a
             wrapper that holds one (PEFT).
         impl: which ops do the work. "auto": libraries' (torch, flash-attn); "triton": mmpack's own
-            kernels (attention, rotary embedding, token embedding with feature insertion), on a CUDA device or in
-            Triton's interpreter; "auto" will mean them once they are measured on a GPU. Or one of
-            `mmpack.ops.varlen_attention`'s implementations, for attention alone. What is asked for
-            by name is used or refused.
+            kernels (attention, rotary embedding, token embedding with feature insertion), on a CUDA
+            device or in Triton's interpreter; "auto" will mean them once they are measured on a GPU.
+            Or one of `mmpack.ops.varlen_attention`'s implementations, for attention alone. What is
+            asked for by name is used or refused.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced what mmpack binds.
@@ -102,7 +102,14 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
 
 
 def unpatch_model(model: Model) -> Model:
-    """Take `patch_model` back; returns the model. A model that is not patched stays as it is."""
+    """Take `patch_model` back; returns the model. A model that is not patched stays as it is.
+
+    Args:
+        model: what `patch_model` was given, or its inner model.
+
+    Raises:
+        ValueError: no model of a supported family is in it.
+    """
     base = inner_model(model)
     patch = vars(base).get(_STATE)
     if patch is None:

@@ -185,8 +185,14 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     A run that was killed while it saved leaves a torn folder, which `resume_from_checkpoint=True` would
     take. It is passed over with a warning in the log that says what is missing.
 
+    Args:
+        output_dir: the run's, with its `checkpoint-STEP` folders; it need not exist.
+
     Returns:
         Its folder, or None where there is none (yet).
+
+    Raises:
+        OSError: the folder cannot be listed.
     """
     pattern, folder = re.compile(r"checkpoint-(\d+)"), Path(output_dir)
     found = {

@@ -48,7 +48,12 @@ def accumulate_embedding_grad(
     For training loops that own their gradients. `patch_model` does not use it, for autograd knows
     nothing of it: `torch.autograd.grad` and the weight's hooks see no gradient, so DDP and FSDP do
     not reduce it and gradient scaling does not check it; call it once per step and before the
-    optimizer's. The arguments are `embed_features`' own, and its output's gradient (T, D).
+    optimizer's.
+
+    Args:
+        grad_VD: (V, D), any floating dtype, contiguous; sums are float32 and rounded once.
+        dout_TD: (T, D), the gradient of `embed_features`' output.
+        input_ids_T, text_order, text_id_offsets, padding_idx: as in `embed_features`.
 
     Raises:
         ValueError: shapes or devices do not fit, or there is no device for the kernel.

@@ -1,6 +1,6 @@
 """Masks of a pack, for attention that takes masks rather than offsets.
 
-`block_mask` is FlexAttention's: one launch, a program a row of 128 x 128 blocks, which compares the first
+`block_mask` is FlexAttention's (arXiv 2412.05496): one launch, a program a row of 128 x 128 blocks, which compares the first
 and the last segment of every block and writes the blocks there are in order; no T x T mask is ever made.
 `dense_mask` is one: T^2 bytes, 64 MiB at 8,192 tokens and 1 GiB at 32,768, written once. Not measured on
 a GPU yet.
@@ -158,6 +158,10 @@ def block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True):
         cu_seqlens: (S + 1,) int32, from 0 to `num_tokens`. Its values are not checked.
         num_tokens: T.
         causal: a token sees the past of its segment and itself; else all of it.
+
+    Returns:
+        A `torch.nn.attention.flex_attention.BlockMask` of 128 x 128 blocks for one row of T tokens, all
+        heads alike.
 
     Raises:
         ValueError: cu_seqlens are not flat int32 on a device kernels run on.

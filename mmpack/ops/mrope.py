@@ -1,4 +1,5 @@
-"""Multimodal rotary embedding of q and k in one launch, its angles made in the kernel.
+"""Multimodal rotary embedding (Qwen2-VL, arXiv 2409.12191) of q and k in one launch, its angles made in
+the kernel.
 
     out[t, h, i]     = q[t, h, i] cos(a) - q[t, h, i + R/2] sin(a)      a = position[axis(i), t]
     out[t, h, i+R/2] = q[t, h, i + R/2] cos(a) + q[t, h, i] sin(a)          * inv_freq[i]

@@ -1,5 +1,5 @@
-"""uint8 patches straight to vision hidden states: normalisation and the still's two frames folded
-into the weight.
+"""uint8 patches straight to vision hidden states, as transformers' `PatchEmbed` makes them of normalised
+floats: normalisation and the still's two frames are folded into the weight.
 
     out[p] = weight . ((x[p] / 255 - mean) / std) + bias  =  folded . (x[p] - 128) + folded bias
 

@@ -3,7 +3,8 @@
     out[t] = softmax over the t' that token t sees of (scale q[t] k[t']) times v[t']
 
 A token sees its own segment, up to itself if causal. Nothing of size T x T is made, and nothing
-asks the device: what a loop over segments needs comes as host integers with the batch.
+asks the device: what a loop over segments needs comes as host integers with the batch. The arguments
+are those of flash-attn's `flash_attn_varlen_func` (arXiv 2307.08691), q, k and v of one packed row.
 """
 
 from __future__ import annotations

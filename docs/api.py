@@ -1,0 +1,27 @@
+"""Write the API reference, from docstrings: `python docs/api.py FOLDER` (extra `docs`)."""
+
+import sys
+from pathlib import Path
+
+import pdoc
+
+import mmpack
+
+# Beside the public names, what the pages of docs/ use.
+MODULES = [
+    "mmpack",
+    "mmpack.hf",
+    "mmpack.ops",
+    "mmpack.cost",
+    "mmpack.encode",
+    "mmpack.hf.training",
+    "mmpack.index",
+    "mmpack.mixture",
+    "mmpack.readers",
+]
+
+if __name__ == "__main__":
+    for name in mmpack.__all__:  # some come lazily, and pdoc looks into the module alone
+        setattr(mmpack, name, getattr(mmpack, name))
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc(*MODULES, "!mmpack.assemble", "!mmpack.ops.", output_directory=Path(sys.argv[1]))
