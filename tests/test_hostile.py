@@ -15,7 +15,7 @@ from mmpack.cli import main
 from mmpack.encode import encode_samples
 from mmpack.media import MediaFolders
 
-# How the rows that are a matter of policy end, as the README says.
+# How the rows that are a matter of policy end, as docs/data.md says.
 POLICY = {
     "marker_in_answer": "reject",
     "literal_marker_quoted": "reject",
