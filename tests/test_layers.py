@@ -1,6 +1,7 @@
 """Who may import whom (DESIGN.md): arrows go down, heavy dependencies live in one room each."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,22 @@ def test_imports_go_down(path, room):
             assert top in sys.stdlib_module_names or top == "numpy", place
 
 
+def test_the_design_has_the_layers_and_every_file():
+    """DESIGN.md's list of layers is the one above, and its tree names what there is."""
+    text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    drawn = {}
+    for number, line in re.findall(r"^L(\d)  (.+)$", text, re.M):
+        words = re.sub(r"\([^)]*\)|/\*", "", re.split(r" {5}", line)[0]).split()
+        drawn.update(dict.fromkeys(words, int(number)))
+    assert {
+        name: layer for name, layer in drawn.items() if name not in ("benchmarks", "tests")
+    } == LAYERS
+    tree = text[text.index("## Where things are") : text.index("## Stations")]
+    names = [path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    names += [path.name for path in (ROOT / "csrc").glob("*.cpp")]
+    assert [name for name in names if not re.search(rf"\b{re.escape(name)}", tree)] == []
+
+
 def loaded_after(statement):
     heavy = ["triton", "transformers", "PIL", "datasets", "torch"]
     code = f"{statement}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
@@ -175,12 +192,8 @@ def test_the_step_path_asks_the_device_nothing():
                     assert call not in line, f"{path.relative_to(ROOT)}:{number}"
 
 
-def test_public_names():
+def test_public_names():  # their docstrings: test_docs.py
     import mmpack
-    import mmpack.hf
 
-    for module in (mmpack, mmpack.hf):
-        for name in module.__all__:
-            assert getattr(module, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mmpack.nothing  # noqa: B018
