@@ -6,6 +6,7 @@ transformers' own image processor and tokenizer.
 
 import functools
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from builders import (
     float64_loss,
     loss_and_grads,
     made_up_rows,
+    renumber,
     small_config,
     stock_inputs,
     stock_processor,
@@ -54,18 +56,29 @@ PACKS = {
 }
 
 
+class Case(NamedTuple):
+    stock: list  # inputs of each row
+    samples: list
+    batch: dict  # the same rows packed
+    num_items: int  # supervised tokens
+    ids: dict  # the model's options
+
+
 @pytest.fixture(scope="module")
 def packs(realset_rows, realset_samples, shared, tokenizer):
-    """name -> (stock inputs of each row, the rows' packed batch, supervised tokens)."""
+    """name -> Case, with the ids that occur in it; "images" with all of the tokenizer's."""
     processor = stock_processor(tokenizer, MAX_PIXELS)
     vision = VisionSpec.from_processor(processor)
     made = {}
     for name, wanted in PACKS.items():
         numbers = pick(realset_rows, *wanted)
         stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
-        samples = encode_samples([realset_samples[n] for n in numbers], tokenizer, vision)
+        samples = list(encode_samples([realset_samples[n] for n in numbers], tokenizer, vision))
+        ids = {}
+        if name != "images":
+            samples, stock, ids = renumber(samples, stock)
         num_items = sum(int((inputs["labels"] != -100).sum()) for inputs in stock)
-        made[name] = stock, PackCollator()(list(samples)), num_items
+        made[name] = Case(stock, samples, PackCollator()(samples), num_items, ids)
     return made
 
 
@@ -75,8 +88,8 @@ def expected(packs):
 
     @functools.cache
     def compute(name, dtype, tied):
-        stock, _, num_items = packs[name]
-        return loss_and_grads(model_of(dtype, tied=tied), stock, num_items)
+        case = packs[name]
+        return loss_and_grads(model_of(dtype, tied=tied, **case.ids), case.stock, case.num_items)
 
     return compute
 
@@ -96,13 +109,17 @@ def assert_theorem(model, batch, num_items, expected, tolerance):
     assert difference <= tolerance, name
 
 
+def assert_case(model, case, expected, tolerance):
+    assert_theorem(model, case.batch, case.num_items, expected, tolerance)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", PACKS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_patched_model(name, dtype, packs, expected):
-    _, batch, num_items = packs[name]
-    model = patch_model(model_of(dtype))
-    assert_theorem(model, batch, num_items, expected(name, dtype, False), TOLERANCE[dtype])
+    case = packs[name]
+    model = patch_model(model_of(dtype, **case.ids))
+    assert_case(model, case, expected(name, dtype, False), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -111,22 +128,22 @@ def test_patched_model(name, dtype, packs, expected):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_tied_embeddings_and_checkpointing(tied, checkpointing, dtype, packs, expected):
     """checkpointing: None is off, else `use_reentrant`."""
-    _, batch, num_items = packs["mixed"]
-    model = patch_model(model_of(dtype, tied=tied))
+    case = packs["mixed"]
+    model = patch_model(model_of(dtype, tied=tied, **case.ids))
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         if checkpointing:
             model.enable_input_require_grads()
-    assert_theorem(model, batch, num_items, expected("mixed", dtype, tied), TOLERANCE[dtype])
+    assert_case(model, case, expected("mixed", dtype, tied), TOLERANCE[dtype])
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", PACKS)
 def test_the_same_batch_on_an_unpatched_model(name, attn, packs, expected):
-    _, batch, num_items = packs[name]
-    model = model_of(torch.float32, attn=attn)
-    assert_theorem(model, batch, num_items, expected(name, torch.float32, False), 1e-5)
+    case = packs[name]
+    model = model_of(torch.float32, attn=attn, **case.ids)
+    assert_case(model, case, expected(name, torch.float32, False), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -141,26 +158,23 @@ def test_kernels(name, tied, packs, expected):
     """The same with mmpack's kernels, in Triton's interpreter where there is no GPU."""
     if torch.cuda.is_available():
         pytest.skip("the made-up rows run the kernels on the GPU")
-    _, batch, num_items = packs[name]
-    model = patch_model(model_of(torch.float32, tied=tied), impl="triton")
-    assert_theorem(model, batch, num_items, expected(name, torch.float32, tied), 1e-5)
+    case = packs[name]
+    model = patch_model(model_of(torch.float32, tied=tied, **case.ids), impl="triton")
+    assert_case(model, case, expected(name, torch.float32, tied), 1e-5)
 
 
 def test_an_eager_model_can_be_patched(packs, expected):
-    _, batch, num_items = packs["mixed"]
-    model = patch_model(model_of(torch.float64, attn="eager"))
-    assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
+    case = packs["mixed"]
+    model = patch_model(model_of(torch.float64, attn="eager", **case.ids))
+    assert_case(model, case, expected("mixed", torch.float64, False), 1e-10)
 
 
-def test_packs_side_by_side_in_one_batch(realset_rows, realset_samples, tokenizer, packs, expected):
+def test_packs_side_by_side_in_one_batch(packs, expected):
     # Two packs through one collator call, as per_device_train_batch_size=2 gives it.
-    vision = VisionSpec.from_processor(stock_processor(tokenizer, MAX_PIXELS))
-    numbers = pick(realset_rows, *PACKS["mixed"])
-    samples = list(encode_samples([realset_samples[n] for n in numbers], tokenizer, vision))
-    batch = PackCollator()([assemble(samples[:4]), assemble(samples[4:])])
-    model = patch_model(model_of(torch.float64))
-    num_items = packs["mixed"][2]
-    assert_theorem(model, batch, num_items, expected("mixed", torch.float64, False), 1e-10)
+    case = packs["mixed"]
+    batch = PackCollator()([assemble(case.samples[:4]), assemble(case.samples[4:])])
+    model = patch_model(model_of(torch.float64, **case.ids))
+    assert_theorem(model, batch, case.num_items, expected("mixed", torch.float64, False), 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +231,8 @@ def test_random_packs(seed, realset_rows, realset_samples, shared, tokenizer):
 
 def test_the_test_can_fail(packs, expected):
     """Without `use_cache=False` and the dict, transformers mixes the rows: the trap we close."""
-    _, batch, num_items = packs["mixed"]
-    leaky = {k: v for k, v in batch.items() if k not in ("mmpack", "use_cache")}
+    case = packs["mixed"]
+    leaky = {k: v for k, v in case.batch.items() if k not in ("mmpack", "use_cache")}
     with pytest.raises(AssertionError):
-        model = model_of(torch.float32)
-        assert_theorem(model, leaky, num_items, expected("mixed", torch.float32, False), 1e-3)
+        model = model_of(torch.float32, **case.ids)
+        assert_theorem(model, leaky, case.num_items, expected("mixed", torch.float32, False), 1e-3)

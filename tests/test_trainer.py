@@ -7,9 +7,9 @@ import torch
 from builders import (
     QUIET,
     loss_and_grads,
+    renumber,
     stock_inputs,
     stock_processor,
-    tiny_config,
     tiny_model,
     worst_difference,
 )
@@ -36,27 +36,46 @@ def rows(realset_rows):
 
 
 @pytest.fixture(scope="module")
-def dataset(rows, realset_samples, tokenizer):
-    vision = VisionSpec.from_processor(stock_processor(tokenizer, MAX_PIXELS))
+def numbered(rows, realset_rows, realset_samples, shared, tokenizer):
+    """(samples, stock inputs of each row), with the tokenizer's ids."""
+    processor = stock_processor(tokenizer, MAX_PIXELS)
+    vision = VisionSpec.from_processor(processor)
     samples = encode_samples([realset_samples[n] for n in rows], tokenizer, vision)
-    dataset = PackedDataset.from_samples(list(samples), CAPACITY)
+    stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in rows]
+    return list(samples), stock
+
+
+@pytest.fixture(scope="module")
+def renumbered(numbered):
+    """(samples, stock inputs of each row, options of the model), with the ids that occur."""
+    return renumber(*numbered)
+
+
+@pytest.fixture(scope="module")
+def dataset(renumbered):
+    dataset = PackedDataset.from_samples(renumbered[0], CAPACITY)
     assert len(dataset) == 4
     return dataset
 
 
 @pytest.fixture(scope="module")
-def stock_rows(rows, realset_rows, shared, tokenizer):
-    processor = stock_processor(tokenizer, MAX_PIXELS)
-    return [stock_inputs(realset_rows[n], shared / "realset", processor) for n in rows]
+def stock_rows(renumbered):
+    return renumbered[1]
 
 
 @pytest.fixture(scope="module")
-def expected_of(stock_rows):
+def model_of(renumbered):
+    """The model of a family, with other options of `tiny_config` where they are given."""
+    return functools.partial(tiny_model, **renumbered[2])
+
+
+@pytest.fixture(scope="module")
+def expected_of(stock_rows, model_of):
     """family -> loss and gradients of every row alone, weighted by tokens, in float32."""
 
     @functools.cache
     def compute(family):
-        return loss_and_grads(tiny_model(family=family), stock_rows, num_items_of(stock_rows))
+        return loss_and_grads(model_of(family=family), stock_rows, num_items_of(stock_rows))
 
     return compute
 
@@ -119,11 +138,11 @@ OPTIONS = {
         pytest.param("qwen3_vl_moe", "accumulation 4", marks=pytest.mark.slow),
     ],
 )
-def test_patched_model(family, options, dataset, expected_of, tmp_path):
+def test_patched_model(family, options, dataset, model_of, expected_of, tmp_path):
     """Micro-batches of unequal weight; the newer families say accepts_loss_kwargs=False, which lets
     Trainer count micro-batches alike."""
     impl = "triton" if options == "checkpointing" else "auto"
-    model = tiny_model(family=family)
+    model = model_of(family=family)
     assert getattr(model, "accepts_loss_kwargs", None) == (None if family == "qwen2_vl" else False)
     patch_model(model, impl=impl)
     collate = PackCollator(model=model)
@@ -135,9 +154,9 @@ def test_patched_model(family, options, dataset, expected_of, tmp_path):
 
 
 @pytest.mark.smoke
-def test_uint8_pixels(dataset, expected, tmp_path):
+def test_uint8_pixels(dataset, model_of, expected, tmp_path):
     """Bytes from the workers to the tower; the rows alone had transformers' own float32 pixels."""
-    model = patch_model(tiny_model())
+    model = patch_model(model_of())
     collate = PackCollator(model=model, pixels="uint8")
     loss, grads = one_step(model, dataset, tmp_path, collate, dataloader_num_workers=2)
     assert loss == pytest.approx(expected[0], rel=1e-5)
@@ -146,9 +165,9 @@ def test_uint8_pixels(dataset, expected, tmp_path):
 
 
 @pytest.mark.smoke
-def test_unpatched_model(dataset, expected, tmp_path):
+def test_unpatched_model(dataset, model_of, expected, tmp_path):
     # Trainer switches the cache off in the wrong config; the batch's use_cache=False saves us.
-    model = tiny_model()
+    model = model_of()
     assert model.config.text_config.use_cache
     loss, grads = one_step(model, dataset, tmp_path)
     assert loss == pytest.approx(expected[0], rel=1e-5)
@@ -157,16 +176,16 @@ def test_unpatched_model(dataset, expected, tmp_path):
 
 
 @pytest.mark.smoke
-def test_bf16(dataset, stock_rows, expected, tmp_path):
+def test_bf16(dataset, model_of, stock_rows, expected, tmp_path):
     """Autocast over float32 weights: no further from float32 than stock transformers is, on the
     rows alone or on the same packs (more tokens a product round differently)."""
     # float32 table, bfloat16 features; torch's ops, as the interpreter cannot round to bfloat16
-    model = patch_model(tiny_model())
+    model = patch_model(model_of())
     loss, grads = one_step(model, dataset, tmp_path, bf16=True)
     packs = [PackCollator()([pack]) for pack in dataset]
     num_items = num_items_of(stock_rows)
     with torch.autocast("cpu", torch.bfloat16):
-        stock = [loss_and_grads(tiny_model(), inputs, num_items) for inputs in (stock_rows, packs)]
+        stock = [loss_and_grads(model_of(), inputs, num_items) for inputs in (stock_rows, packs)]
     budget = max(abs(stock_loss - expected[0]) for stock_loss, _ in stock)
     assert abs(loss - expected[0]) <= 2 * budget + 1e-3 * expected[0]
     for name, exact in expected[1].items():
@@ -174,9 +193,10 @@ def test_bf16(dataset, stock_rows, expected, tmp_path):
         assert (grads[name] - exact).abs().max() <= 2 * budget + 1e-3 * exact.abs().max(), name
 
 
-def test_autocast_on_rows_alone_rounds_as_stock(dataset, stock_rows):
+def test_autocast_on_rows_alone_rounds_as_stock(numbered):
     """Same dtypes at every place: a pack of one row differs from stock by no rounding to bf16."""
-    alone = [PackCollator()([sample]) for sample in dataset.samples]
+    samples, stock_rows = numbered
+    alone = [PackCollator()([sample]) for sample in samples]
     num_items = num_items_of(stock_rows)
     with torch.autocast("cpu", torch.bfloat16):
         model = patch_model(tiny_model())
@@ -189,9 +209,9 @@ def test_autocast_on_rows_alone_rounds_as_stock(dataset, stock_rows):
     assert difference <= 1e-5, name
 
 
-def test_tied_embeddings_learn(dataset, tmp_path):
+def test_tied_embeddings_learn(dataset, model_of, tmp_path):
     """Twenty steps on the same packs bring the loss down."""
-    model = patch_model(tiny_model(tiny_config(tied=True)))
+    model = patch_model(model_of(tied=True))
     keep = []
 
     class Log(TrainerCallback):
