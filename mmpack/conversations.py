@@ -124,7 +124,9 @@ def detect_fields(row: dict[str, Any]) -> Fields:
         return _ALPACA
     raise RowError(
         f"no field 'conversations', 'messages' or 'instruction'; the row has {names(row)}",
-        "rename the field, or map it in a dataset_info.json",
+        "rename the field, or map it in a dataset_info.json"
+        if row
+        else "a Trainer takes fields out of rows unless TrainingArguments has remove_unused_columns=False",
     )
 
 

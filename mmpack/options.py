@@ -36,7 +36,8 @@ examples:
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
---resume_from_checkpoint FOLDER continues a run; `last` is the newest whole checkpoint of --output_dir, or the start.
+--resume_from_checkpoint FOLDER continues a run; `last` is the newest whole checkpoint of --output_dir,
+or the start.
 The last line printed is a JSON object; with --json the only one, and Trainer's log goes to stderr.
 
 examples:

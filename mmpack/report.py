@@ -121,8 +121,9 @@ def balance_report(
     """How packs compare with the data set and with each other, for JSON.
 
     `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over
-    the packs, and of each source `images`, the share of images in its tokens. Where costs were planned, `imbalance` and `imbalance_floor`: by number of ranks, the
-    mean over steps of the dearest over the mean pack, and what no plan of these packs goes below.
+    the packs, and of each source `images`, the share of images in its tokens. Where costs were planned,
+    `imbalance` and `imbalance_floor`: by number of ranks, the mean over steps of the dearest over the mean
+    pack, and what no plan of these packs goes below.
     """
     image_tokens = np.minimum(image_tokens, plan.num_tokens)
     report: dict[str, Any] = {

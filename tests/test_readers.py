@@ -291,6 +291,7 @@ def test_a_nested_row_is_several_samples(tmp_path):
             },
             "0 <image> markers but 1 images; the marker is spelt <image>",
         ),
+        ({}, r"the row has \[\]; a Trainer takes .* remove_unused_columns=False"),
         ({"conversation": TURNS}, r"no field 'conversations', .*; the row has \['conversation'\]"),
         ({"conversations": "text"}, "must be a list of turns, got 'text'"),
         ({"conversations": []}, "must be a list of turns, got a list of 0"),

@@ -1,7 +1,8 @@
 """Masks of a pack, for attention that takes masks rather than offsets.
 
-`block_mask` is FlexAttention's (arXiv 2412.05496): one launch, a program a row of 128 x 128 blocks, which compares the first
-and the last segment of every block and writes the blocks there are in order; no T x T mask is ever made.
+`block_mask` is FlexAttention's (arXiv 2412.05496): one launch, a program a row of 128 x 128 blocks, which
+compares the first and the last segment of every block and writes the blocks there are in order; no T x T
+mask is ever made.
 `dense_mask` is one: T^2 bytes, 64 MiB at 8,192 tokens and 1 GiB at 32,768, written once. Not measured on
 a GPU yet.
 """
