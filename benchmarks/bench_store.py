@@ -93,6 +93,9 @@ count = int(sys.argv[2])
 for begin in range(0, 2 * count, count):
     timed("packs", lambda: packs(range(begin, begin + count)))
 found["packed"] = memory()
+dataset.set_epoch(1)
+timed("epoch", lambda: dataset.samples_of(0))
+found["planned"] = memory()
 numbers = dataset.plan.sample_index[:1000].tolist()
 timed("again", lambda: [dataset.samples[n] for n in numbers])
 print(json.dumps(found))
@@ -140,10 +143,10 @@ def main() -> None:
             f"{rows:,} rows, {size:,.0f} MB: opened in {of['open ms']:.0f} ms, the plan in "
             f"{of['plan ms']:.0f}, both and their checks {of['both ms']:.0f}; "
             f"{of['packs ms'] / NUM_PACKS:.1f} ms a pack without pixels, {of['again ms']:.1f} us a sample "
-            "seen before; MiB of its own, and with the files' pages: "
+            f"seen before, {of['epoch ms']:.0f} ms to plan an epoch; MiB of its own, and with the files' pages: "
             + ", ".join(
                 f"{name} {of[name][0]:.0f}, {of[name][1]:.0f}"
-                for name in ("nothing", "opened", "packed")
+                for name in ("nothing", "opened", "packed", "planned")
             )
         )
 

@@ -17,9 +17,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from mmpack.arrays import load_arrays, save_arrays
 from mmpack.errors import RowError, names
 from mmpack.truncate import token_sizes
-from mmpack.types import IGNORE, EncodedSample, Int64, load_arrays
+from mmpack.types import IGNORE, EncodedSample, Int64
 from mmpack.vision import VisionSpec
 
 
@@ -123,7 +124,8 @@ class SplitSamples(Sequence[EncodedSample]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cuts as `.npz`."""
-        np.savez(path, sample_of=self.sample_of, bounds=self.bounds, sizes=self._sizes)
+        arrays = {"sample_of": self.sample_of, "bounds": self.bounds, "sizes": self._sizes}
+        save_arrays(path, arrays)
 
     @classmethod
     def load(cls, samples: Sequence[EncodedSample], path: str | os.PathLike[str]) -> SplitSamples:

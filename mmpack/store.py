@@ -30,8 +30,9 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
+from mmpack.arrays import load_arrays, save_arrays
 from mmpack.batches import SCHEMA, SIZES, as_batch, read_batch, sample_of
-from mmpack.types import EncodedSample, Int32, Int64, load_arrays
+from mmpack.types import EncodedSample, Int32, Int64
 from mmpack.video_spec import VideoSpec
 from mmpack.vision import VisionSpec
 
@@ -217,7 +218,8 @@ def write_batches(
     if not sizes and not may_be_empty:
         raise ValueError("there are no samples to store: no row of the data was usable")
     table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
-    np.savez(folder / "index.npz", offsets=offsets, starts=starts, sizes=table)
+    arrays = {"offsets": offsets, "starts": starts, "sizes": table}
+    save_arrays(folder / "index.npz", arrays)
     return _finish(folder, vision, about, checksum)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.arrays import load_arrays, save_arrays
 from mmpack.errors import names
 from mmpack.vision import VisionSpec
 
@@ -230,7 +231,7 @@ class PackPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as .npz."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+        save_arrays(path, {name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | Path) -> PackPlan:
@@ -252,21 +253,6 @@ class PackPlan:
                 f"{path} is damaged: it holds {names(fields)}; pack again with --overwrite"
             )
         return cls(**fields)
-
-
-def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
-    """Every array of an .npz, whose zip has a checksum of each.
-
-    Raises:
-        ValueError: it cannot be read, or is damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise ValueError(f"cannot read {path}: there is no such file") from None
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for damage
-        raise ValueError(f"{path} is damaged: {error}; pack again with --overwrite") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mmpack"
 LAYERS = {
     "_native": 0,
     "errors": 0,
+    "arrays": 0,
     "video_spec": 0,
     "vision": 0,
     "types": 0,
@@ -63,6 +64,7 @@ SAME_LAYER = {
     ("vision", "errors"),
     ("vision", "video_spec"),
     ("types", "errors"),
+    ("types", "arrays"),
     ("types", "vision"),
     ("videos", "images"),
     ("compact", "assemble"),

@@ -107,7 +107,7 @@ def start(code, *arguments, **options):
 # before the plan and before the rename; files that cannot grow, as on a full disk.
 MOMENTS = {
     "nothing": "pack.row_groups = pack.index_rows = kill",
-    "samples": "from mmpack import store; store.np.savez = kill",
+    "samples": "from mmpack import store; store.save_arrays = kill",
     "plan": "pack.plan_samples = kill",
     "rename": "import pathlib; pathlib.Path.rename = kill",
 }
@@ -509,3 +509,15 @@ def test_opening_reads_no_batch(whole, monkeypatch):
     monkeypatch.setattr("mmpack.store.read_batch", None)
     assert len(PackedDataset.from_store(whole)) > 0
     assert Namespace(**open_store(whole).about).capacity == 256
+
+
+def test_a_rank_holds_no_copy_of_sizes_and_plan(whole):
+    dataset = PackedDataset.from_store(whole)
+    store, plan = dataset.samples, dataset.plan
+    fields = [getattr(plan, name) for name in PackPlan.__slots__]
+    arrays = [field for field in fields if isinstance(field, np.ndarray)]
+    arrays += [store.num_tokens, store.num_patches, store.num_supervised]
+    assert len(arrays) >= 6
+    for array in arrays:
+        assert array.flags.aligned
+        assert not array.flags.writeable  # of the mapped file, not one's own
