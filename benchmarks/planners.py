@@ -2,8 +2,7 @@
 
 A package whose dependencies clash with mmpack's can be put on the path without them
 (`pip install --no-deps --target FOLDER trl llamafactory axolotl binpacking numba llvmlite`): the one
-file with the planner is loaded by itself, with stand-ins for what it logs and reduces with. A planner
-that cannot be loaded is left out.
+file with the planner is loaded by itself, with stand-ins for what it logs and reduces with.
 """
 
 from __future__ import annotations
@@ -25,23 +24,19 @@ Planner = Callable[[np.ndarray, int], list[list[int]]]
 WINDOW = 1000  # rows LLaMA-Factory and ms-swift hand to their planner at a time, by default
 
 
-def planners() -> dict[str, Planner]:
-    """What is installed, by package, version and how it is called."""
-    makers = {
+def planners_of(package: str) -> dict[str, Planner]:
+    """A package's planners, by its name and version and how they are called.
+
+    Raises:
+        ImportError, OSError: the package is not here, or keeps its planner elsewhere.
+    """
+    make = {
         "trl": _trl,
         "llamafactory": _llamafactory,
         "axolotl": _axolotl,
         "binpacking": _binpacking,
-    }
-    found = {}
-    for package, make in makers.items():
-        try:
-            made = make()
-        except (ImportError, OSError) as error:
-            print(f"{package} is left out: {error}")
-            continue
-        found.update({f"{package} {version(package)} {how}": plan for how, plan in made.items()})
-    return found
+    }[package]
+    return {f"{package} {version(package)} {how}": plan for how, plan in make().items()}
 
 
 def _file(package: str, path: str) -> ModuleType:
