@@ -121,12 +121,13 @@ def machine() -> str:
     """The machine in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
 
 
 def kind_of(machine: str) -> str:
     """A machine's folder in `results`: cpu, or its GPU's name."""
-    return "cpu" if "CPU threads" in machine else machine.lower().replace(" ", "-")
+    return "cpu" if machine.startswith("CPU") else machine.lower().replace(" ", "-")
 
 
 def versions() -> str:
