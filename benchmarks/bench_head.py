@@ -17,9 +17,8 @@ from benchmarks.harness import CEILING, compare, device, measure, peak_tensor_mi
 from mmpack.ops import supervised_cross_entropy
 
 ON_GPU = torch.cuda.is_available()
-T, D, V = (8192, 1536, 151_936) if ON_GPU else (1024, 128, 4096)
+T, D, V = (8192, 1536, 151_936) if ON_GPU else (1024, 64, 32_768)
 SHARES = (0.05, 0.15, 0.3, 0.6, 1.0)
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 class Case:
@@ -27,8 +26,10 @@ class Case:
 
     def __init__(self, share: float) -> None:
         torch.manual_seed(0)
-        self.hidden = torch.randn(T, D, device=device(), dtype=DTYPE).requires_grad_()
-        self.weight = (torch.randn(V, D, device=device(), dtype=DTYPE) / D**0.5).requires_grad_()
+        self.hidden = torch.randn(T, D, device=device(), dtype=torch.bfloat16).requires_grad_()
+        self.weight = (
+            torch.randn(V, D, device=device(), dtype=torch.bfloat16) / D**0.5
+        ).requires_grad_()
         self.rows = torch.randperm(T)[: round(T * share)].sort().values.to(device())
         labels = torch.full((T,), -100, device=device())
         self.labels = labels.index_fill(0, self.rows, V - 1)
@@ -69,10 +70,12 @@ def test_liger(share, benchmark, recorder, quick):
 
 def run(share, names, benchmark, recorder, quick):
     """Time the candidates of a share and look at what they allocate; the gradients agree."""
-    case, config = Case(share), f"T={T} D={D} V={V} {DTYPE}".replace("torch.", "")
+    if quick and share not in (0.15, 0.6):
+        pytest.skip("not among the quick cases")
+    case, config = Case(share), f"T={T} D={D} V={V} bf16"
     theirs, ours = (case.step(name) for name in names)
     for a, b in zip(theirs, ours):
-        assert (a - b).norm() <= (0.02 if ON_GPU else 1e-4) * a.norm()
+        assert (a - b).norm() <= 0.02 * a.norm()
     del theirs, ours, a, b
     x = ("share", share)
     steps = {name: lambda name=name: case.step(name) for name in names}

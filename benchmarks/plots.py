@@ -33,7 +33,7 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, str]]:
             yield name, f"too few figures of {bench}"
             continue
         machine = found[-1].machine
-        where = machine if kinds[0] != "cpu" else f"CPU ({machine}); a GPU: not measured"
+        where = f"{machine}; GPU: not measured" if kinds == ["cpu"] and bench in ON_GPU else machine
         figure.suptitle(where, x=0.99, ha="right", fontsize=8, color=INK)
         figure.savefig(folder / f"{name}.png", dpi=120, transparent=True)
         yield name, ""
@@ -53,6 +53,7 @@ def throughput(rows: Sequence[Row]) -> Any:
         axes.text(rate / padded, place, f" {label}", va="center", fontsize=9, color=INK)
     axes.set(yticks=range(len(found)), yticklabels=list(found))
     axes.invert_yaxis()
+    axes.grid(False)
     axes.set_xlim(0, 1.45 * max(found.values()) / padded)
     axes.set_xlabel("useful tokens a second of a training step, padded batches of 8 = 1")
     return figure
@@ -71,10 +72,10 @@ def attention(rows: Sequence[Row]) -> Any:
         for impl in dict.fromkeys(row.impl for row in found):
             of = {row.x: row for row in found if (row.mode, row.impl) == (mode, impl)}
             _line(axes, [of[x] for x in sorted(of)], impl, seen, factor)
-        axes.set(xscale="log", title=mode, ylim=(0, None))
+        axes.set(xscale="log", title=f"{mode}, causal, 12 + 2 heads of 128", ylim=(0, None))
         axes.set_xticks(sorted({row.x for row in found}), [f"{x:,.0f}" for x in sorted(of)])
         axes.minorticks_off()
-        axes.set_xlabel("tokens a segment, causal, 12 query and 2 key heads of 128")
+        axes.set_xlabel("tokens a segment")
     panels[0].set_ylabel(f"{unit} of the segments' own scores")
     _legend(figure, panels[0], 4)
     return figure
@@ -99,7 +100,9 @@ def insertion(rows: Sequence[Row]) -> Any:
             modes.index(mode) + (place - (len(impls) - 1) / 2) * 0.8 / len(impls) for mode in of
         ]
         color = _color(impl, seen)
-        axes.bar(middles, list(of.values()), 0.7 / len(impls), color=color, label=impl)
+        axes.bar(
+            middles, list(of.values()), 0.7 / len(impls), color=color, label=SHOWN.get(impl, impl)
+        )
         for middle, value in zip(middles, of.values()):
             axes.text(
                 middle, value, f"{value:.3g}", ha="center", va="bottom", fontsize=8, color=INK
@@ -139,7 +142,7 @@ def balance(rows: Sequence[Row]) -> Any:
         axes.plot(steps, [row.p50 for row in cost], ".", color=INK, markersize=4)
         axes.plot(steps, [row.p50 for row in dearest], "_", color=color, ms=8, markeredgewidth=2)
         of_all = {row.metric: row.p50 for row in of if row.mode == "epoch"}
-        waits = f"packs {of_all['utilization']:.1%} full, ranks wait {of_all['waiting']:.1%} of the time"
+        waits = f"packs {100 * of_all['utilization']:.1f} % full, ranks wait {100 * of_all['waiting']:.1f} %"
         axes.axhline(1, color=INK, linewidth=0.8)
         axes.set(title=f"{title}\n{waits}", xlabel="step", ylim=(0, 2.1))
     ranks = re.search(r"ranks=(\d+)", rows[0].config)[1]
@@ -195,6 +198,14 @@ def memory(rows: Sequence[Row]) -> Any:
     return figure
 
 
+ON_GPU = ("embed_features", "head", "train", "varlen_attention")
+SHOWN = {
+    "sdpa": "torch's sdpa, a segment at a time",
+    "dense mask": "sdpa, dense mask",
+    "index_copy": "torch by index (patch_model without the kernel)",
+    "triton": "mmpack",
+    CEILING: "ceiling",
+}
 PLOTS: dict[str, tuple[str, Callable[[Sequence[Row]], Any]]] = {
     "throughput": ("train", throughput),
     "attention": ("varlen_attention", attention),
@@ -238,7 +249,13 @@ def _line(
     """Medians as a line, and where the middle of the rounds lay."""
     style = {"linestyle": "--", "linewidth": 1.2} if impl == CEILING else {"marker": "o", "ms": 5}
     color, x = _color(impl, seen), [row.x for row in rows]
-    axes.plot(x, [factor * row.p50 for row in rows], color=color, label=label or impl, **style)
+    axes.plot(
+        x,
+        [factor * row.p50 for row in rows],
+        color=color,
+        label=label or SHOWN.get(impl, impl),
+        **style,
+    )
     if impl != CEILING:
         low, high = ([factor * getattr(row, name) for row in rows] for name in ("p20", "p80"))
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
