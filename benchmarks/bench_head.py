@@ -17,7 +17,7 @@ from benchmarks.harness import CEILING, compare, device, measure, peak_tensor_mi
 from mmpack.ops import supervised_cross_entropy
 
 ON_GPU = torch.cuda.is_available()
-T, D, V = (8192, 1536, 151_936) if ON_GPU else (1024, 64, 32_768)
+T, D, V = (8192, 1536, 151_936) if ON_GPU else (512, 64, 32_768)
 SHARES = (0.05, 0.15, 0.3, 0.6, 1.0)
 
 

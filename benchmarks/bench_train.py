@@ -217,7 +217,8 @@ def test_step(capacity, benchmark, recorder, gemm_ceiling, quick):
         for name in names:
             run.prepare(name)
             times[name].append(clock(lambda name=name: run.epoch(name)))
-    common = {"x": ("capacity", capacity), "config": f"{len(run.samples)} rows"}
+    config = f"{len(run.samples)} rows, capacity={capacity}"
+    common = {"x": ("capacity", capacity), "config": config}
     at_most = [run.num_tokens * rate * 1e12 / run.flops() for rate in gemm_ceiling]
     recorder.add(
         "train", CEILING, "step", metric="useful tokens", unit="1/s", values=at_most, **common

@@ -1,6 +1,7 @@
 """`pytest benchmarks [--quick] [--csv FILE]`: pytest-benchmark's table, and every figure as CSV."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ def pytest_addoption(parser):
         default=default,
         help=f"where the figures go, instead of a benchmark's old ones ({default})",
     )
+
+
+def pytest_configure(config):
+    """`pytest benchmarks` runs all of them: what pyproject.toml leaves out by -m is meant for tests."""
+    here = Path(__file__).resolve().parent
+    paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if all(path.is_relative_to(here) for path in paths):
+        if config.option.markexpr in config.getini("addopts"):
+            config.option.markexpr = ""
+        config.option.reportchars += "s"  # why what is skipped is skipped
 
 
 def pytest_collection_modifyitems(items):
@@ -55,6 +66,7 @@ def session_recorder(request):
 @pytest.fixture
 def recorder(request, session_recorder):
     """Rows of the run, on disk after every test: a run that is cut short keeps what it has."""
+    session_recorder.test = request.node.name
     yield session_recorder
     if session_recorder.rows:
         session_recorder.write(request.config.getoption("--csv"))

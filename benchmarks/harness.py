@@ -44,6 +44,7 @@ class Row:
     p20: float
     p80: float
     config: str
+    test: str  # whose candidates took turns
     machine: str
     versions: str
     commit: str
@@ -51,11 +52,12 @@ class Row:
 
 
 class Recorder:
-    """Collects the rows of a run."""
+    """Collects the rows of a run, `test` by test."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._commit = _output("git", "rev-parse", "--short", "HEAD")
+        self.test = ""
+        self._commit = _output("git", "describe", "--always", "--dirty", "--exclude=*")
         self._date = datetime.date.today().isoformat()
 
     def add(
@@ -85,6 +87,7 @@ class Recorder:
                 p20,
                 p80,
                 config,
+                self.test,
                 machine(),
                 versions(),
                 self._commit,

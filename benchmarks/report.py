@@ -7,7 +7,8 @@
 Results are CSVs as `pytest benchmarks` leaves them; published ones are `results/*/published.csv`. Nothing is
 made up: what no row tells is "not measured", and its picture is not drawn. What is measured has tests
 (`TESTS`); they are run first, or read from `--tests JUNIT.xml` (`pytest --junitxml`), and where one failed or
-did not run, its rows and pictures are withheld and the exit code is 1.
+none passed, its rows and pictures are withheld and the exit code is 1. A GPU's results need the outcome of
+its own tests beside them, `tests.xml`, as `gpu.sh` leaves it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Line:
 
     `ours` and the peers are patterns an impl's name matches whole; the first of `ours` that was measured
     stands, named where it is not the first. Of several cases the one whose config begins with `config`, at
-    `x`, else at the largest x.
+    `x`, else at the largest x. A peer is compared with ours of its own test, where both took turns.
     """
 
     title: str
@@ -120,7 +121,7 @@ LINES = [
     Line("vision tower with windows (Qwen2.5-VL), step", "tower", "step", "time", ("mmpack",),
          {"transformers": "transformers"}, config="qwen2_5_vl"),
     Line("assembling a pack, pixels aside", "assemble", "assemble", "time", ("mmpack",),
-         {"transformers": "transformers"}, config="segments=7", **_HOST),
+         {"transformers": "transformers"}, config="segments=7 ", **_HOST),
     Line("rows to a batch, images decoded", "host", "collate", "time", ("mmpack uint8",),
          {"transformers": "transformers", "LLaMA-Factory": "LLaMA-Factory"}, **_HOST),
     Line("the same, resized by torch", "host", "collate", "time", ("mmpack uint8 by torch",),
@@ -154,21 +155,25 @@ def cell(line: Line, rows: Sequence[Row]) -> str:
     if ours is None:
         return "not measured"
     rows = [row for row in rows if (row.x, row.config) == (ours.x, ours.config)]
-    peers = {shown: _last(rows, pattern) for shown, pattern in line.peers.items()}
-    if line.as_values:
-        told = [f"{shown} {_number(peer)}" for shown, peer in peers.items() if peer]
-    else:
-        ratios = {shown: peer.p50 / ours.p50 for shown, peer in peers.items() if peer}
-        if ours.unit in _MORE_IS_BETTER:
-            ratios = {shown: 1 / ratio for shown, ratio in ratios.items()}
-        told = [
-            f"{ratio:.{1 if ratio < 9.95 else 0}f} x {shown}" for shown, ratio in ratios.items()
-        ]
-    ceiling = _last(rows, CEILING)
+    told = []
+    for shown, pattern in line.peers.items():
+        peer = _last(rows, pattern)
+        if peer and line.as_values:
+            told.append(f"{shown} {_number(peer)}")
+        elif peer:
+            beside = _last([row for row in rows if row.test == peer.test], re.escape(ours.impl))
+            if beside is None:
+                raise ValueError(f"{peer.test} measured {peer.impl} without {ours.impl}")
+            ratio = peer.p50 / beside.p50
+            ratio = 1 / ratio if ours.unit in _MORE_IS_BETTER else ratio
+            told.append(f"{ratio:.{1 if ratio < 9.95 else 0}f} x {shown}")
+    ceiling = _last([row for row in rows if row.test == ours.test], CEILING)
     if ceiling and line.has_ceiling:
         told.append(f"ceiling {_number(ceiling)}")
     by = f" ({line.fallback})" if name != line.ours[0] and line.fallback else ""
-    return f"**{_number(ours)}**{by}" + (": " + ", ".join(told) if told else "")
+    figures = f"**{_number(ours)}**{by}" + (": " + ", ".join(told) if told else "")
+    at = f"{ours.x_name}={ours.x:g}" if line.x is not None or not ours.config else ""
+    return f"{figures}<br>{' '.join(filter(None, (ours.config, at)))}"
 
 
 def _last(rows: Sequence[Row], pattern: str) -> Row | None:
@@ -247,10 +252,10 @@ def run_tests(benches: set[str]) -> Path:
     return out
 
 
-def red_tests(junit: Path, benches: set[str]) -> list[str]:
-    """Test files of these benchmarks that failed, or of which no test passed."""
+def red_tests(junits: Sequence[Path], benches: set[str]) -> list[str]:
+    """Test files of these benchmarks that failed somewhere, or of which no test passed."""
     passed, failed = set(), set()
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in (case for junit in junits for case in ElementTree.parse(junit).iter("testcase")):
         file = case.get("classname", "").split(".")[1:2]  # tests.test_plan[.TestClass]
         outcomes = {outcome.tag for outcome in case}
         if outcomes & {"failure", "error"}:
@@ -261,6 +266,10 @@ def red_tests(junit: Path, benches: set[str]) -> list[str]:
     return sorted(name for name in names if name in failed or name not in passed)
 
 
+def _held_by(test: str) -> set[str]:
+    return {bench for bench, names in TESTS.items() if test in names}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 where something is withheld, or, with --check, README.md's table is another."""
     parser = argparse.ArgumentParser(
@@ -268,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results as CSV")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: where FILE is")
-    parser.add_argument("--tests", type=Path, metavar="JUNIT", help="outcomes; default: run them")
+    parser.add_argument(
+        "--tests", type=Path, action="append", metavar="JUNIT", help="outcomes; default: run them"
+    )
     parser.add_argument("--check", action="store_true", help="compare README.md, change nothing")
     options = parser.parse_args(arguments)
     files = options.files or sorted(RESULTS.glob(PUBLISHED))
@@ -284,10 +295,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from benchmarks.plots import draw
 
-    benches = {row.bench for row in rows} & set(TESTS)
-    red = red_tests(options.tests or run_tests(benches), benches)
+    benches = {row.bench for row in rows}
+    if benches - set(TESTS):
+        parser.error(
+            f"no test stands for {', '.join(sorted(benches - set(TESTS)))}: add it to TESTS"
+        )
+    of_gpus = [file for file in files if any(kind_of(r.machine) != "cpu" for r in read_rows(file))]
+    beside = [file.with_name("tests.xml") for file in files]
+    for file in of_gpus:
+        if not file.with_name("tests.xml").exists():
+            parser.error(f"{file} has figures of a GPU, and no tests.xml of its tests beside it")
+    junits = options.tests or [run_tests(benches)]
+    red = red_tests([*junits, *(path for path in beside if path.exists())], benches)
     for name in red:
-        print(f"withheld, tests/{name}.py is not green: what it stands for")
+        print(
+            f"withheld, as tests/{name}.py is not green: {', '.join(sorted(_held_by(name) & benches))}"
+        )
     if options.files:
         folder = options.out or files[0].parent
         folder.mkdir(parents=True, exist_ok=True)
