@@ -3,9 +3,10 @@
 Rows are the real ones, and skipped where they do not lie beside the checkout. Indexing is all of it:
 reading the file, checking rows, image headers, template, ids, labels, batches on disk. The peer is
 transformers' processor; the ceiling its chat template and one batched call of its tokenizer on conversations
-at hand. `python -m
-benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines, texts as long as the real ones, and
-says what memory the whole process tree took.
+at hand.
+
+`python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines, texts as long as the real ones,
+and says what memory the whole process tree took.
 """
 
 from __future__ import annotations

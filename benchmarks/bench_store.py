@@ -1,9 +1,11 @@
 """What does a rank pay for a store before its first pack, and for how many rows?
 
 A store is written straight from lengths, the real ones where they lie beside the checkout; opened, its plan
-loaded, packs of it assembled, each time in a fresh process, whose memory is asked for. It has
-no peer: others read every row. The ceiling is reading the store's index and plan, as bytes. `python -m benchmarks.bench_store FOLDER [ROWS ...]` does it
-with 10,000 and 1,000,000 rows, or others, in FOLDER, and leaves the stores there for the next run.
+loaded, packs of it assembled, each time in a fresh process, whose memory is asked for. It has no peer: others
+read every row. The ceiling is reading the store's index and plan, as bytes.
+
+`python -m benchmarks.bench_store FOLDER [ROWS ...]` does it with 10,000 and 1,000,000 rows, or others, in
+FOLDER, and leaves the stores there for the next run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How full and how alike are the packs of a stream, how evenly do they come, and what is a buffer worth?
 
 A stream sees a buffer of rows, so its packs cannot be as alike as planned ones: the plan of all a rank's
-rows, which knows them before the first pack, is the ceiling. Ranks take packs in the order they come; cost is as in `bench_plan`. Jitter is what
-lies between two packs, in rows read: a packer that fills a window and empties it at once reads none, and
-then hundreds. Peers, as they are described: next-fit, which closes a pack when a row does not fit (torchtune,
-most collators), and first-fit over a window of rows, emptied at once.
+rows, which knows them before the first pack, is the ceiling. Ranks take packs in the order they come; cost
+is as in `bench_plan`. Jitter is what lies between two packs, in rows read: a packer that fills a window and
+empties it at once reads none, and then hundreds. Peers, as they are described: next-fit, which closes a pack
+when a row does not fit (torchtune, most collators), and first-fit over a window of rows, emptied at once.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_step(capacity, benchmark, recorder, gemm_ceiling, quick):
             times[name].append(clock(lambda name=name: run.epoch(name)))
     config = f"{len(run.samples)} rows, capacity={capacity}"
     common = {"x": ("capacity", capacity), "config": config}
-    at_most = [run.num_tokens * rate * 1e12 / run.flops() for rate in gemm_ceiling]
+    at_most = [run.num_tokens * gemm_ceiling * 1e12 / run.flops()]
     recorder.add(
         "train", CEILING, "step", metric="useful tokens", unit="1/s", values=at_most, **common
     )  # fmt: skip

@@ -74,11 +74,11 @@ def recorder(request, session_recorder):
 
 @pytest.fixture(scope="session")
 def copy_ceiling():
-    """GB/s of a large copy in this run, one figure a round."""
+    """GB/s of a large copy in this run."""
     return copy_gb_per_s()
 
 
 @pytest.fixture(scope="session")
 def gemm_ceiling():
-    """TFLOP/s of a large product in this run, one figure a round."""
+    """TFLOP/s of a large product in this run."""
     return gemm_tflops()

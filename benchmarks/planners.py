@@ -15,7 +15,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -88,20 +87,13 @@ def _llamafactory() -> dict[str, Planner]:
 
 def _axolotl() -> dict[str, Planner]:
     stand_ins = {
+        "axolotl.utils": {},
         "axolotl.utils.distributed": {"reduce_and_broadcast": None},
         "axolotl.utils.logging": {"get_logger": logging.getLogger},
     }
-    for name in ("axolotl", "axolotl.utils"):
-        stand_ins.setdefault(name, {})
     before = {name: sys.modules.get(name) for name in stand_ins}
-    pack_parallel: Any = None
-    location = importlib.util.find_spec("axolotl")
-    if location is None:
-        raise ImportError("no package axolotl")
     try:
         for name, attributes in stand_ins.items():
-            if name == "axolotl":
-                continue
             sys.modules[name] = ModuleType(name)
             vars(sys.modules[name]).update(attributes)
         pack_parallel = _file("axolotl", "utils/samplers/multipack.py").pack_parallel

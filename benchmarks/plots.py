@@ -204,6 +204,7 @@ SHOWN = {
     "dense mask": "sdpa, dense mask",
     "index_copy": "torch by index (mmpack by libraries)",
     "triton": "mmpack",
+    "planned": "planned, all rows known",
     CEILING: "ceiling",
 }
 PLOTS: dict[str, tuple[str, Callable[[Sequence[Row]], Any]]] = {
@@ -245,7 +246,7 @@ def _color(impl: str, seen: dict[str, str]) -> str:
         return INK
     if impl.startswith("padded"):
         return NAIVE
-    return seen.setdefault(impl, PEERS[len(seen) % len(PEERS)])
+    return seen.setdefault(impl, PEERS[len(set(seen.values()) - {OURS}) % len(PEERS)])
 
 
 def _line(
