@@ -22,6 +22,7 @@ from mmpack.select import choose_packs
 CAPACITIES = (4096, 8192, 32768)
 BUFFERS = (25, 50, 100, 200, 400)
 RANKS, BUFFER, PACKS = 8, 200, 100  # packs of a rank
+WHICH = "real" if LENGTHS.is_file() else "synthetic"
 
 Packs = Iterator[tuple[list[int], int]]  # rows of a pack, and rows read until it came
 
@@ -78,7 +79,7 @@ IMPLS: dict[str, Callable[..., Packs]] = {
 
 def rows_for(capacity: int, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, operations) of as many rows as fill that many packs on every rank."""
-    tokens, cost = real_rows() if LENGTHS.is_file() else synthetic_rows(150_000)
+    tokens, cost = real_rows() if WHICH == "real" else synthetic_rows(150_000)
     keep = tokens <= capacity
     count = int(RANKS * packs * capacity / tokens[keep].mean())
     return tokens[keep][:count], cost[keep][:count]
@@ -123,7 +124,7 @@ def test_stream(capacity, benchmark, recorder, quick):
         for metric, value in found.items():
             recorder.add(
                 "stream", impl, "pack", metric=metric, unit="ms" if "ms" in metric else "1",
-                values=[value], x=("capacity", capacity), config=f"rows={len(tokens)}",
+                values=[value], x=("capacity", capacity), config=f"{WHICH} rows={len(tokens)}",
             )  # fmt: skip
         print(capacity, impl, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     few = tokens[: len(tokens) // 20], cost[: len(tokens) // 20]
@@ -141,7 +142,7 @@ def test_buffer(buffer, recorder, quick):
         for metric in ("utilization", "flops max over mean"):
             recorder.add(
                 "stream", impl, "buffer", metric=metric, unit="1", values=[found[metric]],
-                x=("buffer", buffer), config=f"capacity=8192 rows={len(tokens)}",
+                x=("buffer", buffer), config=f"{WHICH} rows={len(tokens)} capacity=8192",
             )  # fmt: skip
 
 
@@ -154,5 +155,5 @@ def test_jitter(recorder):
         for pack, rows in enumerate(read.tolist()):
             recorder.add(
                 "stream", impl, "jitter", metric="rows read before", unit="1", values=[rows],
-                x=("pack", pack), config=f"capacity=8192 buffer={BUFFER}",
+                x=("pack", pack), config=f"{WHICH} rows, capacity=8192 buffer={BUFFER}",
             )  # fmt: skip
