@@ -6,9 +6,9 @@
 
 Results are CSVs as `pytest benchmarks` leaves them; published ones are `results/*/published.csv`. Nothing is
 made up: what no row tells is "not measured", and its picture is not drawn. What is measured has tests
-(`TESTS`); they are run first, or read from `--tests JUNIT.xml` (`pytest --junitxml`), and where one failed or
-none passed, its rows and pictures are withheld and the exit code is 1. A GPU's results need the outcome of
-its own tests beside them, `tests.xml`, as `gpu.sh` leaves it.
+(`TESTS`); they are run first, or read from `--tests JUNIT.xml` (`pytest --junitxml`), and where one failed,
+did not run or none passed, its rows and pictures are withheld and the exit code is 1. A GPU's results need
+the outcome of its own tests beside them, `tests.xml`, as `gpu.sh` leaves it.
 """
 
 from __future__ import annotations
@@ -253,17 +253,21 @@ def run_tests(benches: set[str]) -> Path:
 
 
 def red_tests(junits: Sequence[Path], benches: set[str]) -> list[str]:
-    """Test files of these benchmarks that failed somewhere, or of which no test passed."""
-    passed, failed = set(), set()
+    """Test files of these benchmarks that failed somewhere or did not run; all of one of which none passed,
+    skipped as they may be."""
+    passed, failed, ran = set(), set(), set()
     for case in (case for junit in junits for case in ElementTree.parse(junit).iter("testcase")):
         file = case.get("classname", "").split(".")[1:2]  # tests.test_plan[.TestClass]
         outcomes = {outcome.tag for outcome in case}
+        ran.update(file)
         if outcomes & {"failure", "error"}:
             failed.update(file)
         elif "skipped" not in outcomes:
             passed.update(file)
-    names = {name for bench in benches for name in TESTS[bench]}
-    return sorted(name for name in names if name in failed or name not in passed)
+    red = set()
+    for names in (set(TESTS[bench]) for bench in benches):
+        red |= names & failed | names - ran if names & passed else names
+    return sorted(red)
 
 
 def _held_by(test: str) -> set[str]:

@@ -216,6 +216,13 @@ def test_the_report_withholds_what_no_green_test_stands_for(results, outcome, ca
     assert "withheld, as tests/test_supervised_cross_entropy.py is not green: head" in told
 
 
+def test_a_file_that_is_skipped_beside_one_that_is_green_is_not_red(results, capsys):
+    outcomes = {**GREEN, "test_collator": "skipped"}  # it needs data that are not everywhere
+    assert published(results, outcomes, capsys)[0] == 0
+    del outcomes["test_collator"]
+    assert published(results, outcomes, capsys)[0] == 1  # it broke, or was not run
+
+
 def test_figures_of_a_gpu_need_the_outcome_of_its_tests(results, capsys):
     results.write_text(re.sub(r"CPU, [^\"]*", "NVIDIA H200", results.read_text()))
     assert {row.machine for row in read_rows(results)} == {"NVIDIA H200"}
