@@ -115,7 +115,7 @@ LINES = [
     Line("embedding and insertion, backward", "embed_features", "backward", "bandwidth",
          ("mmpack", "index_copy"), _INSERTION, config="share=0.7", **_KERNEL),
     Line("rotary embedding, forward", "mrope", "forward", "bandwidth", ("mmpack",),
-         {"transformers": "transformers", "Liger": "liger", "compiled": "compiled"}),
+         {"transformers": "transformers", "Liger": "liger", "compiled": "compiled"}, config="K=128"),
     Line("patch embedding, forward and backward", "patch_embed", "forward and backward", "bandwidth",
          ("mmpack",), {"transformers": "transformers", "linear": "linear"}),
     Line("vision tower with windows (Qwen2.5-VL), step", "tower", "step", "time", ("mmpack",),
@@ -188,10 +188,10 @@ def _number(row: Row) -> str:
         return f"{100 * value:.1f} %"
     if unit == "TFLOP/s" and value < 1:
         value, unit = 1000 * value, "GFLOP/s"
-    unit = {"1": "", "1/s": "/s"}.get(unit, f" {unit}")
-    return (f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")) + unit if (
-        row.unit != "1"
-    ) else f"{value:.3f}"  # fmt: skip
+    if unit == "1":
+        return f"{value:.3f}"
+    number = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+    return number + ("/s" if unit == "1/s" else f" {unit}")
 
 
 def table(rows: Sequence[Row], red: Sequence[str] = ()) -> str:
