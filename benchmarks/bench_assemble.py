@@ -1,11 +1,10 @@
-"""How long does a pack take to assemble, pixels aside, against transformers' own pieces in torch?
+"""How long does a pack take to assemble, pixels aside, and what of it can the device take over?
 
 The peer is what a collator without mmpack does: `get_rope_index` on each sample with images, whose
 placeholders are expanded already, then everything joined with `torch.cat` and the segments' offsets; it
-makes none of the indices that mmpack's pack holds besides. The ceiling is a copy of the finished pack's arrays.
-
-And what of it can the device take over? `test_batch`: host time and bytes of a batch assembled by the C++
-core, and of a compact one; on a GPU the launches and the time there.
+makes none of the indices that mmpack's pack holds besides. The ceiling is a copy of the finished pack's
+arrays. `test_batch`: host time and bytes of a batch assembled by the C++ core, and of a compact one; on a
+GPU the launches and the time there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness import compare, kernel_launches, time_ms
+from benchmarks.harness import CEILING, compare, kernel_launches, measure, time_ms
 from benchmarks.peers import rope_index_model, rope_index_pack
 from mmpack import VisionSpec, assemble
 from mmpack.compact import compact
@@ -57,6 +56,7 @@ def model():
     return rope_index_model(SPEC)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("capacity", "segments", "images"), CASES)
 def test_assemble(capacity, segments, images, model, benchmark, recorder, quick):
     if quick and capacity != 8192:
@@ -78,26 +78,15 @@ def test_assemble(capacity, segments, images, model, benchmark, recorder, quick)
         "mmpack": lambda: assemble(samples, pixels=False),
         "transformers": lambda: rope_index_pack(model, expanded),
         "reference": lambda: assemble(samples, pixels=False, impl="reference"),
-        "copy": lambda: [array.copy() for array in arrays],
+        CEILING: lambda: [array.copy() for array in arrays],
     }
-    times = time_ms(candidates, rounds=5 if quick else 50)
     config = f"segments={segments} images={images} tokens={capacity} patches={len(pack.vision_segment_ids)}"
-    medians = {name: float(np.median(values)) for name, values in times.items()}
-    for name, values in times.items():
-        recorder.add(
-            "assemble",
-            name,
-            "assemble",
-            metric="time",
-            unit="ms",
-            values=values,
-            x=("tokens", capacity),
-            config=config,
-        )
-    ratios = {f"{name} x": round(ms / medians["mmpack"], 2) for name, ms in medians.items()}
-    benchmark.extra_info.update(ratios, case=config)
+    medians = measure(
+        recorder, "assemble", "assemble", candidates, x=("tokens", capacity), config=config,
+        rounds=5 if quick else 50, on_host=True,
+    )  # fmt: skip
+    compare(benchmark, medians, "mmpack", case=config)
     benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
-    print(f"\n{config}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()))
 
 
 def num_bytes(batch: dict[str, Any]) -> int:
@@ -107,6 +96,8 @@ def num_bytes(batch: dict[str, Any]) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
+@pytest.mark.cpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("capacity", "segments", "images"), CASES)
 def test_batch(capacity, segments, images, model, benchmark, recorder, quick):
     """From samples to a batch, pixels aside: assembled by the host, or left to the device."""
@@ -131,38 +122,27 @@ def test_batch(capacity, segments, images, model, benchmark, recorder, quick):
         "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
         "transformers": lambda: rope_index_pack(model, expanded),
     }
-    times = time_ms(candidates, rounds=5 if quick else 50)
-    config = f"segments={segments} images={images} tokens={capacity}"
-    figures = {
-        ("time", "ms"): times,
-        ("bytes", "B"): {"device": [num_bytes(device)], "native": [num_bytes(host)]},
-    }
+    x, config = ("tokens", capacity), f"segments={segments} images={images} tokens={capacity}"
+    medians = measure(
+        recorder, "batch", "host", candidates, x=x, config=config,
+        rounds=5 if quick else 50, on_host=True,
+    )  # fmt: skip
+    figures = [("host", "bytes", "B", {"device": [num_bytes(device)], "native": [num_bytes(host)]})]
     if torch.cuda.is_available():
-        figures |= on_the_gpu(device, quick)
-    for (metric, unit), found in figures.items():
+        figures += on_the_gpu(device, quick)
+    for mode, metric, unit, found in figures:
         for name, of_name in found.items():
             recorder.add(
-                "batch",
-                name,
-                "host" if metric in ("time", "bytes") else "device",
-                metric=metric,
-                unit=unit,
-                values=of_name,
-                x=("tokens", capacity),
-                config=config,
-            )
-    medians = {name: float(np.median(taken)) for name, taken in times.items()}
+                "batch", name, mode, metric=metric, unit=unit, values=of_name, x=x, config=config
+            )  # fmt: skip
+            print(f"{mode} {config}: {metric} {name} {float(np.median(of_name)):.4g} {unit}")
     compare(benchmark, medians, "device", case=config)
     benchmark.pedantic(candidates["device"], rounds=3, warmup_rounds=1)
-    told = ", ".join(
-        f"{metric} {name} {float(np.median(of_name)):.4g} {unit}"
-        for (metric, unit), found in figures.items()
-        for name, of_name in found.items()
-    )
-    print(f"\n{config}: {told}")
 
 
-def on_the_gpu(batch: dict[str, Any], quick: bool) -> dict[tuple[str, str], dict[str, list[float]]]:
+def on_the_gpu(
+    batch: dict[str, Any], quick: bool
+) -> list[tuple[str, str, str, dict[str, list[float]]]]:
     """What the device does for a compact batch: the whole of it, and the sequence alone."""
     batch = to_gpu(batch)
     pack = batch["mmpack"]
@@ -176,10 +156,11 @@ def on_the_gpu(batch: dict[str, Any], quick: bool) -> dict[tuple[str, str], dict
         "all": lambda: assemble_on_device(batch, pack, None),
         "sequence": lambda: assemble_sequence(*tensors, steps, **known),
     }
-    return {
-        ("on device", "ms"): time_ms(runs, rounds=5 if quick else 50),
-        ("launches", "1"): {name: [kernel_launches(run)] for name, run in runs.items()},
-    }
+    launches = {name: [kernel_launches(run)] for name, run in runs.items()}
+    return [
+        ("device", "time", "ms", time_ms(runs, rounds=5 if quick else 50)),
+        ("device", "launches", "1", launches),
+    ]
 
 
 def to_gpu(value: Any) -> Any:

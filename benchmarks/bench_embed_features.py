@@ -1,7 +1,8 @@
 """How fast are tokens embedded and features put in, against transformers and against a copy?
 
-GB/s are the fewest bytes of the task (each row read once and written once) over the time taken, so a
-candidate that moves more shows less. On a machine without a GPU the kernel is not measured.
+Peers: transformers' `masked_scatter`, plain torch by index, the definition compiled. GB/s are the fewest
+bytes of the task (each row read once and written once) over the time taken, so a candidate that moves more
+shows less; the ceiling is a large copy. On a machine without a GPU the kernel is not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ FEATURES_AN_IMAGE = 1024
 COMPILED = torch.compile(reference.embed_features, dynamic=True)  # compiled where it is called
 
 CASES = [  # tokens, hidden size, share of image tokens
-    *[(T, D, 0.7) for D in (1536, 3584, 8192) for T in (2048, 8192, 32768, 65536)],
+    *[(T, 3584, 0.7) for T in (2048, 8192, 32768, 65536)],
+    *[(32768, D, 0.7) for D in (1536, 8192)],
     *[(32768, 3584, share) for share in (0.3, 0.95)],
 ]
 CPU_CASES = [(2048, 1536, 0.7), (8192, 1536, 0.7), (8192, 1536, 0.3)]
@@ -122,10 +124,12 @@ class Case:
         return 2 * self.D * rows[mode]
 
 
+@pytest.mark.cpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["forward", "backward", "accumulate"])
 @pytest.mark.parametrize(("T", "D", "share"), CASES if ON_GPU else CPU_CASES)
 def test_insertion(mode, T, D, share, benchmark, recorder, copy_ceiling, quick):
-    if quick and (T, D) not in ((8192, 1536), (32768, 3584)):
+    if quick and (T, D, share) not in ((2048, 1536, 0.7), (32768, 3584, 0.7)):
         pytest.skip("not among the quick cases")
     case = Case(T, D, share)
     makers = {
@@ -143,9 +147,9 @@ def test_insertion(mode, T, D, share, benchmark, recorder, copy_ceiling, quick):
         x=("T", T),
         config=config,
         rate=("bandwidth", "GB/s", case.bytes(mode)),
-        rounds=5 if quick or not ON_GPU else 30,
+        rounds=3 if quick else 20 if ON_GPU else 5,
+        ceiling=copy_ceiling,
     )
     ours = next(name for name in ("mmpack accumulating", "mmpack", "index_copy") if name in medians)
-    share_of_copy = round(case.bytes(mode) / medians[ours] / 1e6 / copy_ceiling, 3)
-    compare(benchmark, medians, ours, case=config, share_of_copy=share_of_copy)
+    compare(benchmark, medians, ours, case=config)
     benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)

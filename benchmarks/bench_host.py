@@ -1,8 +1,9 @@
 """What does a batch cost on the host, images decoded: whole packs against padded batches of eight?
 
 The same rows: those of some packs of real rows where they lie beside the checkout, of the demo's else.
-transformers' processor with padding, LLaMA-Factory's collator (where it is installed; its rows come
-tokenised, as its preprocessing leaves them), ours with float and with byte pixels. CPU only.
+Peers: transformers' processor with padding; LLaMA-Factory's collator, whose rows come tokenised, as its
+preprocessing leaves them. Ours with float and with byte pixels, by Pillow and by torch's resize. The ceiling
+is Pillow's decoding and resizing of the same images, which nobody who resizes by Pillow gets around.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import compare, time_ms
+from benchmarks.bench_pixels import SPEC, decode_and_resize
+from benchmarks.harness import CEILING, SHARED, compare, measure
 from benchmarks.peer_collators import llamafactory_collator, processor_of, transformers_collator
-from mmpack import PackedDataset, VisionSpec, read_samples
+from mmpack import PackedDataset, read_samples
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CAPACITY = 8192
+# Its package needs others of ours in other versions: it is put on the path without them.
+FACTORY = pytest.mark.peer("--no-deps llamafactory", "llamafactory")
 
 
 def rows_and_tokenizer():
@@ -30,8 +33,8 @@ def rows_and_tokenizer():
 
     from mmpack.demo import NUM_ROWS, write_data
 
-    if DATA.is_dir():
-        rows, tokenizer = DATA / "realset" / "realset_sft.json", DATA / "tokenizer" / "qwen2_vl"
+    if SHARED.is_dir():
+        rows, tokenizer = SHARED / "realset" / "realset_sft.json", SHARED / "tokenizer" / "qwen2_vl"
         which = "real rows"
     else:
         folder = Path(tempfile.mkdtemp())
@@ -41,47 +44,49 @@ def rows_and_tokenizer():
     return list(read_samples(rows)), tokenizer, which
 
 
-@pytest.mark.filterwarnings("ignore:Palette images")
-def test_collate(benchmark, recorder, quick):
+@pytest.mark.cpu
+@pytest.mark.parametrize("peer", ["transformers", pytest.param("LLaMA-Factory", marks=FACTORY)])
+def test_collate(peer, benchmark, recorder, quick):
     samples, tokenizer, which = rows_and_tokenizer()
-    spec = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
-    encoded = list(encode_samples(samples, tokenizer, spec))
+    samples = samples[: 200 if quick else None]
+    encoded = list(encode_samples(samples, tokenizer, SPEC))
     dataset = PackedDataset.from_samples(encoded, CAPACITY)
     packs = list(range(1 if quick else 6))
     numbers = [n for pack in packs for n in dataset.plan.samples_of(pack).tolist()]
     eights = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
     tokens = sum(encoded[n].num_tokens for n in numbers)
-    images = sum(len(encoded[n].images) for n in numbers)
+    pictures = [in_memory(image) for n in numbers for image in encoded[n].images]
 
-    processor, model = processor_of(tokenizer, spec), tiny_model()
-    stock, factory = transformers_collator(processor), llamafactory_collator(processor, model)
+    processor, model = processor_of(tokenizer, SPEC), tiny_model()
+    if peer == "transformers":
+        collate, rows = transformers_collator(processor), samples
+    else:
+        collate, rows = llamafactory_collator(processor, model), encoded
     floats, in_bytes = PackCollator(), PackCollator(model=patch_model(model), pixels="uint8")
-
     by_torch = PackedDataset([with_torch(sample) for sample in encoded], dataset.plan)
 
     def packed(collate, packs_of=dataset):
         return [collate([packs_of[pack]]) for pack in packs]
 
     candidates = {
-        "transformers": lambda: [stock([samples[n] for n in eight]) for eight in eights],
-        "LLaMA-Factory": lambda: [factory([encoded[n] for n in eight]) for eight in eights],
+        peer: lambda: [collate([rows[n] for n in eight]) for eight in eights],
         "mmpack": partial(packed, floats),
         "mmpack uint8": partial(packed, in_bytes),
         "mmpack uint8 by torch": partial(packed, in_bytes, by_torch),
+        CEILING: lambda: [decode_and_resize(picture, SPEC) for picture in pictures],
     }
-    if factory is None:
-        del candidates["LLaMA-Factory"]
-    config = f"{which}: {len(numbers)} rows, {images} images, {tokens} tokens"
-    medians = {}
-    for name, values in time_ms(candidates, rounds=2 if quick else 5, warmup=1).items():
-        medians[name] = sorted(values)[len(values) // 2]
-        recorder.add(
-            "host", name, "collate", metric="time", unit="ms", values=values,
-            x=("packs", len(packs)), config=config,
-        )  # fmt: skip
+    config = f"{which}: {len(numbers)} rows, {len(pictures)} images, {tokens} tokens"
+    medians = measure(
+        recorder, "host", "collate", candidates, x=("packs", len(packs)), config=config,
+        rounds=1 if quick else 5, warmup=1, on_host=True,
+    )  # fmt: skip
     compare(benchmark, medians, "mmpack", case=config)
-    print(f"\n{config}: {medians}")
     benchmark.pedantic(candidates["mmpack"], rounds=1)
+
+
+def in_memory(image):
+    """An image whose file has been read."""
+    return image if image.data is not None else replace(image, data=Path(image.path).read_bytes())
 
 
 def with_torch(sample):

@@ -1,10 +1,12 @@
 """What does it cost to index rows, against only tokenising them and against transformers' processor?
 
-Rows are the real ones where they lie beside the checkout. Indexing is all of it: reading the file,
-checking rows, image headers, template, ids, labels, batches on disk. The floor is transformers' chat
-template and one batched call of its tokenizer on conversations at hand. `python -m
-benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines, texts as long as the real ones, and
-says what memory the whole process tree took.
+Rows are the real ones, and skipped where they do not lie beside the checkout. Indexing is all of it:
+reading the file, checking rows, image headers, template, ids, labels, batches on disk. The peer is
+transformers' processor; the ceiling its chat template and one batched call of its tokenizer on conversations
+at hand.
+
+`python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines, texts as long as the real ones,
+and says what memory the whole process tree took.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+from benchmarks.harness import CEILING, SHARED, measure, time_ms
+from benchmarks.peer_collators import chat_of
+
+pytestmark = pytest.mark.cpu
+
 REALSET = SHARED / "realset" / "realset_sft.json"
 MAX_PIXELS = 28 * 28 * 1280
 
@@ -52,33 +58,16 @@ def index(path, parts, folder, jobs=None):
     return write_batches(folder, batches, vision, {})
 
 
-def chats(samples):
-    """Conversations as transformers' processor takes them, and the images of each."""
-    for sample in samples:
-        chat = [
-            {
-                "role": message.role,
-                "content": [
-                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                    for part in message.content
-                ],
-            }
-            for message in sample.messages
-        ]
-        yield chat, [image.path for image in sample.images]
-
-
 def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
     from PIL import Image
     from transformers import Qwen2VLImageProcessorPil
-
-    from benchmarks.harness import time_ms
 
     tokenizer, vision = parts
     rows = json.loads(REALSET.read_text(encoding="utf-8"))[: len(samples)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    conversations, files = zip(*chats(samples))
+    conversations = [chat_of(sample) for sample in samples]
+    files = [[image.path for image in sample.images] for sample in samples]
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels}
     )
@@ -95,30 +84,31 @@ def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
             if paths:
                 pictures = [Image.open(path).convert("RGB") for path in paths]
                 processor(images=pictures, return_tensors="np")
-        tokenize(list(conversations[part]))
+        tokenize(conversations[part])
 
     rounds = 1 if quick else 7
     candidates = {
         "mmpack": lambda: index(path, parts, next(names)),
-        "template and tokenizer": lambda: tokenize(list(conversations)),
+        CEILING: lambda: tokenize(conversations),
     }
-    times = time_ms(candidates, rounds=rounds, warmup=1)
+    x, config = ("rows", len(samples)), f"rows={len(samples)} images={sum(map(len, files))}"
+    medians = measure(
+        recorder, "index", "index", candidates, x=x, config=config, rounds=rounds, warmup=1,
+        on_host=True,
+    )  # fmt: skip
     tenth = time_ms({"process": process}, rounds=1 if quick else 3, warmup=0)["process"]
-    times["transformers' processor"] = [ms * len(samples) / len(files[::10]) for ms in tenth]
-    config = f"rows={len(samples)} images={sum(map(len, files))}"
-    print()
-    for impl, values in times.items():
-        x = ("rows", len(samples))
-        recorder.add(
-            "index", impl, "index", metric="time", unit="ms", x=x, values=values, config=config
-        )
-        ratio = np.median(values) / np.median(times["template and tokenizer"])
-        print(f"{impl}: {np.median(values):.0f} ms, {ratio:.2f} x tokenising alone; {config}")
+    processed = [ms * len(samples) / len(files[::10]) for ms in tenth]
+    recorder.add(
+        "index", "transformers", "index", metric="time", unit="ms", x=x, values=processed,
+        config=config,
+    )  # fmt: skip
+    floor = medians[CEILING]
+    print(f"x template and tokenizer: {medians['mmpack'] / floor:.2f}", end=", ")
+    print(f"transformers' processor {np.median(processed) / floor:.1f}")
     benchmark.pedantic(candidates["mmpack"], rounds=1)
 
 
 def test_headers(parts, benchmark, recorder, quick):
-    from benchmarks.harness import time_ms
     from mmpack import images
     from mmpack.types import ImageRef
 
@@ -131,19 +121,15 @@ def test_headers(parts, benchmark, recorder, quick):
             with open(image.path, "rb") as file:
                 file.read(1)
 
-    candidates = {"mmpack": lambda: [images.probe(image) for image in refs], "open": just_open}
-    times = time_ms(candidates, rounds=2 if quick else 20)
-    print()
-    for impl, values in times.items():
-        us = [1e3 * ms / len(refs) for ms in values]
-        x = ("images", len(refs))
-        recorder.add("headers", impl, "size", metric="time", unit="us", x=x, values=us)
-        print(f"{impl}: {np.median(us):.1f} us an image of {len(refs)}")
+    candidates = {"mmpack": lambda: [images.probe(image) for image in refs], CEILING: just_open}
+    measure(
+        recorder, "headers", "size", candidates, x=("images", len(refs)), per=("us", len(refs)),
+        rounds=2 if quick else 20, on_host=True,
+    )  # fmt: skip
     benchmark.pedantic(candidates["mmpack"], rounds=1)
 
 
 def test_samples_of_a_store(parts, samples, tmp_path, benchmark, recorder, quick):
-    from benchmarks.harness import time_ms
     from mmpack.encode import encode_samples
     from mmpack.store import write_store
 
@@ -153,11 +139,10 @@ def test_samples_of_a_store(parts, samples, tmp_path, benchmark, recorder, quick
     def fetch():
         return [store[number] for number in numbers]
 
-    times = time_ms({"mmpack": fetch}, rounds=5 if quick else 100)["mmpack"]
-    us = [1e3 * ms / len(numbers) for ms in times]
-    x = ("samples", len(numbers))
-    recorder.add("store", "mmpack", "fetch", metric="time", unit="us", x=x, values=us)
-    print(f"\na sample of a store: {np.median(us):.1f} us")
+    measure(
+        recorder, "store", "fetch", {"mmpack": fetch}, x=("samples", len(numbers)),
+        per=("us", len(numbers)), rounds=5 if quick else 100, on_host=True,
+    )  # fmt: skip
     benchmark.pedantic(fetch, rounds=1)
 
 

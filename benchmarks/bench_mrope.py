@@ -1,8 +1,8 @@
 """How fast are q and k rotated, against transformers, Liger and a copy?
 
-What one layer pays: transformers' cos and sin are made before (once a step, for all layers), mmpack's
-kernel makes its angles every time. GB/s count the fewest bytes of the task: q and k read and written
-once. On a machine without a GPU the kernel is not measured.
+What one layer pays: its peers' cos and sin are made before (once a step, for all layers), mmpack's kernel
+makes its angles every time. GB/s count the fewest bytes of the task, q and k read and written once; the
+ceiling is a large copy. On a machine without a GPU the kernel is not measured.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ import pytest
 import torch
 
 from benchmarks.harness import compare, device, measure
-from benchmarks.peers import (
-    liger_mrope,
-    load_liger_mrope,
-    transformers_rope,
-    transformers_vision_rope,
-)
+from benchmarks.peers import liger_mrope, transformers_rope, transformers_vision_rope
 from mmpack import reference
 from mmpack.ops import apply_mrope
 
@@ -57,18 +52,21 @@ class Case:
         if ON_GPU:
             if self.sections == TEXT:
                 made["compiled"] = lambda: COMPILED(self.q, self.k, self.cos, self.sin)
-            if self.sections == TEXT and load_liger_mrope() is not None:
-                cos, sin = (x.to(self.q.dtype) for x in self.all_axes)
-                made["liger"] = lambda: liger_mrope(self.q, self.k, cos, sin, list(TEXT))
             made["mmpack"] = lambda: apply_mrope(
                 self.q, self.k, self.position_ids, self.inv_freq, self.sections
             )
         return made
 
-    def backwards(self) -> dict:
+    def with_liger(self) -> dict:
+        """Liger's forward beside ours."""
+        cos, sin = (x.to(self.q.dtype) for x in self.all_axes)
+        made = {"liger": lambda: liger_mrope(self.q, self.k, cos, sin, list(TEXT))}
+        return made | {"mmpack": self.forwards()["mmpack"]}
+
+    def backwards(self, forwards: dict) -> dict:
         """Every candidate's backward, its forward done."""
         made = {}
-        for name, forward in self.forwards().items():
+        for name, forward in forwards.items():
             out = forward()
 
             def backward(out=out):
@@ -83,25 +81,43 @@ class Case:
         return 2 * 2 * self.T * (self.H + self.HK) * self.K + self.position_ids.nbytes
 
 
+@pytest.mark.cpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize(("T", "H", "HK", "K", "sections"), CASES if ON_GPU else CPU_CASES)
 def test_rope(mode, T, H, HK, K, sections, benchmark, recorder, copy_ceiling, quick):
     if quick and (T == 8192 or H == 28):
         pytest.skip("not among the quick cases")
     case = Case(T, H, HK, K, sections)
-    candidates = {"forward": case.forwards, "backward": case.backwards}[mode]()
-    config = f"T={T} H={H}+{HK} K={K} bf16"
+    run(case, case.forwards(), mode, benchmark, recorder, copy_ceiling, quick)
+
+
+@pytest.mark.gpu
+@pytest.mark.peer("liger-kernel", "liger_kernel")
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize(("T", "H", "HK", "K", "sections"), [c for c in CASES if c[4] == TEXT])
+def test_liger(mode, T, H, HK, K, sections, benchmark, recorder, copy_ceiling, quick):
+    if quick and (T == 8192 or H == 28):
+        pytest.skip("not among the quick cases")
+    case = Case(T, H, HK, K, sections)
+    run(case, case.with_liger(), mode, benchmark, recorder, copy_ceiling, quick)
+
+
+def run(case, forwards, mode, benchmark, recorder, copy_ceiling, quick):
+    """Time the candidates of a case."""
+    candidates = forwards if mode == "forward" else case.backwards(forwards)
+    config = f"T={case.T} H={case.H}+{case.HK} K={case.K} bf16"
     medians = measure(
         recorder,
         "mrope",
         mode,
         candidates,
-        x=("T", T),
+        x=("T", case.T),
         config=config,
         rate=("bandwidth", "GB/s", case.bytes()),
-        rounds=5 if quick or not ON_GPU else 30,
+        rounds=20 if ON_GPU and not quick else 5,
+        ceiling=copy_ceiling,
     )
     ours = "mmpack" if "mmpack" in medians else "transformers"
-    share_of_copy = round(case.bytes() / medians[ours] / 1e6 / copy_ceiling, 3)
-    compare(benchmark, medians, ours, case=config, share_of_copy=share_of_copy)
+    compare(benchmark, medians, ours, case=config)
     benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)

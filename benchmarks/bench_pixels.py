@@ -1,8 +1,9 @@
 """What does an image cost between its file and the pack's buffer?
 
-Of real images where they lie beside the checkout, of made-up photographs else: Pillow's decoding and
-resizing, which nobody gets around, and all of it (`images.load_patches`), by Pillow's and by torch's
-resize. Of two sizes in memory: transformers' PIL image processor. CPU only; one thread.
+Of real images where they lie beside the checkout, of made-up photographs else: all of it
+(`images.load_patches`), by Pillow's and by torch's resize; the ceiling is Pillow's decoding and resizing,
+which nobody who resizes by Pillow gets around. Of three sizes in memory the peer is transformers' PIL image
+processor.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ import io
 import json
 import random
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.harness import compare, time_ms
+from benchmarks.harness import CEILING, SHARED, compare, measure
 from mmpack import VisionSpec, images
 from mmpack.types import ImageRef
 from mmpack.video_spec import BICUBIC
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
 BY_TORCH = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280, resizer="torch")
-REALSET = Path(__file__).resolve().parents[2] / "shared" / "data" / "realset"
+REALSET = SHARED / "realset"
 
 
 def photograph(height: int, width: int) -> Image.Image:
@@ -57,7 +57,7 @@ def decode_and_resize(image: ImageRef, spec: VisionSpec) -> Image.Image:
     return images._to_rgb(opened).resize((width, height), resample=BICUBIC)
 
 
-@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.cpu
 def test_files(benchmark, recorder, quick):
     """All images one after the other; per-image milliseconds."""
     refs = encoded_images(24 if quick else 400)
@@ -69,18 +69,15 @@ def test_files(benchmark, recorder, quick):
             images.load_patches(ref, grid, spec, out=buffer[: grid[1] * grid[2]])
 
     candidates = {
-        "Pillow's decode and resize": lambda: [decode_and_resize(ref, SPEC) for ref in refs],
+        CEILING: lambda: [decode_and_resize(ref, SPEC) for ref in refs],
         "mmpack": partial(load, SPEC),
         "mmpack by torch": partial(load, BY_TORCH),
     }
-    medians = {}
-    for name, values in time_ms(candidates, rounds=3 if quick else 7, warmup=1).items():
-        values = [ms / len(refs) for ms in values]
-        medians[name] = sorted(values)[len(values) // 2]
-        recorder.add(
-            "pixels", name, "a file", metric="time", unit="ms", values=values,
-            x=("images", len(refs)), config="real" if REALSET.is_dir() else "made up",
-        )  # fmt: skip
+    medians = measure(
+        recorder, "pixels", "a file", candidates, x=("images", len(refs)),
+        config="real" if REALSET.is_dir() else "made up", per=("ms", len(refs)),
+        rounds=3 if quick else 7, warmup=1, on_host=True,
+    )  # fmt: skip
     off = np.concatenate(
         [
             np.abs(
@@ -92,10 +89,11 @@ def test_files(benchmark, recorder, quick):
     )
     within = [round(float((off <= n).mean()), 4) for n in (0, 1)]
     compare(benchmark, medians, "mmpack", torch_equal=within[0], torch_within_1=within[1])
-    print(f"\na file: {medians}; torch's resize: equal, within 1: {within}, at most {off.max()}")
+    print(f"torch's resize: equal, within 1: {within}, at most {off.max()}")
     benchmark.pedantic(candidates["mmpack"], rounds=1)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("height", "width"), [(448, 448), (768, 1024), (1080, 1920)])
 def test_a_picture(height, width, benchmark, recorder, quick):
     """Of a decoded image: transformers' `pixel_values`, and ours as bytes and as floats."""
@@ -120,15 +118,15 @@ def test_a_picture(height, width, benchmark, recorder, quick):
     }
     floats, size = candidates["transformers"](), f"{width} x {height}"
     assert np.array_equal(floats, candidates["mmpack float32"]())
-    medians = {}
-    for name, values in time_ms(candidates, rounds=5 if quick else 30, warmup=2).items():
-        medians[name] = sorted(values)[len(values) // 2]
-        num_bytes = {"transformers": floats, "mmpack float32": floats}.get(name, patches).nbytes
-        for metric, unit, figures in (("time", "ms", values), ("made", "B", [num_bytes])):
-            recorder.add(
-                "pixels", name, "a picture", metric=metric, unit=unit, values=figures,
-                x=("pixels", height * width), config=size,
-            )  # fmt: skip
+    x = ("pixels", height * width)
+    medians = measure(
+        recorder, "pixels", "a picture", candidates, x=x, config=size,
+        rounds=3 if quick else 30, warmup=2, on_host=True,
+    )  # fmt: skip
+    for name in medians:
+        made = {"transformers": floats, "mmpack float32": floats}.get(name, patches).nbytes
+        recorder.add(
+            "pixels", name, "a picture", metric="made", unit="B", values=[made], x=x, config=size
+        )  # fmt: skip
     compare(benchmark, medians, "mmpack", case=size)
-    print(f"\na picture of {size}: {medians}")
     benchmark.pedantic(candidates["mmpack"], rounds=3)

@@ -2,28 +2,36 @@
 
 Cost is a training step's operations on Qwen2-VL-2B (`mmpack.cost`). Imbalance is the mean over steps
 of the dearest rank's cost over the mean rank's, packs dealt in random order; its floor is that of the
-same plan if every pack cost the mean, or its dearest sample where that is more. Seconds are CPU time of
-one thread. Rows are the real lengths where they lie beside the checkout, in random order, and a
-synthetic million.
+same plan if every pack cost the mean, or its dearest sample where that is more: its ceiling. Seconds are CPU
+time of one thread. Peers: the planners of TRL, LLaMA-Factory, axolotl and ms-swift (binpacking). Rows are
+the real lengths where they lie beside the checkout, in random order, and a synthetic million. `test_ranks`
+keeps what each rank has to do in each step.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.harness import SHARED
 from benchmarks.model_configs import QWEN2_VL_2B
-from benchmarks.planners import planners
+from benchmarks.planners import WINDOW, planners_of
 from mmpack import PackPlan, plan_packs
 from mmpack.cost import sample_flops
 from mmpack.mixture import cost_floor, rank_imbalance
 
 CAPACITIES = (4096, 8192, 32768)
 RANKS = (8, 64)
-LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lengths" / "sft_mix.npz"
+LENGTHS = SHARED / "lengths" / "sft_mix.npz"
+STEPS, RANKS_SHOWN = 40, 16
+PEERS = [  # their packages need others of ours in other versions
+    pytest.param(name, marks=pytest.mark.peer(f"--no-deps {name}", name))
+    for name in ("trl", "llamafactory", "axolotl", "binpacking")
+]
+
+pytestmark = pytest.mark.cpu
 
 
 def real_rows() -> tuple[np.ndarray, np.ndarray]:
@@ -76,11 +84,6 @@ def figures(plan: PackPlan, flops: np.ndarray) -> dict[str, tuple[str, float]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def others():
-    return planners()
-
-
 @pytest.fixture(scope="module", params=["real", "synthetic"])
 def rows(request, quick):
     if request.param == "real":
@@ -90,34 +93,95 @@ def rows(request, quick):
     return "synthetic", *synthetic_rows(20_000 if quick else 1_000_000)
 
 
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_plan(capacity, rows, others, benchmark, recorder, quick):
-    if quick and capacity != 8192:
-        pytest.skip("not among the quick cases")
+def compare_plans(planners, capacity, rows, recorder, rounds):
+    """Record time and every figure of plans of the rows that fit."""
     name, tokens, flops = rows
     keep = tokens <= capacity
     tokens, flops = tokens[keep], flops[keep]
-    candidates = {
-        "mmpack": lambda: plan_packs(tokens, capacity),
-        "mmpack by cost": lambda: plan_packs(tokens, capacity, cost=flops),
-        **{
-            peer: lambda plan=plan: as_plan(plan(tokens, capacity), tokens, capacity)
-            for peer, plan in others.items()
-        },
-    }
     config = f"{name} rows={len(tokens)} left out={int((~keep).sum())}"
+    common = {"x": ("capacity", capacity), "config": config}
     print()
-    for impl, run in candidates.items():
+    for impl, make in planners.items():
         seconds = []
-        for _ in range(3 if impl.startswith("mmpack") and not quick else 1):
+        for _ in range(rounds):
             start = time.process_time()
-            plan = run()
+            plan = make(tokens, flops)
             seconds.append(time.process_time() - start)
         found = figures(plan, flops)
-        common = {"x": ("capacity", capacity), "config": config}
         recorder.add("plan", impl, "plan", metric="time", unit="s", values=seconds, **common)
         for metric, (unit, value) in found.items():
             recorder.add("plan", impl, "plan", metric=metric, unit=unit, values=[value], **common)
         line = ", ".join(f"{metric} {value:.5g}" for metric, (_, value) in found.items())
         print(f"{name} {capacity} {impl}: {np.median(seconds):.2f} s, {line}")
-    benchmark.pedantic(candidates["mmpack by cost"], rounds=1)
+
+
+def ours(capacity):
+    return {
+        "mmpack": lambda tokens, flops: plan_packs(tokens, capacity),
+        "mmpack by cost": lambda tokens, flops: plan_packs(tokens, capacity, cost=flops),
+    }
+
+
+def theirs(peer, capacity):
+    return {
+        name: lambda tokens, flops, plan=plan: as_plan(plan(tokens, capacity), tokens, capacity)
+        for name, plan in planners_of(peer).items()
+    }
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_plan(capacity, rows, benchmark, recorder, quick):
+    if quick and capacity != 8192:
+        pytest.skip("not among the quick cases")
+    compare_plans(ours(capacity), capacity, rows, recorder, 1 if quick else 3)
+    _, tokens, flops = rows
+    few = tokens <= capacity
+    benchmark.pedantic(
+        lambda: plan_packs(tokens[few], capacity, cost=flops[few]), rounds=1
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_peer(peer, capacity, rows, recorder, quick):
+    if quick and capacity != 8192:
+        pytest.skip("not among the quick cases")
+    compare_plans(theirs(peer, capacity), capacity, rows, recorder, 1)
+
+
+def ranks(planners, recorder):
+    """Record the cost of the ranks in each of some steps, packs dealt at random; 1 is the mean pack's."""
+    capacity = 8192
+    is_real = LENGTHS.is_file()
+    tokens, flops = real_rows() if is_real else synthetic_rows(150_000)
+    keep = tokens <= capacity
+    tokens, flops = tokens[keep], flops[keep]
+    for impl, make in planners.items():
+        plan = make(tokens, flops)
+        packs = plan.totals(flops.astype(np.float64)) / flops.sum() * plan.num_packs
+        waits = 1 - 1 / rank_imbalance(packs, RANKS_SHOWN)
+        dealt = np.random.default_rng(0).permutation(packs)[: RANKS_SHOWN * STEPS]
+        common = {
+            "unit": "1",
+            "config": f"{'real' if is_real else 'synthetic'} rows, capacity={capacity} ranks={RANKS_SHOWN}",
+        }
+        for step, costs in enumerate(dealt.reshape(STEPS, RANKS_SHOWN)):
+            for metric, values in (("cost", costs), ("dearest", [costs.max()])):
+                recorder.add(
+                    "ranks", impl, "step", metric=metric, values=values, x=("step", step), **common
+                )  # fmt: skip
+        for metric, value in (("waiting", waits), ("utilization", plan.utilization)):
+            recorder.add(
+                "ranks", impl, "epoch", metric=metric, values=[value], x=("", 0), **common
+            )  # fmt: skip
+        print(f"{impl}: packs {plan.utilization:.1%} full, ranks wait {waits:.1%} of the time")
+
+
+def test_ranks(recorder):
+    ranks(ours(8192), recorder)
+
+
+@pytest.mark.peer("--no-deps llamafactory", "llamafactory")
+def test_ranks_of_llamafactory(recorder):
+    by_window = {n: p for n, p in theirs("llamafactory", 8192).items() if n.endswith(f" {WINDOW}")}
+    ranks(by_window, recorder)

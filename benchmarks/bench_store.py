@@ -1,9 +1,11 @@
 """What does a rank pay for a store before its first pack, and for how many rows?
 
 A store is written straight from lengths, the real ones where they lie beside the checkout; opened, its plan
-loaded, packs of it assembled, each time in a fresh process, whose memory is asked for. The ceiling is
-reading the store's index and plan, as bytes. `python -m benchmarks.bench_store FOLDER [ROWS ...]` does it
-with 10,000 and 1,000,000 rows, or others, in FOLDER, and leaves the stores there for the next run.
+loaded, packs of it assembled, each time in a fresh process, whose memory is asked for. It has no peer: others
+read every row. The ceiling is reading the store's index and plan, as bytes.
+
+`python -m benchmarks.bench_store FOLDER [ROWS ...]` does it with 10,000 and 1,000,000 rows, or others, in
+FOLDER, and leaves the stores there for the next run.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lengths" / "sft_mix.npz"
+from benchmarks.harness import CEILING, SHARED
+
+LENGTHS = SHARED / "lengths" / "sft_mix.npz"
 CAPACITY = 8192
 NUM_PACKS = 50
 
@@ -108,6 +113,7 @@ def look(folder: Path, num_packs: int) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.cpu
 def test_open(tmp_path, benchmark, recorder, quick):
     rows, rounds = (3000, 1) if quick else (10_000, 5)
     write(tmp_path / "store", rows)
@@ -125,7 +131,7 @@ def test_open(tmp_path, benchmark, recorder, quick):
         (tmp_path / "store" / name).read_bytes()
     values = [1e3 * (time.perf_counter() - start)]
     recorder.add(
-        "opening", "bytes", "open", metric="time", unit="ms", x=("rows", rows), values=values
+        "opening", CEILING, "open", metric="time", unit="ms", x=("rows", rows), values=values
     )
 
 

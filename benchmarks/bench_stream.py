@@ -1,19 +1,14 @@
-"""How full and how alike are the packs of a stream, and how evenly do they come?
+"""How full and how alike are the packs of a stream, how evenly do they come, and what is a buffer worth?
 
-A stream sees a buffer of rows, so its packs can be neither as full nor as alike as planned ones. Ranks
-take packs in the order they come; cost is as in `bench_plan`. Jitter is what lies between two packs, in
-rows read: a packer that fills a window and empties it at once reads none, and then hundreds.
-
-    pytest benchmarks/bench_stream.py --csv FILE
-    python -m benchmarks.bench_stream docs/stream.png    # the rows read before each pack, drawn
-
-Peers, as they are described: next-fit, which closes a pack when a row does not fit (torchtune, most
-collators), and first-fit over a window of 200 rows, emptied at once.
+A stream sees a buffer of rows, so its packs cannot be as alike as planned ones: the plan of all a rank's
+rows, which knows them before the first pack, is the ceiling. Ranks take packs in the order they come; cost
+is as in `bench_plan`. Jitter is what lies between two packs, in rows read: a packer that fills a window and
+empties it at once reads none, and then hundreds. Peers, as they are described: next-fit, which closes a pack
+when a row does not fit (torchtune, most collators), and first-fit over a window of rows, emptied at once.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,15 +16,20 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_plan import LENGTHS, real_rows, synthetic_rows
+from mmpack import plan_packs
 from mmpack.select import choose_packs
 
 CAPACITIES = (4096, 8192, 32768)
+BUFFERS = (25, 50, 100, 200, 400)
 RANKS, BUFFER, PACKS = 8, 200, 100  # packs of a rank
+WHICH = "real" if LENGTHS.is_file() else "synthetic"
 
 Packs = Iterator[tuple[list[int], int]]  # rows of a pack, and rows read until it came
 
+pytestmark = pytest.mark.cpu
 
-def next_fit(tokens: np.ndarray, cost: np.ndarray, capacity: int) -> Packs:
+
+def next_fit(tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int) -> Packs:
     pack: list[int] = []
     room = capacity
     for row, size in enumerate(tokens.tolist()):
@@ -41,11 +41,11 @@ def next_fit(tokens: np.ndarray, cost: np.ndarray, capacity: int) -> Packs:
     yield pack, len(tokens)
 
 
-def first_fit(tokens: np.ndarray, cost: np.ndarray, capacity: int) -> Packs:
-    for start in range(0, len(tokens), BUFFER):
+def first_fit(tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int) -> Packs:
+    for start in range(0, len(tokens), buffer):
         bins: list[list[int]] = []
         rooms: list[int] = []
-        for row in range(start, min(start + BUFFER, len(tokens))):
+        for row in range(start, min(start + buffer, len(tokens))):
             size = int(tokens[row])
             place = next((n for n, room in enumerate(rooms) if room >= size), len(bins))
             if place == len(bins):
@@ -54,36 +54,47 @@ def first_fit(tokens: np.ndarray, cost: np.ndarray, capacity: int) -> Packs:
             bins[place].append(row)
             rooms[place] -= size
         for pack in bins:
-            yield pack, min(start + BUFFER, len(tokens))
+            yield pack, min(start + buffer, len(tokens))
 
 
-def mmpack(tokens: np.ndarray, cost: np.ndarray, capacity: int) -> Packs:
-    yield from choose_packs(tokens, cost, capacity, buffer=BUFFER)
+def mmpack(tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int) -> Packs:
+    yield from choose_packs(tokens, cost, capacity, buffer=buffer)
+
+
+def planned(tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int) -> Packs:
+    """Knows all rows before the first pack; its last is left out, as of all."""
+    plan = plan_packs(tokens, capacity, cost=cost)
+    for pack in range(plan.num_packs):
+        is_end = pack >= plan.num_packs - 1
+        yield plan.samples_of(pack).tolist(), len(tokens) if is_end else len(tokens) - 1
 
 
 IMPLS: dict[str, Callable[..., Packs]] = {
     "mmpack": mmpack,
     "next-fit": next_fit,
-    "first-fit by 200": first_fit,
+    "first-fit": first_fit,
+    "planned": planned,
 }
 
 
 def rows_for(capacity: int, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, operations) of as many rows as fill that many packs on every rank."""
-    tokens, cost = real_rows() if LENGTHS.is_file() else synthetic_rows(150_000)
+    tokens, cost = real_rows() if WHICH == "real" else synthetic_rows(150_000)
     keep = tokens <= capacity
     count = int(RANKS * packs * capacity / tokens[keep].mean())
     return tokens[keep][:count], cost[keep][:count]
 
 
-def measured(impl: str, tokens: np.ndarray, cost: np.ndarray, capacity: int) -> dict[str, float]:
+def measured(
+    impl: str, tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int
+) -> dict[str, float]:
     """Every figure of a packer; the last packs, when no more rows come, are left out of all."""
     used, costs, read, first = [], [], [], []
     start = time.process_time()
     made = 0
     for rank in range(RANKS):
         mine, mine_cost = tokens[rank::RANKS], cost[rank::RANKS]
-        packs = list(IMPLS[impl](mine, mine_cost, capacity))
+        packs = list(IMPLS[impl](mine, mine_cost, capacity, buffer))
         made += len(packs)
         packs = [(pack, at) for pack, at in packs if at < len(mine)]
         used.append([int(mine[pack].sum()) for pack, _ in packs])
@@ -109,34 +120,40 @@ def test_stream(capacity, benchmark, recorder, quick):
     tokens, cost = rows_for(capacity, 20 if quick else PACKS)
     print()
     for impl in IMPLS:
-        found = measured(impl, tokens, cost, capacity)
+        found = measured(impl, tokens, cost, capacity, BUFFER)
         for metric, value in found.items():
             recorder.add(
                 "stream", impl, "pack", metric=metric, unit="ms" if "ms" in metric else "1",
-                values=[value], x=("capacity", capacity), config=f"rows={len(tokens)}",
+                values=[value], x=("capacity", capacity), config=f"{WHICH} rows={len(tokens)}",
             )  # fmt: skip
         print(capacity, impl, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     few = tokens[: len(tokens) // 20], cost[: len(tokens) // 20]
-    benchmark.pedantic(lambda: list(mmpack(*few, capacity)), rounds=1)
+    benchmark.pedantic(lambda: list(mmpack(*few, capacity, BUFFER)), rounds=1)
 
 
-def main(path: str) -> None:
-    """Draw the rows read before each pack of one rank to `path`."""
-    from matplotlib.figure import Figure
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_buffer(buffer, recorder, quick):
+    """Utilization and imbalance by rows held, at a capacity of 8,192."""
+    if quick and buffer not in (50, 200):
+        pytest.skip("not among the quick cases")
+    tokens, cost = rows_for(8192, 12 if quick else PACKS)
+    for impl in IMPLS:
+        found = measured(impl, tokens, cost, 8192, buffer)
+        for metric in ("utilization", "flops max over mean"):
+            recorder.add(
+                "stream", impl, "buffer", metric=metric, unit="1", values=[found[metric]],
+                x=("buffer", buffer), config=f"{WHICH} rows={len(tokens)} capacity=8192",
+            )  # fmt: skip
 
+
+def test_jitter(recorder):
+    """Rows read before each of the first 50 packs of a rank."""
     tokens, cost = rows_for(8192, 60)
-    figure = Figure(figsize=(9, 3), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, 2, sharey=True)
-    shown = (("first-fit by 200", "#cc3311"), ("mmpack", "#0077bb"))
-    for place, (impl, color) in zip(axes, shown):
-        packs = list(IMPLS[impl](tokens[::RANKS], cost[::RANKS], 8192))
+    for impl in ("mmpack", "first-fit", "next-fit"):
+        packs = IMPLS[impl](tokens[::RANKS], cost[::RANKS], 8192, BUFFER)
         read = np.diff([0, *(at for _, at in packs)])[:50]
-        place.vlines(np.arange(len(read)), 0, read, color=color, linewidth=3)
-        place.set(title=impl, xlabel="pack")
-        place.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("rows read before it")
-    figure.savefig(path, dpi=110)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        for pack, rows in enumerate(read.tolist()):
+            recorder.add(
+                "stream", impl, "jitter", metric="rows read before", unit="1", values=[rows],
+                x=("pack", pack), config=f"{WHICH} rows, capacity=8192 buffer={BUFFER}",
+            )  # fmt: skip

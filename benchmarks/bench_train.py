@@ -1,10 +1,10 @@
 """How many useful tokens a second does a whole training step make: forward, backward, optimizer?
 
-The same rows in the same model, batched by those who train: padded batches of eight, padded and
-grouped by length, transformers' own packing (four rows of positions, sdpa with a mask), the same
-packs through a patched model, by libraries' ops and by our kernels. Useful tokens are the rows' own;
-padding is not among them. On a GPU the model is Qwen2-VL-2B with random weights in bf16, elsewhere a
-tiny one in float32.
+The same rows in the same model. Peers: padded batches of eight, padded and grouped by length, transformers'
+own packing (four rows of positions, sdpa with a mask); ours: the same packs through a patched model, by
+libraries' ops and by our kernels. Useful tokens are the rows' own; padding is not among them. The ceiling is
+a step whose operations (`mmpack.cost`) all run at the rate of a large product. On a GPU the model is
+Qwen2-VL-2B with random weights in bf16, elsewhere a tiny one in float32.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import pytest
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from benchmarks.harness import device, host_syncs, kernel_launches, peak_mib, timer
+from benchmarks.harness import CEILING, device, host_syncs, kernel_launches, peak_mib, timer
 from benchmarks.model_configs import QWEN2_VL_2B
 from mmpack import VisionSpec, plan_packs
 from mmpack.assemble import assemble
+from mmpack.cost import sample_flops
 from mmpack.hf import PackCollator, patch_model, unpatch_model
 from mmpack.ops.varlen_attention import AUTO, why_not
 from mmpack.types import EncodedSample
@@ -176,6 +177,17 @@ class Run:
             self.candidates["mmpack, triton"] = ("triton", packs_of_bytes)
         self.batches = {name: len(batches) for name, (_, batches) in self.candidates.items()}
 
+    def flops(self) -> int:
+        """Operations of an epoch's steps."""
+        grids = [sample.grid_thw for sample in self.samples]
+        return sample_flops(
+            self.model.config,
+            np.array([sample.num_tokens for sample in self.samples]),
+            np.array([int((sample.labels != -100).sum()) for sample in self.samples]),
+            np.concatenate(grids),
+            np.cumsum([0, *map(len, grids)]),
+        ).sum()
+
     def prepare(self, name: str) -> None:
         unpatch_model(self.model)
         impl = self.candidates[name][0]
@@ -190,24 +202,31 @@ class Run:
             self.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("capacity", [8192, 16384] if ON_GPU else [2048])
-def test_step(capacity, benchmark, recorder, quick):
-    run = Run(num_rows=8 if quick and not ON_GPU else 96, capacity=capacity)
+@pytest.mark.cpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [8192] if ON_GPU else [2048])
+def test_step(capacity, benchmark, recorder, gemm_ceiling, quick):
+    run = Run(num_rows=12 if quick and not ON_GPU else 96, capacity=capacity)
     names = list(run.candidates)
     for name in names:  # warm up
         run.prepare(name)
         run.epoch(name, limit=2)
     times: dict[str, list[float]] = {name: [] for name in names}
     clock = timer()
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if quick else 2 if ON_GPU else 3):
         for name in names:
             run.prepare(name)
             times[name].append(clock(lambda name=name: run.epoch(name)))
+    config = f"{len(run.samples)} rows, capacity={capacity}"
+    common = {"x": ("capacity", capacity), "config": config}
+    at_most = [run.num_tokens * gemm_ceiling * 1e12 / run.flops()]
+    recorder.add(
+        "train", CEILING, "step", metric="useful tokens", unit="1/s", values=at_most, **common
+    )  # fmt: skip
     medians = {}
     for name, values in times.items():
         rates = [1e3 * run.num_tokens / ms for ms in values]
         medians[name] = sorted(rates)[len(rates) // 2]
-        common = {"x": ("capacity", capacity), "config": f"{len(run.samples)} rows"}
         recorder.add(
             "train", name, "step", metric="useful tokens", unit="1/s", values=rates, **common
         )

@@ -2,8 +2,9 @@
 
 TFLOP/s are the FLOPs of the segments alone over the time taken, so what computes more (a dense mask)
 shows less: 4 K H a score forward, 2.5 times that backward, n (n + 1) / 2 scores of a causal segment
-of n rows, n^2 of a full one. On a machine without a GPU only what runs there is measured, on
-small cases.
+of n rows, n^2 of a full one. The ceiling is a large product. Peers: flash-attn 2, 3 and 4, torch's varlen
+and flex attention, transformers' dense mask and loop over images. Without a GPU only what runs there is
+measured, on small cases.
 """
 
 from __future__ import annotations
@@ -24,52 +25,19 @@ from mmpack.ops.varlen_attention import IMPLEMENTATIONS, why_not
 ON_GPU = torch.cuda.is_available()
 # 32 quantiles of 155,556 real supervised rows in tokens, and of their 57,031 images in patches.
 ROWS = [
-    36,
-    40,
-    44,
-    46,
-    49,
-    52,
-    55,
-    59,
-    64,
-    70,
-    76,
-    82,
-    89,
-    96,
-    103,
-    110,
-    118,
-    126,
-    136,
-    148,
-    162,
-    181,
+    int(n)
+    for n in """
+    36 40 44 46 49 52 55 59 64 70 76 82 89 96 103 110 118 126 136 148 162 181 208 245 268 298
+    333 397 513 673 1418 1703
+""".split()
 ]
-ROWS += [208, 245, 268, 298, 333, 397, 513, 673, 1418, 1703]
 IMAGES = [
-    196,
-    196,
-    196,
-    224,
-    224,
-    224,
-    224,
-    224,
-    224,
-    224,
-    312,
-    480,
-    576,
-    576,
-    576,
-    616,
-    748,
-    840,
-    960,
+    int(n)
+    for n in """
+    196 196 196 224 224 224 224 224 224 224 312 480 576 576 576 616 748 840 960 1064 1064 1296
+    1296 2320 2520 3996 3996 3996 3996 3996 4675 5000
+""".split()
 ]
-IMAGES += [1064, 1064, 1296, 1296, 2320, 2520, 3996, 3996, 3996, 3996, 3996, 4675, 5000]
 TEXT_2B, TEXT_7B, VISION = (12, 2, 128), (28, 4, 128), (16, 16, 80)  # heads, key heads, head dim
 
 
@@ -107,25 +75,33 @@ SEGMENTS = {
     "real rows, 32k": real_mix(ROWS, 32768),
     "real rows under 1k, 32k": real_mix([n for n in ROWS if n < 1024], 32768),
 }
+LENGTHS = (64, 256, 1024)  # of a CPU's segments
 CASES = [
     *[
         Case(f"{name}, {heads[0]}/{heads[1]} heads", tuple(lengths), heads, True)
         for heads in (TEXT_2B, TEXT_7B)
         for name, lengths in SEGMENTS.items()
+        if heads == TEXT_2B or name in ("32 x 1k", "4 x 8k", "real rows, 32k")
     ],
     Case("40 images of 1,024 patches", (1024,) * 40, VISION, False),
     Case("real images, 40k patches", tuple(real_mix(IMAGES, 40960)), VISION, False),
 ]
 CPU_CASES = [
-    Case("real rows, 2k, 12/2 heads", tuple(real_mix(ROWS, 2048)), TEXT_2B, True),
-    Case("4 x 512, 12/2 heads", (512,) * 4, TEXT_2B, True),
-    Case("8 images of 256 patches", (256,) * 8, VISION, False),
+    Case("real rows, 1k, 12/2 heads", tuple(real_mix(ROWS, 1024)), TEXT_2B, True),
+    *[Case(f"{1024 // n} x {n}, 12/2 heads", (n,) * (1024 // n), TEXT_2B, True) for n in LENGTHS],
+    Case("4 images of 256 patches", (256,) * 4, VISION, False),
 ]
-QUICK = ("16 x 2k, 12/2 heads", "40 images of 1,024 patches", CPU_CASES[0].name, CPU_CASES[2].name)
+QUICK = {"16 x 2k, 12/2 heads", "40 images of 1,024 patches"}
+QUICK |= {case.name for case in CPU_CASES if case.lengths[0] != 256 or not case.causal}
+FLASH = {
+    "flash2": ("flash-attn", "flash_attn"),
+    "flash3": ("flash-attn-3", "flash_attn_interface"),
+    "flash4": ("flash-attn-4 --pre", "flash_attn.cute"),
+}
 
 
-def candidates_of(case: Case, mode: str) -> dict:
-    """name -> a call of one forward, or of one backward whose forward is done."""
+def candidates_of(case: Case, mode: str, impls: tuple[str, ...]) -> dict:
+    """name -> a call of one forward, or of one backward whose forward is done; of what can run here."""
     place, dtype = device(), torch.bfloat16 if ON_GPU else torch.float32
     H, Hk, K = case.heads
     offsets = np.cumsum([0, *case.lengths])
@@ -146,21 +122,19 @@ def candidates_of(case: Case, mode: str) -> dict:
     options = {"causal": case.causal, "scale": K**-0.5}
     forwards = {}
     for impl in IMPLEMENTATIONS:
-        if impl == "reference" or (ON_GPU and impl == "sdpa" and case.causal):
-            continue  # a loop over a thousand rows is nobody's choice on a GPU
-        if why_not(impl, inputs[0]) is None:
+        if impl in impls and why_not(impl, inputs[0]) is None:
             forwards[impl] = functools.partial(
                 varlen_attention, *inputs, cu_seqlens, max(case.lengths), **options,
                 tiles=tiles, offsets=offsets, impl=impl,
             )  # fmt: skip
-    if case.causal and T <= 32768:
+    if "dense mask" in impls:
         segment = tiles[1]
         mask = segment[:, None] == segment[None, :]
         mask &= torch.ones(T, T, dtype=torch.bool, device=place).tril()
         forwards["dense mask"] = functools.partial(
             dense_mask_attention, *inputs, mask, scale=K**-0.5
         )
-    if not case.causal:
+    if "transformers, per image" in impls:
         forwards["transformers, per image"] = functools.partial(
             per_image_attention, *inputs, cu_seqlens, scale=K**-0.5
         )
@@ -183,22 +157,52 @@ def _without_grad(run):
     return call
 
 
+def impls_of(case: Case) -> tuple[str, ...]:
+    """Who takes part, beside flash-attn."""
+    impls = ["triton", "torch_varlen", "flex"]
+    if not (ON_GPU and case.causal):  # a loop over a thousand rows is nobody's choice on a GPU
+        impls.append("sdpa")
+    if case.causal and case.heads == TEXT_2B:  # takes 50 ms on an H200, whatever the segments
+        impls.append("dense mask")
+    if not case.causal:
+        impls.append("transformers, per image")
+    return tuple(impls)
+
+
+@pytest.mark.cpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize("case", CASES if ON_GPU else CPU_CASES, ids=lambda case: case.name)
-def test_attention(case, mode, benchmark, recorder, quick):
+def test_attention(case, mode, benchmark, recorder, gemm_ceiling, quick):
+    run(case, mode, impls_of(case), benchmark, recorder, gemm_ceiling, quick)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "impl", [pytest.param(impl, marks=pytest.mark.peer(*peer)) for impl, peer in FLASH.items()]
+)
+def test_flash(impl, case, mode, benchmark, recorder, gemm_ceiling, quick):
+    run(case, mode, ("triton", impl), benchmark, recorder, gemm_ceiling, quick)
+
+
+def run(case, mode, impls, benchmark, recorder, gemm_ceiling, quick):
+    """Time the candidates of a case."""
     if quick and case.name not in QUICK:
         pytest.skip("not among the quick cases")
-    candidates = candidates_of(case, mode)
+    candidates = candidates_of(case, mode, impls)
     medians = measure(
         recorder,
         "varlen_attention",
         mode,
         candidates,
-        x=("T", sum(case.lengths)),
+        x=("rows a segment", sum(case.lengths) / len(case.lengths)),
         config=case.name,
         rate=("rate", "TFLOP/s", case.flops(mode)),
-        rounds=5 if quick or not ON_GPU else 20,
+        rounds=2 if quick else 10 if ON_GPU else 3,
+        ceiling=gemm_ceiling,
     )
     ours = "triton" if "triton" in medians else "sdpa"
     compare(benchmark, medians, ours, case=case.name)
-    benchmark.pedantic(candidates[ours], rounds=3, warmup_rounds=1)
+    benchmark.pedantic(candidates[ours], rounds=1)

@@ -1,13 +1,54 @@
 """`pytest benchmarks [--quick] [--csv FILE]`: pytest-benchmark's table, and every figure as CSV."""
 
-import pytest
+import importlib.util
+from pathlib import Path
 
-from benchmarks.harness import Recorder, copy_gb_per_s
+import pytest
+import torch
+
+from benchmarks.harness import RESULTS, Recorder, copy_gb_per_s, gemm_tflops, kind_of, machine
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="small cases and few rounds")
-    parser.addoption("--csv", metavar="FILE", help="append every figure to this CSV")
+    default = RESULTS / kind_of(machine()) / "latest.csv"
+    parser.addoption(
+        "--csv",
+        metavar="FILE",
+        default=default,
+        help=f"where the figures go, instead of a benchmark's old ones ({default})",
+    )
+
+
+def pytest_configure(config):
+    """`pytest benchmarks` runs all of them: what pyproject.toml leaves out by -m is meant for tests."""
+    here = Path(__file__).resolve().parent
+    paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if all(path.is_relative_to(here) for path in paths):
+        if config.option.markexpr in config.getini("addopts"):
+            config.option.markexpr = ""
+        config.option.reportchars += "s"  # why what is skipped is skipped
+
+
+def pytest_collection_modifyitems(items):
+    """Every benchmark says where it runs; what cannot run here is skipped, with what it needs."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("cpu", "gpu")):
+            raise pytest.UsageError(f"{item.nodeid} must be marked cpu, gpu or both")
+        if not item.get_closest_marker("cpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for peer in item.iter_markers("peer"):
+            package, module = peer.args
+            if not _is_there(module):
+                reason = f"the peer is not installed: pip install {package}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # the package around it
+        return False
 
 
 @pytest.fixture(scope="session")
@@ -16,20 +57,28 @@ def quick(request):
 
 
 @pytest.fixture(scope="session")
-def recorder(request):
-    """Rows of the run; written at its end where --csv says."""
+def session_recorder(request):
     recorder = Recorder()
-    yield recorder
-    path = request.config.getoption("--csv")
-    if path and recorder.rows:
-        recorder.write(path)
+    print(f"\nfigures go to {request.config.getoption('--csv')}")
+    return recorder
+
+
+@pytest.fixture
+def recorder(request, session_recorder):
+    """Rows of the run, on disk after every test: a run that is cut short keeps what it has."""
+    session_recorder.test = request.node.name
+    yield session_recorder
+    if session_recorder.rows:
+        session_recorder.write(request.config.getoption("--csv"))
 
 
 @pytest.fixture(scope="session")
-def copy_ceiling(recorder):
+def copy_ceiling():
     """GB/s of a large copy in this run."""
-    values = copy_gb_per_s()
-    recorder.add(
-        "ceiling", "copy", "copy", metric="bandwidth", unit="GB/s", x=("", 0), values=values
-    )
-    return sorted(values)[len(values) // 2]
+    return copy_gb_per_s()
+
+
+@pytest.fixture(scope="session")
+def gemm_ceiling():
+    """TFLOP/s of a large product in this run."""
+    return gemm_tflops()

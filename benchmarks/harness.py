@@ -1,8 +1,8 @@
 """Time candidates side by side, count their bytes, keep every row.
 
 A benchmark is a question with a peer and a ceiling: all candidates of a case run interleaved in one
-process, the medians are compared, and the copy bandwidth of the same run stands beside. On a GPU
-times are CUDA events with a cold L2 cache, elsewhere the wall clock.
+process, the medians are compared, and the ceiling, the best seen in the same run, is a row beside them. On a
+GPU times are CUDA events with a cold L2 cache, elsewhere the wall clock.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import datetime
 import gc
+import itertools
 import platform
 import subprocess
 import time
@@ -22,6 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+RESULTS = Path(__file__).resolve().parent / "results"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real rows, where they lie there
+CEILING = "ceiling"  # what a ceiling's rows have for impl
 _FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU meant here
 
 
@@ -40,6 +44,7 @@ class Row:
     p20: float
     p80: float
     config: str
+    test: str  # whose candidates took turns
     machine: str
     versions: str
     commit: str
@@ -47,11 +52,12 @@ class Row:
 
 
 class Recorder:
-    """Collects the rows of a run."""
+    """Collects the rows of a run, `test` by test."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._commit = _output("git", "rev-parse", "--short", "HEAD")
+        self.test = ""
+        self._commit = _output("git", "describe", "--always", "--dirty", "--exclude=*")
         self._date = datetime.date.today().isoformat()
 
     def add(
@@ -81,6 +87,7 @@ class Recorder:
                 p20,
                 p80,
                 config,
+                self.test,
                 machine(),
                 versions(),
                 self._commit,
@@ -89,15 +96,23 @@ class Recorder:
         )
 
     def write(self, path: str | Path) -> None:
-        """Append the rows to a CSV, with a header if it is new."""
+        """Put the rows into a CSV; what it has of the same benchmarks is of an older run, and goes."""
         path = Path(path)
-        is_new = not path.exists()
+        again = {row.bench for row in self.rows}
+        kept = [row for row in read_rows(path) if row.bench not in again] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            if is_new:
-                writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in kept + self.rows)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a CSV that a run left."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    numbers = ("x", "p50", "p20", "p80")
+    return [Row(**{**row, **{name: float(row[name]) for name in numbers}}) for row in rows]
 
 
 def device() -> torch.device:
@@ -109,7 +124,13 @@ def machine() -> str:
     """The machine in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
+
+
+def kind_of(machine: str) -> str:
+    """A machine's folder in `results`: cpu, or its GPU's name."""
+    return "cpu" if machine.startswith("CPU") else machine.lower().replace(" ", "-")
 
 
 def versions() -> str:
@@ -121,14 +142,19 @@ def versions() -> str:
 
 
 def time_ms(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int = 20, warmup: int = 3
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    on_host: bool = False,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every round of every candidate, candidates taking turns."""
+    """Milliseconds of every round of every candidate, candidates taking turns; `on_host`: by the wall
+    clock where there is a GPU too, which has no part in it."""
     for run in candidates.values():
         for _ in range(warmup):
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    clock = timer()
+    clock = _wall_ms if on_host else timer()
     for _ in range(rounds):
         for name, run in candidates.items():
             times[name].append(clock(run))
@@ -142,33 +168,50 @@ def measure(
     candidates: dict[str, Callable[[], Any]],
     *,
     x: tuple[str, float],
-    config: str,
-    rate: tuple[str, str, float],
     rounds: int,
+    warmup: int = 3,
+    config: str = "",
+    per: tuple[str, int] = ("ms", 1),
+    rate: tuple[str, str, float] | None = None,
+    ceiling: float | None = None,
+    on_host: bool = False,
 ) -> dict[str, float]:
-    """Time the candidates of a case in turn, keep what is found, print it; their median milliseconds.
+    """Time the candidates of a case in turn, keep what is found, print it; their median times.
 
-    `rate` is (metric, unit, amount): the amount of work over the seconds taken stands beside the times,
-    in the unit's billions (GB/s) or trillions (TFLOP/s).
+    `per` is (unit, number): a call does that many, and the time of one is kept, in ms or us. `rate` is
+    (metric, unit, amount): the amount of work over the seconds taken stands beside the times, in the unit's
+    billions (GB/s) or trillions (TFLOP/s), and so does the ceiling, which is in that unit.
     """
-    metric, unit, amount = rate
-    scale = {"GB/s": 1e6, "TFLOP/s": 1e9}[unit]  # of milliseconds
-    medians = {}
-    for name, values in time_ms(candidates, rounds=rounds, warmup=min(3, rounds)).items():
-        medians[name] = sorted(values)[len(values) // 2]
-        figures = {("time", "ms"): values, (metric, unit): [amount / ms / scale for ms in values]}
-        for probed, of, probe in (("memory", "MiB", peak_extra_mib), ("syncs", "1", host_syncs)):
-            value = probe(candidates[name])
-            if value is not None:
-                figures[probed, of] = [value]
-        for (metric_name, of), found in figures.items():
-            recorder.add(
-                bench, name, mode, metric=metric_name, unit=of, values=found, x=x, config=config
-            )
-    line = ", ".join(
-        f"{name} {ms:.3f} ms {amount / ms / scale:.3g} {unit}" for name, ms in medians.items()
-    )
-    print(f"\n{mode} {config}: {line}")
+    unit, number = per
+    factor = {"ms": 1, "us": 1000}[unit] / number
+    common = {"x": x, "config": config}
+    medians, told = {}, []
+    times = time_ms(candidates, rounds=rounds, warmup=min(warmup, rounds), on_host=on_host)
+    for name, taken in times.items():
+        figures = {("time", unit): [factor * ms for ms in taken]}
+        medians[name] = sorted(figures["time", unit])[len(taken) // 2]
+        told.append(f"{name} {medians[name]:.4g} {unit}")
+        if rate is not None:
+            metric, of, amount = rate
+            rates = [amount / ms / {"GB/s": 1e6, "TFLOP/s": 1e9}[of] for ms in taken]
+            figures[metric, of] = rates
+            told[-1] += f", {sorted(rates)[len(rates) // 2]:.3g} {of}"
+        if not on_host:
+            for probed, of, probe in (
+                ("memory", "MiB", peak_extra_mib),
+                ("syncs", "1", host_syncs),
+            ):
+                value = probe(candidates[name])
+                if value is not None:
+                    figures[probed, of] = [value]
+        for (metric, of), found in figures.items():
+            recorder.add(bench, name, mode, metric=metric, unit=of, values=found, **common)
+    if ceiling is not None:
+        assert rate is not None
+        recorder.add(
+            bench, CEILING, mode, metric=rate[0], unit=rate[1], values=[ceiling], **common
+        )  # fmt: skip
+    print(f"\n{bench} {mode} {config}: " + "; ".join(told))
     return medians
 
 
@@ -217,6 +260,20 @@ def peak_extra_mib(run: Callable[[], Any]) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def peak_tensor_mib(run: Callable[[], Any]) -> float:
+    """The same wherever it runs: on a CPU the bytes of torch's own allocations, summed as they come and go."""
+    on_device = peak_extra_mib(run)
+    if on_device is not None:
+        return on_device
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    found = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(sizes, initial=0)) / 2**20
+
+
 def peak_mib(run: Callable[[], Any]) -> float | None:
     """Device memory at its highest during a call, all that is there included; None without a GPU."""
     if not torch.cuda.is_available():
@@ -252,13 +309,24 @@ def host_syncs(run: Callable[[], Any]) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def copy_gb_per_s(rounds: int = 20) -> list[float]:
-    """Bandwidth of a large copy, read and write counted: the ceiling of whatever moves bytes."""
+def gemm_tflops() -> float:
+    """Best rate of a large square product: the ceiling of whatever multiplies. bf16 on a GPU, else float32."""
+    size, dtype = (8192, torch.bfloat16) if torch.cuda.is_available() else (512, torch.float32)
+    left, right = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _best_ms(lambda: left @ right) / 1e9
+
+
+def copy_gb_per_s() -> float:
+    """Best bandwidth of a large copy, read and write counted: the ceiling of whatever moves bytes."""
     size = (1 << 30) if torch.cuda.is_available() else (64 << 20)
     source = torch.empty(size, dtype=torch.int8, device=device())
     target = torch.empty_like(source)
-    times = time_ms({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
-    return [2 * size / ms / 1e6 for ms in times]
+    return 2 * size / _best_ms(lambda: target.copy_(source)) / 1e6
+
+
+def _best_ms(run: Callable[[], Any]) -> float:
+    """The fastest of many rounds: what else a machine does can only make it look less able."""
+    return min(time_ms({"": run}, rounds=50)[""])
 
 
 def _output(*command: str) -> str:

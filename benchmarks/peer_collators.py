@@ -38,6 +38,20 @@ def processor_of(tokenizer: Any, spec: VisionSpec) -> Any:
     )
 
 
+def chat_of(sample: Sample) -> list[dict[str, Any]]:
+    """A conversation as transformers' chat templates take it."""
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.content
+            ],
+        }
+        for message in sample.messages
+    ]
+
+
 def transformers_collator(processor: Any) -> Callable[[Sequence[Sample]], dict[str, Any]]:
     """The training script of transformers' documentation: chat template, processor, padding, labels
     without padding and images."""
@@ -47,19 +61,7 @@ def transformers_collator(processor: Any) -> Callable[[Sequence[Sample]], dict[s
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         texts, pictures = [], []
         for sample in samples:
-            chat = [
-                {
-                    "role": message.role,
-                    "content": [
-                        {"type": "text", "text": part}
-                        if isinstance(part, str)
-                        else {"type": "image"}
-                        for part in message.content
-                    ],
-                }
-                for message in sample.messages
-            ]
-            texts.append(processor.apply_chat_template(chat, tokenize=False))
+            texts.append(processor.apply_chat_template(chat_of(sample), tokenize=False))
             pictures += [Image.open(image.path) for image in sample.images]
         batch = processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
         labels = batch["input_ids"].clone()
@@ -71,17 +73,15 @@ def transformers_collator(processor: Any) -> Callable[[Sequence[Sample]], dict[s
 
 def llamafactory_collator(
     processor: Any, model: Any
-) -> Callable[[Sequence[EncodedSample]], dict[str, Any]] | None:
+) -> Callable[[Sequence[EncodedSample]], dict[str, Any]]:
     """`MultiModalDataCollatorForSeq2Seq`, which gets tokenised rows and the paths of their images."""
     os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
     audio = types.ModuleType("torchaudio")  # it is imported, and not used for images
     audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules.setdefault("torchaudio", audio)
-    try:
-        from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
-        from llamafactory.data.template import TEMPLATES
-    except ImportError:
-        return None
+    from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
+    from llamafactory.data.template import TEMPLATES
+
     processor.video_processor = processor.image_processor  # it is asked for, and not used either
     # It would resize by itself before the processor does, to other grids than ours: left out.
     pixels = {"image_max_pixels": 1 << 40, "image_min_pixels": 1}

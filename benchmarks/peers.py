@@ -1,8 +1,7 @@
-"""What others do, each behind one function. A peer that is not installed is left out, never faked."""
+"""What others do, each behind one function. A peer that is not installed is skipped, never faked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -144,15 +143,6 @@ def transformers_vision_rope(
     return apply_rotary_pos_emb_vision(q_THK, k, cos, sin)
 
 
-def load_liger_mrope() -> Callable[..., Any] | None:
-    """Liger's multimodal rope, or None where it is not installed."""
-    try:
-        from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
-    except ImportError:
-        return None
-    return liger_multimodal_rotary_pos_emb
-
-
 def liger_mrope(
     q_THK: torch.Tensor,
     k: torch.Tensor,
@@ -162,7 +152,7 @@ def liger_mrope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Liger's on the same, given cos and sin of all three axes (3, 1, T, K). Some versions write into q
     and k, so that timed again and again they turn further; the time is the same."""
-    rope = load_liger_mrope()
-    assert rope is not None
+    from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as rope
+
     heads_first = [x[None].transpose(1, 2) for x in (q_THK, k)]
     return tuple(x[0].transpose(0, 1) for x in rope(*heads_first, cos, sin, sections))

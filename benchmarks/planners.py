@@ -2,8 +2,7 @@
 
 A package whose dependencies clash with mmpack's can be put on the path without them
 (`pip install --no-deps --target FOLDER trl llamafactory axolotl binpacking numba llvmlite`): the one
-file with the planner is loaded by itself, with stand-ins for what it logs and reduces with. A planner
-that cannot be loaded is left out.
+file with the planner is loaded by itself, with stand-ins for what it logs and reduces with.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -25,23 +23,19 @@ Planner = Callable[[np.ndarray, int], list[list[int]]]
 WINDOW = 1000  # rows LLaMA-Factory and ms-swift hand to their planner at a time, by default
 
 
-def planners() -> dict[str, Planner]:
-    """What is installed, by package, version and how it is called."""
-    makers = {
+def planners_of(package: str) -> dict[str, Planner]:
+    """A package's planners, by its name and version and how they are called.
+
+    Raises:
+        ImportError, OSError: the package is not here, or keeps its planner elsewhere.
+    """
+    make = {
         "trl": _trl,
         "llamafactory": _llamafactory,
         "axolotl": _axolotl,
         "binpacking": _binpacking,
-    }
-    found = {}
-    for package, make in makers.items():
-        try:
-            made = make()
-        except (ImportError, OSError) as error:
-            print(f"{package} is left out: {error}")
-            continue
-        found.update({f"{package} {version(package)} {how}": plan for how, plan in made.items()})
-    return found
+    }[package]
+    return {f"{package} {version(package)} {how}": plan for how, plan in make().items()}
 
 
 def _file(package: str, path: str) -> ModuleType:
@@ -93,20 +87,13 @@ def _llamafactory() -> dict[str, Planner]:
 
 def _axolotl() -> dict[str, Planner]:
     stand_ins = {
+        "axolotl.utils": {},
         "axolotl.utils.distributed": {"reduce_and_broadcast": None},
         "axolotl.utils.logging": {"get_logger": logging.getLogger},
     }
-    for name in ("axolotl", "axolotl.utils"):
-        stand_ins.setdefault(name, {})
     before = {name: sys.modules.get(name) for name in stand_ins}
-    pack_parallel: Any = None
-    location = importlib.util.find_spec("axolotl")
-    if location is None:
-        raise ImportError("no package axolotl")
     try:
         for name, attributes in stand_ins.items():
-            if name == "axolotl":
-                continue
             sys.modules[name] = ModuleType(name)
             vars(sys.modules[name]).update(attributes)
         pack_parallel = _file("axolotl", "utils/samplers/multipack.py").pack_parallel

@@ -8,10 +8,10 @@ import inspect
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
+from benchmarks.peer_collators import processor_of
 from mmpack import VideoSpec, VisionSpec
 from mmpack.assemble import assemble, concatenate
 from mmpack.compact import compact
@@ -151,24 +151,8 @@ def float64_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labe
 
 
 def stock_processor(tokenizer, max_pixels):
-    """transformers' own Qwen2-VL processor; its video half needs torchvision and is left out."""
-
-    class WithoutVideo(transformers.Qwen2VLProcessor):
-        def check_argument_for_proper_class(self, name, argument):
-            if name == "video_processor" and argument is None:
-                return type(None)
-            return super().check_argument_for_proper_class(name, argument)
-
-    WithoutVideo.__name__ = "Qwen2VLProcessor"
-    image_processor = transformers.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": max_pixels}
-    )
-    return WithoutVideo(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        video_processor=None,
-        chat_template=tokenizer.chat_template,
-    )
+    """transformers' own Qwen2-VL processor with this budget."""
+    return processor_of(tokenizer, VisionSpec(min_pixels=56 * 56, max_pixels=max_pixels))
 
 
 def stock_inputs(row, folder, processor):

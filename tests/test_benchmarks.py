@@ -1,13 +1,19 @@
 """The benchmark suite and the compile report run, and the report can fail."""
 
 import csv
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from benchmarks import report
+from benchmarks.harness import Recorder, read_rows
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,9 +75,12 @@ def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     pytest.importorskip("pytest_benchmark")
     done = python("-m", "pytest", "benchmarks", "--quick", "--csv", tmp_path / "figures.csv")
     assert done.returncode == 0, done.stdout
+    if importlib.util.find_spec("binpacking") is None:
+        assert "the peer is not installed: pip install --no-deps binpacking" in done.stdout
     with open(tmp_path / "figures.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     impls = {(row["bench"], row["impl"]) for row in rows}
+    assert {bench for bench, _ in impls} <= set(report.TESTS)  # or it could not be published
     assert {("embed_features", "transformers"), ("embed_features", "index_copy")} <= impls
     assert {("patch_embed", name) for name in ("transformers", "linear", "mmpack")} <= impls
     assert ("mrope", "transformers") in impls
@@ -82,10 +91,155 @@ def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     assert {("assemble", name) for name in ("transformers", "reference", "mmpack")} <= impls
     assert {("plan", "mmpack"), ("plan", "mmpack by cost")} <= impls
     assert {("pixels", name) for name in ("transformers", "mmpack", "mmpack by torch")} <= impls
-    assert {("opening", "mmpack"), ("opening", "bytes")} <= impls
+    assert {("opening", "mmpack"), ("opening", "ceiling")} <= impls
     assert {("host", name) for name in ("transformers", "mmpack", "mmpack uint8")} <= impls
     if (ROOT.parent / "shared" / "data").is_dir():  # the real rows
         assert {("index", "mmpack"), ("headers", "mmpack"), ("store", "mmpack")} <= impls
     assert {row["metric"] for row in rows} >= {"time", "bandwidth"}
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert all(row["commit"] and row["date"] and row["machine"] and row["versions"] for row in rows)
+
+
+def test_a_benchmark_must_say_where_it_runs():
+    from benchmarks.conftest import pytest_collection_modifyitems
+
+    unmarked = SimpleNamespace(nodeid="bench_x.py::test_x", get_closest_marker=lambda name: None)
+    with pytest.raises(pytest.UsageError, match="::test_x must be marked cpu, gpu or both"):
+        pytest_collection_modifyitems([unmarked])
+
+
+def test_every_benchmark_says_what_it_asks():
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    assert len(files) >= 14
+    on_gpu = set()
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        question, *rest = text.removeprefix('"""').partition('"""')[0].split("\n\n")
+        assert question.endswith("?"), path.name
+        assert re.search("[Pp]eer", rest[0]) and "ceiling" in "".join(rest), path.name
+        if "@pytest.mark.gpu" in text:
+            on_gpu.add(path.name.removeprefix("bench_"))
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
+    assert set(re.findall(r"\b\w+\.py\b", script)) == on_gpu
+
+
+def test_the_report_knows_its_benchmarks_and_tests():
+    from benchmarks.plots import PLOTS
+
+    assert {line.bench for line in report.LINES} | {b for b, _ in PLOTS.values()} <= set(
+        report.TESTS
+    )
+    for names in report.TESTS.values():
+        for name in names:
+            assert (ROOT / "tests" / f"{name}.py").is_file()
+
+
+def test_readme_says_what_the_published_results_say():
+    assert report.main(["--check"]) == 0
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Figures of two benchmarks, in a folder of their own."""
+    recorder = Recorder()
+
+    def add(test, bench, impl, mode, metric, unit, value, config="", x=("T", 8192)):
+        recorder.test = test
+        recorder.add(
+            bench, impl, mode, metric=metric, unit=unit, x=x, values=[value], config=config
+        )
+
+    for test, peer, ours in (("first", "transformers", 10.0), ("second", "LLaMA-Factory", 20.0)):
+        add(test, "host", peer, "collate", "time", "ms", 40.0, "6 packs")
+        add(test, "host", "mmpack uint8", "collate", "time", "ms", ours, "6 packs")
+    for share in (0.15, 0.6):
+        for impl, peak in (("transformers", 384.0), ("mmpack", 384 * share)):
+            add(
+                "head",
+                "head",
+                impl,
+                "forward and backward",
+                "peak",
+                "MiB",
+                peak,
+                x=("share", share),
+            )
+    recorder.write(tmp_path / "figures.csv")
+    return tmp_path / "figures.csv"
+
+
+def junit(path, **outcomes):
+    """Outcomes of test files as pytest writes them."""
+    inside = {"passed": "", "failed": "<failure/>", "skipped": "<skipped/>"}
+    cases = [
+        f'<testcase classname="tests.{name}" name="test_it">{inside[outcome]}</testcase>'
+        for name, outcome in outcomes.items()
+    ]
+    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    return path
+
+
+GREEN = {
+    name: "passed" for name in ("test_collator", "test_pixels", "test_supervised_cross_entropy")
+}
+
+
+def published(results, outcomes, capsys):
+    """(exit code, the table, pictures, what was said) of a report with these outcomes."""
+    pytest.importorskip("matplotlib")
+    folder = results.with_name("out")
+    tests = junit(results.with_name("outcomes.xml"), **outcomes)
+    code = report.main([str(results), "--out", str(folder), "--tests", str(tests)])
+    pictures = {path.stem for path in folder.glob("*.png")}
+    return code, (folder / "report.md").read_text(), pictures, capsys.readouterr().out
+
+
+def test_the_report_makes_a_table_and_pictures(results, capsys):
+    code, table, pictures, told = published(results, GREEN, capsys)
+    assert code == 0 and pictures == {"memory"}
+    assert "**57.6 MiB**: 6.7 x transformers" in table
+    # Each peer against ours of its own test, where they took turns.
+    assert "4.0 x transformers, 2.0 x LLaMA-Factory" in table
+    assert table.count("not measured") >= 2 * (len(report.LINES) - 8)
+    assert "throughput.png is not drawn: no figures of train" in told
+
+
+@pytest.mark.parametrize("outcome", ["failed", "skipped", None])
+def test_the_report_withholds_what_no_green_test_stands_for(results, outcome, capsys):
+    outcomes = {**GREEN, "test_supervised_cross_entropy": outcome}
+    outcomes = {name: found for name, found in outcomes.items() if found}
+    code, table, pictures, told = published(results, outcomes, capsys)
+    assert code == 1 and not pictures
+    assert "MiB" not in table
+    assert "withheld: `tests/test_supervised_cross_entropy.py` not green" in table
+    assert "4.0 x transformers" in table  # what its own tests stand for
+    assert "withheld, as tests/test_supervised_cross_entropy.py is not green: head" in told
+
+
+def test_a_file_that_is_skipped_beside_one_that_is_green_is_not_red(results, capsys):
+    outcomes = {**GREEN, "test_collator": "skipped"}  # it needs data that are not everywhere
+    assert published(results, outcomes, capsys)[0] == 0
+    del outcomes["test_collator"]
+    assert published(results, outcomes, capsys)[0] == 1  # it broke, or was not run
+
+
+def test_figures_of_a_gpu_need_the_outcome_of_its_tests(results, capsys):
+    results.write_text(re.sub(r"CPU, [^\"]*", "NVIDIA H200", results.read_text()))
+    assert {row.machine for row in read_rows(results)} == {"NVIDIA H200"}
+    tests = junit(results.with_name("outcomes.xml"), **GREEN)
+    with pytest.raises(SystemExit):
+        report.main([str(results), "--tests", str(tests)])
+    assert "no tests.xml of its tests beside it" in capsys.readouterr().err
+    junit(results.with_name("tests.xml"), **{**GREEN, "test_pixels": "failed"})
+    code, table, _, _ = published(results, GREEN, capsys)
+    assert code == 1 and "withheld: `tests/test_pixels.py` not green" in table
+
+
+def test_a_run_again_takes_the_place_of_older_figures(results):
+    before = read_rows(results)
+    recorder = Recorder()
+    recorder.add("head", "mmpack", "m", metric="time", unit="ms", x=("T", 1), values=[1, 2, 3])
+    recorder.write(results)
+    after = read_rows(results)
+    assert [row for row in after if row.bench == "host"] == [r for r in before if r.bench == "host"]
+    assert [(row.p50, row.x) for row in after if row.bench == "head"] == [(2.0, 1.0)]
