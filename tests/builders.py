@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
-from benchmarks.peer_collators import processor_of
 from mmpack import VideoSpec, VisionSpec
 from mmpack.assemble import assemble, concatenate
 from mmpack.compact import compact
@@ -152,6 +151,10 @@ def float64_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labe
 
 def stock_processor(tokenizer, max_pixels):
     """transformers' own Qwen2-VL processor with this budget."""
+    from benchmarks.peer_collators import (
+        processor_of,  # here: ranks run tests as scripts, without a path
+    )
+
     return processor_of(tokenizer, VisionSpec(min_pixels=56 * 56, max_pixels=max_pixels))
 
 
