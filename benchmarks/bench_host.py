@@ -15,23 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_pixels import SPEC, decode_and_resize
+from benchmarks.bench_pixels import decode_and_resize
 from benchmarks.harness import CEILING, SHARED, compare, measure
 from benchmarks.peer_collators import llamafactory_collator, processor_of, transformers_collator
 from mmpack import PackedDataset, read_samples
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
-CAPACITY = 8192
+CAPACITY, MAX_PIXELS = 8192, 28 * 28 * 1280
 # Its package needs others of ours in other versions: it is put on the path without them.
 FACTORY = pytest.mark.peer("--no-deps llamafactory", "llamafactory")
 
 
-def rows_and_tokenizer():
-    """(samples, tokenizer, which)"""
-    from transformers import AutoTokenizer
-
+def rows_and_processor():
+    """(samples, tokenizer, spec, which)"""
     from mmpack.demo import NUM_ROWS, write_data
+    from mmpack.hf.training import load_processor
 
     if SHARED.is_dir():
         rows, tokenizer = SHARED / "realset" / "realset_sft.json", SHARED / "tokenizer" / "qwen2_vl"
@@ -40,16 +39,15 @@ def rows_and_tokenizer():
         folder = Path(tempfile.mkdtemp())
         write_data(folder, NUM_ROWS)
         rows, tokenizer, which = folder / "train.json", folder / "tokenizer", "demo rows"
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return list(read_samples(rows)), tokenizer, which
+    return list(read_samples(rows)), *load_processor(tokenizer, MAX_PIXELS), which
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("peer", ["transformers", pytest.param("LLaMA-Factory", marks=FACTORY)])
 def test_collate(peer, benchmark, recorder, quick):
-    samples, tokenizer, which = rows_and_tokenizer()
+    samples, tokenizer, spec, which = rows_and_processor()
     samples = samples[: 200 if quick else None]
-    encoded = list(encode_samples(samples, tokenizer, SPEC))
+    encoded = list(encode_samples(samples, tokenizer, spec))
     dataset = PackedDataset.from_samples(encoded, CAPACITY)
     packs = list(range(1 if quick else 6))
     numbers = [n for pack in packs for n in dataset.plan.samples_of(pack).tolist()]
@@ -57,7 +55,7 @@ def test_collate(peer, benchmark, recorder, quick):
     tokens = sum(encoded[n].num_tokens for n in numbers)
     pictures = [in_memory(image) for n in numbers for image in encoded[n].images]
 
-    processor, model = processor_of(tokenizer, SPEC), tiny_model()
+    processor, model = processor_of(tokenizer, spec), tiny_model()
     if peer == "transformers":
         collate, rows = transformers_collator(processor), samples
     else:
@@ -73,7 +71,7 @@ def test_collate(peer, benchmark, recorder, quick):
         "mmpack": partial(packed, floats),
         "mmpack uint8": partial(packed, in_bytes),
         "mmpack uint8 by torch": partial(packed, in_bytes, by_torch),
-        CEILING: lambda: [decode_and_resize(picture, SPEC) for picture in pictures],
+        CEILING: lambda: [decode_and_resize(picture, spec) for picture in pictures],
     }
     config = f"{which}: {len(numbers)} rows, {len(pictures)} images, {tokens} tokens"
     medians = measure(
