@@ -89,6 +89,8 @@ sys.exit(pytest.main([*files, "--quick", "--csv", {str(tmp_path / "figures.csv")
         rows = list(csv.DictReader(file))
     assert {row["bench"] for row in rows} >= {"host", "pixels", "plan", "opening", "stream"}
     assert not [row["config"] for row in rows if "real" in row["config"]]
+    (host,) = {row["config"] for row in rows if row["bench"] == "host"}
+    assert not re.search(r"\b0 images", host)
 
 
 def test_the_quick_benchmarks_leave_their_figures(tmp_path):
