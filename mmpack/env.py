@@ -119,6 +119,8 @@ def _package(name: str, module: str) -> dict[str, str | None]:
 
 def _gpus() -> list[str]:
     torch = import_module("torch")
+    if not (torch.version.cuda or torch.version.hip):
+        raise ValueError(f"torch {torch.__version__} is built for the CPU alone")
     torch.cuda.init()  # which says why there is none
     gpus = []
     for number in range(torch.cuda.device_count()):
