@@ -160,7 +160,11 @@ def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
     rng = random.Random(f"{script} {seed}")
     process = start(script, tmp_path / "run", packed, tmp_path / "first")
     wait_for(rng.randint(1, STEPS - 2), tmp_path / "first", process)
-    time.sleep(rng.uniform(0, 2 * seconds / STEPS))  # before, within or after a save
+    moment = time.monotonic() + rng.uniform(
+        0, 2 * seconds / STEPS
+    )  # before, within or after a save
+    while time.monotonic() < moment and len(lines(tmp_path / "first")) < STEPS - 1:
+        time.sleep(0.001)  # not later than its last steps: it may be faster than the other was
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
