@@ -20,14 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from mmpack import buffers
-from mmpack.assemble import assemble
-from mmpack.compact import compact
+from mmpack.assembling import Assembling
 from mmpack.cost import sample_flops
 from mmpack.encode import encode_samples
-from mmpack.errors import BadImageError
 from mmpack.plan import plan_epoch, plan_packs
 from mmpack.readers import read_samples
 from mmpack.split import SplitSamples, split_samples
@@ -35,48 +32,9 @@ from mmpack.truncate import truncate_sample
 from mmpack.types import IGNORE, EncodedSample, Int64, Pack, PackPlan, Sample
 from mmpack.vision import VisionSpec
 
-_COUNTERS = 257  # of segments dropped: 256 workers, then the process itself
 _log = logging.getLogger(__name__)
 
 OnOverflow = Literal["error", "drop", "truncate", "split"]
-
-
-class Assembling:
-    """What assembles samples into packs, and what becomes there of images that have become bad.
-
-    Attributes:
-        on_bad_image: "raise" or "drop".
-        assemble: "host", or "device": packs are `CompactPack`s, for `PackCollator(assemble="device")`.
-    """
-
-    def __init__(self) -> None:
-        self.on_bad_image: Literal["raise", "drop"] = "raise"
-        self.assemble: Literal["host", "device"] = "host"
-        self._dropped = torch.zeros(_COUNTERS, dtype=torch.int64).share_memory_()  # one a worker
-
-    @property
-    def num_dropped_segments(self) -> int:
-        """Segments left out of packs so far because of bad images, in this process and its workers."""
-        return int(self._dropped.sum())
-
-    def _assemble(self, samples: list[EncodedSample]) -> Any:
-        if self.on_bad_image not in ("raise", "drop"):
-            raise ValueError(f"on_bad_image must be 'raise' or 'drop', got {self.on_bad_image!r}")
-        if self.assemble not in ("host", "device"):
-            raise ValueError(f"assemble must be 'host' or 'device', got {self.assemble!r}")
-        make = compact if self.assemble == "device" else assemble
-        vision = samples[0].vision
-        while samples:
-            try:
-                return make(samples, empty=buffers.empty)
-            except BadImageError as error:
-                if self.on_bad_image == "raise":
-                    raise
-                _log.warning("dropped %s", error)
-                worker = get_worker_info()
-                self._dropped[-1 if worker is None else worker.id % (_COUNTERS - 1)] += 1
-                del samples[error.segment]
-        return make([EncodedSample.filler(1, vision)])  # none is left
 
 
 class PackedDataset(Assembling, Dataset[Pack]):

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmpack.dataset import Assembling, OnOverflow, costs_of
+from mmpack.assembling import Assembling
+from mmpack.dataset import OnOverflow, costs_of
 from mmpack.encode import encoder
 from mmpack.errors import RowError
 from mmpack.files import Row

@@ -12,7 +12,7 @@ import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import mmpack.dataset
+import mmpack.assembling
 from mmpack import PackedDataset
 from mmpack.assemble import assemble
 from mmpack.cost import sample_flops
@@ -33,7 +33,7 @@ CONFIG = tiny_config(100, vision=SMALL_SPEC)
 
 @pytest.fixture(autouse=True)
 def noise(monkeypatch):
-    monkeypatch.setattr(mmpack.dataset, "assemble", assemble_noise)
+    monkeypatch.setattr(mmpack.assembling, "assemble", assemble_noise)
 
 
 def assemble_noise(samples, **options):
@@ -388,7 +388,7 @@ def train_a_rank(folder):
     """Runs as a process of a group; leaves what it trained on and what was logged in `folder`."""
     import os
 
-    mmpack.dataset.assemble = assemble_noise
+    mmpack.assembling.assemble = assemble_noise
     torch.manual_seed(0)
     dataset, collate = dataset_of(), Recorder()
     model = patch_model(tiny_model(CONFIG))

@@ -43,9 +43,9 @@ def numbers_in(pack):
 @pytest.fixture(autouse=True)
 def no_pixels(monkeypatch):
     """Images without a file get none."""
-    real = mmpack.dataset.assemble
+    real = mmpack.assembling.assemble
     monkeypatch.setattr(
-        mmpack.dataset, "assemble", lambda s, **k: real(s, pixels=any(x.images for x in s))
+        mmpack.assembling, "assemble", lambda s, **k: real(s, pixels=any(x.images for x in s))
     )
 
 
