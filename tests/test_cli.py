@@ -8,6 +8,7 @@ import pytest
 from builders import tiny_config
 
 from mmpack.cli import main
+from mmpack.demo import NUM_ROWS, write_data
 
 
 def run(*arguments):
@@ -19,18 +20,16 @@ def run(*arguments):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """`mmpack demo --write` in a process of its own, run once: (what it printed, the folder)."""
+    """The folder that `mmpack demo --write` leaves."""
     folder = tmp_path_factory.mktemp("demo") / "data"
-    command = [sys.executable, "-m", "mmpack.cli", "demo", "--write", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder
+    write_data(folder, NUM_ROWS)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def packed(demo):
     """The demo's data set packed: (the JSON report, the folder)."""
-    _, folder = demo
+    folder = demo
     printed = run(
         "pack", folder / "train.json", "--tokenizer", folder / "tokenizer",
         "--capacity", 2048, "--out", folder / "packed", "--json",
@@ -38,14 +37,19 @@ def packed(demo):
     return json.loads(printed), folder / "packed"
 
 
-@pytest.mark.smoke
-def test_demo(demo):
-    text, folder = demo
-    numbers = [line.split()[-1] for line in text.splitlines() if "relative difference" in line]
+def test_demo(tmp_path):
+    """In a process of its own, as people run it."""
+    folder = tmp_path / "data"
+    command = [sys.executable, "-m", "mmpack.cli", "demo", "--write", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    numbers = [
+        line.split()[-1] for line in done.stdout.splitlines() if "relative difference" in line
+    ]
     loss, gradient = map(float, numbers)
     assert loss < 1e-5
     assert gradient < 1e-5
-    assert "useful tokens/s" in text
+    assert "useful tokens/s" in done.stdout
     assert (folder / "train.json").exists()
 
 
@@ -59,7 +63,7 @@ def test_pack_reports_json(packed):
 
 @pytest.mark.smoke
 def test_train_on_what_pack_wrote(packed, demo, tmp_path):
-    _, folder = demo
+    folder = demo
     printed = run(
         "train", "--data", packed[1], "--config", folder / "config.json", "--steps", 3,
         "--output_dir", tmp_path / "run", "--learning_rate", "1e-3",
@@ -78,7 +82,7 @@ def test_train_on_what_pack_wrote(packed, demo, tmp_path):
 
 
 def test_pack_says_what_it_did(demo, tmp_path, capsys):
-    _, folder = demo
+    folder = demo
     arguments = ["pack", str(folder / "train.json"), "--tokenizer", str(folder / "tokenizer")]
     arguments += ["--capacity", "2048", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -90,7 +94,7 @@ def test_pack_says_what_it_did(demo, tmp_path, capsys):
 
 
 def test_overwrite_spares_other_peoples_folders(demo, tmp_path, capsys):
-    _, folder = demo
+    folder = demo
     (tmp_path / "thesis.tex").write_text("precious")
     arguments = ["pack", str(folder / "train.json"), "--tokenizer", str(folder / "tokenizer")]
     arguments += ["--capacity", "2048", "--out", str(tmp_path), "--overwrite"]
@@ -101,7 +105,7 @@ def test_overwrite_spares_other_peoples_folders(demo, tmp_path, capsys):
 @pytest.fixture
 def broken_rows(demo, tmp_path):
     """The demo's rows with the second one spoilt."""
-    _, folder = demo
+    folder = demo
     rows = json.loads((folder / "train.json").read_text())[:10]
     rows[1]["images"] = rows[1]["images"] + ["charts/extra.png"]
     path = tmp_path / "rows.json"
@@ -137,7 +141,7 @@ def test_long_rows_stop_or_are_listed(broken_rows, tmp_path, capsys):
 
 
 def test_errors_without_a_trace(demo, packed, tmp_path, capsys):
-    _, folder = demo
+    folder = demo
     tokenizer = ["--tokenizer", str(folder / "tokenizer")]
     out = ["--capacity", "2048", "--out", str(tmp_path / "out")]
     cases = [
@@ -187,7 +191,7 @@ def test_the_real_set_is_packed_and_trained_on(steps, shared, tmp_path):
 
 
 def test_pack_balances_by_the_models_config(demo, tmp_path, capsys):
-    _, folder = demo
+    folder = demo
     config = folder / "config.json"
     arguments = ["pack", str(folder / "train.json"), "--tokenizer", str(folder / "tokenizer")]
     arguments += ["--capacity", "512", "--on-overflow", "drop"]
