@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmpack import _native, images, videos
 from mmpack.errors import BadImageError
-from mmpack.types import EncodedSample, Float32, ImageRef, Int32, Int64, Pack
+from mmpack.types import CompactPack, EncodedSample, Float32, ImageRef, Int32, Int64, Pack
 from mmpack.vision import VisionSpec
 
 
@@ -222,18 +222,25 @@ def _where(sample: EncodedSample) -> str:
     return f"row {sample.row} of {sample.source}"
 
 
+def check_specs(packs: Sequence[Pack | CompactPack]) -> None:
+    """Raises:
+    ValueError: no packs, or packs with different specs.
+    """
+    if not packs:
+        raise ValueError("a batch needs at least one pack")
+    if any(pack.vision != packs[0].vision for pack in packs):
+        raise ValueError("the packs of a batch were made with different VisionSpecs")
+
+
 def concatenate(packs: Sequence[Pack]) -> Pack:
     """Several packs as one, segments in order, images in order before videos in order.
 
     Raises:
         ValueError: no packs, or packs with different specs.
     """
-    if not packs:
-        raise ValueError("a batch needs at least one pack")
+    check_specs(packs)
     if len(packs) == 1:
         return packs[0]
-    if any(pack.vision != packs[0].vision for pack in packs):
-        raise ValueError("the packs of a batch were made with different VisionSpecs")
     tokens = _starts([len(pack.input_ids) for pack in packs])
     grids = [pack.num_images for pack in packs]
     patches = [pack.num_image_patches for pack in packs]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmpack import _native
-from mmpack.assemble import Joined, Size, join, load_pixels
+from mmpack.assemble import Joined, Size, check_specs, join, load_pixels
 from mmpack.types import CompactPack, EncodedSample, Int32, Int64
 from mmpack.vision import VisionSpec
 
@@ -64,12 +64,9 @@ def concatenate_compact(packs: Sequence[CompactPack]) -> CompactPack:
     Raises:
         ValueError: no packs, or packs with different specs.
     """
-    if not packs:
-        raise ValueError("a batch needs at least one pack")
+    check_specs(packs)
     if len(packs) == 1:
         return packs[0]
-    if any(pack.vision != packs[0].vision for pack in packs):
-        raise ValueError("the packs of a batch were made with different VisionSpecs")
     arrays = {
         name: np.concatenate([getattr(pack, name) for pack in packs])
         for name in ("input_ids", "labels", "grid_thw", "temporal_step")
