@@ -4,7 +4,7 @@ The peer is what a collator without mmpack does: `get_rope_index` on each sample
 placeholders are expanded already, then everything joined with `torch.cat` and the segments' offsets; it
 makes none of the indices that mmpack's pack holds besides. The ceiling is a copy of the finished pack's
 arrays. `test_batch`: host time and bytes of a batch assembled by the C++ core, and of a compact one; on a
-GPU the launches and the time there.
+GPU the launches and the time there. `test_veomni`: the same beside VeOmni, whose collator packs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from benchmarks.harness import CEILING, compare, kernel_launches, measure, time_ms
+from benchmarks.peer_collators import veomni_pack
 from benchmarks.peers import rope_index_model, rope_index_pack
 from mmpack import VisionSpec, assemble
 from mmpack.compact import compact
 from mmpack.hf.batch import assemble_on_device, batch_of, compact_batch_of
 from mmpack.hf.families import Tower
 from mmpack.ops import assemble_sequence
-from mmpack.types import IGNORE, EncodedSample
+from mmpack.types import IGNORE, EncodedSample, Pack
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
 CASES = [  # capacity, segments, images
@@ -51,6 +52,17 @@ def made_up(capacity: int, segments: int, images: int) -> list[EncodedSample]:
     return samples
 
 
+def expand(pack: Pack, samples: list[EncodedSample]) -> list[tuple[torch.Tensor, ...]]:
+    """(input_ids, labels, image_grid_thw) of each sample, placeholders expanded: what peers begin with."""
+    return [
+        (
+            *(torch.from_numpy(x[begin:end]) for x in (pack.input_ids, pack.labels)),
+            torch.from_numpy(sample.grid_thw).long(),
+        )
+        for begin, end, sample in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], samples)
+    ]
+
+
 @pytest.fixture(scope="module")
 def model():
     return rope_index_model(SPEC)
@@ -64,10 +76,7 @@ def test_assemble(capacity, segments, images, model, benchmark, recorder, quick)
     samples = made_up(capacity, segments, images)
     pack = assemble(samples, pixels=False)
     assert len(pack.input_ids) == capacity
-    expanded = []
-    for begin, end, sample in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], samples):
-        ids, labels = (torch.from_numpy(x[begin:end]) for x in (pack.input_ids, pack.labels))
-        expanded.append((ids, labels, torch.from_numpy(sample.grid_thw).long()))
+    expanded = expand(pack, samples)
     stock = rope_index_pack(model, expanded)
     assert np.array_equal(stock["position_ids"].numpy(), pack.position_ids)
     assert np.array_equal(stock["cu_seqlens"].numpy(), pack.cu_seqlens)
@@ -111,12 +120,7 @@ def test_batch(capacity, segments, images, model, benchmark, recorder, quick):
         batch_of(assemble(samples, pixels=False), values, tower),
         compact_batch_of(pack, values, tower),
     )
-    expanded = []
-    for begin, end, sample in zip(
-        host["mmpack"]["offsets"], host["mmpack"]["offsets"][1:], samples
-    ):
-        ids, labels = (host[name][0, begin:end] for name in ("input_ids", "labels"))
-        expanded.append((ids, labels, torch.from_numpy(sample.grid_thw).long()))
+    expanded = expand(assemble(samples, pixels=False), samples)
     candidates = {
         "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
         "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
@@ -136,6 +140,35 @@ def test_batch(capacity, segments, images, model, benchmark, recorder, quick):
                 "batch", name, mode, metric=metric, unit=unit, values=of_name, x=x, config=config
             )  # fmt: skip
             print(f"{mode} {config}: {metric} {name} {float(np.median(of_name)):.4g} {unit}")
+    compare(benchmark, medians, "device", case=config)
+    benchmark.pedantic(candidates["device"], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.cpu
+@pytest.mark.peer("--no-deps veomni", "veomni")
+@pytest.mark.parametrize(("capacity", "segments", "images"), CASES)
+def test_veomni(capacity, segments, images, model, benchmark, recorder, quick):
+    if quick and capacity != 8192:
+        pytest.skip("not among the quick cases")
+    samples = made_up(capacity, segments, images)
+    pack = assemble(samples, pixels=False)
+    expanded, collate = expand(pack, samples), veomni_pack(model)
+    stock = collate(expanded)
+    assert np.array_equal(stock["position_ids"][0].numpy(), pack.position_ids[1:])
+    assert np.array_equal(stock["cu_seq_lens_q"].numpy(), pack.cu_seqlens)
+
+    values = {"pixel_values": torch.empty(0)} if images else {}
+    tower = Tower()
+    candidates = {
+        "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
+        "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
+        "VeOmni": lambda: collate(expanded),
+    }
+    config = f"segments={segments} images={images} tokens={capacity}"
+    medians = measure(
+        recorder, "batch", "host, beside VeOmni", candidates, x=("tokens", capacity), config=config,
+        rounds=5 if quick else 50, on_host=True,
+    )  # fmt: skip
     compare(benchmark, medians, "device", case=config)
     benchmark.pedantic(candidates["device"], rounds=3, warmup_rounds=1)
 

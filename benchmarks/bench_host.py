@@ -2,7 +2,7 @@
 
 The same rows: those of some packs of real rows where they lie beside the checkout, of the demo's else.
 Peers: transformers' processor with padding; LLaMA-Factory's collator, whose rows come tokenised, as its
-preprocessing leaves them. Ours with float and with byte pixels, by Pillow and by torch's resize. The ceiling
+preprocessing leaves them; VeOmni's transform and collator, which pack, given our packs. Ours with float and with byte pixels, by Pillow and by torch's resize. The ceiling
 is Pillow's decoding and resizing of the same images, which nobody who resizes by Pillow gets around.
 """
 
@@ -18,14 +18,25 @@ import pytest
 
 from benchmarks.bench_pixels import decode_and_resize
 from benchmarks.harness import CEILING, SHARED, compare, measure
-from benchmarks.peer_collators import llamafactory_collator, processor_of, transformers_collator
+from benchmarks.peer_collators import (
+    llamafactory_collator,
+    processor_of,
+    transformers_collator,
+    veomni_collator,
+)
 from mmpack import PackedDataset, read_samples
 from mmpack.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
 CAPACITY, MAX_PIXELS = 8192, 28 * 28 * 1280
-# Its package needs others of ours in other versions: it is put on the path without them.
+# Their packages need others of ours in other versions: they are put on the path without them.
 FACTORY = pytest.mark.peer("--no-deps llamafactory", "llamafactory")
+VEOMNI = pytest.mark.peer("--no-deps veomni", "veomni")
+PEERS = [
+    "transformers",
+    pytest.param("LLaMA-Factory", marks=FACTORY),
+    pytest.param("VeOmni", marks=VEOMNI),
+]
 
 
 def rows_and_processor():
@@ -44,7 +55,7 @@ def rows_and_processor():
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("peer", ["transformers", pytest.param("LLaMA-Factory", marks=FACTORY)])
+@pytest.mark.parametrize("peer", PEERS)
 def test_collate(peer, benchmark, recorder, quick):
     samples, tokenizer, spec, which = rows_and_processor()
     samples = samples[: 200 if quick else None]
@@ -55,15 +66,18 @@ def test_collate(peer, benchmark, recorder, quick):
     )  # the last one may be all but empty
     packs = full[: 1 if quick else 6].tolist()
     numbers = [n for pack in packs for n in dataset.plan.samples_of(pack).tolist()]
-    eights = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
+    batches = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
     tokens = sum(encoded[n].num_tokens for n in numbers)
     pictures = [in_memory(image) for n in numbers for image in encoded[n].images]
 
     processor, model = processor_of(tokenizer, spec), tiny_model()
     if peer == "transformers":
         collate, rows = transformers_collator(processor), samples
-    else:
+    elif peer == "LLaMA-Factory":
         collate, rows = llamafactory_collator(processor, model), encoded
+    else:
+        collate, rows = veomni_collator(processor, model), samples
+        batches = [dataset.plan.samples_of(pack).tolist() for pack in packs]
     floats, in_bytes = PackCollator(), PackCollator(model=patch_model(model), pixels="uint8")
     by_torch = PackedDataset([with_torch(sample) for sample in encoded], dataset.plan)
 
@@ -71,7 +85,7 @@ def test_collate(peer, benchmark, recorder, quick):
         return [collate([packs_of[pack]]) for pack in packs]
 
     candidates = {
-        peer: lambda: [collate([rows[n] for n in eight]) for eight in eights],
+        peer: lambda: [collate([rows[n] for n in batch]) for batch in batches],
         "mmpack": partial(packed, floats),
         "mmpack uint8": partial(packed, in_bytes),
         "mmpack uint8 by torch": partial(packed, in_bytes, by_torch),
@@ -97,7 +111,7 @@ def with_torch(sample):
 
 
 def tiny_model():
-    """A patched collator asks for a model, LLaMA-Factory's for its positions; neither runs it."""
+    """A patched collator asks for a model, LLaMA-Factory's and VeOmni's for its positions; none runs it."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -1,8 +1,9 @@
-"""Rows to a batch as others do it: decoding, processing and padding in the collator."""
+"""Rows to a batch as others do it: decoding and processing in the collator, then padding or joining."""
 
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mmpack.assemble import assemble
@@ -109,5 +111,102 @@ def llamafactory_collator(
                 }
             )
         return collate(features)
+
+    return collate_rows
+
+
+Row = dict[str, torch.Tensor]
+
+
+def veomni_alone() -> None:
+    """VeOmni's data modules without its package, whose kernels want one version of transformers and much
+    else: its `__init__` files do not run, and what only videos and addresses need is left out."""
+    if "veomni" in sys.modules:
+        return
+    for name in ("veomni", "veomni.data", "veomni.ops"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+    videos: Any = types.ModuleType("veomni.data.multimodal.video_utils")
+    # They are imported beside the images', and not called for images.
+    videos.fetch_videos = videos.fetch_videos_metadata = None
+    sys.modules[videos.__name__] = videos
+    sys.modules.setdefault("requests", types.ModuleType("requests"))
+
+
+def veomni_positions(model: Any) -> Callable[..., Row]:
+    """What its `get_position_id_func` gives: `get_rope_index` on one row, ids of its own for images."""
+
+    def positions(**row: Any) -> Row:
+        return {"position_ids": model.get_rope_index(**row)[0].squeeze(1)}
+
+    return positions
+
+
+def veomni_pack(
+    model: Any,
+) -> Callable[[Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]], Row]:
+    """A packed row of expanded samples (input_ids, labels, image_grid_thw): what `process_sample_qwen_vl`
+    does to ids, then `MainCollator`. The hook that lists the tower's segments is left out."""
+    veomni_alone()
+    from veomni.data.data_collator import MainCollator
+
+    collate, positions = MainCollator(), veomni_positions(model)
+    image_token = model.config.image_token_id
+
+    def pack(samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Row:
+        rows = []
+        for ids, labels, grids in samples:
+            ids, mask = ids.to(torch.long, copy=True), torch.ones(len(ids), dtype=torch.long)
+            row = {
+                "attention_mask": mask,
+                "labels": labels.long(),
+                "image_mask": ids == image_token,
+            }
+            row["video_mask"] = ids == model.config.video_token_id
+            types_of = torch.zeros_like(ids)
+            types_of[row["image_mask"]] = 1
+            types_of[row["video_mask"]] = 2
+            asked = {"input_ids": ids[None], "attention_mask": mask[None]}
+            asked |= {"mm_token_type_ids": types_of[None], "video_grid_thw": None}
+            asked["image_grid_thw"] = grids if len(grids) else None
+            row["position_ids"] = positions(**asked)["position_ids"].squeeze().clone()
+            ids[row["image_mask"]] = 0
+            ids[row["video_mask"]] = 0
+            row |= {"input_ids": ids, "mm_token_type_ids": types_of}
+            rows.append(row | ({"image_grid_thw": grids} if len(grids) else {}))
+        return collate(rows)
+
+    return pack
+
+
+def veomni_collator(processor: Any, model: Any) -> Callable[[Sequence[Sample]], Row]:
+    """Rows to a packed row: `process_sample_qwen_vl` on each, then `MainCollator`. The only peer here that
+    packs images. Which rows are packed is told: its own loader fills packs as it reads. A row with a system
+    message has a second one, its template's."""
+    veomni_alone()
+    from veomni.data.chat_template import Qwen2VLChatTemplate
+    from veomni.data.data_collator import MainCollator
+    from veomni.data.data_transform import process_sample_qwen_vl
+    from veomni.data.multimodal import PREPROCESSOR_REGISTRY
+
+    def parts_of(messages: Any, **_: Any) -> list[list[Any]]:
+        """Its built-in ones keep one image a message."""
+        return [
+            [m.role, *(("text", p) if isinstance(p, str) else ("image", None) for p in m.content)]
+            for m in messages
+        ]
+
+    PREPROCESSOR_REGISTRY.register("samples", parts_of)
+    template, collate = Qwen2VLChatTemplate(processor), MainCollator()
+    known = {"processor": processor, "chat_template": template, "source_name": "samples"}
+    known["position_id_func"] = veomni_positions(model.model)
+
+    def collate_rows(samples: Sequence[Sample]) -> Row:
+        rows: list[Row] = []
+        for sample in samples:
+            row = {"conversations": sample.messages, "images": [i.path for i in sample.images]}
+            rows += process_sample_qwen_vl(row, **known)
+        return collate(rows)
 
     return collate_rows

@@ -94,6 +94,7 @@ _PLANNERS = {
     "TRL": "trl .*",
     "axolotl": "axolotl .*",
 }
+_COLLATORS = {name: name for name in ("transformers", "LLaMA-Factory", "VeOmni")}
 _STREAMS = {"next-fit": "next-fit", "first-fit": "first-fit", "planned": "planned"}
 _STEPS = {
     "padded": "padded, 8 rows",
@@ -123,9 +124,9 @@ LINES = [
     Line("assembling a pack, pixels aside", "assemble", "assemble", "time", ("mmpack",),
          {"transformers": "transformers"}, config="segments=7 ", **_HOST),
     Line("rows to a batch, images decoded", "host", "collate", "time", ("mmpack uint8",),
-         {"transformers": "transformers", "LLaMA-Factory": "LLaMA-Factory"}, **_HOST),
+         _COLLATORS, **_HOST),
     Line("the same, resized by torch", "host", "collate", "time", ("mmpack uint8 by torch",),
-         {"transformers": "transformers", "LLaMA-Factory": "LLaMA-Factory"}, has_ceiling=False, **_HOST),
+         _COLLATORS, has_ceiling=False, **_HOST),
     Line("a decoded picture of 1024 x 768 to patches", "pixels", "a picture", "time", ("mmpack",),
          {"transformers": "transformers"}, config="1024 x 768", **_HOST),
     Line("indexing rows", "index", "index", "time", ("mmpack",), {"transformers": "transformers"}, **_HOST),
