@@ -118,7 +118,7 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
 def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
     D0, D1 = varlen.split_head_dim(K)
     at_the_limit = K == 128 or dtype == "fp32"  # there dk and dv are held to spill nothing
-    registers = {"fwd": 250, "bwd_dq": 220, "bwd_dkv": 255 if at_the_limit else 230}
+    registers = {"fwd": 254, "bwd_dq": 224, "bwd_dkv": 255 if at_the_limit else 230}
     cases = []
     for name, kernel in (
         ("fwd", varlen.kernels._varlen_attention_fwd_kernel),
@@ -126,7 +126,7 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
         ("bwd_dkv", varlen.kernels._varlen_attention_bwd_dkv_kernel),
     ):
         options = varlen.launch_options(name, K, {"fp32": torch.float32}.get(dtype))
-        num_warps = options.pop("num_warps")
+        launch = {key: options.pop(key) for key in ("num_warps", "enable_fp_fusion")}
         constants = {"H": G, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": varlen.TILE}
         constants |= {"CAUSAL": causal, **options}
         arguments = {}
@@ -153,9 +153,9 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
                 kernel,
                 arguments,
                 constants,
-                {"num_warps": num_warps, "num_stages": options["STAGES"]},
+                launch,
                 max_registers=registers[name],
-                needs=("UTMALDG",) if dtype == "fp32" else ("HGMMA", "UTMALDG", "STG.128"),
+                needs=("UTMALDG",) if dtype == "fp32" else ("FFMA", "HGMMA", "UTMALDG", "STG.128"),
                 lacks=("ATOM",) if dtype == "fp32" else ("LDL", "STL", "ATOM"),
                 # Exact float32 products use no tensor core; Triton 3.6 spills a little at K = 128.
                 max_spill_bytes=512 if dtype == "fp32" else 0,
@@ -188,9 +188,9 @@ def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, 
         mrope._apply_mrope_kernel,
         arguments,
         constants,
-        {"num_warps": mrope.NUM_WARPS},
+        mrope.OPTIONS,
         max_registers=128,
-        needs=("LDG.128", "STG.128"),
+        needs=("FFMA", "LDG.128", "STG.128"),
     )
 
 

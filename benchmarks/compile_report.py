@@ -41,6 +41,7 @@ _INSTRUCTIONS = {
     "STG.128": r"\bSTG\.E(?:\.\w+)*\.128",
     "LDL": r"\bLDL\b",
     "STL": r"\bSTL\b",
+    "FFMA": r"\bFFMA2?\b",
     "HGMMA": r"\bHGMMA\b",
     "UTMALDG": r"\bUTMALDG\b",
     "ATOM": r"\b(?:ATOMG?|REDG?)\b",

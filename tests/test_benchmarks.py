@@ -46,6 +46,10 @@ def test_every_kernel_compiles_for_sm_90a_within_its_budget():
     # 3584 elements of 2 bytes over 128 threads of 16: four loads and four stores, and two ids.
     assert forward["instructions"]["LDG.128"] == forward["instructions"]["STG.128"] == 4
     assert forward["instructions"]["LDG"] == 6
+    # A score is scaled and shifted by one FFMA: 128 x 128 scores over 256 threads.
+    attention = [k for k in report["kernels"] if k["name"].startswith("varlen_attention_fwd bf16")]
+    assert attention
+    assert all(kernel["instructions"]["FFMA"] >= 64 for kernel in attention)
 
 
 def test_the_report_finds_what_is_over_budget():

@@ -131,6 +131,13 @@ def test_kernels_on_ragged_segments(K, heads, causal, dtype, device):
     assert_within_budget(case, case.run("triton"))
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 20.0])
+def test_scales_of_any_sign_and_size(scale, device):
+    case = Case(SHORT, (2, 1), 64, True, torch.float32, device)
+    case.scale = scale
+    assert_within_budget(case, case.run("triton"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [[1500], [1] * 300 + [700, 129], [257] * 5])

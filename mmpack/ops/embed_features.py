@@ -127,11 +127,11 @@ def _embed_features_bwd_kernel(
                 )
                 acc += tl.sum(rows.to(ACC), axis=0)
             if is_whole:
-                dweight_row = dweight_ptr + token_id * D + offs_d
-                mask_w = mask_d & (token_id != padding_idx)
-                if ACCUMULATE:
-                    acc += tl.load(dweight_row, mask=mask_w, other=0.0).to(ACC)
-                tl.store(dweight_row, acc.to(dweight_ptr.dtype.element_ty), mask=mask_w)
+                if token_id != padding_idx:
+                    dweight_row = dweight_ptr + token_id * D + offs_d
+                    if ACCUMULATE:
+                        acc += tl.load(dweight_row, mask=mask_d, other=0.0).to(ACC)
+                    tl.store(dweight_row, acc.to(dweight_ptr.dtype.element_ty), mask=mask_d)
             else:
                 tl.store(partial_ptr + slot * D + offs_d, acc, mask=mask_d)
 

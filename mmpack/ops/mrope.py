@@ -32,7 +32,8 @@ from mmpack.ops.checks import check_device
 # T = tokens (or patches), H = heads of q, Hk = heads of k, K = head dim, R = rotary channels of K
 TILE = 2048  # pairs of elements: 256 threads of 8, 16 bytes of bf16 each
 BLOCK_T = 8  # tokens of a tile, one a warp: its 32 threads make the angles of one token only
-NUM_WARPS = 8
+# x cos - y sin: one product and one FFMA, which newer versions of Triton make where they are told to.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def apply_mrope_fwd(
             T,
             attention_scaling,
             **constants,
-            num_warps=NUM_WARPS,
+            **OPTIONS,
         )
     return q_out, k_out
 

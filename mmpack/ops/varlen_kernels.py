@@ -120,17 +120,20 @@ def _varlen_attention_fwd_kernel(
         keys_end, whole_end = _keys(begin, end, segment_begin, segment_end, is_shared, CAUSAL)
         for n in tl.range(segment_begin, keys_end, BN, num_stages=STAGES):
             k0, k1 = _load(k0_desc, k1_desc, n, head // G * k_step, D0, D1)
-            scores = _dot(q0, q1, k0, k1, D1) * scale_log2
+            scores = _dot(q0, q1, k0, k1, D1)
             if n + BN > whole_end:
                 columns = n + tl.arange(0, BN)
                 sees = _share_segment(segment_ids_ptr, rows, columns, T)
                 if CAUSAL:
                     sees &= rows[:, None] >= columns[None, :]
                 scores = tl.where(sees, scores, -float("inf"))
+            # Peaks are of scores before scaling, so that scaling and shifting are one FFMA a score.
             new_peak = tl.maximum(peak, tl.max(scores, 1))
-            shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # has seen nothing yet
-            p = tl.exp2(scores - shift[:, None])
-            rescale = tl.exp2(peak - shift)
+            shift = tl.where(
+                new_peak == -float("inf"), 0.0, new_peak * scale_log2
+            )  # sees nothing yet
+            p = tl.exp2(scores * scale_log2 - shift[:, None])
+            rescale = tl.exp2(peak * scale_log2 - shift)
             total = total * rescale + tl.sum(p, 1)
             acc0 *= rescale[:, None]
             if D1:
@@ -142,7 +145,8 @@ def _varlen_attention_fwd_kernel(
         if D1:
             acc1 /= total[:, None]
         _store(out_ptr, acc0, acc1, rows, end, head, H, K, D0, D1)
-        tl.store(lse_ptr + head * T + rows, peak + tl.log2(total), mask=rows < end)
+        lse = peak * scale_log2 + tl.log2(total)
+        tl.store(lse_ptr + head * T + rows, lse, mask=rows < end)
 
 
 @triton.jit

@@ -20,14 +20,18 @@ def split_head_dim(K):
 
 def launch_options(kernel, K, dtype):
     """Blocks, stages and warps of a kernel, the largest blocks that `benchmarks.compile_report` sees
-    without spills. Small ones for float32, whose exact sums use no tensor core."""
+    without spills. Small ones for float32, whose exact sums use no tensor core. Scores are scaled and
+    shifted by one FFMA each, which newer versions of Triton do where they are told to."""
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
-        return {"BM": 16, "BN": 16, "STAGES": 1, "num_warps": 8}
-    if kernel != "bwd_dkv":
-        return {"BM": 128, "BN": 64 if kernel == "bwd_dq" else 128, "STAGES": 2, "num_warps": 8}
-    if K <= 64:
-        return {"BM": 64, "BN": 128, "STAGES": 2, "num_warps": 8}
-    return {"BM": 64, "BN": 64, "STAGES": 2, "num_warps": 4}  # two to a processor
+        blocks = {"BM": 16, "BN": 16, "STAGES": 1, "num_warps": 8}
+    elif kernel != "bwd_dkv":
+        BN = 64 if kernel == "bwd_dq" else 128
+        blocks = {"BM": 128, "BN": BN, "STAGES": 2, "num_warps": 8}
+    elif K <= 64:
+        blocks = {"BM": 64, "BN": 128, "STAGES": 2, "num_warps": 8}
+    else:
+        blocks = {"BM": 64, "BN": 64, "STAGES": 2, "num_warps": 4}  # two to a processor
+    return {**blocks, "enable_fp_fusion": True}
 
 
 def _descriptors(x_THK, rows, D0, D1):
@@ -212,4 +216,6 @@ def varlen_attention_triton(q_THK, k, v, cu_seqlens, tiles, causal, scale):
     """The kernels behind `mmpack.ops.varlen_attention`, which has checked the arguments."""
     if tiles is None:
         tiles = tiles_from_cu_seqlens(cu_seqlens, len(q_THK))
+    if scale <= 0:  # peaks are of scores before scaling, which must not turn their order
+        q_THK, scale = (-q_THK, -scale) if scale else (q_THK * 0, 1.0)
     return _varlen_attention(q_THK, k, v, *tiles, causal, scale)[0]
