@@ -75,15 +75,20 @@ def whole(data, tmp_path_factory):
 
 
 FORK = """
-import json, os, sys
+import json, mmap, os, sys, time
 from mmpack import cli, index, merge, pack, publish
 from mmpack.hf import training
 processor = training.load_processor(sys.argv[2])
 training.load_processor = lambda *options: processor
 def kill(*args, **options): os.kill(os.getpid(), 9)
-def slow(function):
-    import time
-    return lambda *args: (time.sleep(1.5), function(*args))[1]
+waiting = mmap.mmap(-1, 3)  # forks share it: who has said that it waits
+def told(n): return lambda *args, **options: (print(*args, **options), waiting.__setitem__(n, 1))
+def patient(function):
+    def run(*args):
+        end = time.monotonic() + 60
+        while sum(waiting[:]) < 2 and time.monotonic() < end: time.sleep(0.01)
+        return function(*args)
+    return run
 children = []
 for change, arguments in json.loads(sys.argv[1]):
     children.append(os.fork())
@@ -122,8 +127,9 @@ def aftermath(data, tmp_path_factory):
     """Processes that pack at once, three of them to one folder: (exit codes, where, all they said)."""
     folder = tmp_path_factory.mktemp("fork")
     changes = {**MOMENTS, "full": FULL}
-    slow = "pack.write_plan = slow(pack.write_plan)"  # so that all have begun before one ends
-    changes |= {f"shared{n}": slow for n in range(3)}
+    # None ends before the two others wait.
+    patient = "publish.print = told({}); pack.write_plan = patient(pack.write_plan)"
+    changes |= {f"shared{n}": patient.format(n) for n in range(3)}
     outs = {name: folder / name.rstrip("012") / "out" for name in changes}
     commands = [(change, [*data, "--out", str(outs[name])]) for name, change in changes.items()]
     process = start(FORK, json.dumps(commands), data[3])
@@ -139,9 +145,9 @@ def test_one_builds_and_the_others_wait(aftermath, whole):
     codes, outs, said = aftermath
     out = outs["shared0"]
     assert [codes[f"shared{n}"] for n in range(3)] == [0, 0, 0], said
-    waits = re.findall(
-        rf"^waiting for process \d+ on .* to make {re.escape(str(out))}$", said, re.M
-    )
+    # Who it is stands in the lock a moment after it is taken.
+    whom = r"(?:process \d+ on .*|another process)"
+    waits = re.findall(rf"^waiting for {whom} to make {re.escape(str(out))}$", said, re.M)
     assert len(waits) == 2, said
     assert said.count(f"nothing encoded anew: {out}") == 2
     for name in ("samples.arrow", "index.npz", "plan.npz", "bad_rows.jsonl", "overflow.jsonl"):
