@@ -129,9 +129,8 @@ def _varlen_attention_fwd_kernel(
                 scores = tl.where(sees, scores, -float("inf"))
             # Peaks are of scores before scaling, so that scaling and shifting are one FFMA a score.
             new_peak = tl.maximum(peak, tl.max(scores, 1))
-            shift = tl.where(
-                new_peak == -float("inf"), 0.0, new_peak * scale_log2
-            )  # sees nothing yet
+            unseen = new_peak == -float("inf")  # keys so far
+            shift = tl.where(unseen, 0.0, new_peak * scale_log2)
             p = tl.exp2(scores * scale_log2 - shift[:, None])
             rescale = tl.exp2(peak * scale_log2 - shift)
             total = total * rescale + tl.sum(p, 1)
