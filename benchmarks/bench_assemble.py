@@ -9,6 +9,7 @@ GPU the launches and the time there. `test_veomni`: the same beside VeOmni, whos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -98,6 +99,19 @@ def test_assemble(capacity, segments, images, model, benchmark, recorder, quick)
     benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
 
 
+def ours(samples: list[EncodedSample]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """From samples to a batch, pixels aside: left to the device, or assembled by the host."""
+    has_images = any(len(sample.grid_thw) for sample in samples)
+    values = (
+        {"pixel_values": torch.empty(0)} if has_images else {}
+    )  # grids are sent where pixels are
+    tower = Tower()
+    return {
+        "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
+        "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
+    }
+
+
 def num_bytes(batch: dict[str, Any]) -> int:
     """Bytes of a batch's tensors, which go from the worker to the device."""
     values = [*batch.values(), *batch["mmpack"].values()]
@@ -109,31 +123,21 @@ def num_bytes(batch: dict[str, Any]) -> int:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("capacity", "segments", "images"), CASES)
 def test_batch(capacity, segments, images, model, benchmark, recorder, quick):
-    """From samples to a batch, pixels aside: assembled by the host, or left to the device."""
     if quick and capacity != 8192:
         pytest.skip("not among the quick cases")
     samples = made_up(capacity, segments, images)
-    pack = compact(samples, pixels=False)
-    values = {"pixel_values": torch.empty(0)} if images else {}  # grids are sent where pixels are
-    tower = Tower()
-    host, device = (
-        batch_of(assemble(samples, pixels=False), values, tower),
-        compact_batch_of(pack, values, tower),
-    )
     expanded = expand(assemble(samples, pixels=False), samples)
-    candidates = {
-        "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
-        "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
-        "transformers": lambda: rope_index_pack(model, expanded),
-    }
+    candidates = ours(samples) | {"transformers": lambda: rope_index_pack(model, expanded)}
+    batches = {name: candidates[name]() for name in ("device", "native")}
     x, config = ("tokens", capacity), f"segments={segments} images={images} tokens={capacity}"
     medians = measure(
         recorder, "batch", "host", candidates, x=x, config=config,
         rounds=5 if quick else 50, on_host=True,
     )  # fmt: skip
-    figures = [("host", "bytes", "B", {"device": [num_bytes(device)], "native": [num_bytes(host)]})]
+    sizes = {name: [num_bytes(batch)] for name, batch in batches.items()}
+    figures = [("host", "bytes", "B", sizes)]
     if torch.cuda.is_available():
-        figures += on_the_gpu(device, quick)
+        figures += on_the_gpu(batches["device"], quick)
     for mode, metric, unit, found in figures:
         for name, of_name in found.items():
             recorder.add(
@@ -157,13 +161,7 @@ def test_veomni(capacity, segments, images, model, benchmark, recorder, quick):
     assert np.array_equal(stock["position_ids"][0].numpy(), pack.position_ids[1:])
     assert np.array_equal(stock["cu_seq_lens_q"].numpy(), pack.cu_seqlens)
 
-    values = {"pixel_values": torch.empty(0)} if images else {}
-    tower = Tower()
-    candidates = {
-        "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
-        "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
-        "VeOmni": lambda: collate(expanded),
-    }
+    candidates = ours(samples) | {"VeOmni": lambda: collate(expanded)}
     config = f"segments={segments} images={images} tokens={capacity}"
     medians = measure(
         recorder, "batch", "host, beside VeOmni", candidates, x=("tokens", capacity), config=config,

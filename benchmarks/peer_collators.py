@@ -134,15 +134,6 @@ def veomni_alone() -> None:
     sys.modules.setdefault("requests", types.ModuleType("requests"))
 
 
-def veomni_positions(model: Any) -> Callable[..., Row]:
-    """What its `get_position_id_func` gives: `get_rope_index` on one row, ids of its own for images."""
-
-    def positions(**row: Any) -> Row:
-        return {"position_ids": model.get_rope_index(**row)[0].squeeze(1)}
-
-    return positions
-
-
 def veomni_pack(
     model: Any,
 ) -> Callable[[Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]], Row]:
@@ -151,8 +142,7 @@ def veomni_pack(
     veomni_alone()
     from veomni.data.data_collator import MainCollator
 
-    collate, positions = MainCollator(), veomni_positions(model)
-    image_token = model.config.image_token_id
+    collate, image_token = MainCollator(), model.config.image_token_id
 
     def pack(samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Row:
         rows = []
@@ -170,7 +160,7 @@ def veomni_pack(
             asked = {"input_ids": ids[None], "attention_mask": mask[None]}
             asked |= {"mm_token_type_ids": types_of[None], "video_grid_thw": None}
             asked["image_grid_thw"] = grids if len(grids) else None
-            row["position_ids"] = positions(**asked)["position_ids"].squeeze().clone()
+            row["position_ids"] = model.get_rope_index(**asked)[0].squeeze().clone()
             ids[row["image_mask"]] = 0
             ids[row["video_mask"]] = 0
             row |= {"input_ids": ids, "mm_token_type_ids": types_of}
@@ -197,10 +187,14 @@ def veomni_collator(processor: Any, model: Any) -> Callable[[Sequence[Sample]], 
             for m in messages
         ]
 
+    def positions(**row: Any) -> Row:
+        """What the model's `get_position_id_func` gives."""
+        return {"position_ids": model.model.get_rope_index(**row)[0].squeeze(1)}
+
     PREPROCESSOR_REGISTRY.register("samples", parts_of)
     template, collate = Qwen2VLChatTemplate(processor), MainCollator()
     known = {"processor": processor, "chat_template": template, "source_name": "samples"}
-    known["position_id_func"] = veomni_positions(model.model)
+    known["position_id_func"] = positions
 
     def collate_rows(samples: Sequence[Sample]) -> Row:
         rows: list[Row] = []
