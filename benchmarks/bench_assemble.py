@@ -21,10 +21,10 @@ from benchmarks.harness import CEILING, compare, kernel_launches, measure, time_
 from benchmarks.peer_collators import veomni_pack
 from benchmarks.peers import rope_index_model, rope_index_pack
 from mmpack import VisionSpec, assemble
-from mmpack.compact import compact
-from mmpack.hf.batch import assemble_on_device, batch_of, compact_batch_of
-from mmpack.hf.families import Tower
+from mmpack.hf.families import TowerSpec
+from mmpack.hf.forward_kwargs import assemble_on_device, batch_of, compact_batch_of
 from mmpack.ops import assemble_sequence
+from mmpack.packing.compact import compact
 from mmpack.types import IGNORE, EncodedSample, Pack
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
@@ -105,7 +105,7 @@ def ours(samples: list[EncodedSample]) -> dict[str, Callable[[], dict[str, Any]]
     values = (
         {"pixel_values": torch.empty(0)} if has_images else {}
     )  # grids are sent where pixels are
-    tower = Tower()
+    tower = TowerSpec()
     return {
         "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
         "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),

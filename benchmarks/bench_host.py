@@ -24,8 +24,7 @@ from benchmarks.peer_collators import (
     transformers_collator,
     veomni_collator,
 )
-from mmpack import PackedDataset, read_samples
-from mmpack.encode import encode_samples
+from mmpack import PackedDataset, encode_samples, read_samples
 from mmpack.hf import PackCollator, patch_model
 
 CAPACITY, MAX_PIXELS = 8192, 28 * 28 * 1280
@@ -41,8 +40,8 @@ PEERS = [
 
 def rows_and_processor():
     """(samples, tokenizer, spec, which)"""
-    from mmpack.demo import NUM_ROWS, write_data
-    from mmpack.hf.training import load_processor
+    from mmpack.cli.demo import NUM_ROWS, write_data
+    from mmpack.hf import load_processor
 
     if SHARED.is_dir():
         rows, tokenizer = SHARED / "realset" / "realset_sft.json", SHARED / "tokenizer" / "qwen2_vl"
@@ -68,7 +67,7 @@ def test_collate(peer, benchmark, recorder, quick):
     numbers = [n for pack in packs for n in dataset.plan.samples_of(pack).tolist()]
     batches = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
     tokens = sum(encoded[n].num_tokens for n in numbers)
-    pictures = [in_memory(image) for n in numbers for image in encoded[n].images]
+    pictures = [in_memory(image) for n in numbers for image in encoded[n].media]
 
     processor, model = processor_of(tokenizer, spec), tiny_model()
     if peer == "transformers":

@@ -34,7 +34,7 @@ MAX_PIXELS = 28 * 28 * 1280
 def parts():
     if not REALSET.is_file():
         pytest.skip("needs the real rows, which are not here")
-    from mmpack.hf.training import load_processor
+    from mmpack.hf import load_processor
 
     return load_processor(SHARED / "tokenizer" / "qwen2_vl", MAX_PIXELS)
 
@@ -48,9 +48,9 @@ def samples(parts, quick):
 
 def index(path, parts, folder, jobs=None):
     """Index a file into a store."""
-    from mmpack.index import index_rows
-    from mmpack.readers import row_groups
-    from mmpack.store import write_batches
+    from mmpack.data.readers import row_groups
+    from mmpack.store.build import index_rows
+    from mmpack.store.encoded_store import write_batches
 
     tokenizer, vision = parts
     rows = index_rows(list(row_groups(path, None, REALSET.parent)), tokenizer, vision, jobs=jobs)
@@ -58,7 +58,7 @@ def index(path, parts, folder, jobs=None):
     return write_batches(folder, batches, vision, {})
 
 
-def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
+def test_build(parts, samples, tmp_path, benchmark, recorder, quick):
     from PIL import Image
     from transformers import Qwen2VLImageProcessorPil
 
@@ -109,7 +109,7 @@ def test_index(parts, samples, tmp_path, benchmark, recorder, quick):
 
 
 def test_headers(parts, benchmark, recorder, quick):
-    from mmpack import images
+    from mmpack.data import images
     from mmpack.types import ImageRef
 
     folder = REALSET.parent
@@ -130,8 +130,8 @@ def test_headers(parts, benchmark, recorder, quick):
 
 
 def test_samples_of_a_store(parts, samples, tmp_path, benchmark, recorder, quick):
-    from mmpack.encode import encode_samples
-    from mmpack.store import write_store
+    from mmpack import encode_samples
+    from mmpack.store.encoded_store import write_store
 
     store = write_store(tmp_path / "store", encode_samples(samples, *parts), parts[1], {})
     numbers = np.random.default_rng(0).integers(0, len(store), 50).tolist()
@@ -187,7 +187,7 @@ def watch_memory(peaks: list[float], done: threading.Event) -> None:
 
 def main() -> None:
     """Index ROWS synthetic rows in FOLDER."""
-    from mmpack.hf.training import load_processor
+    from mmpack.hf import load_processor
 
     num_rows, folder = int(sys.argv[1]), Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.harness import compare, device, measure
 from benchmarks.peers import conv3d_patch_embed, linear_patch_embed
-from mmpack import VisionSpec, images
+from mmpack import VisionSpec
+from mmpack.data import images
 from mmpack.ops import patch_embed
 
 ON_GPU = torch.cuda.is_available()

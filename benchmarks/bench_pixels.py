@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.harness import CEILING, SHARED, compare, measure
-from mmpack import VisionSpec, images
+from mmpack import VisionSpec
+from mmpack.data import images
 from mmpack.types import ImageRef
 from mmpack.video_spec import BICUBIC
 

@@ -1,6 +1,6 @@
 """How long do ranks wait for each other, and how full are packs, against what others plan with?
 
-Cost is a training step's operations on Qwen2-VL-2B (`mmpack.cost`). Imbalance is the mean over steps
+Cost is a training step's operations on Qwen2-VL-2B (`mmpack.packing.cost`). Imbalance is the mean over steps
 of the dearest rank's cost over the mean rank's, packs dealt in random order; its floor is that of the
 same plan if every pack cost the mean, or its dearest sample where that is more: its ceiling. Seconds are CPU
 time of one thread. Peers: the planners of TRL, LLaMA-Factory, axolotl and ms-swift (binpacking). Rows are
@@ -19,8 +19,8 @@ from benchmarks.harness import SHARED
 from benchmarks.model_configs import QWEN2_VL_2B
 from benchmarks.planners import WINDOW, planners_of
 from mmpack import PackPlan, plan_packs
-from mmpack.cost import sample_flops
-from mmpack.mixture import cost_floor, rank_imbalance
+from mmpack.packing.cost import sample_flops
+from mmpack.packing.pack_stats import cost_floor, rank_imbalance
 
 CAPACITIES = (4096, 8192, 32768)
 RANKS = (8, 64)

@@ -60,13 +60,14 @@ def made_up_samples(num_rows: int, vision: Any) -> Iterator[Any]:
 def write(folder: Path, num_rows: int) -> None:
     """A store and its plan, with costs, in a folder."""
     from mmpack import VisionSpec
-    from mmpack.dataset import plan_samples
-    from mmpack.store import write_store
+    from mmpack.packing.plan import plan_samples
+    from mmpack.store.encoded_store import write_store
+    from mmpack.store.plan_file import save_plan
 
     vision = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
     store = write_store(folder, made_up_samples(num_rows, vision), vision, {})
     cost = store.num_tokens + store.num_patches
-    plan_samples(store, CAPACITY, None, "drop", 0, cost).save(folder / "plan.npz")
+    save_plan(plan_samples(store, CAPACITY, None, "drop", 0, cost), folder / "plan.npz")
 
 
 LOOK = """
@@ -77,8 +78,8 @@ def memory():
     return [int(fields[name]) / 1024 for name in ("Anonymous:", "Rss:")]
 from pathlib import Path
 from mmpack import PackedDataset, assemble
-from mmpack.store import open_store
-from mmpack.types import PackPlan
+from mmpack.store.encoded_store import open_store
+from mmpack.store.plan_file import load_plan
 import pyarrow.compute
 folder = Path(sys.argv[1])
 found = {"nothing": memory()}
@@ -88,7 +89,7 @@ def timed(name, run):
     found[name + " ms"] = 1e3 * (time.perf_counter() - start)
     return result
 timed("open", lambda: open_store(folder))
-timed("plan", lambda: PackPlan.load(folder / "plan.npz"))
+timed("plan", lambda: load_plan(folder / "plan.npz"))
 dataset = timed("both", lambda: PackedDataset.from_store(folder))
 found["opened"] = memory()
 def packs(numbers):

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.bench_plan import LENGTHS, real_rows, synthetic_rows
 from mmpack import plan_packs
-from mmpack.select import choose_packs
+from mmpack.packing.stream_select import choose_packs
 
 CAPACITIES = (4096, 8192, 32768)
 BUFFERS = (25, 50, 100, 200, 400)

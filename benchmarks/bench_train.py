@@ -3,7 +3,7 @@
 The same rows in the same model. Peers: padded batches of eight, padded and grouped by length, transformers'
 own packing (four rows of positions, sdpa with a mask); ours: the same packs through a patched model, by
 libraries' ops and by our kernels. Useful tokens are the rows' own; padding is not among them. The ceiling is
-a step whose operations (`mmpack.cost`) all run at the rate of a large product. On a GPU the model is
+a step whose operations (`mmpack.packing.cost`) all run at the rate of a large product. On a GPU the model is
 Qwen2-VL-2B with random weights in bf16, elsewhere a tiny one in float32.
 """
 
@@ -20,10 +20,10 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from benchmarks.harness import CEILING, device, host_syncs, kernel_launches, peak_mib, timer
 from benchmarks.model_configs import QWEN2_VL_2B
 from mmpack import VisionSpec, plan_packs
-from mmpack.assemble import assemble
-from mmpack.cost import sample_flops
 from mmpack.hf import PackCollator, patch_model, unpatch_model
 from mmpack.ops.varlen_attention import AUTO, why_not
+from mmpack.packing.assemble import assemble
+from mmpack.packing.cost import sample_flops
 from mmpack.types import EncodedSample
 
 ON_GPU = torch.cuda.is_available()

@@ -14,10 +14,10 @@ from mmpack.ops import mrope, varlen_triton  # noqa: F401
 
 embed = sys.modules["mmpack.ops.embed_features"]
 varlen = sys.modules["mmpack.ops.varlen_triton"]
-sequence = sys.modules["mmpack.ops.assemble_sequence"]
-patches = sys.modules["mmpack.ops.assemble_patches"]
-attention_tiles = sys.modules["mmpack.ops.attention_tiles"]
-masks = sys.modules["mmpack.ops.attention_masks"]
+sequence = sys.modules["mmpack.ops.assembly.assemble_sequence"]
+patches = sys.modules["mmpack.ops.assembly.assemble_patches"]
+attention_tiles = sys.modules["mmpack.ops.assembly.attention_tiles"]
+masks = sys.modules["mmpack.ops.assembly.dense_mask"]
 
 
 @dataclass(frozen=True)
@@ -255,12 +255,6 @@ _INDEX_CASES = [
         attention_tiles._rank_tiles_kernel,
         {"CAUSAL": True, "BLOCK_N": attention_tiles.BLOCK_N, "BLOCK_M": attention_tiles.BLOCK_M},
         168,  # Triton 3.6 takes 158
-    ),
-    _index_case(
-        "block_mask T=32768",
-        masks._block_mask_kernel,
-        {"CAUSAL": True, "BLOCK": masks.BLOCK, "BLOCK_B": 256},
-        96,
     ),
     *[
         _index_case(

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmpack.assemble import assemble
+from mmpack.packing.assemble import assemble
 from mmpack.types import EncodedSample, Sample
-from mmpack.vision import VisionSpec
+from mmpack.vision_spec import VisionSpec
 
 
 def processor_of(tokenizer: Any, spec: VisionSpec) -> Any:

@@ -220,6 +220,26 @@ py::tuple to_tuple(const mmpack::PackCounts& counts) {
                         counts.max_seqlen, counts.vision_max_seqlen);
 }
 
+// A pack's arrays as `assemble` writes them: name, type, extents. mmpack/types.py has the same table, for
+// Python to allocate by (tests/test_native.py compares the two).
+#define PACK_ARRAYS(ARRAY)                                                \
+  ARRAY(input_ids, std::int64_t, T)                                       \
+  ARRAY(labels, std::int64_t, T)                                          \
+  ARRAY(position_ids, std::int64_t, 4, T)                                 \
+  ARRAY(cu_seqlens, std::int32_t, S + 1)                                  \
+  ARRAY(segment_ids, std::int32_t, T)                                     \
+  ARRAY(tiles, std::int32_t, most_tiles(T, S), 4)                         \
+  ARRAY(feature_index, std::int32_t, T)                                   \
+  ARRAY(feature_token, std::int32_t, F)                                   \
+  ARRAY(text_order, std::int32_t, T - F)                                  \
+  ARRAY(text_id_offsets, std::int32_t, T - F + 1)                         \
+  ARRAY(supervised_index, std::int32_t, T - F)                            \
+  ARRAY(grid_thw, std::int64_t, I, 3)                                     \
+  ARRAY(vision_cu_seqlens, std::int32_t, frames + 1)                      \
+  ARRAY(vision_segment_ids, std::int32_t, P)                              \
+  ARRAY(vision_tiles, std::int32_t, most_tiles(P, frames), 4)             \
+  ARRAY(vision_position_ids, std::int64_t, P, 2)
+
 py::tuple assemble(const py::array& input_ids, const py::array& labels, const py::array& offsets,
                    const py::array& grid_thw, const py::array& temporal_step,
                    const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
@@ -227,30 +247,15 @@ py::tuple assemble(const py::array& input_ids, const py::array& labels, const py
   const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
                                     grid_offsets, image_id, video_id, merge_size);
   const auto size = mmpack::measure(samples);
+  using mmpack::most_tiles;
   const auto T = size.tokens, F = size.features, frames = size.frames, P = size.patches;
   const auto S = static_cast<std::int64_t>(samples.num_segments());
   const auto I = static_cast<std::int64_t>(samples.num_grids());
   Outputs outputs(out);
   keep_apart(outputs, samples);
-  const mmpack::PackBuffers buffers{
-      .input_ids = outputs.take<std::int64_t>("input_ids", {T}),
-      .labels = outputs.take<std::int64_t>("labels", {T}),
-      .position_ids = outputs.take<std::int64_t>("position_ids", {4, T}),
-      .cu_seqlens = outputs.take<std::int32_t>("cu_seqlens", {S + 1}),
-      .segment_ids = outputs.take<std::int32_t>("segment_ids", {T}),
-      .tiles = outputs.take<std::int32_t>("tiles", {mmpack::most_tiles(T, S), 4}),
-      .feature_index = outputs.take<std::int32_t>("feature_index", {T}),
-      .feature_token = outputs.take<std::int32_t>("feature_token", {F}),
-      .text_order = outputs.take<std::int32_t>("text_order", {T - F}),
-      .text_id_offsets = outputs.take<std::int32_t>("text_id_offsets", {T - F + 1}),
-      .supervised_index = outputs.take<std::int32_t>("supervised_index", {T - F}),
-      .grid_thw = outputs.take<std::int64_t>("grid_thw", {I, 3}),
-      .vision_cu_seqlens = outputs.take<std::int32_t>("vision_cu_seqlens", {frames + 1}),
-      .vision_segment_ids = outputs.take<std::int32_t>("vision_segment_ids", {P}),
-      .vision_tiles =
-          outputs.take<std::int32_t>("vision_tiles", {mmpack::most_tiles(P, frames), 4}),
-      .vision_position_ids = outputs.take<std::int64_t>("vision_position_ids", {P, 2}),
-  };
+#define TAKE(name, type, ...) .name = outputs.take<type>(#name, {__VA_ARGS__}),
+  const mmpack::PackBuffers buffers{PACK_ARRAYS(TAKE)};
+#undef TAKE
   mmpack::PackCounts counts;
   {
     py::gil_scoped_release release;
@@ -328,6 +333,13 @@ py::tuple text_by_id(const py::array& input_ids, const py::array& feature_index)
 PYBIND11_MODULE(_native, m) {
   m.doc() = "mmpack's C++ core; see csrc/.";
   m.attr("TILE") = mmpack::kTile;
+  m.attr("MAX_RUN") = mmpack::kMaxRun;
+  py::dict pack_arrays;
+#define SAY(name, type, ...) \
+  pack_arrays[#name] = py::make_tuple(py::str(py::dtype::of<type>()), #__VA_ARGS__);
+  PACK_ARRAYS(SAY)
+#undef SAY
+  m.attr("PACK_ARRAYS") = pack_arrays;
   m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
         py::arg("patches"), py::arg("frame") = 0,
         "Writes the patches of one picture, a frame of them; see csrc/patchify.h.");

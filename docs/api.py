@@ -12,16 +12,18 @@ MODULES = [
     "mmpack",
     "mmpack.hf",
     "mmpack.ops",
-    "mmpack.cost",
-    "mmpack.encode",
-    "mmpack.hf.training",
-    "mmpack.index",
-    "mmpack.mixture",
-    "mmpack.readers",
+    "mmpack.packing.cost",
+    "mmpack.data.encode",
+    "mmpack.hf.loading",
+    "mmpack.store.build",
+    "mmpack.packing.pack_stats",
+    "mmpack.data.readers",
 ]
 
 if __name__ == "__main__":
     for name in mmpack.__all__:  # some come lazily, and pdoc looks into the module alone
         setattr(mmpack, name, getattr(mmpack, name))
     pdoc.render.configure(docformat="google")
-    pdoc.pdoc(*MODULES, "!mmpack.assemble", "!mmpack.ops.", output_directory=Path(sys.argv[1]))
+    pdoc.pdoc(
+        *MODULES, "!mmpack.packing.assemble", "!mmpack.ops.", output_directory=Path(sys.argv[1])
+    )

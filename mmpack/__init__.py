@@ -11,32 +11,54 @@ except ImportError as error:
         "mmpack's C++ core is not built; run: pip install --no-build-isolation --no-deps -e ."
     ) from error
 
-from mmpack.assemble import assemble
-from mmpack.encode import encode_sample
-from mmpack.plan import plan_packs
-from mmpack.prompt import render_prompt
-from mmpack.readers import read_samples
-from mmpack.types import CompactPack, EncodedSample, Pack, PackPlan, Sample
+from mmpack.data.encode import encode_sample, encode_samples
+from mmpack.data.readers import read_documents, read_samples
+from mmpack.errors import BadRow, RowError
+from mmpack.packing.assemble import assemble
+from mmpack.packing.cost import costs_of
+from mmpack.packing.pack_stats import cost_floor, rank_imbalance
+from mmpack.packing.plan import plan_packs
+from mmpack.packing.prompt import render_prompt
+from mmpack.types import (
+    CompactPack,
+    EncodedSample,
+    ImageRef,
+    Message,
+    Pack,
+    PackPlan,
+    Sample,
+    VideoRef,
+)
 from mmpack.video_spec import VideoSpec
-from mmpack.vision import VisionSpec
+from mmpack.vision_spec import VisionSpec
 
 if TYPE_CHECKING:
-    from mmpack.dataset import PackedDataset
-    from mmpack.stream import PackStream
+    from mmpack.packing.dataset import PackedDataset
+    from mmpack.packing.stream import PackStream
 
 __all__ = [
+    "BadRow",
     "CompactPack",
     "EncodedSample",
+    "ImageRef",
+    "Message",
     "Pack",
     "PackPlan",
     "PackStream",
     "PackedDataset",
+    "RowError",
     "Sample",
+    "VideoRef",
     "VideoSpec",
     "VisionSpec",
     "assemble",
+    "cost_floor",
+    "costs_of",
     "encode_sample",
+    "encode_samples",
     "plan_packs",
+    "rank_imbalance",
+    "read_documents",
     "read_samples",
     "render_prompt",
 ]
@@ -45,11 +67,15 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "PackedDataset":  # these two need torch
-        from mmpack.dataset import PackedDataset
+        from mmpack.packing.dataset import PackedDataset
 
         return PackedDataset
     if name == "PackStream":
-        from mmpack.stream import PackStream
+        from mmpack.packing.stream import PackStream
 
         return PackStream
     raise AttributeError(f"module 'mmpack' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

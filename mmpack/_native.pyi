@@ -4,6 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 TILE: int
+MAX_RUN: int
+PACK_ARRAYS: dict[str, tuple[str, str]]  # dtype and extents, as in mmpack.types
 
 def patchify(
     pixels: NDArray[np.uint8],

@@ -1,4 +1,4 @@
-"""What can be wrong with a row, and what becomes of it: raised, skipped aloud, or listed."""
+"""What can be wrong with a row, and what happens to it: raised, skipped with a warning, or collected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any, Literal
 
 
 class RowError(ValueError):
-    """What is wrong with one row, and what its owner can do about it."""
+    """A row that cannot be used.
+
+    Attributes:
+        error: what is wrong with it.
+        advice: what to do about it; may be empty.
+    """
 
     def __init__(self, error: str, advice: str = "") -> None:
         super().__init__(f"{error}; {advice}" if advice else error)
@@ -26,8 +31,13 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BadRow:
-    """A row that cannot be used: where it is, why, what to do about it, and what it holds (None
-    where the row had been read before the error was found)."""
+    """A row that was left out: what `on_error=[]` collects.
+
+    Attributes:
+        source: its file. row: its number there, from 0.
+        error, advice: as in `RowError`.
+        content: what the row holds; None where it had been read before the error was found.
+    """
 
     source: str
     row: int
@@ -48,7 +58,7 @@ def names(keys: Iterable[Any]) -> str:
     return f"{shown[:12]}" + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
-def report(bad: BadRow, on_error: OnError) -> None:
+def refuse(bad: BadRow, on_error: OnError) -> None:
     """Deal with a bad row as `on_error` says: "raise" a `ValueError`; "skip" it with a warning; or
     append it to a list."""
     if isinstance(on_error, list):

@@ -1,7 +1,7 @@
 """THE SPECIFICATION: what mmpack computes, slow and clear.
 
 Every other file only says it faster, is compared with this one and never imports it; the doors
-(`mmpack.assemble`, `mmpack.hf`) run it by name. Shapes: T tokens in a pack, S segments, I images,
+(`mmpack.packing.assemble`, `mmpack.hf`) run it by name. Shapes: T tokens in a pack, S segments, I images,
 P patches, F features, D hidden size, H heads, K head dim, L supervised tokens, C channels, p patch
 side, E hidden size of the vision tower.
 """
@@ -14,11 +14,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from mmpack.types import IGNORE, EncodedSample, Float32, Int32, Int64, Pack
-from mmpack.vision import VisionSpec
+from mmpack.types import IGNORE, MAX_RUN, TILE, EncodedSample, Int32, Int64, Pack
+from mmpack.vision_spec import VisionSpec
 
-MAX_RUN = 32  # tokens of one id in a run of `text_id_offsets`
-TILE = 128  # rows of attention that one program takes
 _Run = tuple[int, tuple[int, int, int]]  # the first token of a run of placeholders, and its grid
 
 
@@ -164,43 +162,6 @@ def _patch_places(grids: Sequence[Sequence[int]], vision: VisionSpec) -> Int64:
         for j in range(m)
     ]
     return np.array(places, dtype=np.int64).reshape(-1, 2)
-
-
-def window_order(
-    place_P2: Int64, frame_P: Int32, merge_size: int, side: int
-) -> tuple[Int32, Int32]:
-    """(order, cu_seqlens): the features (F,) of a pack's images window by window, in reading order
-    within each and frame by frame, and the windows' offsets in their patches.
-
-    A window is `side` x `side` features, less at the edges of an image. transformers'
-    `get_vision_window_index`, for patches at rows and columns `place_P2` of frames `frame_P`.
-    """
-    first_patch = slice(None, None, merge_size**2)
-    window = np.column_stack([frame_P[first_patch], place_P2[first_patch] // (merge_size * side)])
-    order = np.lexsort(window.T[::-1])  # by frame, row, column; stable
-    is_new = np.diff(window[order], axis=0, prepend=-1).any(axis=1)
-    starts = np.append(np.flatnonzero(is_new), len(order))
-    return order.astype(np.int32), (starts * merge_size**2).astype(np.int32)
-
-
-def interpolated_positions(place_P2: Int64, grid_thw: Int64, side: int) -> tuple[Int32, Float32]:
-    """(index, weight), each (P, 4): rows of a learned `side` x `side` table of positions, and their
-    shares, whose sum is a patch's position: bilinear, the table's corners on the image's.
-
-    transformers' `get_vision_interpolation_indices_and_weights(align_corners=True)`, its float32
-    roundings included, for patches at rows and columns `place_P2` of images `grid_thw` (I, 3).
-    """
-    size_P2 = np.repeat(grid_thw[:, 1:], grid_thw.prod(axis=1), axis=0)
-    at = place_P2.astype(np.float32) * np.float32(side - 1)
-    at /= np.maximum(size_P2 - 1, 1).astype(np.float32)
-    below = np.floor(at)
-    taps = below[..., None] + np.arange(2, dtype=np.float32)  # (P, 2 axes, 2)
-    weights = np.maximum(1 - np.abs(at[..., None] - taps), 0)
-    rows, columns = taps.clip(0, side - 1).astype(np.int32).swapaxes(0, 1)
-    row_weights, column_weights = weights.swapaxes(0, 1)
-    index: Int32 = rows[:, :, None] * side + columns[:, None, :]
-    weight: Float32 = row_weights[:, :, None] * column_weights[:, None, :]
-    return index.reshape(-1, 4), weight.reshape(-1, 4)
 
 
 def embed_features(

@@ -7,15 +7,12 @@ T tokens in a pack, S segments, I images, P patches, F features, N samples, L su
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.arrays import load_arrays, save_arrays
-from mmpack.errors import names
-from mmpack.vision import VisionSpec
+from mmpack.vision_spec import VisionSpec
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -23,11 +20,35 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 IGNORE = -100  # label of a token without loss
+TILE = 128  # rows of attention that one program takes: `Pack.tiles`; csrc/assembler.h has the same
+MAX_RUN = 32  # tokens of one id in a run: `Pack.text_id_offsets`; csrc/assembler.h has the same
+
+# The arrays of a `Pack`: dtype and extents, as csrc/bindings.cpp has them. Letters of DESIGN.md; `most_tiles`
+# is room for the tiles of so many rows in so many segments. T - F and T - F + 1 are room too, for what is
+# known to be shorter only when it is written.
+PACK_ARRAYS = {
+    "input_ids": ("int64", "T"),
+    "labels": ("int64", "T"),
+    "position_ids": ("int64", "4, T"),
+    "cu_seqlens": ("int32", "S + 1"),
+    "segment_ids": ("int32", "T"),
+    "tiles": ("int32", "most_tiles(T, S), 4"),
+    "feature_index": ("int32", "T"),
+    "feature_token": ("int32", "F"),
+    "text_order": ("int32", "T - F"),
+    "text_id_offsets": ("int32", "T - F + 1"),
+    "supervised_index": ("int32", "T - F"),
+    "grid_thw": ("int64", "I, 3"),
+    "vision_cu_seqlens": ("int32", "frames + 1"),
+    "vision_segment_ids": ("int32", "P"),
+    "vision_tiles": ("int32", "most_tiles(P, frames), 4"),
+    "vision_position_ids": ("int64", "P, 2"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image lies. Opened by `mmpack.images` alone.
+    """Where an image lies. Opened by `mmpack.data.images` alone.
 
     Attributes:
         path: its file, or a name to show in errors where `data` holds the image.
@@ -42,7 +63,7 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class VideoRef:
-    """Where a video lies: a file, opened by `mmpack.videos` alone, or a list of frames.
+    """Where a video lies: a file, opened by `mmpack.data.videos` alone, or a list of frames.
 
     Attributes:
         path: its file, or a name to show in errors.
@@ -124,7 +145,7 @@ class EncodedSample:
         input_ids: (n,) int32.
         labels: (n,) int32, the id where the token is supervised, else -100.
         grid_thw: (I, 3) int32, patches of each marker, in their order.
-        images: references to images and videos, in their order.
+        media: references to images and videos, in their order.
         vision: the spec the grids were made with.
         source, row: where the sample comes from, for errors.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next
@@ -134,7 +155,7 @@ class EncodedSample:
     input_ids: Int32
     labels: Int32
     grid_thw: Int32
-    images: tuple[Media, ...]
+    media: tuple[Media, ...]
     vision: VisionSpec
     source: str = ""
     row: int = -1
@@ -228,32 +249,6 @@ class PackPlan:
         """(S,) numbers of the samples in one pack."""
         return self.sample_index[self.bin_offsets[pack] : self.bin_offsets[pack + 1]]
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as .npz."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        save_arrays(path, {name: value for name, value in fields.items() if value is not None})
-
-    @classmethod
-    def load(cls, path: str | Path) -> PackPlan:
-        """Read a plan `save` wrote.
-
-        Raises:
-            ValueError: an earlier version of mmpack wrote it, or it is damaged.
-        """
-        fields: dict[str, Any] = load_arrays(path)
-        if "num_tokens" not in fields:
-            raise ValueError(f"{path} is a plan of an earlier version; pack again with --overwrite")
-        for name in ("capacity", "patch_capacity", "seed"):
-            if name in fields:
-                fields[name] = int(fields[name])
-        optional: dict[str, Any] = {"patch_capacity": None, "num_patches": None, "cost": None}
-        fields = {**optional, **fields}
-        if set(fields) != set(cls.__slots__):
-            raise ValueError(
-                f"{path} is damaged: it holds {names(fields)}; pack again with --overwrite"
-            )
-        return cls(**fields)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
@@ -284,7 +279,7 @@ class Pack:
         pixels: (P1, C * p * p) uint8 patches of the images in merge order, or None where not decoded.
         video_pixels: (P2, C * t * p * p) uint8 patches of the videos, the same; P1 + P2 = P.
         vision: the spec of images and videos.
-        resume: where a stream stands after this pack (`mmpack.stream`), else None.
+        resume: where a stream stands after this pack (`mmpack.packing.stream`), else None.
     """
 
     input_ids: Int64

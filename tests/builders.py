@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
 from mmpack import VideoSpec, VisionSpec
-from mmpack.assemble import assemble, concatenate
-from mmpack.compact import compact
 from mmpack.hf import PackCollator, patch_model
+from mmpack.packing.assemble import assemble, concatenate
+from mmpack.packing.compact import compact
 from mmpack.types import EncodedSample
 
 VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up

@@ -46,7 +46,7 @@ def tokenizer(shared):
 @pytest.fixture(scope="session")
 def vision(shared, tokenizer):
     """The real processor's spec with the budget most of the real data was measured with."""
-    from mmpack.hf.training import load_processor
+    from mmpack.hf.loading import load_processor
 
     return load_processor(shared / "tokenizer" / "qwen2_vl", max_pixels=28 * 28 * 1280)[1]
 
@@ -66,7 +66,7 @@ def realset_samples(shared):
 @pytest.fixture(scope="session")
 def realset(realset_samples, tokenizer, vision):
     """Every row of the real set, encoded."""
-    from mmpack.encode import encode_samples
+    from mmpack.data.encode import encode_samples
 
     return list(encode_samples(realset_samples, tokenizer, vision))
 
@@ -75,8 +75,8 @@ def realset(realset_samples, tokenizer, vision):
 def small_set(tmp_path_factory):
     """A folder with a few of the demo's rows, its tokenizer and config, the rows packed, and packed as a
     part of which there is one."""
-    from mmpack.cli import main
-    from mmpack.demo import write_data
+    from mmpack.cli.demo import write_data
+    from mmpack.cli.main import main
 
     folder = tmp_path_factory.mktemp("small_set")
     write_data(folder, 24)

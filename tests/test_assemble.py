@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpack import VisionSpec, assemble, reference
-from mmpack.assemble import concatenate
+from mmpack.packing.assemble import concatenate
 
 SPEC = VisionSpec(min_pixels=1, max_pixels=1)
 
@@ -84,7 +84,7 @@ def test_packs_side_by_side_are_one_pack(samples, cut):
 
 
 def test_pixels_of_packs_side_by_side(realset):
-    samples = [sample for sample in realset if len(sample.images)][:3]
+    samples = [sample for sample in realset if len(sample.media)][:3]
     joined = concatenate([assemble(samples[:1]), assemble(samples[1:])])
     assert same(joined, assemble(samples))
 

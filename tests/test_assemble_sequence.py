@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from test_native import EDGES, SPECS, sample, segments
 
 from mmpack import _native, assemble, plan_packs, reference
-from mmpack.compact import compact, concatenate_compact, outline
 from mmpack.ops import assemble_patches, assemble_sequence, attention_tiles
+from mmpack.packing.compact import compact, concatenate_compact, outline
 
 CPU = torch.device("cpu")
 

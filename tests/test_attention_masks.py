@@ -1,4 +1,4 @@
-"""Masks made by kernels, against torch's own and a mask written out."""
+"""Masks of a pack, against torch's own and a mask written out."""
 
 import pytest
 import torch

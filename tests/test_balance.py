@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpack import plan_packs
-from mmpack.cost import sample_flops
-from mmpack.mixture import cost_floor, rank_imbalance, share_spread, token_shares
-from mmpack.plan import plan_epoch
+from mmpack.packing.cost import sample_flops
+from mmpack.packing.pack_stats import cost_floor, rank_imbalance, share_spread, token_shares
+from mmpack.packing.plan import plan_epoch
 
 samples = st.lists(
     st.tuples(

@@ -36,7 +36,7 @@ def test_every_kernel_compiles_for_sm_90a_within_its_budget():
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["without_case"] == []
-    assert len(report["kernels"]) >= 47
+    assert len(report["kernels"]) >= 46
     for kernel in report["kernels"]:
         assert kernel["target"] == "sm_90a"
         assert kernel["problems"] == []

@@ -12,10 +12,8 @@ import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import mmpack.assembling
+import mmpack.packing.pack_source
 from mmpack import PackedDataset
-from mmpack.assemble import assemble
-from mmpack.cost import sample_flops
 from mmpack.hf import (
     PackCollator,
     PackingCallback,
@@ -24,6 +22,8 @@ from mmpack.hf import (
     patch_model,
     throughput,
 )
+from mmpack.packing.assemble import assemble
+from mmpack.packing.cost import sample_flops
 from mmpack.types import IGNORE
 
 TESTS = Path(__file__).resolve().parent
@@ -33,7 +33,7 @@ CONFIG = tiny_config(100, vision=SMALL_SPEC)
 
 @pytest.fixture(autouse=True)
 def noise(monkeypatch):
-    monkeypatch.setattr(mmpack.assembling, "assemble", assemble_noise)
+    monkeypatch.setattr(mmpack.packing.pack_source, "assemble", assemble_noise)
 
 
 def assemble_noise(samples, **options):
@@ -388,7 +388,7 @@ def train_a_rank(folder):
     """Runs as a process of a group; leaves what it trained on and what was logged in `folder`."""
     import os
 
-    mmpack.assembling.assemble = assemble_noise
+    mmpack.packing.pack_source.assemble = assemble_noise
     torch.manual_seed(0)
     dataset, collate = dataset_of(), Recorder()
     model = patch_model(tiny_model(CONFIG))

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from mmpack.cli import main
+from mmpack.cli.main import main
 
 TURNS = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This."}]
 
@@ -103,13 +103,13 @@ def test_tokens_and_capacities(shared, realset, tmp_path, capsys):
 
 
 def test_a_row_that_cannot_be_encoded_is_refused(rows, shared, tmp_path, capsys, monkeypatch):
-    from mmpack import template
+    from mmpack.data import chat_template
     from mmpack.errors import RowError
 
     def refuse(self, messages):
         raise RowError("the chat template rewrites this row's text", "clean the row")
 
-    monkeypatch.setattr(template.Template, "layout", refuse)
+    monkeypatch.setattr(chat_template.Template, "layout", refuse)
     arguments = ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--json"]
     assert main(["check", rows, *arguments]) == 1
     *lines, _ = map(json.loads, capsys.readouterr().out.splitlines())
@@ -123,7 +123,7 @@ def test_no_picture_of_nothing(tmp_path, capsys):
 
 
 def test_the_real_set_is_checked_in_seconds(shared):
-    command = [sys.executable, "-m", "mmpack.cli", "check"]
+    command = [sys.executable, "-m", "mmpack", "check"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*command, str(shared / "realset" / "realset_sft.json")], capture_output=True, text=True

@@ -7,8 +7,8 @@ import sys
 import pytest
 from builders import tiny_config
 
-from mmpack.cli import main
-from mmpack.demo import NUM_ROWS, write_data
+from mmpack.cli.demo import NUM_ROWS, write_data
+from mmpack.cli.main import main
 
 
 def run(*arguments):
@@ -40,7 +40,7 @@ def packed(demo):
 def test_demo(tmp_path):
     """In a process of its own, as people run it."""
     folder = tmp_path / "data"
-    command = [sys.executable, "-m", "mmpack.cli", "demo", "--write", folder]
+    command = [sys.executable, "-m", "mmpack", "demo", "--write", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     numbers = [

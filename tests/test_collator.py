@@ -8,7 +8,7 @@ from builders import stock_inputs, stock_processor
 from PIL import Image
 
 from mmpack import VisionSpec, assemble
-from mmpack.encode import encode_samples
+from mmpack.data.encode import encode_samples
 from mmpack.hf import PackCollator
 
 MAX_PIXELS = 28 * 28 * 16

@@ -8,9 +8,9 @@ import sys
 import pytest
 from builders import tiny_config
 
-import mmpack.demo
-from mmpack.cli import main
-from mmpack.options import command_line
+import mmpack.cli.demo
+from mmpack.cli.main import main
+from mmpack.cli.options import command_line
 
 COMMANDS = ["check", "pack", "merge", "inspect", "train", "demo", "env"]
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -19,7 +19,7 @@ every_command = pytest.mark.parametrize("command", COMMANDS)
 @pytest.fixture
 def works(small_set, tmp_path, monkeypatch):
     """Of every command, arguments with which it works."""
-    monkeypatch.setattr(mmpack.demo, "NUM_ROWS", 8)
+    monkeypatch.setattr(mmpack.cli.demo, "NUM_ROWS", 8)
     tokenizer = ["--tokenizer", small_set / "tokenizer"]
     arguments = {
         "check": [small_set / "train.json", *tokenizer],
@@ -89,7 +89,7 @@ def test_interrupted(command, works, monkeypatch, capsys):
     def interrupt(options, rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(mmpack.cli._COMMANDS, command, interrupt)
+    monkeypatch.setitem(mmpack.cli.main._COMMANDS, command, interrupt)
     assert main(works[command]) == 130
     assert capsys.readouterr().err == "mmpack: interrupted\n"
 
@@ -160,4 +160,4 @@ def test_a_missing_extra_is_named(works, monkeypatch, capsys):
 
 
 def test_every_command_is_here():
-    assert list(mmpack.cli._COMMANDS) == COMMANDS
+    assert list(mmpack.cli.main._COMMANDS) == COMMANDS

@@ -10,7 +10,7 @@ from transformers.models.qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen3_vl import Qwen3VLConfig
 from transformers.models.qwen3_vl_moe import Qwen3VLMoeConfig
 
-from mmpack.cost import sample_flops
+from mmpack.packing.cost import sample_flops
 
 TEXT = {
     "vocab_size": 1000,

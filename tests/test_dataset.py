@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 pytest.importorskip("datasets")
 
 from mmpack import PackedDataset, VisionSpec, assemble, read_samples
-from mmpack.dataset import sizes_of
 from mmpack.hf import PackCollator
-from mmpack.store import open_store, write_store
+from mmpack.packing.cost import sizes_of
+from mmpack.store.encoded_store import open_store, write_store
+from mmpack.store.plan_file import save_plan
 
 
 def test_every_sample_is_in_one_pack(realset):
@@ -75,7 +76,7 @@ def test_a_store_gives_back_what_it_was_given(realset, vision, tmp_path):
         for name in ("input_ids", "labels", "grid_thw"):
             assert getattr(one, name).dtype == getattr(other, name).dtype
             assert np.array_equal(getattr(one, name), getattr(other, name))
-        assert [image.path for image in one.images] == [image.path for image in other.images]
+        assert [image.path for image in one.media] == [image.path for image in other.media]
         assert (one.vision, one.source, one.row) == (other.vision, other.source, other.row)
     assert [sizes.tolist() for sizes in sizes_of(reopened)] == [
         s.tolist() for s in sizes_of(samples)
@@ -149,5 +150,5 @@ def test_images_in_no_file_are_in_the_store(tokenizer, vision, tmp_path):
     samples = read_samples([{"conversations": turns, "images": [picture, data]}])
     dataset = PackedDataset.from_files(samples, (tokenizer, vision), 1000)
     write_store(tmp_path / "store", dataset.samples, vision, {})
-    dataset.plan.save(tmp_path / "store" / "plan.npz")
+    save_plan(dataset.plan, tmp_path / "store" / "plan.npz")
     assert same(PackedDataset.from_store(tmp_path / "store")[0], dataset[0])

@@ -21,9 +21,9 @@ from builders import (
 from transformers import Trainer, TrainingArguments
 
 from mmpack import PackedDataset, PackStream, assemble
-from mmpack.compact import compact
 from mmpack.hf import PackCollator, PackingCallback, patch_model
-from mmpack.hf.batch import assemble_on_device
+from mmpack.hf.forward_kwargs import assemble_on_device
+from mmpack.packing.compact import compact
 
 TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
 IMAGES = [encoded(SMALL_SPEC, 1, 2, (4, 6), 3, (10, 2), 4), encoded(SMALL_SPEC, 8, (6, 14), 9)]

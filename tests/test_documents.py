@@ -24,15 +24,15 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from mmpack import PackedDataset, VisionSpec, assemble
-from mmpack.assemble import concatenate
-from mmpack.check import check_rows
-from mmpack.cli import main
-from mmpack.dataset import costs_of
-from mmpack.encode import encode_samples
+from mmpack.cli.check import check_rows
+from mmpack.cli.main import main
+from mmpack.data.encode import encode_samples
+from mmpack.data.readers import read_documents, row_groups
 from mmpack.hf import PackCollator, PackingCallback, patch_model
-from mmpack.readers import read_documents, row_groups
-from mmpack.split import image_capacity, piece_of, split_bounds, split_samples
-from mmpack.store import write_store
+from mmpack.packing.assemble import concatenate
+from mmpack.packing.cost import costs_of
+from mmpack.packing.split_documents import image_capacity, piece_of, split_bounds, split_samples
+from mmpack.store.encoded_store import write_store
 
 SPEC = VisionSpec(min_pixels=1, max_pixels=1)
 END = 151643  # <|endoftext|>
@@ -162,7 +162,7 @@ def assert_split(sample, capacity, patch_capacity=None):
     assert end == len(sample.input_ids)
     assert np.array_equal(seen[1:], (sample.labels[1:] >= 0).astype(int))
     assert np.array_equal(np.concatenate([p.grid_thw for p in pieces]), sample.grid_thw)
-    assert sum((p.images for p in pieces), ()) == sample.images
+    assert sum((p.media for p in pieces), ()) == sample.media
     return pieces
 
 
@@ -210,9 +210,9 @@ def test_real_documents_lose_nothing(documents):
 def test_pieces_of_a_store_are_those_of_a_list(tmp_path):
     spec = small_spec()
     samples = [encoded(spec, *range(1, 30), (4, 6), *range(30, 60)), encoded(spec, 1, (2, 2), 2)]
-    samples = [dataclasses.replace(s, images=()) for s in samples]
+    samples = [dataclasses.replace(s, media=()) for s in samples]
     in_memory = split_samples(samples, 40)
-    images = [dataclasses.replace(s, images=(image(s),) * len(s.grid_thw)) for s in samples]
+    images = [dataclasses.replace(s, media=(image(s),) * len(s.grid_thw)) for s in samples]
     store = write_store(tmp_path, images, spec, {})
     on_disk = split_samples(store, 40)
     on_disk.save(tmp_path / "pieces.npz")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmpack import VisionSpec, assemble, encode_sample
-from mmpack.encode import encode_samples
-from mmpack.truncate import truncate_sample
+from mmpack.data.encode import encode_samples
+from mmpack.packing.truncate import truncate_sample
 from mmpack.types import ImageRef, Message, Sample
 
 SPEC = VisionSpec(min_pixels=1, max_pixels=1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mmpack.ops
-from mmpack.cli import main
-from mmpack.env import KERNELS, PLAIN, environment
+from mmpack.cli.env import KERNELS, PLAIN, environment
+from mmpack.cli.main import main
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS, auto_impl, why_not
 
 

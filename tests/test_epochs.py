@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from mmpack import PackedDataset
-from mmpack.dataset import costs_of
 from mmpack.hf import PackCollator, PackingCallback, patch_model, unpatch_model
+from mmpack.packing.cost import costs_of
 
 TESTS = Path(__file__).resolve().parent
 
@@ -220,8 +220,8 @@ def test_trainer_on_several_processes(num_ranks, tmp_path):
 
 def test_packs_balanced_by_a_config(realset, shared, tmp_path, vision):
     pytest.importorskip("datasets")
-    from mmpack.mixture import rank_imbalance
-    from mmpack.store import write_store
+    from mmpack.packing.pack_stats import rank_imbalance
+    from mmpack.store.encoded_store import write_store
 
     config = json.loads((shared / "configs" / "qwen2_vl_2b.json").read_text())
     costs = costs_of(realset, config)

@@ -25,7 +25,7 @@ from builders import (
 )
 
 from mmpack import VisionSpec, assemble
-from mmpack.encode import encode_samples
+from mmpack.data.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from builders import (
@@ -26,8 +25,8 @@ from transformers.vision_utils import (
 )
 
 from mmpack import PackedDataset, reference
-from mmpack.hf import PackCollator, families, patch_model
-from mmpack.hf.isolation import _differ
+from mmpack.hf import PackCollator, families, forward_kwargs, patch_model
+from mmpack.hf.self_test import _differ
 from mmpack.hf.tower import run_tower
 from mmpack.hf.training import parse_training_arguments, train
 
@@ -42,46 +41,29 @@ grids = st.lists(
 ).map(lambda grids: [(t, 2 * h, 2 * w) for t, h, w in grids])
 
 
-def places_of(grid_thw):
-    """(P, 2) row and column, and (P,) frame of every patch in merge order."""
-    place = reference._patch_places(grid_thw, SMALL_SPEC)
-    frames = np.cumsum([0, *(h * w for t, h, w in grid_thw for _ in range(t))])
-    return place, reference.segment_ids(frames)
-
-
-@settings(max_examples=200, deadline=None)
-@given(grid_thw=grids, side=st.integers(1, 5))
-def test_windows_are_transformers(grid_thw, side):
-    order, cu_seqlens = reference.window_order(*places_of(grid_thw), 2, side)
-    theirs = get_vision_window_index(torch.tensor(grid_thw), 2, side * 28, 14)
-    assert order.dtype == cu_seqlens.dtype == np.int32
-    assert order.tolist() == theirs[0].tolist()
-    assert cu_seqlens.tolist() == theirs[1].tolist()
+def assert_positions_are_transformers(grid_thw, side):
+    ours = forward_kwargs._interpolated(
+        torch.from_numpy(reference._patch_places(grid_thw, SMALL_SPEC)),
+        torch.tensor(grid_thw),
+        side,
+    )
+    index, weight = get_vision_interpolation_indices_and_weights(
+        torch.tensor(grid_thw), side, align_corners=True, spatial_merge_size=2
+    )
+    assert torch.equal(ours["position_index"], index.int())
+    assert torch.equal(ours["position_weight_bits"].view(torch.float32), weight)
 
 
 @settings(max_examples=200, deadline=None)
 @given(grid_thw=grids, side=st.sampled_from([1, 2, 5, 16, 48]))
-def test_interpolated_positions_are_transformers(grid_thw, side):
+def test_positions_made_on_the_device_are_transformers(grid_thw, side):
     """To the bit, in float32."""
-    index, weight = reference.interpolated_positions(
-        places_of(grid_thw)[0], np.array(grid_thw), side
-    )
-    their_index, their_weight = get_vision_interpolation_indices_and_weights(
-        torch.tensor(grid_thw), side, align_corners=True, spatial_merge_size=2
-    )
-    assert (index.dtype, weight.dtype) == (np.int32, np.float32)
-    assert np.array_equal(index, their_index.numpy())
-    assert np.array_equal(weight, their_weight.numpy())
+    assert_positions_are_transformers(grid_thw, side)
 
 
 def test_positions_far_from_the_origin_are_transformers_too():
     """A real budget: 4,096 patches in a row of a table of 48."""
-    grid_thw = [(1, 4096, 4), (1, 62, 90)]
-    ours = reference.interpolated_positions(places_of(grid_thw)[0], np.array(grid_thw), 48)
-    theirs = get_vision_interpolation_indices_and_weights(
-        torch.tensor(grid_thw), 48, align_corners=True, spatial_merge_size=2
-    )
-    assert all(np.array_equal(a, b.numpy()) for a, b in zip(ours, theirs))
+    assert_positions_are_transformers([(1, 4096, 4), (1, 62, 90)], 48)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,6 +84,9 @@ def test_features_are_named_in_the_order_of_the_windows():
     plain, batch = (
         collate([pack])["mmpack"] for collate in (PackCollator(), collator("qwen2_5_vl"))
     )
+    theirs, offsets = get_vision_window_index(torch.from_numpy(pack.grid_thw), 2, 56, 14)
+    assert batch["window_order"].tolist() == theirs.tolist()
+    assert list(batch["window_offsets"]) == offsets.tolist()
     order = batch["window_order"].long()
     assert not torch.equal(order, order.sort().values)
     assert torch.equal(batch["feature_token"], plain["feature_token"][order])
@@ -183,9 +168,9 @@ def test_what_the_collator_knows_of_a_tower():
             setattr(config.vision_config, name, value)
         return PackCollator(model=tiny_model(config)).tower
 
-    assert tower("qwen2_vl") == families.Tower()
-    assert tower("qwen2_5_vl", window_size=112) == families.Tower(window_side=4)
-    assert tower("qwen3_vl", num_position_embeddings=2304) == families.Tower(table_side=48)
+    assert tower("qwen2_vl") == families.TowerSpec()
+    assert tower("qwen2_5_vl", window_size=112) == families.TowerSpec(window_side=4)
+    assert tower("qwen3_vl", num_position_embeddings=2304) == families.TowerSpec(table_side=48)
 
 
 def test_the_routers_auxiliary_loss_stays_transformers():

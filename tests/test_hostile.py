@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from mmpack import read_samples
-from mmpack.cli import main
-from mmpack.encode import encode_samples
-from mmpack.media import MediaFolders
+from mmpack.cli.main import main
+from mmpack.data.encode import encode_samples
+from mmpack.data.media_paths import MediaFolders
 
 # How the rows that are a matter of policy end, as docs/data.md says.
 POLICY = {
@@ -102,7 +102,7 @@ def test_check_ends_every_row_as_the_table_says(folder, outcomes, capsys):
 
 
 def test_pack_ends_every_row_as_the_table_says(folder, outcomes, shared, tmp_path, capsys):
-    from mmpack.store import open_store
+    from mmpack.store.encoded_store import open_store
 
     arguments = ["pack", str(folder / "rows.json"), "--out", str(tmp_path / "out"), "--json"]
     arguments += ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--max-pixels", "1003520"]

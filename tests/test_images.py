@@ -8,7 +8,8 @@ import pytest
 import transformers
 from PIL import Image
 
-from mmpack import VisionSpec, images
+from mmpack import VisionSpec
+from mmpack.data import images
 from mmpack.types import ImageRef
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 64)

@@ -7,9 +7,10 @@ import pytest
 from builders import encoded, small_spec
 from PIL import Image
 
-from mmpack import VideoSpec, VisionSpec, inspect
-from mmpack.cli import main
-from mmpack.dataset import PackedDataset
+from mmpack import VideoSpec, VisionSpec
+from mmpack.cli import inspect
+from mmpack.cli.main import main
+from mmpack.packing.dataset import PackedDataset
 from mmpack.types import EncodedSample, ImageRef, VideoRef
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

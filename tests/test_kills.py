@@ -21,9 +21,11 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 import mmpack.hf.training
-from mmpack import PackedDataset, PackStream, cli
+from mmpack import PackedDataset, PackStream
+from mmpack.cli import main as cli
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
-from mmpack.store import write_store
+from mmpack.store.encoded_store import write_store
+from mmpack.store.plan_file import save_plan
 from mmpack.types import ImageRef
 
 SPEC = replace(SMALL_SPEC, max_pixels=28 * 28 * 16)
@@ -48,7 +50,7 @@ def samples_of(folder, count=24):
         if number % 3:
             sample = encoded(SPEC, 1, number + 3, text)
         else:
-            sample = replace(encoded(SPEC, 1, number + 3, (4, 6), text), images=(image,))
+            sample = replace(encoded(SPEC, 1, number + 3, (4, 6), text), media=(image,))
         samples.append(replace(sample, source="rows.json", row=number))
     return samples
 
@@ -59,7 +61,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     samples = samples_of(folder)
     write_store(folder / "packed", iter(samples), SPEC, {})
-    PackedDataset.from_samples(samples, 40).plan.save(folder / "packed" / "plan.npz")
+    save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed" / "plan.npz")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder
 

@@ -22,8 +22,8 @@ from builders import (
     worst_difference,
 )
 
-from mmpack.assemble import assemble
 from mmpack.hf import PackCollator, patch_model
+from mmpack.packing.assemble import assemble
 from mmpack.types import IGNORE
 
 IMPLS = {
@@ -162,7 +162,7 @@ def test_no_data_is_asked_for_in_a_step(family, impl):
     if impl == "auto":
         loss_and_grads(model, [batch], num_items)
     else:
-        from mmpack.hf.models import _STATE
+        from mmpack.hf.patch import _STATE
 
         getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
     if family == "qwen3_vl_moe":

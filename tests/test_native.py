@@ -5,6 +5,7 @@ A new entry point needs a line in GOOD, and in CONTRADICTIONS what only it can g
 pixels, which take any strides, have tests of their own.
 """
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_assemble import same
 
-from mmpack import VisionSpec, _native, assemble, plan_packs, reference
-from mmpack.assemble import concatenate
+from mmpack import VisionSpec, _native, assemble, plan_packs, reference, types
+from mmpack.packing.assemble import concatenate
 from mmpack.types import EncodedSample
 
 int32 = partial(np.array, dtype=np.int32)
@@ -405,7 +406,7 @@ def test_the_door_names_the_row():
 
     def broken(**change):
         fields = {"input_ids": good.input_ids, "labels": good.labels, "grid_thw": good.grid_thw}
-        return [good, EncodedSample(**{**fields, **change}, images=(), vision=spec, row=5)]
+        return [good, EncodedSample(**{**fields, **change}, media=(), vision=spec, row=5)]
 
     for impl in ("native", "reference"):
         for change, message in [
@@ -428,8 +429,15 @@ def test_the_door_names_the_row():
         concatenate([])
 
 
+def test_the_core_and_python_have_one_schema():
+    """The same arrays, dtypes and extents, of the same names as a Pack's fields; the same constants."""
+    assert (_native.TILE, _native.MAX_RUN) == (types.TILE, types.MAX_RUN)
+    assert _native.PACK_ARRAYS == types.PACK_ARRAYS
+    fields = [field.name for field in dataclasses.fields(types.Pack)]
+    assert set(types.PACK_ARRAYS) <= set(fields)
+
+
 def test_tiles_equal_the_reference():
-    assert _native.TILE == reference.TILE
     offsets = int32([0, 0, 5, 5, 140, 600])
     for causal in (True, False):
         expected = reference.attention_tiles(offsets, causal=causal)

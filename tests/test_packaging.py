@@ -124,7 +124,7 @@ def test_metadata(wheel):
 def test_one_version():
     heading = re.search("^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert heading[1].split()[0] == mmpack.__version__
-    printed = run(sys.executable, "-m", "mmpack.cli", "--version", cwd=ROOT)
+    printed = run(sys.executable, "-m", "mmpack", "--version", cwd=ROOT)
     assert printed == f"mmpack {mmpack.__version__}\n"
 
 

@@ -16,7 +16,7 @@ from builders import (
 )
 
 from mmpack.hf import PackCollator, attention, patch_model, unpatch_model
-from mmpack.hf.isolation import check_isolation
+from mmpack.hf.self_test import check_isolation
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
 CONFIG = small_config()

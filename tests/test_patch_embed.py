@@ -8,7 +8,8 @@ from transformers import Qwen3VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmbed
 
-from mmpack import VisionSpec, images, reference
+from mmpack import VisionSpec, reference
+from mmpack.data import images
 from mmpack.ops import patch_embed
 
 SPEC = VisionSpec(min_pixels=1, max_pixels=1)

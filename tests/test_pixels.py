@@ -23,8 +23,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from mmpack import assemble
-from mmpack.assemble import concatenate
 from mmpack.hf import PackCollator, patch_model, unpatch_model
+from mmpack.packing.assemble import concatenate
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
 SAMPLES = [

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpack import PackPlan, plan_packs
-from mmpack.plan import padded_utilization, plan_epoch
+from mmpack.packing.plan import padded_utilization, plan_epoch
+from mmpack.store.plan_file import load_plan, save_plan
 
 sizes = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 90)), max_size=60)
 
@@ -145,8 +146,8 @@ def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity, cost):
         seed=7,
         on_overflow="drop",
     )
-    plan.save(tmp_path / "plan.npz")
-    loaded = PackPlan.load(tmp_path / "plan.npz")
+    save_plan(plan, tmp_path / "plan.npz")
+    loaded = load_plan(tmp_path / "plan.npz")
     for name in PackPlan.__slots__:
         assert np.array_equal(getattr(loaded, name), getattr(plan, name)), name
     assert plan_epoch(loaded, 1).sample_index.tolist() == plan_epoch(plan, 1).sample_index.tolist()
@@ -155,7 +156,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity, cost):
 def test_a_plan_of_an_earlier_version_is_refused(tmp_path):
     np.savez(tmp_path / "plan.npz", sample_index=[0], bin_offsets=[0, 1])
     with pytest.raises(ValueError, match="earlier version; pack again"):
-        PackPlan.load(tmp_path / "plan.npz")
+        load_plan(tmp_path / "plan.npz")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from mmpack import images, read_samples
+from mmpack import read_samples
+from mmpack.data import images
 from mmpack.types import ImageRef, Message
 
 TURNS = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This."}]

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from mmpack import images, read_samples
+from mmpack import read_samples
+from mmpack.data import images
 
 ANSWER = {"from": "gpt", "value": "This."}
 

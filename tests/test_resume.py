@@ -11,11 +11,11 @@ from builders import FAMILIES, QUIET, SMALL_SPEC, encoded, small_config, small_s
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import mmpack.assembling
+import mmpack.packing.pack_source
 from mmpack import PackedDataset
-from mmpack.assemble import assemble
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 from mmpack.hf.resuming import check_checkpoint
+from mmpack.packing.assemble import assemble
 
 CAPACITY = 40
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
@@ -249,7 +249,7 @@ def test_nothing_is_decoded_to_be_skipped(tmp_path, monkeypatch):
         assembled.append(len(samples))
         return assemble(samples, **options)
 
-    monkeypatch.setattr(mmpack.assembling, "assemble", assemble_noise)
+    monkeypatch.setattr(mmpack.packing.pack_source, "assemble", assemble_noise)
     run(tmp_path, max_steps=6, save_steps=5)
     before = len(assembled)
     run(tmp_path, resume=tmp_path / "checkpoint-5", max_steps=6)

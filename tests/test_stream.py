@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import mmpack.stream
+import mmpack.packing.stream
 from mmpack import PackStream, VisionSpec
-from mmpack.cost import sample_flops
 from mmpack.hf import PackCollator
-from mmpack.mixture import rank_imbalance
-from mmpack.select import hashed, select
+from mmpack.packing.cost import sample_flops
+from mmpack.packing.pack_stats import rank_imbalance
+from mmpack.packing.stream_select import hashed, select
 
 CONFIG = tiny_config(100, vision=SMALL_SPEC)
 
@@ -43,9 +43,11 @@ def numbers_in(pack):
 @pytest.fixture(autouse=True)
 def no_pixels(monkeypatch):
     """Images without a file get none."""
-    real = mmpack.assembling.assemble
+    real = mmpack.packing.pack_source.assemble
     monkeypatch.setattr(
-        mmpack.assembling, "assemble", lambda s, **k: real(s, pixels=any(x.images for x in s))
+        mmpack.packing.pack_source,
+        "assemble",
+        lambda s, **k: real(s, pixels=any(x.media for x in s)),
     )
 
 
@@ -55,7 +57,7 @@ def as_worker(stream, worker, workers):
     packs = iter(stream)
     while True:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mmpack.stream, "get_worker_info", lambda: info)
+            patch.setattr(mmpack.packing.stream, "get_worker_info", lambda: info)
             pack = next(packs, None)
         if pack is None:
             return
@@ -245,7 +247,7 @@ TEXTS = ["q w a"] * 3
 
 @pytest.fixture(scope="module")
 def processor():
-    from mmpack.demo import _tokenizer
+    from mmpack.cli.demo import _tokenizer
 
     tokenizer = _tokenizer(TEXTS)
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL]

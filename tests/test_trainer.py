@@ -16,7 +16,7 @@ from builders import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import PackedDataset, VisionSpec
-from mmpack.encode import encode_samples
+from mmpack.data.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from mmpack import reference
 from mmpack.ops import varlen_attention
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS, why_not
-from mmpack.ops.varlen_libraries import block_mask
 from mmpack.ops.varlen_triton import TILE, tiles_from_cu_seqlens
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -289,26 +288,6 @@ def test_short_segments_share_a_tile():
         [128, 178, 128, 178],
         [478, 488, 478, 488],
     ]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[1], [128, 128], [300, 1, 0, 90, 200], [40] * 20])
-def test_the_block_mask_is_the_dense_mask(lengths, causal):
-    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    T = sum(lengths)
-    segment = torch.from_numpy(reference.segment_ids(cu_seqlens.numpy()))
-    dense = segment[:, None] == segment
-    if causal:
-        dense = dense.tril()
-    mask = block_mask(cu_seqlens, T, causal)
-    B = -(-T // 128)
-    blocks = torch.zeros(B * 128, B * 128, dtype=torch.bool)
-    blocks[:T, :T] = dense
-    blocks = blocks.view(B, 128, B, 128).transpose(1, 2)
-    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks.any(dim=(2, 3)))
-    for row in range(B):
-        whole = mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]]
-        assert blocks[row, whole].all()
 
 
 def test_flex_attention_forward(device):

@@ -9,8 +9,9 @@ import pytest
 from builders import tiny_config
 from PIL import Image
 
-from mmpack import PackedDataset, VideoSpec, VisionSpec, videos
-from mmpack.cli import main
+from mmpack import PackedDataset, VideoSpec, VisionSpec
+from mmpack.cli.main import main
+from mmpack.data import videos
 from mmpack.errors import RowError
 from mmpack.types import VideoRef
 

@@ -31,14 +31,15 @@ from builders import (
 from PIL import Image
 from test_assemble import same
 
-from mmpack import VideoSpec, VisionSpec, assemble, read_samples, videos
-from mmpack.assemble import concatenate
-from mmpack.encode import encode_sample, encode_samples
+from mmpack import VideoSpec, VisionSpec, assemble, read_samples
+from mmpack.data import videos
+from mmpack.data.encode import encode_sample, encode_samples
 from mmpack.hf import PackCollator, patch_model
-from mmpack.hf.training import load_processor
-from mmpack.prompt import render_prompt
-from mmpack.store import open_store, write_store
-from mmpack.truncate import truncate_sample
+from mmpack.hf.loading import load_processor
+from mmpack.packing.assemble import concatenate
+from mmpack.packing.prompt import render_prompt
+from mmpack.packing.truncate import truncate_sample
+from mmpack.store.encoded_store import open_store, write_store
 from mmpack.types import ImageRef, Message, Sample, VideoRef
 
 SECOND = VideoSpec(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
@@ -298,7 +299,7 @@ def test_a_store_keeps_videos(tmp_path, tokenizer, third):
     assert store.vision == spec
     for one, other in zip(samples, store):
         assert same(assemble([one]), assemble([other]))
-        assert len(one.images) == len(other.images)
+        assert len(one.media) == len(other.media)
         steps = (one.temporal_step, other.temporal_step)
         assert np.array_equal(*steps) if steps[0] is not None else steps[1] is None
     assert sum(1 for _ in store.image_paths()) == 8
@@ -321,9 +322,9 @@ def test_a_video_is_never_cut(tmp_path, tokenizer, third):
             ids == vision.vision_end_token_id
         ).sum()
         markers = np.isin(ids, [vision.image_token_id, vision.video_token_id]).sum()
-        grids = sum(videos.num_grids(ref, vision) for ref in cut.images)
+        grids = sum(videos.num_grids(ref, vision) for ref in cut.media)
         assert markers == len(cut.grid_thw) == grids
-        lengths.add(len(cut.images))
+        lengths.add(len(cut.media))
     assert lengths == {0, 1, 2, 3}
     assert assemble([truncate_sample(sample, sample.num_tokens - 1)]).video_pixels is not None
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmpack import PackedDataset, VisionSpec
-from mmpack.assemble import assemble
 from mmpack.hf import PackCollator, PackingCallback, patch_model
+from mmpack.packing.assemble import assemble
 from mmpack.types import ImageRef
 
 SPEC = VisionSpec(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
@@ -34,7 +34,7 @@ def rows(folder, num_rows=12):
         Image.fromarray(noise).save(path)
         sample = encoded(SPEC, 1, 2, (4, 6), *range(3, 10))
         image = ImageRef(str(path), size=(56, 84))
-        samples.append(replace(sample, images=(image,), source="rows.json", row=number))
+        samples.append(replace(sample, media=(image,), source="rows.json", row=number))
     return samples
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def mmpack(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """A command line run to its end; `stdout` and `stderr` are text."""
-    command = [sys.executable, "-m", "mmpack.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmpack", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 

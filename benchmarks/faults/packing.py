@@ -137,7 +137,7 @@ def changed_image(data: Path) -> str:
 
 def pack_command(data: Path, rows: Path) -> list[Any]:
     """`mmpack pack` but for the folder to write to."""
-    command = [sys.executable, "-m", "mmpack.cli", "pack", rows, "--tokenizer", data / "tokenizer"]
+    command = [sys.executable, "-m", "mmpack", "pack", rows, "--tokenizer", data / "tokenizer"]
     return [*command, "--capacity", "2048", "--out"]
 
 

@@ -52,7 +52,7 @@ def resumed_exactly(data: Path) -> str:
 @contextmanager
 def running(data: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A run in the background, once it has left checkpoint-2."""
-    command = [sys.executable, "-m", "mmpack.cli", *map(str, train(data, *arguments))]
+    command = [sys.executable, "-m", "mmpack", *map(str, train(data, *arguments))]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:

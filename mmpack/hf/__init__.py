@@ -1,8 +1,16 @@
-"""The only room that knows transformers."""
+"""The only folder that knows transformers."""
 
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.models import patch_model, unpatch_model
+from mmpack.hf.loading import load_processor
+from mmpack.hf.patch import patch_model, unpatch_model
 from mmpack.hf.resuming import last_checkpoint
 
-__all__ = ["PackCollator", "PackingCallback", "last_checkpoint", "patch_model", "unpatch_model"]
+__all__ = [
+    "PackCollator",
+    "PackingCallback",
+    "last_checkpoint",
+    "load_processor",
+    "patch_model",
+    "unpatch_model",
+]

@@ -20,15 +20,15 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler
 
-from mmpack.cost import FAMILIES
-from mmpack.dataset import PackedDataset
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.families import find_inner
-from mmpack.hf.models import is_patched
+from mmpack.hf.patch import is_patched
 from mmpack.hf.resuming import PackKeeper, WeightKeeper, check_unfinished
 from mmpack.hf.streaming import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
-from mmpack.stream import PackStream
+from mmpack.packing.cost import FAMILIES
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.stream import PackStream
 
 
 class PackingCallback(TrainerCallback):
@@ -62,7 +62,7 @@ maxima summed over their means summed: at 1.25 ranks compute 80 % of the time, i
 them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
     Useful is a segment with a supervised token: not what `PackCollator(pad_to=)` fills up and not an
-    empty pack. FLOPs are `mmpack.cost.sample_flops`'s: matrix products, no recomputation. A part of
+    empty pack. FLOPs are `mmpack.packing.cost.sample_flops`'s: matrix products, no recomputation. A part of
     the model without a trained parameter counts as frozen; a language model that is trained through
     adapters (LoRA) counts no gradients of weights, a vision tower so trained is counted whole.
     Seconds are wall clock, waiting for data too, but without evaluation and saving.

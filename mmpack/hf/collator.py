@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack.assemble import assemble, concatenate
-from mmpack.compact import compact, concatenate_compact
-from mmpack.encode import encode_samples
-from mmpack.hf.batch import PIXELS, batch_of, compact_batch_of, pixel_values_of
-from mmpack.hf.families import Tower, inner_model, tower_of
-from mmpack.readers import read_samples
+from mmpack.data.encode import encode_samples
+from mmpack.data.readers import read_samples
+from mmpack.hf.families import TowerSpec, inner_model, tower_of
+from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
+from mmpack.hf.patch import is_patched
+from mmpack.packing.assemble import assemble, concatenate
+from mmpack.packing.compact import compact, concatenate_compact
 from mmpack.types import IGNORE, CompactPack, EncodedSample, Float32, Pack
-from mmpack.vision import VisionSpec
+from mmpack.vision_spec import VisionSpec
 
 
 class PackCollator:
@@ -88,7 +89,7 @@ class PackCollator:
             if value not in choices:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
         asked = "pixels='uint8'" if pixels == "uint8" else "assemble='device'"
-        if (pixels == "uint8" or assemble == "device") and not _is_patched(model):
+        if (pixels == "uint8" or assemble == "device") and (model is None or not is_patched(model)):
             told = "none was passed" if model is None else f"{type(model).__name__} is not patched"
             raise ValueError(
                 f"{asked} needs a patched model to take the batches, {told}; "
@@ -100,7 +101,7 @@ class PackCollator:
         self.full_logits = full_logits
         self.pad_to = pad_to
         self.assemble = assemble
-        self.tower = Tower() if model is None else tower_of(inner_model(model))
+        self.tower = TowerSpec() if model is None else tower_of(inner_model(model))
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
@@ -188,12 +189,6 @@ def _padded(pack: Pack | CompactPack, num_tokens: int) -> Pack | CompactPack:
     return concatenate([pack, assemble(filler, pixels=pixels)])
 
 
-def _is_patched(model: nn.Module | None) -> bool:
-    from mmpack.hf.models import is_patched  # here: the patch's self-test collates
-
-    return model is not None and is_patched(model)
-
-
 def _has(feature: Mapping[str, Any], name: str) -> bool:
     return feature.get(name) is not None and len(feature[name]) > 0
 
@@ -248,7 +243,7 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         input_ids=input_ids[keep].astype(np.int32),
         labels=np.where(is_vision, IGNORE, labels)[keep].astype(np.int32),
         grid_thw=np.concatenate(grids)[order],
-        images=(),
+        media=(),
         vision=vision,
         source="processor outputs",
         row=number,

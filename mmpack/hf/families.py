@@ -46,7 +46,7 @@ FAMILIES = {  # by config.model_type of the inner model
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerSpec:
     """What the collator makes indices for, beyond what Qwen2-VL's tower needs.
 
     Attributes:
@@ -63,7 +63,7 @@ def family_of(base: Any) -> Family:
     return FAMILIES[base.config.model_type]
 
 
-def tower_of(base: Any) -> Tower:
+def tower_of(base: Any) -> TowerSpec:
     """What the collator must know of an inner model's tower."""
     family, config = family_of(base), base.config.vision_config
     window_side = table_side = None
@@ -71,7 +71,7 @@ def tower_of(base: Any) -> Tower:
         window_side = config.window_size // config.spatial_merge_size // config.patch_size
     if family.has_position_table:
         table_side = int(config.num_position_embeddings**0.5)
-    return Tower(window_side, table_side)
+    return TowerSpec(window_side, table_side)
 
 
 def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mmpack.dataset import PackedDataset
+from mmpack.packing.dataset import PackedDataset
 
 KEY = "mmpack"  # in `TrainerState.stateful_callbacks`, which is saved in trainer_state.json
 STREAM_FILE = "mmpack_stream_{rank}.json"  # in a checkpoint: where a rank stands in its stream
@@ -134,7 +134,7 @@ class PackKeeper:
                 if then is None
                 else "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
             )
-        changed = changes(then["made of"], self._record["made of"])
+        changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
             raise ValueError(
                 f"the checkpoint is of other packs: {changed}. To go on with these, start from its weights "
@@ -237,7 +237,7 @@ def _lacking(folder: Path) -> str | None:
     return f"{torn[0]} is not there or cut off" if torn else None
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two records, in words; empty if nothing does."""
     names = [name for name in now if now[name] != then.get(name)]
     return ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in names)

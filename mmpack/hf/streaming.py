@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.resuming import KEY, STREAM_FILE
-from mmpack.stream import PackStream
+from mmpack.packing.stream import PackStream
 
 
 class StreamKeeper:

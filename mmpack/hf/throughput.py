@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack.cost import sample_flops
+from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
 
 # Dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets (which print sparse ones, twice as

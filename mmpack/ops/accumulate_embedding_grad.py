@@ -8,7 +8,7 @@ move 8 V D bytes more.
 import torch
 from torch import Tensor
 
-from mmpack.ops.checks import check_indices
+from mmpack.ops.arguments import check_indices
 from mmpack.ops.embed_features import embed_features_bwd
 
 # T = tokens, V = table rows, D = hidden size

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.checks import check_indices
+from mmpack.ops.arguments import check_indices
+from mmpack.types import MAX_RUN
 
 # T = tokens, F = features, V = table rows, D = hidden size, R = runs of one id
-MAX_RUN = 32  # tokens of a run; mmpack.reference.MAX_RUN cuts them
 MAX_COPY_D = 8192  # elements of a row copied at once: all loads before the first store
 BLOCK_D = 1024  # of a row summed at once: 128 threads of 8 two-byte elements, 16 bytes each
 BLOCK_R = 4  # rows of a run read at once

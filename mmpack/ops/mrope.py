@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.checks import check_device
+from mmpack.ops.arguments import check_device
 
 # T = tokens (or patches), H = heads of q, Hk = heads of k, K = head dim, R = rotary channels of K
 TILE = 2048  # pairs of elements: 256 threads of 8, 16 bytes of bf16 each

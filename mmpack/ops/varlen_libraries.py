@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-# T = tokens, H = query heads, K = head dim, B = blocks of BLOCK tokens
-BLOCK = 128  # rows and columns of FlexAttention's blocks
+from mmpack.ops.block_mask import block_mask
+
+# T = tokens, H = query heads, K = head dim
 
 
 def reference(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
@@ -84,7 +85,7 @@ def flex(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
     attend = _compiled_flex() if q_THK.is_cuda else flex_attention
     out = attend(
         *(x.transpose(0, 1)[None] for x in (q_THK, k, v)),
-        block_mask=block_mask(cu_seqlens, len(q_THK), causal),
+        block_mask=block_mask(cu_seqlens, len(q_THK), causal=causal),
         scale=scale,
         enable_gqa=q_THK.shape[1] != k.shape[1],
     )
@@ -96,47 +97,6 @@ def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
-
-
-def block_mask(cu_seqlens, T, causal):
-    """FlexAttention's BlockMask of a pack, straight from `cu_seqlens`: (B, B) integers at most, no T x T
-    mask, no question to the device."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    tokens = torch.arange(T, device=cu_seqlens.device)
-    segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-    first = torch.arange(0, T, BLOCK, device=cu_seqlens.device)
-    first_segment_B, last_segment_B = segment_T[first], segment_T[(first + BLOCK).clamp_max(T) - 1]
-    places = torch.arange(len(first), device=cu_seqlens.device)
-    row_B1, column_1B = places[:, None], places[None, :]
-    # Blocks are of the pack's rows: between two there is a segment both have, or none is shared.
-    seen_BB = (first_segment_B[:, None] <= last_segment_B) & (
-        last_segment_B[:, None] >= first_segment_B
-    )
-    whole_BB = (first_segment_B[:, None] == last_segment_B) & (
-        last_segment_B[:, None] == first_segment_B
-    )
-    if causal:
-        seen_BB &= column_1B <= row_B1
-        whole_BB &= column_1B < row_B1
-    whole_BB &= (first + BLOCK <= T)[None, :]
-
-    def indices(mask_BB):
-        """How many blocks each row has, and which come first."""
-        order = torch.argsort(mask_BB.int(), dim=1, descending=True, stable=True)
-        return mask_BB.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
-
-    def mask_mod(b, h, q, kv):
-        same = segment_T[q] == segment_T[kv]
-        return same & (q >= kv) if causal else same
-
-    return BlockMask.from_kv_blocks(
-        *indices(seen_BB & ~whole_BB),
-        *indices(whole_BB),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(T, T),
-    )
 
 
 def why_not(impl):

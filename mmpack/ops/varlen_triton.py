@@ -6,9 +6,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmpack.ops import varlen_kernels as kernels
+from mmpack.types import TILE
 
 # T = tokens, H = query heads, G = query heads to a key head, K = head dim, S = segments, n = tiles
-TILE = 128  # rows; mmpack.reference.TILE cuts them
 LOG2_E = 1.4426950408889634
 
 

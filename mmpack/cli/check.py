@@ -1,0 +1,247 @@
+"""`mmpack check`: read a data set as training would, and count what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mmpack.data.chunks import chunks
+from mmpack.data.encode import encode_samples
+from mmpack.data.files import Row, rows_or_error
+from mmpack.data.readers import RowGroup, RowReader
+from mmpack.errors import BadRow, RowError
+from mmpack.packing.plan import padded_utilization, plan_packs
+from mmpack.types import EncodedSample, ImageRef, Sample
+
+CAPACITIES = (2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass
+class CheckedRow:
+    """One row and what became of it."""
+
+    source: str
+    row: int | None  # None: the file itself
+    group: str  # the row's own `source` field, or its file
+    fields: tuple[str, ...] = ()  # those it has, null and empty ones aside
+    samples: list[Sample] = field(default_factory=list)
+    encoded: list[EncodedSample] = field(default_factory=list)
+    bad: BadRow | None = None
+
+
+def check_rows(
+    groups: Iterable[RowGroup],
+    *,
+    missing_marker: str = "refuse",
+    verify: str = "header",
+    stage: str = "sft",
+    tokenizer: Any = None,
+    vision: Any = None,
+) -> Iterator[CheckedRow]:
+    """Every row of every file, read and, with a tokenizer and a `VisionSpec`, encoded.
+
+    A file that cannot be read is one `CheckedRow` without a number; the next file is read all the
+    same.
+    """
+    for group in groups:
+        reader = RowReader(group.fields, group.folders, missing_marker, verify, stage)
+        for chunk in chunks(rows_or_error(group.rows)):
+            checked = [_read(row, reader) for row in chunk]
+            if tokenizer is not None:
+                _encode(checked, tokenizer, vision)
+            yield from checked
+
+
+def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
+    if isinstance(row, ValueError):
+        return CheckedRow("", None, "", bad=BadRow("", -1, str(row)))
+    is_object = isinstance(row.content, dict)
+    name = row.content.get("source") if is_object else None
+    fields = [key for key, value in row.content.items() if value or value == 0] if is_object else []
+    group = name if isinstance(name, str) else row.source
+    checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
+    try:
+        checked.samples = reader.samples(row)
+    except RowError as error:
+        checked.bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+    return checked
+
+
+def _encode(checked: list[CheckedRow], tokenizer: Any, vision: Any) -> None:
+    by_row = {row.row: row for row in checked}
+    bad_rows: list[BadRow] = []
+    samples = [sample for row in checked for sample in row.samples]
+    for encoded in encode_samples(samples, tokenizer, vision, on_error=bad_rows):
+        by_row[encoded.row].encoded.append(encoded)
+    for bad in bad_rows:
+        by_row[bad.row].bad = bad
+
+
+class Summary:
+    """What a data set holds, counted row by row.
+
+    Attributes:
+        num_rows, bad_rows: all rows, and those refused.
+        groups: per source, `rows`, `refused`, `images` and the `tokens` of each usable row.
+        fields: rows by the fields they have (that are not null or empty).
+        roles, turns: turns by role; rows by number of user turns.
+        images_per_row: rows by number of images.
+        num_videos, video_frames: all videos, and the frames of each before sampling.
+        image_uses: path -> times used; images in memory are not in it.
+        lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
+        same_content: file names of equal content (with `hash_files`).
+    """
+
+    def __init__(self, hash_files: bool = False) -> None:
+        self.num_rows = 0
+        self.num_images = 0
+        self.num_videos = 0
+        self.video_frames: list[int] = []
+        self.bad_rows: list[BadRow] = []
+        self.groups: dict[str, dict[str, Any]] = defaultdict(
+            lambda: {"rows": 0, "refused": 0, "images": 0, "tokens": []}
+        )
+        self.fields: Counter[str] = Counter()
+        self.roles: Counter[str] = Counter()
+        self.turns: Counter[int] = Counter()
+        self.images_per_row: Counter[int] = Counter()
+        self.image_uses: Counter[str] = Counter()
+        self.image_sizes: list[tuple[int, int]] = []
+        self.lengths: list[tuple[int, str, int]] = []
+        self.has_tokens = False
+        self._hash_files = hash_files
+        self._by_content: dict[bytes, set[str]] = defaultdict(set)
+
+    def add(self, checked: CheckedRow) -> None:
+        """Count one row."""
+        if checked.bad is not None:
+            self.bad_rows.append(checked.bad)
+        if checked.row is None:
+            return
+        self.num_rows += 1
+        self.fields.update(checked.fields)
+        group = self.groups[checked.group]
+        group["rows"] += 1
+        if checked.bad is not None:
+            group["refused"] += 1
+            return
+        for sample in checked.samples:
+            self.roles.update(message.role for message in sample.messages)
+            self.turns[sum(message.role == "user" for message in sample.messages)] += 1
+            self.images_per_row[len(sample.images)] += 1
+            self.num_images += len(sample.images)
+            group["images"] += len(sample.images)
+            self.num_videos += len(sample.videos)
+            self.video_frames += [video.num_frames for video in sample.videos]
+            for image in sample.images:
+                self._add_image(image)
+        for encoded in checked.encoded:
+            self.has_tokens = True
+            group["tokens"].append(encoded.num_tokens)
+            self.lengths.append((encoded.num_tokens, encoded.source, encoded.row))
+        if not checked.encoded:
+            for sample in checked.samples:
+                characters = sum(
+                    len(p) for m in sample.messages for p in m.content if isinstance(p, str)
+                )
+                self.lengths.append((characters, sample.source, sample.row))
+
+    def _add_image(self, image: ImageRef) -> None:
+        if image.size is not None:
+            self.image_sizes.append(image.size)
+        if image.data is not None:
+            return
+        if self._hash_files and image.path not in self.image_uses:
+            with open(image.path, "rb") as file:
+                self._by_content[hashlib.sha256(file.read()).digest()].add(image.path)
+        self.image_uses[image.path] += 1
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_rows - sum(group["refused"] for group in self.groups.values())
+
+    @property
+    def same_content(self) -> list[list[str]]:
+        return [sorted(paths) for paths in self._by_content.values() if len(paths) > 1]
+
+    def longest(self, count: int = 5) -> list[tuple[int, str, int]]:
+        """The longest rows, (length, source, row)."""
+        return sorted(self.lengths, reverse=True)[:count]
+
+    def histogram(self) -> dict[int, int]:
+        """Rows by length, in powers of two: upper end -> rows."""
+        counts = Counter(max(16, 1 << (length - 1).bit_length()) for length, _, _ in self.lengths)
+        return dict(sorted(counts.items()))
+
+    def by_capacity(self) -> list[dict[str, Any]]:
+        """For usual capacities: packs, their utilization, and how many rows are longer."""
+        tokens = np.array([length for length, _, _ in self.lengths], dtype=np.int64)
+        table = []
+        for capacity in CAPACITIES:
+            plan = plan_packs(tokens, capacity, on_overflow="drop")
+            table.append(
+                {
+                    "capacity": capacity,
+                    "packs": plan.num_packs,
+                    "utilization": round(plan.utilization, 4),
+                    "too_long": plan.num_dropped,
+                }
+            )
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures of the table, for machines."""
+        used = self.image_uses.values()
+        figures: dict[str, Any] = {
+            "rows": self.num_rows,
+            "usable": self.num_usable,
+            "refused": self.num_rows - self.num_usable,
+            "images": self.num_images,
+            "videos": self.num_videos,
+            "image_files": len(self.image_uses),
+            "image_files_used_again": sum(count > 1 for count in used),
+            "fields": dict(self.fields),
+            "turns_by_role": dict(self.roles),
+            "rows_by_images": {str(n): count for n, count in sorted(self.images_per_row.items())},
+        }
+        if self._hash_files:
+            figures["equal_image_files"] = sum(len(paths) - 1 for paths in self.same_content)
+        if self.has_tokens:
+            tokens = np.array([length for length, _, _ in self.lengths])
+            figures["tokens"] = int(tokens.sum())
+            figures["tokens_median"] = int(np.median(tokens))
+            figures["tokens_p99"] = int(np.percentile(tokens, 99))
+            figures["tokens_longest"] = int(tokens.max())
+            figures["rows_by_tokens"] = {str(n): count for n, count in self.histogram().items()}
+            figures["padded_utilization"] = round(padded_utilization(tokens), 4)
+            figures["by_capacity"] = self.by_capacity()
+        return figures
+
+
+def bad_row_line(bad: BadRow) -> dict[str, Any]:
+    """A refused row as `--bad` writes it."""
+    return {
+        "file": bad.source,
+        "row": bad.row if bad.row >= 0 else None,
+        "error": bad.error,
+        "advice": bad.advice,
+        "content": bad.content,
+    }
+
+
+def row_line(checked: CheckedRow) -> dict[str, Any]:
+    """A row as `--json` prints it."""
+    bad = checked.bad
+    line: dict[str, Any] = {"file": checked.source, "row": checked.row, "ok": bad is None}
+    line["error"], line["advice"] = (None, None) if bad is None else (bad.error, bad.advice)
+    if bad is None:
+        line["images"] = sum(len(sample.images) for sample in checked.samples)
+        line["videos"] = sum(len(sample.videos) for sample in checked.samples)
+        if checked.encoded:
+            line["tokens"] = sum(encoded.num_tokens for encoded in checked.encoded)
+    return line

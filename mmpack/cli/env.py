@@ -1,0 +1,165 @@
+"""`mmpack env`: what is installed here, and which implementations can be had; for bug reports.
+
+Nothing here may fail: a package that is missing or breaks when it is imported is what this is to tell.
+Packages are imported by name, one after the other, each behind `_reason`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from mmpack.cli.tables import aligned
+
+# Name of the package -> of its module; "": only looked up, as nothing of ours imports it.
+PACKAGES = {
+    "torch": "torch",
+    "triton": "triton",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "tokenizers": "tokenizers",
+    "numpy": "numpy",
+    "pillow": "PIL",
+    "pyarrow": "pyarrow",
+    "av": "av",
+    "matplotlib": "matplotlib",
+    "flash-attn": "flash_attn",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+    "datasets": "",
+    "trl": "",
+    "peft": "",
+    "deepspeed": "",
+    "liger-kernel": "",
+}
+# Ops of `mmpack.ops`: kernels alone, or with what does the work without them; and those without kernels.
+KERNELS = {
+    "embed_features": "the embedding and an index",
+    "accumulate_embedding_grad": None,
+    "apply_mrope": "transformers",
+    "assemble_sequence": "the C++ core",
+    "assemble_patches": "the C++ core",
+    "attention_tiles": "the C++ core",
+    "dense_mask": None,
+}
+PLAIN = ("block_mask", "patch_embed", "supervised_cross_entropy")
+
+
+def environment() -> dict[str, Any]:
+    """All of it, as JSON holds it. A reason is why not; None: it can be had."""
+    packages = {name: _package(name, module) for name, module in PACKAGES.items()}
+    gpus: list[str] = []
+    why_no_gpu = _reason(lambda: gpus.extend(_gpus()))
+    ops: dict[str, dict[str, str | None]] = {}
+    auto: list[str] = []
+    broken = _reason(lambda: _look_at_ops(ops, auto, "cuda" if gpus else "cpu"))
+    return {
+        "mmpack": sys.modules["mmpack"].__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": packages,
+        "gpus": gpus,
+        "why_no_gpu": why_no_gpu,
+        "ops": ops,
+        "auto": auto[0] if auto else None,
+        "why_no_ops": broken,
+    }
+
+
+def env_table(found: dict[str, Any]) -> str:
+    """The same for people."""
+    rows = [(name, str(found[name])) for name in ("mmpack", "python", "platform", "cores")]
+    for name, package in found["packages"].items():
+        state = package["version"] or "not installed"
+        rows.append((name, f"{state}, BROKEN: {package['error']}" if package["error"] else state))
+    gpus = found["gpus"] or [f"none: {found['why_no_gpu']}"]
+    rows += [("GPU", gpu) for gpu in gpus]
+    lines = [*aligned(rows, left=(0, 1)), ""]
+    if found["why_no_ops"]:
+        lines.append(f"mmpack.ops cannot be looked at: {found['why_no_ops']}")
+    rows = [("op", "implementation", "")]
+    for op, implementations in found["ops"].items():
+        for name, reason in implementations.items():
+            state = "available" if reason is None else f"no: {reason}"
+            if op == "varlen_attention" and name == found["auto"]:
+                state += "; what impl='auto' means"
+            rows.append((op, name, state))
+    lines += aligned(rows, left=(0, 1, 2)) if found["ops"] else []
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _reason(call: Callable[[], Any]) -> str | None:
+    """Why a call does not work, in a line; None if it does."""
+    try:
+        call()
+    except Exception as error:  # whatever a broken package raises
+        words = " ".join(str(error).split())[:300]
+        return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
+    return None
+
+
+def _package(name: str, module: str) -> dict[str, str | None]:
+    try:
+        found: str | None = version(name)
+    except PackageNotFoundError:
+        found = None
+    except Exception as error:  # its metadata cannot be read
+        return {"version": None, "error": f"{type(error).__name__}: {error}"}
+    error = _reason(lambda: import_module(module)) if module and found else None
+    return {"version": found, "error": error}
+
+
+def _gpus() -> list[str]:
+    torch = import_module("torch")
+    if not (torch.version.cuda or torch.version.hip):
+        raise ValueError(f"torch {torch.__version__} is built for the CPU alone")
+    torch.cuda.init()  # which says why there is none
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        toolkit = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        gpus.append(
+            f"{about.name}, compute capability {about.major}.{about.minor}, "
+            f"{about.total_memory / 2**30:.0f} GiB, {toolkit}"
+        )
+    if not gpus:
+        raise RuntimeError("torch finds none")
+    return gpus
+
+
+def _look_at_ops(ops: dict[str, dict[str, str | None]], auto: list[str], device: str) -> None:
+    """Every op's implementations and why each cannot be had, for bf16 on `device`, trained."""
+    torch = import_module("torch")
+    door = import_module("mmpack.ops.varlen_attention")
+    q_THK = torch.empty(1, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def attention(impl: str) -> str | None:
+        reasons: list[str | None] = []
+        failed = _reason(lambda: reasons.append(door.why_not(impl, q_THK)))
+        return failed or reasons[0]
+
+    ops["varlen_attention"] = {impl: attention(impl) for impl in door.IMPLEMENTATIONS}
+    auto.append(door.auto_impl(q_THK))
+    for op, other in KERNELS.items():
+        ops[op] = {"triton": _why_no_kernel(op, device)} | ({other: None} if other else {})
+    for op in PLAIN:
+        ops[op] = {"torch": _reason(lambda op=op: getattr(import_module("mmpack.ops"), op))}
+
+
+def _why_no_kernel(op: str, device: str) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+
+    def look() -> None:
+        getattr(import_module("mmpack.ops"), op)
+        checks = import_module("mmpack.ops.arguments")
+        checks.check_device(import_module("torch").device(device))
+
+    return _reason(look)

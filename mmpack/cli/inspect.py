@@ -1,0 +1,360 @@
+"""`mmpack inspect`: one pack as training gets it, for people: what is where, and what is supervised.
+
+Everything is read off the assembled `Pack`, not off the rows: what this shows is what the model is given.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack.cli.tables import aligned
+from mmpack.data import images, videos
+from mmpack.packing.assemble import assemble
+from mmpack.packing.dataset import PackedDataset
+from mmpack.store.build import made_from
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
+from mmpack.vision_spec import VisionSpec
+
+Decode = Callable[[list[int]], str]
+_SUPERVISED, _FOLDED, _PLAIN = (
+    "\x1b[30;42m",
+    "\x1b[36m",
+    "\x1b[0m",
+)  # black on green, cyan, as before
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video of a pack."""
+
+    name: str  # "image 1": its place among those of its segment
+    segment: int
+    ref: Media
+    grids: NDArray[np.int64]  # (G, 3); of a video with timestamps one a temporal patch
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """(t, h, w) in patches, all grids together."""
+        return int(self.grids[:, 0].sum()), int(self.grids[0, 1]), int(self.grids[0, 2])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `begin` to `end` of a pack: text that is supervised or is not, or placeholders."""
+
+    begin: int
+    end: int
+    segment: int
+    is_supervised: bool
+    medium: int  # whose placeholders they are; -1: text
+    first_frame: int  # temporal patch of the medium that the first of them is of
+
+
+@dataclass(frozen=True)
+class PackView:
+    """A pack and what its tokens are."""
+
+    number: int
+    num_packs: int
+    capacity: int
+    pack: Pack
+    samples: list[EncodedSample]
+    media: list[Medium]
+    spans: list[Span]
+
+    def bounds(self, segment: int) -> tuple[int, int]:
+        """First and last (excluded) token of a segment."""
+        begin, end = self.pack.cu_seqlens[segment : segment + 2].tolist()
+        return begin, end
+
+    def num_supervised(self, segment: int) -> int:
+        """Tokens of a segment that have a loss."""
+        begin, end = self.bounds(segment)
+        return int((self.pack.labels[begin:end] != IGNORE).sum())
+
+    def spans_of(self, segment: int) -> list[Span]:
+        return [span for span in self.spans if span.segment == segment]
+
+    def media_of(self, segment: int) -> list[Medium]:
+        return [medium for medium in self.media if medium.segment == segment]
+
+    def num_tokens(self, medium: Medium) -> int:
+        """Placeholders of an image or a video."""
+        return int(self.pack.vision.num_features(medium.grids).sum())
+
+
+def view_pack(dataset: PackedDataset, number: int) -> PackView:
+    """Pack `number` of a packed data set, no image opened.
+
+    Raises:
+        ValueError: there is no such pack.
+    """
+    num_packs = dataset.plan.num_packs
+    if not 0 <= number < num_packs:
+        raise ValueError(f"there is no pack {number}; there are {num_packs:,}, the first is 0")
+    samples = dataset.samples_of(number)
+    pack = assemble(samples, pixels=False)
+    media, medium_of, first_frame = _media(samples, pack)
+    spans = _spans(pack, medium_of, first_frame)
+    return PackView(number, num_packs, dataset.capacity, pack, samples, media, spans)
+
+
+def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
+    """(pack, segment) of a row of the data, several where it is a document in pieces. `row` is its number,
+    or FILE:NUMBER.
+
+    Raises:
+        ValueError: it is in no pack, or several files have a row of that number.
+    """
+    file, _, number = row.rpartition(":")
+    if not number.isdecimal():
+        raise ValueError(f"a row is a number or FILE:NUMBER, got {row!r}")
+    store, plan, sources = _store_of(dataset), dataset.plan, dataset.samples.sources  # type: ignore[attr-defined]
+    rows = store.rows
+    if store is not dataset.samples:
+        rows = rows[dataset.samples.sample_of]  # type: ignore[attr-defined]
+    is_it = rows == int(number)
+    if file:
+        is_it &= sources == file
+    names = sorted(set(sources[is_it]))
+    if len(names) > 1:
+        raise ValueError(f"row {number} is in {' and '.join(names)}; say --row {names[0]}:{number}")
+    places = np.flatnonzero(is_it[plan.sample_index])
+    if not len(places):
+        raise ValueError(
+            f"row {row} is in no pack; was it refused or dropped when this was packed?"
+        )
+    packs = np.searchsorted(plan.bin_offsets, places, side="right") - 1
+    return list(zip(packs.tolist(), (places - plan.bin_offsets[packs]).tolist()))
+
+
+def _store_of(dataset: PackedDataset) -> Any:
+    """The store under a data set, whose samples may be in pieces."""
+    return getattr(dataset.samples, "samples", dataset.samples)
+
+
+def _media(
+    samples: Sequence[EncodedSample], pack: Pack
+) -> tuple[list[Medium], list[int], list[int]]:
+    """The media of a pack, images first as its grids are; and of every grid the medium it is of and
+    its first temporal patch there."""
+    media: list[Medium] = []
+    medium_of: list[int] = []
+    first_frame: list[int] = []
+    for kind in ("image", "video"):
+        for segment, sample in enumerate(samples):
+            refs = [ref for ref in sample.media if isinstance(ref, ImageRef) == (kind == "image")]
+            for place, ref in enumerate(refs, start=1):
+                begin, count = len(medium_of), videos.num_grids(ref, pack.vision)
+                grids = pack.grid_thw[begin : begin + count]
+                first_frame += np.cumsum([0, *grids[:-1, 0]]).tolist()
+                medium_of += [len(media)] * count
+                media.append(Medium(f"{kind} {place}", segment, ref, grids))
+    return media, medium_of, first_frame
+
+
+def _spans(pack: Pack, medium_of: list[int], first_frame: list[int]) -> list[Span]:
+    ends = np.cumsum(pack.vision.num_features(pack.grid_thw))
+    grid = np.searchsorted(ends, pack.feature_index, side="right")
+    grid[pack.feature_index < 0] = -1
+    kinds = np.stack([pack.segment_ids, pack.labels != IGNORE, grid])
+    starts = np.flatnonzero((np.diff(kinds, axis=1) != 0).any(axis=0)) + 1
+    edges = [0, *starts.tolist(), len(pack.input_ids)]
+    spans = []
+    for begin, end in zip(edges, edges[1:]):
+        segment, is_supervised, number = kinds[:, begin].tolist()
+        medium, frame = (medium_of[number], first_frame[number]) if number >= 0 else (-1, 0)
+        spans.append(Span(begin, end, segment, bool(is_supervised), medium, frame))
+    return spans
+
+
+def table(view: PackView) -> str:
+    """A line a segment, and one for each further image or video."""
+    tokens, supervised = len(view.pack.input_ids), len(view.pack.supervised_index)
+    lines = [
+        f"pack {view.number} of {view.num_packs:,}: {tokens:,} of {view.capacity:,} tokens "
+        f"({tokens / view.capacity:.1%}), {len(view.samples)} segments, {supervised:,} supervised, "
+        f"{len(view.media)} images and videos in {len(view.pack.feature_token):,} tokens",
+        "",
+    ]
+    rows = [("segment", "row", "tokens", "of pack", "supervised", "images and videos")]
+    for segment, sample in enumerate(view.samples):
+        begin, end = view.bounds(segment)
+        media = [_described(view, medium) for medium in view.media_of(segment)]
+        rows.append(
+            (
+                str(segment),
+                f"{sample.row} of {printable(sample.source)}",
+                f"{end - begin:,}",
+                f"{(end - begin) / tokens:.1%}",
+                f"{view.num_supervised(segment):,}",
+                media[0] if media else "",
+            )
+        )
+        rows += [("", "", "", "", "", other) for other in media[1:]]
+    return "\n".join(lines + [line.rstrip() for line in aligned(rows, left=(1, 5))])
+
+
+def _described(view: PackView, medium: Medium) -> str:
+    _, height, width = medium.grid_thw
+    p = view.pack.vision.patch_size
+    return (
+        f"{medium.name}: {_size(medium)} patches of {p} ({width * p} x {height * p} pixels), "
+        f"{view.num_tokens(medium):,} tokens, {printable(Path(medium.ref.path).name)}"
+    )
+
+
+def _size(medium: Medium) -> str:
+    """As 24x32; of a video with its temporal patches, as 4x24x32."""
+    is_image = isinstance(medium.ref, ImageRef)
+    return "x".join(map(str, medium.grid_thw[1:] if is_image else medium.grid_thw))
+
+
+def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> str:
+    """A segment's text, the placeholders of an image in one word, supervised tokens on green or, without
+    colour, between [[ and ]].
+
+    Args:
+        decode: ids to text; None: ids are written.
+    """
+    parts = []
+    for span in view.spans_of(segment):
+        if span.medium >= 0:
+            folded = _folded(view, span)
+            parts.append(f"{_FOLDED}{folded}{_PLAIN}" if color else folded)
+            continue
+        written = _written(view, span, decode)
+        if decode is None:
+            written += " "
+        if span.is_supervised and color:  # a line at a time, its end to be seen too
+            lines = written.replace("\n", "\u21b5\n").split("\n")
+            written = "\n".join(f"{_SUPERVISED}{line}{_PLAIN}" if line else "" for line in lines)
+        elif span.is_supervised:
+            written = f"[[{written}]]"
+        parts.append(written)
+    sample = view.samples[segment]
+    begin, end = view.bounds(segment)
+    place = f"row {sample.row} of {printable(sample.source)}, tokens {begin:,} to {end:,}"
+    return f"--- segment {segment}: {place}\n{''.join(parts)}"
+
+
+def _written(view: PackView, span: Span, decode: Decode | None) -> str:
+    ids = view.pack.input_ids[span.begin : span.end].tolist()
+    return " ".join(map(str, ids)) if decode is None else printable(decode(ids))
+
+
+def _folded(view: PackView, span: Span) -> str:
+    medium = view.media[span.medium]
+    if len(medium.grids) == 1:
+        return f"<{medium.name}: {_size(medium)} patches, {span.end - span.begin:,} tokens>"
+    frames, height, width = medium.grid_thw
+    place = f"{medium.name}, part {span.first_frame + 1} of {frames}"
+    return f"<{place}: {height}x{width} patches, {span.end - span.begin:,} tokens>"
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal and hides nothing: control and format characters, which rows
+    from anywhere may hold, as escapes."""
+    return "".join(
+        char
+        if char in "\n\t" or unicodedata.category(char)[0] != "C"
+        else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dict[str, Any]:
+    """The pack and the segments `chosen` for machines; `begin` and `end` are tokens of the pack."""
+    segments = []
+    for segment in chosen:
+        sample = view.samples[segment]
+        begin, end = view.bounds(segment)
+        spans: list[dict[str, Any]] = []
+        for span in view.spans_of(segment):
+            ids = view.pack.input_ids[span.begin : span.end].tolist()
+            where = {"begin": span.begin, "end": span.end, "supervised": span.is_supervised}
+            if span.medium >= 0:
+                what: dict[str, Any] = {"medium": view.media[span.medium].name}
+            else:
+                what = {"ids": ids} if decode is None else {"text": decode(ids)}
+            spans.append(where | what)
+        media = [
+            {
+                "name": medium.name,
+                "path": medium.ref.path,
+                "grid_thw": medium.grid_thw,
+                "tokens": view.num_tokens(medium),
+            }
+            for medium in view.media_of(segment)
+        ]
+        segments.append(
+            {
+                "segment": segment,
+                "source": sample.source,
+                "row": sample.row,
+                "begin": begin,
+                "end": end,
+                "supervised": view.num_supervised(segment),
+                "media": media,
+                "spans": spans,
+            }
+        )
+    return {
+        "pack": view.number,
+        "packs": view.num_packs,
+        "capacity": view.capacity,
+        "tokens": len(view.pack.input_ids),
+        "supervised": len(view.pack.supervised_index),
+        "segments": segments,
+    }
+
+
+def frames(medium: Medium, vision: VisionSpec) -> NDArray[np.uint8]:
+    """(t, height, width, C) uint8: an image or a video in the pixels the model is given, the first frame
+    of each temporal patch.
+
+    Raises:
+        ValueError: it cannot be decoded any more.
+    """
+    if isinstance(medium.ref, ImageRef):
+        patches = images.load_patches(medium.ref, medium.grids[0], vision)
+    else:
+        patches = videos.load_patches(medium.ref, medium.grids, vision)
+    (t, h, w), p, m = medium.grid_thw, vision.patch_size, vision.merge_size
+    channels = len(vision.image_mean)
+    by_frame = patches.reshape(t * h * w, channels, -1, p * p)[:, :, 0]
+    blocks = by_frame.reshape(t, h // m, w // m, m, m, channels, p, p)
+    return blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, channels)
+
+
+def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode | None, str]:
+    """(ids to text, a note to the user): the tokenizer in `folder`, or the one the data was packed with
+    if it still lies where it did."""
+    from mmpack.hf.loading import load_tokenizer  # here: ids alone are shown at once
+
+    about = _store_of(dataset).about
+    if folder is None:
+        packed_with = str(about.get("tokenizer"))
+        if not Path(packed_with).is_dir():
+            return None, (
+                f"the tokenizer this was packed with is not at {packed_with} any more; these are ids, "
+                "--tokenizer FOLDER shows text"
+            )
+        folder = packed_with
+    tokenizer = load_tokenizer(folder)
+    before = about.get("made from", {}).get("the tokenizer")
+    is_same = before == made_from((), tokenizer, dataset.vision)["the tokenizer"]
+    note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
+
+    def decode(ids: list[int]) -> str:
+        words: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return words
+
+    return decode, note

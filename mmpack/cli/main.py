@@ -1,0 +1,282 @@
+"""The command line: mmpack check | pack | merge | inspect | train | demo | env."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from mmpack.cli.options import command_line
+from mmpack.data.media_paths import DATA_URIS
+from mmpack.errors import BadRow, OnError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141
+    nobody reads what it prints any more."""
+    parser = command_line()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    run = _COMMANDS[options.command]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # text a terminal cannot show
+    try:
+        with ExitStack() as stack:
+            if options.quiet:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(redirect_stdout(nowhere))
+            code = run(options, rest) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("mmpack: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `mmpack ... | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for Python's own last flush
+        return 141
+    except ValueError as error:
+        reason = str(error)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("mmpack"):
+            raise
+        reason = f"{error.name} is not installed; mmpack {options.command} needs mmpack[train]"
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"mmpack: {reason}", file=sys.stderr)
+    return 1
+
+
+def _processor(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(tokenizer, VisionSpec) as the options say."""
+    from mmpack.hf.loading import load_config, load_processor
+
+    model = options.config or getattr(options, "model", None)
+    return load_processor(
+        options.tokenizer,
+        options.max_pixels,
+        getattr(options, "resizer", "pillow"),
+        None if model is None else load_config(model),
+        {
+            "fps": options.video_fps,
+            "max_frames": options.video_max_frames,
+            "max_pixels": options.video_max_pixels,
+        },
+    )
+
+
+def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tqdm import tqdm
+
+    from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
+    from mmpack.cli.plots import check_picture
+    from mmpack.cli.tables import check_table, json_line
+    from mmpack.data.readers import row_groups
+
+    reading = _reading(options)
+    groups = row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir"))
+    if options.tokenizer is not None:
+        tokenizer, vision = _processor(options)
+        reading.update(tokenizer=tokenizer, vision=vision)
+    summary = Summary(hash_files=options.decode)
+    rows = check_rows(groups, **reading)
+    for checked in tqdm(rows, unit=" rows", desc="checking", disable=options.quiet or None):
+        summary.add(checked)
+        if options.json:
+            print(json_line(row_line(checked)), end="")
+    if options.bad is not None:
+        lines = [json_line(bad_row_line(bad)) for bad in summary.bad_rows]
+        Path(options.bad).write_text("".join(lines), encoding="utf-8")
+    if options.json:
+        print(json_line({"summary": summary.as_dict()}), end="")
+    else:
+        print(check_table(summary))
+    if options.png is not None:
+        check_picture(summary, options.png)
+    return 1 if summary.bad_rows else 0
+
+
+def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.cli.pack import run_pack
+
+    _settle(options)
+    config = _config(options.config, options.frozen)
+    run_pack(options, _reading(options), _processor(options), config)
+
+
+def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.cli import inspect
+    from mmpack.cli.plots import inspect_picture
+    from mmpack.packing.dataset import PackedDataset
+
+    dataset = PackedDataset.from_store(options.data, "warn")
+    number, segment = options.pack, options.segment
+    if options.row is not None:
+        (number, segment), *others = inspect.find_row(dataset, options.row)
+        for pack, piece in others:
+            print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+    view = inspect.view_pack(dataset, number)
+    chosen = range(len(view.samples))
+    if segment is not None:
+        if segment not in chosen:
+            raise ValueError(
+                f"pack {number} has no segment {segment}; its {len(chosen)} count from 0"
+            )
+        chosen = range(segment, segment + 1)
+    decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
+    if note:
+        print(f"mmpack: {note}", file=sys.stderr)
+    if options.png is not None:
+        inspect_picture(view, options.png)
+    if options.json:
+        print(json.dumps(inspect.as_dict(view, decode, chosen)))
+        return
+    print(inspect.table(view))
+    for segment in chosen:
+        print(f"\n{inspect.text(view, segment, decode, color=sys.stdout.isatty())}")
+
+
+def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.cli.merge import run_merge
+
+    run_merge(options, lambda settings: _config(settings["config"], settings["frozen"]))
+
+
+def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
+    """(encoded samples with a progress bar, VisionSpec)"""
+    from tqdm import tqdm
+
+    from mmpack.data.encode import encode_samples
+    from mmpack.data.readers import read_documents, read_samples
+
+    reading = _reading(options)
+    read = read_documents if reading.pop("stage") == "pretrain" else read_samples
+    on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
+    tokenizer, vision = _processor(options)
+    samples = read(options.data, on_error=on_error, **reading)
+    encoded = encode_samples(
+        samples,
+        tokenizer,
+        vision,
+        train_on_prompt=options.train_on_prompt,
+        mask_history=options.mask_history,
+        on_error=on_error,
+    )
+    return tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None), vision
+
+
+def _config(path: str | None, frozen: Sequence[str]) -> Any:
+    """The config to count costs with, None where none is named."""
+    if path is None:
+        if frozen:
+            raise ValueError("--frozen says what a step costs; pass the model's --config too")
+        return None
+    from mmpack.hf.loading import load_config
+
+    return load_config(path)
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `read_samples`, but for `on_error`."""
+    return {
+        "mapping": options.dataset,
+        "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
+        "missing_marker": options.missing_marker,
+        "verify": "decode" if options.decode else "header",
+        "stage": options.stage,
+    }
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """What follows from other options: documents are split, conversations are not."""
+    if options.on_overflow is None:
+        options.on_overflow = "split" if options.stage == "pretrain" else "error"
+    if options.stage == "sft" and options.on_overflow == "split":
+        raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
+    if options.stage == "pretrain" and (options.train_on_prompt or options.mask_history):
+        raise ValueError("documents have no turns; leave out --train-on-prompt and --mask-history")
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.cli.pack import cut_long
+    from mmpack.hf.loading import load_model
+    from mmpack.hf.resuming import last_checkpoint
+    from mmpack.hf.training import parse_training_arguments, train
+    from mmpack.packing.cost import costs_of
+    from mmpack.packing.dataset import PackedDataset
+
+    ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
+    if options.quiet:
+        ours += ["--disable_tqdm", "True"]
+    args = parse_training_arguments([*ours, *rest])
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = last_checkpoint(args.output_dir)
+        where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
+        print(f"continuing from {where}", file=sys.stderr)
+    if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
+        dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
+    elif options.tokenizer is None or options.capacity is None:
+        raise ValueError(
+            f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
+            "--capacity"
+        )
+    else:
+        _settle(options)
+        bad_rows: list[BadRow] = []
+        config = _config(options.model or options.config, options.frozen)
+        encoded, vision = _encode(options, bad_rows)
+        samples, patch_capacity, on_overflow = cut_long(list(encoded), vision, options)
+        dataset = PackedDataset.from_samples(
+            samples,
+            options.capacity,
+            None if config is None else costs_of(samples, config, options.frozen),
+            patch_capacity=patch_capacity,
+            on_overflow=on_overflow,
+            seed=options.plan_seed,
+        )
+        for row in bad_rows:
+            print(f"left out {row}", file=sys.stderr)
+    dataset.on_bad_image = options.on_bad_image
+    model = load_model(options.model, options.config, args.seed)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
+        result = train(model, dataset, args)
+    print(json.dumps(result))
+
+
+def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.cli.demo import run_demo
+
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        figures = run_demo(options.write)
+    if options.json:
+        print(json.dumps(figures))
+
+
+def _env(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from mmpack.cli.env import env_table, environment
+
+    found = environment()
+    print(json.dumps(found) if options.json else env_table(found))
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
+    "check": _check,
+    "pack": _pack,
+    "merge": _merge,
+    "inspect": _inspect,
+    "train": _train,
+    "demo": _demo,
+    "env": _env,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""`mmpack pack`: data files -> a folder of encoded samples and their plan, made or used again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from mmpack.cli.plots import pack_picture
+from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.data.files import Row, count_rows
+from mmpack.data.readers import RowGroup, row_groups
+from mmpack.errors import BadRow, OnError
+from mmpack.packing.cost import costs_of
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.plan import padded_utilization, plan_samples
+from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
+from mmpack.store.atomic_folder import published, turn
+from mmpack.store.build import index_rows, made_from, why_outdated
+from mmpack.store.encoded_store import (
+    EncodedStore,
+    changed_files,
+    file_sha256,
+    open_store,
+    reuse_store,
+    write_batches,
+)
+from mmpack.store.plan_file import save_plan
+from mmpack.vision_spec import VisionSpec
+
+PLANNING = (
+    "capacity",
+    "patch_capacity",
+    "max_image_share",
+    "on_overflow",
+    "plan_seed",
+    "config",
+    "frozen",
+)
+
+
+def run_pack(
+    options: argparse.Namespace,
+    reading: dict[str, Any],
+    processor: tuple[Any, VisionSpec],
+    config: Any,
+) -> None:
+    """Encode, plan, write and report. `reading` are the options of `read_samples`, `config` is the
+    model's, for costs, or None."""
+    start = time.perf_counter()
+    out = Path(options.out)
+    about: dict[str, Any] = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("command", "json", "quiet", "overwrite", "jobs", "out", "png", "shard")
+    }
+    if Path(options.tokenizer).is_dir():
+        about["tokenizer"] = os.path.abspath(options.tokenizer)  # for mmpack inspect, anywhere
+    about["begun"] = time.time_ns()
+    groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
+    tokenizer, vision = processor
+    encoding = {name: about[name] for name in ("train_on_prompt", "mask_history")}
+    settings = {**reading, **encoding, "on_error": options.on_error}
+    about["made from"] = made_from(groups, tokenizer, vision, **settings)
+    part = None if options.shard is None else parse_shard(options.shard)
+    if part is not None:
+        about["part"] = options.shard
+
+    found = _look(out, about, options.overwrite)
+    if not found.is_done:
+        with turn(out) as mine:
+            if _mark(out) != found.mark:  # just made, it needs no second look at its images
+                found = _look(out, about, options.overwrite, look_at_images=False)
+            elif mine.waited_for and not mine.was_killed:
+                raise ValueError(
+                    f"{mine.waited_for} ended without making {out}; its own message says why"
+                )
+            if not found.is_done:
+                if found.why and not options.json:
+                    print(f"encoding anew: {found.why}")
+                with build(out, found.mark is not None) as partial:
+                    if found.store is not None:
+                        about["begun"] = found.store.about["begun"]
+                        for name in ("files", "chunks"):
+                            about |= (
+                                {name: found.store.about[name]} if name in found.store.about else {}
+                            )
+                        store = reuse_store(partial, found.store, about)
+                        if (out / "bad_rows.jsonl").exists():
+                            shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
+                    else:
+                        ways = {"reading": reading, "encoding": encoding, "jobs": options.jobs}
+                        ways["quiet"] = options.quiet
+                        store = _encode(partial, groups, processor, about, part, ways)
+                    if part is None:
+                        write_plan(partial, store, options, config)
+    reused = found.store is not None
+    if part is None:
+        report_packs(out, options, reused, start)
+    else:
+        _report_part(out, options, reused, start)
+
+
+class _Found(NamedTuple):
+    """What is at --out before anything is written."""
+
+    store: EncodedStore | None  # its samples are what would be made now
+    is_done: bool  # and so is its plan
+    why: str  # its samples are not
+    mark: tuple[int, int] | None  # which store it is; None: there is none
+
+
+def _look(out: Path, about: dict[str, Any], overwrite: bool, look_at_images: bool = True) -> _Found:
+    """
+    Raises:
+        ValueError: there is something that is no store, or another one and `overwrite` is not asked
+            for.
+    """
+    mark = _mark(out)
+    if mark is None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            torn = " (a store that was never finished)" if (out / "samples.arrow").exists() else ""
+            raise ValueError(
+                f"{out} is not empty{torn}; choose another --out, or --overwrite a packed set"
+            )
+        return _Found(None, False, "", None)
+    store, planned = None, []
+    try:
+        store = open_store(out)
+        names = why_outdated(store, about["made from"], look_at_images)
+        names += [name for name in ["part"] if about.get(name) != store.about.get(name)]
+        why = f"{' and '.join(names[:4])} changed since" if names else ""
+        planned = [name for name in PLANNING if about[name] != store.about.get(name)]
+        if not why and overwrite and look_at_images:
+            store.verify()
+        if not why and not planned and "part" not in about:
+            PackedDataset.from_store(out, on_changed_data="warn")
+    except ValueError as error:
+        why = str(error)
+    if not overwrite and (why or planned):
+        reason = why or f"{' and '.join(planned[:4])} changed since"
+        raise ValueError(f"{out} is not empty; choose another --out, or --overwrite it: {reason}")
+    return _Found(None if why else store, not (why or planned), why, mark)
+
+
+def _mark(out: Path) -> tuple[int, int] | None:
+    """Which store is at a path: the one that replaces it has another mark. None: there is none."""
+    try:
+        stat = os.stat(out / "mmpack.json")
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+@contextmanager
+def build(out: Path, replaces: bool) -> Iterator[Path]:
+    """`published`, what the disk refuses being an error of the user's."""
+    try:
+        with published(out, replaces) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or str(error)
+        what = f"{out} stays as it was" if replaces else "nothing is left of it"
+        raise ValueError(f"cannot write {out}: {reason}; {what}") from None
+
+
+def _encode(
+    partial: Path,
+    groups: list[RowGroup],
+    processor: tuple[Any, VisionSpec],
+    about: dict[str, Any],
+    part: tuple[int, int] | None,
+    ways: dict[str, Any],
+) -> EncodedStore:
+    """Read and encode the rows, or a part of them, into a store."""
+    bad_rows: list[BadRow] = []
+    on_error: OnError = bad_rows if about["on_error"] == "skip" else "raise"
+    files = [group.file.resolve() for group in groups if group.file is not None]
+    about["files"] = {str(file): _stamp(file) for file in files}
+    if part is not None:
+        about["chunks"] = []  # of each, whether it has samples, and its bad rows
+    tokenizer, vision = processor
+    batches = _batches(groups, tokenizer, vision, about, part or (1, 1), on_error=on_error, **ways)
+    store = write_batches(partial, batches, vision, about, may_be_empty=part is not None)
+    if changed := changed_files(store):
+        raise ValueError(f"{changed[0]} changed while it was read; pack again")
+    _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
+    return store
+
+
+def _stamp(file: Path) -> tuple[int, int, str]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, file_sha256(file)
+
+
+def write_plan(folder: Path, store: EncodedStore, options: argparse.Namespace, config: Any) -> None:
+    """The plan of a store, and lists of the rows that are longer than a pack."""
+    samples, patch_capacity, on_overflow = cut_long(store, store.vision, options)
+    if samples is not store:
+        samples.save(folder / "pieces.npz")
+    cost = None if config is None else costs_of(samples, config, options.frozen)
+    plan = plan_samples(
+        samples, options.capacity, patch_capacity, on_overflow, options.plan_seed, cost
+    )
+    save_plan(plan, folder / "plan.npz")
+    overflow = []
+    for fate, numbers in (("dropped", plan.dropped), ("cut", plan.truncated)):
+        for sample in map(samples.__getitem__, numbers):
+            line = {"source": sample.source, "row": sample.row, "tokens": sample.num_tokens}
+            overflow.append({**line, "fate": fate})
+    _write_lines(folder / "overflow.jsonl", overflow)
+
+
+def report_packs(out: Path, options: argparse.Namespace, reused: bool, start: float) -> None:
+    """Print what is at `out`."""
+    dataset = PackedDataset.from_store(out, on_changed_data="warn")
+    plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
+    store = samples.samples if isinstance(samples, SplitSamples) else samples
+    num_bad = _count_lines(out / "bad_rows.jsonl")
+    report = {
+        "rows": len(store) + num_bad,
+        "bad_rows": num_bad,
+        "reused": reused,
+        "dropped": plan.num_dropped,
+        "truncated": plan.num_truncated,
+        "packs": plan.num_packs,
+        "tokens": int(plan.pack_tokens.sum()),
+        "utilization": round(plan.utilization, 6),
+        "padded_utilization": round(padded_utilization(store.num_tokens), 6),
+        "max_pixels": vision.max_pixels,
+        **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if samples is not store:
+        report |= {"split": samples.num_split, "pieces": len(samples)}
+    if options.png is not None:
+        image_tokens = samples.num_patches // vision.merge_size**2
+        pack_picture(plan, samples.sources, image_tokens, options.png)
+    if options.json:
+        print(json.dumps(report))
+        return
+    if reused:
+        print(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
+    print(
+        f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
+        f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
+        f"{vision.max_pixels:,} pixels"
+    )
+    print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
+    print("\n".join(balance_lines(report)))
+    if report.get("split"):
+        cut = report["pieces"] - len(store) + report["split"]
+        print(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
+    if num_bad:
+        print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
+    if plan.num_dropped or plan.num_truncated:
+        print(
+            f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
+            f"{out / 'overflow.jsonl'}"
+        )
+    print(f"written to {out}")
+
+
+def _report_part(out: Path, options: argparse.Namespace, reused: bool, start: float) -> None:
+    num_bad = _count_lines(out / "bad_rows.jsonl")
+    report = {
+        "part": options.shard,
+        "rows": len(open_store(out)) + num_bad,
+        "bad_rows": num_bad,
+        "reused": reused,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if options.json:
+        print(json.dumps(report))
+        return
+    print(
+        f"part {options.shard}: {report['rows']:,} rows, {num_bad:,} of them bad, in "
+        f"{report['seconds']:.1f} s; mmpack merge joins all parts"
+    )
+    print(f"written to {out}")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8).
+
+    Raises:
+        ValueError: it is not that, or there is no such part.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= of:
+        raise ValueError(f"--shard is I/N, part I of N from 1/N to N/N, got {text}")
+    return number, of
+
+
+def cut_long(samples: Any, vision: VisionSpec, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(samples, long documents in pieces, patch capacity, on_overflow), as there is to plan."""
+    patch_capacity = options.patch_capacity
+    if options.max_image_share is not None:
+        most = image_capacity(options.max_image_share, options.capacity, vision)
+        patch_capacity = most if patch_capacity is None else min(most, patch_capacity)
+    if options.on_overflow != "split":
+        return samples, patch_capacity, options.on_overflow
+    return split_samples(samples, options.capacity, patch_capacity), patch_capacity, "error"
+
+
+def _batches(
+    groups: list[RowGroup],
+    tokenizer: Any,
+    vision: VisionSpec,
+    about: dict[str, Any],
+    part: tuple[int, int],
+    quiet: bool,
+    **options: Any,
+) -> Iterator[bytes]:
+    """Batches for a store, a bar showing rows, rows a second and, where files know how many they
+    have, how long it will take."""
+    counts = [count_rows(group.file) if group.file is not None else None for group in groups]
+    is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
+    is_known = all(array or count is not None for array, count in zip(is_array, counts))
+    total = sum(count or 0 for count in counts) // part[1] if is_known else None
+    with tqdm(total=total, unit=" rows", desc="encoding", disable=quiet or None) as bar:
+
+        def counted(rows: Iterable[Row]) -> Iterator[Row]:
+            """An array is read whole, so that is when its length is known."""
+            rows = list(rows)
+            if is_known:
+                bar.total += len(rows) // part[1]
+            yield from rows
+
+        groups = [
+            group._replace(rows=counted(group.rows)) if array else group
+            for group, array in zip(groups, is_array)
+        ]
+        for indexed in index_rows(groups, tokenizer, vision, part=part, **options):
+            bar.update(indexed.num_rows)
+            if "chunks" in about:
+                about["chunks"].append((int(indexed.batch is not None), len(indexed.bad_rows)))
+            if indexed.batch is not None:
+                yield indexed.batch
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        path.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

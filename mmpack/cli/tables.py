@@ -1,0 +1,174 @@
+"""Tables of what `mmpack.cli.check` counted, and what `mmpack pack` says of its packs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack.cli.check import Summary
+from mmpack.packing.pack_stats import (
+    cost_floor,
+    image_shares,
+    rank_imbalance,
+    share_spread,
+    token_shares,
+)
+from mmpack.types import PackPlan
+
+_SHOWN_BAD = 10
+SHOWN_SOURCES = 10
+_RANKS = (8, 64)
+
+
+def check_table(summary: Summary) -> str:
+    """The data set in a terminal."""
+    refused = summary.num_rows - summary.num_usable
+    lines = [f"{summary.num_rows:,} rows: {summary.num_usable:,} usable, {refused:,} refused"]
+    lines += _bad_lines(summary)
+    if not summary.num_usable:
+        return "\n".join(lines)
+
+    unit = "tokens" if summary.has_tokens else "characters"
+    lengths = np.array([length for length, _, _ in summary.lengths])
+    lines += [
+        "",
+        "fields  " + _counts(summary.fields),
+        "turns   " + _counts(summary.roles),
+        f"images  {summary.num_images:,} in {len(summary.image_uses):,} files, "
+        f"{sum(count > 1 for count in summary.image_uses.values()):,} of them used more than once",
+    ]
+    if summary.num_videos:
+        frames = np.array(summary.video_frames)
+        lines.append(
+            f"videos  {summary.num_videos:,}; {frames.min():,}-{frames.max():,} frames, median "
+            f"{int(np.median(frames)):,}"
+        )
+    if summary.same_content:
+        extra = sum(len(paths) - 1 for paths in summary.same_content)
+        example = " = ".join(Path(path).name for path in summary.same_content[0])
+        lines.append(f"        {extra:,} files have the content of another ({example})")
+    if summary.image_sizes:
+        heights, widths = np.array(summary.image_sizes).T
+        lines.append(
+            f"        {widths.min()}-{widths.max()} wide, {heights.min()}-{heights.max()} high, median "
+            f"{int(np.median(widths))} x {int(np.median(heights))} pixels"
+        )
+    lines += [
+        "rows by images  " + _counts(dict(sorted(summary.images_per_row.items()))),
+        f"{unit}  {lengths.sum():,} in all; a row: median {int(np.median(lengths)):,}, "
+        f"99 % {int(np.percentile(lengths, 99)):,}, longest {lengths.max():,}",
+        f"rows by {unit}  "
+        + ", ".join(f"<= {end:,}: {count:,}" for end, count in summary.histogram().items()),
+        "longest rows  "
+        + ", ".join(f"{source} row {row}: {length:,}" for length, source, row in summary.longest()),
+        "",
+        *_source_table(summary),
+    ]
+    if summary.has_tokens:
+        lines += ["", *_capacity_table(summary, lengths)]
+    else:
+        lines += ["", "pass --tokenizer DIR to count tokens and to see which capacity fits"]
+    return "\n".join(lines)
+
+
+def _bad_lines(summary: Summary) -> list[str]:
+    lines = [f"  {bad if bad.row >= 0 else bad.error}" for bad in summary.bad_rows[:_SHOWN_BAD]]
+    if len(summary.bad_rows) > _SHOWN_BAD:
+        lines.append(
+            f"  ... {len(summary.bad_rows) - _SHOWN_BAD:,} more; --bad FILE lists them all"
+        )
+    return lines
+
+
+def _counts(counts: Counter[str] | dict[int, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+
+def _source_table(summary: Summary) -> list[str]:
+    rows = [("source", "rows", "refused", "images", "tokens")]
+    for name, group in sorted(summary.groups.items(), key=lambda item: -item[1]["rows"]):
+        tokens = f"{sum(group['tokens']):,}" if group["tokens"] else "-"
+        rows.append(
+            (name, f"{group['rows']:,}", f"{group['refused']:,}", f"{group['images']:,}", tokens)
+        )
+    return aligned(rows)
+
+
+def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
+    rows = [("capacity", "packs", "full", "rows too long")]
+    for line in summary.by_capacity():
+        full = f"{line['utilization']:.1%}"
+        rows.append((f"{line['capacity']:,}", f"{line['packs']:,}", full, f"{line['too_long']:,}"))
+    padded = summary.as_dict()["padded_utilization"]
+    return [*aligned(rows), f"padded batches of 8 would be {padded:.0%} full"]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Rows of cells as lines; columns are aligned to the right, but for those in `left`."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+
+
+def balance_report(
+    plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any]
+) -> dict[str, Any]:
+    """How packs compare with the data set and with each other, for JSON.
+
+    `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over
+    the packs, and of each source `images`, the share of images in its tokens. Where costs were planned,
+    `imbalance` and `imbalance_floor`: by number of ranks, the mean over steps of the dearest over the mean
+    pack, and what no plan of these packs goes below.
+    """
+    image_tokens = np.minimum(image_tokens, plan.num_tokens)
+    report: dict[str, Any] = {
+        "image_share": share_spread(plan, image_tokens),
+        "sources": token_shares(plan, sources),
+    }
+    for name, share in image_shares(plan, sources, image_tokens).items():
+        report["sources"][name]["images"] = share
+    if plan.cost is not None:
+        packs, floor = plan.totals(plan.cost), cost_floor(plan, plan.cost)
+        ranks = [n for n in _RANKS if n <= plan.num_packs]
+        report["imbalance"] = {str(n): round(rank_imbalance(packs, n), 4) for n in ranks}
+        report["imbalance_floor"] = {str(n): round(rank_imbalance(floor, n), 4) for n in ranks}
+    return report
+
+
+def balance_lines(report: dict[str, Any]) -> list[str]:
+    """The same in a terminal."""
+    parts = [("images", report["image_share"])]
+    if len(report["sources"]) > 1:
+        parts += list(report["sources"].items())[:SHOWN_SOURCES]
+    lines = [
+        f"{name}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
+        "pack's (10th to 90th percentile)"
+        + (f"; {part['images']:.0%} of them images" if "images" in part else "")
+        for name, part in parts
+    ]
+    for ranks, imbalance in report.get("imbalance", {}).items():
+        floor = report["imbalance_floor"][ranks]
+        lines.append(
+            f"on {ranks} ranks a step takes {imbalance:.3f} x its mean pack; {floor:.3f} is the least "
+            "its samples allow"
+        )
+    return lines
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """Any row as a line: bytes and pictures abridged, half characters escaped."""
+    try:
+        return json.dumps(value, default=lambda other: f"{other!r:.100}") + "\n"
+    except RecursionError:
+        return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"

@@ -1,0 +1,1 @@
+"""Rows on disk -> samples -> token ids; images and videos."""

@@ -1,0 +1,67 @@
+"""The shapes pretraining documents come in -> parts of text and pictures.
+
+A document is one text with its images in it: the field `text` (or the one a mapping calls `prompt`),
+or a conversation whose only turn with something in it is the assistant's, which is how documents are
+written for trainers that know conversations alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpack.data.conversations import MARKERS, Fields, Part, chat_turns, parts_of
+from mmpack.errors import RowError, names
+
+
+def document_of(row: dict[str, Any], fields: Fields | None) -> list[Part]:
+    """The parts of a row's document; `fields` as mapped, None where nobody described the row.
+
+    Raises:
+        RowError: no document, an empty one, one with a video, or more text beside it.
+    """
+    is_chat = fields is not None and fields.formatting != "alpaca"
+    if fields is None:
+        is_chat = row.get("text") is None and ("conversations" in row or "messages" in row)
+    parts = [_unless_video(p) for p in (_spoken if is_chat else _written)(row, fields)]
+    if not any(not isinstance(part, str) or part.strip() for part in parts):
+        raise RowError("the document is empty", "there is nothing to learn")
+    return parts
+
+
+def _unless_video(part: Part) -> Part:
+    """Videos are not read: `<video>` in a text is text, as a tag of HTML is."""
+    if isinstance(part, str) or part.kind != "video":
+        return part
+    if part.value is not None:
+        raise RowError("the document has a video", "leave it out; of documents images are read")
+    return MARKERS["video"]
+
+
+def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:
+    column = "text"
+    if fields is not None:
+        column = fields.columns["prompt"]
+        beside = [fields.columns[name] for name in ("query", "response", "history", "system")]
+        also = [name for name in beside if row.get(name)]
+        if also:
+            raise RowError(
+                f"the row has {names(also)} beside the document in {column!r}",
+                "a document is one text; pack instructions with --stage sft",
+            )
+    if row.get(column) is None:
+        raise RowError(
+            f"no field {column!r}; the row has {names(row)}",
+            "rename the field, or map it as the prompt in a dataset_info.json",
+        )
+    return parts_of(row[column], "the document")
+
+
+def _spoken(row: dict[str, Any], fields: Fields | None) -> list[Part]:
+    turns = [(role, parts) for role, parts in chat_turns(row, fields) if any(parts)]
+    if [role for role, _ in turns] not in ([], ["assistant"]):
+        roles = " ".join(role for role, _ in turns)
+        raise RowError(
+            f"{len(turns)} turns hold something ({roles:.80}), a document is one, the assistant's",
+            "pack conversations with --stage sft",
+        )
+    return turns[0][1] if turns else []

@@ -1,0 +1,272 @@
+"""The only file that touches pixels: header size, decode, resize, patches, normalisation.
+
+Pixels stay uint8 until the collator. `normalize_patches(load_patches(image))` equals transformers'
+`Qwen2VLImageProcessorPil` bit for bit: transparency is put on white, EXIF rotation is not applied,
+the resize is Pillow's bicubic on RGB, and the normalisation follows its float64/float32 roundings.
+JPEGs are decoded whole: Pillow's `draft` is faster, and gives other pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack import _native
+from mmpack.errors import RowError
+from mmpack.types import ImageRef
+from mmpack.video_spec import BICUBIC
+from mmpack.vision_spec import VisionSpec, check_aspect_ratio
+
+Patches = NDArray[np.uint8]
+_TAIL = 1 << 12  # bytes; cameras write a little after a JPEG's end
+_WEBP_HEADER = 30  # bytes up to the size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
+    """(height, width) in pixels of an image that can be trained on.
+
+    Reads the header, and for JPEG and PNG whether the file ends where it should; `decode` decodes
+    all of it, which alone finds damage in the middle.
+
+    Raises:
+        RowError: no image Pillow can read, cut or damaged, over Pillow's limit of pixels
+            (decompression bombs; checked before decoding), or an aspect ratio above 200.
+    """
+    size = None if decode else _webp_size(image)
+    if size is not None:
+        _check_shape(image, *size)
+        return size
+    with _open(image) as opened:
+        width, height = opened.size
+        _check_shape(image, height, width)
+        if decode or _looks_cut(opened):
+            _decode(image, opened)
+    return height, width
+
+
+def load_patches(
+    image: ImageRef,
+    grid_thw: tuple[int, int, int] | NDArray[np.integer],
+    vision: VisionSpec,
+    out: Patches | None = None,
+) -> Patches:
+    """Decode and resize one image to its planned grid.
+
+    Args:
+        out: (h * w, C * p * p) uint8, contiguous: where to write; new memory by default.
+
+    Returns:
+        (h * w, C * p * p) uint8: one row a patch, in Qwen's merge order (blocks of
+        merge x merge patches in reading order, patches of a block in reading order).
+
+    Raises:
+        ValueError: the file cannot be decoded, or no longer has the size it was planned with.
+    """
+    _, grid_h, grid_w = (int(n) for n in grid_thw)
+    with _open(image) as opened:
+        width, height = opened.size
+        if vision.image_grid(height, width) != (1, grid_h, grid_w):
+            raise ValueError(
+                f"image {image.path} is now {width} x {height} pixels, it was planned as a grid of "
+                f"{grid_h} x {grid_w} patches; pack the data again"
+            )
+        if out is None:
+            out = np.empty((grid_h * grid_w, vision.patch_values), dtype=np.uint8)
+        write_frame(_decode(image, opened), (grid_h, grid_w), vision, out)
+    return out
+
+
+def write_frame(
+    picture: Image, grid_hw: tuple[int, int], vision: VisionSpec, out: Patches, frame: int = 0
+) -> None:
+    """Resize a picture to `grid_hw` patches and write it as a frame of the patches `out`, (h * w,
+    C * frames * p * p) uint8, contiguous."""
+    p = vision.patch_size
+    size = (grid_hw[1] * p, grid_hw[0] * p)
+    _native.patchify(_resized_rgb(picture, size, vision.resizer), p, vision.merge_size, out, frame)
+
+
+@contextmanager
+def decoded(image: ImageRef) -> Iterator[Image]:
+    """An image, decoded.
+
+    Raises:
+        RowError: it cannot be read.
+    """
+    with _open(image) as opened:
+        yield _decode(image, opened)
+
+
+def normalize_patches(
+    pixels: Patches, vision: VisionSpec, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """uint8 patches, of stills (P, C * p * p) or of videos (P, C * t * p * p) -> transformers'
+    `pixel_values` (P, C * t * p * p) float32, written to `out` where it is given.
+
+    A still image fills every one of its t frames. A byte has 256 values, so each channel is a
+    table of 256 floats made with transformers' own roundings: x / 255 in float64, cast to
+    float32, then (x - mean) / std in float32.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean = np.array(vision.image_mean, dtype=np.float32)[:, None]
+    std = np.array(vision.image_std, dtype=np.float32)[:, None]
+    table = (scaled - mean) / std  # (C, 256)
+
+    values = vision.temporal_patch_size * vision.patch_values
+    frames = values // pixels.shape[1]
+    if out is None:
+        out = np.empty((len(pixels), values), dtype=np.float32)
+    _native.normalize(np.ascontiguousarray(pixels), table, frames, out)
+    return out
+
+
+def encoded_bytes(image: ImageRef) -> bytes:
+    """An image held in memory as bytes that decode to the same RGB pixels (PNG for pictures)."""
+    if isinstance(image.data, bytes):
+        return image.data
+    buffer = io.BytesIO()
+    _to_rgb(image.data).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _open(image: ImageRef) -> AbstractContextManager[Image]:
+    from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light
+
+    if isinstance(image.data, Image.Image):
+        return nullcontext(image.data)  # whose owner closes it
+    try:
+        return Image.open(image.path if image.data is None else io.BytesIO(image.data))
+    except FileNotFoundError:
+        raise RowError(f"image {image.path} does not exist", "mend the path") from None
+    except UnidentifiedImageError:
+        raise RowError(
+            f"image {image.path} is not an image Pillow can read", "replace it"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RowError(f"image {image.path} cannot be opened: {error}", "replace it") from None
+
+
+def _decode(image: ImageRef, opened: Image) -> Image:
+    try:
+        opened.load()
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise RowError(f"image {image.path} cannot be decoded: {error}", "replace it") from None
+    return opened
+
+
+def _looks_cut(opened: Image) -> bool:
+    """Whether a file just opened lacks its format's end marker in its last bytes."""
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(opened.format or "")
+    file = getattr(opened, "fp", None)
+    if end is None or file is None:
+        return False
+    position = file.tell()
+    file.seek(max(0, file.seek(0, io.SEEK_END) - _TAIL))
+    is_cut = end not in file.read()
+    file.seek(position)  # where the decoder goes on
+    return is_cut
+
+
+def _check_shape(image: ImageRef, height: int, width: int) -> None:
+    try:
+        check_aspect_ratio(height, width)
+    except RowError as error:
+        raise RowError(f"image {image.path}: {error.error}", error.advice) from None
+
+
+def most_pixels() -> float:
+    """Pillow's limit of pixels: a picture that claims more is taken for a decompression bomb."""
+    from PIL.Image import MAX_IMAGE_PIXELS
+
+    return math.inf if MAX_IMAGE_PIXELS is None else 2 * MAX_IMAGE_PIXELS
+
+
+def _webp_size(image: ImageRef) -> tuple[int, int] | None:
+    """(height, width) of a still WebP of one chunk; None for whatever is not plainly that.
+
+    Pillow reads a WebP file whole and makes a decoder to learn its size. The checks are those of
+    libwebp's `WebPGetFeatures` on such a file (RFC 9649, RFC 6386 section 9.1).
+    """
+    if isinstance(image.data, bytes):
+        header, length = image.data[:_WEBP_HEADER], len(image.data)
+    elif image.data is None and image.path[-5:].lower() == ".webp":
+        try:
+            with open(image.path, "rb", buffering=0) as file:
+                header, length = file.read(_WEBP_HEADER), os.fstat(file.fileno()).st_size
+        except OSError:
+            return None
+    else:
+        return None
+    if len(header) < _WEBP_HEADER or header[:4] != b"RIFF" or header[8:12] != b"WEBP":
+        return None
+    riff_bytes, chunk_bytes = (int.from_bytes(header[at : at + 4], "little") for at in (4, 16))
+    if riff_bytes != 12 + chunk_bytes + chunk_bytes % 2 or length != 8 + riff_bytes:
+        return None
+    if header[12:16] == b"VP8 ":
+        frame = int.from_bytes(header[20:23], "little")  # inter 1, profile 3, shown 1, length 19
+        if frame & 0b11001 != 0b10000 or header[23:26] != b"\x9d\x01\x2a":
+            return None
+        if frame >> 5 >= chunk_bytes:
+            return None
+        width, height = (int.from_bytes(header[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    elif header[12:16] == b"VP8L" and header[20] == 0x2F:
+        bits = int.from_bytes(header[21:25], "little")  # width 14, height 14, alpha 1, version 3
+        if bits >> 29:
+            return None
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        return None
+    from PIL.Image import MAX_IMAGE_PIXELS
+
+    is_small = MAX_IMAGE_PIXELS is None or width * height <= MAX_IMAGE_PIXELS
+    return (height, width) if 0 < width * height and is_small else None
+
+
+def _resized_rgb(image: Image, size: tuple[int, int], resizer: str) -> Patches:
+    """(height, width, 3) uint8. The channels of a grey image are one, seen three times."""
+    is_grey = image.mode == "L" and image.info.get("transparency") is None
+    if not is_grey:
+        image = _to_rgb(image)
+    if image.size == size:
+        pixels = np.asarray(image)
+    elif resizer == "torch":
+        pixels = _resized_by_torch(image, size)
+    else:
+        pixels = np.asarray(image.resize(size, resample=BICUBIC))
+    return np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3)) if is_grey else pixels
+
+
+def _resized_by_torch(image: Image, size: tuple[int, int]) -> Patches:
+    """The antialiased bicubic resize of bytes that torchvision calls, and with it transformers' image
+    processors where torchvision is installed; one pass over all channels."""
+    import torch
+
+    pixels = torch.from_numpy(np.array(image))
+    planes = pixels.unflatten(1, (pixels.shape[1], 1)) if pixels.ndim == 2 else pixels
+    resized = torch.nn.functional.interpolate(
+        planes.permute(2, 0, 1)[None], size[::-1], mode="bicubic", antialias=True
+    )
+    return resized[0].permute(1, 2, 0).reshape(size[1], size[0], *pixels.shape[2:]).numpy()
+
+
+def _to_rgb(image: Image) -> Image:
+    """RGB as transformers' `convert_to_rgb` makes it: transparency composited onto white."""
+    from PIL import Image
+
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

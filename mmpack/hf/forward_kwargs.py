@@ -1,0 +1,265 @@
+"""A pack as the keyword arguments of a forward.
+
+Only names transformers knows are at the top, so that an unpatched model computes the same loss, only
+slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook takes.
+Host-side integers stay numpy or int there: Trainer moves tensors to the device and nothing else, and
+whatever lies on the host can be asked for free.
+
+A compact pack's batch has `input_ids (1, n)` with one marker an image, and no positions yet:
+`position_ids (4, 1, 0)`, on which a model that is not patched fails at once. `assemble_on_device`, which
+the hook calls, makes the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_window_index,
+)
+
+from mmpack import _native, reference
+from mmpack.data import images
+from mmpack.hf.families import TowerSpec
+from mmpack.packing import worker_buffers
+from mmpack.packing.compact import Outline, outline
+from mmpack.packing.worker_buffers import as_ints, as_tensor
+from mmpack.types import CompactPack, Int32, Int64, Pack
+from mmpack.vision_spec import VisionSpec
+
+PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # and grids
+
+
+def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Tensor]:
+    """`pixel_values` of the images and `pixel_values_videos`, each where there are any."""
+    values = {}
+    of_kinds = {
+        name: patches
+        for name, patches in zip(PIXELS, (pack.pixels, pack.video_pixels))
+        if patches is not None and len(patches)
+    }
+    if sum(map(len, of_kinds.values())) != pack.grid_thw.astype(np.int64).prod(axis=1).sum():
+        raise ValueError(
+            f"the pack has {len(pack.grid_thw)} images and videos but was assembled without pixels"
+        )
+    for name, patches in of_kinds.items():
+        if pixels == "float32":
+            num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
+            floats = worker_buffers.empty((len(patches), num_values), np.float32)
+            patches = images.normalize_patches(patches, pack.vision, out=floats)
+        values[name] = as_tensor(patches)
+    return values
+
+
+def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
+    """The batch of a finished pack; `values` are its pixels."""
+    grid_order, grid_offsets = _grids_by_segment(pack)
+    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets)
+    batch["input_ids"] = as_tensor(pack.input_ids)[None]
+    batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
+    for name in (
+        "cu_seqlens",
+        "segment_ids",
+        "tiles",
+        "feature_index",
+        "feature_token",
+        "text_order",
+        "text_id_offsets",
+        "vision_cu_seqlens",
+        "vision_segment_ids",
+        "vision_tiles",
+        "vision_position_ids",
+    ):
+        batch["mmpack"][name] = as_tensor(getattr(pack, name))
+    if values and tower.window_side is not None:
+        order, windows = _windows(pack.grid_thw, pack.vision, tower.window_side)
+        batch["mmpack"] |= {**windows, **_in_windows(batch["mmpack"], order)}
+    if values and tower.table_side is not None:
+        index, weight = get_vision_interpolation_indices_and_weights(
+            torch.from_numpy(pack.grid_thw),
+            tower.table_side,
+            align_corners=True,
+            spatial_merge_size=pack.vision.merge_size,
+        )
+        batch["mmpack"]["position_index"] = index.int()
+        # The floats' bits: FSDP2 and DeepSpeed cast floating inputs to bf16.
+        batch["mmpack"]["position_weight_bits"] = weight.view(torch.int32)
+    return batch
+
+
+def compact_batch_of(
+    pack: CompactPack, values: dict[str, torch.Tensor], tower: TowerSpec
+) -> dict[str, Any]:
+    """The batch of a compact pack, which `assemble_on_device` completes; `values` are its pixels."""
+    known = outline(pack, worker_buffers.empty)
+    batch = _batch(known, values, pack.grid_thw, pack.grid_offsets)
+    batch["input_ids"] = as_tensor(pack.input_ids)[None]
+    batch["position_ids"] = torch.empty(4, 1, 0, dtype=torch.int64)
+    num_tokens = len(known.labels)
+    batch["mmpack"]["compact"] = {
+        "offsets": as_tensor(pack.offsets),
+        "markers": as_tensor(known.markers),
+        "grid_thw": as_tensor(pack.grid_thw),
+        "temporal_step_bits": as_tensor(pack.temporal_step.view(np.int32)),
+        "sizes": (num_tokens, known.num_features, known.num_runs, known.num_tiles),
+        "num_vision_tiles": known.num_vision_tiles,
+        "video_id": pack.vision.video_token_id,
+        "merge_size": pack.vision.merge_size,
+    }
+    if values and tower.window_side is not None:
+        order, windows = _windows(known.grid_thw, pack.vision, tower.window_side)
+        batch["mmpack"] |= {**windows, "window_order": order}
+    return batch
+
+
+def assemble_on_device(
+    batch: dict[str, Any], pack: dict[str, Any], table_side: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(batch, its `mmpack` dict) as `batch_of` makes them, of a batch of `compact_batch_of` on the device.
+
+    Args:
+        table_side: side of the tower's table of positions, if it has one.
+    """
+    from mmpack.ops import assemble_patches, assemble_sequence  # here: Triton is not everywhere
+
+    compact, merge_size = pack["compact"], pack["compact"]["merge_size"]
+    made = assemble_sequence(
+        batch["input_ids"][0],
+        compact["offsets"],
+        compact["markers"],
+        compact["grid_thw"],
+        compact["temporal_step_bits"].view(torch.float32),
+        compact["sizes"],
+        video_id=compact["video_id"],
+        merge_size=merge_size,
+    )
+    tokens = {
+        "input_ids": made.pop("input_ids")[None],
+        "position_ids": made.pop("position_ids")[:, None],
+    }
+    pack = {**pack, **made}
+    del pack["compact"]
+    grids = [batch[name] for name in PIXELS.values() if batch.get(name) is not None]
+    if grids:
+        grid_thw = torch.cat(grids)
+        places = assemble_patches(
+            grid_thw,
+            len(pack["vision_offsets"]) - 1,
+            pack["num_patches"],
+            compact["num_vision_tiles"],
+            merge_size=merge_size,
+        )
+        pack |= {f"vision_{name}": tensor for name, tensor in places.items()}
+        if "window_order" in pack:
+            pack |= _in_windows(pack, pack["window_order"])
+        if table_side is not None:
+            pack |= _interpolated(pack["vision_position_ids"], grid_thw, table_side)
+    return {**batch, **tokens}, pack
+
+
+def _batch(
+    pack: Pack | Outline,
+    values: dict[str, torch.Tensor],
+    grid_thw: Int64 | Int32,
+    grid_offsets: Any,
+) -> dict[str, Any]:
+    """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
+    supervised = pack.supervised_index.astype(np.int64)
+    shift_labels = torch.from_numpy(pack.labels[supervised + 1])
+    supervised = torch.from_numpy(supervised)
+    batch: dict[str, Any] = {
+        "input_ids": None,  # first: Trainer reads its size
+        "labels": as_tensor(pack.labels)[None],
+        "shift_labels": shift_labels[None],
+        "logits_to_keep": supervised,
+        "position_ids": None,
+        "use_cache": False,
+    }
+    grids = as_tensor(pack.grid_thw).split([pack.num_images, len(pack.grid_thw) - pack.num_images])
+    for (name, grid_name), grids_of_kind in zip(PIXELS.items(), grids):
+        if name in values:
+            batch |= {name: values[name], grid_name: grids_of_kind}
+    rule = None
+    if pack.num_images < len(pack.grid_thw):
+        video = pack.vision.video_spec
+        rule = (video.has_timestamps, video.tokens_per_second)
+    batch["mmpack"] = {
+        "offsets": as_ints(pack.cu_seqlens),  # ints: torch.compile takes arrays for tensors
+        "max_seqlen": pack.max_seqlen,
+        "supervised_offsets": as_ints(np.searchsorted(pack.supervised_index, pack.cu_seqlens)),
+        "supervised_index": supervised,
+        "num_patches": int(pack.vision_cu_seqlens[-1]),
+        "grid_thw": as_ints(grid_thw),
+        "grid_offsets": as_ints(grid_offsets),
+        "video_rule": rule,
+        "vision_offsets": as_ints(pack.vision_cu_seqlens),
+        "vision_max_seqlen": pack.vision_max_seqlen,
+    }
+    if any(patches.dtype == torch.uint8 for patches in values.values()):
+        # Python floats: tensors of them would be cast to bf16 with the inputs
+        batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
+    return batch
+
+
+def _windows(grid_thw: Int64, vision: VisionSpec, side: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The order of the features window by window (F,) int32, and what a windowed tower takes."""
+    window_size = side * vision.merge_size * vision.patch_size
+    order, offsets = get_vision_window_index(
+        torch.from_numpy(grid_thw), vision.merge_size, window_size, vision.patch_size
+    )
+    cu_seqlens = offsets.numpy()
+    arrays = {
+        "window_cu_seqlens": cu_seqlens,
+        "window_segment_ids": reference.segment_ids(cu_seqlens),
+        "window_tiles": _native.attention_tiles(cu_seqlens, False),
+    }
+    return order.int(), {
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        "window_offsets": as_ints(cu_seqlens),
+        "window_max_seqlen": int(np.diff(cu_seqlens).max()),
+    }
+
+
+def _in_windows(pack: dict[str, torch.Tensor], order_F: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The features and positions of an `mmpack` dict in the order a windowed tower gives them."""
+    place_F = torch.empty_like(order_F)
+    place_F[order_F.long()] = torch.arange(len(order_F), dtype=torch.int32, device=order_F.device)
+    feature_T = pack["feature_index"]
+    placed_T = place_F.index_select(0, feature_T.clamp_min(0))
+    positions = pack["vision_position_ids"].unflatten(0, (len(order_F), -1))
+    return {
+        "feature_index": torch.where(feature_T < 0, feature_T, placed_T),
+        "feature_token": pack["feature_token"].index_select(0, order_F),
+        "vision_position_ids": positions.index_select(0, order_F).flatten(0, 1),
+        "window_order": order_F,
+    }
+
+
+def _interpolated(
+    place_P2: torch.Tensor, grid_thw: torch.Tensor, side: int
+) -> dict[str, torch.Tensor]:
+    """transformers' `get_vision_interpolation_indices_and_weights` for patches at rows and columns `place_P2`,
+    rounding by rounding; by hand, as that one synchronizes with the device twice."""
+    sizes_P2 = grid_thw[:, 1:].repeat_interleave(grid_thw.prod(1), dim=0, output_size=len(place_P2))
+    at = place_P2.float() * (side - 1) / (sizes_P2 - 1).clamp_min(1).float()
+    taps = at.floor()[..., None] + torch.arange(2, dtype=torch.float32, device=at.device)
+    weights = (1 - (at[..., None] - taps).abs()).clamp_min(0)
+    rows, columns = taps.clamp(0, side - 1).int().unbind(1)
+    row_weights, column_weights = weights.unbind(1)
+    weight = row_weights[:, :, None] * column_weights[:, None]
+    return {
+        "position_index": (rows[:, :, None] * side + columns[:, None]).flatten(1),
+        "position_weight_bits": weight.flatten(1).view(torch.int32),
+    }
+
+
+def _grids_by_segment(pack: Pack) -> tuple[Int64, Int64]:
+    """(order (I,), offsets (S + 1,)): the grids segment by segment, which feature order, images before
+    videos, is not."""
+    ends = pack.vision.num_features(pack.grid_thw).cumsum()
+    last_token = pack.feature_token[ends - 1]
+    order: Int64 = np.argsort(last_token)
+    return order, np.searchsorted(last_token[order], pack.cu_seqlens)

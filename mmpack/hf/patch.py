@@ -1,0 +1,283 @@
+"""patch_model / unpatch_model: a transformers Qwen-VL model learns to take packs.
+
+Nothing of transformers is replaced. On the one model instance given, patching
+
+- puts a forward pre-hook on the inner model: it runs the vision tower, embeds the tokens, puts the
+  features at their places and passes `inputs_embeds` on; and a hook that cuts its output to the
+  supervised rows where an outer forward leaves that to it;
+- switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
+- binds a forward on each vision attention and on the patch embedding;
+- Qwen2.5-VL: leaves the features in the order of the windows; Qwen3-VL: adds deepstack's features by
+  index (`mmpack.hf.tower`). What a family needs is in `mmpack.hf.families`.
+
+A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
+are untouched. `unpatch_model` takes everything back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mmpack.hf import attention, tower
+from mmpack.hf.embedding import embed, is_sharded
+from mmpack.hf.families import check_videos, family_of, inner_model, tower_of
+from mmpack.hf.forward_kwargs import assemble_on_device
+from mmpack.hf.loss import install_loss, remove_loss
+from mmpack.hf.rotary import rotations, text_forward
+from mmpack.hf.self_test import check_isolation
+from mmpack.ops.varlen_attention import IMPLEMENTATIONS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_STATE = "_mmpack_patch"
+
+
+@dataclass
+class _Patch:
+    """What `patch_model` did to an inner model; lives on it as an attribute."""
+
+    hooks: list[tuple[str, int]]  # (submodule's name, id): handles would not survive a deep copy
+    text_attention: str  # the implementation before
+    impl: str
+    is_isolated: bool = False
+
+
+def patch_model(model: Model, impl: str = "auto") -> Model:
+    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, in place, to train on packs; returns it.
+    Patching twice is one patch.
+
+    A self-test follows: a small pack is run twice with another first segment, and the second
+    segment's hidden states must not change by a bit (behind experts: by rounding only). Where it cannot
+    run yet (weights on the meta device or sharded, kernels without their GPU) it runs at the first packed
+    forward. Mode, gradients and random state are as before.
+
+    Args:
+        model: a `Qwen2VLForConditionalGeneration`, or another family's, its inner `Qwen2VLModel`, or a
+            wrapper that holds one (PEFT).
+        impl: which ops do the work. "auto": libraries' (torch, flash-attn); "triton": mmpack's own
+            kernels (attention, rotary embedding, token embedding with feature insertion), on a CUDA
+            device or in Triton's interpreter; "auto" will mean them once they are measured on a GPU.
+            Or one of `mmpack.ops.varlen_attention`'s implementations, for attention alone. What is
+            asked for by name is used or refused.
+
+    Raises:
+        ValueError: the model is not supported, or something else has replaced what mmpack binds.
+        RuntimeError: the self-test found that segments see each other.
+    """
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+        )
+    base = inner_model(model)
+    if hasattr(base, _STATE):
+        getattr(base, _STATE).impl = impl
+        return model
+    bindings = _bindings(base)
+    for module, method, _ in bindings:
+        if method in vars(module):
+            raise ValueError(
+                f"{type(module).__name__} already has a replaced {method} (accelerate's offload to "
+                "several devices does that); patch the model before, or load it on one device"
+            )
+    for module, method, over in bindings:
+        setattr(module, method, MethodType(over(getattr(type(module), method)), module))
+    text_attention = base.language_model.config._attn_implementation
+    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl))
+    _set_text_attention(base, attention.NAME)
+    install_loss(base, model)
+    # A model that Trainer is still to move to its GPU cannot run kernels yet.
+    needs_gpu = impl not in ("auto", "sdpa", "reference", "flex")
+    if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
+        try:
+            _check_once(base)
+        except BaseException:
+            unpatch_model(model)
+            raise
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Take `patch_model` back; returns the model. A model that is not patched stays as it is.
+
+    Args:
+        model: what `patch_model` was given, or its inner model.
+
+    Raises:
+        ValueError: no model of a supported family is in it.
+    """
+    base = inner_model(model)
+    patch = vars(base).get(_STATE)
+    if patch is None:
+        return model
+    for name, hook_id in patch.hooks:
+        module = base.get_submodule(name)
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            getattr(module, kind).pop(hook_id, None)
+            getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
+    for module, method, _ in _bindings(base):
+        delattr(module, method)
+    vars(base.visual.patch_embed).pop("normalization", None)
+    vars(base.visual.merger).pop("merged", None)
+    _set_text_attention(base, patch.text_attention)
+    remove_loss(base, model)
+    delattr(base, _STATE)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` has patched the model, or what it wraps."""
+    return any(_STATE in vars(module) for module in model.modules())
+
+
+def _take_pack(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The hook: a packed batch becomes `inputs_embeds`; anything else passes untouched."""
+    pack = kwargs.get("mmpack")
+    if pack is None:
+        return None
+    if getattr(base, "_is_replica", False):
+        raise ValueError(
+            "nn.DataParallel cuts batches along their first dimension, which a packed row does not have; "
+            "start one process a GPU: torchrun --nproc_per_node N, or accelerate launch"
+        )
+    if not torch.compiler.is_compiling():  # host-side questions, asked of every eager batch
+        _check_once(base)
+        _check_batch(base, args, kwargs, pack)
+    impl = getattr(base, _STATE).impl
+    if "compact" in pack:
+        kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
+    pack = {**pack, "impl": impl}
+    position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
+    if impl == "triton":
+        pack |= rotations(base, pack, position_ids[:, 0])
+    features, nothing = [None], None
+    # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
+        if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
+            features = tower.run_tower(base, *tower.pixels_and_grids(kwargs), pack)
+        elif tower.must_run(base.visual):
+            nothing = 0 * tower.run_on_nothing(base, impl)
+    embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features[0], pack, impl)
+    if nothing is not None:
+        embeds_TD = embeds_TD + nothing.to(embeds_TD.device, embeds_TD.dtype)
+    if features[1:]:
+        pack["deepstack"] = features[1:]
+    return args, {
+        **kwargs,
+        "mmpack": pack,
+        "input_ids": None,
+        "inputs_embeds": embeds_TD[None],
+        "position_ids": position_ids,
+        "pixel_values": None,
+        "image_grid_thw": None,
+        "pixel_values_videos": None,
+        "video_grid_thw": None,
+        "use_cache": False,
+    }
+
+
+def _keep_supervised(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """The hook on the output, for outer forwards that are not transformers' (Liger's, TRL's): they pass
+    `logits_to_keep` down and compare all hidden states with `shift_labels`, so it is done here."""
+    if kwargs.get("mmpack") is None or kwargs.get("logits_to_keep") is None:
+        return None
+    index = kwargs["logits_to_keep"]
+    if isinstance(output, tuple):
+        return output[0][:, index], *output[1:]
+    output.last_hidden_state = output.last_hidden_state[:, index]
+    return output
+
+
+def _check_batch(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]
+) -> None:
+    """Host-side checks of what a data loader may have done to the batch."""
+    if args or kwargs.get("input_ids") is None:
+        raise ValueError("a packed batch must be passed by keyword, with input_ids: model(**batch)")
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError("a packed batch has no padding; remove attention_mask from it")
+    num_tokens = pack["offsets"][-1]
+    if "compact" in pack:
+        num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # features not yet there
+    if kwargs["input_ids"].shape != (1, num_tokens):
+        raise ValueError(
+            f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
+            f"(1, {num_tokens}); nothing may cut or stack a PackCollator's batch"
+        )
+    family = family_of(base)
+    pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
+    num_patches = sum(len(values) for values in pixels if values is not None)
+    if num_patches != pack["num_patches"]:
+        raise ValueError(
+            f"pixel_values have {num_patches} patches, the pack has {pack['num_patches']}; an "
+            "IterableDataset under Trainer is cut by accelerate unless TrainingArguments has "
+            "accelerator_config={'dispatch_batches': False}"
+        )
+    needed = {"window_order": family.has_windows, "position_index": family.has_position_table}
+    if "compact" in pack:
+        del needed["position_index"]  # made on the device
+    if num_patches and any(is_needed and name not in pack for name, is_needed in needed.items()):
+        raise ValueError(
+            f"the batch was collated without knowing a {base.config.model_type}'s vision tower; pass the "
+            "model to the collator: PackCollator(model=model)"
+        )
+    if pack["video_rule"] is not None:
+        check_videos(base, pack["video_rule"])
+
+
+def _check_once(base: nn.Module) -> None:
+    patch = getattr(base, _STATE)
+    if not patch.is_isolated:
+        patch.is_isolated = True  # before the test, whose forwards come here too
+        try:
+            check_isolation(base)
+        except BaseException:
+            patch.is_isolated = False
+            raise
+
+
+def _has_weights(base: nn.Module) -> bool:
+    return not any(p.is_meta or is_sharded(p) for p in base.parameters())
+
+
+def _set_text_attention(base: nn.Module, name: str) -> None:
+    base.set_attn_implementation(
+        {
+            "": base.config._attn_implementation,
+            "text_config": name,
+            "vision_config": base.visual.config._attn_implementation,
+        }
+    )
+
+
+def _bindings(base: nn.Module) -> list[tower.Binding]:
+    """What to bind on the model: the tower's, and the text attentions' forwards."""
+    text = base.language_model
+    bound = [(layer.self_attn, "forward", text_forward) for layer in text.layers]
+    if family_of(base).has_deepstack:
+        bound.append((text, "_deepstack_process", tower.deepstack_by_index))
+    return [*tower.bindings(base), *bound]
+
+
+def _register_hooks(base: nn.Module) -> list[tuple[str, int]]:
+    family = family_of(base)
+    handles = [
+        ("", base.register_forward_pre_hook(_take_pack, with_kwargs=True)),
+        ("", base.register_forward_hook(_keep_supervised, with_kwargs=True)),
+    ]
+    if family.has_windows:
+        give = base.visual.register_forward_hook(tower.give_merged, with_kwargs=True, prepend=True)
+        keep = base.visual.merger.register_forward_hook(tower.keep_merged)
+        handles += [("visual", give), ("visual.merger", keep)]
+    if family.has_deepstack:
+        add = base.language_model.register_forward_pre_hook(tower.add_deepstack, with_kwargs=True)
+        handles.append(("language_model", add))
+    return [(name, handle.id) for name, handle in handles]

@@ -1,0 +1,221 @@
+"""What a sample costs: floating-point operations, forward and backward, from a model's config.
+
+Packs of equally many tokens do not take equally long: an image token passes the vision tower as
+four patches before it reaches the language model, and attention grows with the square of a segment.
+`plan_packs(cost=...)` spreads what is counted here.
+
+Counted are matrix products, two operations a multiply-add, as `torch.utils.flop_counter` counts them:
+linear layers (forward, gradient of the input, gradient of the weight), the patch convolution and
+attention. Attention's backward is 2.5 times its forward, as flash kernels compute the scores again.
+Text attention is counted over the causal triangle, n (n + 1) / 2 scores for n tokens, which is what a
+varlen kernel visits (torch's counter counts the square); vision attention over whole images, or
+windows in Qwen2.5-VL. Norms, activations, softmax and rotations are not counted, recomputation by
+gradient checkpointing neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mmpack.types import EncodedSample, Int64
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+PARTS = ("vision", "merger", "language")
+
+
+def sample_flops(
+    config: Any,
+    num_tokens: ArrayLike,
+    num_supervised: ArrayLike,
+    grid_thw: ArrayLike,
+    image_offsets: ArrayLike,
+    *,
+    frozen: Collection[str] = (),
+) -> Int64:
+    """Operations of one training step's share of each of N samples.
+
+    Args:
+        config: of the model: a transformers config, or a mapping as in `config.json`.
+        num_tokens: (N,) tokens, placeholders included.
+        num_supervised: (N,) tokens with a loss; only their rows reach the head.
+        grid_thw: (I, 3) patches of each image: frames, height, width.
+        image_offsets: (N + 1,) images of sample n are `image_offsets[n] : image_offsets[n + 1]`.
+        frozen: parts that are not trained, of "vision" (patch embedding and blocks), "merger" (with
+            deepstack's) and "language" (embedding, layers and head). A frozen part has no weight
+            gradients; it passes gradients on where something below it is trained, in text-only
+            samples too, as they share their pack with images; else it has no backward at all.
+
+    Returns:
+        (N,) int64 operations.
+
+    Raises:
+        ValueError: a model family or part that is not known, a config that lacks a size, or arrays
+            that do not fit each other.
+    """
+    unknown = sorted(set(frozen) - set(PARTS))
+    if unknown:
+        raise ValueError(f"frozen holds {unknown}; the parts are {', '.join(PARTS)}")
+    family = _value(config, "model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"no costs for model_type {family!r}; there are for {', '.join(FAMILIES)}")
+    n = np.asarray(num_tokens, dtype=np.int64)
+    supervised = np.asarray(num_supervised, dtype=np.int64)
+    grids = np.asarray(grid_thw, dtype=np.int64).reshape(-1, 3)
+    offsets = np.asarray(image_offsets, dtype=np.int64)
+    if supervised.shape != n.shape or offsets.shape != (len(n) + 1,) or offsets[-1] != len(grids):
+        raise ValueError(
+            f"{len(n)} num_tokens need as many num_supervised and one image offset more, the last one "
+            f"the number of grids; got {len(supervised)}, {len(offsets)} and {len(grids)} grids"
+        )
+    vision_trained, merger_trained, language_trained = (part not in frozen for part in PARTS)
+    features_need_grad = vision_trained or merger_trained
+
+    # Operations of a linear layer a multiply-add: 2 forward, 2 input gradient, 2 weight gradient.
+    text_linear = 2 * (1 + language_trained + (language_trained or features_need_grad))
+    block_linear = 6 if vision_trained else 2
+    patch_linear = 4 if vision_trained else 2  # pixels have no gradient
+    merger_linear = 2 * (1 + merger_trained + features_need_grad)  # its norm stands before it
+
+    text = _value(config, "text_config", default=config)
+    head, linear, attention = _text_sizes(text)
+    layers = _value(text, "num_hidden_layers")
+    flops: Int64 = text_linear * (linear * n + head * supervised)
+    # scores and their product with the values, 2 operations each over n (n + 1) / 2 pairs
+    forward = layers * 2 * attention * n * (n + 1)
+    flops += forward * 7 // 2 if language_trained or features_need_grad else forward
+    if not len(grids):
+        return flops
+
+    embed, block, merge, merged, depth, width = _vision_sizes(
+        family, _value(config, "vision_config")
+    )
+    patches = grids.prod(axis=1)
+    per_image = patches * (patch_linear * embed + block_linear * depth * block)
+    per_image += patches // merged * merger_linear * merge
+    forward = 4 * width * _vision_pairs(family, _value(config, "vision_config"), grids)
+    per_image += forward * 7 // 2 if vision_trained else forward
+    sums = np.concatenate([[0], per_image.cumsum()])
+    flops += sums[offsets[1:]] - sums[offsets[:-1]]
+    return flops
+
+
+def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[str] = ()) -> Int64:
+    """(N,) operations of a training step on each sample; see `sample_flops`.
+
+    Args:
+        samples: a list or an `EncodedStore`, which knows without opening its samples.
+        config: of the model, a transformers config or a mapping.
+        frozen: parts that are not trained, of "vision", "merger" and "language".
+
+    Raises:
+        ValueError: as `sample_flops`.
+    """
+    if hasattr(samples, "num_supervised"):
+        shapes: tuple[ArrayLike, ...] = (samples.num_supervised, *samples.grids())
+    else:
+        grids = [sample.grid_thw for sample in samples]
+        shapes = (
+            [sample.num_supervised for sample in samples],
+            np.concatenate([np.empty((0, 3), dtype=np.int32), *grids]),
+            np.cumsum([0, *map(len, grids)]),
+        )
+    return sample_flops(config, sizes_of(samples)[0], *shapes, frozen=frozen)
+
+
+def sizes_of(samples: Sequence[EncodedSample]) -> tuple[Int64, Int64]:
+    """(num_tokens, num_patches), each (N,)."""
+    if hasattr(samples, "num_tokens"):  # a store knows without opening its samples
+        return samples.num_tokens.copy(), samples.num_patches.copy()
+    pairs = [(sample.num_tokens, sample.num_patches) for sample in samples]
+    sizes = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return sizes[:, 0].copy(), sizes[:, 1].copy()
+
+
+def _text_sizes(text: Any) -> tuple[int, int, int]:
+    """Multiply-adds a token of the head and of all layers' linears; width of the attention."""
+    hidden, heads = _value(text, "hidden_size"), _value(text, "num_attention_heads")
+    head_dim = _value(text, "head_dim", default=None) or hidden // heads
+    kv_heads = _value(text, "num_key_value_heads", default=None) or heads
+    layers, (sparse, experts) = _value(text, "num_hidden_layers"), _experts(text)
+    linear = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim)
+    linear += (layers - sparse) * 3 * hidden * _value(text, "intermediate_size")
+    if sparse:  # a token's router, and the experts it is sent to
+        chosen = _value(text, "num_experts_per_tok") * _value(text, "moe_intermediate_size")
+        linear += sparse * hidden * (experts + 3 * chosen)
+    return hidden * _value(text, "vocab_size"), linear, heads * head_dim
+
+
+def _experts(text: Any) -> tuple[int, int]:
+    """How many layers have experts, as transformers' decoder layer decides, and how many experts."""
+    names = ("num_experts", "num_local_experts")  # as published, and as transformers 5 writes it
+    experts = next((n for name in names if (n := _value(text, name, default=None))), 0)
+    if not experts:
+        return 0, 0
+    step = _value(text, "decoder_sparse_step", default=1)
+    dense = _value(text, "mlp_only_layers", default=None) or ()
+    layers = range(_value(text, "num_hidden_layers"))
+    return sum(layer not in dense and (layer + 1) % step == 0 for layer in layers), experts
+
+
+def _vision_sizes(family: str, vision: Any) -> tuple[int, int, int, int, int, int]:
+    """Multiply-adds a patch of the patch embedding and of a block's linears, a feature of the mergers;
+    patches of a feature, number of blocks, width."""
+    merged = _value(vision, "spatial_merge_size") ** 2
+    depth = _value(vision, "depth")
+    mergers = 1
+    if family == "qwen2_vl":
+        width, out = _value(vision, "embed_dim"), _value(vision, "hidden_size")
+        block = 2 * width * int(width * _value(vision, "mlp_ratio"))
+    else:
+        width, out = _value(vision, "hidden_size"), _value(vision, "out_hidden_size")
+        gated = family == "qwen2_5_vl"
+        block = (3 if gated else 2) * width * _value(vision, "intermediate_size")
+        if family.startswith("qwen3_vl"):
+            mergers += len(_value(vision, "deepstack_visual_indexes"))
+    channels = _value(vision, "in_channels", default=None) or _value(vision, "in_chans")
+    patch_values = (
+        channels * _value(vision, "temporal_patch_size") * _value(vision, "patch_size") ** 2
+    )
+    merge = mergers * (width * merged) * (width * merged + out)
+    return patch_values * width, block + 4 * width**2, merge, merged, depth, width
+
+
+def _vision_pairs(family: str, vision: Any, grids: Int64) -> Int64:
+    """(I,) pairs of patches that attend to each other, over all blocks. Frames are apart."""
+    frames, height, width = grids.T
+    whole: Int64 = frames * (height * width) ** 2
+    depth = int(_value(vision, "depth"))
+    if family != "qwen2_5_vl":
+        return depth * whole
+    merge = int(_value(vision, "spatial_merge_size"))
+    side = _value(vision, "window_size") // merge // _value(vision, "patch_size")  # in features
+
+    def squares(length: Int64) -> Int64:
+        """Sum of the squared lengths of the windows a side is cut into."""
+        total: Int64 = length // side * side**2 + (length % side) ** 2
+        return total
+
+    windows: Int64 = frames * squares(height // merge) * squares(width // merge) * merge**4
+    full = len(_value(vision, "fullatt_block_indexes"))
+    return full * whole + (depth - full) * windows
+
+
+_REQUIRED = object()
+
+
+def _value(config: Any, name: str, default: Any = _REQUIRED) -> Any:
+    """A config's value, of an attribute or a mapping."""
+    if isinstance(config, Mapping):
+        value = config.get(name, default)
+    else:
+        value = getattr(config, name, default)
+    if value is _REQUIRED:
+        raise ValueError(
+            f"the config has no {name}; pass the one transformers loads, which has its defaults: "
+            "AutoConfig.from_pretrained(FOLDER)"
+        )
+    return value

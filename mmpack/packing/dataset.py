@@ -1,0 +1,291 @@
+"""PackedDataset: a map-style data set whose items are packs.
+
+Item i is pack i of the epoch's plan, assembled when it is asked for; in DataLoader workers that is
+where images are decoded. Map-style on purpose: accelerate shards the items, and resuming skips them
+without decoding. Every epoch has as many packs, of other samples; its number lies in shared memory,
+because workers that live on hear of nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mmpack.data.encode import encode_samples
+from mmpack.data.readers import read_samples
+from mmpack.packing.cost import sizes_of
+from mmpack.packing.overflow import OnOverflow
+from mmpack.packing.pack_source import PackSource
+from mmpack.packing.plan import plan_epoch, plan_samples
+from mmpack.packing.split_documents import SplitSamples, split_samples
+from mmpack.packing.truncate import truncate_sample
+from mmpack.types import IGNORE, EncodedSample, Pack, PackPlan, Sample
+from mmpack.vision_spec import VisionSpec
+
+_log = logging.getLogger(__name__)
+
+
+class PackedDataset(PackSource, Dataset[Pack]):
+    """Packs of encoded samples, by index.
+
+    Train with `per_device_train_batch_size=1`: one item is one full row.
+
+    Attributes:
+        samples: the encoded samples, a list or an `EncodedStore`.
+        plan: which of them share a pack in epoch 0.
+        num_empty: empty packs at the end, see `append_empty_packs`.
+        on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
+            made. "raise", the default: an error that names file and row, out of a DataLoader worker
+            too. "drop": its segment leaves the pack, with a warning in the log, and is counted.
+        assemble: where packs are expanded: "host", the default, or "device", where items are
+            `CompactPack`s for `PackCollator(assemble="device")`.
+    """
+
+    def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
+        super().__init__()
+        self.samples = samples
+        self.plan = plan
+        self.num_empty = 0
+        self._truncated = set(plan.truncated.tolist())
+        self._patch_capacity = plan.patch_capacity
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._planned = (0, plan)  # epoch, plan
+
+    @classmethod
+    def from_samples(
+        cls,
+        samples: Sequence[EncodedSample],
+        capacity: int,
+        cost: Any = None,
+        *,
+        patch_capacity: int | None = None,
+        on_overflow: OnOverflow = "error",
+        seed: int = 0,
+    ) -> PackedDataset:
+        """Plan the samples into packs of at most `capacity` tokens (and `patch_capacity` patches).
+
+        With `cost` packs are planned to cost the same too, so that data-parallel ranks do not wait
+        for each other: the config of the model to train, or (N,) numbers (`costs_of`, where parts of
+        the model are frozen).
+
+        `on_overflow` says what becomes of a longer sample: "error"; "drop", listed in
+        `plan.dropped`; "truncate", cut by `truncate_sample` and listed in `plan.truncated`, or
+        dropped if the cut takes its whole answer; "split", for documents: in pieces that `samples`
+        then holds, see `mmpack.packing.split_documents`.
+
+        Raises:
+            ValueError: a sample is too long and `on_overflow` is "error", or an image is too large to
+                split around; names file and row.
+        """
+        if on_overflow == "split":
+            samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
+        return cls(
+            samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
+        )
+
+    @classmethod
+    def from_files(
+        cls,
+        data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Sample],
+        processor: Any,
+        capacity: int,
+        cost: Any = None,
+        *,
+        media_dir: str | os.PathLike[str] | None = None,
+        patch_capacity: int | None = None,
+        on_overflow: OnOverflow = "error",
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+    ) -> PackedDataset:
+        """Read, encode and plan data files, in memory.
+
+        Args:
+            data: a file, a folder or several, see `read_samples`; or the samples themselves, for
+                what `read_samples` can be told beyond `media_dir`.
+            processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+            capacity: tokens a pack may hold.
+            cost: the model's config, for packs that cost the same; see `from_samples`.
+            media_dir: folder of relative image paths; by default the folder of each file.
+            patch_capacity, on_overflow: see `from_samples`.
+            train_on_prompt, mask_history: see `mmpack.data.encode.encode_samples`.
+
+        Raises:
+            ValueError: a row that cannot be used; names file and row.
+        """
+        if isinstance(processor, tuple):
+            tokenizer, vision = processor
+        else:
+            config = cost if hasattr(cost, "model_type") else None  # videos of Qwen2.5-VL need it
+            tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
+        if not isinstance(data, (str, os.PathLike)):
+            data = list(data)
+        if isinstance(data, list) and data and isinstance(data[0], Sample):
+            samples: Iterable[Sample] = data
+        else:
+            samples = read_samples(data, media_dir=media_dir)
+        encoded = encode_samples(
+            samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
+        )
+        return cls.from_samples(
+            list(encoded), capacity, cost, patch_capacity=patch_capacity, on_overflow=on_overflow
+        )
+
+    @classmethod
+    def from_store(
+        cls,
+        folder: str | os.PathLike[str],
+        on_changed_data: Literal["raise", "warn"] = "raise",
+    ) -> PackedDataset:
+        """Open what `mmpack pack --out FOLDER` wrote.
+
+        Args:
+            folder: the store.
+            on_changed_data: the data files that it was made from have changed since: "raise", or
+                "warn" in the log and give the samples as they were. Files that are gone are not missed.
+
+        Raises:
+            ValueError: no store there, one that is damaged or a part of one, or changed data.
+        """
+        from mmpack.store.encoded_store import (  # here: only stores need Arrow
+            changed_files,
+            open_store,
+        )
+        from mmpack.store.plan_file import load_plan
+
+        if on_changed_data not in ("raise", "warn"):
+            raise ValueError(f"on_changed_data must be 'raise' or 'warn', got {on_changed_data!r}")
+        store = open_store(folder)
+        if changed := changed_files(store):
+            text = f"{' and '.join(changed[:4])} changed since {folder} was packed"
+            if on_changed_data == "raise":
+                raise ValueError(
+                    f"{text} ({len(changed)} of {len(store.about['files'])} data files); pack again with "
+                    "--overwrite, or train on the rows as they were with --on-changed-data warn "
+                    "(on_changed_data='warn')"
+                )
+            _log.warning("%s; its samples are the rows as they were", text)
+        samples: Sequence[EncodedSample] = store
+        pieces, plan = Path(folder) / "pieces.npz", Path(folder) / "plan.npz"
+        if "part" in store.about:
+            raise ValueError(
+                f"{folder} is part {store.about['part']} of a store; join all with mmpack merge"
+            )
+        if not plan.exists():
+            raise ValueError(f"{folder} has no plan; pack again with --overwrite")
+        if pieces.exists():
+            samples = SplitSamples.load(samples, pieces)
+        planned = load_plan(plan)
+        sizes = samples.num_tokens.copy()
+        if planned.num_tokens.shape == sizes.shape:
+            sizes[planned.truncated] = planned.num_tokens[planned.truncated]
+        if not np.array_equal(planned.num_tokens, sizes):
+            raise ValueError(f"{plan} was made for other samples; pack again with --overwrite")
+        return cls(samples, planned)
+
+    @property
+    def vision(self) -> VisionSpec:
+        """The spec all samples were encoded with."""
+        return self.samples[0].vision
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a pack may hold."""
+        return self.plan.capacity
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the plan items come from, in workers that are already running too.
+
+        A pure function of the epoch. Under Trainer, `mmpack.hf.PackingCallback` calls it.
+        """
+        self._epoch[0] = epoch
+
+    def append_empty_packs(self, multiple: int) -> None:
+        """Append as few empty packs as make the number of items a multiple of `multiple`.
+
+        That is the number of ranks times the packs of a batch: without, accelerate evens ranks out
+        with packs that other ranks train on too. An empty pack is the smallest sample without labels:
+        its loss and gradients are zero.
+        """
+        if multiple < 1:
+            raise ValueError(f"multiple must be positive, got {multiple}")
+        self.num_empty = -self.plan.num_packs % multiple
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the packs of every epoch are made of, as JSON holds it: settings, counts and checksums.
+
+        Data sets with equal ones have equal packs. All sizes and costs are summed up, ids of at most 64
+        samples, evenly spaced: it takes milliseconds for a million samples.
+        """
+        plan, number = self.plan, len(self.samples)
+        some = sorted({place * (number - 1) // 63 for place in range(64)}) if number else []
+        return {
+            "capacity": plan.capacity,
+            "patch capacity": plan.patch_capacity,
+            "seed of the plan": plan.seed,
+            "samples": number,
+            "packs": plan.num_packs,
+            "checksum of their sizes": _checksum(plan.num_tokens, plan.num_patches),
+            "checksum of their costs": _checksum(plan.cost),
+            "checksum of their ids": _checksum(*(self.samples[n].input_ids for n in some)),
+            "checksum of the plan": _checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
+        }
+
+    def __len__(self) -> int:
+        return self.plan.num_packs + self.num_empty
+
+    def __getitem__(self, index: int) -> Pack:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        index %= len(self)
+        if index >= self.plan.num_packs:
+            return self._empty_pack()
+        return self._assemble(self.samples_of(index))
+
+    def samples_of(self, index: int) -> list[EncodedSample]:
+        """The samples of a pack of this epoch as they are assembled, segment by segment, cut ones cut;
+        no image is opened.
+
+        Raises:
+            IndexError: there is no such pack; empty packs have none.
+        """
+        if not 0 <= index < self.plan.num_packs:
+            raise IndexError(f"pack {index} of {self.plan.num_packs}")
+        epoch = int(self._epoch[0])
+        if self._planned[0] != epoch:
+            self._planned = (epoch, plan_epoch(self.plan, epoch))
+        return [self._sample(number) for number in self._planned[1].samples_of(index).tolist()]
+
+    @cached_property
+    def _smallest(self) -> int:
+        """The planned sample with the fewest patches, then tokens."""
+        num_tokens, num_patches = (
+            sizes[self.plan.sample_index] for sizes in sizes_of(self.samples)
+        )
+        return int(self.plan.sample_index[np.lexsort((num_tokens, num_patches))[0]])
+
+    def _empty_pack(self) -> Pack:
+        sample = self._sample(self._smallest)
+        return self._assemble([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
+
+    def _sample(self, number: int) -> EncodedSample:
+        sample = self.samples[number]
+        if number in self._truncated:
+            return truncate_sample(sample, self.plan.capacity, self._patch_capacity)
+        return sample
+
+
+def _checksum(*arrays: Any) -> int:
+    total = 0
+    for array in arrays:
+        total = zlib.crc32(b"" if array is None else np.ascontiguousarray(array).tobytes(), total)
+    return total

@@ -1,0 +1,205 @@
+"""Long documents in pieces: cut at text tokens, every image whole and in one piece.
+
+    tokens   a b c [image] d e f        a piece holds 4 tokens, the image run is 3 of them
+    pieces   a b c | [image] d | d e f  d is the last piece's context, supervised in the one before
+
+A piece is a segment of its own: it has its own positions and sees nothing of the others. Where a cut is
+between two text tokens, the first of them opens the next piece too, without a label, because a
+segment's first token has nothing before it to be predicted from. So every text token of a document but
+its very first is supervised in exactly one piece, and every image is in exactly one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mmpack.errors import RowError, names
+from mmpack.packing.truncate import token_sizes
+from mmpack.store.mapped_arrays import load_arrays, save_arrays
+from mmpack.types import IGNORE, EncodedSample, Int64
+from mmpack.vision_spec import VisionSpec
+
+
+def split_bounds(
+    sample: EncodedSample, capacity: int, patch_capacity: int | None = None
+) -> list[tuple[int, int]]:
+    """Where to cut a sample: first and last (excluded) token of each piece, markers being one token.
+
+    Every piece is as long as the capacities let it be.
+
+    Raises:
+        RowError: an image does not fit into a pack with a token of text, or there are videos.
+    """
+    if capacity < 2:
+        raise ValueError(f"a piece needs room for two tokens, the capacity is {capacity}")
+    vision, ids = sample.vision, sample.input_ids
+    if (ids == vision.video_token_id).any():
+        raise RowError("a sample with videos is not split", "drop or truncate it")
+    is_marker, width, patches = token_sizes(sample)
+    ends, patch_ends = (np.concatenate([[0], sizes.cumsum()]) for sizes in (width, patches))
+    edges = (vision.vision_start_token_id, vision.vision_end_token_id)
+    is_text = ~(is_marker | np.isin(ids, edges))
+    in_text = np.concatenate([[False], is_text[:-1] & is_text[1:], [True]])
+    before_image = np.append(ids == vision.vision_start_token_id, False)
+    cuts = np.flatnonzero(in_text | before_image)
+
+    bounds = []
+    start = end = 0
+    while end < len(ids):
+        last = np.searchsorted(ends, ends[start] + capacity, side="right") - 1
+        if patch_capacity is not None:
+            room = patch_ends[start] + patch_capacity
+            last = min(last, np.searchsorted(patch_ends, room, side="right") - 1)
+        previous, end = end, int(cuts[max(np.searchsorted(cuts, last, side="right") - 1, 0)])
+        if end <= previous:
+            largest = sample.grid_thw[is_marker[:previous].sum()]
+            raise RowError(
+                f"an image of {int(vision.num_features(largest[None])[0]):,} tokens does not fit into a "
+                "piece with a token of text",
+                "raise the capacity or lower max_pixels",
+            )
+        bounds.append((start, end))
+        start = end - 1 if in_text[end] else end
+    return bounds
+
+
+def piece_of(sample: EncodedSample, start: int, end: int) -> EncodedSample:
+    """A piece of a sample, `start` and `end` as in `split_bounds`."""
+    is_marker = sample.input_ids == sample.vision.image_token_id
+    images = slice(int(is_marker[:start].sum()), int(is_marker[:end].sum()))
+    labels = sample.labels[start:end].copy()
+    if start:
+        labels[0] = IGNORE
+    return replace(
+        sample,
+        input_ids=sample.input_ids[start:end],
+        labels=labels,
+        grid_thw=sample.grid_thw[images],
+        media=sample.media[images],
+        temporal_step=None if sample.temporal_step is None else sample.temporal_step[images],
+    )
+
+
+class SplitSamples(Sequence[EncodedSample]):
+    """Samples, the long ones in pieces; a piece is cut when it is asked for.
+
+    Attributes:
+        samples: what was split, a list or an `EncodedStore`.
+        sample_of: (N,) int64 the sample piece n is of; bounds: (N, 2) int64 its tokens, zeros
+            for one that is whole.
+        num_tokens, num_patches, num_supervised: (N,) int64.
+    """
+
+    def __init__(
+        self, samples: Sequence[EncodedSample], sample_of: Int64, bounds: Int64, sizes: Int64
+    ) -> None:
+        self.samples = samples
+        self.sample_of, self.bounds, self._sizes = sample_of, bounds, sizes
+        self.num_tokens, self.num_patches, self.num_supervised, self._num_images = sizes.T
+
+    @property
+    def num_split(self) -> int:
+        """Samples that are in several pieces."""
+        return int((np.bincount(self.sample_of) > 1).sum())
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(N,) files the pieces come from."""
+        if hasattr(self.samples, "sources"):
+            return self.samples.sources[self.sample_of]
+        return np.array([self.samples[n].source for n in self.sample_of])
+
+    def grids(self) -> tuple[np.ndarray, Int64]:
+        """Of all images: grid_thw (I, 3), and offsets (N + 1,) of the pieces in them."""
+        if hasattr(self.samples, "grids"):
+            grids = self.samples.grids()[0]
+        else:
+            none = np.empty((0, 3), dtype=np.int32)
+            grids = np.concatenate([none, *(sample.grid_thw for sample in self.samples)])
+        return grids, np.cumsum([0, *self._num_images])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cuts as `.npz`."""
+        arrays = {"sample_of": self.sample_of, "bounds": self.bounds, "sizes": self._sizes}
+        save_arrays(path, arrays)
+
+    @classmethod
+    def load(cls, samples: Sequence[EncodedSample], path: str | os.PathLike[str]) -> SplitSamples:
+        """The cuts that `save` wrote, of the same samples.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        saved = load_arrays(path)
+        if set(saved) != {"sample_of", "bounds", "sizes"}:
+            raise ValueError(
+                f"{path} is damaged: it holds {names(saved)}; pack again with --overwrite"
+            )
+        return cls(samples, **saved)
+
+    def __len__(self) -> int:
+        return len(self.sample_of)
+
+    def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
+        sample = self.samples[int(self.sample_of[number])]
+        start, end = self.bounds[number].tolist()
+        return piece_of(sample, start, end) if end else sample
+
+
+def split_samples(
+    samples: Sequence[EncodedSample], capacity: int, patch_capacity: int | None = None
+) -> SplitSamples:
+    """Split what is longer than a pack; only those samples are opened, where a store is given.
+
+    Raises:
+        ValueError: an image does not fit into a pack; names file and row.
+    """
+    whole = _sizes_of(samples)
+    too_long = whole[:, 0] > capacity
+    if patch_capacity is not None:
+        too_long |= whole[:, 1] > patch_capacity
+    sample_of, bounds, sizes = [], [], []
+    for number in range(len(samples)):
+        if not too_long[number]:
+            sample_of.append(number)
+            bounds.append((0, 0))  # whole
+            sizes.append(whole[number])
+            continue
+        sample = samples[number]
+        try:
+            cuts = split_bounds(sample, capacity, patch_capacity)
+        except RowError as error:
+            raise ValueError(f"row {sample.row} of {sample.source}: {error}") from None
+        for start, end in cuts:
+            sample_of.append(number)
+            bounds.append((start, end))
+            sizes.append(_sizes_of([piece_of(sample, start, end)])[0])
+    return SplitSamples(samples, np.array(sample_of), np.array(bounds), np.array(sizes))
+
+
+def image_capacity(share: float, capacity: int, vision: VisionSpec) -> int:
+    """Patches of as many image tokens as that share of a pack's capacity.
+
+    Raises:
+        ValueError: a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of images must be above 0 and at most 1, got {share}")
+    return int(share * capacity) * vision.merge_size**2
+
+
+def _sizes_of(samples: Sequence[EncodedSample]) -> Int64:
+    """(N, 4) tokens, patches, supervised tokens and images."""
+    if hasattr(samples, "num_tokens"):
+        offsets = samples.grids()[1]
+        sizes = (samples.num_tokens, samples.num_patches, samples.num_supervised, np.diff(offsets))
+        return np.stack(sizes, axis=1).astype(np.int64)
+    sizes = [
+        (sample.num_tokens, sample.num_patches, sample.num_supervised, len(sample.grid_thw))
+        for sample in samples
+    ]
+    return np.array(sizes, dtype=np.int64).reshape(-1, 4)

@@ -1,0 +1,380 @@
+"""PackStream: packs of a source that is read once, larger than memory or disk.
+
+A buffer of some hundred encoded samples (ids and image references, no pixels) is refilled as samples
+leave it, and each pack is chosen from it (`mmpack.packing.stream_select`): as many samples come in as go out, so no
+pack waits for a window to fill. What comes out is a pure function of the source's order, `buffer`,
+the capacities and `seed`, on every shard; where it stands is a few hundred row numbers.
+
+Workers are ahead of the step that consumes their packs, so a stream cannot know where training is. Each
+pack carries where its shard stands after it, `Pack.resume`, and `consume` makes that the state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mmpack.data.chunks import chunks
+from mmpack.data.encode import encoder
+from mmpack.data.files import Row
+from mmpack.data.readers import RowReader, row_groups
+from mmpack.errors import RowError
+from mmpack.packing.cost import costs_of
+from mmpack.packing.overflow import OnOverflow, fit_sample, is_too_long
+from mmpack.packing.pack_source import PackSource
+from mmpack.packing.stream_select import choose, hashed
+from mmpack.types import EncodedSample, Pack, Sample
+from mmpack.vision_spec import VisionSpec
+
+_CHUNK = 16  # rows encoded in one call: small, so that no pack waits for many
+_SNAPSHOT = 64  # rows between two states of a source that has them
+_log = logging.getLogger(__name__)
+
+
+class PackStream(PackSource, IterableDataset[Pack]):
+    """Packs of a source, in the order it gives rows.
+
+    Under Trainer: `Trainer(train_dataset=stream, callbacks=[PackingCallback(stream)], ...)` with
+    `TrainingArguments(max_steps=..., accelerator_config={"dispatch_batches": False})`; the callback
+    gives every rank its shard, passes over the source without end, and keeps the stream's state in
+    the checkpoints. Elsewhere, in a `DataLoader` say, pass each consumed batch's `resume` to `consume`.
+
+    Args:
+        source: an iterable of rows as `read_samples` takes them, of `Sample`s (`lambda:
+            read_documents(path)`) or of `EncodedSample`s; or a function that returns one. A
+            `datasets.IterableDataset` is one. An iterator can be passed over once.
+        processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec); None for
+            `EncodedSample`s.
+        capacity: tokens a pack may hold.
+        cost: the config of the model to train: packs then cost the same, as far as the buffer allows.
+        buffer: samples to choose from.
+        patch_capacity: vision patches a pack may hold.
+        media_dir: the folders images of rows may lie in, see `read_samples`.
+        on_overflow: what becomes of a sample longer than a pack: "error"; "drop" it with a warning in
+            the log; "truncate"; "split", for documents.
+        seed: decides between samples where several would do.
+
+    Attributes:
+        on_bad_image: as `PackedDataset.on_bad_image`.
+        endless: begin another pass over the source where one ends; `PackingCallback` sets it.
+
+    Raises:
+        ValueError: options that make no sense; from a worker too, a row that cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any] | Callable[[], Iterable[Any]],
+        processor: Any,
+        capacity: int,
+        cost: Any = None,
+        *,
+        buffer: int = 200,
+        patch_capacity: int | None = None,
+        media_dir: str | os.PathLike[str] | None = None,
+        on_overflow: OnOverflow = "error",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if capacity < 1 or buffer < 1 or (patch_capacity is not None and patch_capacity < 1):
+            raise ValueError(
+                f"capacity, patch_capacity and buffer must be positive, got {capacity}, "
+                f"{patch_capacity} and {buffer}"
+            )
+        if on_overflow not in ("error", "drop", "truncate", "split"):
+            raise ValueError(
+                f"on_overflow must be 'error', 'drop', 'truncate' or 'split', got {on_overflow!r}"
+            )
+        self.source, self.capacity, self.buffer, self.seed = source, capacity, buffer, seed
+        self.patch_capacity, self.on_overflow = patch_capacity, on_overflow
+        self._config = cost
+        if processor is None or isinstance(processor, tuple):
+            self._processor = processor
+        else:
+            self._processor = (processor, VisionSpec.from_processor(processor))
+        group = next(iter(row_groups(iter(()), None, media_dir)))
+        self._folders = group.folders
+        self.endless = False
+        self._rank, self._world = 0, 1
+        self._first_pass = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._workers, self._next = 0, 0
+        self._consumed: dict[int, dict[str, Any]] = {}  # by worker, as one process counts them
+
+    def shard(self, rank: int, num_ranks: int) -> PackStream:
+        """Give this process its part of the source; returns the stream.
+
+        Rows are dealt in turn to the workers of all ranks, each of which reads them all; of a
+        `datasets.IterableDataset` with enough shards each worker reads some.
+        """
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
+        self._rank, self._world = rank, num_ranks
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass over the source that the next iteration begins with. An endless stream
+        counts passes itself."""
+        if not self.endless:
+            self._first_pass[0] = epoch
+
+    def consume(self, resume: bytes) -> None:
+        """Note that a step has consumed the pack, or the batch, that carried this."""
+        place = json.loads(resume)
+        self._workers = place.pop("workers")
+        worker = place.pop("worker")
+        self._consumed[worker] = place
+        self._next = (worker + 1) % self._workers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is, in this rank's part: row numbers and sums, as JSON holds them."""
+        return {
+            "made of": self._settings(),
+            "workers": self._workers,
+            "next": self._next,
+            "consumed": {str(worker): place for worker, place in self._consumed.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was taken, with a source that gives the same rows again, an
+        equal stream and as many ranks and workers; the next iteration does.
+
+        Raises:
+            ValueError: another stream's state. While iterating: another number of workers, or rows that
+                are not those of then.
+        """
+        now, then = self._settings(), state["made of"]
+        changed = [name for name in now if now[name] != then.get(name)]
+        if changed:
+            words = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+            raise ValueError(f"the state is of another stream: {words}")
+        self._workers, self._next = state["workers"], state["next"]
+        self._consumed = {int(worker): place for worker, place in state["consumed"].items()}
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("capacity", "patch_capacity", "buffer", "on_overflow", "seed")
+        costed = self._config is not None
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "cost": costed, "rank": self._rank, "ranks": self._world}
+
+    def __iter__(self) -> Iterator[Pack]:
+        info = get_worker_info()
+        number, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if info is not None:  # threads of the tokenizer's would be missing in a fork, and it hangs
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if self._consumed and workers != self._workers:
+            raise ValueError(
+                f"the state was saved with {self._workers} workers, there are {workers}; only as many "
+                "continue identically"
+            )
+        # DataLoader asks worker 0 first; that is to be the worker whose turn it was.
+        worker = (number + self._next) % workers if self._consumed else number
+        place = self._consumed.get(worker)
+        first = int(self._first_pass)
+        if place is not None and place["pass"] < first:
+            place = None
+        shard = _Shard(self, self._rank * workers + worker, self._world * workers)
+        while shard.begin(first if place is None else place["pass"], place):
+            for samples in shard.packs():
+                resume = json.dumps({"worker": worker, "workers": workers, **shard.place()})
+                yield replace(self._assemble(samples), resume=resume.encode())
+            first, place = shard.number_of_pass + 1, None
+            if not (self.endless and shard.num_entered):
+                return
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A sample in the buffer: the `part`th of a row."""
+
+    row: int
+    part: int
+    sample: EncodedSample
+    sizes: tuple[int, int, int]  # tokens, cost, patches
+
+    @property
+    def check(self) -> int:
+        return zlib.crc32(self.sample.input_ids.tobytes())
+
+
+class _Shard:
+    """One pass of one worker over its rows: the buffer, and what chooses from it."""
+
+    def __init__(self, stream: PackStream, index: int, num_shards: int) -> None:
+        self._stream = stream
+        self._index, self._num_shards = index, num_shards
+        self._tokens = self._cost = 0  # of all samples so far, in every pass
+        processor = stream._processor
+        if processor is not None:
+            self._reader = RowReader(None, stream._folders)
+            self._encode = encoder(*processor)
+
+    def begin(self, number_of_pass: int, place: dict[str, Any] | None) -> bool:
+        """Stand at the start of a pass, or at a place in it."""
+        self.number_of_pass = number_of_pass
+        self.num_entered = self._num_packs = 0
+        self._buffer: list[_Entry] = []
+        self._next = (0, 0)  # row and part that come next
+        self._snapshots: list[tuple[int, Any]] = []
+        self._rows_from = (0, None)
+        if place is None:
+            self._entries = self._read(set(), (0, 0))
+            return True
+        self._tokens, self._cost = place["tokens"], place["cost"]
+        self._num_packs, self.num_entered = place["packs"], place["entered"]
+        self._next = (place["next"][0], place["next"][1])
+        held = [(row, part) for row, part, _ in place["buffer"]]
+        for snapshot in (place["source"], None) if place["source"] else (None,):
+            self._rows_from = (snapshot[0], snapshot[1]) if snapshot else (0, None)
+            self._snapshots = [self._rows_from] if snapshot else []
+            self._entries = self._read(set(held), self._next)
+            self._buffer = list(islice(self._entries, len(held)))
+            found = [(entry.row, entry.part, entry.check) for entry in self._buffer]
+            if found == [tuple(entry) for entry in place["buffer"]]:
+                return True
+        raise ValueError(
+            f"the source does not give the rows it gave before: of {len(held)} samples that waited for "
+            f"their pack {sum(f not in found for f in map(tuple, place['buffer']))} are others now; a "
+            "shuffle must be the same again"
+        )
+
+    def place(self) -> dict[str, Any]:
+        """Where the shard stands, as JSON holds it."""
+        oldest = self._buffer[0].row if self._buffer else self._next[0]
+        usable = [snapshot for snapshot in self._snapshots if snapshot[0] <= oldest]
+        self._snapshots = [*usable[-1:], *self._snapshots[len(usable) :]]
+        return {
+            "pass": self.number_of_pass,
+            "next": self._next,
+            "buffer": [(entry.row, entry.part, entry.check) for entry in self._buffer],
+            "tokens": self._tokens,
+            "cost": self._cost,
+            "packs": self._num_packs,
+            "entered": self.num_entered,
+            "source": usable[-1] if usable else None,
+        }
+
+    def packs(self) -> Iterator[list[EncodedSample]]:
+        """The samples of pack after pack, until the pass is over."""
+        while True:
+            for entry in islice(self._entries, self._stream.buffer - len(self._buffer)):
+                self._buffer.append(entry)
+                self._next = (entry.row, entry.part + 1)
+                self.num_entered += 1
+                self._tokens += entry.sizes[0]
+                self._cost += entry.sizes[1]
+            if not self._buffer:
+                return
+            chosen = self._choose()
+            samples = [self._buffer[place].sample for place in chosen]
+            taken = set(chosen)
+            self._buffer = [e for place, e in enumerate(self._buffer) if place not in taken]
+            self._num_packs += 1
+            yield samples
+
+    def _choose(self) -> list[int]:
+        is_ending = len(self._buffer) < self._stream.buffer
+        tokens, cost, patches = np.array([e.sizes for e in self._buffer], dtype=np.int64).T
+        limits = (self._stream.capacity, self._stream.patch_capacity or np.iinfo(np.int64).max >> 1)
+        seed = zlib.crc32(repr((self._stream.seed, self._index, self.number_of_pass)).encode())
+        keys = hashed(
+            [(e.row << 16) + e.part for e in self._buffer], (seed << 32) + self._num_packs
+        )
+        return choose(tokens, cost, patches, limits, (self._tokens, self._cost), keys, is_ending)
+
+    def _read(self, held: set[tuple[int, int]], begin: tuple[int, int]) -> Iterator[_Entry]:
+        """Samples that fit: those held, then all from `begin` on."""
+        rows = {row for row, _ in held}
+        wanted = ((n, item) for n, item in self._rows() if n >= begin[0] or n in rows)
+        last, part = -1, 0
+        for group in chunks(self._encoded(wanted), _CHUNK):
+            fitting = []
+            for number, sample in group:
+                last, part = number, part if number == last else 0
+                for piece in self._fitted(number, sample):
+                    if (number, part) >= begin or (number, part) in held:
+                        fitting.append((number, part, piece))
+                    part += 1
+            samples = [piece for _, _, piece in fitting]
+            tokens = [sample.num_tokens for sample in samples]
+            config = self._stream._config
+            costs = tokens if config is None or not samples else costs_of(samples, config).tolist()
+            for (number, place, piece), size, cost in zip(fitting, tokens, costs):
+                yield _Entry(number, place, piece, (size, cost, piece.num_patches))
+
+    def _rows(self) -> Iterator[tuple[int, Any]]:
+        """Rows of this shard and their numbers."""
+        source = self._stream.source
+        source = source() if callable(source) else source
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(self.number_of_pass)
+        own, of = self._index, self._num_shards
+        rows: Iterable[Any] = source
+        start, state = self._rows_from
+        snapshot: Callable[[], Any] | None = None
+        if hasattr(source, "num_shards") and hasattr(source, "iter"):  # datasets.IterableDataset
+            shares = (of, own) if source.num_shards >= of else (1, 0)
+            own, of = (0, 1) if source.num_shards >= of else (own, of)
+            source = source.shard(*shares)  # a new one, whose state is its own
+            source.set_epoch(self.number_of_pass)
+            if state is not None:
+                source.load_state_dict(state)
+            # `iter` is not split among workers again, as `__iter__` is.
+            rows = ({k: v[0] for k, v in batch.items()} for batch in source.iter(batch_size=1))
+            snapshot = source.state_dict
+        for number, item in enumerate(rows, start):
+            if number % of == own:
+                yield number, item
+            if snapshot is not None and (number + 1) % _SNAPSHOT == 0:
+                self._snapshots.append((number + 1, snapshot()))
+
+    def _encoded(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, EncodedSample]]:
+        for chunk in chunks(rows, _CHUNK):
+            numbers, samples = [], []
+            for number, item in chunk:
+                if isinstance(item, EncodedSample):
+                    yield number, item
+                    continue
+                if self._stream._processor is None:
+                    raise ValueError(
+                        "rows and samples need a processor, or (tokenizer, VisionSpec)"
+                    )
+                found = [item] if isinstance(item, Sample) else self._samples(number, item)
+                numbers += [number] * len(found)
+                samples += found
+            yield from zip(numbers, self._encode(samples, "raise") if samples else ())
+
+    def _samples(self, number: int, row: Any) -> list[Sample]:
+        try:
+            return self._reader.samples(Row("the stream", number, row))
+        except RowError as error:
+            raise ValueError(f"row {number} of the stream: {error}") from None
+
+    def _fitted(self, number: int, sample: EncodedSample) -> list[EncodedSample]:
+        """The sample as it can be packed: itself, cut, in pieces, or nothing."""
+        stream = self._stream
+        limits = (stream.capacity, stream.patch_capacity)
+        name = f"row {number} of the stream has {sample.num_tokens:,} tokens and "
+        name += f"{sample.num_patches:,} patches, too many for a pack"
+        if stream.on_overflow == "error":
+            if is_too_long(sample.num_tokens, sample.num_patches, *limits):
+                raise ValueError(
+                    f"{name}; raise the capacity, or choose to drop, truncate or split"
+                )
+            return [sample]
+        try:
+            fitting = fit_sample(sample, *limits, stream.on_overflow)
+        except RowError as error:
+            raise ValueError(f"row {number} of the stream: {error}") from None
+        if not fitting:
+            _log.warning("dropped: %s", name)
+        return fitting

@@ -1,0 +1,314 @@
+"""EncodedSamples on disk: an Arrow stream, memory-mapped.
+
+A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.npz` says where its batches
+lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store was made from;
+two more small files are for `datasets.load_from_disk`. Image and video files stay where they are; a row
+holds their paths, and the bytes of images and videos that are in no file.
+
+No byte is believed unseen. A row has a checksum, looked at whenever the row is read: that costs as much as
+the row is long, where one of a batch would make the first look at any row read 256. A batch's offsets are
+validated when it is first touched, so that a wrong one reads no memory that is not ours. The small files
+have checksums of their own; that of all of `samples.arrow` is for whoever makes another store of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+
+from mmpack.data.chunks import chunks
+from mmpack.store.mapped_arrays import load_arrays, save_arrays
+from mmpack.store.record_batch import SCHEMA, SIZES, as_batch, read_batch, sample_of
+from mmpack.types import EncodedSample, Int32, Int64
+from mmpack.video_spec import VideoSpec
+from mmpack.vision_spec import VisionSpec
+
+FORMAT = 5
+_OPEN_BATCHES = 4096  # of some 20 KiB each, views aside, so that memory has a bound
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+
+
+class EncodedStore(Sequence[EncodedSample]):
+    """A store opened for reading; a sample is a view of the file, made when it is asked for.
+
+    A worker that unpickles it opens the file again, so nothing is copied.
+
+    Attributes:
+        folder: where it lies.
+        vision: the spec of all samples.
+        num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
+        about: what `write_store` was told.
+    """
+
+    def __init__(self, folder: Path, vision: VisionSpec, saved: dict[str, Any]) -> None:
+        self.folder = folder
+        self.vision = vision
+        self.about: dict[str, Any] = saved["about"]
+        self.checksum: int = saved["checksum"]
+        self._path = folder / "samples.arrow"
+        index = load_arrays(folder / "index.npz")
+        try:
+            self.num_tokens, self.num_patches, self.num_supervised = index["sizes"]
+            self._offsets, self._starts = index["offsets"].tolist(), index["starts"].tolist()
+            size = self._path.stat().st_size
+            if size != self._offsets[-1] + len(_END):
+                raise ValueError(
+                    f"it has {size:,} bytes, {self._offsets[-1] + len(_END):,} were written"
+                )
+            with pyarrow.memory_map(str(self._path)) as mapped:
+                self._mapped = mapped.read_buffer()  # which keeps it open
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(error) from None
+        self._columns = lru_cache(maxsize=_OPEN_BATCHES)(self._read_columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (self.folder,)
+
+    @property
+    def sources(self) -> NDArray[Any]:
+        """(N,) files the samples come from."""
+        chunks = [
+            self._columns(n)[5].to_numpy(zero_copy_only=False) for n in range(self._num_batches)
+        ]
+        return np.concatenate(chunks)
+
+    @property
+    def rows(self) -> Int64:
+        """(N,) their numbers there."""
+        chunks = [self._columns(n)[6].to_numpy() for n in range(self._num_batches)]
+        return np.concatenate(chunks)
+
+    def grids(self) -> tuple[Int32, Int64]:
+        """Of all markers: grid_thw (I, 3), and offsets (N + 1,): those of sample n are
+        `offsets[n] : offsets[n + 1]`."""
+        chunks = [self._columns(n)[2] for n in range(self._num_batches)]
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+        lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
+
+    def image_paths(self) -> Iterator[str]:
+        """Files of images and videos, some more than once."""
+        for n in range(self._num_batches):
+            _, _, _, paths, data, *_ = self._columns(n)
+            yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
+
+    def batches(self) -> Iterator[bytes]:
+        """What `write_batches` was given."""
+        return (self._batch(n).to_pybytes() for n in range(self._num_batches))
+
+    def verify(self) -> None:
+        """Read the whole file: before it becomes part of another store.
+
+        Raises:
+            ValueError: it is not what was written.
+        """
+        checksum = 0
+        for start in range(0, self._mapped.size, 1 << 20):
+            checksum = zlib.crc32(self._mapped[start : start + (1 << 20)], checksum)
+        if checksum != self.checksum:
+            raise self._damaged("its bytes are not those that were written")
+
+    @property
+    def _num_batches(self) -> int:
+        return len(self._starts) - 1
+
+    def _batch(self, number: int) -> Any:
+        return self._mapped[self._offsets[number] : self._offsets[number + 1]]
+
+    def _read_columns(self, number: int) -> list[Any]:
+        begin, end = self._starts[number : number + 2]
+        try:
+            batch = read_batch(self._batch(number))
+            if batch.num_rows != end - begin:
+                raise ValueError(f"{batch.num_rows} of {end - begin} samples are there")
+            return batch.columns
+        except (OSError, ValueError) as error:  # Arrow's are of these
+            raise self._damaged(f"samples {begin:,} to {end - 1:,}: {error}") from None
+
+    def _damaged(self, why: Any) -> ValueError:
+        return ValueError(f"{self._path} is damaged: {why}; pack again with --overwrite")
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        number = int(number) % len(self)
+        n = bisect_right(self._starts, number) - 1
+        columns, row = self._columns(n), number - self._starts[n]
+        sample = sample_of(columns, row, self.vision)
+        if sample is None:
+            place = f"row {columns[6][row]} of {columns[5][row]}"
+            raise self._damaged(f"sample {number:,} ({place}) is not what was written")
+        return sample
+
+
+def write_store(
+    folder: str | os.PathLike[str],
+    samples: Iterable[EncodedSample],
+    vision: VisionSpec,
+    about: dict[str, Any],
+) -> EncodedStore:
+    """Write samples to `folder` and open it.
+
+    Args:
+        folder: created; must not hold a store yet.
+        samples: consumed once.
+        vision: the spec they were encoded with.
+        about: anything JSON holds that says what the store was made from.
+
+    Raises:
+        ValueError: no samples, or a folder that holds a store.
+    """
+    return write_batches(folder, map(as_batch, chunks(samples)), vision, about)
+
+
+def write_batches(
+    folder: str | os.PathLike[str],
+    batches: Iterable[bytes],
+    vision: VisionSpec,
+    about: dict[str, Any],
+    may_be_empty: bool = False,
+) -> EncodedStore:
+    """`write_store` for samples that are batches already, made by `as_batch` in any process; none
+    but the one being written is in memory. `about` is written when all are, so it may grow meanwhile."""
+    folder = Path(folder)
+    if (folder / "mmpack.json").exists():
+        raise ValueError(f"{folder} holds a store already")
+    folder.mkdir(parents=True, exist_ok=True)
+    starts, sizes, checksum = [0], [], 0
+    with open(folder / "samples.arrow", "wb") as file:
+
+        def write(data: Any) -> None:
+            nonlocal checksum
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+
+        header = SCHEMA.serialize()
+        write(header)
+        offsets = [len(header)]
+        for data in batches:
+            write(data)
+            batch = read_batch(data)
+            offsets.append(offsets[-1] + len(data))
+            starts.append(starts[-1] + batch.num_rows)
+            sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
+        write(_END)
+    if not sizes and not may_be_empty:
+        raise ValueError("there are no samples to store: no row of the data was usable")
+    table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
+    arrays = {"offsets": offsets, "starts": starts, "sizes": table}
+    save_arrays(folder / "index.npz", arrays)
+    return _finish(folder, vision, about, checksum)
+
+
+def reuse_store(
+    folder: str | os.PathLike[str], store: EncodedStore, about: dict[str, Any]
+) -> EncodedStore:
+    """The samples of a store as another one: a link to its file where the disk has links.
+
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    store.verify()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = store.folder / "samples.arrow", folder / "samples.arrow"
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    shutil.copyfile(store.folder / "index.npz", folder / "index.npz")
+    return _finish(folder, store.vision, about, store.checksum)
+
+
+def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: int) -> EncodedStore:
+    """What lies beside the samples; `mmpack.json` last: then a store is whole."""
+    # What datasets' load_from_disk reads. The fingerprint names its caches, so it follows the content.
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": "samples.arrow"}],
+        "_fingerprint": f"mmpack{checksum:010x}",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    saved: dict[str, Any] = {"format": FORMAT, "vision": asdict(vision), "about": about}
+    saved["checksum"] = checksum
+    saved["checksum of this file"] = _checksum_of(json.loads(json.dumps(saved)))
+    for name, content in (("state", state), ("dataset_info", {}), ("mmpack", saved)):
+        text = json.dumps(content, indent=2) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    return open_store(folder)
+
+
+def _checksum_of(saved: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(saved, sort_keys=True).encode())
+
+
+def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
+    """Open a store.
+
+    Raises:
+        ValueError: the folder holds no store, one of another format, or a damaged one.
+    """
+    folder = Path(folder)
+    path = folder / "mmpack.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{folder} holds no finished store; make one with mmpack pack") from None
+    if not isinstance(saved, dict) or "format" not in saved:
+        raise ValueError(f"{path} is not mmpack's; make a store with mmpack pack")
+    if saved["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} has store format {saved['format']}, not {FORMAT}; pack again with --overwrite"
+        )
+    if saved.pop("checksum of this file", None) != _checksum_of(saved):
+        raise ValueError(
+            f"{path} is damaged: it is not what was written; pack again with --overwrite"
+        )
+    vision = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()}
+    if vision["video"] is not None:
+        vision["video"] = VideoSpec(**vision["video"])
+    return EncodedStore(folder, VisionSpec(**vision), saved)
+
+
+def changed_files(store: EncodedStore) -> list[str]:
+    """Data files that are not what the store was made from: of another size, or of another time and
+    other content. One that is not there, or cannot be read, is none: a store needs it no more."""
+    changed = []
+    for path, (num_bytes, time_ns, sha256) in store.about.get("files", {}).items():
+        try:
+            stat = os.stat(path)
+            if stat.st_size != num_bytes or (
+                stat.st_mtime_ns != time_ns and file_sha256(path) != sha256
+            ):
+                changed.append(path)
+        except OSError:
+            continue
+    return changed
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

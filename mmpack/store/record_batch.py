@@ -1,0 +1,193 @@
+"""EncodedSamples <-> an Arrow record batch, a row each, which ends with a checksum of itself."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.ipc
+from numpy.typing import NDArray
+
+from mmpack.data import images
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
+from mmpack.vision_spec import VisionSpec
+
+_VIDEO = {
+    "place": pyarrow.int32(),  # of its file, or of its first frame, among the sample's
+    "listed": pyarrow.int32(),  # frames that are images of their own; 0: a file
+    "num_frames": pyarrow.int32(),
+    "fps": pyarrow.float64(),
+}
+SCHEMA = pyarrow.schema(
+    {
+        "input_ids": pyarrow.list_(pyarrow.int32()),
+        "labels": pyarrow.list_(pyarrow.int32()),
+        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, three a marker
+        "images": pyarrow.list_(pyarrow.string()),  # of every file: images, videos, frames
+        "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: in its file
+        "source": pyarrow.string(),
+        "row": pyarrow.int64(),
+        "num_tokens": pyarrow.int64(),
+        "num_patches": pyarrow.int64(),
+        "num_supervised": pyarrow.int64(),
+        "videos": pyarrow.list_(pyarrow.struct(_VIDEO)),
+        "temporal_step": pyarrow.list_(pyarrow.float32()),  # of every marker, or null
+        "checksum": pyarrow.uint32(),  # of all but the three sizes
+    }
+)
+SIZES = ("num_tokens", "num_patches", "num_supervised")
+
+
+def as_batch(samples: Sequence[EncodedSample]) -> bytes:
+    """Samples of one spec as the bytes of an Arrow record batch."""
+    vision = samples[0].vision
+    ids, ids_offsets = _joined([sample.input_ids for sample in samples])
+    labels, _ = _joined([sample.labels for sample in samples])
+    grids, grid_offsets = _joined([sample.grid_thw for sample in samples])
+    files = [_files(sample.media) for sample in samples]
+    file_offsets = np.cumsum([0, *map(len, files)])
+    refs = [file for of_sample in files for file in of_sample]
+    is_supervised = labels != IGNORE
+    is_supervised[ids_offsets[:-1]] = False  # the first of a segment has nothing before it
+    num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
+    data = [_bytes(image) for image in refs]
+    clips = [_videos(sample.media) for sample in samples]
+    columns = [
+        _lists(ids, ids_offsets),
+        _lists(labels, ids_offsets),
+        _lists(grids.ravel(), 3 * grid_offsets),
+        _lists([image.path for image in refs], file_offsets, pyarrow.string()),
+        _lists(data, file_offsets, pyarrow.large_binary()),
+        [sample.source for sample in samples],
+        [sample.row for sample in samples],
+        num_tokens + _sums(vision.num_features(grids), grid_offsets),
+        _sums(grids.astype(np.int64).prod(axis=-1), grid_offsets),
+        _sums(is_supervised, ids_offsets),
+        clips,
+        [sample.temporal_step for sample in samples],
+        [
+            _checksum(
+                [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step],
+                [image.path for image in refs[begin:end]],
+                data[begin:end],
+                sample.source,
+                int(sample.row),
+                clip,
+            )
+            for sample, clip, begin, end in zip(samples, clips, file_offsets, file_offsets[1:])
+        ],
+    ]
+    return pyarrow.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Int64]:
+    return np.concatenate(arrays), np.cumsum([0, *map(len, arrays)])
+
+
+def _lists(values: Any, offsets: Int64, type: Any = None) -> pyarrow.ListArray:
+    offsets_32 = pyarrow.array(offsets.astype(np.int32))
+    return pyarrow.ListArray.from_arrays(offsets_32, pyarrow.array(values, type))
+
+
+def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
+    """(N,) sums of the values between offsets."""
+    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return sums[offsets[1:]] - sums[offsets[:-1]]
+
+
+def _files(media: Iterable[Media]) -> list[ImageRef]:
+    """What references lie in: images, video files and frames."""
+    files: list[ImageRef] = []
+    for ref in media:
+        if isinstance(ref, ImageRef):
+            files.append(ref)
+        else:
+            files += ref.frames or (ImageRef(ref.path, ref.data),)
+    return files
+
+
+def _videos(media: Iterable[Media]) -> list[dict[str, Any]]:
+    videos, place = [], 0
+    for ref in media:
+        if isinstance(ref, VideoRef):
+            listed = len(ref.frames)
+            fps = None if ref.fps is None else float(ref.fps)
+            values = (place, listed, int(ref.num_frames), fps)
+            videos.append(dict(zip(_VIDEO, values)))
+            place += max(listed, 1)
+        else:
+            place += 1
+    return videos
+
+
+def _bytes(image: ImageRef) -> bytes | None:
+    return None if image.data is None else images.encoded_bytes(image)
+
+
+def read_batch(data: Any) -> Any:
+    """The record batch that `as_batch` wrote, views of its bytes, offsets and nulls validated.
+
+    Raises:
+        ValueError, OSError: it is damaged so that reading it might read other memory.
+    """
+    batch = pyarrow.ipc.read_record_batch(data, SCHEMA)
+    batch.validate(full=True)
+    return batch
+
+
+def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSample | None:
+    """A row of a batch as a sample; None where it is not what was written."""
+    ids, labels, grid = (column[row].values for column in columns[:3])
+    paths, data, source, number = (column[row].as_py() for column in columns[3:7])
+    *_, clips, step, checksum = columns
+    clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
+    arrays = [None if one is None else one.to_numpy() for one in (ids, labels, grid, step)]
+    if _checksum(arrays, paths, data, source, number, clips) != checksum:
+        return None
+    ids, labels, grid, step = arrays
+    return EncodedSample(
+        input_ids=ids,
+        labels=labels,
+        grid_thw=grid.reshape(-1, 3),
+        media=_media(tuple(map(ImageRef, paths, data)), clips),
+        vision=vision,
+        source=source,
+        row=number,
+        temporal_step=step,
+    )
+
+
+def _checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
+    """CRC-32 of a row, as `as_batch` is given it and as it is read."""
+    checksum = 0
+    for array in arrays:
+        if array is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    paths, data, *rest = texts
+    data = data or ()
+    lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
+    checksum = zlib.crc32(repr((lengths, paths, rest)).encode(), checksum)
+    for one in data:
+        checksum = zlib.crc32(one or b"", checksum)
+    return checksum
+
+
+def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[Media, ...]:
+    """The references of a sample from its files, and which of them are videos'."""
+    media: list[Media] = []
+    end = 0
+    for video in videos:
+        begin, listed = video["place"], video["listed"]
+        media += files[end:begin]
+        end = begin + max(listed, 1)
+        file = files[begin]
+        frames = files[begin:end] if listed else ()
+        media.append(
+            VideoRef(
+                file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
+            )
+        )
+    return (*media, *files[end:])
