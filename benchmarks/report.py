@@ -50,7 +50,7 @@ TESTS = {
     "store": ("test_store",),
     "stream": ("test_stream",),
     "tower": ("test_vision_spec", "test_families"),
-    "train": ("test_equivalence", "test_patch"),
+    "train": ("test_equivalence", "test_model_patch"),
     "varlen_attention": ("test_varlen_attention",),
 }
 

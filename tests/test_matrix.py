@@ -162,7 +162,7 @@ def test_no_data_is_asked_for_in_a_step(family, impl):
     if impl == "auto":
         loss_and_grads(model, [batch], num_items)
     else:
-        from mmpack.hf.patch import _STATE
+        from mmpack.hf.model_patch import _STATE
 
         getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
     if family == "qwen3_vl_moe":

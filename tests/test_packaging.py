@@ -92,6 +92,27 @@ def test_the_wheel_holds_what_runs(wheel, tracked):
     assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
 
 
+def test_every_module_comes_from_the_wheel(wheel, tmp_path):
+    """None is missing, none leans on the checkout; and `import mmpack` stays light there too."""
+    wheel.extractall(tmp_path)
+    names = [
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in wheel.namelist()
+        if name.startswith("mmpack/") and name.endswith(".py")
+    ]
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import mmpack
+assert not {{"torch", "triton", "transformers", "PIL", "datasets"}} & set(sys.modules)
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+"""
+    run(sys.executable, "-c", code, *names, cwd=tmp_path)
+    assert len(names) >= 80
+
+
 def test_the_core_runs_elsewhere(wheel, tmp_path):
     """It needs the system's libraries, and no folder but what this Python puts into all it builds."""
     if shutil.which("readelf") is None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import mmpack.packing.pack_source
 from mmpack import PackedDataset
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
-from mmpack.hf.resuming import check_checkpoint
+from mmpack.hf.checkpoints import check_checkpoint
 from mmpack.packing.assemble import assemble
 
 CAPACITY = 40

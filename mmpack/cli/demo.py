@@ -34,7 +34,7 @@ from transformers import (
 from mmpack.data import images
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.loading import load_processor
-from mmpack.hf.patch import patch_model
+from mmpack.hf.model_patch import patch_model
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization

@@ -207,8 +207,8 @@ def _settle(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.cli.pack import cut_long
+    from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
-    from mmpack.hf.resuming import last_checkpoint
     from mmpack.hf.training import parse_training_arguments, train
     from mmpack.packing.cost import costs_of
     from mmpack.packing.dataset import PackedDataset

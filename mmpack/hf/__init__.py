@@ -1,10 +1,10 @@
 """The only folder that knows transformers."""
 
 from mmpack.hf.callbacks import PackingCallback
+from mmpack.hf.checkpoints import last_checkpoint
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.loading import load_processor
-from mmpack.hf.patch import patch_model, unpatch_model
-from mmpack.hf.resuming import last_checkpoint
+from mmpack.hf.model_patch import patch_model, unpatch_model
 
 __all__ = [
     "PackCollator",

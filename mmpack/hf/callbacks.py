@@ -21,10 +21,10 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from mmpack.hf.attention_share import AttentionShare
+from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_unfinished
 from mmpack.hf.families import find_inner
-from mmpack.hf.patch import is_patched
-from mmpack.hf.resuming import PackKeeper, WeightKeeper, check_unfinished
-from mmpack.hf.streaming import StreamKeeper
+from mmpack.hf.model_patch import is_patched
+from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
 from mmpack.packing.cost import FAMILIES
 from mmpack.packing.dataset import PackedDataset
@@ -42,7 +42,7 @@ class PackingCallback(TrainerCallback):
       `set_epoch` only where a sampler does not have one, and workers that live on
       (`dataloader_persistent_workers`) never hear of it.
     - A resumed run continues with the packs that would have come next, whose order is the plan's, and with
-      the checkpoint's weights (`mmpack.hf.resuming`).
+      the checkpoint's weights (`mmpack.hf.checkpoints`).
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
       printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
       in Trainer's list as training begins:

@@ -19,7 +19,7 @@ from mmpack.data.encode import encode_samples
 from mmpack.data.readers import read_samples
 from mmpack.hf.families import TowerSpec, inner_model, tower_of
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
-from mmpack.hf.patch import is_patched
+from mmpack.hf.model_patch import is_patched
 from mmpack.packing.assemble import assemble, concatenate
 from mmpack.packing.compact import compact, concatenate_compact
 from mmpack.types import IGNORE, CompactPack, EncodedSample, Float32, Pack

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmpack import reference
-from mmpack.hf import attention, pixels
+from mmpack.hf import attention, uint8_pixels
 from mmpack.hf.embedding import is_sharded
 from mmpack.hf.families import family_of
 
@@ -32,7 +32,7 @@ def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tens
     (stills, image_grids), (clips, video_grids) = parts
     if stills.dtype == torch.uint8:
         channels = len(batch["mmpack"]["normalization"][0])
-        stills = pixels.in_every_frame(stills, channels, clips.shape[1])
+        stills = uint8_pixels.in_every_frame(stills, channels, clips.shape[1])
     return torch.cat([stills, clips]), torch.cat([image_grids, video_grids])
 
 
@@ -120,7 +120,7 @@ def must_run(tower: nn.Module) -> bool:
 def bindings(base: Any) -> list[Binding]:
     """What to bind on the tower."""
     tower, has_windows = base.visual, family_of(base).has_windows
-    bound: list[Binding] = [(tower.patch_embed, "forward", pixels.patch_embed_forward)]
+    bound: list[Binding] = [(tower.patch_embed, "forward", uint8_pixels.patch_embed_forward)]
     for number, block in enumerate(tower.blocks):
         is_whole = not has_windows or number in tower.fullatt_block_indexes
         segments = "vision" if is_whole else "window"

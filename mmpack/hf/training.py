@@ -15,10 +15,10 @@ from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from mmpack.hf.callbacks import PackingCallback
+from mmpack.hf.checkpoints import FinishedError, check_checkpoint
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.loading import check_fit
-from mmpack.hf.patch import patch_model
-from mmpack.hf.resuming import FinishedError, check_checkpoint
+from mmpack.hf.model_patch import patch_model
 from mmpack.packing.dataset import PackedDataset
 
 _USAGE = "mmpack train --data PACKED --model FOLDER [options]; see mmpack train --help"

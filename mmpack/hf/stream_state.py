@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from mmpack.hf.resuming import KEY, STREAM_FILE
+from mmpack.hf.checkpoints import KEY, STREAM_FILE
 from mmpack.packing.stream import PackStream
 
 
