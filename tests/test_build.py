@@ -19,7 +19,7 @@ pytest.importorskip("pyarrow")
 
 from mmpack.cli.main import main
 from mmpack.data import images
-from mmpack.data.files import count_rows
+from mmpack.data.file_formats import count_rows
 from mmpack.data.readers import RowReader, row_groups
 from mmpack.store import build
 from mmpack.store.build import index_rows

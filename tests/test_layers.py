@@ -31,7 +31,7 @@ ROOMS = {
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
     "matplotlib": {"cli/plots"},
-    "pyarrow": {"data/files", "store/encoded_store", "store/record_batch"},
+    "pyarrow": {"data/file_formats", "store/encoded_store", "store/arrow_schema"},
     "safetensors": {"hf"},  # transformers needs it
     "tokenizers": {"cli/demo"},
     "torch": {

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encode import encode_samples
-from mmpack.data.files import Row, rows_or_error
+from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.plan import padded_utilization, plan_packs

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
-from mmpack.data.files import Row, count_rows
+from mmpack.data.file_formats import Row, count_rows
 from mmpack.data.readers import RowGroup, row_groups
 from mmpack.errors import BadRow, OnError
 from mmpack.packing.cost import costs_of

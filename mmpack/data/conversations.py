@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmpack.data.files import parse_json
+from mmpack.data.file_formats import parse_json
 from mmpack.errors import RowError, names
 
 MARKERS = {"image": "<image>", "video": "<video>"}

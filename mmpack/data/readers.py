@@ -28,7 +28,7 @@ from mmpack.data.conversations import (
     turns_of,
 )
 from mmpack.data.documents import document_of
-from mmpack.data.files import Row, data_files, read_rows
+from mmpack.data.file_formats import Row, data_files, read_rows
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.errors import BadRow, OnError, RowError, refuse
 from mmpack.types import Media, Message, Sample

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encode import encoder
-from mmpack.data.files import Row
+from mmpack.data.file_formats import Row
 from mmpack.data.readers import RowReader, row_groups
 from mmpack.errors import RowError
 from mmpack.packing.cost import costs_of

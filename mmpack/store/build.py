@@ -28,11 +28,11 @@ from typing import Any
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encode import encoder
-from mmpack.data.files import Row, rows_or_error
+from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, OnError, RowError, refuse
+from mmpack.store.arrow_schema import as_batch
 from mmpack.store.encoded_store import EncodedStore
-from mmpack.store.record_batch import as_batch
 from mmpack.vision_spec import VisionSpec
 
 _ALONE_S = 3.0  # seconds this process works alone, as long as workers take to start
@@ -43,9 +43,7 @@ class Indexed:
     """What became of a chunk of rows."""
 
     num_rows: int
-    batch: (
-        bytes | None
-    )  # the samples, see `mmpack.store.record_batch.as_batch`; None: there are none
+    batch: bytes | None  # the samples (`mmpack.store.arrow_schema.as_batch`); None: there are none
     bad_rows: list[BadRow] = field(default_factory=list)  # by row
 
 

@@ -30,8 +30,8 @@ import pyarrow
 from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks
+from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
 from mmpack.store.mapped_arrays import load_arrays, save_arrays
-from mmpack.store.record_batch import SCHEMA, SIZES, as_batch, read_batch, sample_of
 from mmpack.types import EncodedSample, Int32, Int64
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
