@@ -1,4 +1,4 @@
-"""The docs: code blocks run, links lead somewhere, options, names and error texts are the code's.
+"""The docs: code blocks run, links lead somewhere, options, names, files and error texts are the code's.
 
 A block that cannot run here has `<!-- not run: why -->` in the line above it. Blocks of a page run in
 order, in one folder beside the demo's data and, those in Python, in one namespace.
@@ -7,6 +7,7 @@ order, in one folder beside the demo's data and, those in Python, in one namespa
 import ast
 import glob
 import inspect
+import pkgutil
 import re
 import shlex
 import shutil
@@ -26,12 +27,18 @@ from mmpack.cli.main import main
 from mmpack.cli.options import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # for users
+INTERNALS = sorted((ROOT / "docs" / "internals").glob("*.md"))
+NAMING = [*PAGES, *INTERNALS, ROOT / "CONTRIBUTING.md"]  # what may name modules; DESIGN.md to come
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_internal = pytest.mark.parametrize("page", INTERNALS, ids=lambda page: page.stem)
+any_page = pytest.mark.parametrize(
+    "page", [*PAGES, *INTERNALS], ids=lambda page: str(page.relative_to(ROOT).with_suffix(""))
+)
 
 
 class Block(NamedTuple):
@@ -100,6 +107,12 @@ def test_few_blocks_are_not_run():
     assert sum(block.reason is not None for block in code) <= 8
 
 
+def test_internals_have_no_blocks_to_run():
+    blocks = [(page.name, block) for page in INTERNALS for block in blocks_of(page)]
+    code = [(name, block) for name, block in blocks if block.language in ("python", "bash")]
+    assert [name for name, block in code if block.reason is None] == []
+
+
 # --------------------------------------------------------------------------------------------------
 # What the text names
 # --------------------------------------------------------------------------------------------------
@@ -111,7 +124,7 @@ def anchors_of(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@every_page
+@any_page
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
     for link in links:
@@ -124,7 +137,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors_of(target), f"{page.name}: {link}"
 
 
-@every_page
+@any_page
 def test_tables_are_whole(page):
     """Each row of a table has as many cells as its head: a `|` within one is written `\\|`."""
     for table in re.findall(r"(?:^\|.*\n)+", prose_of(page), re.M):
@@ -132,7 +145,7 @@ def test_tables_are_whole(page):
         assert len(set(cells)) == 1, f"{page.name}: {table.splitlines()[cells.index(max(cells))]}"
 
 
-@every_page
+@any_page
 def test_nothing_of_this_machine(page):
     text = page.read_text(encoding="utf-8")
     here = [ROOT.parent, Path.home(), Path(tempfile.gettempdir())]
@@ -143,6 +156,9 @@ def test_nothing_of_this_machine(page):
 def test_every_page_is_linked_from_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [p.name for p in PAGES[1:] if f"(docs/{p.name})" not in text] == []
+    index, *pages = sorted(INTERNALS, key=lambda page: page.stem != "README")
+    text = index.read_text(encoding="utf-8")
+    assert [p.name for p in pages if f"({p.name})" not in text] == []
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +175,7 @@ def options():
     return known | {"--nproc_per_node", "--dist", "--junitxml"}  # torchrun's, pytest's
 
 
-@every_page
+@any_page
 def test_options_exist(page, options):
     text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.S)
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
@@ -168,13 +184,77 @@ def test_options_exist(page, options):
 
 def test_python_options_exist():
     """`name=` of a call in the prose, `PackCollator(pad_to=8192)`, is an argument of that name."""
-    for page in PAGES:
+    for page in [*PAGES, *INTERNALS]:
         for name, words in re.findall(r"`(\w+)\(([^`()]*)\)`", prose_of(page)):
             owner = next((m for m in (mmpack, mmpack.hf, mmpack.ops) if hasattr(m, name)), None)
             if owner is not None:
                 known = inspect.signature(getattr(owner, name)).parameters
                 keywords = set(re.findall(r"(\w+)=", words))
                 assert keywords <= set(known), f"{page.name}: {name}({words})"
+
+
+MODULE = r"\bmmpack(?:\.\w+)+"
+# benchmarks/bench_x.py and tests/test_x.py stand for files to be written
+FILE = r"\b(?:mmpack|csrc|tests|benchmarks|docs)/(?:\w+/)*(?!(?:bench_|test_)?x\.)\w+\.(?:py|cpp|h|sh|md)\b"
+
+
+def docstrings():
+    """(file of the package, docstring) of its modules, classes and functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in sorted((ROOT / "mmpack").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+                yield path, text
+
+
+def is_there(name):
+    """Whether `mmpack.x.y` is a module, or something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_modules_and_files_that_are_named_exist():
+    texts = [(page, page.read_text(encoding="utf-8")) for page in NAMING]
+    files, names, missing = set(), set(), []
+    for place, text in [*texts, *docstrings()]:
+        files |= {(place.name, file) for file in re.findall(FILE, text)}
+        names |= {(place.name, name) for name in re.findall(MODULE, text)}
+    missing += [(place, file) for place, file in files if not (ROOT / file).is_file()]
+    names -= {(place, name) for place, name in names if name in ("mmpack.json", "mmpack.html")}
+    known = {name: is_there(name) for name in {name for _, name in names}}
+    missing += [(place, name) for place, name in names if not known[name]]
+    assert sorted(missing) == []
+    assert len(files) >= 20
+    assert len(known) >= 30
+
+
+@pytest.fixture(scope="module")
+def code():
+    """(files of the repository, every word in them)"""
+    files = [
+        path
+        for folder in ("mmpack", "csrc", "tests", "benchmarks", ".ci")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".cpp", ".h", ".sh", "") and path.is_file()
+    ]
+    words = set()
+    for path in files:
+        words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    return [str(path) for path in files], words
+
+
+@every_internal
+def test_what_internals_name_is_in_the_code(page, code):
+    """A file of which a page says the last parts, `hf/patch.py`, exists, and each word of a name does."""
+    files, words = code
+    spans = re.findall(r"`([^`\n]+)`", prose_of(page))
+    named = [span for span in spans if re.fullmatch(r"[\w/.]+\.(?:py|cpp|h|sh)", span)]
+    assert [n for n in named if not any(file.endswith(f"/{n}") for file in files)] == []
+    names = [span for span in spans if re.fullmatch(r"[\w.]+(?:\(.*\))?", span)]
+    assert [n for n in names if not set(re.findall(r"[A-Za-z_]\w*", n)) <= words] == []
 
 
 def test_every_public_name_is_in_the_docs():

@@ -1,4 +1,8 @@
-"""The command line: mmpack check | pack | merge | inspect | train | demo | env."""
+"""The command line: mmpack check | pack | merge | inspect | train | demo | env.
+
+`ValueError`, `OSError` and a missing extra print one line and exit with 1. Every other exception is a bug
+of ours and keeps its traceback.
+"""
 
 from __future__ import annotations
 

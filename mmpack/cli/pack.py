@@ -1,4 +1,9 @@
-"""`mmpack pack`: data files -> a folder of encoded samples and their plan, made or used again."""
+"""`mmpack pack`: data files -> a folder of encoded samples and their plan, made or used again.
+
+A store that fits is used without a lock; else one process builds (`mmpack.store.atomic_folder`). A process
+that waited for a build that failed also fails: the rows are bad for it, too. If the builder was killed, the
+next process builds.
+"""
 
 from __future__ import annotations
 

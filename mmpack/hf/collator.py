@@ -1,9 +1,6 @@
 """PackCollator: a list of packs, encoded samples or processor outputs -> forward kwargs.
 
-The batch has only names transformers knows at its top, so an unpatched model computes the same
-loss, only slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook
-takes. Host-side integers stay numpy or int there: Trainer moves tensors to the device and nothing
-else, and whatever lies on the host can be asked for free.
+What becomes of a pack, names transformers knows and the `mmpack` dict, is in `mmpack.hf.forward_kwargs`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Only names transformers knows are at the top, so that an unpatched model computes the same loss, only
 slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook takes.
-Host-side integers stay numpy or int there: Trainer moves tensors to the device and nothing else, and
-whatever lies on the host can be asked for free.
+Host-side integers are Python ints and tuples of ints there: Trainer moves tensors to the device and
+nothing else, and torch.compile would take numpy arrays for tensors.
 
 A compact pack's batch has `input_ids (1, n)` with one marker an image, and no positions yet:
 `position_ids (4, 1, 0)`, on which a model that is not patched fails at once. `assemble_on_device`, which

@@ -1,7 +1,8 @@
 """The self-test of isolation: another first segment must not change the second by a bit.
 
 Packing that leaks trains on nonsense without a warning (a cache left on, a mask lost, an attention
-implementation replaced afterwards), so a patched model is asked once, on itself.
+implementation replaced afterwards), so a patched model is tested once, on itself: at patch time, where a
+leak also unpatches it, or at the first packed forward.
 """
 
 from __future__ import annotations
