@@ -59,7 +59,7 @@ struct PackCounts {
 // The samples must have been measured, the buffers be as large as that says.
 PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuffers& out);
 
-// What the host must know of a pack that the device assembles (mmpack/ops/assemble_sequence.py).
+// What the host must know of a pack that the device assembles (mmpack/ops/assembly/assemble_sequence.py).
 struct OutlineBuffers {
   std::span<std::int64_t> labels;             // (T,)
   std::span<std::int32_t> supervised_index;   // room for T - F

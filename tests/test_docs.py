@@ -29,7 +29,7 @@ from mmpack.cli.options import command_line
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # for users
 INTERNALS = sorted((ROOT / "docs" / "internals").glob("*.md"))
-NAMING = [*PAGES, *INTERNALS, ROOT / "CONTRIBUTING.md"]  # what may name modules; DESIGN.md to come
+NAMING = [*PAGES, *INTERNALS, ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md"]  # what names modules
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.M | re.S,
