@@ -6,8 +6,9 @@ T tokens in a pack, S segments, I images, P patches, F features, N samples, L su
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,6 +189,34 @@ class EncodedSample:
     def is_supervised(self) -> bool:
         """Whether any token reaches the loss."""
         return self.num_supervised > 0
+
+
+class SizedSamples(Protocol):
+    """Encoded samples whose sizes are known without opening one: an `EncodedStore`, `SplitSamples`."""
+
+    @property
+    def num_tokens(self) -> Int64:
+        """(N,) lengths in a pack."""
+
+    @property
+    def num_patches(self) -> Int64:
+        """(N,) patches into the vision tower."""
+
+    @property
+    def num_supervised(self) -> Int64:
+        """(N,) tokens that reach the loss."""
+
+    @property
+    def sources(self) -> NDArray[Any]:
+        """(N,) files the samples come from."""
+
+    def grids(self) -> tuple[Int32, Int64]:
+        """Of all markers: grid_thw (I, 3), and offsets (N + 1,) of the samples in them."""
+
+
+def are_sized(samples: Sequence[EncodedSample]) -> TypeGuard[SizedSamples]:
+    """Whether the sizes are known without opening a sample, as they are not of a list."""
+    return hasattr(samples, "num_tokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

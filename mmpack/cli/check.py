@@ -163,7 +163,8 @@ class Summary:
 
     @property
     def num_usable(self) -> int:
-        return self.num_rows - sum(group["refused"] for group in self.groups.values())
+        refused: int = sum(group["refused"] for group in self.groups.values())
+        return self.num_rows - refused
 
     @property
     def same_content(self) -> list[list[str]]:

@@ -314,7 +314,8 @@ def _train(model: Any, data: Any, collator: Any, batch_size: int, scratch: str) 
         disable_tqdm=True,
     )
     trainer = _QuietTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
-    return trainer.train().metrics["train_runtime"]
+    seconds: float = trainer.train().metrics["train_runtime"]
+    return seconds
 
 
 class _QuietTrainer(Trainer):

@@ -75,7 +75,9 @@ def environment() -> dict[str, Any]:
 
 def env_table(found: dict[str, Any]) -> str:
     """The same for people."""
-    rows = [(name, str(found[name])) for name in ("mmpack", "python", "platform", "cores")]
+    rows: list[tuple[str, ...]] = [
+        (name, str(found[name])) for name in ("mmpack", "python", "platform", "cores")
+    ]
     for name, package in found["packages"].items():
         state = package["version"] or "not installed"
         rows.append((name, f"{state}, BROKEN: {package['error']}" if package["error"] else state))
@@ -112,8 +114,8 @@ def _package(name: str, module: str) -> dict[str, str | None]:
         found = None
     except Exception as error:  # its metadata cannot be read
         return {"version": None, "error": f"{type(error).__name__}: {error}"}
-    error = _reason(lambda: import_module(module)) if module and found else None
-    return {"version": found, "error": error}
+    broken = _reason(lambda: import_module(module)) if module and found else None
+    return {"version": found, "error": broken}
 
 
 def _gpus() -> list[str]:
@@ -150,7 +152,11 @@ def _look_at_ops(ops: dict[str, dict[str, str | None]], auto: list[str], device:
     for op, other in KERNELS.items():
         ops[op] = {"triton": _why_no_kernel(op, device)} | ({other: None} if other else {})
     for op in PLAIN:
-        ops[op] = {"torch": _reason(lambda op=op: getattr(import_module("mmpack.ops"), op))}
+
+        def look(op: str = op) -> Any:
+            return getattr(import_module("mmpack.ops"), op)
+
+        ops[op] = {"torch": _reason(look)}
 
 
 def _why_no_kernel(op: str, device: str) -> str | None:

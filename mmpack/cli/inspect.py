@@ -331,7 +331,8 @@ def frames(medium: Medium, vision: VisionSpec) -> NDArray[np.uint8]:
     channels = len(vision.image_mean)
     by_frame = patches.reshape(t * h * w, channels, -1, p * p)[:, :, 0]
     blocks = by_frame.reshape(t, h // m, w // m, m, m, channels, p, p)
-    return blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, channels)
+    pixels: NDArray[np.uint8] = blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5)
+    return pixels.reshape(t, h * p, w * p, channels)
 
 
 def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode | None, str]:

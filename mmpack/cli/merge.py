@@ -86,9 +86,9 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
 
 def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
     """The batches of all parts, a chunk of each in turn."""
-    for part in parts:
-        part.verify()
-    batches = [part.batches() for part in parts]
+    for store in parts:
+        store.verify()
+    batches = [store.batches() for store in parts]
     for part, (has_samples, _) in _chunks(parts):
         if has_samples:
             yield next(batches[part])
@@ -96,8 +96,8 @@ def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
 
 def _joined_bad_rows(parts: Sequence[EncodedStore]) -> Iterator[str]:
     lines = []
-    for part in parts:
-        path = part.folder / "bad_rows.jsonl"
+    for store in parts:
+        path = store.folder / "bad_rows.jsonl"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines.append(iter(text.splitlines(keepends=True)))
     for part, (_, num_bad) in _chunks(parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 CODES = "exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 nobody reads on"
 CHECK_EXAMPLES = """exit code: 0 every row is usable, 1 some are refused, 2 usage
@@ -73,7 +74,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mmpack {package.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def command(name: str, help: str, examples: str, **kwargs: bool) -> argparse.ArgumentParser:
+    def command(name: str, help: str, examples: str, **kwargs: Any) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(
             name,
             help=help,

@@ -231,6 +231,7 @@ def report_packs(out: Path, options: argparse.Namespace, reused: bool, start: fl
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
+    assert isinstance(samples, EncodedStore | SplitSamples) and isinstance(store, EncodedStore)
     num_bad = _count_lines(out / "bad_rows.jsonl")
     report = {
         "rows": len(store) + num_bad,
@@ -246,7 +247,7 @@ def report_packs(out: Path, options: argparse.Namespace, reused: bool, start: fl
         **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    if samples is not store:
+    if isinstance(samples, SplitSamples):
         report |= {"split": samples.num_split, "pieces": len(samples)}
     if options.png is not None:
         image_tokens = samples.num_patches // vision.merge_size**2

@@ -6,7 +6,7 @@ A white ground of their own makes them readable on light and dark pages.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -288,13 +288,16 @@ def _finish_square(axes: Any, end: int, title: str) -> None:
     axes.spines[:].set_color("#cccccc")
 
 
-def _mixed(color: str, share: float) -> tuple[float, ...]:
+def _mixed(color: str, share: float) -> tuple[float, float, float]:
     """A colour on white."""
     parts = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
-    return tuple(1 - share + share * part for part in parts)
+    red, green, blue = (1 - share + share * part for part in parts)
+    return red, green, blue
 
 
-def _figure(size: tuple[float, float], layout: str | None = "constrained") -> Any:
+def _figure(
+    size: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
+) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:

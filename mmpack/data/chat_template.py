@@ -197,7 +197,9 @@ class Template:
         position = 0
         for match in [*self._pieces.finditer(rendered), None]:
             plain = rendered[position : match.start() if match else len(rendered)]
-            piece = piece._replace(**{"before" if piece.slot is None else "after": plain})
+            piece = (
+                piece._replace(before=plain) if piece.slot is None else piece._replace(after=plain)
+            )
             if match and match[1] is not None:
                 if piece.slot is not None:
                     raise ValueError("the chat template writes no special token between two texts")

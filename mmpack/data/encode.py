@@ -150,8 +150,10 @@ class _Encoder:
             if encoded.is_supervised or self._template.is_prompt:
                 yield encoded
             else:
-                error = RowError("no token of the row is supervised", "it has no answer to learn")
-                _report(sample, error, on_error)
+                unsupervised = RowError(
+                    "no token of the row is supervised", "it has no answer to learn"
+                )
+                _report(sample, unsupervised, on_error)
 
     def _place(self, sample: Sample) -> _Vision:
         spec = self._vision

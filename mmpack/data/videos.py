@@ -205,7 +205,7 @@ def _reason(error: Exception) -> str:
 
 
 def _probe_list(video: VideoRef, decode: bool) -> VideoRef:
-    sizes = {}
+    sizes: dict[tuple[int, int], str] = {}
     for frame in video.frames:
         sizes.setdefault(images.probe(frame, decode=decode), frame.path)
     if len(sizes) > 1:

@@ -39,7 +39,10 @@ def text_attention(
         ValueError: attention dropout or a sliding window is asked for.
     """
     if mmpack is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return attended
     if kwargs.get("dropout"):
         raise ValueError(
             "packed attention has no dropout; set attention_dropout to 0 in the config"
@@ -72,7 +75,7 @@ def vision_forward(
     images ("vision") or windows ("window")."""
 
     def forward(
-        self: nn.Module,
+        self: Any,
         hidden_states: torch.Tensor,
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -85,7 +88,7 @@ def vision_forward(
             )
         num_patches = len(hidden_states)
         q, k, v = self.qkv(hidden_states).reshape(num_patches, 3, self.num_heads, -1).unbind(1)
-        q, k = rotate_vision(q, k, position_embeddings, mmpack)
+        q, k = rotate_vision(q, k, position_embeddings, mmpack)  # type: ignore[arg-type]  # given
         q, k, v = (x.to(_compute_dtype(v)) for x in (q, k, v))
         out = varlen_attention(
             q,
@@ -99,7 +102,8 @@ def vision_forward(
             offsets=mmpack[f"{segments}_offsets"],
             impl=mmpack["impl"],
         )
-        return self.proj(out.reshape(num_patches, -1))
+        projected: torch.Tensor = self.proj(out.reshape(num_patches, -1))
+        return projected
 
     return forward
 

@@ -34,7 +34,7 @@ class AttentionShare:
         """A batch comes: each layer is to be taken once, though gradient checkpointing runs it twice."""
         self._left = set(self.layers)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def take(
         self, layer: int, q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: dict[str, Any]
     ) -> None:

@@ -99,8 +99,12 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self.dataset = dataset
         self.attention_every = attention_every
         self.attention_layers = attention_layers
-        self._stream = StreamKeeper(dataset) if isinstance(dataset, PackStream) else None
-        self._data = self._stream or PackKeeper(dataset)
+        self._stream: StreamKeeper | None = None
+        self._data: StreamKeeper | PackKeeper
+        if isinstance(dataset, PackStream):
+            self._data = self._stream = StreamKeeper(dataset)
+        else:
+            self._data = PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
         self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
         self._hook: Any = None

@@ -244,7 +244,8 @@ def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _packs_of_a_step(record: dict[str, Any]) -> int:
-    return record["ranks"] * record["batch size"] * record["accumulated"]
+    packs: int = record["ranks"] * record["batch size"] * record["accumulated"]
+    return packs
 
 
 def _product(record: dict[str, Any]) -> str:

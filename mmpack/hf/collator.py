@@ -109,8 +109,10 @@ class PackCollator:
         pack, values = self._join(features)
         if self.pad_to is not None:
             pack = _padded(pack, -pack.num_tokens % self.pad_to)
-        make = batch_of if isinstance(pack, Pack) else compact_batch_of
-        batch = make(pack, values, self.tower)
+        if isinstance(pack, Pack):
+            batch = batch_of(pack, values, self.tower)
+        else:
+            batch = compact_batch_of(pack, values, self.tower)
         resume = getattr(features[-1], "resume", None)
         if resume is not None:
             batch["mmpack"]["resume"] = resume  # of a stream: after its last pack

@@ -7,13 +7,15 @@ the features are inserted after. Which it is shows when it is called, not when t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmpack import reference
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def embed(
@@ -40,14 +42,14 @@ def embed(
             text_id_offsets=pack["text_id_offsets"],
             padding_idx=embedding.padding_idx,
         )
-    embeds_TD = embedding(input_ids_T[None])[0]
+    embeds_TD: torch.Tensor = embedding(input_ids_T[None])[0]
     if features_FD is None:
         return embeds_TD
     features_FD = features_FD.to(embeds_TD.device, embeds_TD.dtype)
     return reference.insert_features(embeds_TD, features_FD, pack["feature_token"])
 
 
-def is_plain(embedding: nn.Module) -> bool:
+def is_plain(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether calling the module is reading rows of its weight, and nothing else."""
     return (
         is_bare(embedding, nn.Embedding)
@@ -58,7 +60,7 @@ def is_plain(embedding: nn.Module) -> bool:
     )
 
 
-def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
+def is_bare(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
     """Whether a module is of this class with nothing hung on it but DeepSpeed's gathering."""
     tables = (
         module._forward_pre_hooks,

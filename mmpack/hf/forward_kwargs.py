@@ -49,8 +49,9 @@ def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Te
         if pixels == "float32":
             num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
             floats = worker_buffers.empty((len(patches), num_values), np.float32)
-            patches = images.normalize_patches(patches, pack.vision, out=floats)
-        values[name] = as_tensor(patches)
+            values[name] = as_tensor(images.normalize_patches(patches, pack.vision, out=floats))
+        else:
+            values[name] = as_tensor(patches)
     return values
 
 
@@ -167,9 +168,9 @@ def _batch(
     grid_offsets: Any,
 ) -> dict[str, Any]:
     """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
-    supervised = pack.supervised_index.astype(np.int64)
-    shift_labels = torch.from_numpy(pack.labels[supervised + 1])
-    supervised = torch.from_numpy(supervised)
+    rows = pack.supervised_index.astype(np.int64)
+    shift_labels = torch.from_numpy(pack.labels[rows + 1])
+    supervised = torch.from_numpy(rows)
     batch: dict[str, Any] = {
         "input_ids": None,  # first: Trainer reads its size
         "labels": as_tensor(pack.labels)[None],

@@ -75,7 +75,7 @@ def load_processor(
         raise ValueError(
             f"{folder} is of a Qwen2.5-VL, whose videos need the model's config; pass --config too"
         )
-    if chosen:
+    if chosen and vision.video is not None:
         changes["video"] = replace(vision.video, **chosen)
     return tokenizer, replace(vision, **changes)
 
@@ -137,9 +137,11 @@ def load_model(model: str | None, config: str | None, seed: int) -> nn.Module:
             f"{path} is of model_type {loaded.model_type!r}; supported: {', '.join(FAMILIES)}"
         )
     if model is not None:
-        return AutoModelForImageTextToText.from_pretrained(model)
+        pretrained: nn.Module = AutoModelForImageTextToText.from_pretrained(model)
+        return pretrained
     set_seed(seed)
-    return AutoModelForImageTextToText.from_config(loaded)
+    random: nn.Module = AutoModelForImageTextToText.from_config(loaded)
+    return random
 
 
 def load_config(path: str | os.PathLike[str]) -> Any:
@@ -165,7 +167,7 @@ def check_fit(model: nn.Module, vision: VisionSpec) -> None:
     Raises:
         ValueError: a token id, the patch or the merge size differs; names both values.
     """
-    config = model.config
+    config: Any = model.config
     tower = config.vision_config
     pairs = {
         "image_token_id": (config.image_token_id, vision.image_token_id),

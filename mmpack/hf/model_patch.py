@@ -16,6 +16,7 @@ are untouched. `unpatch_model` takes everything back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -135,7 +136,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def _take_pack(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook: a packed batch becomes `inputs_embeds`; anything else passes untouched."""
     pack = kwargs.get("mmpack")
@@ -156,7 +157,8 @@ def _take_pack(
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton":
         pack |= rotations(base, pack, position_ids[:, 0])
-    features, nothing = [None], None
+    features: Sequence[torch.Tensor | None] = [None]
+    nothing: torch.Tensor | None = None
     # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
         if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
@@ -182,9 +184,7 @@ def _take_pack(
     }
 
 
-def _keep_supervised(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
+def _keep_supervised(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The hook on the output, for outer forwards that are not transformers' (Liger's, TRL's): they pass
     `logits_to_keep` down and compare all hidden states with `shift_labels`, so it is done here."""
     if kwargs.get("mmpack") is None or kwargs.get("logits_to_keep") is None:
@@ -197,7 +197,7 @@ def _keep_supervised(
 
 
 def _check_batch(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]
+    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]
 ) -> None:
     """Host-side checks of what a data loader may have done to the batch."""
     if args or kwargs.get("input_ids") is None:
@@ -233,7 +233,7 @@ def _check_batch(
         check_videos(base, pack["video_rule"])
 
 
-def _check_once(base: nn.Module) -> None:
+def _check_once(base: Any) -> None:
     patch = getattr(base, _STATE)
     if not patch.is_isolated:
         patch.is_isolated = True  # before the test, whose forwards come here too
@@ -244,11 +244,11 @@ def _check_once(base: nn.Module) -> None:
             raise
 
 
-def _has_weights(base: nn.Module) -> bool:
+def _has_weights(base: Any) -> bool:
     return not any(p.is_meta or is_sharded(p) for p in base.parameters())
 
 
-def _set_text_attention(base: nn.Module, name: str) -> None:
+def _set_text_attention(base: Any, name: str) -> None:
     base.set_attn_implementation(
         {
             "": base.config._attn_implementation,
@@ -258,16 +258,18 @@ def _set_text_attention(base: nn.Module, name: str) -> None:
     )
 
 
-def _bindings(base: nn.Module) -> list[tower.Binding]:
+def _bindings(base: Any) -> list[tower.Binding]:
     """What to bind on the model: the tower's, and the text attentions' forwards."""
     text = base.language_model
-    bound = [(layer.self_attn, "forward", text_forward) for layer in text.layers]
+    bound: list[tower.Binding] = [
+        (layer.self_attn, "forward", text_forward) for layer in text.layers
+    ]
     if family_of(base).has_deepstack:
         bound.append((text, "_deepstack_process", tower.deepstack_by_index))
     return [*tower.bindings(base), *bound]
 
 
-def _register_hooks(base: nn.Module) -> list[tuple[str, int]]:
+def _register_hooks(base: Any) -> list[tuple[str, int]]:
     family = family_of(base)
     handles = [
         ("", base.register_forward_pre_hook(_take_pack, with_kwargs=True)),

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from mmpack.hf.families import family_of
 
+Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; weights, which none asks for
 
-def rotations(base: nn.Module, pack: dict[str, Any], position_ids: torch.Tensor) -> dict[str, Any]:
+
+def rotations(base: Any, pack: dict[str, Any], position_ids: torch.Tensor) -> dict[str, Any]:
     """What the bound attentions of `base` ask for in the `mmpack` dict: a rotary module, its positions,
     (3, T) of the text and (2, P) of the tower, and whether they take the frequencies by turns."""
     text = base.language_model.rotary_emb, position_ids, family_of(base).is_interleaved
@@ -28,7 +29,7 @@ def rotations(base: nn.Module, pack: dict[str, Any], position_ids: torch.Tensor)
 def rotate(
     q_THK: torch.Tensor,
     k: torch.Tensor,
-    rotary: nn.Module,
+    rotary: Any,
     position_ids: torch.Tensor,
     is_interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,15 +58,15 @@ def rotate_vision(
     return rotated
 
 
-def text_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
     """The forward to bind on a text attention whose class's own forward is `stock`."""
 
     def forward(
-        self: nn.Module,
+        self: Any,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Attended:
         pack = kwargs.get("mmpack")
         if pack is None or "rotary" not in pack:
             return stock(self, hidden_states, attention_mask=attention_mask, **kwargs)

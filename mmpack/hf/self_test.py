@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from mmpack.hf.families import family_of, tower_of
 from mmpack.hf.forward_kwargs import batch_of, pixel_values_of
@@ -22,7 +21,7 @@ from mmpack.types import EncodedSample
 from mmpack.vision_spec import VisionSpec
 
 
-def check_isolation(base: nn.Module) -> None:
+def check_isolation(base: Any) -> None:
     """Run two small packs that differ in their first segment only, text and image.
 
     Args:
@@ -68,7 +67,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor, has_experts: bool) -> bool:
 
 
 def _second_segment(
-    base: nn.Module, first: EncodedSample, second: EncodedSample, shade: int
+    base: Any, first: EncodedSample, second: EncodedSample, shade: int
 ) -> torch.Tensor:
     pack = assemble([first, second], pixels=False)
     pixels = np.full((len(pack.vision_position_ids), pack.vision.patch_values), 100, dtype=np.uint8)
@@ -78,7 +77,7 @@ def _second_segment(
     batch = _to_device(batch, base.device)
     for name in ("labels", "shift_labels", "logits_to_keep"):  # the outer model's
         del batch[name]
-    hidden = base(**batch).last_hidden_state
+    hidden: torch.Tensor = base(**batch).last_hidden_state
     return hidden[0, int(pack.cu_seqlens[1]) :].nan_to_num()
 
 

@@ -43,7 +43,7 @@ class StreamKeeper:
         Raises:
             ValueError: the checkpoint has no state of the stream.
         """
-        shard = getattr(dataloader, "dataset", None)
+        shard: Any = getattr(dataloader, "dataset", None)
         if args.world_size > 1 and shard is not self.stream:
             # accelerate's IterableDatasetShard, which leaves out every other rank's share
             if getattr(shard, "dataset", None) is not self.stream:

@@ -90,7 +90,8 @@ class TrainedCosts:
 
 
 def _numel(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3 leaves an empty shell
+    numel: int = getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3: an empty shell
+    return numel
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from mmpack.hf.embedding import is_bare
 def patch_embed_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The forward to bind on a patch embedding whose class's own forward is `stock`."""
 
-    def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != torch.uint8:
             return stock(self, hidden_states)
         mean, std = self.normalization  # the hook's, from the pack
@@ -54,5 +55,5 @@ def normalized(
 def in_every_frame(patches: torch.Tensor, channels: int, values: int) -> torch.Tensor:
     """Patches (P, values), those of stills (P, C * p * p) repeated in every frame."""
     frames = values // patches.shape[1]
-    by_channel = patches.unflatten(1, (channels, 1, -1))
+    by_channel: torch.Tensor = patches.unflatten(1, (channels, 1, -1))
     return by_channel.expand(-1, -1, frames, -1).flatten(1)

@@ -68,7 +68,7 @@ def block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True):
     )
 
 
-def _listed(mask_BB):
+def _listed(mask_BB: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each row has, and which: those first, in order."""
     order_BB = torch.argsort(mask_BB.int(), dim=1, descending=True, stable=True)
     return mask_BB.sum(1, dtype=torch.int32)[None, None], order_BB.int()[None, None]

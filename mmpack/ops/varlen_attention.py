@@ -88,7 +88,7 @@ def varlen_attention(
             raise ValueError(
                 f"attention impl {impl!r} loops over segments: pass offsets=, cu_seqlens on the host"
             )
-        offsets = cu_seqlens.numpy()
+        offsets = cu_seqlens.numpy()  # type: ignore[assignment]  # its numbers are ints enough
     run = getattr(libraries, impl)
     return run(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale)
 

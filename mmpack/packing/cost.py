@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mmpack.types import EncodedSample, Int64
+from mmpack.types import EncodedSample, Int64, are_sized
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PARTS = ("vision", "merger", "language")
@@ -114,7 +114,7 @@ def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[s
     Raises:
         ValueError: as `sample_flops`.
     """
-    if hasattr(samples, "num_supervised"):
+    if are_sized(samples):
         shapes: tuple[ArrayLike, ...] = (samples.num_supervised, *samples.grids())
     else:
         grids = [sample.grid_thw for sample in samples]
@@ -128,7 +128,7 @@ def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[s
 
 def sizes_of(samples: Sequence[EncodedSample]) -> tuple[Int64, Int64]:
     """(num_tokens, num_patches), each (N,)."""
-    if hasattr(samples, "num_tokens"):  # a store knows without opening its samples
+    if are_sized(samples):  # a store knows without opening its samples
         return samples.num_tokens.copy(), samples.num_patches.copy()
     pairs = [(sample.num_tokens, sample.num_patches) for sample in samples]
     sizes = np.array(pairs, dtype=np.int64).reshape(-1, 2)

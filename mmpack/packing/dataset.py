@@ -127,12 +127,11 @@ class PackedDataset(PackSource, Dataset[Pack]):
         else:
             config = cost if hasattr(cost, "model_type") else None  # videos of Qwen2.5-VL need it
             tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
-        if not isinstance(data, (str, os.PathLike)):
-            data = list(data)
-        if isinstance(data, list) and data and isinstance(data[0], Sample):
-            samples: Iterable[Sample] = data
+        given: Any = data if isinstance(data, (str, os.PathLike)) else list(data)
+        if isinstance(given, list) and given and isinstance(given[0], Sample):
+            samples: Iterable[Sample] = given
         else:
-            samples = read_samples(data, media_dir=media_dir)
+            samples = read_samples(given, media_dir=media_dir)
         encoded = encode_samples(
             samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
         )
@@ -157,6 +156,7 @@ class PackedDataset(PackSource, Dataset[Pack]):
             ValueError: no store there, one that is damaged or a part of one, or changed data.
         """
         from mmpack.store.encoded_store import (  # here: only stores need Arrow
+            EncodedStore,
             changed_files,
             open_store,
         )
@@ -174,7 +174,7 @@ class PackedDataset(PackSource, Dataset[Pack]):
                     "(on_changed_data='warn')"
                 )
             _log.warning("%s; its samples are the rows as they were", text)
-        samples: Sequence[EncodedSample] = store
+        samples: EncodedStore | SplitSamples = store
         pieces, plan = Path(folder) / "pieces.npz", Path(folder) / "plan.npz"
         if "part" in store.about:
             raise ValueError(
@@ -183,7 +183,7 @@ class PackedDataset(PackSource, Dataset[Pack]):
         if not plan.exists():
             raise ValueError(f"{folder} has no plan; pack again with --overwrite")
         if pieces.exists():
-            samples = SplitSamples.load(samples, pieces)
+            samples = SplitSamples.load(store, pieces)
         planned = load_plan(plan)
         sizes = samples.num_tokens.copy()
         if planned.num_tokens.shape == sizes.shape:
@@ -249,7 +249,8 @@ class PackedDataset(PackSource, Dataset[Pack]):
         index %= len(self)
         if index >= self.plan.num_packs:
             return self._empty_pack()
-        return self._assemble(self.samples_of(index))
+        pack: Pack = self._assemble(self.samples_of(index))
+        return pack
 
     def samples_of(self, index: int) -> list[EncodedSample]:
         """The samples of a pack of this epoch as they are assembled, segment by segment, cut ones cut;
@@ -275,7 +276,9 @@ class PackedDataset(PackSource, Dataset[Pack]):
 
     def _empty_pack(self) -> Pack:
         sample = self._sample(self._smallest)
-        return self._assemble([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
+        unlabelled = replace(sample, labels=np.full_like(sample.labels, IGNORE))
+        pack: Pack = self._assemble([unlabelled])
+        return pack
 
     def _sample(self, number: int) -> EncodedSample:
         sample = self.samples[number]

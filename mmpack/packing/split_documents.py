@@ -20,7 +20,7 @@ import numpy as np
 from mmpack.errors import RowError, names
 from mmpack.packing.truncate import token_sizes
 from mmpack.store.mapped_arrays import load_arrays, save_arrays
-from mmpack.types import IGNORE, EncodedSample, Int64
+from mmpack.types import IGNORE, EncodedSample, Int64, are_sized
 from mmpack.vision_spec import VisionSpec
 
 
@@ -109,13 +109,14 @@ class SplitSamples(Sequence[EncodedSample]):
     @property
     def sources(self) -> np.ndarray:
         """(N,) files the pieces come from."""
-        if hasattr(self.samples, "sources"):
-            return self.samples.sources[self.sample_of]
+        if are_sized(self.samples):
+            sources: np.ndarray = self.samples.sources[self.sample_of]
+            return sources
         return np.array([self.samples[n].source for n in self.sample_of])
 
     def grids(self) -> tuple[np.ndarray, Int64]:
         """Of all images: grid_thw (I, 3), and offsets (N + 1,) of the pieces in them."""
-        if hasattr(self.samples, "grids"):
+        if are_sized(self.samples):
             grids = self.samples.grids()[0]
         else:
             none = np.empty((0, 3), dtype=np.int32)
@@ -194,10 +195,10 @@ def image_capacity(share: float, capacity: int, vision: VisionSpec) -> int:
 
 def _sizes_of(samples: Sequence[EncodedSample]) -> Int64:
     """(N, 4) tokens, patches, supervised tokens and images."""
-    if hasattr(samples, "num_tokens"):
+    if are_sized(samples):
         offsets = samples.grids()[1]
-        sizes = (samples.num_tokens, samples.num_patches, samples.num_supervised, np.diff(offsets))
-        return np.stack(sizes, axis=1).astype(np.int64)
+        known = (samples.num_tokens, samples.num_patches, samples.num_supervised, np.diff(offsets))
+        return np.stack(known, axis=1).astype(np.int64)
     sizes = [
         (sample.num_tokens, sample.num_patches, sample.num_supervised, len(sample.grid_thw))
         for sample in samples

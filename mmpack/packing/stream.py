@@ -313,7 +313,7 @@ class _Shard:
 
     def _rows(self) -> Iterator[tuple[int, Any]]:
         """Rows of this shard and their numbers."""
-        source = self._stream.source
+        source: Any = self._stream.source
         source = source() if callable(source) else source
         if hasattr(source, "set_epoch"):
             source.set_epoch(self.number_of_pass)

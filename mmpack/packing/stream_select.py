@@ -188,4 +188,5 @@ def hashed(values: Sequence[int], seed: int) -> NDArray[np.uint64]:
     mixed += np.uint64(seed & (2**64 - 1))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(31))
+    numbers: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    return numbers

@@ -23,7 +23,8 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
     tensor = torch.from_numpy(np.empty(0, dtype))
     num_bytes = math.prod(shape) * tensor.itemsize
     storage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own collation does
-    array: NDArray[Any] = tensor.set_(storage, 0, tuple(shape)).numpy()
+    tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload]  # strides are optional
+    array: NDArray[Any] = tensor.numpy()
     return array
 
 

@@ -80,7 +80,8 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
             for sample, clip, begin, end in zip(samples, clips, file_offsets, file_offsets[1:])
         ],
     ]
-    return pyarrow.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
+    batch: bytes = pyarrow.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
+    return batch
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Int64]:
@@ -95,7 +96,8 @@ def _lists(values: Any, offsets: Int64, type: Any = None) -> pyarrow.ListArray:
 def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
     """(N,) sums of the values between offsets."""
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return sums[offsets[1:]] - sums[offsets[:-1]]
+    totals: Int64 = sums[offsets[1:]] - sums[offsets[:-1]]
+    return totals
 
 
 def _files(media: Iterable[Media]) -> list[ImageRef]:
@@ -144,7 +146,9 @@ def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSa
     paths, data, source, number = (column[row].as_py() for column in columns[3:7])
     *_, clips, step, checksum = columns
     clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
-    arrays = [None if one is None else one.to_numpy() for one in (ids, labels, grid, step)]
+    arrays: list[Any] = [
+        None if one is None else one.to_numpy() for one in (ids, labels, grid, step)
+    ]
     if _checksum(arrays, paths, data, source, number, clips) != checksum:
         return None
     ids, labels, grid, step = arrays
@@ -165,7 +169,7 @@ def _checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
     checksum = 0
     for array in arrays:
         if array is not None:
-            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     paths, data, *rest = texts
     data = data or ()
     lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]

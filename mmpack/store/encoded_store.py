@@ -134,7 +134,8 @@ class EncodedStore(Sequence[EncodedSample]):
             batch = read_batch(self._batch(number))
             if batch.num_rows != end - begin:
                 raise ValueError(f"{batch.num_rows} of {end - begin} samples are there")
-            return batch.columns
+            columns: list[Any] = batch.columns
+            return columns
         except (OSError, ValueError) as error:  # Arrow's are of these
             raise self._damaged(f"samples {begin:,} to {end - 1:,}: {error}") from None
 
@@ -283,7 +284,9 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
         raise ValueError(
             f"{path} is damaged: it is not what was written; pack again with --overwrite"
         )
-    vision = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()}
+    vision: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()
+    }
     if vision["video"] is not None:
         vision["video"] = VideoSpec(**vision["video"])
     return EncodedStore(folder, VisionSpec(**vision), saved)
