@@ -1,9 +1,8 @@
 """What does a vision tower gain from indices made on the host: Qwen2.5-VL's windows, Qwen3-VL's positions?
 
-"indices": making them for a pack, on the CPU, transformers' functions beside ours. "step": the tower
-forward and backward on the same float pixels; the peer is stock's own forward, which makes its indices on
-the device, permutes and loops over images. Attention is the library's on both sides, so the products, which
-both have, are most of it. There is no ceiling but the time without indices, which is nothing.
+The tower forward and backward on the same float pixels; the peer is stock's own forward, which makes its
+indices on the device, permutes and loops over images. Attention is the library's on both sides, so the
+products, which both have, are most of it. There is no ceiling but the time without indices, which is nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +13,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_window_index,
-)
 
 from benchmarks.harness import compare, device, measure
-from mmpack import VisionSpec, assemble, reference
+from mmpack import VisionSpec, assemble
 from mmpack.hf import PackCollator, patch_model
 from mmpack.hf.tower import run_tower
 from mmpack.types import EncodedSample
@@ -93,41 +88,20 @@ class Case:
 
         return {"transformers": transformers, "mmpack": mmpack}
 
-    def indices(self) -> dict:
-        """Every candidate's making of the indices."""
-        pack = self.pack
-        if self.family == "qwen2_5_vl":
-            return {
-                "transformers": lambda: get_vision_window_index(self.grid_thw, 2, 112, 14),
-                "mmpack": lambda: reference.window_order(
-                    pack.vision_position_ids, pack.vision_segment_ids, 2, 4
-                ),
-            }
-        return {
-            "transformers": lambda: get_vision_interpolation_indices_and_weights(
-                self.grid_thw, 48, align_corners=True, spatial_merge_size=2
-            ),
-            "mmpack": lambda: reference.interpolated_positions(
-                pack.vision_position_ids, pack.grid_thw, 48
-            ),
-        }
-
 
 @pytest.mark.cpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["indices", "step"])
 @pytest.mark.parametrize("images", GRIDS)
 @pytest.mark.parametrize("family", TOWERS)
-def test_tower(family, images, mode, benchmark, recorder, quick):
+def test_tower(family, images, benchmark, recorder, quick):
     if quick and images == "large":
         pytest.skip("not among the quick cases")
-    grids = GRIDS[images] * (32 if mode == "indices" and not ON_GPU else 1)
-    case = Case(family, grids)
-    candidates = {"indices": case.indices, "step": case.steps}[mode]()
+    case = Case(family, GRIDS[images])
+    candidates = case.steps()
     config = f"{family} {images} P={case.P} width={WIDTH} depth={DEPTH}"
     medians = measure(
-        recorder, "tower", mode, candidates, x=("P", case.P), config=config,
-        rounds=3 if quick else 10, warmup=1, on_host=mode == "indices",
+        recorder, "tower", "step", candidates, x=("P", case.P), config=config,
+        rounds=3 if quick else 10, warmup=1,
     )  # fmt: skip
     compare(benchmark, medians, "mmpack", case=config)
     benchmark.pedantic(candidates["mmpack"], rounds=3, warmup_rounds=1)
