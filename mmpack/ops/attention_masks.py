@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.checks import check_indices
+from mmpack.ops.checks import check_indices, on_its_device
 
 # T = tokens, S = segments, B = blocks of T
 BLOCK = 128  # FlexAttention's default
@@ -31,7 +31,7 @@ def _write_ordered(count_ptr, indices_ptr, row, column, B, is_listed):
     tl.store(indices_ptr + row.to(tl.int64) * B + place, column, mask=column < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def _block_mask_kernel(
     partial_count_ptr,
     partial_indices_ptr,
@@ -89,6 +89,7 @@ def _dense_mask_kernel(
     tl.store(mask_ptr + place, value.to(mask_ptr.dtype.element_ty), mask=is_inside)
 
 
+@on_its_device
 def block_mask_fwd(segment_ids_T, causal):
     """(partial blocks (B,), which (B, B), full blocks (B,), which (B, B)); the argument is checked."""
     T = len(segment_ids_T)
@@ -108,6 +109,7 @@ def block_mask_fwd(segment_ids_T, causal):
     return out
 
 
+@on_its_device
 def dense_mask_fwd(segment_ids_T, causal, dtype):
     """(T, T); the arguments are checked."""
     T = len(segment_ids_T)
