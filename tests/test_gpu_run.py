@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,11 @@ def test_the_summary_says_all_of_it(run):
 
 def test_what_comes_after_the_deadline_is_left_out(tmp_path):
     stages = [stage(tmp_path, "slow", 30), stage(tmp_path, "late")]
-    cut, left_out = gpu_run.run(stages, tmp_path / "out", deadline=4, grace=2, least=1)
+    last = replace(stage(tmp_path, "passes"), kept=20)
+    cut, left_out, passed = gpu_run.run(
+        [*stages, last], tmp_path / "out", deadline=24, grace=2, least=1
+    )
+    assert passed.end == "ok"  # in the time that was kept for it
     assert cut.end.startswith("cut off after 4 s") and left_out.end == "left out: 0 s were left"
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "left out: 0 s were left" in summary and "test_slow.py::test_slow" in summary
@@ -183,7 +188,6 @@ def test_the_stages_name_every_file_with_a_gpu_test():
 
 def test_the_limits_fit_into_the_deadline():
     assert gpu_run.DEADLINE + gpu_run.GRACE <= 9 * 60
-    assert (
-        sum(stage.limit for stage in STAGES) <= gpu_run.DEADLINE + 60
-    )  # limits are rarely reached
-    assert STAGES[-1].name == "bench train"
+    of_tests = sum(stage.limit for stage in STAGES if stage.log == "tests.txt")
+    assert of_tests <= 0.6 * gpu_run.DEADLINE  # benchmarks get some of it, whatever hangs
+    assert STAGES[-1].name == "bench train" and STAGES[-1].kept >= 60
