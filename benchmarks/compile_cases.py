@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 
 from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
-from mmpack.ops import mrope, varlen_triton  # noqa: F401
+from mmpack.ops import mrope, offsets, varlen_triton  # noqa: F401
 
 embed = sys.modules["mmpack.ops.embed_features"]
 varlen = sys.modules["mmpack.ops.varlen_triton"]
@@ -24,8 +24,8 @@ masks = sys.modules["mmpack.ops.assembly.dense_mask"]
 class Case:
     """A kernel as one GPU run would launch it, and what it may cost.
 
-    `arguments` are Triton types, ":16" marking divisibility by 16; `needs` are instructions that must
-    be there, `lacks` those that must not.
+    `arguments` are Triton types, ":16" marking divisibility by 16, which an argument that the kernel does
+    not specialise must not have; `needs` are instructions that must be there, `lacks` those that must not.
     """
 
     name: str
@@ -172,13 +172,14 @@ _PARTIAL = {"sections": (11, 11, 10), "interleaved": True, "num_freqs": 32}
 
 def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, Any]) -> Case:
     """Of both directions the inverse, which negates more. Vision positions are a transposed view."""
-    strides = ("q_stride_t", "q_stride_h", "k_stride_t", "k_stride_h", "position_stride")
+    strides = ("q_stride_t", "q_stride_h", "k_stride_t", "k_stride_h")
     constants = mrope.mrope_constants(H, HK, K, **rope, inverse=True, dtype=None)
     arguments = {
         **dict.fromkeys(("q_out_ptr", "k_out_ptr", "q_ptr", "k_ptr"), f"*{dtype}:16"),
-        "position_ids_ptr": "*i64:16",
+        "position_ids_ptr": "*i64",  # rows of T numbers, of which the first is left out
         "inv_freq_ptr": "*fp32:16",
         **dict.fromkeys(strides, "i32:16"),
+        "position_stride": "i32",
         "position_stride_t": "i32",
         "T": "i32",
         "scaling": "fp32",
@@ -223,13 +224,18 @@ _INDEX_CASES = [
     _index_case(
         "assemble_sequence outline",
         sequence._outline_kernel,
-        {**_MERGE, "LOG_I": 9, "BLOCK_I": sequence.BLOCK_I},
+        {**_MERGE, "LOG_I": offsets.search_steps(300), "BLOCK_I": sequence.BLOCK_I},
         128,
     ),
     _index_case(
         "assemble_sequence",
         sequence._assemble_sequence_kernel,
-        {**_MERGE, "LOG_S": 7, "LOG_I": 9, "BLOCK_T": sequence.BLOCK_T},
+        {
+            **_MERGE,
+            "LOG_S": offsets.search_steps(100),
+            "LOG_I": offsets.search_steps(300),
+            "BLOCK_T": sequence.BLOCK_T,
+        },
         128,
     ),
     _index_case(
@@ -241,7 +247,7 @@ _INDEX_CASES = [
     _index_case(
         "assemble_patches",
         patches._assemble_patches_kernel,
-        {**_MERGE, "LOG_FRAMES": 9, "BLOCK_P": patches.BLOCK_P},
+        {**_MERGE, "LOG_FRAMES": offsets.search_steps(300), "BLOCK_P": patches.BLOCK_P},
         96,
     ),
     _index_case(

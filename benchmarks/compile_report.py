@@ -3,9 +3,10 @@
     python -m benchmarks.compile_report [--json] [--only NAME]
 
 Triton's own ptxas does the work; nothing is loaded or run. Each kernel is compiled as a GPU run would
-specialise it: pointers and strides divisible by 16, sizes as constants. Reported are registers,
-spills, shared memory and the instructions that tell whether the loads are as wide as meant. The exit
-code is 1 if a kernel spills, exceeds its registers or lacks an instruction it needs.
+specialise it: pointers and strides divisible by 16, a model's sizes as constants, a pack's sizes as any
+numbers. Reported are registers, spills, shared memory and the instructions that tell whether the loads
+are as wide as meant. The exit code is 1 if a kernel spills, exceeds its registers or lacks an instruction
+it needs.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ def compile_case(case: Case) -> Result:
             kind, _, divisible = case.arguments[name].partition(":")
             signature[name] = kind
             if divisible:
+                parameter = case.kernel.params[place]
+                fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+                assert not fixed, f"{case.name}: a launch knows nothing of what divides {name}"
                 attributes[(place,)] = [["tt.divisibility", int(divisible)]]
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=case.options)

@@ -18,6 +18,7 @@ def pytest_addoption(parser):
         default=default,
         help=f"where the figures go, instead of a benchmark's old ones ({default})",
     )
+    parser.addoption("--commit", default="", help="what the figures say if there is no .git to ask")
 
 
 def pytest_configure(config):
@@ -58,7 +59,7 @@ def quick(request):
 
 @pytest.fixture(scope="session")
 def session_recorder(request):
-    recorder = Recorder()
+    recorder = Recorder(request.config.getoption("--commit"))
     print(f"\nfigures go to {request.config.getoption('--csv')}")
     return recorder
 

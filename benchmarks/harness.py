@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real rows, where they lie there
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHARED = ROOT.parent / "shared" / "data"  # real rows, where they lie there
 CEILING = "ceiling"  # what a ceiling's rows have for impl
 _FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU meant here
 
@@ -52,12 +53,13 @@ class Row:
 
 
 class Recorder:
-    """Collects the rows of a run, `test` by test."""
+    """Collects the rows of a run, `test` by test; `commit` is what they say where there is no .git."""
 
-    def __init__(self) -> None:
+    def __init__(self, commit: str = "") -> None:
         self.rows: list[Row] = []
         self.test = ""
-        self._commit = _output("git", "describe", "--always", "--dirty", "--exclude=*")
+        git = ("git", "describe", "--always", "--dirty", "--exclude=*")
+        self._commit = (_output(*git) if (ROOT / ".git").exists() else "") or commit or "unknown"
         self._date = datetime.date.today().isoformat()
 
     def add(
@@ -331,6 +333,7 @@ def _best_ms(run: Callable[[], Any]) -> float:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
+    return done.stdout.strip()

@@ -6,9 +6,11 @@
 
 Results are CSVs as `pytest benchmarks` leaves them; published ones are `results/*/published.csv`. Nothing is
 made up: what no row tells is "not measured", and its picture is not drawn. What is measured has tests
-(`TESTS`); they are run first, or read from `--tests JUNIT.xml` (`pytest --junitxml`), and where one failed,
-did not run or none passed, its rows and pictures are withheld and the exit code is 1. A GPU's results need
-the outcome of its own tests beside them, `tests.xml`, as `gpu.sh` leaves it.
+(`TESTS`); they are run first, or read from `--tests FILE` (`benchmarks.outcomes`), and where one failed, hung,
+did not run or none passed, its rows and pictures are withheld and the exit code is 1. A test that names an
+implementation among its parameters stands for that one's rows. A GPU's results need the outcome of its own
+tests beside them, `tests.csv`, as `gpu.sh` leaves it: what is red there is withheld of that GPU alone, and so
+is what was cut off. A dry run's results are refused.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
+from benchmarks.gpu_run import STAGES
 from benchmarks.harness import CEILING, RESULTS, Row, kind_of, read_rows
+from benchmarks.outcomes import Outcome, read_outcomes
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PICTURES = ROOT / "README.md", ROOT / "docs"
@@ -49,10 +52,22 @@ TESTS = {
     "ranks": ("test_plan", "test_balance", "test_cost"),
     "store": ("test_store",),
     "stream": ("test_stream",),
-    "tower": ("test_vision_spec", "test_families"),
+    "tower": ("test_vision_spec", "test_families", "test_equivalence"),
     "train": ("test_equivalence", "test_model_patch"),
     "varlen_attention": ("test_varlen_attention",),
 }
+
+# Test files of which a GPU runs a part, or all.
+ON_GPU = {
+    Path(argument).stem
+    for stage in STAGES
+    for argument in stage.command
+    if re.fullmatch(r"tests/test_\w+\.py", argument)
+}
+ALL = ""  # in place of an implementation: all of them
+Red = dict[
+    tuple[str, str], dict[str, list[str]]
+]  # by machine's kind and benchmark, implementation: files
 
 
 @dataclass(frozen=True)
@@ -143,8 +158,13 @@ LINES = [
 _MORE_IS_BETTER = ("1/s", "GB/s", "TFLOP/s")
 
 
-def cell(line: Line, rows: Sequence[Row]) -> str:
-    """What a machine's rows say of a line."""
+def cell(line: Line, rows: Sequence[Row], red: dict[str, list[str]] | None = None) -> str:
+    """What a machine's rows say of a line; `red` are implementations, or ALL, with what is not green."""
+    red = red or {}
+    bad = {file for impl in (*line.ours, ALL) for file in red.get(impl, ())}
+    if bad:
+        return f"withheld: {', '.join(f'`tests/{file}.py`' for file in sorted(bad))} not green"
+    rows = [row for row in rows if row.impl not in red]
     rows = [
         row
         for row in rows
@@ -195,8 +215,8 @@ def _number(row: Row) -> str:
     return number + ("/s" if unit == "1/s" else f" {unit}")
 
 
-def table(rows: Sequence[Row], red: Sequence[str] = ()) -> str:
-    """The Markdown table; `red` are the test files that are not green."""
+def table(rows: Sequence[Row], red: Red | None = None) -> str:
+    """The Markdown table; what is `red` is withheld."""
     kinds = list(dict.fromkeys(["cpu", H200, *(kind_of(row.machine) for row in rows)]))
     of = {kind: [row for row in rows if kind_of(row.machine) == kind] for kind in kinds}
     names = {kind: of[kind][-1].machine if of[kind] else "NVIDIA H200" for kind in kinds}
@@ -204,15 +224,12 @@ def table(rows: Sequence[Row], red: Sequence[str] = ()) -> str:
     lines = ["| | " + " | ".join(names[kind] for kind in kinds) + " |"]
     lines.append("| --- |" + " --- |" * len(kinds))
     for line in LINES:
-        bad = [f"`tests/{name}.py`" for name in TESTS[line.bench] if name in red]
         cells = []
         for kind in kinds:
-            if bad:
-                cells.append(f"withheld: {', '.join(bad)} not green")
-            elif line.is_host and kind != "cpu":
+            if line.is_host and kind != "cpu":
                 cells.append("host work")
             else:
-                cells.append(cell(line, of[kind]))
+                cells.append(cell(line, of[kind], (red or {}).get((kind, line.bench))))
         lines.append(f"| {line.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines + ["", *(_origin(names[kind], of[kind]) for kind in kinds)])
 
@@ -242,10 +259,10 @@ def put_into(text: str, made: str) -> str:
 
 
 def run_tests(benches: set[str]) -> Path:
-    """Run the tests that go with benchmarks; a JUnit file."""
-    out = Path(tempfile.mkdtemp()) / "tests.xml"
+    """Run the tests that go with benchmarks; a CSV of `benchmarks.outcomes`."""
+    out = Path(tempfile.mkdtemp()) / "tests.csv"
     names = sorted({name for bench in benches for name in TESTS[bench]})
-    command = [sys.executable, "-m", "pytest", f"--junitxml={out}"]
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", f"--outcomes={out}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "auto", "--dist", "loadfile"]
     print(f"running the tests of {len(benches)} benchmarks: {', '.join(names)}", file=sys.stderr)
@@ -253,26 +270,50 @@ def run_tests(benches: set[str]) -> Path:
     return out
 
 
-def red_tests(junits: Sequence[Path], benches: set[str]) -> list[str]:
-    """Test files of these benchmarks that failed somewhere or did not run; all of one of which none passed,
-    skipped as they may be."""
-    passed, failed, ran = set(), set(), set()
-    for case in (case for junit in junits for case in ElementTree.parse(junit).iter("testcase")):
-        file = case.get("classname", "").split(".")[1:2]  # tests.test_plan[.TestClass]
-        outcomes = {outcome.tag for outcome in case}
-        ran.update(file)
-        if outcomes & {"failure", "error"}:
-            failed.update(file)
-        elif "skipped" not in outcomes:
-            passed.update(file)
-    red = set()
-    for names in (set(TESTS[bench]) for bench in benches):
-        red |= names & failed | names - ran if names & passed else names
-    return sorted(red)
+def red_tests(
+    outcomes: Sequence[Outcome], names: Sequence[str], impls: set[str]
+) -> dict[str, list[str]]:
+    """Of a benchmark's test files `names` those that are not green, by implementation, or for ALL: one that
+    failed, broke off or did not run; all of which none passed, skipped as they may be."""
+    red: dict[str, set[str]] = {}
+    passed, ran = set(), set()
+    for outcome in outcomes:
+        file = re.fullmatch(r"tests/(\w+)\.py.*", outcome.test, re.DOTALL)
+        if not file or file[1] not in names:
+            continue
+        ran.add(file[1])
+        if outcome.event == "passed":
+            passed.add(file[1])
+        elif outcome.event != "skipped":
+            parameters = outcome.test.partition("[")[2].removesuffix("]").split("-")
+            for impl in impls & set(parameters) or {ALL}:
+                red.setdefault(impl, set()).add(file[1])
+    missing = set(names) - (ran if passed else set())
+    if missing:
+        red.setdefault(ALL, set()).update(missing)
+    return {impl: sorted(files) for impl, files in red.items()}
 
 
-def _held_by(test: str) -> set[str]:
-    return {bench for bench, names in TESTS.items() if test in names}
+def all_red(rows: Sequence[Row], host: Sequence[Outcome], gpus: dict[str, list[Outcome]]) -> Red:
+    """What is to be withheld of rows, from the outcome of tests on the host, which stands for every
+    machine, and on GPUs, by kind."""
+    red: Red = {}
+    for kind, bench in {(kind_of(row.machine), row.bench) for row in rows}:
+        impls = {row.impl for row in rows if row.bench == bench}
+        found = [red_tests(host, TESTS[bench], impls)]
+        if kind != "cpu":
+            names = [name for name in TESTS[bench] if name in ON_GPU]
+            found.append(red_tests(gpus.get(kind, []), names, impls) if names else {})
+        for impl, files in (item for reds in found for item in reds.items()):
+            of = red.setdefault((kind, bench), {})
+            of[impl] = sorted({*of.get(impl, ()), *files})
+    return red
+
+
+def is_withheld(row: Row, red: Red) -> bool:
+    """Whether a test that stands for a row is not green."""
+    of = red.get((kind_of(row.machine), row.bench), {})
+    return ALL in of or row.impl in of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results as CSV")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: where FILE is")
     parser.add_argument(
-        "--tests", type=Path, action="append", metavar="JUNIT", help="outcomes; default: run them"
+        "--tests", type=Path, action="append", metavar="CSV", help="outcomes; default: run them"
     )
     parser.add_argument("--check", action="store_true", help="compare README.md, change nothing")
     options = parser.parse_args(arguments)
@@ -305,17 +346,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"no test stands for {', '.join(sorted(benches - set(TESTS)))}: add it to TESTS"
         )
-    of_gpus = [file for file in files if any(kind_of(r.machine) != "cpu" for r in read_rows(file))]
-    beside = [file.with_name("tests.xml") for file in files]
-    for file in of_gpus:
-        if not file.with_name("tests.xml").exists():
-            parser.error(f"{file} has figures of a GPU, and no tests.xml of its tests beside it")
-    junits = options.tests or [run_tests(benches)]
-    red = red_tests([*junits, *(path for path in beside if path.exists())], benches)
-    for name in red:
-        print(
-            f"withheld, as tests/{name}.py is not green: {', '.join(sorted(_held_by(name) & benches))}"
-        )
+    if any(row.machine.startswith("dry run") for row in rows):
+        parser.error("the figures are of a dry run, in which nothing was measured")
+    host, gpus = [], {}
+    for file in files:
+        kinds = {kind_of(row.machine) for row in read_rows(file)}
+        tests = file.with_name("tests.csv")
+        if tests.exists():
+            for kind in kinds - {"cpu"}:
+                gpus.setdefault(kind, []).extend(read_outcomes(tests))
+            host += read_outcomes(tests) if kinds == {"cpu"} else []
+        elif kinds - {"cpu"}:
+            parser.error(f"{file} has figures of a GPU, and no tests.csv of its tests beside it")
+    host += [o for file in options.tests or [run_tests(benches)] for o in read_outcomes(file)]
+    red = all_red(rows, host, gpus)
+    for (kind, bench), of in sorted(red.items()):
+        for impl, names in sorted(of.items()):
+            what = f"{bench}{f' by {impl}' if impl else ''} on {kind}"
+            print(f"withheld, as {', '.join(f'tests/{n}.py' for n in names)} is not green: {what}")
     if options.files:
         folder = options.out or files[0].parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,9 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         README.write_text(
             put_into(README.read_text(encoding="utf-8"), table(rows, red)), encoding="utf-8"
         )
-    for name, why_not in draw(
-        [row for row in rows if not set(TESTS[row.bench]) & set(red)], folder
-    ):
+    for name, why_not in draw([row for row in rows if not is_withheld(row, red)], folder):
         print(f"{folder / name}.png" + (f" is not drawn: {why_not}" if why_not else ""))
     return 1 if red else 0
 

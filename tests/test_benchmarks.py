@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import report
+from benchmarks import gpu_run, report
 from benchmarks.harness import Recorder, read_rows
+from benchmarks.outcomes import read_outcomes
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
+MACHINE_OF_A_DRY_RUN = "dry run, no GPU"  # benchmarks.dry_run.MACHINE; to import that is to dry-run
 
 
 def python(*arguments):
@@ -144,9 +146,9 @@ def test_every_benchmark_says_what_it_asks():
         assert question.endswith("?"), path.name
         assert re.search("[Pp]eer", rest[0]) and "ceiling" in "".join(rest), path.name
         if "@pytest.mark.gpu" in text:
-            on_gpu.add(path.name.removeprefix("bench_"))
-    script = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
-    assert set(re.findall(r"\b\w+\.py\b", script)) == on_gpu
+            on_gpu.add(f"benchmarks/{path.name}")
+    arguments = {argument for stage in gpu_run.STAGES for argument in stage.command}
+    assert {a for a in arguments if a.startswith("benchmarks/bench_")} == on_gpu
 
 
 def test_the_report_knows_its_benchmarks_and_tests():
@@ -194,14 +196,13 @@ def results(tmp_path):
     return tmp_path / "figures.csv"
 
 
-def junit(path, **outcomes):
-    """Outcomes of test files as pytest writes them."""
-    inside = {"passed": "", "failed": "<failure/>", "skipped": "<skipped/>"}
-    cases = [
-        f'<testcase classname="tests.{name}" name="test_it">{inside[outcome]}</testcase>'
-        for name, outcome in outcomes.items()
-    ]
-    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+def outcomes(path, found):
+    """A file of outcomes: of test files, or of single tests in them."""
+    lines = ["stage,test,event,seconds,message"]
+    for name, event in found.items():
+        file, _, test = name.partition("::")
+        lines.append(f'a stage,"tests/{file}.py::{test or "test_it"}",{event},0.10,')
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -210,11 +211,11 @@ GREEN = {
 }
 
 
-def published(results, outcomes, capsys):
+def published(results, found, capsys):
     """(exit code, the table, pictures, what was said) of a report with these outcomes."""
     pytest.importorskip("matplotlib")
     folder = results.with_name("out")
-    tests = junit(results.with_name("outcomes.xml"), **outcomes)
+    tests = outcomes(results.with_name("outcomes.csv"), found)
     code = report.main([str(results), "--out", str(folder), "--tests", str(tests)])
     pictures = {path.stem for path in folder.glob("*.png")}
     return code, (folder / "report.md").read_text(), pictures, capsys.readouterr().out
@@ -230,35 +231,101 @@ def test_the_report_makes_a_table_and_pictures(results, capsys):
     assert "throughput.png is not drawn: no figures of train" in told
 
 
-@pytest.mark.parametrize("outcome", ["failed", "skipped", None])
-def test_the_report_withholds_what_no_green_test_stands_for(results, outcome, capsys):
-    outcomes = {**GREEN, "test_supervised_cross_entropy": outcome}
-    outcomes = {name: found for name, found in outcomes.items() if found}
-    code, table, pictures, told = published(results, outcomes, capsys)
+@pytest.mark.parametrize(
+    "event", ["failed", "error", "crashed", "started", "selected", "dry", "skipped", None]
+)
+def test_the_report_withholds_what_no_green_test_stands_for(results, event, capsys):
+    found = {**GREEN, "test_supervised_cross_entropy": event}
+    found = {name: event for name, event in found.items() if event}
+    code, table, pictures, told = published(results, found, capsys)
     assert code == 1 and not pictures
     assert "MiB" not in table
     assert "withheld: `tests/test_supervised_cross_entropy.py` not green" in table
     assert "4.0 x transformers" in table  # what its own tests stand for
-    assert "withheld, as tests/test_supervised_cross_entropy.py is not green: head" in told
+    assert "withheld, as tests/test_supervised_cross_entropy.py is not green: head on cpu" in told
 
 
 def test_a_file_that_is_skipped_beside_one_that_is_green_is_not_red(results, capsys):
-    outcomes = {**GREEN, "test_collator": "skipped"}  # it needs data that are not everywhere
-    assert published(results, outcomes, capsys)[0] == 0
-    del outcomes["test_collator"]
-    assert published(results, outcomes, capsys)[0] == 1  # it broke, or was not run
+    found = {**GREEN, "test_collator": "skipped"}  # it needs data that are not everywhere
+    assert published(results, found, capsys)[0] == 0
+    del found["test_collator"]
+    assert published(results, found, capsys)[0] == 1  # it broke, or was not run
 
 
-def test_figures_of_a_gpu_need_the_outcome_of_its_tests(results, capsys):
-    results.write_text(re.sub(r"CPU, [^\"]*", "NVIDIA H200", results.read_text()))
-    assert {row.machine for row in read_rows(results)} == {"NVIDIA H200"}
-    tests = junit(results.with_name("outcomes.xml"), **GREEN)
+def on_a_gpu(results):
+    """The same figures beside them, measured on a GPU."""
+    path = results.with_name("gpu") / "figures.csv"
+    path.parent.mkdir()
+    path.write_text(re.sub(r"CPU, [^\"]*", "NVIDIA H200", results.read_text()))
+    assert {row.machine for row in read_rows(path)} == {"NVIDIA H200"}
+    return path
+
+
+@pytest.mark.parametrize(
+    "on_gpu",
+    [
+        {"test_supervised_cross_entropy": "failed"},
+        {
+            "test_supervised_cross_entropy::a": "passed",
+            "test_supervised_cross_entropy::b": "started",
+        },
+        {
+            "test_supervised_cross_entropy::a": "passed",
+            "test_supervised_cross_entropy::b": "selected",
+        },
+        {"test_varlen_attention": "passed"},  # its stage was left out
+    ],
+    ids=["failed", "hung", "cut off", "left out"],
+)
+def test_figures_of_a_gpu_need_its_own_tests_green(results, on_gpu, capsys):
+    pytest.importorskip("matplotlib")
+    path = on_a_gpu(results)
+    tests = outcomes(results.with_name("outcomes.csv"), GREEN)
+    arguments = [str(results), str(path), "--tests", str(tests), "--out", str(results.parent)]
+    with pytest.raises(SystemExit):
+        report.main(arguments)
+    assert "no tests.csv of its tests beside it" in capsys.readouterr().err
+    outcomes(path.with_name("tests.csv"), {"test_supervised_cross_entropy": "passed"})
+    assert report.main(arguments) == 0
+    row = next(r for r in results.with_name("report.md").read_text().split("\n") if "logits" in r)
+    assert row.count("**57.6 MiB**") == 2
+    outcomes(path.with_name("tests.csv"), on_gpu)
+    assert report.main(arguments) == 1
+    row = next(r for r in results.with_name("report.md").read_text().split("\n") if "logits" in r)
+    _, _, cpu, gpu, _ = row.split("|")
+    assert "**57.6 MiB**" in cpu  # a GPU's tests are not the CPU's
+    assert gpu.strip() == "withheld: `tests/test_supervised_cross_entropy.py` not green"
+
+
+def test_a_test_that_names_an_implementation_stands_for_that_one(tmp_path):
+    recorder = Recorder()
+    for impl, rate in (("triton", 400.0), ("flash2", 300.0), ("flash3", 500.0)):
+        recorder.add(
+            "varlen_attention", impl, "forward", metric="rate", unit="TFLOP/s", x=("T", 1),
+            values=[rate], config="real rows, causal",
+        )  # fmt: skip
+    line = next(line for line in report.LINES if line.title.endswith("real rows, forward"))
+    impls = {row.impl for row in recorder.rows}
+
+    def cell_with(test):
+        name = "test_varlen_attention"
+        found = read_outcomes(
+            outcomes(tmp_path / "o.csv", {name: "passed", f"{name}::{test}": "failed"})
+        )
+        return report.cell(line, recorder.rows, report.red_tests(found, [name], impls))
+
+    theirs = cell_with("test_every_implementation[cuda-80-heads0-False-flash2]")
+    assert "**400 TFLOP/s**" in theirs and "flash-attn 3" in theirs and "flash-attn 2" not in theirs
+    for test in ("test_every_implementation[cuda-80-heads0-False-triton]", "test_any_lengths"):
+        assert cell_with(test) == "withheld: `tests/test_varlen_attention.py` not green"
+
+
+def test_figures_of_a_dry_run_are_refused(results, capsys):
+    results.write_text(re.sub(r"CPU, [^\"]*", MACHINE_OF_A_DRY_RUN, results.read_text()))
+    tests = outcomes(results.with_name("tests.csv"), GREEN)
     with pytest.raises(SystemExit):
         report.main([str(results), "--tests", str(tests)])
-    assert "no tests.xml of its tests beside it" in capsys.readouterr().err
-    junit(results.with_name("tests.xml"), **{**GREEN, "test_pixels": "failed"})
-    code, table, _, _ = published(results, GREEN, capsys)
-    assert code == 1 and "withheld: `tests/test_pixels.py` not green" in table
+    assert "the figures are of a dry run" in capsys.readouterr().err
 
 
 def test_a_run_again_takes_the_place_of_older_figures(results):

@@ -172,7 +172,7 @@ def options():
     known = {name for p in parsers for action in p._actions for name in action.option_strings}
     for path in (ROOT / "benchmarks").glob("*.py"):
         known.update(re.findall(r'add_?(?:argument|option)\(\s*"(--[\w-]+)"', path.read_text()))
-    return known | {"--nproc_per_node", "--dist", "--junitxml"}  # torchrun's, pytest's
+    return known | {"--nproc_per_node", "--dist"}  # torchrun's, pytest's
 
 
 @any_page

@@ -16,13 +16,14 @@ SPEC = VisionSpec(min_pixels=1, max_pixels=1)
 NORMAL = (SPEC.image_mean, SPEC.image_std)
 
 
-def make_case(P1, P2, p, E=24, C=3, t=2, bias=True):
+def make_case(P1, P2, p, E=24, C=3, t=2, bias=True, device="cpu"):
     """(stills, video, weight, bias, dout) in float64, pixels of every brightness."""
     stills = torch.randint(0, 256, (P1, C * p * p), dtype=torch.uint8)
     video = torch.randint(0, 256, (P2, C * t * p * p), dtype=torch.uint8) if P2 else None
     weight = torch.randn(E, C, t, p, p, dtype=torch.float64) * (C * t * p * p) ** -0.5
     b = torch.randn(E, dtype=torch.float64) if bias else None
-    return stills, video, weight, b, torch.randn(P1 + P2, E, dtype=torch.float64)
+    case = stills, video, weight, b, torch.randn(P1 + P2, E, dtype=torch.float64)
+    return tuple(None if x is None else x.to(device) for x in case)
 
 
 def run(fn, stills, video, weight, bias, dout, mean=SPEC.image_mean, std=SPEC.image_std):
@@ -44,8 +45,8 @@ SIZES = [(1, 0, 14), (5, 3, 14), (0, 7, 14), (0, 0, 14), (33, 0, 16), (3, 2, 1),
 @pytest.mark.smoke
 @pytest.mark.parametrize(("P1", "P2", "p"), SIZES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_and_gradients(P1, P2, p, bias):
-    case = make_case(P1, P2, p, bias=bias)
+def test_forward_and_gradients(P1, P2, p, bias, device):
+    case = make_case(P1, P2, p, bias=bias, device=device)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         rounded = to(dtype, case)
         exact = run(reference.patch_embed, *to(torch.float64, rounded))
@@ -65,8 +66,8 @@ def test_forward_and_gradients(P1, P2, p, bias):
                 assert error <= 2**-7 * size, name
 
 
-def test_other_channels_and_frames():
-    case = make_case(5, 2, 4, C=1, t=3)
+def test_other_channels_and_frames(device):
+    case = make_case(5, 2, 4, C=1, t=3, device=device)
     ours, spec = (run(fn, *case, (0.25,), (0.5,)) for fn in (patch_embed, reference.patch_embed))
     for one, other in zip(ours, spec):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)

@@ -31,9 +31,9 @@ def in_torch(logits, labels, num_items):
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 @pytest.mark.parametrize(("L", "V"), [(1, 7), (13, 101), (9, 999), (400, 3)])
-def test_loss_and_gradient(L, V, dtype):
-    logits = 3 * torch.randn(L, V, dtype=torch.float64).to(dtype)
-    labels = torch.randint(V, (L,))
+def test_loss_and_gradient(L, V, dtype, device):
+    logits = 3 * torch.randn(L, V, dtype=torch.float64).to(device, dtype)
+    labels = torch.randint(V, (L,), device=device)
     labels[L // 2] = -100 if L > 1 else labels[L // 2]
     loss, gradient = run(door, logits, 1.0, labels, 17)
     exact, exact_gradient = run(in_torch, logits.double(), 1.0, labels, 17)
@@ -54,32 +54,34 @@ def test_num_items_may_be_a_number_or_a_tensor(num_items):
     assert torch.allclose(door(logits, labels, num_items), in_torch(logits, labels, 3))
 
 
-def test_the_mean_where_nobody_counts():
-    logits, labels = torch.randn(5, 11), torch.tensor([1, -100, 3, -100, 0])
+def test_the_mean_where_nobody_counts(device):
+    logits = torch.randn(5, 11).to(device)
+    labels = torch.tensor([1, -100, 3, -100, 0], device=device)
     assert torch.allclose(door(logits, labels), F.cross_entropy(logits, labels))
 
 
 @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 12])
 @pytest.mark.parametrize("L", [0, 4])
-def test_nothing_supervised_is_loss_zero(L, num_items):
-    logits = torch.randn(L, 11, requires_grad=True)
-    loss = door(logits * 1, torch.full((L,), -100), num_items)
+def test_nothing_supervised_is_loss_zero(L, num_items, device):
+    logits = torch.randn(L, 11, device=device, requires_grad=True)
+    num_items = num_items.to(device) if isinstance(num_items, torch.Tensor) else num_items
+    loss = door(logits * 1, torch.full((L,), -100, device=device), num_items)
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()
 
 
-def test_the_loss_may_be_scaled():
+def test_the_loss_may_be_scaled(device):
     """By gradient accumulation, by a scaler, across ranks."""
-    logits, labels = torch.randn(5, 11), torch.randint(11, (5,))
+    logits, labels = (x.to(device) for x in (torch.randn(5, 11), torch.randint(11, (5,))))
     _, once = run(door, logits, 1.0, labels, 4)
     _, scaled = run(lambda *a: 1024 * door(*a), logits, 1.0, labels, 4)
     assert torch.equal(scaled, 1024 * once)
 
 
-def test_float16_gradients_do_not_vanish_before_they_are_scaled():
+def test_float16_gradients_do_not_vanish_before_they_are_scaled(device):
     """1 / num_items is applied with the scaler's factor, not before."""
-    logits, labels = torch.randn(5, 1000).half(), torch.randint(1000, (5,))
+    logits, labels = torch.randn(5, 1000).half().to(device), torch.randint(1000, (5,)).to(device)
     _, gradient = run(lambda *a: 65536 * door(*a), logits, 1.0, labels, 100_000)
     exact = run(lambda *a: 65536 * in_torch(*a), logits.double(), 1.0, labels, 100_000)[1]
     assert (gradient - exact).abs().max() <= 2e-3 * exact.abs().max()

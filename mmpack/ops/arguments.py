@@ -1,4 +1,6 @@
-"""What the public ops check of their arguments, where more than one op does."""
+"""What the public ops check of their arguments, where more than one op does, and where kernels run."""
+
+import functools
 
 import torch
 import triton
@@ -21,3 +23,15 @@ def check_device(device):
         return
     if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
+
+
+def on_its_device(launches):
+    """For what launches kernels: the device of its first argument is the current one meanwhile, for
+    Triton launches on the current device wherever the tensors are. Nothing off CUDA."""
+
+    @functools.wraps(launches)
+    def run(first, *args, **kwargs):
+        with torch.cuda.device_of(first):
+            return launches(first, *args, **kwargs)
+
+    return run

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.arguments import check_indices
+from mmpack.ops.arguments import check_indices, on_its_device
 from mmpack.types import MAX_RUN
 
 # T = tokens, F = features, V = table rows, D = hidden size, R = runs of one id
@@ -77,7 +77,7 @@ def _partial_slot(start, is_last, MAX_RUN: tl.constexpr):
     return 2 * (start // MAX_RUN) + is_last.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "padding_idx"])
 def _embed_features_bwd_kernel(
     dweight_ptr,
     partial_ptr,
@@ -136,7 +136,7 @@ def _embed_features_bwd_kernel(
                 tl.store(partial_ptr + slot * D + offs_d, acc, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "padding_idx"])
 def _embed_features_bwd_partials_kernel(
     dweight_ptr,
     partial_ptr,
@@ -188,6 +188,7 @@ def copy_width(D):  # elements of a row that a program copies at once
     return min(triton.next_power_of_2(D), MAX_COPY_D)
 
 
+@on_its_device
 def embed_features_fwd(input_ids_T, feature_index_T, weight_VD, features_FD):
     """(T, D) in one launch; the arguments are checked."""
     T, D = len(input_ids_T), weight_VD.shape[1]
@@ -209,6 +210,7 @@ def embed_features_fwd(input_ids_T, feature_index_T, weight_VD, features_FD):
     return out_TD
 
 
+@on_its_device
 def embed_features_bwd(
     dout_TD, dweight_VD, dfeatures_FD, input_ids_T, indices, padding_idx, accumulate=False
 ):

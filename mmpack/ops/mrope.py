@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.arguments import check_device
+from mmpack.ops.arguments import check_device, on_its_device
 
 # T = tokens (or patches), H = heads of q, Hk = heads of k, K = head dim, R = rotary channels of K
 TILE = 2048  # pairs of elements: 256 threads of 8, 16 bytes of bf16 each
@@ -90,7 +90,9 @@ def _rotate_heads(
             tl.store(out_row + offs_r, tl.load(row + offs_r, mask=mask_r), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["position_stride", "T"], do_not_specialize_on_alignment=["position_ids_ptr"]
+)
 def _apply_mrope_kernel(
     q_out_ptr,
     k_out_ptr,
@@ -180,6 +182,7 @@ def mrope_constants(H, HK, K, sections, interleaved, num_freqs, inverse, dtype):
     }
 
 
+@on_its_device
 def apply_mrope_fwd(
     q_THK, k, position_ids, inv_freq, sections, interleaved, attention_scaling, inverse=False
 ):

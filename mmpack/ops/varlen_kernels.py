@@ -99,7 +99,7 @@ def _store(ptr, x0, x1, rows, end, head, H, K, D0: tl.constexpr, D1: tl.constexp
         tl.store(row_ptr + d1, x1.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (d1 < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _varlen_attention_fwd_kernel(
     out_ptr, lse_ptr, q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, tiles_ptr,
     segment_ids_ptr, T, q_step, k_step, v_step, scale_log2,
@@ -129,10 +129,10 @@ def _varlen_attention_fwd_kernel(
                 scores = tl.where(sees, scores, -float("inf"))
             # Peaks are of scores before scaling, so that scaling and shifting are one FFMA a score.
             new_peak = tl.maximum(peak, tl.max(scores, 1))
-            unseen = new_peak == -float("inf")  # keys so far
-            shift = tl.where(unseen, 0.0, new_peak * scale_log2)
-            p = tl.exp2(scores * scale_log2 - shift[:, None])
-            rescale = tl.exp2(peak * scale_log2 - shift)
+            seen_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # no key so far
+            p = tl.exp2(scores * scale_log2 - (seen_peak * scale_log2)[:, None])
+            # One while the peak stays: a product less its own rounding would add up block by block.
+            rescale = tl.exp2((peak - seen_peak) * scale_log2)
             total = total * rescale + tl.sum(p, 1)
             acc0 *= rescale[:, None]
             if D1:
@@ -148,7 +148,7 @@ def _varlen_attention_fwd_kernel(
         tl.store(lse_ptr + head * T + rows, lse, mask=rows < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _varlen_attention_bwd_dq_kernel(
     dq_ptr, delta_ptr, lse_ptr, q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, out0_desc,
     out1_desc, dout0_desc, dout1_desc, tiles_ptr, segment_ids_ptr, T, q_step, k_step,
@@ -191,7 +191,7 @@ def _varlen_attention_bwd_dq_kernel(
         _store(dq_ptr, dq0, dq1, rows, end, head, H, K, D0, D1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _varlen_attention_bwd_dkv_kernel(
     dk_ptr, dv_ptr, lse_ptr, delta_ptr, q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc,
     dout0_desc, dout1_desc, tiles_ptr, segment_ids_ptr, T, q_step, k_step, v_step,

@@ -6,6 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmpack.ops import varlen_kernels as kernels
+from mmpack.ops.arguments import on_its_device
 from mmpack.types import TILE
 
 # T = tokens, H = query heads, G = query heads to a key head, K = head dim, S = segments, n = tiles
@@ -54,6 +55,7 @@ def _readable(x_THK, D):
     return x_THK if aligned and within else x_THK.clone(memory_format=torch.contiguous_format)
 
 
+@on_its_device
 def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
     """(out (T, H, K), lse (H, T) float32 in base 2); the arguments are checked."""
     T, H, K = q_THK.shape
@@ -86,6 +88,7 @@ def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
     return out_THK, lse_HT
 
 
+@on_its_device
 def varlen_attention_bwd(dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T, causal, scale):
     """(dq, dk, dv), contiguous, in two launches; the arguments are checked."""
     (T, H, K), G = q.shape, q.shape[1] // k.shape[1]

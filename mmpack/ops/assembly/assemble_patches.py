@@ -9,15 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.arguments import check_device
+from mmpack.ops.arguments import check_device, on_its_device
 from mmpack.ops.assembly.attention_tiles import attention_tiles_fwd
-from mmpack.ops.assembly.offsets import last_at_or_before
+from mmpack.ops.assembly.offsets import last_at_or_before, search_steps
 
 # P = patches, I = images and videos, n = tiles
 BLOCK_P = 256  # patches a program places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "num_frames"])
 def _assemble_patches_kernel(
     position_ids_ptr,
     segment_ids_ptr,
@@ -44,6 +44,7 @@ def _assemble_patches_kernel(
     tl.store(position_ids_ptr + at + 1, column.to(tl.int64), mask=is_patch)
 
 
+@on_its_device
 def assemble_patches_fwd(grid_thw_I3, num_frames, P, num_tiles, merge_size):
     """The tensors of `assemble_patches`, in its order; the arguments are checked."""
     frames, heights, widths = grid_thw_I3.unbind(1)
@@ -63,7 +64,7 @@ def assemble_patches_fwd(grid_thw_I3, num_frames, P, num_tiles, merge_size):
             P,
             num_frames,
             MERGE=merge_size,
-            LOG_FRAMES=num_frames.bit_length(),
+            LOG_FRAMES=search_steps(num_frames),
             BLOCK_P=BLOCK_P,
             num_warps=4,
         )

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.arguments import check_indices
+from mmpack.ops.arguments import check_indices, on_its_device
 from mmpack.ops.assembly.attention_tiles import attention_tiles_fwd
-from mmpack.ops.assembly.offsets import last_at_or_before
+from mmpack.ops.assembly.offsets import last_at_or_before, search_steps
 from mmpack.types import MAX_RUN
 
 # T = tokens, F = features, S = segments, I = images and videos, n = compact ids, R = runs of one id
@@ -40,7 +40,7 @@ def _features(grid_thw_ptr, i, is_grid, MERGE: tl.constexpr):
     return t, h, w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "I", "video_id"])
 def _outline_kernel(
     cu_seqlens_ptr,
     first_grid_ptr,
@@ -103,7 +103,7 @@ def _outline_kernel(
         tl.store(first_grid_ptr + s, grid, mask=s <= S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "I"])
 def _assemble_sequence_kernel(
     input_ids_out_ptr,
     position_ids_ptr,
@@ -163,15 +163,17 @@ def _assemble_sequence_kernel(
     at_t = ((within // frame_size).to(tl.float32) * step).to(tl.int32)
     at_h = within % frame_size // tl.maximum(width, 1)
     at_w = within % tl.maximum(width, 1)
-    row = T.to(tl.int64)
     tl.store(position_ids_ptr + t, (t - begin).to(tl.int64), mask=is_token)
     for axis in tl.static_range(3):
         at = at_t if axis == 0 else at_h if axis == 1 else at_w
         value = position + tl.where(is_feature, at, 0)
-        tl.store(position_ids_ptr + (axis + 1) * row + t, value.to(tl.int64), mask=is_token)
+        tl.store(position_ids_ptr + (axis + 1) * T + t, value.to(tl.int64), mask=is_token)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_text", "R"],
+    do_not_specialize_on_alignment=["sorted_ids_ptr", "sorted_places_ptr"],
+)
 def _text_runs_kernel(
     text_order_ptr,
     text_id_offsets_ptr,
@@ -207,6 +209,7 @@ def _text_runs_kernel(
     tl.store(text_id_offsets_ptr + R, num_text)
 
 
+@on_its_device
 def assemble_sequence_fwd(
     input_ids, offsets, markers, grid_thw_I3, temporal_step, sizes, video_id, merge_size
 ):
@@ -221,7 +224,7 @@ def assemble_sequence_fwd(
     first_grid, *of_grids = (offsets.new_empty(k) for k in (S + 1, I + 1, I, I + 1))
     token_of_id = offsets.new_empty(n)
     outline = (cu_seqlens, first_grid, *of_grids)
-    log_i, log_s = I.bit_length(), (S + 1).bit_length()
+    log_i, log_s = search_steps(I), search_steps(S + 1)
     _outline_kernel[(1,)](
         *outline,
         input_ids,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.arguments import check_indices
+from mmpack.ops.arguments import check_indices, on_its_device
 from mmpack.types import TILE
 
 # S = segments, n = tiles
@@ -27,7 +27,7 @@ def _store_tiles(tiles_ptr, place, begin, end, segment_begin, segment_end, mask)
     tl.store(tiles_ptr + 4 * place + 3, segment_end, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _cut_tiles_kernel(tiles_ptr, offsets_ptr, S, TILE: tl.constexpr, BLOCK_CUT: tl.constexpr):
     """Tiles in reading order."""
     count = 0
@@ -59,7 +59,7 @@ def _work(tiles_ptr, place, n, CAUSAL: tl.constexpr):
     return last - tl.load(tiles_ptr + 4 * place + 2, mask=place < n, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _rank_tiles_kernel(
     out_ptr, tiles_ptr, n, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -79,6 +79,7 @@ def _rank_tiles_kernel(
         tl.store(out_ptr + 4 * rank + column, value, mask=place < n)
 
 
+@on_its_device
 def attention_tiles_fwd(offsets, num_tiles, causal):
     """(n, 4) in two launches; the arguments are checked."""
     cut_n4, tiles_n4 = offsets.new_empty(2, num_tiles, 4)

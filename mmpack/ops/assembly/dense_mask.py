@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmpack.ops.arguments import check_indices
+from mmpack.ops.arguments import check_indices, on_its_device
 
 # T = tokens, S = segments
 BLOCK_Q = 16  # rows of a dense mask that a program writes
@@ -40,6 +40,7 @@ def _dense_mask_kernel(
     tl.store(mask_ptr + place, value.to(mask_ptr.dtype.element_ty), mask=is_inside)
 
 
+@on_its_device
 def dense_mask_fwd(segment_ids_T, causal, dtype):
     """(T, T); the arguments are checked."""
     T = len(segment_ids_T)

@@ -16,3 +16,9 @@ def last_at_or_before(values_ptr, count, at, LOG: tl.constexpr):
         low = tl.where(searching & is_before, middle + 1, low)
         high = tl.where(searching & (is_before == 0), middle, high)
     return low - 1
+
+
+def search_steps(count):
+    """LOG for `last_at_or_before`: enough steps for `count` values, in fours, for each number of steps is
+    a kernel of its own to compile. A step too many loads nothing."""
+    return max(4, -(-count.bit_length() // 4) * 4)
