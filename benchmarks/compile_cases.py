@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 
 from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
-from mmpack.ops import mrope, offsets, varlen_triton  # noqa: F401
+from mmpack.ops import mrope, varlen_triton  # noqa: F401
+from mmpack.ops.assembly import offsets
 
 embed = sys.modules["mmpack.ops.embed_features"]
 varlen = sys.modules["mmpack.ops.varlen_triton"]
