@@ -94,7 +94,7 @@ def test_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="holds no finished store"):
         open_store(tmp_path)
     (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="store format 0, not 5; pack again"):
+    with pytest.raises(ValueError, match="store format 0, not 6; pack again"):
         open_store(tmp_path)
 
 
@@ -150,5 +150,5 @@ def test_images_in_no_file_are_in_the_store(tokenizer, vision, tmp_path):
     samples = read_samples([{"conversations": turns, "images": [picture, data]}])
     dataset = PackedDataset.from_files(samples, (tokenizer, vision), 1000)
     write_store(tmp_path / "store", dataset.samples, vision, {})
-    save_plan(dataset.plan, tmp_path / "store" / "plan.npz")
+    save_plan(dataset.plan, tmp_path / "store")
     assert same(PackedDataset.from_store(tmp_path / "store")[0], dataset[0])

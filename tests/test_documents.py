@@ -215,8 +215,8 @@ def test_pieces_of_a_store_are_those_of_a_list(tmp_path):
     images = [dataclasses.replace(s, media=(image(s),) * len(s.grid_thw)) for s in samples]
     store = write_store(tmp_path, images, spec, {})
     on_disk = split_samples(store, 40)
-    on_disk.save(tmp_path / "pieces.npz")
-    on_disk = type(on_disk).load(store, tmp_path / "pieces.npz")
+    on_disk.save(tmp_path)
+    on_disk = type(on_disk).load(store, tmp_path)
     assert len(on_disk) == len(in_memory) == 3
     for name in ("sample_of", "bounds", "num_tokens", "num_patches", "num_supervised", "sources"):
         assert np.array_equal(getattr(on_disk, name), getattr(in_memory, name))

@@ -61,7 +61,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     samples = samples_of(folder)
     write_store(folder / "packed", iter(samples), SPEC, {})
-    save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed" / "plan.npz")
+    save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -146,17 +148,61 @@ def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity, cost):
         seed=7,
         on_overflow="drop",
     )
-    save_plan(plan, tmp_path / "plan.npz")
-    loaded = load_plan(tmp_path / "plan.npz")
+    save_plan(plan, tmp_path)
+    loaded = load_plan(tmp_path)
     for name in PackPlan.__slots__:
         assert np.array_equal(getattr(loaded, name), getattr(plan, name)), name
     assert plan_epoch(loaded, 1).sample_index.tolist() == plan_epoch(plan, 1).sample_index.tolist()
 
 
 def test_a_plan_of_an_earlier_version_is_refused(tmp_path):
-    np.savez(tmp_path / "plan.npz", sample_index=[0], bin_offsets=[0, 1])
-    with pytest.raises(ValueError, match="earlier version; pack again"):
-        load_plan(tmp_path / "plan.npz")
+    save_plan(plan_packs([1], 2), tmp_path)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"plan\.json is damaged: there is no such file; pack again"
+    ):
+        load_plan(tmp_path)
+
+
+GOOD = plan_packs(
+    [5, 3, 9, 2, 6], 8, num_patches=[0, 4, 0, 2, 1], patch_capacity=4, on_overflow="drop"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sample_index": GOOD.sample_index + 2}, "sample_index names samples that are not among"),
+        ({"sample_index": GOOD.sample_index - 2}, "sample_index names samples that are not among"),
+        ({"sample_index": GOOD.sample_index[[0, 0, 1, 2]]}, "not each in one pack or dropped"),
+        ({"dropped": GOOD.dropped[:0]}, "not each in one pack or dropped"),
+        ({"dropped": GOOD.dropped + 3}, "dropped names samples"),
+        ({"truncated": np.array([5])}, "truncated names samples"),
+        ({"truncated": np.array([1, 1])}, "not in ascending order"),
+        ({"bin_offsets": GOOD.bin_offsets + 1}, "bin_offsets do not go from 0 to 4"),
+        ({"bin_offsets": GOOD.bin_offsets[:0]}, "bin_offsets do not go from 0 to 4"),
+        ({"bin_offsets": np.array([0, 2, 2, 4])}, "bin_offsets do not rise"),
+        ({"bin_offsets": np.array([0, 9, -9, 4])}, "bin_offsets do not rise"),
+        ({"pack_tokens": GOOD.pack_tokens + 1}, "not the sums"),
+        ({"pack_tokens": GOOD.pack_tokens[:1]}, "not the sums"),
+        ({"capacity": 7}, "more tokens than the 7"),
+        ({"capacity": 0}, "'capacity' is 0, not an integer from 1 to"),
+        ({"seed": -1}, "'seed' is -1"),
+        ({"patch_capacity": 3}, "more patches than the 3"),
+        ({"patch_capacity": None}, "go together"),
+        ({"num_patches": GOOD.num_patches[1:]}, r"num_patches is of shape \(4,\)"),
+        ({"num_tokens": GOOD.num_tokens - 9}, "num_tokens of sample 3 is negative"),
+        ({"cost": -GOOD.num_tokens}, "cost of sample 2 is negative"),
+        ({"cost": np.ones(6)}, r"cost is of shape \(6,\)"),
+    ],
+)
+def test_what_is_no_plan_is_refused(change, why, tmp_path):
+    """Sealed with checksums: a store may be made by anybody."""
+    save_plan(GOOD, tmp_path)
+    load_plan(tmp_path)
+    save_plan(replace(GOOD, **change), tmp_path)
+    with pytest.raises(ValueError, match=rf"plan\.json is damaged: .*{why}.*; pack again"):
+        load_plan(tmp_path)
 
 
 @pytest.mark.parametrize(

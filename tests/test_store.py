@@ -154,7 +154,14 @@ def test_one_builds_and_the_others_wait(aftermath, whole):
     waits = re.findall(rf"^waiting for {whom} to make {re.escape(str(out))}$", said, re.M)
     assert len(waits) == 2, said
     assert said.count(f"nothing encoded anew: {out}") == 2
-    for name in ("samples.arrow", "index.npz", "plan.npz", "bad_rows.jsonl", "overflow.jsonl"):
+    for name in (
+        "samples.arrow",
+        "index.sizes.npy",
+        "plan.json",
+        "plan.sample_index.npy",
+        "bad_rows.jsonl",
+        "overflow.jsonl",
+    ):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
 
@@ -170,7 +177,7 @@ def test_what_a_kill_leaves_is_no_store(moment, aftermath, run, whole):
     )
     run("pack", "--out", out)
     assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
-    assert (out / "plan.npz").read_bytes() == (whole / "plan.npz").read_bytes()
+    assert (out / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
 
 
 def test_a_full_disk_leaves_nothing(aftermath):
@@ -381,14 +388,14 @@ def test_one_flipped_bit_is_found_or_changes_nothing(count, whole, tmp_path):
     store = tmp_path / "store"
     samples = [open_store(whole)[number] for number in range(30)]
     write_store(store, samples, samples[0].vision, {"begun": 1})
-    save_plan(PackedDataset.from_samples(samples, 4096, [1] * 30).plan, store / "plan.npz")
-    names = ("samples.arrow", "index.npz", "mmpack.json", "plan.npz")
+    save_plan(PackedDataset.from_samples(samples, 4096, [1] * 30).plan, store)
+    names = ("samples.arrow", "index.sizes.npy", "mmpack.json", "plan.json", "plan.num_tokens.npy")
     good = {name: (store / name).read_bytes() for name in names}
     expected = everything(store)
     generator = random.Random(0)
     found = dict.fromkeys(names, 0)
     for n in range(count):
-        name = names[n % 4]
+        name = names[n % 5]
         flip(store / name, generator.randrange(len(good[name])), generator.randrange(8))
         try:
             assert everything(store) == expected, name
@@ -396,7 +403,7 @@ def test_one_flipped_bit_is_found_or_changes_nothing(count, whole, tmp_path):
             assert str(tmp_path) in str(error)
             found[name] += 1
         (store / name).write_bytes(good[name])
-    assert min(found.values()) > count / 4 / 4, found  # the rest is padding and what nobody reads
+    assert min(found.values()) > count / 5 / 4, found  # the rest is padding and what nobody reads
 
 
 def test_a_damaged_sample_is_named(whole, tmp_path):
@@ -415,8 +422,10 @@ def test_packing_again_mends_damage(run, whole, tmp_path):
     out = copy(whole, tmp_path)
     flip(out / "samples.arrow", -300)
     assert not run("pack", "--out", out, "--overwrite")["reused"]
-    flip(out / "plan.npz", 500)
-    assert "plan.npz is damaged" in run("pack", "--out", out, fails=True)
+    flip(out / "plan.sample_index.npy", 500)
+    assert "plan.sample_index.npy is damaged: it is not what was written" in run(
+        "pack", "--out", out, fails=True
+    )
     run("pack", "--out", out, "--overwrite")
     assert everything(out) == everything(whole)
 
@@ -424,10 +433,10 @@ def test_packing_again_mends_damage(run, whole, tmp_path):
 def test_a_plan_of_other_samples_is_refused(whole, tmp_path):
     samples = [open_store(whole)[number] for number in range(31)]
     write_store(tmp_path / "store", samples[:30], samples[0].vision, {})
-    save_plan(PackedDataset.from_samples(samples[1:31], 8192).plan, tmp_path / "store" / "plan.npz")
-    with pytest.raises(ValueError, match=r"plan\.npz was made for other samples"):
+    save_plan(PackedDataset.from_samples(samples[1:31], 8192).plan, tmp_path / "store")
+    with pytest.raises(ValueError, match=r"store has a plan of other samples"):
         PackedDataset.from_store(tmp_path / "store")
-    (tmp_path / "store" / "plan.npz").unlink()
+    (tmp_path / "store" / "plan.json").unlink()
     with pytest.raises(ValueError, match="has no plan; pack again"):
         PackedDataset.from_store(tmp_path / "store")
 
@@ -486,7 +495,7 @@ def test_an_image_of_another_size_names_its_row(tokenizer, vision, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     dataset = PackedDataset.from_files(tmp_path / "rows.json", (tokenizer, vision), 1000)
     write_store(tmp_path / "store", dataset.samples, vision, {})
-    save_plan(dataset.plan, tmp_path / "store" / "plan.npz")
+    save_plan(dataset.plan, tmp_path / "store")
     Image.new("RGB", (600, 900)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"row 0 of rows\.json: image .*a\.png"):
         PackedDataset.from_store(tmp_path / "store")[0]

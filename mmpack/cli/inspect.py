@@ -157,6 +157,11 @@ def _media(
                 first_frame += np.cumsum([0, *grids[:-1, 0]]).tolist()
                 medium_of += [len(media)] * count
                 media.append(Medium(f"{kind} {place}", segment, ref, grids))
+    if len(medium_of) != len(pack.grid_thw):
+        raise ValueError(
+            f"the pack has the placeholders of {len(pack.grid_thw)} images or parts of videos, its rows name "
+            f"{len(medium_of)}; pack again with --overwrite"
+        )
     return media, medium_of, first_frame
 
 

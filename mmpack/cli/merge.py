@@ -17,6 +17,7 @@ from mmpack.cli.pack import PLANNING, build, parse_shard, report_packs, write_pl
 from mmpack.store.atomic_folder import turn
 from mmpack.store.build import different
 from mmpack.store.encoded_store import EncodedStore, open_store, write_batches
+from mmpack.store.records import damaged, open_regular
 
 _OF_A_PART = ("part", "chunks", "begun")
 
@@ -37,9 +38,9 @@ def run_merge(options: argparse.Namespace, config_of: Callable[[dict[str, Any]],
             raise ValueError(f"{out} is not empty; choose another OUT, or --overwrite a packed set")
         with build(out, is_store) as partial:
             store = write_batches(partial, _joined(parts), parts[0].vision, about)
-            lines = "".join(_joined_bad_rows(parts))
+            lines = b"".join(_joined_bad_rows(parts))
             if lines:
-                (partial / "bad_rows.jsonl").write_text(lines, encoding="utf-8")
+                (partial / "bad_rows.jsonl").write_bytes(lines)
             write_plan(partial, store, argparse.Namespace(**about), config)
     report_packs(out, options, False, start)
 
@@ -57,6 +58,10 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
         part = open_store(folder)
         if "part" not in part.about:
             raise ValueError(f"{folder} is a whole store, not a part that mmpack pack --shard made")
+        if lacking := [
+            name for name in (*_OF_A_PART, *PLANNING, "made from") if name not in part.about
+        ]:
+            raise damaged(folder / "mmpack.json", f"it lacks {' and '.join(lacking[:4])}")
         number, of = parse_shard(part.about["part"])
         if first is None:
             first, num_parts = part, of
@@ -81,7 +86,14 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             f"{len(missing)} of {num_parts} parts are missing: {listed}; "
             f"mmpack pack --shard {missing[0]}/{num_parts} makes one"
         )
-    return [found[number] for number in sorted(found)]
+    parts = [found[number] for number in sorted(found)]
+    for number, part in enumerate(parts):
+        chunks, num_chunks = part.about["chunks"], sum(len(one.about["chunks"]) for one in parts)
+        if len(chunks) != len(range(number, num_chunks, num_parts)) or (
+            sum(has_samples for has_samples, _ in chunks) != part.num_batches
+        ):
+            raise damaged(part.folder / "mmpack.json", "its chunks are not those of its samples")
+    return parts
 
 
 def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
@@ -94,12 +106,17 @@ def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
             yield next(batches[part])
 
 
-def _joined_bad_rows(parts: Sequence[EncodedStore]) -> Iterator[str]:
+def _joined_bad_rows(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
     lines = []
     for store in parts:
         path = store.folder / "bad_rows.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines.append(iter(text.splitlines(keepends=True)))
+        content: list[bytes] = []
+        if path.exists():
+            with open_regular(path) as file:
+                content = file.readlines()
+        if len(content) != (written := sum(num_bad for _, num_bad in store.about["chunks"])):
+            raise damaged(path, f"it has {len(content):,} lines, {written:,} were written")
+        lines.append(iter(content))
     for part, (_, num_bad) in _chunks(parts):
         for _ in range(num_bad):
             yield next(lines[part])

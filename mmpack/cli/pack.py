@@ -41,6 +41,7 @@ from mmpack.store.encoded_store import (
     write_batches,
 )
 from mmpack.store.plan_file import save_plan
+from mmpack.store.records import open_regular
 from mmpack.vision_spec import VisionSpec
 
 PLANNING = (
@@ -212,12 +213,12 @@ def write_plan(folder: Path, store: EncodedStore, options: argparse.Namespace, c
     """The plan of a store, and lists of the rows that are longer than a pack."""
     samples, patch_capacity, on_overflow = cut_long(store, store.vision, options)
     if samples is not store:
-        samples.save(folder / "pieces.npz")
+        samples.save(folder)
     cost = None if config is None else costs_of(samples, config, options.frozen)
     plan = plan_samples(
         samples, options.capacity, patch_capacity, on_overflow, options.plan_seed, cost
     )
-    save_plan(plan, folder / "plan.npz")
+    save_plan(plan, folder)
     overflow = []
     for fate, numbers in (("dropped", plan.dropped), ("cut", plan.truncated)):
         for sample in map(samples.__getitem__, numbers):
@@ -302,7 +303,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises:
         ValueError: it is not that, or there is no such part.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     number, of = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= of:
         raise ValueError(f"--shard is I/N, part I of N from 1/N to N/N, got {text}")
@@ -364,5 +365,5 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _count_lines(path: Path) -> int:
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return sum(1 for _ in file)

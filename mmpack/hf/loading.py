@@ -22,6 +22,7 @@ from transformers import (
 from mmpack.hf.families import FAMILIES
 from mmpack.vision_spec import VisionSpec
 
+_NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code of the folder's
 # Class defaults of transformers' video processors, whose files cannot be imported without torchvision.
 _FRAMES = {"min_frames": 4, "max_frames": 768}
 _VIDEO_PROCESSORS = {
@@ -87,9 +88,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         ValueError: the folder lacks one of them.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(_local(folder), **_NO_NETWORK)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {_why(folder, error)}") from None
+        raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {error}") from None
     if tokenizer.chat_template is None:
         template = Path(folder) / "chat_template.json"  # where Qwen2-VL was published with it
         if not template.is_file():
@@ -151,14 +152,16 @@ def load_config(path: str | os.PathLike[str]) -> Any:
         ValueError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(_local(path), **_NO_NETWORK)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no model config: {_why(path, error)}") from None
+        raise ValueError(f"{path} holds no model config: {error}") from None
 
 
-def _why(path: str | os.PathLike[str], error: Exception) -> str:
-    """transformers takes what is not there for a name on its hub, and says so at length."""
-    return str(error) if Path(path).exists() else "there is no such file or folder here"
+def _local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """A path that is there: transformers asks its hub for any other."""
+    if not Path(path).exists():
+        raise ValueError("there is no such file or folder here")
+    return path
 
 
 def check_fit(model: nn.Module, vision: VisionSpec) -> None:

@@ -175,22 +175,27 @@ class PackedDataset(PackSource, Dataset[Pack]):
                 )
             _log.warning("%s; its samples are the rows as they were", text)
         samples: EncodedStore | SplitSamples = store
-        pieces, plan = Path(folder) / "pieces.npz", Path(folder) / "plan.npz"
         if "part" in store.about:
             raise ValueError(
                 f"{folder} is part {store.about['part']} of a store; join all with mmpack merge"
             )
-        if not plan.exists():
+        if not (Path(folder) / "plan.json").exists():
             raise ValueError(f"{folder} has no plan; pack again with --overwrite")
-        if pieces.exists():
-            samples = SplitSamples.load(store, pieces)
-        planned = load_plan(plan)
-        sizes = samples.num_tokens.copy()
-        if planned.num_tokens.shape == sizes.shape:
-            sizes[planned.truncated] = planned.num_tokens[planned.truncated]
-        if not np.array_equal(planned.num_tokens, sizes):
-            raise ValueError(f"{plan} was made for other samples; pack again with --overwrite")
-        return cls(samples, planned)
+        if (Path(folder) / "pieces.json").exists():
+            samples = SplitSamples.load(store, folder)
+        plan = load_plan(folder)
+        sizes = [(plan.num_tokens, samples.num_tokens)]
+        if plan.num_patches is not None:
+            sizes.append((plan.num_patches, samples.num_patches))
+        for planned, known in sizes:
+            if planned.shape == known.shape and plan.num_truncated:
+                known = known.copy()
+                known[plan.truncated] = planned[plan.truncated]
+            if not np.array_equal(planned, known):
+                raise ValueError(
+                    f"{folder} has a plan of other samples; pack again with --overwrite"
+                )
+        return cls(samples, plan)
 
     @property
     def vision(self) -> VisionSpec:

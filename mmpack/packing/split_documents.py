@@ -14,14 +14,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mmpack.errors import RowError, names
+from mmpack.errors import RowError
 from mmpack.packing.truncate import token_sizes
-from mmpack.store.mapped_arrays import load_arrays, save_arrays
+from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
+from mmpack.store.records import damaged
 from mmpack.types import IGNORE, EncodedSample, Int64, are_sized
 from mmpack.vision_spec import VisionSpec
+
+_PIECES: dict[str, ArrayType] = {
+    "sample_of": ("int64", ("pieces",)),
+    "bounds": ("int64", ("pieces", 2)),
+    "sizes": ("int64", ("pieces", 4)),
+}
 
 
 def split_bounds(
@@ -123,24 +132,22 @@ class SplitSamples(Sequence[EncodedSample]):
             grids = np.concatenate([none, *(sample.grid_thw for sample in self.samples)])
         return grids, np.cumsum([0, *self._num_images])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cuts as `.npz`."""
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the cuts into a store's folder, as `pieces.json` and `pieces.*.npy`."""
         arrays = {"sample_of": self.sample_of, "bounds": self.bounds, "sizes": self._sizes}
-        save_arrays(path, arrays)
+        save_arrays(folder, "pieces", _PIECES, arrays)
 
     @classmethod
-    def load(cls, samples: Sequence[EncodedSample], path: str | os.PathLike[str]) -> SplitSamples:
+    def load(cls, samples: Any, folder: str | os.PathLike[str]) -> SplitSamples:
         """The cuts that `save` wrote, of the same samples.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: they are damaged, or none of these samples.
         """
-        saved = load_arrays(path)
-        if set(saved) != {"sample_of", "bounds", "sizes"}:
-            raise ValueError(
-                f"{path} is damaged: it holds {names(saved)}; pack again with --overwrite"
-            )
-        return cls(samples, **saved)
+        arrays, _ = load_arrays(folder, "pieces", _PIECES)
+        if flaw := _flaw(samples, **arrays):
+            raise damaged(Path(folder) / "pieces.json", flaw)
+        return cls(samples, **arrays)
 
     def __len__(self) -> int:
         return len(self.sample_of)
@@ -148,7 +155,38 @@ class SplitSamples(Sequence[EncodedSample]):
     def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
         sample = self.samples[int(self.sample_of[number])]
         start, end = self.bounds[number].tolist()
+        if end > len(sample.input_ids):
+            raise ValueError(
+                f"row {sample.row} of {sample.source} has {len(sample.input_ids):,} tokens and images, a "
+                f"piece of it ends after {end:,}; pack again with --overwrite"
+            )
         return piece_of(sample, start, end) if end else sample
+
+
+def _flaw(samples: Any, sample_of: Int64, bounds: Int64, sizes: Int64) -> str:
+    """What makes cuts none of these samples; empty: they are."""
+    if not len(sample_of) or (sample_of[0], sample_of[-1]) != (0, len(samples) - 1):
+        return f"the pieces do not go from sample 0 to {len(samples) - 1:,}"
+    steps = np.diff(sample_of)
+    if not ((0 <= steps) & (steps <= 1)).all():
+        return "the pieces are not in the order of the samples"
+    start, end = bounds.T
+    is_whole = end == 0
+    is_alone = np.bincount(sample_of)[sample_of] == 1
+    if start[is_whole].any() or not is_alone[is_whole].all():
+        return "a sample is whole and in pieces"
+    is_first = np.diff(sample_of, prepend=-1) == 1
+    last_end = np.where(is_first, 0, np.roll(end, 1))
+    follows = (start == last_end) | ((start == last_end - 1) & ~is_first)
+    if not (is_whole | (follows & (start < end) & (end <= samples.num_tokens[sample_of]))).all():
+        return "the pieces of a sample are not one behind the other"
+    whole = sample_of[is_whole]
+    known = (samples.num_tokens, samples.num_patches, samples.num_supervised)
+    if (sizes < 0).any() or any(
+        (sizes[is_whole, n] != one[whole]).any() for n, one in enumerate(known)
+    ):
+        return "the pieces' sizes are not the samples'"
+    return ""
 
 
 def split_samples(

@@ -135,23 +135,41 @@ def read_batch(data: Any) -> Any:
     Raises:
         ValueError, OSError: it is damaged so that reading it might read other memory.
     """
-    batch = pyarrow.ipc.read_record_batch(data, SCHEMA)
-    batch.validate(full=True)
+    try:
+        batch = pyarrow.ipc.read_record_batch(data, SCHEMA)
+        batch.validate(full=True)
+    except (pyarrow.ArrowException, EOFError) as error:  # some are no ValueErrors
+        raise ValueError(str(error) or type(error).__name__) from None
+    for name, column in zip(batch.schema.names, batch.columns):
+        num_nulls = 0 if name == "temporal_step" else column.null_count
+        if pyarrow.types.is_list(column.type) and name != "image_bytes":
+            num_nulls += column.values.null_count
+        if name == "videos":
+            num_nulls += sum(column.values.field(n).null_count for n in range(len(_VIDEO) - 1))
+        if num_nulls:
+            raise ValueError(f"{name} has {num_nulls:,} nulls")
     return batch
 
 
 def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSample | None:
     """A row of a batch as a sample; None where it is not what was written."""
-    ids, labels, grid = (column[row].values for column in columns[:3])
+    ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
     paths, data, source, number = (column[row].as_py() for column in columns[3:7])
     *_, clips, step, checksum = columns
     clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
-    arrays: list[Any] = [
-        None if one is None else one.to_numpy() for one in (ids, labels, grid, step)
-    ]
+    step = None if step is None else step.to_numpy()
+    arrays = [ids, labels, grid, step]
     if _checksum(arrays, paths, data, source, number, clips) != checksum:
         return None
-    ids, labels, grid, step = arrays
+    if (
+        not len(ids)
+        or len(labels) != len(ids)
+        or len(grid) % 3
+        or (step is not None and 3 * len(step) != len(grid))
+        or len(data) != len(paths)
+        or not all(0 <= clip["place"] < len(paths) for clip in clips)
+    ):
+        return None
     return EncodedSample(
         input_ids=ids,
         labels=labels,

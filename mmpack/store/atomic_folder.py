@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 _POLL_S = 0.5  # of hundreds of waiting machines each asks the file server this seldom
 _OURS = (
-    r"samples\.arrow|index\.npz|mmpack\.json|plan\.npz|pieces\.npz|bad_rows\.jsonl|overflow\.jsonl"
+    r"samples\.arrow|mmpack\.json|(index|plan|pieces)\.(json|\w+\.npy)|bad_rows\.jsonl|overflow\.jsonl"
+    r"|(index|plan|pieces)\.npz"  # of earlier formats, for --overwrite
     r"|dataset_info\.json|state\.json|cache-\w+\.arrow"  # the last: of `datasets`, made from the rest
 )
 
@@ -107,8 +108,12 @@ def published(out: Path, replaces: bool) -> Iterator[Path]:
 
 
 def others(folder: Path) -> list[str]:
-    """What in a folder is no part of a store, by name."""
-    return sorted(path.name for path in folder.iterdir() if not re.fullmatch(_OURS, path.name))
+    """What in a folder is no part of a store, by name: other files, and folders."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if not re.fullmatch(_OURS, path.name) or (path.is_dir() and not path.is_symlink())
+    )
 
 
 def _left_overs(out: Path) -> dict[Path, str]:

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import stat
 import tempfile
 import threading
 import time
@@ -236,9 +237,9 @@ def made_from(
     parts = {"mmpack's version": version("mmpack")}
     for group in groups:
         if group.file is not None:
-            stat = group.file.stat()
+            found = group.file.stat()
             name = str(group.file.resolve())
-            parts[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {group.fields}"
+            parts[name] = f"{found.st_size} bytes, {found.st_mtime_ns} ns, {group.fields}"
             parts[f"media folders of {name}"] = repr(group.folders.names)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     content = tokenizer.backend_tokenizer.to_str() + repr(tokenizer.chat_template)
@@ -260,9 +261,10 @@ def why_outdated(
     names = different(store.about.get("made from", {}), parts)
     for path in () if names or not look_at_images else sorted(set(store.image_paths())):
         try:
-            stat = os.stat(path)
-        except OSError:
+            found = os.stat(path)
+        except (OSError, ValueError):  # or a name that no file can have
             return [path]
-        if max(stat.st_mtime_ns, stat.st_ctime_ns) > store.about["begun"]:
+        is_newer = max(found.st_mtime_ns, found.st_ctime_ns) > store.about.get("begun", 0)
+        if is_newer or not stat.S_ISREG(found.st_mode):
             return [path]
     return names

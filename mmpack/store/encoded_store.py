@@ -1,14 +1,15 @@
 """EncodedSamples on disk: an Arrow stream, memory-mapped.
 
-A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.npz` says where its batches
-lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store was made from;
+A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.json` and its arrays say where
+its batches lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store was made from;
 two more small files are for `datasets.load_from_disk`. Image and video files stay where they are; a row
 holds their paths, and the bytes of images and videos that are in no file.
 
 No byte is believed unseen. A row has a checksum, looked at whenever the row is read: that costs as much as
 the row is long, where one of a batch would make the first look at any row read 256. A batch's offsets are
 validated when it is first touched, so that a wrong one reads no memory that is not ours. The small files
-have checksums of their own; that of all of `samples.arrow` is for whoever makes another store of it.
+have checksums of their own and fit a schema; the checksum of all of `samples.arrow` is for whoever makes
+another store of it. Whatever a store names, only regular files are opened.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,26 @@ from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks
 from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
-from mmpack.store.mapped_arrays import load_arrays, save_arrays
+from mmpack.store.manifest import read_manifest, write_manifest
+from mmpack.store.mapped_arrays import ArrayType, array_files, load_arrays, save_arrays
+from mmpack.store.records import damaged, open_regular, regular_size
 from mmpack.types import EncodedSample, Int32, Int64
-from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 5
 _OPEN_BATCHES = 4096  # of some 20 KiB each, views aside, so that memory has a bound
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_INDEX: dict[str, ArrayType] = {
+    "offsets": ("int64", ("batches + 1",)),  # of the batches in the file
+    "starts": ("int64", ("batches + 1",)),  # their first samples
+    "sizes": ("int64", (3, "N")),  # of every sample, as SIZES
+}
 
 
 class EncodedStore(Sequence[EncodedSample]):
     """A store opened for reading; a sample is a view of the file, made when it is asked for.
 
-    A worker that unpickles it opens the file again, so nothing is copied.
+    A worker that unpickles it opens the file again when it first looks, so nothing is copied; where another
+    store lies there by then, that is an error.
 
     Attributes:
         folder: where it lies.
@@ -59,55 +66,70 @@ class EncodedStore(Sequence[EncodedSample]):
         self.about: dict[str, Any] = saved["about"]
         self.checksum: int = saved["checksum"]
         self._path = folder / "samples.arrow"
-        index = load_arrays(folder / "index.npz")
+        index, _ = load_arrays(folder, "index", _INDEX)
+        if flaw := _index_flaw(**index):
+            raise damaged(folder / "index.json", flaw)
+        self.num_tokens, self.num_patches, self.num_supervised = index["sizes"]
+        self._offsets, self._starts = index["offsets"].tolist(), index["starts"].tolist()
         try:
-            self.num_tokens, self.num_patches, self.num_supervised = index["sizes"]
-            self._offsets, self._starts = index["offsets"].tolist(), index["starts"].tolist()
-            size = self._path.stat().st_size
+            size = regular_size(self._path)
             if size != self._offsets[-1] + len(_END):
                 raise ValueError(
                     f"it has {size:,} bytes, {self._offsets[-1] + len(_END):,} were written"
                 )
             with pyarrow.memory_map(str(self._path)) as mapped:
                 self._mapped = mapped.read_buffer()  # which keeps it open
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         self._columns = lru_cache(maxsize=_OPEN_BATCHES)(self._read_columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.folder,)
+        return _unopened, (self.folder, self.vision, self.checksum)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_path" in self.__dict__ or "checksum" not in self.__dict__:
+            raise AttributeError(name)
+        # Unpickled: the first look. Not earlier, so that a worker can say what is wrong.
+        now = open_store(self.folder)
+        if (now.checksum, now.vision) != (self.checksum, self.vision):
+            raise ValueError(
+                f"{self.folder} holds other samples than when this run opened it (mmpack pack --overwrite "
+                "meanwhile?); start the run again, or pack to another --out"
+            )
+        self.__dict__.update(now.__dict__)
+        return getattr(self, name)
 
     @property
     def sources(self) -> NDArray[Any]:
         """(N,) files the samples come from."""
         chunks = [
-            self._columns(n)[5].to_numpy(zero_copy_only=False) for n in range(self._num_batches)
+            self._columns(n)[5].to_numpy(zero_copy_only=False) for n in range(self.num_batches)
         ]
         return np.concatenate(chunks)
 
     @property
     def rows(self) -> Int64:
         """(N,) their numbers there."""
-        chunks = [self._columns(n)[6].to_numpy() for n in range(self._num_batches)]
+        chunks = [self._columns(n)[6].to_numpy() for n in range(self.num_batches)]
         return np.concatenate(chunks)
 
     def grids(self) -> tuple[Int32, Int64]:
         """Of all markers: grid_thw (I, 3), and offsets (N + 1,): those of sample n are
         `offsets[n] : offsets[n + 1]`."""
-        chunks = [self._columns(n)[2] for n in range(self._num_batches)]
+        chunks = [self._columns(n)[2] for n in range(self.num_batches)]
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
         lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
         return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
 
     def image_paths(self) -> Iterator[str]:
         """Files of images and videos, some more than once."""
-        for n in range(self._num_batches):
+        for n in range(self.num_batches):
             _, _, _, paths, data, *_ = self._columns(n)
             yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
 
     def batches(self) -> Iterator[bytes]:
         """What `write_batches` was given."""
-        return (self._batch(n).to_pybytes() for n in range(self._num_batches))
+        return (self._batch(n).to_pybytes() for n in range(self.num_batches))
 
     def verify(self) -> None:
         """Read the whole file: before it becomes part of another store.
@@ -122,7 +144,8 @@ class EncodedStore(Sequence[EncodedSample]):
             raise self._damaged("its bytes are not those that were written")
 
     @property
-    def _num_batches(self) -> int:
+    def num_batches(self) -> int:
+        """Record batches in `samples.arrow`."""
         return len(self._starts) - 1
 
     def _batch(self, number: int) -> Any:
@@ -136,11 +159,11 @@ class EncodedStore(Sequence[EncodedSample]):
                 raise ValueError(f"{batch.num_rows} of {end - begin} samples are there")
             columns: list[Any] = batch.columns
             return columns
-        except (OSError, ValueError) as error:  # Arrow's are of these
+        except (OSError, ValueError) as error:
             raise self._damaged(f"samples {begin:,} to {end - 1:,}: {error}") from None
 
     def _damaged(self, why: Any) -> ValueError:
-        return ValueError(f"{self._path} is damaged: {why}; pack again with --overwrite")
+        return damaged(self._path, why)
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -213,7 +236,7 @@ def write_batches(
         raise ValueError("there are no samples to store: no row of the data was usable")
     table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
     arrays = {"offsets": offsets, "starts": starts, "sizes": table}
-    save_arrays(folder / "index.npz", arrays)
+    save_arrays(folder, "index", _INDEX, arrays)
     return _finish(folder, vision, about, checksum)
 
 
@@ -233,7 +256,8 @@ def reuse_store(
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    shutil.copyfile(store.folder / "index.npz", folder / "index.npz")
+    for path in array_files(store.folder, "index"):
+        shutil.copyfile(path, folder / path.name)
     return _finish(folder, store.vision, about, store.checksum)
 
 
@@ -249,17 +273,29 @@ def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: i
         "_output_all_columns": False,
         "_split": None,
     }
-    saved: dict[str, Any] = {"format": FORMAT, "vision": asdict(vision), "about": about}
-    saved["checksum"] = checksum
-    saved["checksum of this file"] = _checksum_of(json.loads(json.dumps(saved)))
-    for name, content in (("state", state), ("dataset_info", {}), ("mmpack", saved)):
+    for name, content in (("state", state), ("dataset_info", {})):
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_manifest(folder, vision, about, checksum)
     return open_store(folder)
 
 
-def _checksum_of(saved: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(saved, sort_keys=True).encode())
+def _index_flaw(offsets: Int64, starts: Int64, sizes: Int64) -> str:
+    """What makes it no index; empty: it is one."""
+    if not len(offsets) or (starts[0], starts[-1]) != (0, sizes.shape[1]):
+        return f"the batches do not go from sample 0 to {sizes.shape[1]:,}"
+    if offsets[0] < 0 or (np.diff(offsets) < 1).any() or (np.diff(starts) < 1).any():
+        return "the batches do not lie one behind the other"
+    if sizes.size and sizes.min() < 0:
+        return "a size is negative"
+    return ""
+
+
+def _unopened(folder: Path, vision: VisionSpec, checksum: int) -> EncodedStore:
+    """The store as a worker has it before it looks."""
+    store = EncodedStore.__new__(EncodedStore)
+    store.folder, store.vision, store.checksum = folder, vision, checksum
+    return store
 
 
 def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
@@ -268,28 +304,7 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
     Raises:
         ValueError: the folder holds no store, one of another format, or a damaged one.
     """
-    folder = Path(folder)
-    path = folder / "mmpack.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{folder} holds no finished store; make one with mmpack pack") from None
-    if not isinstance(saved, dict) or "format" not in saved:
-        raise ValueError(f"{path} is not mmpack's; make a store with mmpack pack")
-    if saved["format"] != FORMAT:
-        raise ValueError(
-            f"{folder} has store format {saved['format']}, not {FORMAT}; pack again with --overwrite"
-        )
-    if saved.pop("checksum of this file", None) != _checksum_of(saved):
-        raise ValueError(
-            f"{path} is damaged: it is not what was written; pack again with --overwrite"
-        )
-    vision: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in saved["vision"].items()
-    }
-    if vision["video"] is not None:
-        vision["video"] = VideoSpec(**vision["video"])
-    return EncodedStore(folder, VisionSpec(**vision), saved)
+    return EncodedStore(Path(folder), *read_manifest(Path(folder)))
 
 
 def changed_files(store: EncodedStore) -> list[str]:
@@ -298,20 +313,30 @@ def changed_files(store: EncodedStore) -> list[str]:
     changed = []
     for path, (num_bytes, time_ns, sha256) in store.about.get("files", {}).items():
         try:
-            stat = os.stat(path)
-            if stat.st_size != num_bytes or (
-                stat.st_mtime_ns != time_ns and file_sha256(path) != sha256
+            found = os.stat(path)
+            is_file = stat.S_ISREG(found.st_mode)
+            if (
+                not is_file  # which may have no end, or never begin
+                or found.st_size != num_bytes
+                or (found.st_mtime_ns != time_ns and file_sha256(path) != sha256)
             ):
                 changed.append(path)
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             continue
     return changed
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Of a file's content."""
+    """Of a regular file's content, as long as it is when it is opened.
+
+    Raises:
+        ValueError: it is no regular file.
+        OSError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while block := file.read(min(left, 1 << 20)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()

@@ -1,76 +1,123 @@
-"""Arrays in one file, .npz, that processes look at without a copy of their own.
+"""Arrays in files that processes look at without a copy of their own: a `.npy` file per array, mapped.
 
-numpy reads the file as any other. Here its arrays, which lie at multiples of 64 bytes, are views of the
-mapped file: a rank's memory does not grow with the data set, and ranks of a machine share its pages.
+A rank's memory does not grow with the data set, and ranks of a machine share the files' pages. numpy alone
+reads and writes the files; the dtypes and dimensions are the reader's, so a file cannot ask for others, and
+none with Python objects. (safetensors copies arrays it gives to numpy.) A record beside the arrays, `NAME.json`,
+has their checksums and a few single values.
 """
 
 from __future__ import annotations
 
-import io
-import mmap
 import os
-import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_ALIGNMENT = 64
-_HEADER = 30  # bytes of a zip member before its name
-_LARGE = 20  # of the field that holds sizes beyond 4 GiB, which is always written
-_PADDING = 0xD935  # the id that Android's zipalign gives the field it pads with
+from mmpack.store.records import damaged, read_record, regular_size, write_record
+
 _npy: Any = np.lib.format  # its functions have no types
+# An array that is expected: its dtype and its dimensions. A dimension that is a letter is the same in all
+# arrays that have it.
+ArrayType = tuple[Literal["bool", "int32", "int64", "float32", "float64"], tuple[int | str, ...]]
 
 
-def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:
-    """Write arrays as `numpy.savez` does, each at a multiple of 64 bytes."""
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        for name, values in arrays.items():
-            member = zipfile.ZipInfo(f"{name}.npy")
-            start = file.tell() + _HEADER + len(member.filename) + _LARGE + 4
-            gap = -start % _ALIGNMENT
-            member.extra = struct.pack("<HH", _PADDING, gap) + bytes(gap)
-            with archive.open(member, "w", force_zip64=True) as out:
-                _npy.write_array(out, np.asarray(values, order="C"), allow_pickle=False)
+def save_arrays(
+    folder: str | os.PathLike[str],
+    name: str,
+    types: Mapping[str, ArrayType],
+    arrays: Mapping[str, ArrayLike],
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Write arrays as `NAME.ARRAY.npy` and, last, `NAME.json`. Files that were there are replaced, not
+    written over: who has mapped one keeps it."""
+    folder, record = Path(folder), {}
+    for array_name, given in arrays.items():
+        dtype = _dtype(types[_key(types, array_name)])
+        array = np.asarray(given, dtype, order="C")
+        path = _path(folder, name, array_name)
+        path.unlink(missing_ok=True)
+        np.save(path, array, allow_pickle=False)
+        record[array_name] = {"shape": list(array.shape), "crc32": zlib.crc32(_bytes(array))}
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    write_record(folder / f"{name}.json", {"arrays": record, **(values or {})})
 
 
-def load_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """Every array of an .npz, read-only views of the file where it is as `save_arrays` wrote it; all of
-    it is compared with the zip's checksums.
+def load_arrays(
+    folder: str | os.PathLike[str],
+    name: str,
+    types: Mapping[str, ArrayType],
+    values: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """What `save_arrays` wrote: (arrays, values). The arrays are read-only views of mapped files, and all of
+    them is compared with the checksums.
+
+    Args:
+        types: the arrays; a name that ends with "?" may be missing.
+        values: the schema of the values (`mmpack.store.records`).
 
     Raises:
-        ValueError: it cannot be read, or is damaged.
+        ValueError: a file is missing, no regular file, damaged, or holds another dtype or other dimensions.
     """
+    folder = Path(folder)
+    path = folder / f"{name}.json"
+    of_array = {"shape": [range(1 << 62)], "crc32": range(1 << 32)}
+    schema = {"arrays": dict.fromkeys(types, of_array), **(values or {})}
+    record = read_record(path, schema)
+    arrays: dict[str, NDArray[Any]] = {}
+    sizes: dict[str, int] = {}
+    for array_name, saved in record.pop("arrays").items():
+        dtype, dimensions = types[_key(types, array_name)]
+        shape = tuple(saved["shape"])
+        expected = tuple(
+            sizes.setdefault(size, found) if isinstance(size, str) else size
+            for size, found in zip(dimensions, shape)
+        )
+        if len(shape) != len(dimensions) or shape != expected:
+            raise damaged(path, f"{array_name} is of shape {shape}, not {dimensions}")
+        file = _path(folder, name, array_name)
+        arrays[array_name] = _mapped(file, _dtype((dtype, ())), shape, saved["crc32"])
+    return arrays, record
+
+
+def array_files(folder: Path, name: str) -> list[Path]:
+    """The files that `save_arrays` wrote."""
+    return [folder / f"{name}.json", *sorted(folder.glob(f"{name}.*.npy"))]
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], crc32: int) -> NDArray[Any]:
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            return {
-                member.filename.removesuffix(".npy"): _array_of(member, archive, mapped)
-                for member in archive.infolist()
-            }
+        size = regular_size(path)
+        array = _npy.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise ValueError(f"cannot read {path}: there is no such file") from None
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for damage
-        raise ValueError(f"{path} is damaged: {error}; pack again with --overwrite") from None
+        raise damaged(path, "there is no such file") from None
+    except Exception as error:  # numpy has a dozen kinds for a header that is none
+        raise damaged(path, f"{error}") from None
+    written = array.offset + array.nbytes
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise damaged(path, f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
+    if size != written:
+        raise damaged(path, f"it has {size:,} bytes, {written:,} were written")
+    if zlib.crc32(_bytes(array)) != crc32:
+        raise damaged(path, "it is not what was written")
+    return np.asarray(array)  # without memmap's own methods, which make every view slower
 
 
-def _array_of(
-    member: zipfile.ZipInfo, archive: zipfile.ZipFile, mapped: memoryview
-) -> NDArray[Any]:
-    lengths = struct.unpack_from("<HH", mapped, member.header_offset + _HEADER - 4)
-    begin = member.header_offset + _HEADER + sum(lengths)
-    if member.compress_type != zipfile.ZIP_STORED or begin % _ALIGNMENT:
-        other: NDArray[Any] = np.load(io.BytesIO(archive.read(member)), allow_pickle=False)
-        return other
-    data = mapped[begin : begin + member.file_size]
-    if zlib.crc32(data) != member.CRC:
-        raise ValueError(f"{member.filename} is not what was written")
-    header = io.BytesIO(data[:4096])
-    if _npy.read_magic(header) != (1, 0):
-        raise ValueError(f"{member.filename} has a header of another version")
-    shape, is_fortran, dtype = _npy.read_array_header_1_0(header)
-    array: NDArray[Any] = np.ndarray(shape[:: -1 if is_fortran else 1], dtype, data, header.tell())
-    return array.T if is_fortran else array
+def _path(folder: Path, name: str, array_name: str) -> Path:
+    return folder / f"{name}.{array_name}.npy"
+
+
+def _key(types: Mapping[str, ArrayType], array_name: str) -> str:
+    return array_name if array_name in types else f"{array_name}?"
+
+
+def _dtype(type: ArrayType) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = np.dtype(type[0]).newbyteorder("<")
+    return dtype
+
+
+def _bytes(array: NDArray[Any]) -> Any:
+    return array.reshape(-1).view(np.uint8).data

@@ -1,37 +1,89 @@
-"""A `PackPlan` in a file: `plan.npz` of a store."""
+"""A `PackPlan` in files: `plan.json` and `plan.*.npy` of a store."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from mmpack.errors import names
-from mmpack.store.mapped_arrays import load_arrays, save_arrays
-from mmpack.types import PackPlan
+import numpy as np
 
-_OPTIONAL: dict[str, Any] = {"patch_capacity": None, "num_patches": None, "cost": None}
+from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
+from mmpack.store.records import damaged
+from mmpack.types import Int64, PackPlan
+
+_ARRAYS: dict[str, ArrayType] = {
+    "sample_index": ("int64", ("planned",)),
+    "bin_offsets": ("int64", ("packs + 1",)),
+    "pack_tokens": ("int64", ("packs",)),
+    "dropped": ("int64", ("dropped",)),
+    "truncated": ("int64", ("truncated",)),
+    "num_tokens": ("int64", ("N",)),
+    "num_patches?": ("int64", ("N",)),
+    "cost?": ("int64", ("N",)),
+}
+_VALUES = {
+    "capacity": range(1, 1 << 63),
+    "patch_capacity": (None, range(1, 1 << 63)),
+    "seed": range(1 << 64),
+}
 
 
-def save_plan(plan: PackPlan, path: str | os.PathLike[str]) -> None:
-    """Write a plan as .npz."""
-    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    save_arrays(path, {name: value for name, value in values.items() if value is not None})
+def save_plan(plan: PackPlan, folder: str | os.PathLike[str]) -> None:
+    """Write a plan into a store's folder."""
+    values = {
+        name: None if getattr(plan, name) is None else int(getattr(plan, name)) for name in _VALUES
+    }
+    others = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in _VALUES}
+    arrays = {name: array for name, array in others.items() if array is not None}
+    save_arrays(folder, "plan", _ARRAYS, arrays, values)
 
 
-def load_plan(path: str | os.PathLike[str]) -> PackPlan:
-    """Read a plan that `save_plan` wrote; its arrays are views of the mapped file.
+def load_plan(folder: str | os.PathLike[str]) -> PackPlan:
+    """Read a plan that `save_plan` wrote; its arrays are views of mapped files.
 
     Raises:
-        ValueError: an earlier version of mmpack wrote it, or it is damaged.
+        ValueError: it is damaged, or no plan: samples that are not there or in two packs, packs that are too full.
     """
-    saved: dict[str, Any] = load_arrays(path)
-    if "num_tokens" not in saved:
-        raise ValueError(f"{path} is a plan of an earlier version; pack again with --overwrite")
-    for name in ("capacity", "patch_capacity", "seed"):
-        if name in saved:
-            saved[name] = int(saved[name])
-    saved = {**_OPTIONAL, **saved}
-    if set(saved) != {field.name for field in fields(PackPlan)}:
-        raise ValueError(f"{path} is damaged: it holds {names(saved)}; pack again with --overwrite")
-    return PackPlan(**saved)
+    arrays, values = load_arrays(folder, "plan", _ARRAYS, _VALUES)
+    plan = PackPlan(**{"num_patches": None, "cost": None, **arrays, **values})
+    if flaw := _flaw(plan):
+        raise damaged(Path(folder) / "plan.json", flaw)
+    return plan
+
+
+def _flaw(plan: PackPlan) -> str:
+    """What makes it no plan; empty: it is one. Nothing is used as an index before its range is known."""
+    num_samples, order, offsets = len(plan.num_tokens), plan.sample_index, plan.bin_offsets
+    for name in ("num_tokens", "num_patches", "cost"):
+        values = getattr(plan, name)
+        if values is not None and len(values) and values.min() < 0:
+            return f"{name} of sample {int(values.argmin())} is negative"
+    for name in ("sample_index", "dropped", "truncated"):
+        numbers: Int64 = getattr(plan, name)
+        if len(numbers) and not (0 <= numbers.min() and numbers.max() < num_samples):
+            return f"{name} names samples that are not among the {num_samples:,}"
+    if any((np.diff(numbers) < 1).any() for numbers in (plan.dropped, plan.truncated)):
+        return "the samples it drops or cuts are not in ascending order"
+    is_placed = np.zeros(num_samples, dtype=bool)
+    is_placed[order] = is_placed[plan.dropped] = True
+    if len(order) + len(plan.dropped) != num_samples or not is_placed.all():
+        return "its samples are not each in one pack or dropped"
+    if not len(offsets) or (offsets[0], offsets[-1]) != (0, len(order)):
+        return f"bin_offsets do not go from 0 to {len(order):,}"
+    if (np.diff(offsets) < 1).any():
+        return "bin_offsets do not rise"
+    limits: list[tuple[str, Any, Any]] = [("tokens", plan.num_tokens, plan.capacity)]
+    if (plan.num_patches is None) != (plan.patch_capacity is None):
+        return "num_patches and patch_capacity go together"
+    if plan.num_patches is not None:
+        limits.append(("patches", plan.num_patches, plan.patch_capacity))
+    for name, sizes, capacity in limits:
+        planned = sizes[order]
+        totals = np.add.reduceat(planned, offsets[:-1]) if len(order) else planned
+        if len(order) and (planned.max() > capacity or totals.max() > capacity):
+            return f"a pack has more {name} than the {capacity:,} of its capacity"
+        if name == "tokens" and not np.array_equal(plan.pack_tokens, totals):
+            return "pack_tokens are not the sums of the packs' num_tokens"
+    return ""

@@ -1,0 +1,180 @@
+"""The small JSON files of a store, its records: read only where they are what mmpack writes.
+
+A store may come from anywhere, so its word is not taken: a record is a regular file of bounded size, with a
+checksum of itself, and fits a schema, which is written in Python:
+
+    int             an integer of 64 bits; range(1, 9): one of those; float: any finite number; str, bool, None
+    (int, None)     one of these
+    [int]           a list of any length; [int, str]: of two, in this order
+    {str: int}      an object with any names
+    {"a": int, "b?": str}             these names, the second may be missing; no others
+    {"a": int, ...: None}             others too, whatever they hold
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_RECORD_BYTES = 64 << 20  # the chunks of a part of 10 million rows take 1 MiB
+_CHECKSUM = "checksum of this file"
+_INT64 = range(-(1 << 63), 1 << 63)
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    None: "null",
+}
+
+
+def regular_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a regular file, links followed.
+
+    Raises:
+        ValueError: it is a folder, a FIFO, a device or a socket: opening it might hang, reading never end.
+        OSError: there is none.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+        raise ValueError(f"{path} is {kind}, not a regular file")
+    return found.st_size
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file opened for reading; errors as `regular_size`."""
+    regular_size(path)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()  # it was replaced since
+    raise ValueError(f"{path} is not a regular file")
+
+
+def damaged(path: str | os.PathLike[str], why: Any) -> ValueError:
+    """What is raised where a file of a store is not what was written."""
+    return ValueError(f"{path} is damaged: {why}; pack again with --overwrite")
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with its checksum."""
+    plain = json.loads(json.dumps(record))
+    text = json.dumps({**plain, _CHECKSUM: _checksum_of(plain)}, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a small JSON file holds, unchecked.
+
+    Raises:
+        ValueError: it is no regular file, too large or not JSON.
+        OSError: it cannot be read.
+    """
+    size = regular_size(path)
+    if size > MAX_RECORD_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, at most {MAX_RECORD_BYTES:,} are read")
+    with open_regular(path) as file:
+        try:
+            return json.loads(file.read(size))
+        except RecursionError:
+            raise ValueError("it is nested too deep") from None
+
+
+def read_record(path: Path, schema: Mapping[Any, Any]) -> dict[str, Any]:
+    """A record that `write_record` wrote.
+
+    Raises:
+        ValueError: it is missing, damaged or does not fit the schema; names the file and, in the last case,
+            the field.
+    """
+    try:
+        record = read_json(path)
+    except FileNotFoundError:
+        raise damaged(path, "there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from None
+    return check_record(path, record, schema)
+
+
+def check_record(path: Path, record: Any, schema: Mapping[Any, Any]) -> dict[str, Any]:
+    """`read_record` for what `read_json` gave."""
+    if not isinstance(record, dict) or _CHECKSUM not in record:
+        raise damaged(path, "it is no record with a checksum")
+    checksum = record.pop(_CHECKSUM)
+    try:
+        if checksum != _checksum_of(record):
+            raise ValueError("it is not what was written")
+        _check(record, schema, "")
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
+    return record
+
+
+def _checksum_of(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _check(value: Any, schema: Any, place: str) -> None:
+    """
+    Raises:
+        ValueError: the value does not fit; says where, what it is and what it must be.
+    """
+    if isinstance(schema, tuple):
+        for one in schema[:-1]:
+            try:
+                return _check(value, one, place)
+            except ValueError:
+                continue
+        return _check(value, schema[-1], place)
+    if isinstance(schema, Mapping):
+        return _check_object(value, schema, place)
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            raise _misfit(value, "a list", place)
+        if len(schema) > 1 and len(value) != len(schema):
+            raise _misfit(value, f"a list of {len(schema)}", place)
+        for number, one in enumerate(value):
+            _check(one, schema[number if len(schema) > 1 else 0], f"{place}[{number}]")
+        return None
+    if isinstance(schema, range) or schema is int:
+        values = schema if isinstance(schema, range) else _INT64
+        if type(value) is not int or value not in values:
+            raise _misfit(value, f"an integer from {values[0]} to {values[-1]}", place)
+    elif schema is float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise _misfit(value, "a number", place)
+    elif (value is not None) if schema is None else (type(value) is not schema):
+        raise _misfit(value, _NAMES[schema], place)
+    return None
+
+
+def _check_object(value: Any, schema: Mapping[Any, Any], place: str) -> None:
+    if not isinstance(value, dict):
+        raise _misfit(value, "an object", place)
+    known = {name.rstrip("?"): name for name in schema if isinstance(name, str)}
+    for name in known:
+        if name not in value and not known[name].endswith("?"):
+            raise ValueError(f"{_joined(place, name)} is missing")
+    for name, one in value.items():
+        if name in known:
+            _check(one, schema[known[name]], _joined(place, name))
+        elif str in schema:
+            _check(one, schema[str], _joined(place, name))
+        elif ... not in schema:
+            raise ValueError(f"{_joined(place, name)} is not known")
+
+
+def _joined(place: str, name: str) -> str:
+    return f"{place}.{name!a:.60}" if place else f"{name!a:.60}"
+
+
+def _misfit(value: Any, expected: str, place: str) -> ValueError:
+    return ValueError(f"{place or 'it'} is {value!a:.40}, not {expected}")

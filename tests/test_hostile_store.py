@@ -1,0 +1,357 @@
+"""Stores made or changed by others: their records, the files they name, who reopens them, and the network."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import socket
+from dataclasses import replace
+
+import pytest
+from builders import encoded, small_spec
+from torch.utils.data import DataLoader
+
+pytest.importorskip("pyarrow")
+
+from mmpack import PackedDataset
+from mmpack.cli.main import main
+from mmpack.store.atomic_folder import others
+from mmpack.store.build import why_outdated
+from mmpack.store.encoded_store import changed_files, file_sha256, open_store, write_store
+from mmpack.store.plan_file import save_plan
+from mmpack.store.records import MAX_RECORD_BYTES, write_record
+from mmpack.types import ImageRef
+
+SPEC = small_spec()
+PART = {
+    "begun": 1,
+    "made from": {},
+    "part": "1/1",
+    "chunks": [[1, 0]],
+    "capacity": 64,
+    "patch_capacity": None,
+    "max_image_share": None,
+    "on_overflow": "error",
+    "plan_seed": 0,
+    "config": None,
+    "frozen": [],
+}
+
+
+def write(folder, about=None, first=1, on_overflow="error"):
+    """Two packs, or one long text in pieces."""
+    text = encoded(SPEC, *range(first, 80))
+    image = encoded(SPEC, 3, (2, 4), first)
+    samples = [text, replace(image, media=(ImageRef("a.png"),))]
+    store = write_store(folder, samples, SPEC, {"begun": 1, **(about or {})})
+    dataset = PackedDataset.from_samples(
+        store, 40 if on_overflow == "split" else 80, on_overflow=on_overflow
+    )
+    if on_overflow == "split":
+        dataset.samples.save(folder)
+    save_plan(dataset.plan, folder)
+    return folder
+
+
+def reseal(folder, change, name="mmpack.json"):
+    """A record changed by `change`, with the checksum that fits."""
+    record = json.loads((folder / name).read_text())
+    record.pop("checksum of this file")
+    change(record)
+    write_record(folder / name, record)
+
+
+def put(*path_and_value):
+    *path, name, value = path_and_value
+
+    def change(record):
+        for one in path:
+            record = record[one]
+        if value is ...:
+            del record[name]
+        else:
+            record[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (put("vision", ...), "'vision' is missing"),
+        (put("vision", 3), "'vision' is 3, not an object"),
+        (put("vision", "patch_size", 0), "'vision'.'patch_size' is 0, not an integer from 1"),
+        (put("vision", "merge_size", True), "'vision'.'merge_size' is True, not an integer"),
+        (put("vision", "image_mean", ["x"]), "'vision'.'image_mean'[0] is 'x', not a number"),
+        (put("vision", "image_std", [0, 1, 1]), "no normalisation of channels"),
+        (put("vision", "video", "fps", None), "'vision'.'video'.'fps' is None, not a number"),
+        (put("vision", "resizer", "x"), "resizer must be 'pillow' or 'torch'"),
+        (put("vision", "more", 1), "'vision'.'more' is not known"),
+        (put("about", []), "'about' is [], not an object"),
+        (put("about", "files", 3), "'about'.'files' is 3, not an object"),
+        (put("about", "files", {"a": [1]}), "'about'.'files'.'a' is [1], not a list of 3"),
+        (put("about", "files", {"a": [1, 2, 3]}), "'a'[2] is 3, not a string"),
+        (put("about", "made from", {"a": None}), "is None, not a string"),
+        (put("about", "begun", "x"), "'about'.'begun' is 'x', not an integer"),
+        (put("about", "begun", 1 << 70), "'about'.'begun' is 1180591620717411303424, not"),
+        (put("about", "part", 1), "'about'.'part' is 1, not a string"),
+        (put("about", "chunks", [[2, 0]]), "'chunks'[0][0] is 2, not an integer from 0 to 1"),
+        (put("about", "capacity", "8"), "'about'.'capacity' is '8', not an integer"),
+        (put("about", "frozen", "vision"), "'about'.'frozen' is 'vision', not a list"),
+        (put("checksum", ...), "'checksum' is missing"),
+        (put("checksum", -1), "'checksum' is -1, not an integer from 0"),
+        (put("\x1b[31m", 1), r"'\x1b[31m' is not known"),
+    ],
+)
+def test_a_manifest_fits_its_schema(change, why, tmp_path, capsys):
+    """One line on the command line, whatever the record holds."""
+    write(tmp_path / "store")
+    reseal(tmp_path / "store", change)
+    assert main(["inspect", str(tmp_path / "store")]) == 1
+    said = capsys.readouterr().err
+    assert why in said
+    assert "mmpack.json is damaged: " in said
+    assert said.endswith("; pack again with --overwrite\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"{",
+        b"[" * 100_000,
+        b"1" * 10_000,
+        b'{"format": ' + b"[" * 900 + b"]" * 900 + b"}",
+    ],
+    ids=["empty", "no UTF-8", "cut", "deep", "a long number", "a deep format"],
+)
+def test_a_manifest_that_is_none(content, tmp_path):
+    write(tmp_path / "store")
+    (tmp_path / "store" / "mmpack.json").write_bytes(content)
+    with pytest.raises(ValueError, match="holds no finished store; make one|has store format"):
+        open_store(tmp_path / "store")
+
+
+def test_a_record_is_bounded(tmp_path):
+    write(tmp_path / "store")
+    os.truncate(tmp_path / "store" / "mmpack.json", MAX_RECORD_BYTES + 1)  # sparse
+    with pytest.raises(ValueError, match=r"67,108,865 bytes, at most 67,108,864 are read"):
+        open_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda a: a["sample_of"].__iadd__(1), "do not go from sample 0 to 1"),
+        (lambda a: a["sample_of"].__imul__(-1), "do not go from sample 0"),
+        (lambda a: a["bounds"].__setitem__((1, 0), 90), "not one behind the other"),
+        (lambda a: a["bounds"].__setitem__((0, 0), -1), "not one behind the other"),
+        (lambda a: a["bounds"].__setitem__((-2, 1), 10_000), "not one behind the other"),
+        (lambda a: a["bounds"].__setitem__((0, 1), 0), "whole and in pieces"),
+        (lambda a: a["sizes"].__setitem__((-1, 0), 999), "sizes are not the samples'"),
+        (lambda a: a["sizes"].__setitem__((0, 3), -1), "sizes are not the samples'"),
+    ],
+)
+def test_pieces_are_of_their_samples(change, why, tmp_path):
+    folder = write(tmp_path / "store", on_overflow="split")
+    samples = PackedDataset.from_store(folder).samples
+    arrays = {
+        "sample_of": samples.sample_of.copy(),
+        "bounds": samples.bounds.copy(),
+        "sizes": samples._sizes.copy(),
+    }
+    change(arrays)
+    type(samples)(samples.samples, **arrays).save(folder)
+    with pytest.raises(ValueError, match=rf"pieces\.json is damaged: .*{why}.*; pack again"):
+        PackedDataset.from_store(folder)
+
+
+def test_a_piece_beyond_its_sample_is_refused_when_it_is_read(tmp_path):
+    """How many tokens a sample has before images are expanded is known when it is read."""
+    folder = write(tmp_path / "store", on_overflow="split")
+    samples = PackedDataset.from_store(folder).samples
+    bounds = samples.bounds.copy()
+    bounds[-2, 1] += 1  # the last piece of the first sample; its 79 tokens are 79
+    with pytest.raises(ValueError, match="a piece of it ends after 80"):
+        type(samples)(samples.samples, samples.sample_of, bounds, samples._sizes)[-2]
+
+
+# What a store names
+
+
+def fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["mmpack.json", "samples.arrow", "index.json", "plan.json"])
+def test_a_fifo_is_no_file_of_a_store(name, tmp_path):
+    write(tmp_path / "store")
+    (tmp_path / "store" / name).unlink()
+    fifo(tmp_path / "store" / name)
+    with pytest.raises(ValueError, match="is a FIFO, not a regular file"):
+        PackedDataset.from_store(tmp_path / "store")
+
+
+def test_recorded_paths_are_hashed_only_if_they_are_regular_files(tmp_path):
+    """/dev/zero would be hashed for ever, a FIFO waited for."""
+    wrong = ["/dev/zero", str(fifo(tmp_path / "fifo")), str(tmp_path)]
+    sizes = [os.stat(path).st_size for path in wrong]  # as recorded, so that content decides
+    gone = [str(tmp_path / "gone"), "a\0b"]
+    files = {path: [size, 1, "0"] for path, size in zip(wrong, sizes)}
+    files |= {path: [1, 1, "0"] for path in gone}
+    folder = write(tmp_path / "store", {"files": files})
+    assert changed_files(open_store(folder)) == wrong
+    with pytest.raises(ValueError, match=r"/dev/zero and .*fifo and .* changed since"):
+        PackedDataset.from_store(folder)
+    for path in wrong:
+        with pytest.raises(ValueError, match="not a regular file"):
+            file_sha256(path)
+
+
+def test_an_image_that_is_no_regular_file_makes_a_store_outdated(tmp_path):
+    for path in (str(fifo(tmp_path / "fifo")), "a\0b"):
+        sample = replace(encoded(SPEC, 1, (2, 4), 2), media=(ImageRef(path),))
+        store = write_store(tmp_path / f"store{len(path)}", [sample], SPEC, {"begun": 1 << 62})
+        assert why_outdated(store, {}) == [path]
+
+
+# Who reopens a store
+
+
+def another(folder, first):
+    """What `mmpack pack --overwrite` of another process leaves."""
+    shutil.rmtree(folder)
+    return write(folder, first=first)
+
+
+def test_a_pickled_store_is_the_one_it_was(tmp_path):
+    folder = write(tmp_path / "store")
+    store = open_store(folder)
+    pickled, ids = pickle.dumps(store), store[0].input_ids.tolist()
+    copy = pickle.loads(pickled)
+    assert copy[0].input_ids.tolist() == ids
+    assert len(pickled) < 1000
+    another(folder, 1)  # packed again from the same rows
+    assert pickle.loads(pickle.dumps(pickle.loads(pickled)))[0].input_ids.tolist() == ids
+    another(folder, 2)
+    assert copy[0].input_ids.tolist() == ids  # mapped before
+    late = pickle.loads(pickled)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="store holds other samples than when this run opened"):
+            late[0]
+    with pytest.raises(ValueError, match="start the run again, or pack to another --out"):
+        len(pickle.loads(pickled))
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="holds no finished store"):
+        pickle.loads(pickled)[0]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_of_another_store_are_refused(method, tmp_path):
+    """An error that says so, out of the worker; not other samples under the old plan."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    dataset = PackedDataset.from_store(write(tmp_path / "store"))
+    options = {"num_workers": 1, "collate_fn": list, "multiprocessing_context": method}
+    loader = DataLoader(dataset, **options)
+    another(tmp_path / "store", 2)
+    with pytest.raises(ValueError, match="store holds other samples than when this run opened it"):
+        next(iter(loader))
+
+
+# Merging and inspecting
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever asks a host for anything fails the test."""
+    asked = []
+
+    def refuse(*args, **options):
+        asked.append(args)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield asked
+    assert asked == []
+
+
+def test_merge_asks_no_hub_for_a_recorded_config(no_network, tmp_path, capsys):
+    write(tmp_path / "part", PART | {"config": "somebody/model"})
+    assert main(["merge", str(tmp_path / "out"), str(tmp_path / "part")]) == 1
+    said = capsys.readouterr().err
+    assert "somebody/model holds no model config: there is no such file or folder here" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["somebody/model", "https://127.0.0.1/x", "/dev"])
+def test_inspect_asks_no_hub_for_a_recorded_tokenizer(where, no_network, tmp_path, capsys):
+    write(tmp_path / "store", {"tokenizer": where})
+    code = main(["inspect", str(tmp_path / "store")])
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    if where == "/dev":  # a folder, of no tokenizer
+        assert code == 1 and "/dev holds no Qwen-VL tokenizer" in said.err
+    else:
+        assert code == 0 and f"is not at {where} any more" in said.err
+
+
+def test_a_recorded_tokenizer_runs_no_code_and_waits_for_no_fifo(no_network, tmp_path, capsys):
+    where = tmp_path / "tokenizer"
+    where.mkdir()
+    settings = {"auto_map": {"AutoTokenizer": ["somebody/code--module.Class", None]}}
+    (where / "tokenizer_config.json").write_text(json.dumps(settings))
+    (where / "module.py").write_text("raise SystemExit('ran')")
+    fifo(where / "tokenizer.json")
+    fifo(where / "chat_template.jinja")
+    write(tmp_path / "store", {"tokenizer": str(where)})
+    assert main(["inspect", str(tmp_path / "store")]) == 1
+    assert "holds no Qwen-VL tokenizer" in capsys.readouterr().err
+
+
+def test_inspect_counts_what_rows_name(tmp_path, capsys):
+    sample = encoded(SPEC, 3, (2, 4), 5)  # of no image
+    store = write_store(tmp_path / "store", [sample], SPEC, {})
+    save_plan(PackedDataset.from_samples(store, 80).plan, tmp_path / "store")
+    assert main(["inspect", str(tmp_path / "store")]) == 1
+    assert "placeholders of 1 images or parts of videos, its rows name 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (put("about", "begun", ...), "mmpack.json is damaged: it lacks begun"),
+        (put("about", "config", ...), "mmpack.json is damaged: it lacks config"),
+        (put("about", "chunks", ...), "mmpack.json is damaged: it lacks chunks"),
+        (put("about", "chunks", [[0, 0]]), "its chunks are not those of its samples"),
+        (put("about", "chunks", [[1, 0], [1, 0]]), "its chunks are not those of its samples"),
+        (put("about", "chunks", [[1, 2]]), "bad_rows.jsonl is damaged: it has 0 lines, 2 were"),
+        (put("about", "part", "1/99999999999"), "--shard is I/N"),
+        (put("about", "part", "x"), "--shard is I/N"),
+    ],
+)
+def test_parts_that_are_none(change, why, tmp_path, capsys):
+    write(tmp_path / "part", PART)
+    reseal(tmp_path / "part", change)
+    assert main(["merge", str(tmp_path / "out"), str(tmp_path / "part")]) == 1
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# Replacing a store
+
+
+def test_a_store_of_the_format_before_is_replaced_not_a_folder_in_one(tmp_path):
+    """--overwrite is what its error advises; a folder is never a file of a store."""
+    folder = write(tmp_path / "store")
+    for name in ("index.npz", "plan.npz", "pieces.npz"):
+        (folder / name).write_bytes(b"")
+    assert others(folder) == []
+    (folder / "plan.thesis.npy").mkdir()
+    assert others(folder) == ["plan.thesis.npy"]
