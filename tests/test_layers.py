@@ -135,6 +135,7 @@ print(hidden)
 def test_the_design_has_the_law_and_every_file():
     """DESIGN.md's order of folders is the one above, and its tree names what there is, once."""
     text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160  # one page for the head
     order = re.search(r"^    (mmpack < .*)$", text, re.M)[1]
     drawn = {
         folder: layer
