@@ -165,14 +165,17 @@ def counted(packs):
     return collections.Counter(number for numbers, _ in packs for number in numbers)
 
 
+ALIKE = {"function", "iterator", "plain", "map-style datasets", "datasets of 3 shards"}
+ALIKE |= {"around datasets of a shard", "a function of WebDataset"}  # to others: tried with -m slow
 MATRIX = [
-    pytest.param(w, r, marks=() if (w, r) == (2, 2) else pytest.mark.slow)
-    for w, r in itertools.product((0, 1, 2, 4), (1, 2))
+    pytest.param(
+        *case, marks=() if case[1:] == (2, 2) and case[0] not in ALIKE else pytest.mark.slow
+    )
+    for case in itertools.product(SOURCES, (0, 1, 2, 4), (1, 2))
 ]
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize(("workers", "ranks"), MATRIX)
+@pytest.mark.parametrize(("kind", "workers", "ranks"), MATRIX)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_every_row_of_every_kind_of_source_once(kind, workers, ranks, processor):
     source = SOURCES[kind]()

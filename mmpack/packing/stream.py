@@ -120,7 +120,8 @@ class PackStream(PackSource, IterableDataset[Pack]):
         """Give this process its part of the source; returns the stream.
 
         Rows are dealt in turn to the workers of all ranks, each of which reads them all; of a
-        `datasets.IterableDataset` with enough shards each worker reads some.
+        `datasets.IterableDataset` with enough shards each worker reads some. The source must not split
+        itself by rank, see `check_ranks`; by worker it may, it is not told of workers.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
