@@ -40,6 +40,7 @@ ROOMS = {
         "packing/dataset",
         "packing/pack_source",
         "packing/stream",
+        "packing/stream_source",
         "packing/worker_buffers",
         "ops",
         "hf",

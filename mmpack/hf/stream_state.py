@@ -20,6 +20,7 @@ class StreamKeeper:
     def __init__(self, stream: PackStream) -> None:
         self.stream = stream
         self._ranks = 1
+        self._is_compared = False
 
     def on_init_end(self, args: TrainingArguments) -> None:
         """Give the rank its part. The state replaces Trainer's way to resume, which is to make all
@@ -76,10 +77,17 @@ class StreamKeeper:
         state.stateful_callbacks[KEY] = {"ranks": self._ranks, "is a stream": True}
 
     def consume(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Note the batches of a step."""
+        """Note the batches of a step; after the first one, compare what the ranks read.
+
+        Raises:
+            ValueError: workers or ranks read other rows than each other.
+        """
         for batch in batches:
             if "resume" in batch:
                 self.stream.consume(batch["resume"])
+        if self._ranks > 1 and not self._is_compared:
+            self.stream.check_ranks()
+        self._is_compared = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState) -> None:
         path = self._path(args, state)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmpack.data.chunks import chunks
@@ -33,11 +34,16 @@ from mmpack.packing.cost import costs_of
 from mmpack.packing.overflow import OnOverflow, fit_sample, is_too_long
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_select import choose, hashed
+from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Pack, Sample
 from mmpack.vision_spec import VisionSpec
 
 _CHUNK = 16  # rows encoded in one call: small, so that no pack waits for many
-_SNAPSHOT = 64  # rows between two states of a source that has them
+_ADVICE = (
+    "rows are dealt by their number, so some would be lost and others come twice; the source must "
+    "give every worker of every rank all rows in one order: leave its own split out "
+    "(WebDataset: nodesplitter=None), seed its shuffle, open files when it is iterated"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -114,7 +120,8 @@ class PackStream(PackSource, IterableDataset[Pack]):
         """Give this process its part of the source; returns the stream.
 
         Rows are dealt in turn to the workers of all ranks, each of which reads them all; of a
-        `datasets.IterableDataset` with enough shards each worker reads some.
+        `datasets.IterableDataset` with enough shards each worker reads some. The source must not split
+        itself by rank, see `check_ranks`; by worker it may, it is not told of workers.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
@@ -128,12 +135,38 @@ class PackStream(PackSource, IterableDataset[Pack]):
             self._first_pass[0] = epoch
 
     def consume(self, resume: bytes) -> None:
-        """Note that a step has consumed the pack, or the batch, that carried this."""
+        """Note that a step has consumed the pack, or the batch, that carried this.
+
+        Raises:
+            ValueError: a worker read other rows than another one.
+        """
         place = json.loads(resume)
         self._workers = place.pop("workers")
         worker = place.pop("worker")
+        for other, seen in self._consumed.items():
+            if seen["pass"] == place["pass"] and seen.get("rows", place["rows"]) != place["rows"]:
+                raise ValueError(
+                    f"worker {worker} reads other rows of the source than worker {other}: {_ADVICE}"
+                )
         self._consumed[worker] = place
         self._next = (worker + 1) % self._workers
+
+    def check_ranks(self) -> None:
+        """Compare what the ranks read, of `torch.distributed`'s default group; all of them call it, once
+        each has consumed a batch. `PackingCallback` does after the first step.
+
+        Raises:
+            ValueError: a rank reads other rows than another one, on all ranks.
+        """
+        ranks: list[dict[int, int]] = [{}] * dist.get_world_size()
+        own = {place["pass"]: place["rows"] for place in self._consumed.values() if "rows" in place}
+        dist.all_gather_object(ranks, own)
+        for rank, seen in enumerate(ranks):
+            for other, known in enumerate(ranks[:rank]):
+                if any(known[n] != rows for n, rows in seen.items() if n in known):
+                    raise ValueError(
+                        f"rank {rank} reads other rows of the source than rank {other}: {_ADVICE}"
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is, in this rank's part: row numbers and sums, as JSON holds them."""
@@ -224,9 +257,8 @@ class _Shard:
         self.num_entered = self._num_packs = 0
         self._buffer: list[_Entry] = []
         self._next = (0, 0)  # row and part that come next
-        self._snapshots: list[tuple[int, Any]] = []
-        self._rows_from = (0, None)
         if place is None:
+            self._rows = self._source(None, 0)
             self._entries = self._read(set(), (0, 0))
             return True
         self._tokens, self._cost = place["tokens"], place["cost"]
@@ -234,8 +266,7 @@ class _Shard:
         self._next = (place["next"][0], place["next"][1])
         held = [(row, part) for row, part, _ in place["buffer"]]
         for snapshot in (place["source"], None) if place["source"] else (None,):
-            self._rows_from = (snapshot[0], snapshot[1]) if snapshot else (0, None)
-            self._snapshots = [self._rows_from] if snapshot else []
+            self._rows = self._source(snapshot, place.get("rows", 0) if snapshot else 0)
             self._entries = self._read(set(held), self._next)
             self._buffer = list(islice(self._entries, len(held)))
             found = [(entry.row, entry.part, entry.check) for entry in self._buffer]
@@ -247,20 +278,23 @@ class _Shard:
             "shuffle must be the same again"
         )
 
+    def _source(self, begin: tuple[int, Any] | None, checksum: int) -> SourceRows:
+        stream, shard = self._stream, (self._index, self._num_shards)
+        return SourceRows(stream.source, self.number_of_pass, shard, stream._world, begin, checksum)
+
     def place(self) -> dict[str, Any]:
         """Where the shard stands, as JSON holds it."""
         oldest = self._buffer[0].row if self._buffer else self._next[0]
-        usable = [snapshot for snapshot in self._snapshots if snapshot[0] <= oldest]
-        self._snapshots = [*usable[-1:], *self._snapshots[len(usable) :]]
         return {
             "pass": self.number_of_pass,
+            "rows": self._rows.checksum,
             "next": self._next,
             "buffer": [(entry.row, entry.part, entry.check) for entry in self._buffer],
             "tokens": self._tokens,
             "cost": self._cost,
             "packs": self._num_packs,
             "entered": self.num_entered,
-            "source": usable[-1] if usable else None,
+            "source": self._rows.snapshot(oldest),
         }
 
     def packs(self) -> Iterator[list[EncodedSample]]:
@@ -294,7 +328,7 @@ class _Shard:
     def _read(self, held: set[tuple[int, int]], begin: tuple[int, int]) -> Iterator[_Entry]:
         """Samples that fit: those held, then all from `begin` on."""
         rows = {row for row, _ in held}
-        wanted = ((n, item) for n, item in self._rows() if n >= begin[0] or n in rows)
+        wanted = ((n, item) for n, item in self._rows if n >= begin[0] or n in rows)
         last, part = -1, 0
         for group in chunks(self._encoded(wanted), _CHUNK):
             fitting = []
@@ -310,32 +344,6 @@ class _Shard:
             costs = tokens if config is None or not samples else costs_of(samples, config).tolist()
             for (number, place, piece), size, cost in zip(fitting, tokens, costs):
                 yield _Entry(number, place, piece, (size, cost, piece.num_patches))
-
-    def _rows(self) -> Iterator[tuple[int, Any]]:
-        """Rows of this shard and their numbers."""
-        source: Any = self._stream.source
-        source = source() if callable(source) else source
-        if hasattr(source, "set_epoch"):
-            source.set_epoch(self.number_of_pass)
-        own, of = self._index, self._num_shards
-        rows: Iterable[Any] = source
-        start, state = self._rows_from
-        snapshot: Callable[[], Any] | None = None
-        if hasattr(source, "num_shards") and hasattr(source, "iter"):  # datasets.IterableDataset
-            shares = (of, own) if source.num_shards >= of else (1, 0)
-            own, of = (0, 1) if source.num_shards >= of else (own, of)
-            source = source.shard(*shares)  # a new one, whose state is its own
-            source.set_epoch(self.number_of_pass)
-            if state is not None:
-                source.load_state_dict(state)
-            # `iter` is not split among workers again, as `__iter__` is.
-            rows = ({k: v[0] for k, v in batch.items()} for batch in source.iter(batch_size=1))
-            snapshot = source.state_dict
-        for number, item in enumerate(rows, start):
-            if number % of == own:
-                yield number, item
-            if snapshot is not None and (number + 1) % _SNAPSHOT == 0:
-                self._snapshots.append((number + 1, snapshot()))
 
     def _encoded(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, EncodedSample]]:
         for chunk in chunks(rows, _CHUNK):
