@@ -97,7 +97,9 @@ def _vision_of(saved: dict[str, Any]) -> VisionSpec:
     Raises:
         ValueError: they make no sense together.
     """
-    vision = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    vision: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
+    }
     if vision["video"] is not None:
         vision["video"] = VideoSpec(**vision["video"])
     spec = VisionSpec(**vision)
