@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("pyarrow")
 
+import pyarrow
+
 from mmpack import PackedDataset
 from mmpack.cli.main import main
+from mmpack.store.arrow_schema import SCHEMA, read_batch
 from mmpack.store.atomic_folder import others
 from mmpack.store.build import why_outdated
 from mmpack.store.encoded_store import changed_files, file_sha256, open_store, write_store
@@ -177,6 +180,20 @@ def test_a_piece_beyond_its_sample_is_refused_when_it_is_read(tmp_path):
     bounds[-2, 1] += 1  # the last piece of the first sample; its 79 tokens are 79
     with pytest.raises(ValueError, match="a piece of it ends after 80"):
         type(samples)(samples.samples, samples.sample_of, bounds, samples._sizes)[-2]
+
+
+def test_a_batch_that_is_compressed_is_not_made_large(tmp_path):
+    """A few bytes could become gigabytes."""
+    folder = write(tmp_path / "store")
+    batch = read_batch(next(open_store(folder).batches()))
+    sink = pyarrow.BufferOutputStream()
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(sink, SCHEMA, options=options) as writer:
+        writer.write_batch(batch)
+    message = sink.getvalue()[len(SCHEMA.serialize()) : -8]
+    assert pyarrow.ipc.read_record_batch(message, SCHEMA).equals(batch)
+    with pytest.raises(ValueError, match="its batch is compressed"):
+        read_batch(message)
 
 
 # What a store names

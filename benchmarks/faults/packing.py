@@ -89,10 +89,10 @@ def flipped_byte(data: Path) -> str:
 
 
 def flipped_byte_of_the_plan(data: Path) -> str:
-    """One flipped bit in `plan.npz`."""
-    path = data / "packed" / "plan.npz"
+    """One flipped bit in `plan.sample_index.npy`."""
+    path = data / "packed" / "plan.sample_index.npy"
     content = bytearray(path.read_bytes())
-    content[len(content) // 4] ^= 1
+    content[-8] ^= 1
     path.write_bytes(content)
     return f"`{without_paths(reason(train_epoch(data)), data)}`"
 
@@ -119,6 +119,16 @@ def changed_data(data: Path) -> str:
     path = data / "train.json"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"chart", b"chirt", 1))
+    done = mmpack("train", "--data", data / "out", "--config", data / "config.json")
+    return f"`{without_paths(reason(done), data)}`"
+
+
+def fifo_for_data(data: Path) -> str:
+    """A FIFO where the data file was that a store was packed from."""
+    done = mmpack(*pack_command(data, data / "train.json")[3:], data / "out")
+    assert done.returncode == 0, done.stderr
+    (data / "train.json").unlink()
+    os.mkfifo(data / "train.json")
     done = mmpack("train", "--data", data / "out", "--config", data / "config.json")
     return f"`{without_paths(reason(done), data)}`"
 
@@ -172,5 +182,6 @@ PACKING = [
     torn_store,
     foreign_folder,
     changed_data,
+    fifo_for_data,
     changed_image,
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -136,8 +137,12 @@ def read_batch(data: Any) -> Any:
         ValueError, OSError: it is damaged so that reading it might read other memory.
     """
     try:
+        if _is_compressed(data):
+            raise ValueError("its batch is compressed, mmpack writes none that is")
         batch = pyarrow.ipc.read_record_batch(data, SCHEMA)
         batch.validate(full=True)
+    except struct.error:
+        raise ValueError("it is no batch") from None
     except (pyarrow.ArrowException, EOFError) as error:  # some are no ValueErrors
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
@@ -149,6 +154,23 @@ def read_batch(data: Any) -> Any:
         if num_nulls:
             raise ValueError(f"{name} has {num_nulls:,} nulls")
     return batch
+
+
+def _is_compressed(data: Any) -> bool:
+    """Whether an Arrow message says that its buffers are compressed: they could be of any size then, and Arrow
+    would make them all. It is the table Message.header.compression of Arrow's Message.fbs."""
+    view = memoryview(data)[8:]  # behind a mark and a length
+
+    def field(table: int, slot: int) -> int:
+        """Place of a table's field; 0: it is not there."""
+        entries = table - int(struct.unpack_from("<i", view, table)[0])
+        if entries < 0 or 4 + 2 * slot >= struct.unpack_from("<H", view, entries)[0]:
+            return 0
+        offset = int(struct.unpack_from("<H", view, entries + 4 + 2 * slot)[0])
+        return table + offset if offset else 0
+
+    header = field(struct.unpack_from("<I", view, 0)[0], 2)
+    return bool(header) and field(header + struct.unpack_from("<I", view, header)[0], 3) != 0
 
 
 def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSample | None:
