@@ -80,7 +80,7 @@ def escaped_streams() -> Iterator[None]:
     """`sys.stdout` and `sys.stderr` escape what is written to them; of a program that ends in a bug
     of ours, the traceback too."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Escaped(out, False), _Escaped(err, True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Escaped(out, False), _Escaped(err, True)
     try:
         yield
     except Exception:
@@ -93,4 +93,5 @@ def escaped_streams() -> Iterator[None]:
 
 def unescaped(stream: TextIO) -> TextIO:
     """The stream below, for text that is printable but for colours of our own."""
-    return getattr(stream, "raw", stream)
+    raw: TextIO = getattr(stream, "raw", stream)
+    return raw

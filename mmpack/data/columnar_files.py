@@ -162,7 +162,7 @@ def _why_unread(kind: Any) -> str:
     return ""
 
 
-def _extension_types() -> tuple[type, ...]:
+def _extension_types() -> Any:
     import pyarrow
 
     return (pyarrow.BaseExtensionType,)

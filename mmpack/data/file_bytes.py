@@ -30,10 +30,10 @@ def require_file(path: Path) -> None:
     """
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:
-        is_missing = isinstance(error, (FileNotFoundError, ValueError))  # NUL is in no name
-        reason = "there is no such file" if is_missing else error.strerror
-        raise ValueError(f"cannot read {path}: {reason}") from None
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL, which is in no name
+        raise ValueError(f"cannot read {path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if kind != stat.S_IFREG:
         raise ValueError(f"{path} is {_KINDS.get(kind, 'no file')}; only regular files are read")
 

@@ -308,7 +308,7 @@ def _arrow(path: Path) -> Iterator[Row]:
         yield Row(path.name, number, content, error)
 
 
-def memory_rows(rows: Iterable[Any]) -> Iterator[Row]:
+def memory_rows(rows: Any) -> Iterator[Row]:
     """Rows in memory. A data set that fails at one (a `datasets` image column whose file is missing) is
     asked for the next ones by number, so that its neighbours stay usable."""
     number = 0
@@ -325,7 +325,7 @@ def memory_rows(rows: Iterable[Any]) -> Iterator[Row]:
             row = Row("rows", number, rows[number])
         except (OSError, ValueError) as error:
             bad = RowError(
-                f"the data set cannot give it: {str(error)[:300]}", "mend or drop the row"
+                f"the data set cannot give it: {str(error)[:300]}", "fix or drop the row"
             )
             row = Row("rows", number, None, bad)
         yield row
