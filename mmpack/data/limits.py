@@ -10,20 +10,12 @@ MAX_ROW = 1 << 26  # bytes of a row and of a CSV field; a row of megabytes is no
 MAX_DEPTH = 100  # lists and objects within each other; processes hand rows over by recursion
 FREE_BYTES = 1 << 26  # decompressed bytes of a file that need no justification ...
 MAX_RATIO = 200  # ... beyond them, at most so many for each byte of the file; text takes 3 to 20
-FREE_VALUES = (
-    1 << 23
-)  # of a column in a row group of Parquet, where a null takes no byte; then the ratio
 FREE_ROWS = 1 << 16  # of Arrow and Parquet, whose rows may take no byte; beyond them the same ratio
 
 
 def most_bytes(file_bytes: int) -> int:
     """How many decompressed bytes a file of this size may have."""
     return max(FREE_BYTES, MAX_RATIO * file_bytes)
-
-
-def most_values(file_bytes: int) -> int:
-    """How many values a column may have in a row group of a Parquet file of this size."""
-    return FREE_VALUES + MAX_RATIO * file_bytes
 
 
 def most_rows(file_bytes: int) -> int:
