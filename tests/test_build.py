@@ -74,7 +74,7 @@ def test_any_number_of_processes_does_the_same(rows, tokenizer, vision):
     raised = [indexed(rows, tokenizer, vision, jobs=jobs)[1] for jobs in (1, 2)]
     assert raised[0] == raised[1] == bad_rows[0][1]
     broken = rows[0].with_name("broken.json")
-    broken.write_text("[1, 2")
+    broken.write_text("[")
     ended = [
         indexed([*rows, broken, rows[0]], tokenizer, vision, jobs=jobs, on_error=[])
         for jobs in (1, 2)

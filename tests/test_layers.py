@@ -31,7 +31,13 @@ ROOMS = {
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
     "matplotlib": {"cli/plots"},
-    "pyarrow": {"data/file_formats", "store/encoded_store", "store/arrow_schema"},
+    "pyarrow": {
+        "data/columnar_files",
+        "data/file_bytes",
+        "data/file_formats",
+        "store/encoded_store",
+        "store/arrow_schema",
+    },
     "safetensors": {"hf"},  # transformers needs it
     "tokenizers": {"cli/demo"},
     "torch": {

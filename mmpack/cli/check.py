@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.plan import padded_utilization, plan_packs
+from mmpack.store.encoded_store import file_sha256
 from mmpack.types import EncodedSample, ImageRef, Sample
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
@@ -115,7 +115,7 @@ class Summary:
         self.lengths: list[tuple[int, str, int]] = []
         self.has_tokens = False
         self._hash_files = hash_files
-        self._by_content: dict[bytes, set[str]] = defaultdict(set)
+        self._by_content: dict[str, set[str]] = defaultdict(set)
 
     def add(self, checked: CheckedRow) -> None:
         """Count one row."""
@@ -157,8 +157,7 @@ class Summary:
         if image.data is not None:
             return
         if self._hash_files and image.path not in self.image_uses:
-            with open(image.path, "rb") as file:
-                self._by_content[hashlib.sha256(file.read()).digest()].add(image.path)
+            self._by_content[file_sha256(image.path)].add(image.path)
         self.image_uses[image.path] += 1
 
     @property

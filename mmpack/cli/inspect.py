@@ -5,7 +5,6 @@ Everything is read off the assembled `Pack`, not off the rows: what this shows i
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.cli.tables import aligned
+from mmpack.cli.terminal import one_line, printable
 from mmpack.data import images, videos
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
@@ -196,7 +196,7 @@ def table(view: PackView) -> str:
         rows.append(
             (
                 str(segment),
-                f"{sample.row} of {printable(sample.source)}",
+                f"{sample.row} of {one_line(sample.source)}",
                 f"{end - begin:,}",
                 f"{(end - begin) / tokens:.1%}",
                 f"{view.num_supervised(segment):,}",
@@ -212,7 +212,7 @@ def _described(view: PackView, medium: Medium) -> str:
     p = view.pack.vision.patch_size
     return (
         f"{medium.name}: {_size(medium)} patches of {p} ({width * p} x {height * p} pixels), "
-        f"{view.num_tokens(medium):,} tokens, {printable(Path(medium.ref.path).name)}"
+        f"{view.num_tokens(medium):,} tokens, {one_line(Path(medium.ref.path).name)}"
     )
 
 
@@ -246,7 +246,7 @@ def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> st
         parts.append(written)
     sample = view.samples[segment]
     begin, end = view.bounds(segment)
-    place = f"row {sample.row} of {printable(sample.source)}, tokens {begin:,} to {end:,}"
+    place = f"row {sample.row} of {one_line(sample.source)}, tokens {begin:,} to {end:,}"
     return f"--- segment {segment}: {place}\n{''.join(parts)}"
 
 
@@ -262,17 +262,6 @@ def _folded(view: PackView, span: Span) -> str:
     frames, height, width = medium.grid_thw
     place = f"{medium.name}, part {span.first_frame + 1} of {frames}"
     return f"<{place}: {height}x{width} patches, {span.end - span.begin:,} tokens>"
-
-
-def printable(text: str) -> str:
-    """Text that does nothing to a terminal and hides nothing: control and format characters, which rows
-    from anywhere may hold, as escapes."""
-    return "".join(
-        char
-        if char in "\n\t" or unicodedata.category(char)[0] != "C"
-        else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
 
 
 def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dict[str, Any]:

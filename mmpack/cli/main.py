@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import command_line
+from mmpack.cli.terminal import escaped_streams, one_line, unescaped
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.errors import BadRow, OnError
 
@@ -23,6 +24,11 @@ from mmpack.errors import BadRow, OnError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141
     nobody reads what it prints any more."""
+    with escaped_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
@@ -55,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = f"{error.name} is not installed; mmpack {options.command} needs mmpack[train]"
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    print(f"mmpack: {reason}", file=sys.stderr)
+    print(f"mmpack: {one_line(reason)}", file=sys.stderr)
     return 1
 
 
@@ -144,8 +150,10 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(json.dumps(inspect.as_dict(view, decode, chosen)))
         return
     print(inspect.table(view))
+    color = sys.stdout.isatty()
+    file = unescaped(sys.stdout) if color else sys.stdout
     for segment in chosen:
-        print(f"\n{inspect.text(view, segment, decode, color=sys.stdout.isatty())}")
+        print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
 
 
 def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -247,7 +255,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
             seed=options.plan_seed,
         )
         for row in bad_rows:
-            print(f"left out {row}", file=sys.stderr)
+            print(f"left out {one_line(row)}", file=sys.stderr)
     dataset.on_bad_image = options.on_bad_image
     model = load_model(options.model, options.config, args.seed)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +200,9 @@ def _encode(
     store = write_batches(partial, batches, vision, about, may_be_empty=part is not None)
     if changed := changed_files(store):
         raise ValueError(f"{changed[0]} changed while it was read; pack again")
-    _write_lines(partial / "bad_rows.jsonl", [asdict(row) for row in bad_rows])
+    names = [field.name for field in fields(BadRow)]
+    lines = [{name: getattr(row, name) for name in names} for row in bad_rows]
+    _write_lines(partial / "bad_rows.jsonl", lines)
     return store
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.cli.check import Summary
+from mmpack.cli.terminal import one_line
 from mmpack.packing.pack_stats import (
     cost_floor,
     image_shares,
@@ -51,7 +53,7 @@ def check_table(summary: Summary) -> str:
         )
     if summary.same_content:
         extra = sum(len(paths) - 1 for paths in summary.same_content)
-        example = " = ".join(Path(path).name for path in summary.same_content[0])
+        example = " = ".join(one_line(Path(path).name) for path in summary.same_content[0])
         lines.append(f"        {extra:,} files have the content of another ({example})")
     if summary.image_sizes:
         heights, widths = np.array(summary.image_sizes).T
@@ -66,7 +68,9 @@ def check_table(summary: Summary) -> str:
         f"rows by {unit}  "
         + ", ".join(f"<= {end:,}: {count:,}" for end, count in summary.histogram().items()),
         "longest rows  "
-        + ", ".join(f"{source} row {row}: {length:,}" for length, source, row in summary.longest()),
+        + ", ".join(
+            f"{one_line(source)} row {row}: {length:,}" for length, source, row in summary.longest()
+        ),
         "",
         *_source_table(summary),
     ]
@@ -78,7 +82,9 @@ def check_table(summary: Summary) -> str:
 
 
 def _bad_lines(summary: Summary) -> list[str]:
-    lines = [f"  {bad if bad.row >= 0 else bad.error}" for bad in summary.bad_rows[:_SHOWN_BAD]]
+    lines = [
+        f"  {one_line(bad if bad.row >= 0 else bad.error)}" for bad in summary.bad_rows[:_SHOWN_BAD]
+    ]
     if len(summary.bad_rows) > _SHOWN_BAD:
         lines.append(
             f"  ... {len(summary.bad_rows) - _SHOWN_BAD:,} more; --bad FILE lists them all"
@@ -87,7 +93,7 @@ def _bad_lines(summary: Summary) -> list[str]:
 
 
 def _counts(counts: Counter[str] | dict[int, int]) -> str:
-    return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+    return ", ".join(f"{one_line(name)}: {count:,}" for name, count in counts.items())
 
 
 def _source_table(summary: Summary) -> list[str]:
@@ -110,7 +116,9 @@ def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Rows of cells as lines; columns are aligned to the right, but for those in `left`."""
+    """Rows of cells as lines; columns are aligned to the right, but for those in `left`. Cells are shown
+    in one line, whatever they hold."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(
@@ -152,7 +160,7 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
     if len(report["sources"]) > 1:
         parts += list(report["sources"].items())[:SHOWN_SOURCES]
     lines = [
-        f"{name}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
+        f"{one_line(name)}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
         "pack's (10th to 90th percentile)"
         + (f"; {part['images']:.0%} of them images" if "images" in part else "")
         for name, part in parts
@@ -167,8 +175,26 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """Any row as a line: bytes and pictures abridged, half characters escaped."""
+    """Any row as a line: bytes and pictures abridged, half characters escaped, numbers that JSON has not
+    (NaN, infinity) as their names."""
     try:
-        return json.dumps(value, default=lambda other: f"{other!r:.100}") + "\n"
+        try:
+            return json.dumps(value, default=_abridged, allow_nan=False) + "\n"
+        except ValueError:  # such a number
+            return json.dumps(_finite(value), default=_abridged) + "\n"
     except RecursionError:
         return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
+
+
+def _abridged(value: Any) -> str:
+    if isinstance(value, (bytes, bytearray)):
+        value = bytes(value[:100])  # whose text alone is made
+    return f"{value!r:.100}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)

@@ -89,12 +89,14 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
     Raises:
         ValueError: a format or an option we do not read.
     """
-    columns, tags = mapping.get("columns") or {}, mapping.get("tags") or {}
+    columns, tags = _names_of(mapping, "columns"), _names_of(mapping, "tags")
     is_chat = "messages" in columns
     formatting = mapping.get("formatting", "sharegpt" if is_chat else "alpaca")
-    base = {"sharegpt": _SHAREGPT, "openai": _OPENAI, "alpaca": _ALPACA}.get(formatting)
+    base = {"sharegpt": _SHAREGPT, "openai": _OPENAI, "alpaca": _ALPACA}.get(str(formatting))
     if base is None:
-        raise ValueError(f"formatting {formatting!r} is not read; use sharegpt, openai or alpaca")
+        raise ValueError(
+            f"formatting {_short(formatting)} is not read; use sharegpt, openai or alpaca"
+        )
     for option in ("ranking", "num_samples", "subset", "kto_tag"):
         if mapping.get(option) or columns.get(option):
             raise ValueError(f"a dataset_info.json entry with {option!r} is not supported")
@@ -110,6 +112,19 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
         {**base.tags, **{name: tag for name, tag in tags.items() if tag}},
         tuple(kept),
     )
+
+
+def _names_of(mapping: dict[str, Any], part: str) -> dict[str, str | None]:
+    """What `columns` or `tags` of a mapping call our names."""
+    named = mapping.get(part) or {}
+    is_dict = isinstance(named, dict)
+    for name, value in named.items() if is_dict else [(part, named)]:
+        if not is_dict or not isinstance(value, (str, type(None))):
+            raise ValueError(
+                f"{name!r} of a dataset_info.json entry is {_short(value)}; "
+                f"{part!r} must hold names, one for each of ours"
+            )
+    return named
 
 
 def detect_fields(row: dict[str, Any]) -> Fields:

@@ -8,22 +8,24 @@ is wrong with the file as a whole is raised.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from mmpack.data.columnar_files import arrow_contents, parquet_contents
+from mmpack.data.file_bytes import open_bytes, require_file
+from mmpack.data.limits import MAX_DEPTH, MAX_ROW
 from mmpack.errors import RowError, names
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-MAX_LINE = 1 << 26  # bytes of one JSON line or CSV field; a row of megabytes is no conversation
 
+_LONG = f"longer than {MAX_ROW:,} bytes"
 _NOT_DATA = ("dataset_info.json", "state.json")  # beside the data of LLaMA-Factory and `datasets`
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,25 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
     """The data files at a path: the file itself, or those of one type in a folder.
 
     Raises:
-        ValueError: nothing there, no type we read, or a folder with several types.
+        ValueError: nothing there, no type we read, a folder with several types, or what is no file
+            (a pipe, a device, a link that leads nowhere), under its own name or in the folder.
     """
     path = Path(path)
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.is_file() and p.name not in _NOT_DATA)
+    if os.path.isdir(path):
+        try:
+            inside = sorted(p for p in path.iterdir() if p.name not in _NOT_DATA)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
         files = [p for p in inside if _data_suffix(p) is not None]
+        for file in files:
+            require_file(file)
         suffixes = sorted({str(_data_suffix(p)) for p in files})
         if not files:
             raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)})")
         if len(suffixes) > 1:
             raise ValueError(f"{path} has files of several types {suffixes}; name the ones to read")
         return files
-    if not path.exists():
-        raise ValueError(f"cannot read {path}: there is no such file")
+    require_file(path)
     if _data_suffix(path) is None:
         raise ValueError(
             f"{path} is none of {', '.join(SUFFIXES)} (also .gz and .zst of the first three)"
@@ -77,6 +84,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     suffix = _data_suffix(path)
     assert suffix is not None, path
     row = None
+    require_file(path)
     try:
         for row in readers[suffix](path):
             yield row
@@ -114,56 +122,99 @@ def _data_suffix(path: Path) -> str | None:
     return path.suffix if path.suffix in SUFFIXES else None
 
 
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    """The file's bytes, decompressed."""
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
-        import pyarrow
-
-        stream = pyarrow.input_stream(str(path), compression="zstd")
-        return io.BufferedReader(stream)  # which reads lines
-    opened = path.open("rb")
-    start = opened.peek(4)
-    for magic, name in _MAGIC.items():
-        if start.startswith(magic):
-            opened.close()
-            raise ValueError(f"{path.name} is {name} data; give it the name of what it is")
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        opened.close()
-        raise ValueError(f"{path.name} is UTF-16; save it as UTF-8")
-    return opened
-
-
 def parse_json(text: str) -> Any:
     """`json.loads`; whatever is wrong, nesting and endless numbers too, is a `ValueError`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check_depth(value, text.count("[") + text.count("{"))
+    return value
+
+
+def _check_depth(value: Any, num_opened: int) -> None:
+    """
+    Args:
+        num_opened: how many lists and objects the value has at most.
+
+    Raises:
+        ValueError: it is nested deeper than processes can hand rows over.
+    """
+    if num_opened <= MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))
+        ]
+        level = [inner for values in nested for inner in values]
+    if level:
+        raise ValueError(f"nested too deeply, {MAX_DEPTH} lists and objects are read")
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _json_array(path: Path) -> Iterator[Row]:
-    with _open(path) as opened:
+    """Its text is in memory whole, its rows one at a time."""
+    with open_bytes(path) as opened:
         text = opened.read().decode("utf-8-sig")
+    start = _SPACE.match(text, 0).end()  # type: ignore[union-attr]
+    has = ""
     try:
-        rows = parse_json(text)
+        if not text.startswith("[", start):
+            value = parse_json(text)
+            is_object = isinstance(value, dict)
+            has = f"an object with {names(value)}" if is_object else type(value).__name__
+            text, start = "[]", 0
+        for number, (content, begin, end) in enumerate(_array_items(text, start + 1)):
+            try:
+                if end - begin > MAX_ROW:
+                    raise ValueError(_LONG)
+                _check_depth(content, text.count("[", begin, end) + text.count("{", begin, end))
+            except ValueError as error:
+                bad = RowError(f"the row is {error}", "shorten or delete the row")
+                yield Row(path.name, number, text[begin : min(end, begin + 1000)], bad)
+            else:
+                yield Row(path.name, number, content)
     except ValueError as error:
         advice = (
             "; one object a line? rename the file to .jsonl" if "Extra data" in str(error) else ""
         )
         raise ValueError(f"{path.name} is not a JSON array: {error}{advice}") from None
-    if not isinstance(rows, list):
-        has = f"an object with {names(rows)}" if isinstance(rows, dict) else type(rows).__name__
+    if has:
         raise ValueError(f"{path.name} must hold a JSON array of rows, it holds {has}")
-    for number, row in enumerate(rows):
-        yield Row(path.name, number, row)
+
+
+def _array_items(text: str, place: int) -> Iterator[tuple[Any, int, int]]:
+    """(item, where its text begins, where it ends) of a JSON array, `place` being behind its bracket."""
+
+    def skip(place: int) -> int:
+        return _SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+    decode = json.JSONDecoder().raw_decode
+    place = skip(place)
+    if not text.startswith("]", place):
+        while True:
+            try:
+                item, end = decode(text, place)
+            except RecursionError:
+                raise ValueError(f"nested too deeply at character {place:,}") from None
+            yield item, place, end
+            place = skip(end)
+            if not text.startswith(",", place):
+                break
+            place = skip(place + 1)
+    if not text.startswith("]", place):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+    if skip(place + 1) != len(text):
+        raise json.JSONDecodeError("Extra data", text, skip(place + 1))
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
     number = line_number = 0
-    with _open(path) as opened:
-        while line := opened.readline(MAX_LINE):
+    with open_bytes(path) as opened:
+        while line := opened.readline(MAX_ROW):
             line_number += 1
             if line_number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -174,8 +225,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    raise ValueError(f"longer than {MAX_LINE:,} bytes")
+                if len(line) == MAX_ROW and not line.endswith(b"\n"):
+                    raise ValueError(_LONG)
                 yield Row(path.name, number, parse_json(line.decode("utf-8")))
             except UnicodeDecodeError as error:
                 yield _bad_line(
@@ -187,8 +238,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 )
             except ValueError as error:
                 yield _bad_line(path, number, line, f"is not JSON: {error}", line_number)
-                while len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    line = opened.readline(MAX_LINE)
+                while len(line) == MAX_ROW and not line.endswith(b"\n"):
+                    line = opened.readline(MAX_ROW)
             number += 1
 
 
@@ -197,12 +248,37 @@ def _bad_line(path: Path, number: int, line: bytes, problem: str, line_number: i
     return Row(path.name, number, line[:1000].decode("utf-8", errors="replace"), error)
 
 
+class _CsvLines:
+    """Lines for a CSV reader, which would keep any number of them for a quote that is not closed."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self.row_length = 0  # of the lines since somebody set it to 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_ROW)
+        self.row_length += len(line)
+        if self.row_length >= MAX_ROW:
+            raise csv.Error(_LONG)
+        if not line:
+            raise StopIteration
+        return line
+
+
 def _csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(MAX_LINE)  # process-wide, and only ever larger than the default
-    with _open(path) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text)
+    csv.field_size_limit(MAX_ROW)  # process-wide, and only ever larger than the default
+    with (
+        open_bytes(path) as opened,
+        io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text,
+    ):
+        lines = _CsvLines(text)
+        reader = csv.DictReader(lines)
         number = 0
         while True:
+            lines.row_length = 0
             try:
                 row = next(reader)
             except StopIteration:
@@ -223,40 +299,37 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        opened = pyarrow.parquet.ParquetFile(path)
-        yield from _batches(path, opened.iter_batches(batch_size=256))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path.name} is not a Parquet file: {error}") from None
+    for number, (content, error) in enumerate(parquet_contents(path)):
+        yield Row(path.name, number, content, error)
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """Both of Arrow's layouts: the stream `datasets` writes, and the file format (Feather)."""
-    import pyarrow
-    import pyarrow.ipc
-
-    try:
-        with pyarrow.memory_map(str(path)) as mapped:
-            try:
-                batches: Iterable[Any] = pyarrow.ipc.open_stream(mapped)
-            except pyarrow.ArrowInvalid:
-                opened = pyarrow.ipc.open_file(mapped)
-                batches = (opened.get_batch(n) for n in range(opened.num_record_batches))
-            yield from _batches(path, batches)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path.name} is not an Arrow file: {error}") from None
+    for number, (content, error) in enumerate(arrow_contents(path)):
+        yield Row(path.name, number, content, error)
 
 
-def _batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
+def memory_rows(rows: Any) -> Iterator[Row]:
+    """Rows in memory. A data set that fails at one (a `datasets` image column whose file is missing) is
+    asked for the next ones by number, so that its neighbours stay usable."""
     number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, 256):  # one Python row at a time would be slow
-            for content in batch.slice(start, 256).to_pylist():
-                yield Row(path.name, number, content)
-                number += 1
+    try:
+        for content in rows:
+            yield Row("rows", number, content)
+            number += 1
+        return
+    except (OSError, ValueError):
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise
+    while number < len(rows):
+        try:
+            row = Row("rows", number, rows[number])
+        except (OSError, ValueError) as error:
+            bad = RowError(
+                f"the data set cannot give it: {str(error)[:300]}", "fix or drop the row"
+            )
+            row = Row("rows", number, None, bad)
+        yield row
+        number += 1
 
 
 def rows_or_error(rows: Iterable[Row]) -> Iterator[Row | ValueError]:

@@ -7,7 +7,6 @@ the media folder (`mmpack.data.media_paths`, `mmpack.data.images`, `mmpack.data.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,9 +27,17 @@ from mmpack.data.conversations import (
     turns_of,
 )
 from mmpack.data.documents import document_of
-from mmpack.data.file_formats import Row, data_files, read_rows
+from mmpack.data.file_bytes import require_file
+from mmpack.data.file_formats import (
+    Row,
+    data_files,
+    memory_rows,
+    parse_json,
+    read_rows,
+)
+from mmpack.data.limits import MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
-from mmpack.errors import BadRow, OnError, RowError, refuse
+from mmpack.errors import BadRow, OnError, RowError, names, refuse
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -281,8 +288,7 @@ def row_groups(
         isinstance(d, (str, os.PathLike)) for d in data
     ):
         fields = _fields(mapping, None)
-        rows = (Row("rows", number, content) for number, content in enumerate(data))
-        yield RowGroup(rows, fields, _media_folders(folders, "."))
+        yield RowGroup(memory_rows(data), fields, _media_folders(folders, "."))
         return
     if isinstance(mapping, str):
         if len(data) != 1:
@@ -319,27 +325,35 @@ def _fields(mapping: str | dict[str, Any] | None, file: Path | None) -> Fields |
 
 def _named_entry(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     info_path = path if path.suffix == ".json" else path / "dataset_info.json"
-    try:
-        info = json.loads(info_path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"cannot read {info_path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{info_path} is not JSON: {error}") from None
+    info = _read_info(info_path)
     if not isinstance(info, dict) or not isinstance(info.get(name), dict):
-        has = sorted(info) if isinstance(info, dict) else type(info).__name__
+        has = names(info) if isinstance(info, dict) else type(info).__name__
         raise ValueError(f"no dataset {name!r} in {info_path}; it has {has}")
-    if "file_name" not in info[name]:
+    file_name = info[name].get("file_name")
+    if not isinstance(file_name, str) or not file_name:
         raise ValueError(f"dataset {name!r} of {info_path} has no file_name; only files are read")
-    return info_path.parent / info[name]["file_name"], info[name]
+    return info_path.parent / file_name, info[name]
 
 
 def _entry_beside(file: Path) -> dict[str, Any] | None:
     """The entry of a dataset_info.json beside the file that names it; `datasets` has a file of that
     name too, which names none."""
-    try:
-        info = json.loads((file.parent / "dataset_info.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    info_path = file.parent / "dataset_info.json"
+    if not os.path.lexists(info_path):
         return None
+    info = _read_info(info_path)
     entries = info.values() if isinstance(info, dict) else []
     named = [e for e in entries if isinstance(e, dict) and e.get("file_name") == file.name]
     return named[0] if len(named) == 1 else None
+
+
+def _read_info(path: Path) -> Any:
+    require_file(path)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_ROW).decode("utf-8-sig")
+        return parse_json(text)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,97 @@
+"""Somebody's text on a terminal: shown, not sent.
+
+Rows, paths and errors that quote them come from anywhere, and a terminal obeys what it is sent: it moves the
+cursor over what was said, hides text, changes its title, writes to the clipboard. So everything the command
+line prints passes `escaped_streams`; what should be one line, such as an error or the cell of a table, passes
+`printable` besides.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+_UNSEEN = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+)  # control, format, half characters, line separators
+_PLAIN = re.compile(r"[\x20-\x7e\n\t]*")
+_CURSOR_UP = re.compile(r"\n*(?:\x1b\[A)*")  # between several progress bars
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Text that does nothing to a terminal and hides nothing: control and format characters but `keep`
+    as escapes."""
+    if _PLAIN.fullmatch(text) and "\n" in keep:
+        return text
+    return "".join(
+        char if char in keep or unicodedata.category(char) not in _UNSEEN else _escape(char)
+        for char in text
+    )
+
+
+def one_line(text: Any) -> str:
+    """The same in one line."""
+    return printable(str(text), keep="")
+
+
+def _escape(char: str) -> str:
+    if char == "\x7f":
+        return "\\u007f"  # which JSON, that may hold it, takes too
+    return char.encode("unicode_escape", "surrogatepass").decode()
+
+
+class _Escaped:
+    """A text stream that is written printable text alone; of progress bars, which go to stderr, the
+    way back to the start of the line and to the line above."""
+
+    def __init__(self, stream: Any, has_bars: bool) -> None:
+        self.raw = stream
+        self._has_bars = has_bars
+
+    def write(self, text: str) -> int:
+        start = ""
+        if self._has_bars and _CURSOR_UP.fullmatch(text):
+            start, text = text, ""
+        elif self._has_bars and text.startswith("\r"):
+            start, text = "\r", text[1:]
+        self.raw.write(start + printable(text))
+        return len(start) + len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+@contextmanager
+def escaped_streams() -> Iterator[None]:
+    """`sys.stdout` and `sys.stderr` escape what is written to them; of a program that ends in a bug
+    of ours, the traceback too."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Escaped(out, False), _Escaped(err, True)
+    try:
+        yield
+    except Exception:
+        if err is sys.__stderr__:
+            err = sys.stderr
+        raise
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def unescaped(stream: TextIO) -> TextIO:
+    """The stream below, for text that is printable but for colours of our own."""
+    raw: TextIO = getattr(stream, "raw", stream)
+    return raw

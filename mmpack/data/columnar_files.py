@@ -1,0 +1,258 @@
+"""Parquet and Arrow files -> what their rows hold, validated before a value is touched.
+
+pyarrow trusts what it reads: a wrong offset in a file is a read of memory that is not the array's. So each
+batch is validated whole (`validate(full=True)`) before it is used, and what a row takes is known before it is
+made. A value that Python cannot hold (a date of the year 20,000, an unknown time zone) becomes an
+`Unread`: an error of its row where somebody reads the column, else nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmpack.data.limits import MAX_ROW, most_bytes, most_rows
+from mmpack.errors import RowError
+
+_ROWS = 256  # at once: one Python row at a time would be slow
+_ARROW_FILE = b"ARROW1\0\0"  # what the file format has in front of the stream
+Content = tuple[Any, RowError | None]  # a row, or None and why it is not read
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Unread:
+    """The value of a column that is not read. It is none of the types a field may have, so whoever
+    reads the field refuses the row, and says this."""
+
+    why: str
+
+    def __repr__(self) -> str:
+        return f"<{self.why}>"
+
+
+def parquet_contents(path: Path) -> Iterator[Content]:
+    """The rows of a Parquet file.
+
+    Raises:
+        ValueError: it is no Parquet file, is damaged, or holds more than its size allows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as opened:
+            about = (
+                opened.metadata
+            )  # not its columns': of a damaged one, pyarrow 26 ends the process
+            groups = range(about.num_row_groups)
+            num_bytes = sum(about.row_group(group).total_byte_size for group in groups)
+            _check_size(path, num_bytes)
+            yield from _contents(path, opened.iter_batches(batch_size=_ROWS))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path.name} is not a Parquet file: {error}") from None
+
+
+def arrow_contents(path: Path) -> Iterator[Content]:
+    """The rows of an Arrow file, in both layouts: the stream `datasets` writes, and the file format
+    (Feather), which is a stream with an index behind it.
+
+    Raises:
+        ValueError: it is no Arrow file, is damaged, or holds more than its size allows.
+    """
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as mapped:
+            start = len(_ARROW_FILE) if mapped.read(len(_ARROW_FILE)) == _ARROW_FILE else 0
+            if start:
+                pyarrow.ipc.open_file(mapped)  # the end is there, so nothing is cut off
+            mapped.seek(start)
+            _check_size(path, _decompressed_bytes(pyarrow.ipc.MessageReader.open_stream(mapped)))
+            mapped.seek(start)
+            yield from _contents(path, pyarrow.ipc.open_stream(mapped))
+    except (pyarrow.ArrowException, struct.error) as error:
+        raise ValueError(f"{path.name} is not an Arrow file: {error}") from None
+
+
+def _check_size(path: Path, num_bytes: int) -> None:
+    size = path.stat().st_size
+    if num_bytes > most_bytes(size):
+        raise ValueError(
+            f"{path.name} says it holds {num_bytes:,} bytes in {size:,}, which no data set does"
+        )
+
+
+def _contents(path: Path, batches: Any) -> Iterator[Content]:
+    from pyarrow import ArrowInvalid
+
+    number, most = 0, most_rows(path.stat().st_size)
+    for batch in batches:
+        last = number + batch.num_rows - 1
+        if last >= most:
+            raise ValueError(
+                f"{path.name} says it holds {last + 1:,} rows in {path.stat().st_size:,} bytes, "
+                "which no data set does"
+            )
+        try:
+            batch.validate(full=True)
+        except ArrowInvalid as error:
+            raise ValueError(
+                f"{path.name} is damaged in rows {number:,} to {last:,}: {error}; write it again"
+            ) from None
+        unread = [_why_unread(field.type) for field in batch.schema]
+        for start in range(0, batch.num_rows, _ROWS):
+            yield from _rows(batch.slice(start, _ROWS), unread)
+        number = last + 1
+
+
+def _rows(batch: Any, unread: list[str]) -> Iterator[Content]:
+    """The rows of some hundred: one at a time where they are large."""
+    columns = [column for column, why in zip(batch.columns, unread) if not why]
+    num_bytes = sum(map(_num_bytes, columns))
+    if num_bytes > MAX_ROW and batch.num_rows > 1:
+        for row in range(batch.num_rows):
+            yield from _rows(batch.slice(row, 1), unread)
+    elif num_bytes > MAX_ROW:
+        yield None, RowError(f"the row takes {num_bytes:,} bytes, {MAX_ROW:,} are read", "cut it")
+    else:
+        names = batch.schema.names
+        cells = [_cells(column, why) for column, why in zip(batch.columns, unread)]
+        for row in range(batch.num_rows):
+            yield dict(zip(names, [column[row] for column in cells])), None
+
+
+def _cells(column: Any, why: str) -> list[Any]:
+    """A column's values, each that cannot be one in Python as `Unread`."""
+    if why:
+        return [Unread(why)] * len(column)
+    try:
+        return list(column.to_pylist())
+    except Exception:  # of dates, time zones, decimals, names: whatever one value raises is its own
+        return [_cell(value) for value in column]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except Exception as error:
+        return Unread(f"a {value.type} that Python cannot hold: {str(error)[:100]}")
+
+
+def _why_unread(kind: Any) -> str:
+    """Why values of an Arrow type are not read; "": they are. Unions, runs and views of lists, which no
+    data set has, may name the same bytes any number of times."""
+    from pyarrow import types
+
+    if isinstance(kind, _extension_types()):
+        return _why_unread(kind.storage_type)
+    if types.is_dictionary(kind):
+        inner = [] if not types.is_nested(kind.value_type) else [None]
+    elif types.is_struct(kind):
+        inner = [kind.field(place).type for place in range(kind.num_fields)]
+    elif types.is_map(kind):
+        inner = [kind.key_type, kind.item_type]
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = [kind.value_type]
+    else:
+        inner = [None] if types.is_nested(kind) or types.is_run_end_encoded(kind) else []
+    if any(part is None or _why_unread(part) for part in inner):
+        return f"a {str(kind)[:60]}, a type that is not read"
+    return ""
+
+
+def _extension_types() -> Any:
+    import pyarrow
+
+    return (pyarrow.BaseExtensionType,)
+
+
+def _num_bytes(array: Any) -> int:
+    """About the bytes of an array as Python values, before there are any: 8 a value, and those of its
+    texts, which views and dictionaries may name many times."""
+    import pyarrow
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    kind, own = array.type, 8 * len(array)
+    if isinstance(kind, _extension_types()):
+        return _num_bytes(array.storage)
+    if types.is_struct(kind):
+        return own + sum(_num_bytes(array.field(place)) for place in range(kind.num_fields))
+    if types.is_map(kind):
+        entries = slice(array.offsets[0].as_py(), array.offsets[-1].as_py())
+        return own + _num_bytes(array.keys[entries]) + _num_bytes(array.items[entries])
+    if types.is_nested(kind):
+        return own + _num_bytes(array.flatten())
+    if types.is_dictionary(kind):
+        lengths = _text_lengths(array.dictionary)
+        texts = None if lengths is None else pc.take(lengths, array.indices)
+    else:
+        texts = _text_lengths(array)
+    if texts is None:
+        return own
+    total = pc.sum(texts.cast(pyarrow.int64())).as_py()
+    return own + (total or 0)
+
+
+def _text_lengths(array: Any) -> Any:
+    """Bytes of each text of an array; None: it has no texts."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_string_view(kind) or types.is_binary_view(
+        kind
+    ):  # its views of 16 bytes begin with it
+        views = np.frombuffer(array.buffers()[1] or b"", np.int32)[::4]
+        lengths = pyarrow.array(views[array.offset : array.offset + len(array)])
+        return pc.if_else(array.is_valid(), lengths, 0)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind)
+    is_text = is_text or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    return pc.binary_length(array) if is_text else None
+
+
+def _decompressed_bytes(messages: Any) -> int:
+    """What the compressed buffers of an Arrow stream say they hold. pyarrow would make room for all of it.
+
+    The layout is Arrow's `Message.fbs`: each compressed buffer begins with its size as int64.
+    """
+    total = 0
+    for message in messages:
+        if message.type not in ("record batch", "dictionary"):
+            continue
+        data, body = message.metadata, message.body
+        (root,) = struct.unpack_from("<I", data, 0)
+        batch = _table(data, _field(data, root, 2))
+        if message.type == "dictionary":
+            batch = _table(data, _field(data, batch, 1))
+        if not _field(data, batch, 3):
+            continue  # not compressed: as many bytes as the file has
+        vector = _table(data, _field(data, batch, 2))
+        (count,) = struct.unpack_from("<I", data, vector)
+        for place in range(count):
+            offset, length = struct.unpack_from("<qq", data, vector + 4 + 16 * place)
+            if length:
+                total += max(0, *struct.unpack_from("<q", body, offset))
+    return total
+
+
+def _field(data: Any, table: int, number: int) -> int:
+    """Where a field of a flatbuffer's table is; 0: it has none."""
+    (back,) = struct.unpack_from("<i", data, table)
+    size, *_ = struct.unpack_from("<H", data, table - back)
+    if 4 + 2 * number >= size:
+        return 0
+    (offset,) = struct.unpack_from("<H", data, table - back + 4 + 2 * number)
+    return table + offset if offset else 0
+
+
+def _table(data: Any, place: int) -> int:
+    """Where what a field points at is."""
+    (offset,) = struct.unpack_from("<I", data, place)
+    return place + int(offset)

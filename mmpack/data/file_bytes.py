@@ -1,0 +1,90 @@
+"""A data file -> its bytes: regular files alone, decompressed, and no more than their size allows."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+from mmpack.data.limits import most_bytes
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no regular file: reading a pipe waits for ever, reading a device may never end.
+
+    Raises:
+        ValueError: it is none, or is not there.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL, which is in no name
+        raise ValueError(f"cannot read {path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{path} is {_KINDS.get(kind, 'no file')}; only regular files are read")
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    if path.suffix == ".gz":
+        return io.BufferedReader(_Decompressed(gzip.open(path), path))
+    if path.suffix == ".zst":
+        import pyarrow
+
+        stream = pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(_Decompressed(stream, path))
+    opened = path.open("rb")
+    start = opened.peek(4)
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            opened.close()
+            raise ValueError(f"{path.name} is {name} data; give it the name of what it is")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        opened.close()
+        raise ValueError(f"{path.name} is UTF-16; save it as UTF-8")
+    return opened
+
+
+class _Decompressed(io.RawIOBase):
+    """The bytes of a gzip or zstd stream, as many as a file of its size may hold."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+        self._left = most_bytes(path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (EOFError, zlib.error) as error:  # which are no OSErrors
+            raise OSError(f"{error}; it was cut or damaged") from None
+        self._left -= len(data)
+        if self._left < 0:
+            size = self._path.stat().st_size
+            raise ValueError(
+                f"{self._path.name} decompresses to more than {most_bytes(size):,} bytes from {size:,}, "
+                "which no data set does"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
