@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,16 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
     """The data files at a path: the file itself, or those of one type in a folder.
 
     Raises:
-        ValueError: nothing there, no type we read, or a folder with several types.
+        ValueError: nothing there, no type we read, a folder with several types, or one with something named
+            like a data file that cannot be read.
     """
     path = Path(path)
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.is_file() and p.name not in _NOT_DATA)
-        files = [p for p in inside if _data_suffix(p) is not None]
+        try:
+            inside = sorted(p for p in path.iterdir() if p.name not in _NOT_DATA)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        files = [p for p in inside if _data_suffix(p) is not None and _is_file(p)]
         suffixes = sorted({str(_data_suffix(p)) for p in files})
         if not files:
             raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)})")
@@ -104,6 +109,29 @@ def count_rows(path: Path) -> int | None:
     except (OSError, ValueError):
         pass
     return None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether something in a folder that is named like a data file is one; folders are none.
+
+    Raises:
+        ValueError: a link to nothing, a file that may not be read, a pipe or a device: training without its rows
+            would be a mistake.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        what = "is a link to nothing" if path.is_symlink() else "cannot be read"
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        raise ValueError(
+            f"{path} {what}{reason}; fix or remove it, or name the files to read"
+        ) from None
+    if stat.S_ISDIR(mode):
+        return False
+    if not stat.S_ISREG(mode) or not os.access(path, os.R_OK):
+        what = "may not be read" if stat.S_ISREG(mode) else "is no regular file"
+        raise ValueError(f"{path} {what}; fix or remove it, or name the files to read")
+    return True
 
 
 def _data_suffix(path: Path) -> str | None:

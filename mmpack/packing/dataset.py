@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_samples
+from mmpack.data.readers import media_folders, read_samples
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.overflow import OnOverflow
 from mmpack.packing.pack_source import PackSource
@@ -47,6 +47,10 @@ class PackedDataset(PackSource, Dataset[Pack]):
         on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
             made. "raise", the default: an error that names file and row, out of a DataLoader worker
             too. "drop": its segment leaves the pack, with a warning in the log, and is counted.
+        max_bad: most of them, as a share of the samples with images or videos, 0.05 by default. From 1,000
+            samples on, more are an error that counts the reasons.
+        media_folders: the folders that files of images and videos must lie in when they are opened, links
+            followed; None: anywhere. `from_store` and `from_files` set those the rows were read with.
         assemble: where packs are expanded: "host", the default, or "device", where items are
             `CompactPack`s for `PackCollator(assemble="device")`.
     """
@@ -129,16 +133,22 @@ class PackedDataset(PackSource, Dataset[Pack]):
             tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
         if not isinstance(data, (str, os.PathLike)):
             data = list(data)
+        folders = None
         if isinstance(data, list) and data and isinstance(data[0], Sample):
             samples: Iterable[Sample] = data
         else:
             samples = read_samples(data, media_dir=media_dir)
+            paths: Any = [data] if isinstance(data, (str, os.PathLike)) else data
+            if all(isinstance(path, (str, os.PathLike)) for path in paths):
+                folders = media_folders(paths, None, media_dir)
         encoded = encode_samples(
             samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
         )
-        return cls.from_samples(
+        dataset = cls.from_samples(
             list(encoded), capacity, cost, patch_capacity=patch_capacity, on_overflow=on_overflow
         )
+        dataset.media_folders = folders
+        return dataset
 
     @classmethod
     def from_store(
@@ -190,7 +200,9 @@ class PackedDataset(PackSource, Dataset[Pack]):
             sizes[planned.truncated] = planned.num_tokens[planned.truncated]
         if not np.array_equal(planned.num_tokens, sizes):
             raise ValueError(f"{plan} was made for other samples; pack again with --overwrite")
-        return cls(samples, planned)
+        dataset = cls(samples, planned)
+        dataset.media_folders = store.about.get("media folders")
+        return dataset
 
     @property
     def vision(self) -> VisionSpec:
