@@ -182,7 +182,7 @@ def kinds():
 
 def test_mutated_media_end_in_patches_or_reasons(tmp_path):
     pytest.importorskip("av", reason="needs PyAV")
-    count = 60
+    count = 200
     num_read = run_batches([(",".join([*NAMED, *kinds()]), 0, count)], tmp_path)
     assert 0.02 < num_read / count / len([*NAMED, *kinds()]) < 0.9  # both ends are met
 
