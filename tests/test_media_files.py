@@ -274,3 +274,23 @@ def test_a_film_with_fewer_frames_than_promised_is_refused(tmp_path, capsys):
     assert "2 rows: 1 usable, 1 refused" in out
     assert "cut.mp4 has fewer frames than its header says:" in out
     assert "of 20 could be decoded" in out
+
+
+def test_media_folders_travel_to_workers_and_are_checked(packed, tmp_path):
+    import pickle
+
+    dataset = PackedDataset.from_store(tmp_path / "packed")
+    dataset.media_folders = tmp_path / "nowhere"
+    other = pickle.loads(pickle.dumps(dataset))  # what spawned workers get
+    assert other.media_folders == dataset.media_folders == [str(tmp_path / "nowhere")]
+    with pytest.raises(ValueError, match="row .* lies outside of .*nowhere"):
+        other[0]
+    dataset.media_folders = None
+    assert dataset[0].pixels is not None
+    dataset.samples.about["media folders"] = [3]
+    from mmpack.store.encoded_store import reuse_store
+
+    reuse_store(tmp_path / "crafted", dataset.samples, dataset.samples.about)
+    (tmp_path / "crafted" / "plan.npz").write_bytes((tmp_path / "packed" / "plan.npz").read_bytes())
+    with pytest.raises(ValueError, match="names no folders as its media folders"):
+        PackedDataset.from_store(tmp_path / "crafted")

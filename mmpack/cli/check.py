@@ -80,10 +80,11 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
 
 
 def _digest(content: Any) -> bytes | None:
-    """Of a row: equal for rows with equal fields, in any order. None: it is nested too deeply to be told."""
+    """Of a row: equal for rows with equal fields, in any order. None: it cannot be told, of a row that is nested
+    too deeply or has a picture in memory that does not decode."""
     try:
         text = json.dumps(content, sort_keys=True, default=_in_digest)
-    except (TypeError, ValueError, RecursionError):  # keys that are no texts; rings
+    except (TypeError, ValueError, RecursionError, OSError, SyntaxError):
         return None
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 

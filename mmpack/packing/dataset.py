@@ -201,7 +201,14 @@ class PackedDataset(PackSource, Dataset[Pack]):
         if not np.array_equal(planned.num_tokens, sizes):
             raise ValueError(f"{plan} was made for other samples; pack again with --overwrite")
         dataset = cls(samples, planned)
-        dataset.media_folders = store.about.get("media folders")
+        folders = store.about.get("media folders")  # a store written from Python may not say
+        if folders is not None and not (
+            isinstance(folders, list) and all(isinstance(name, str) for name in folders)
+        ):
+            raise ValueError(
+                f"{folder} names no folders as its media folders; pack again with --overwrite"
+            )
+        dataset.media_folders = folders
         return dataset
 
     @property

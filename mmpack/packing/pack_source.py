@@ -52,6 +52,8 @@ class PackSource:
 
     @media_folders.setter
     def media_folders(self, folders: Sequence[str | os.PathLike[str]] | None) -> None:
+        if isinstance(folders, (str, os.PathLike)):
+            folders = [folders]
         self._media = None if folders is None else MediaFolders(folders)
 
     @property
