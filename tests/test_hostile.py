@@ -225,7 +225,9 @@ def test_links_do_not_lead_out(tmp_path):
 
 def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match="is not a file"):  # opening it would wait for ever
+    with pytest.raises(
+        ValueError, match="is a named pipe, not a file"
+    ):  # opening it would wait for ever
         MediaFolders([tmp_path]).locate("pipe.png")
 
 

@@ -94,7 +94,7 @@ def test_patches_are_in_merge_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), (b"<html>", "not an image Pillow can read")]
+    ("content", "message"), [(None, "does not exist"), (b"<html>", "none of JPEG, PNG")]
 )
 def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
     path = tmp_path / "a.jpg"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +16,10 @@ import numpy as np
 from mmpack.data.chunks import chunks
 from mmpack.data.encode import encode_samples
 from mmpack.data.file_formats import Row, rows_or_error
+from mmpack.data.media_paths import open_media
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.plan import padded_utilization, plan_packs
-from mmpack.store.encoded_store import file_sha256
 from mmpack.types import EncodedSample, ImageRef, Sample
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
@@ -32,6 +36,7 @@ class CheckedRow:
     samples: list[Sample] = field(default_factory=list)
     encoded: list[EncodedSample] = field(default_factory=list)
     bad: BadRow | None = None
+    digest: bytes | None = None  # of what it holds; None: it could not be read
 
 
 def check_rows(
@@ -65,11 +70,31 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     fields = [key for key, value in row.content.items() if value or value == 0] if is_object else []
     group = name if isinstance(name, str) else row.source
     checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
+    if row.error is None:
+        checked.digest = _digest(row.content)
     try:
         checked.samples = reader.samples(row)
     except RowError as error:
         checked.bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
     return checked
+
+
+def _digest(content: Any) -> bytes | None:
+    """Of a row: equal for rows with equal fields, in any order. None: it cannot be told, of a row that is nested
+    too deeply or has a picture in memory that does not decode."""
+    try:
+        text = json.dumps(content, sort_keys=True, default=_in_digest)
+    except (TypeError, ValueError, RecursionError, OSError, SyntaxError):
+        return None
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _in_digest(value: Any) -> str:
+    """What JSON has no word for: bytes and pictures by their content, dates and the like as Python shows them."""
+    if isinstance(value, (bytes, bytearray)) or hasattr(value, "tobytes"):
+        data = value if isinstance(value, (bytes, bytearray)) else value.tobytes()
+        return hashlib.blake2b(data, digest_size=12).hexdigest()
+    return repr(value)
 
 
 def _encode(checked: list[CheckedRow], tokenizer: Any, vision: Any) -> None:
@@ -95,6 +120,8 @@ class Summary:
         image_uses: path -> times used; images in memory are not in it.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
         same_content: file names of equal content (with `hash_files`).
+        num_again: rows that hold what an earlier one holds. again: the first of them and the earlier one.
+        twice: data files that are one, named twice or linked.
     """
 
     def __init__(self, hash_files: bool = False) -> None:
@@ -114,8 +141,13 @@ class Summary:
         self.image_sizes: list[tuple[int, int]] = []
         self.lengths: list[tuple[int, str, int]] = []
         self.has_tokens = False
+        self.num_again = 0
+        self.again: tuple[str, str] | None = None
+        self.twice: list[tuple[str, str]] = []
+        self._seen: dict[bytes, int] = {}  # digest of a row -> its file's number << 40 | its own
+        self._files: dict[str, int] = {}
         self._hash_files = hash_files
-        self._by_content: dict[str, set[str]] = defaultdict(set)
+        self._by_content: dict[bytes, set[str]] = defaultdict(set)
 
     def add(self, checked: CheckedRow) -> None:
         """Count one row."""
@@ -124,6 +156,7 @@ class Summary:
         if checked.row is None:
             return
         self.num_rows += 1
+        self._add_digest(checked)
         self.fields.update(checked.fields)
         group = self.groups[checked.group]
         group["rows"] += 1
@@ -151,13 +184,46 @@ class Summary:
                 )
                 self.lengths.append((characters, sample.source, sample.row))
 
+    def add_files(self, files: Iterable[Path | None]) -> None:
+        """Note data files that are one and the same; None: rows in memory."""
+        first: dict[tuple[int, int], str] = {}
+        for file in files:
+            try:
+                found = None if file is None else os.stat(file)
+            except OSError:  # reading it says so
+                continue
+            if found is None:
+                continue
+            place = (found.st_dev, found.st_ino)
+            if place in first:
+                self.twice.append((str(file), first[place]))
+            first.setdefault(place, str(file))
+
+    def _add_digest(self, checked: CheckedRow) -> None:
+        if checked.digest is None or checked.row is None:
+            return
+        file = self._files.setdefault(checked.source, len(self._files))
+        earlier = self._seen.get(checked.digest)
+        if earlier is None:
+            self._seen[checked.digest] = file << 40 | checked.row
+            return
+        self.num_again += 1
+        if self.again is None:
+            source = list(self._files)[earlier >> 40]
+            named = f"row {earlier & (1 << 40) - 1} of {source}"
+            self.again = (f"row {checked.row} of {checked.source}", named)
+
     def _add_image(self, image: ImageRef) -> None:
         if image.size is not None:
             self.image_sizes.append(image.size)
         if image.data is not None:
             return
         if self._hash_files and image.path not in self.image_uses:
-            self._by_content[file_sha256(image.path)].add(image.path)
+            digest = hashlib.sha256()
+            with open_media(image.path, "image") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+            self._by_content[digest.digest()].add(image.path)
         self.image_uses[image.path] += 1
 
     @property
@@ -205,6 +271,8 @@ class Summary:
             "videos": self.num_videos,
             "image_files": len(self.image_uses),
             "image_files_used_again": sum(count > 1 for count in used),
+            "rows_again": self.num_again,
+            "files_twice": len(self.twice),
             "fields": dict(self.fields),
             "turns_by_role": dict(self.roles),
             "rows_by_images": {str(n): count for n, count in sorted(self.images_per_row.items())},

@@ -18,7 +18,7 @@ from typing import Any
 from mmpack.cli.options import command_line
 from mmpack.cli.terminal import escaped_streams, one_line, unescaped
 from mmpack.data.media_paths import DATA_URIS
-from mmpack.errors import BadRow, OnError
+from mmpack.errors import BadRow, OnError, Skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,11 +92,12 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from mmpack.data.readers import row_groups
 
     reading = _reading(options)
-    groups = row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir"))
+    groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
     if options.tokenizer is not None:
         tokenizer, vision = _processor(options)
         reading.update(tokenizer=tokenizer, vision=vision)
     summary = Summary(hash_files=options.decode)
+    summary.add_files(group.file for group in groups)
     rows = check_rows(groups, **reading)
     for checked in tqdm(rows, unit=" rows", desc="checking", disable=options.quiet or None):
         summary.add(checked)
@@ -171,7 +172,9 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
 
     reading = _reading(options)
     read = read_documents if reading.pop("stage") == "pretrain" else read_samples
-    on_error: OnError = bad_rows if options.on_error == "skip" else "raise"
+    on_error: OnError = "raise"
+    if options.on_error == "skip":
+        on_error = Skip(options.max_bad, bad_rows)
     tokenizer, vision = _processor(options)
     samples = read(options.data, on_error=on_error, **reading)
     encoded = encode_samples(
@@ -219,6 +222,7 @@ def _settle(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.cli.pack import cut_long
+    from mmpack.data.readers import media_folders
     from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
     from mmpack.hf.training import parse_training_arguments, train
@@ -235,6 +239,8 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"continuing from {where}", file=sys.stderr)
     if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
+        if options.media_dir:
+            dataset.media_folders = options.media_dir
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
@@ -254,12 +260,18 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
             on_overflow=on_overflow,
             seed=options.plan_seed,
         )
+        dataset.media_folders = media_folders(options.data, options.dataset, options.media_dir)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
-    dataset.on_bad_image = options.on_bad_image
+    dataset.on_bad_image, dataset.max_bad = options.on_bad_image, options.max_bad
     model = load_model(options.model, options.config, args.seed)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
+        folders = dataset.media_folders
+        if folders is None:
+            print("images and videos are read from anywhere; --media-dir FOLDER confines them")
+        else:
+            print(f"images and videos are read from {' and '.join(folders)}")
         result = train(model, dataset, args)
     print(json.dumps(result))
 

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from mmpack.errors import MAX_BAD
+
 CODES = "exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 nobody reads on"
 CHECK_EXAMPLES = """exit code: 0 every row is usable, 1 some are refused, 2 usage
 
@@ -241,6 +243,14 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
         "--on-error", choices=["raise", "skip"], default="raise", help="what to do with a bad row"
     )
     parser.add_argument(
+        "--max-bad",
+        type=float,
+        metavar="SHARE",
+        default=MAX_BAD,
+        help="most rows that may be skipped, or dropped for their images, 0 to 1; judged from 1,000 rows on "
+        f"({MAX_BAD})",
+    )
+    parser.add_argument(
         "--on-overflow",
         choices=["error", "drop", "truncate", "split"],
         help="what to do with a row longer than a pack (error; documents: split)",
@@ -273,7 +283,7 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FOLDER",
         help="folder images and videos may lie in, repeatable; relative paths are looked up in the first "
-        "(default: the data file's folder)",
+        "(default: the data file's folder); training on packs: instead of those recorded there",
     )
     parser.add_argument(
         "--allow-data-uri",

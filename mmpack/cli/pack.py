@@ -24,8 +24,9 @@ from tqdm import tqdm
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
 from mmpack.data.file_formats import Row, count_rows
+from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.readers import RowGroup, row_groups
-from mmpack.errors import BadRow, OnError
+from mmpack.errors import BadRow, OnError, Skip
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples
@@ -74,6 +75,8 @@ def run_pack(
         about["tokenizer"] = os.path.abspath(options.tokenizer)  # for mmpack inspect, anywhere
     about["begun"] = time.time_ns()
     groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
+    named = (name for group in groups for name in group.folders.names if name != DATA_URIS)
+    about["media folders"] = list(dict.fromkeys(named))  # for mmpack train, which stays inside
     tokenizer, vision = processor
     encoding = {name: about[name] for name in ("train_on_prompt", "mask_history")}
     settings = {**reading, **encoding, "on_error": options.on_error}
@@ -190,7 +193,9 @@ def _encode(
 ) -> EncodedStore:
     """Read and encode the rows, or a part of them, into a store."""
     bad_rows: list[BadRow] = []
-    on_error: OnError = bad_rows if about["on_error"] == "skip" else "raise"
+    on_error: OnError = "raise"
+    if about["on_error"] == "skip":
+        on_error = Skip(about["max_bad"], bad_rows)
     files = [group.file.resolve() for group in groups if group.file is not None]
     about["files"] = {str(file): _stamp(file) for file in files}
     if part is not None:

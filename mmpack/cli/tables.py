@@ -33,6 +33,16 @@ def check_table(summary: Summary) -> str:
     refused = summary.num_rows - summary.num_usable
     lines = [f"{summary.num_rows:,} rows: {summary.num_usable:,} usable, {refused:,} refused"]
     lines += _bad_lines(summary)
+    if summary.twice:
+        name, earlier = summary.twice[0]
+        files = "file is" if len(summary.twice) == 1 else "files are"
+        lines.append(
+            f"{len(summary.twice):,} {files} another one, read again ({name} is {earlier})"
+        )
+    if summary.again is not None:
+        row, earlier = summary.again
+        rows = "row equals" if summary.num_again == 1 else "rows equal"
+        lines.append(f"{summary.num_again:,} {rows} an earlier one ({row} equals {earlier})")
     if not summary.num_usable:
         return "\n".join(lines)
 

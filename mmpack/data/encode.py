@@ -22,7 +22,7 @@ import numpy as np
 from mmpack.data import images, videos
 from mmpack.data.chat_template import Clip, Fixed, Layout, Template, strings, texts_of
 from mmpack.data.chunks import chunks
-from mmpack.errors import BadRow, OnError, RowError, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
 from mmpack.vision_spec import VisionSpec
 
@@ -85,17 +85,22 @@ def encode_samples(
         vision: pixel budget and ids.
         train_on_prompt: supervise all text, but no vision token.
         mask_history: supervise the last answer only.
-        on_error: "raise" on an unusable sample, "skip" it with a warning, or a list to append it to.
+        on_error: "raise" on an unusable sample, "skip" it with a warning, a `Skip`, or a list to append it
+            to; see `read_samples`, with which it can share one.
 
     Yields:
         One `EncodedSample` per usable sample, in order.
 
     Raises:
         ValueError: a sample cannot be used and `on_error` is "raise": no supervised token, an image
-            or video that cannot be read, a template that rewrites its text. Names file and row.
+            or video that cannot be read, a template that rewrites its text. Names file and row. Or too many
+            were skipped.
     """
+    on_error = counting(on_error)
     encode = encoder(tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history)
     for chunk in chunks(samples):
+        if isinstance(on_error, Skip):
+            on_error.saw("encoding", len(chunk))
         yield from encode(chunk, on_error)
 
 

@@ -26,7 +26,7 @@ def require_file(path: Path) -> None:
     """Refuse what is no regular file: reading a pipe waits for ever, reading a device may never end.
 
     Raises:
-        ValueError: it is none, or is not there.
+        ValueError: it is none, is not there, or may not be read.
     """
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
@@ -36,6 +36,10 @@ def require_file(path: Path) -> None:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if kind != stat.S_IFREG:
         raise ValueError(f"{path} is {_KINDS.get(kind, 'no file')}; only regular files are read")
+    if not os.access(path, os.R_OK):
+        raise ValueError(
+            f"{path} may not be read; change its permissions, or name the files to read"
+        )
 
 
 def open_bytes(path: Path) -> IO[bytes]:

@@ -4,27 +4,35 @@ Pixels stay uint8 until the collator. `normalize_patches(load_patches(image))` e
 `Qwen2VLImageProcessorPil` bit for bit: transparency is put on white, EXIF rotation is not applied,
 the resize is Pillow's bicubic on RGB, and the normalisation follows its float64/float32 roundings.
 JPEGs are decoded whole: Pillow's `draft` is faster, and gives other pixels.
+
+A file in a row is not trusted. Pillow may open only the formats of `FORMATS`, whatever a file is called: its reader
+of PostScript starts Ghostscript. Pictures in memory are the caller's own.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmpack import _native
+from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.errors import RowError
 from mmpack.types import ImageRef
 from mmpack.video_spec import BICUBIC
 from mmpack.vision_spec import VisionSpec, check_aspect_ratio
 
 Patches = NDArray[np.uint8]
+# Pillow's names of what is opened. Each is decoded in this process, by a library made for files of strangers.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "JPEG2000", "PPM")
 _TAIL = 1 << 12  # bytes; cameras write a little after a JPEG's end
 _WEBP_HEADER = 30  # bytes up to the size
 
@@ -39,7 +47,7 @@ def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
     all of it, which alone finds damage in the middle.
 
     Raises:
-        RowError: no image Pillow can read, cut or damaged, over Pillow's limit of pixels
+        RowError: no image of `FORMATS`, cut or damaged, over Pillow's limit of pixels
             (decompression bombs; checked before decoding), or an aspect ratio above 200.
     """
     size = None if decode else _webp_size(image)
@@ -59,21 +67,24 @@ def load_patches(
     grid_thw: tuple[int, int, int] | NDArray[np.integer],
     vision: VisionSpec,
     out: Patches | None = None,
+    folders: MediaFolders | None = None,
 ) -> Patches:
     """Decode and resize one image to its planned grid.
 
     Args:
         out: (h * w, C * p * p) uint8, contiguous: where to write; new memory by default.
+        folders: where its file must lie, links followed; None: anywhere.
 
     Returns:
         (h * w, C * p * p) uint8: one row a patch, in Qwen's merge order (blocks of
         merge x merge patches in reading order, patches of a block in reading order).
 
     Raises:
-        ValueError: the file cannot be decoded, or no longer has the size it was planned with.
+        ValueError: the file cannot be decoded, lies outside of `folders`, or no longer has the size it was
+            planned with.
     """
     _, grid_h, grid_w = (int(n) for n in grid_thw)
-    with _open(image) as opened:
+    with _open(image, folders) as opened:
         width, height = opened.size
         if vision.image_grid(height, width) != (1, grid_h, grid_w):
             raise ValueError(
@@ -97,13 +108,13 @@ def write_frame(
 
 
 @contextmanager
-def decoded(image: ImageRef) -> Iterator[Image]:
-    """An image, decoded.
+def decoded(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Image]:
+    """An image, decoded; `folders` as in `load_patches`.
 
     Raises:
         RowError: it cannot be read.
     """
-    with _open(image) as opened:
+    with _open(image, folders) as opened:
         yield _decode(image, opened)
 
 
@@ -139,28 +150,72 @@ def encoded_bytes(image: ImageRef) -> bytes:
     return buffer.getvalue()
 
 
-def _open(image: ImageRef) -> AbstractContextManager[Image]:
+@contextmanager
+def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Image]:
     from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light
 
     if isinstance(image.data, Image.Image):
-        return nullcontext(image.data)  # whose owner closes it
+        yield image.data  # whose owner closes it
+        return
+    in_memory = None if image.data is None else io.BytesIO(image.data)
+    with in_memory or open_media(image.path, "image", folders) as file:
+        try:
+            with _strict():
+                opened = Image.open(file, formats=_formats())
+        except UnidentifiedImageError:
+            raise RowError(
+                f"image {image.path} is none of {', '.join(_formats())}",
+                "replace it, or save it as one of them",
+            ) from None
+        except Image.DecompressionBombError as error:
+            raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
+        except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
+            raise RowError(f"image {image.path} cannot be opened: {error}", "replace it") from None
+        with opened:
+            yield opened
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow knows."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+_reading_strictly = threading.Lock()
+_num_strict = 0  # threads inside of `_strict`
+_was_lenient = False
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """Pillow says what is cut or damaged, also in a process that has set
+    `ImageFile.LOAD_TRUNCATED_IMAGES`, as scripts for training do, and would get grey where bytes are missing. The
+    setting is Pillow's only way to say so; it is what it was afterwards."""
+    from PIL import ImageFile
+
+    global _num_strict, _was_lenient
+    with _reading_strictly:
+        if not _num_strict:
+            _was_lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+            if _was_lenient:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _num_strict += 1
     try:
-        return Image.open(image.path if image.data is None else io.BytesIO(image.data))
-    except FileNotFoundError:
-        raise RowError(f"image {image.path} does not exist", "mend the path") from None
-    except UnidentifiedImageError:
-        raise RowError(
-            f"image {image.path} is not an image Pillow can read", "replace it"
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RowError(f"image {image.path} cannot be opened: {error}", "replace it") from None
+        yield
+    finally:
+        with _reading_strictly:
+            _num_strict -= 1
+            if not _num_strict and _was_lenient:
+                ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
 def _decode(image: ImageRef, opened: Image) -> Image:
     try:
-        opened.load()
+        with _strict():
+            opened.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise RowError(f"image {image.path} cannot be decoded: {error}", "replace it") from None
     return opened
@@ -203,7 +258,7 @@ def _webp_size(image: ImageRef) -> tuple[int, int] | None:
         header, length = image.data[:_WEBP_HEADER], len(image.data)
     elif image.data is None and image.path[-5:].lower() == ".webp":
         try:
-            with open(image.path, "rb", buffering=0) as file:
+            with open_media(image.path, "image", buffering=0) as file:
                 header, length = file.read(_WEBP_HEADER), os.fstat(file.fileno()).st_size
         except OSError:
             return None

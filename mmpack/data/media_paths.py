@@ -1,7 +1,8 @@
 """What a row says of an image or a video -> a reference, and nothing outside the media folder.
 
 Rows come from anywhere, so a path in one is not trusted: it must stay inside the folders the user
-named, links followed; URLs are refused unread; only regular files are looked at.
+named, links followed; URLs are refused unread; only regular files are opened. A path that was good when its row
+was read need not be later, so `open_media` looks again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmpack.errors import RowError, names
 from mmpack.types import ImageRef, VideoRef
@@ -20,6 +21,13 @@ from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
 _KINDS = {"image": "picture", "video": "file"}  # what an error asks for
+_NO_FILES = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is no URL
 
 
@@ -116,14 +124,28 @@ class MediaFolders:
                 "move it there, or name its folder as a media folder",
             )
         try:
-            is_file = stat.S_ISREG(os.stat(full).st_mode)
+            mode = os.stat(full).st_mode
         except OSError:
             raise RowError(
                 f"{kind} {full:.300} does not exist", "mend the path or the media folder"
             ) from None
-        if not is_file:
-            raise RowError(f"{kind} {full:.300} is not a file", f"name the {_KINDS[kind]} itself")
+        _check_regular(mode, full, kind)
         return ImageRef(full)
+
+    def real_path(self, path: str, kind: str) -> str:
+        """The file a path leads to now, links followed.
+
+        Raises:
+            RowError: it lies outside.
+        """
+        real = os.path.realpath(path)
+        if any(_is_inside(real, folder) for folder in self._folders):
+            return real
+        leads = "" if real == path else f" (it leads to {real:.200})"
+        raise RowError(
+            f"{kind} {path:.200}{leads} lies outside of {' and '.join(self._names)}",
+            "name its folder: --media-dir, or media_folders of the data set",
+        )
 
     def _full(self, path: str) -> str:
         return os.path.normpath(os.path.join(self._names[0], path))
@@ -145,6 +167,50 @@ class MediaFolders:
             return ImageRef("data URI", base64.b64decode(body, validate=True))
         except (binascii.Error, ValueError):
             raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
+
+
+def open_media(
+    path: str, kind: str, folders: MediaFolders | None = None, buffering: int = -1
+) -> BinaryIO:
+    """The file of an image or a video, open for reading; `kind` is what errors call it.
+
+    Args:
+        folders: where it must lie, links followed; None: anywhere.
+        buffering: as of `open`.
+
+    Raises:
+        RowError: it is not there, lies outside, or is no regular file; says what it is.
+    """
+    real = path if folders is None else folders.real_path(path, kind)
+    # Opening some devices does something, and waiting for a writer of a pipe lasts for ever: so first a look,
+    # then an opening that does not wait, then a look at what was opened.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    flags |= (
+        0 if folders is None else os.O_NOFOLLOW
+    )  # `real` has no links, unless one was just made
+    try:
+        _check_regular(os.stat(real).st_mode, path, kind)
+        opened = os.open(real, flags)
+        try:
+            _check_regular(os.fstat(opened).st_mode, path, kind)
+            return os.fdopen(opened, "rb", buffering)
+        except BaseException:
+            os.close(opened)
+            raise
+    except FileNotFoundError:
+        raise RowError(f"{kind} {path} does not exist", "fix the path") from None
+    except OSError as error:
+        raise RowError(
+            f"{kind} {path} cannot be opened: {error.strerror}", "fix the path"
+        ) from None
+
+
+def _check_regular(mode: int, path: str, kind: str) -> None:
+    if not stat.S_ISREG(mode):
+        what = next((name for is_it, name in _NO_FILES if is_it(mode)), "something else")
+        raise RowError(
+            f"{kind} {path:.300} is {what}, not a file", f"name the {_KINDS[kind]} itself"
+        )
 
 
 def _a(kind: str) -> str:

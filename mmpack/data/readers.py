@@ -37,7 +37,7 @@ from mmpack.data.file_formats import (
 )
 from mmpack.data.limits import MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
-from mmpack.errors import BadRow, OnError, RowError, names, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, counting, names, refuse
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -67,8 +67,9 @@ def read_samples(
         media_dir: the folders images and videos may lie in; relative paths are looked up in the first. By
             default the data file's folder (for rows in memory: the current one). The entry "data:"
             admits data URIs.
-        on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning; a
-            list: leave it out and append it there.
+        on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning, as long as
+            at most 5 % of 1,000 rows or more are bad (`mmpack.errors.Skip(max_bad=...)`: another share); a
+            list: leave it out and append it there, however many.
         missing_marker: images but no `<image>` anywhere in the row: "refuse" it, or "prepend" as
             many markers to the first turn as there are images (what LLaMA-Factory's inference
             engines do); the same for videos and `<video>`.
@@ -79,9 +80,10 @@ def read_samples(
         One `Sample` per usable row, in order. Rows count from 0 in each file.
 
     Raises:
-        ValueError: a row cannot be used and `on_error` is "raise", or a file cannot be read. The
-            message names file, row and counts, and says what to do.
+        ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot be
+            read. The message names file, row and counts, and says what to do.
     """
+    on_error = counting(on_error)
     for group in row_groups(data, mapping, media_dir):
         reader = RowReader(group.fields, group.folders, missing_marker, verify)
         yield from _usable(group, reader, on_error)
@@ -111,6 +113,7 @@ def read_documents(
     Raises:
         ValueError: as `read_samples`.
     """
+    on_error = counting(on_error)
     for group in row_groups(data, mapping, media_dir):
         reader = RowReader(group.fields, group.folders, missing_marker, verify, "pretrain")
         yield from _usable(group, reader, on_error)
@@ -118,6 +121,8 @@ def read_documents(
 
 def _usable(group: RowGroup, reader: RowReader, on_error: OnError) -> Iterator[Sample]:
     for row in group.rows:
+        if isinstance(on_error, Skip):
+            on_error.saw("reading")
         try:
             samples = reader.samples(row)
         except RowError as error:
@@ -290,6 +295,17 @@ def row_groups(
         fields = _fields(mapping, None)
         yield RowGroup(memory_rows(data), fields, _media_folders(folders, "."))
         return
+    files, mapping = _files(data, mapping)
+    for file in files:
+        yield RowGroup(
+            read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent), file
+        )
+
+
+def _files(
+    data: Sequence[_PathLike], mapping: str | dict[str, Any] | None
+) -> tuple[list[Path], dict[str, Any] | None]:
+    """The data files at these paths, and their mapping itself where it was the name of one."""
     if isinstance(mapping, str):
         if len(data) != 1:
             raise ValueError(
@@ -297,11 +313,20 @@ def row_groups(
             )
         path, mapping = _named_entry(Path(data[0]), mapping)
         data = [path]
-    files = [file for path in data for file in data_files(path)]
-    for file in files:
-        yield RowGroup(
-            read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent), file
-        )
+    return [file for path in data for file in data_files(path)], mapping
+
+
+def media_folders(
+    data: _PathLike | Sequence[_PathLike],
+    mapping: str | dict[str, Any] | None = None,
+    media_dir: _PathLike | Sequence[_PathLike] | None = None,
+) -> list[str]:
+    """Where images and videos of data files may lie, all files together; arguments as of `read_samples`. No
+    file is read."""
+    folders = [media_dir] if isinstance(media_dir, (str, os.PathLike)) else list(media_dir or [])
+    paths = [data] if isinstance(data, (str, os.PathLike)) else data
+    found = [_media_folders(folders, file.parent) for file in _files(paths, mapping)[0]]
+    return list(dict.fromkeys(name for one in found for name in one.names))
 
 
 def _media_folders(folders: Sequence[_PathLike], default: _PathLike) -> MediaFolders:

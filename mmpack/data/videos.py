@@ -4,7 +4,7 @@ A header names size, rate and number of frames; where it leaves the number out, 
 without decoding one. Frames are resized and cut into patches by `mmpack.data.images`, two (t) a patch.
 
 A video in a row is not trusted: only containers that hold their own frames are opened (a playlist or
-an image pattern would name other files), and no protocol at all.
+an image pattern would name other files), and no protocol at all. FFmpeg's libraries start no program.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.data import images
+from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.errors import RowError
 from mmpack.types import ImageRef, Int64, Media, VideoRef
 from mmpack.video_spec import is_rate
@@ -37,25 +38,32 @@ def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
 
     Raises:
         RowError: no video that can be read, one without frames or rate, frames of different sizes or over
-            Pillow's limit of pixels; or PyAV is missing.
+            Pillow's limit of pixels; with `decode`, fewer frames than the header says; or PyAV is missing.
     """
     if video.frames:
         return _probe_list(video, decode)
     with _open(video) as (container, stream):
-        num_frames = stream.frames
-        if not num_frames or decode:
-            packets = container.demux(stream)
-            counted = (len(_decode(video, p)) if decode else p.size > 0 for p in packets)
-            num_frames = _count(video, counted)
         height, width, fps = stream.height, stream.width, float(stream.average_rate or 0)
+        if height * width > images.most_pixels():  # before a frame is decoded
+            raise RowError(
+                f"video {video.path} is too large: {width} x {height} pixels", "shrink it"
+            )
+        num_frames = promised = stream.frames
+        if not num_frames or decode:
+            packets = _packets(video, container, stream)
+            num_frames = sum(len(_decode(video, p)) if decode else p.size > 0 for p in packets)
+        if num_frames < promised:
+            raise RowError(
+                f"video {video.path} has fewer frames than its header says: {num_frames:,} of {promised:,} "
+                "could be decoded",
+                "re-encode it",
+            )
     if not num_frames:
         raise RowError(f"video {video.path} has no frames", "replace it")
     if not is_rate(fps):
         raise RowError(
             f"video {video.path} does not say how many frames a second it has", "remux it"
         )
-    if height * width > images.most_pixels():
-        raise RowError(f"video {video.path} is too large: {width} x {height} pixels", "shrink it")
     _check_shape(video, height, width)
     return _with(video, num_frames, fps, (height, width))
 
@@ -86,19 +94,22 @@ def load_patches(
     grid_thw: NDArray[np.integer[Any]],
     vision: VisionSpec,
     out: images.Patches | None = None,
+    folders: MediaFolders | None = None,
 ) -> images.Patches:
     """Decode a probed video's sampled frames and resize them to its planned grid.
 
     Args:
         grid_thw: (G, 3), the grids of its markers.
         out: (t * h * w, C * frames * p * p) uint8, contiguous: where to write; new memory by default.
+        folders: where its files must lie, links followed; None: anywhere.
 
     Returns:
         One row a patch in Qwen's merge order, temporal patch by temporal patch; an odd last frame fills
         its patch alone.
 
     Raises:
-        ValueError: the video cannot be decoded, or no longer is what it was planned as.
+        ValueError: the video cannot be decoded, lies outside of `folders`, or no longer is what it was
+            planned as.
     """
     patches, (height, width) = int(grid_thw[:, 0].sum()), map(int, grid_thw[0, 1:])
     multiple = vision.temporal_patch_size
@@ -108,7 +119,7 @@ def load_patches(
     index, _ = sampled(video, vision)
     planned = (patches, height, width)
     number = -1
-    for number, picture in enumerate(_pictures(video, index)):
+    for number, picture in enumerate(_pictures(video, index, folders)):
         if vision.video_grid(len(index), picture.height, picture.width) != planned:
             raise ValueError(
                 f"video {video.path} is now {picture.width} x {picture.height} pixels with {len(index)} "
@@ -128,18 +139,18 @@ def load_patches(
     return out
 
 
-def _pictures(video: VideoRef, index: Int64) -> Iterator[Any]:
+def _pictures(video: VideoRef, index: Int64, folders: MediaFolders | None) -> Iterator[Any]:
     """The frames at `index`, as PIL images, in order."""
     if video.frames:
         for frame in video.frames:
-            with images.decoded(frame) as picture:
+            with images.decoded(frame, folders) as picture:
                 yield picture
         return
     remaining = iter(index.tolist())
     wanted = next(remaining, None)
     at = 0
-    with _open(video) as (container, stream):
-        for packet in container.demux(stream):
+    with _open(video, folders) as (container, stream):
+        for packet in _packets(video, container, stream):
             for frame in _decode(video, packet):
                 while at == wanted:  # a frame may be taken twice
                     yield frame.to_image()
@@ -150,7 +161,7 @@ def _pictures(video: VideoRef, index: Int64) -> Iterator[Any]:
 
 
 @contextmanager
-def _open(video: VideoRef) -> Iterator[tuple[Any, Any]]:
+def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tuple[Any, Any]]:
     """(container, its video stream)"""
     try:
         import av  # here: the extra [video]
@@ -158,16 +169,11 @@ def _open(video: VideoRef) -> Iterator[tuple[Any, Any]]:
         raise RowError(
             f"video {video.path} needs PyAV to be read", "install mmpack[video]"
         ) from None
-    try:
-        file = open(video.path, "rb") if video.data is None else io.BytesIO(video.data)
-    except OSError as error:
-        raise RowError(
-            f"video {video.path} cannot be opened: {error.strerror}", "mend the path"
-        ) from None
-    with file:
+    in_memory = None if video.data is None else io.BytesIO(video.data)
+    with in_memory or open_media(video.path, "video", folders) as file:
         try:
             container = av.open(file, options=_OPTIONS)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # some of FFmpeg are neither OSError nor ValueError
             raise RowError(
                 f"video {video.path} is not a video FFmpeg can read: {_reason(error)}", "replace it"
             ) from None
@@ -175,6 +181,11 @@ def _open(video: VideoRef) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise RowError(f"video {video.path} has no pictures", "replace it")
             stream = container.streams.video[0]
+            if getattr(stream, "codec_context", None) is None:
+                raise RowError(
+                    f"video {video.path} has pictures of a codec FFmpeg does not know",
+                    "re-encode it",
+                )
             stream.thread_count = 1  # DataLoader workers are the threads
             yield container, stream
 
@@ -183,21 +194,24 @@ def _decode(video: VideoRef, packet: Any) -> list[Any]:
     try:
         frames: list[Any] = packet.decode()
         return frames
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise RowError(
             f"video {video.path} cannot be decoded: {_reason(error)}", "replace it"
         ) from None
 
 
-def _count(video: VideoRef, counted: Iterator[int | bool]) -> int:
-    try:
-        return sum(counted)
-    except RowError:
-        raise
-    except (OSError, ValueError) as error:  # of the demuxer
-        raise RowError(
-            f"video {video.path} cannot be read: {_reason(error)}", "replace it"
-        ) from None
+def _packets(video: VideoRef, container: Any, stream: Any) -> Iterator[Any]:
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except Exception as error:  # some of FFmpeg are neither OSError nor ValueError
+            raise RowError(
+                f"video {video.path} cannot be read: {_reason(error)}", "replace it"
+            ) from None
+        if packet is None:
+            return
+        yield packet
 
 
 def _reason(error: Exception) -> str:

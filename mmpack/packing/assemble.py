@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.data import images, videos
+from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError
 from mmpack.types import (
     PACK_ARRAYS,
@@ -62,6 +63,7 @@ def assemble(
     pixels: bool = True,
     impl: Literal["native", "reference"] = "native",
     empty: Callable[..., Any] = np.empty,
+    folders: MediaFolders | None = None,
 ) -> Pack:
     """Expand, concatenate and index the samples of one pack, and decode their images and videos.
 
@@ -70,13 +72,16 @@ def assemble(
         pixels: decode images and videos; without, `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; the packs are equal.
         empty: makes the arrays that the core and the decoder write, called as `numpy.empty`.
+        folders: where files of images and videos must lie when they are opened, links followed; None:
+            anywhere.
 
     Returns:
         The pack. Segment s is `samples[s]`; images are in marker order, then videos.
 
     Raises:
         ValueError: no samples, different specs, or a sample whose arrays contradict each other.
-        BadImageError: an image or a video cannot be decoded to its planned grid; names file and row.
+        BadImageError: an image or a video cannot be decoded to its planned grid, or lies outside of
+            `folders`; names file and row.
     """
     if impl not in ("native", "reference"):
         raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
@@ -89,7 +94,7 @@ def assemble(
         pack = reference.assemble(samples)
     if not pixels:
         return pack
-    stills, clips = load_pixels(samples, size, empty)
+    stills, clips = load_pixels(samples, size, empty, folders)
     return replace(pack, pixels=stills, video_pixels=clips)
 
 
@@ -183,7 +188,10 @@ def _assemble_native(
 
 
 def load_pixels(
-    samples: Sequence[EncodedSample], size: Size, empty: Callable[..., Any]
+    samples: Sequence[EncodedSample],
+    size: Size,
+    empty: Callable[..., Any],
+    folders: MediaFolders | None = None,
 ) -> tuple[images.Patches, images.Patches]:
     """Patches of the images and of the videos, decoded into what `empty` makes.
 
@@ -209,12 +217,12 @@ def load_pixels(
             patches = int(grid_thw.prod(axis=1).sum())
             try:
                 if isinstance(ref, ImageRef):
-                    images.load_patches(
-                        ref, grid_thw[0], vision, out=stills[still : still + patches]
-                    )
+                    out = stills[still : still + patches]
+                    images.load_patches(ref, grid_thw[0], vision, out, folders)
                     still += patches
                 else:
-                    videos.load_patches(ref, grid_thw, vision, out=clips[clip : clip + patches])
+                    out = clips[clip : clip + patches]
+                    videos.load_patches(ref, grid_thw, vision, out, folders)
                     clip += patches
             except ValueError as error:
                 bad = BadImageError(f"{_where(sample)}: {error}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmpack import _native
+from mmpack.data.media_paths import MediaFolders
 from mmpack.packing.assemble import Joined, Size, check_specs, join, load_pixels
 from mmpack.types import CompactPack, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
@@ -50,11 +51,12 @@ def compact(
     *,
     pixels: bool = True,
     empty: Callable[..., Any] = np.empty,
+    folders: MediaFolders | None = None,
 ) -> CompactPack:
     """Join the samples of one pack, and decode their images and videos; `mmpack.packing.assemble` without what it
     expands, with its arguments and errors."""
     joined, size = join(samples)
-    stills, clips = load_pixels(samples, size, empty) if pixels else (None, None)
+    stills, clips = load_pixels(samples, size, empty, folders) if pixels else (None, None)
     return CompactPack(*joined[:6], stills, clips, samples[0].vision)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_samples
+from mmpack.data.readers import media_folders, read_samples
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.overflow import OnOverflow
 from mmpack.packing.pack_source import PackSource
@@ -47,6 +47,10 @@ class PackedDataset(PackSource, Dataset[Pack]):
         on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
             made. "raise", the default: an error that names file and row, out of a DataLoader worker
             too. "drop": its segment leaves the pack, with a warning in the log, and is counted.
+        max_bad: most of them, as a share of the samples with images or videos, 0.05 by default. From 1,000
+            samples on, more are an error that counts the reasons.
+        media_folders: the folders that files of images and videos must lie in when they are opened, links
+            followed; None: anywhere. `from_store` and `from_files` set those the rows were read with.
         assemble: where packs are expanded: "host", the default, or "device", where items are
             `CompactPack`s for `PackCollator(assemble="device")`.
     """
@@ -128,16 +132,22 @@ class PackedDataset(PackSource, Dataset[Pack]):
             config = cost if hasattr(cost, "model_type") else None  # videos of Qwen2.5-VL need it
             tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
         given: Any = data if isinstance(data, (str, os.PathLike)) else list(data)
+        folders = None
         if isinstance(given, list) and given and isinstance(given[0], Sample):
             samples: Iterable[Sample] = given
         else:
             samples = read_samples(given, media_dir=media_dir)
+            paths: Any = [given] if isinstance(given, (str, os.PathLike)) else given
+            if all(isinstance(path, (str, os.PathLike)) for path in paths):
+                folders = media_folders(paths, None, media_dir)
         encoded = encode_samples(
             samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
         )
-        return cls.from_samples(
+        dataset = cls.from_samples(
             list(encoded), capacity, cost, patch_capacity=patch_capacity, on_overflow=on_overflow
         )
+        dataset.media_folders = folders
+        return dataset
 
     @classmethod
     def from_store(
@@ -195,7 +205,10 @@ class PackedDataset(PackSource, Dataset[Pack]):
                 raise ValueError(
                     f"{folder} has a plan of other samples; pack again with --overwrite"
                 )
-        return cls(samples, plan)
+        dataset = cls(samples, plan)
+        # A store written from Python may not say.
+        dataset.media_folders = store.about.get("media folders")
+        return dataset
 
     @property
     def vision(self) -> VisionSpec:

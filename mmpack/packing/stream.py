@@ -71,7 +71,8 @@ class PackStream(PackSource, IterableDataset[Pack]):
         seed: decides between samples where several would do.
 
     Attributes:
-        on_bad_image: as `PackedDataset.on_bad_image`.
+        on_bad_image, max_bad, media_folders: as of `PackedDataset`; `media_folders` is `media_dir` where that
+            is given.
         endless: begin another pass over the source where one ends; `PackingCallback` sets it.
 
     Raises:
@@ -110,6 +111,8 @@ class PackStream(PackSource, IterableDataset[Pack]):
             self._processor = (processor, VisionSpec.from_processor(processor))
         group = next(iter(row_groups(iter(()), None, media_dir)))
         self._folders = group.folders
+        if media_dir is not None:
+            self._media = group.folders
         self.endless = False
         self._rank, self._world = 0, 1
         self._first_pass = torch.zeros(1, dtype=torch.int64).share_memory_()

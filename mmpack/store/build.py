@@ -31,7 +31,7 @@ from mmpack.data.chunks import chunks
 from mmpack.data.encode import encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
-from mmpack.errors import BadRow, OnError, RowError, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
 from mmpack.store.arrow_schema import as_batch
 from mmpack.store.encoded_store import EncodedStore
 from mmpack.vision_spec import VisionSpec
@@ -66,7 +66,8 @@ def index_rows(
         tokenizer, vision: see `mmpack.data.encode.encode_samples`.
         reading: options of `RowReader`, `missing_marker` and `verify`.
         encoding: options of `encode_samples`, `train_on_prompt` and `mask_history`.
-        on_error: "raise" on the first bad row, "skip" it with a warning, or a list to append it to.
+        on_error: "raise" on the first bad row, "skip" it with a warning, a `Skip`, or a list to append it to;
+            see `mmpack.data.readers.read_samples`.
         jobs: processes; by default as many as this one has cores, started where the rows are more
             than a few seconds' work. 1: none but this one.
         part: (i, n): of every n chunks the i-th, from 1; all rows are read, its own are encoded.
@@ -75,9 +76,10 @@ def index_rows(
         One `Indexed` per chunk: its samples as an Arrow batch.
 
     Raises:
-        ValueError: a bad row and `on_error` is "raise", a file that cannot be read, or a worker that
-            died.
+        ValueError: a bad row and `on_error` is "raise", too many skipped, a file that cannot be read, or a
+            worker that died.
     """
+    on_error = counting(on_error)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be positive, got {jobs}")
     work = _Work(
@@ -95,6 +97,8 @@ def index_rows(
     )
     with closing(_in_order(work, chunks, jobs)) as done:
         for indexed in done:
+            if isinstance(on_error, Skip):
+                on_error.saw("indexing", indexed.num_rows)
             for bad in indexed.bad_rows:
                 refuse(bad, on_error)
             yield indexed

@@ -42,6 +42,7 @@ _ABOUT = {
     "begun?": int,  # time.time_ns()
     "files?": {str: [int, int, str]},  # bytes, time of change in ns, SHA-256
     "made from?": {str: str},
+    "media folders?": [str],
     "part?": str,
     "chunks?": [[range(2), range(1 << 31)]],  # whether there are samples, and how many bad rows
     "tokenizer?": str,
