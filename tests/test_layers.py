@@ -34,7 +34,6 @@ ROOMS = {
     "pyarrow": {
         "data/columnar_files",
         "data/file_bytes",
-        "data/file_formats",
         "store/encoded_store",
         "store/arrow_schema",
     },

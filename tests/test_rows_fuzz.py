@@ -17,6 +17,7 @@ import warnings
 import pytest
 
 from mmpack import read_samples
+from mmpack.data.file_formats import count_rows
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -115,6 +116,7 @@ def outcome(path):
     """ "rows", "refused", or what went wrong."""
     bad_rows = []
     try:
+        count_rows(path)  # for a progress bar: None where it cannot
         count = len(list(read_samples(path, on_error=bad_rows)))
     except ValueError as error:
         return (

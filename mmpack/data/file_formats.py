@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpack.data.columnar_files import arrow_contents, parquet_contents
+from mmpack.data.columnar_files import arrow_contents, parquet_contents, parquet_count
 from mmpack.data.file_bytes import open_bytes, require_file
 from mmpack.data.limits import MAX_DEPTH, MAX_ROW
 from mmpack.errors import RowError, names
@@ -106,9 +106,7 @@ def count_rows(path: Path) -> int | None:
             with path.open("rb", buffering=0) as opened:
                 return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return int(pyarrow.parquet.read_metadata(path).num_rows)
+            return parquet_count(path)
     except (OSError, ValueError):
         pass
     return None
