@@ -23,6 +23,7 @@ from transformers.trainer_callback import CallbackHandler
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_unfinished
 from mmpack.hf.families import find_inner
+from mmpack.hf.fit import check_fit
 from mmpack.hf.model_patch import is_patched
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
@@ -144,6 +145,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if self.attention_every is not None:
             self._share = AttentionShare(_chosen_layers(model, base, self.attention_layers))
         is_costed = base is not None and base.config.model_type in FAMILIES
+        if is_costed and isinstance(self.dataset, PackedDataset):
+            check_fit(base, self.dataset)
         self._costs = TrainedCosts(model, base) if is_costed else None
         self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
         self._is_in_step = False

@@ -15,6 +15,7 @@ from torch import nn
 from mmpack.data.encode import encode_samples
 from mmpack.data.readers import read_samples
 from mmpack.hf.families import TowerSpec, inner_model, tower_of
+from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing.assemble import assemble, concatenate
@@ -98,11 +99,13 @@ class PackCollator:
         self.full_logits = full_logits
         self.pad_to = pad_to
         self.assemble = assemble
-        self.tower = TowerSpec() if model is None else tower_of(inner_model(model))
+        base = None if model is None else inner_model(model)
+        self.tower = TowerSpec() if base is None else tower_of(base)
+        self._num_ids = None if base is None else num_ids(base)
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
-            config = None if model is None else inner_model(model).config
+            config = None if base is None else base.config
             self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
@@ -111,6 +114,9 @@ class PackCollator:
             pack = _padded(pack, -pack.num_tokens % self.pad_to)
         make = batch_of if isinstance(pack, Pack) else compact_batch_of
         batch = make(pack, values, self.tower)
+        if self._num_ids is not None:  # here, as a compiled model asks the host nothing
+            samples = [f for f in features if isinstance(f, EncodedSample)]
+            check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
         resume = getattr(features[-1], "resume", None)
         if resume is not None:
             batch["mmpack"]["resume"] = resume  # of a stream: after its last pack

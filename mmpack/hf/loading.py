@@ -1,4 +1,4 @@
-"""Folders as Qwen publishes them -> tokenizer, spec, config and model; and whether data fits a model."""
+"""Folders as Qwen publishes them -> tokenizer, spec, config and model."""
 
 from __future__ import annotations
 
@@ -157,27 +157,3 @@ def load_config(path: str | os.PathLike[str]) -> Any:
 def _why(path: str | os.PathLike[str], error: Exception) -> str:
     """transformers takes what is not there for a name on its hub, and says so at length."""
     return str(error) if Path(path).exists() else "there is no such file or folder here"
-
-
-def check_fit(model: nn.Module, vision: VisionSpec) -> None:
-    """Refuse to train a model on data encoded for another one.
-
-    Raises:
-        ValueError: a token id, the patch or the merge size differs; names both values.
-    """
-    config = model.config
-    tower = config.vision_config
-    pairs = {
-        "image_token_id": (config.image_token_id, vision.image_token_id),
-        "video_token_id": (config.video_token_id, vision.video_token_id),
-        "vision_start_token_id": (config.vision_start_token_id, vision.vision_start_token_id),
-        "patch_size": (tower.patch_size, vision.patch_size),
-        "merge_size": (tower.spatial_merge_size, vision.merge_size),
-        "temporal_patch_size": (tower.temporal_patch_size, vision.temporal_patch_size),
-    }
-    for name, (of_model, of_data) in pairs.items():
-        if of_model != of_data:
-            raise ValueError(
-                f"the model has {name} {of_model}, the data was packed with {of_data}; pack it with "
-                "the tokenizer and processor of this model"
-            )

@@ -240,6 +240,17 @@ class PackedDataset(PackSource, Dataset[Pack]):
             "checksum of the plan": _checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
         }
 
+    def id_range(self) -> tuple[int, int] | None:
+        """(smallest, largest) token id of all samples, labels that count among them: a store has them
+        written down, of a list they are looked up. None: of no sample, or a store that does not say."""
+        samples: Any = self.samples
+        while isinstance(samples, SplitSamples):
+            samples = samples.samples
+        if hasattr(samples, "id_range"):
+            return samples.id_range
+        ranges = [id_range_of(sample) for sample in samples]
+        return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
+
     def __len__(self) -> int:
         return self.plan.num_packs + self.num_empty
 
@@ -282,6 +293,17 @@ class PackedDataset(PackSource, Dataset[Pack]):
         if number in self._truncated:
             return truncate_sample(sample, self.plan.capacity, self._patch_capacity)
         return sample
+
+
+def id_range_of(sample: EncodedSample) -> tuple[int, int]:
+    """(smallest, largest) token id of a sample, labels that count among them; (0, 0) of an empty one."""
+    ids, labels = sample.input_ids, sample.labels
+    if not len(ids):
+        return 0, 0
+    counting = labels[labels != IGNORE]
+    if not len(counting):
+        return int(ids.min()), int(ids.max())
+    return int(min(ids.min(), counting.min())), int(max(ids.max(), counting.max()))
 
 
 def _checksum(*arrays: Any) -> int:

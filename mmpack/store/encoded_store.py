@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from mmpack.data.chunks import chunks
 from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
 from mmpack.store.mapped_arrays import load_arrays, save_arrays
-from mmpack.types import EncodedSample, Int32, Int64
+from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
@@ -50,6 +50,7 @@ class EncodedStore(Sequence[EncodedSample]):
         folder: where it lies.
         vision: the spec of all samples.
         num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
+        id_range: (smallest, largest) token id, labels that count among them; None: not known.
         about: what `write_store` was told.
     """
 
@@ -58,6 +59,8 @@ class EncodedStore(Sequence[EncodedSample]):
         self.vision = vision
         self.about: dict[str, Any] = saved["about"]
         self.checksum: int = saved["checksum"]
+        ids = saved.get("id range")  # stores of before have none
+        self.id_range: tuple[int, int] | None = None if ids is None else (ids[0], ids[1])
         self._path = folder / "samples.arrow"
         index = load_arrays(folder / "index.npz")
         try:
@@ -191,6 +194,7 @@ def write_batches(
         raise ValueError(f"{folder} holds a store already")
     folder.mkdir(parents=True, exist_ok=True)
     starts, sizes, checksum = [0], [], 0
+    ids: list[int] = []  # the smallest and the largest of every batch
     with open(folder / "samples.arrow", "wb") as file:
 
         def write(data: Any) -> None:
@@ -207,13 +211,16 @@ def write_batches(
             offsets.append(offsets[-1] + len(data))
             starts.append(starts[-1] + batch.num_rows)
             sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
+            values = [batch[name].flatten().to_numpy() for name in ("input_ids", "labels")]
+            found = np.concatenate([values[0], values[1][values[1] != IGNORE]])
+            ids += [int(found.min()), int(found.max())] if len(found) else []
         write(_END)
     if not sizes and not may_be_empty:
         raise ValueError("there are no samples to store: no row of the data was usable")
     table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
     arrays = {"offsets": offsets, "starts": starts, "sizes": table}
     save_arrays(folder / "index.npz", arrays)
-    return _finish(folder, vision, about, checksum)
+    return _finish(folder, vision, about, checksum, (min(ids), max(ids)) if ids else None)
 
 
 def reuse_store(
@@ -233,10 +240,16 @@ def reuse_store(
     except OSError:
         shutil.copyfile(source, target)
     shutil.copyfile(store.folder / "index.npz", folder / "index.npz")
-    return _finish(folder, store.vision, about, store.checksum)
+    return _finish(folder, store.vision, about, store.checksum, store.id_range)
 
 
-def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: int) -> EncodedStore:
+def _finish(
+    folder: Path,
+    vision: VisionSpec,
+    about: dict[str, Any],
+    checksum: int,
+    id_range: tuple[int, int] | None,
+) -> EncodedStore:
     """What lies beside the samples; `mmpack.json` last: then a store is whole."""
     # What datasets' load_from_disk reads. The fingerprint names its caches, so it follows the content.
     state: dict[str, Any] = {
@@ -249,7 +262,7 @@ def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: i
         "_split": None,
     }
     saved: dict[str, Any] = {"format": FORMAT, "vision": asdict(vision), "about": about}
-    saved["checksum"] = checksum
+    saved |= {"checksum": checksum, "id range": id_range}
     saved["checksum of this file"] = _checksum_of(json.loads(json.dumps(saved)))
     for name, content in (("state", state), ("dataset_info", {}), ("mmpack", saved)):
         text = json.dumps(content, indent=2) + "\n"
