@@ -21,14 +21,17 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from mmpack.hf.attention_share import AttentionShare
-from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_unfinished
+from mmpack.hf.checkpoint_files import begin_writing, checkpoint_folder, write_list
+from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
+from mmpack.hf.divergence import Divergence, diverged
+from mmpack.hf.evaluation import EvalHook, Evaluation, hook_of, loss_name
 from mmpack.hf.families import find_inner
 from mmpack.hf.fit import check_fit
 from mmpack.hf.model_patch import is_patched
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
 from mmpack.packing.cost import FAMILIES
-from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.stream import PackStream
 
 
@@ -36,14 +39,22 @@ class PackingCallback(TrainerCallback):
     """Other packs every epoch, as many on every rank, and what they do in the Trainer's log:
     `Trainer(callbacks=[PackingCallback(train)])`.
 
-    - At Trainer's construction the data set is padded with empty packs to a multiple of the ranks
-      times the packs of a batch. Else accelerate repeats packs of the epoch's start, which are then
-      trained on twice.
+    - Trainer trains on the data set with empty packs behind it, a multiple of the ranks times the packs of
+      a batch (`mmpack.packing.dataset.EvenPacks` takes its place in Trainer; itself it stays as it is). Else
+      accelerate repeats packs of the epoch's start, which are then trained on twice.
     - At an epoch's start its number is written where every worker reads it. accelerate calls
       `set_epoch` only where a sampler does not have one, and workers that live on
       (`dataloader_persistent_workers`) never hear of it.
     - A resumed run continues with the packs that would have come next, whose order is the plan's, and with
       the checkpoint's weights (`mmpack.hf.checkpoints`).
+    - A run whose loss, gradients or weights are no numbers any more ends with an error that names the step
+      and its rows, before it is logged or saved (`mmpack.hf.divergence`). `logging_nan_inf_filter`, which
+      hides it and asks the device in every batch, is switched off.
+    - Data of another model (token ids, patches, normalisation) is refused as training begins.
+    - Where it saves, a list of the checkpoint's files and their sizes is written last, so that a torn one is
+      told (`mmpack.hf.checkpoint_files`).
+    - `eval_loss` is the mean over the supervised tokens of the whole set, whatever the packs, the batches and
+      the ranks (`mmpack.hf.evaluation`); Trainer's is a mean over batches.
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
       printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
       in Trainer's list as training begins:
@@ -68,8 +79,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     adapters (LoRA) counts no gradients of weights, a vision tower so trained is counted whole.
     Seconds are wall clock, waiting for data too, but without evaluation and saving.
 
-    A step costs the callback some arithmetic on host integers that come with the batch: no
-    question to the device, no random number. Ranks exchange a few numbers at logging alone. A compiled
+    A step costs the callback some arithmetic on host integers that come with the batch, and one pass over
+    the gradients: no question to the device, no random number. Ranks exchange a few numbers at logging and saving alone. A compiled
     model stays one graph, except in steps whose attention is looked at.
 
     Of a `PackStream` every rank gets its own part, which is passed over without end until `max_steps`
@@ -85,7 +96,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
     Raises:
         ValueError: `attention_every` is below 1; as training begins: the model is not patched or has no
-            such layers; the run is resumed from a checkpoint of other packs or weights, or is finished.
+            such layers; the data is of another model; the run is resumed from a checkpoint that is not whole,
+            of other packs or weights, or is finished; while it runs: it has diverged.
     """
 
     def __init__(
@@ -104,13 +116,19 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._data = self._stream or PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
         self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._share: AttentionShare | None = None
         self._is_in_step = False
         self._is_watched = False
         self._costs: TrainedCosts | None = None
         self._packs: list[dict[str, Any]] = []
         self._seen = Seen()
+        self._last = _Last(self._before_saving)
+        self._divergence: Divergence | None = None
+        self._losses: list[torch.Tensor] = []  # of batches of a step that is not over
+        self._num_batches = 0  # of the step that are over
+        self._evaluation: Evaluation | None = None
+        self._eval_hook: EvalHook | None = None
 
     def on_init_end(
         self,
@@ -120,7 +138,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._data.on_init_end(args)
+        args.logging_nan_inf_filter = False
+        even = self._data.on_init_end(args)
+        trainer = _callers(self)[1]
+        if getattr(trainer, "train_dataset", None) is self.dataset:
+            trainer.train_dataset = even
+        elif isinstance(even, EvenPacks):  # in something of the user's
+            self.dataset.append_empty_packs(even.multiple)
+        self._evaluation = Evaluation(args.process_index, args.world_size, args.eval_batch_size)
+        if model is not None:
+            self._eval_hook = hook_of(model, args.world_size > 1 and args.eval_batch_size > 1)
         if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
             self._weights = WeightKeeper(model)
 
@@ -133,14 +160,17 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        resumed = _callers(self, "resume_from_checkpoint")[2]
+        if isinstance(resumed, str):
+            check_checkpoint(resumed)
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
         if state.global_step:
             if self._weights is not None:
                 self._weights.check(model)
             check_unfinished(state)
-        _step_in_front(self)
-        self._remove_hook()
+        _take_places(self, self._last)
+        self._remove_hooks()
         base = find_inner(model)
         if self.attention_every is not None:
             self._share = AttentionShare(_chosen_layers(model, base, self.attention_layers))
@@ -148,7 +178,11 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if is_costed and isinstance(self.dataset, PackedDataset):
             check_fit(base, self.dataset)
         self._costs = TrainedCosts(model, base) if is_costed else None
-        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._take_loss, with_kwargs=True),
+        ]
+        self._divergence = Divergence(args.device, args.process_index)
         self._is_in_step = False
         self._packs.clear()
         self._seen = Seen()
@@ -161,7 +195,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._remove_hook()
+        self._remove_hooks()
         if (
             self._weights is not None
             and args.load_best_model_at_end
@@ -181,6 +215,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         every = self.attention_every
         self._is_watched = every is not None and (state.global_step + 1) % every == 0
         self._is_in_step = True
+        self._num_batches = 0
+        self._losses.clear()
         self._seen.flops.append(0)
         if self._share is not None:
             self._share.begin()
@@ -188,19 +224,58 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._note(state.global_step + 1)
         self._count()
         if self._share is not None:
             self._share.begin()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if getattr(optimizer, "scaler", None) is not None:
+            return  # of float16: a step whose gradients overflow is left out, and its scale lowered
+        assert model is not None and self._divergence is not None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self._divergence.note(gradients, state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._is_in_step = False
+        self._note(state.global_step)
         self._count()
         self._seen.mark = time.perf_counter()
         if self._stream is not None:
             self._stream.consume(self._waiting)
             self._waiting.clear()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        batch = None if self._eval_hook is None else self._eval_hook.take()
+        if batch is not None and self._evaluation is not None:
+            self._evaluation.add(batch, eval_dataloader)
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        self._weigh(metrics)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,6 +287,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     ) -> None:
         if self._stream is not None:
             self._stream.on_save(args, state)
+        write_list(checkpoint_folder(args, state), args.should_save)
         self._seen.pause()
 
     def on_log(
@@ -222,13 +298,66 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or not self._seen.num_batches:
+        if logs is None:
+            return
+        self._weigh(logs, state)
+        if "loss" not in logs or not self._seen.num_batches:
             return  # an evaluation's log, a summary's, or no pack was seen
         capacity = self.dataset.capacity * state.train_batch_size  # padded: every batch is full
         values = self._values(capacity, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # a copy, made before callbacks are called
+
+    def _weigh(self, metrics: dict[str, Any], state: TrainerState | None = None) -> None:
+        """Put the loss of an evaluation into what is to be logged and returned of it."""
+        name = loss_name(metrics)
+        loss = None if name is None or self._evaluation is None else self._evaluation.pop()
+        if name is None or loss is None:
+            return
+        metrics[name] = loss
+        if state is not None and state.log_history and name in state.log_history[-1]:
+            state.log_history[-1][name] = loss
+
+    def _before_saving(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
+    ) -> None:
+        """End a run that has diverged, before it is logged, evaluated or saved; ranks agree on these.
+
+        Raises:
+            DivergedError: it has.
+        """
+        is_last = control.should_save or control.should_training_stop
+        if not (is_last or control.should_log or control.should_evaluate):
+            return
+        assert self._divergence is not None
+        if is_last:  # an update may have broken weights that no loss has seen since
+            self._divergence.note(model.parameters(), state.global_step)
+        found = self._divergence.first()
+        if found is not None:
+            raise diverged(found[0], self._data.place_of(*found))
+        self._data.forget_places()
+        if control.should_save and args.should_save:
+            begin_writing(checkpoint_folder(args, state))
+
+    def _note(self, step: int) -> None:
+        """Take down the losses the hook kept."""
+        assert self._divergence is not None
+        for loss, pack in zip(self._losses, self._packs):
+            self._divergence.note_loss(loss, step, self._num_batches)
+            self._data.note_place(step, self._num_batches, pack)
+            self._num_batches += 1
+        self._losses.clear()
+
+    def _take_loss(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The hook on the output: keeps a training batch's loss."""
+        if kwargs.get("mmpack") is None or not self._is_in_step:
+            return
+        loss = getattr(output, "loss", None)
+        if loss is not None:
+            self._losses.append(loss.detach())
 
     def _take(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -298,10 +427,29 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             values["dropped_segments"] = dropped
         return {f"pack/{name}": float(value) for name, value in values.items()}
 
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+class _Last(TrainerCallback):
+    """Stands last in Trainer's list, where all others have said whether to log, evaluate and save."""
+
+    def __init__(self, check: Any) -> None:
+        self._check = check
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._check(args, state, control, model)
+
+    on_epoch_end = on_step_end
 
 
 def _chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
@@ -319,18 +467,29 @@ def _chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) ->
     return layers
 
 
-def _step_in_front(callback: TrainerCallback) -> None:
-    """Make the callback the first of its handler's, so that reporters see what it puts into logs.
+def _take_places(first: TrainerCallback, last: TrainerCallback) -> None:
+    """Make a callback the first of its handler's, so that reporters see what it puts into logs, and another
+    one the last.
 
-    Trainer puts reporters in front of a user's callbacks, and tells callbacks neither of itself nor of
-    the handler; the handler is the caller. Where it is not found, values are printed and in
-    `log_history`, but reporters have gone by.
+    Trainer puts reporters in front of a user's callbacks. Where the handler is not found, values are printed
+    and in `log_history`, but reporters have gone by, and a run that has diverged is logged before it ends.
     """
-    frame = sys._getframe(1)
+    handler = _callers(first)[0]
+    if handler is not None:
+        others = [callback for callback in handler.callbacks if callback not in (first, last)]
+        handler.callbacks[:] = [first, *others, last]
+
+
+def _callers(callback: TrainerCallback, name: str = "") -> tuple[Any, Any, Any]:
+    """(handler that calls the callback, its Trainer, what the Trainer's methods have under a name), which
+    Trainer tells callbacks nothing of; None of what is not found."""
+    frame, handler = sys._getframe(1), None
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
+        found = frame.f_locals.get("self")
+        if isinstance(found, CallbackHandler) and callback in found.callbacks:
+            handler = found
+        elif handler is not None and getattr(found, "callback_handler", None) is handler:
+            if not name or name in frame.f_locals:
+                return handler, found, frame.f_locals.get(name)
         frame = frame.f_back  # type: ignore[assignment]
+    return handler, None, None

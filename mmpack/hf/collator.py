@@ -6,6 +6,7 @@ What becomes of a pack, names transformers knows and the `mmpack` dict, is in `m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -114,6 +115,8 @@ class PackCollator:
             pack = _padded(pack, -pack.num_tokens % self.pad_to)
         make = batch_of if isinstance(pack, Pack) else compact_batch_of
         batch = make(pack, values, self.tower)
+        segments = [_num_segments(feature) for feature in features]
+        batch["mmpack"]["items"] = (0, *accumulate(segments))  # an item's segments
         if self._num_ids is not None:  # here, as a compiled model asks the host nothing
             samples = [f for f in features if isinstance(f, EncodedSample)]
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
@@ -180,6 +183,12 @@ class PackCollator:
                 "pixels='uint8', or leave it away"
             )
         return values
+
+
+def _num_segments(feature: Any) -> int:
+    if isinstance(feature, Pack):
+        return len(feature.cu_seqlens) - 1
+    return len(feature.offsets) - 1 if isinstance(feature, CompactPack) else 1
 
 
 def _padded(pack: Pack | CompactPack, num_tokens: int) -> Pack | CompactPack:

@@ -295,6 +295,29 @@ class PackedDataset(PackSource, Dataset[Pack]):
         return sample
 
 
+class EvenPacks(Dataset[Pack]):
+    """The packs of a data set, and as few empty ones behind them as make a multiple of `multiple`: the data
+    set itself stays as it is for everybody else who reads it.
+
+    Attributes:
+        dataset: whose packs they are; what is set on it holds here too.
+        multiple: ranks times packs of a batch, see `PackedDataset.append_empty_packs`.
+    """
+
+    def __init__(self, dataset: PackedDataset, multiple: int) -> None:
+        self.dataset = dataset
+        self.multiple = multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.multiple) * self.multiple
+
+    def __getitem__(self, index: int) -> Pack:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        index %= len(self)
+        return self.dataset[index] if index < len(self.dataset) else self.dataset._empty_pack()
+
+
 def id_range_of(sample: EncodedSample) -> tuple[int, int]:
     """(smallest, largest) token id of a sample, labels that count among them; (0, 0) of an empty one."""
     ids, labels = sample.input_ids, sample.labels
