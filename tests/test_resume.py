@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,16 @@ from mmpack.hf.checkpoints import check_checkpoint
 from mmpack.packing.assemble import assemble
 
 CAPACITY = 40
+OTHER_MEAN = replace(SMALL_SPEC, image_mean=(0.5, 0.5, 0.5))
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
 
 
-def dataset_of(count=24, capacity=CAPACITY, seed=0, spec=SMALL_SPEC, shift=0):
-    """Text samples of 6 to 18 tokens; the second token is 3 more than its number."""
+def dataset_of(count=24, capacity=CAPACITY, seed=0, spec=SMALL_SPEC, shift=0, mask=False):
+    """Text samples of 6 to 18 tokens; the second token is 3 more than its number. With `mask` a label of one
+    of them is not supervised."""
     samples = [encoded(spec, 1 + shift, n + 3, [2] * (4 + 5 * n % 13)) for n in range(count)]
+    if mask:
+        samples[13].labels[-1] = -100
     return PackedDataset.from_samples(samples, capacity, [1.0] * count, seed=seed)
 
 
@@ -190,7 +195,9 @@ def test_ranks_batches_and_accumulated_batches_may_change(tmp_path):
         ({"capacity": 48}, {}, r"other packs: capacity was 40 and is 48, packs was"),
         ({"count": 23}, {}, "other packs: samples was 24 and is 23"),
         ({"seed": 1}, {}, r"seed of the plan was 0 and is 1.*from_pretrained"),
-        ({"shift": 1}, {}, r"other packs: checksum of their ids was \d+ and is \d+\. To go"),
+        ({"shift": 1}, {}, r"other packs: checksum of the samples was \d+ and is \d+\. To go"),
+        ({"mask": True}, {}, r"other packs: checksum of the samples was \d+ and is \d+\. To go"),
+        ({"spec": OTHER_MEAN}, {}, r"other packs: the spec's image_mean was \[0\.48.* is \[0\.5, "),
         ({}, {"gradient_accumulation_steps": 2}, r"steps were 1 packs, 1 ranks x 1 a batch x 1 acc.*2, 1"),
         ({}, {"ignore_data_skip": True}, "ignore_data_skip would train on this epoch's packs again"),
     ],
