@@ -158,8 +158,8 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
             del collate.batches[evaluated.start :]
 
     trainer = trained(model, tmp_path, [*added, NoEvaluation()], collate, dataset, **options)
-    assert len(dataset) == 6
-    assert dataset.num_empty == 1
+    assert len(dataset) == 5
+    assert len(trainer.train_dataset) == 6
     assert len(evaluated.batches) == 2  # of up to 8 packs, once a log
     assert len(collate.batches) == 2 * 3
     values = logged(trainer)

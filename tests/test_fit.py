@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_config, tiny_model
+from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_config, tiny_model, with_noise
 from transformers import Trainer, TrainingArguments
 
 from mmpack import PackedDataset
@@ -21,6 +21,10 @@ ROWS = 100  # of the table of `small_config`
 
 def sample(*ids, spec=SMALL_SPEC, **options):
     return replace(encoded(spec, *ids), source="train.json", row=ids[0], **options)
+
+
+def with_image(spec):
+    return with_noise(assemble([sample(1, 2, (2, 4), spec=spec)], pixels=False))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def test_the_table_may_have_grown():
 )
 def test_data_of_another_model_is_refused(model, other):
     [(name, value)] = other.items()
-    batch = PackCollator()([sample(1, 2, spec=replace(SMALL_SPEC, **other))])
+    batch = PackCollator()([with_image(replace(SMALL_SPEC, **other))])
     with pytest.raises(ValueError, match=rf"the model has {name} \d+, the data .* with {value};"):
         model(**batch)
 
@@ -89,9 +93,10 @@ def test_another_normalisation_is_refused(tmp_path, file):
     config._name_or_path = str(tmp_path)
     model = patch_model(tiny_model(config))
     with pytest.raises(ValueError, match=r"has image_mean \(0\.5, 0\.5, 0\.5\), the data"):
-        model(**PackCollator()([sample(1, 2)]))
+        model(**PackCollator()([with_image(SMALL_SPEC)]))
     spec = replace(SMALL_SPEC, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
-    assert model(**PackCollator()([sample(1, 2, spec=spec)])).loss.isfinite()
+    assert model(**PackCollator()([with_image(spec)])).loss.isfinite()
+    assert model(**PackCollator()([sample(1, 2)])).loss.isfinite()  # text has no pixels
 
 
 def test_a_store_knows_its_ids(tmp_path):

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from mmpack.hf.attention_share import AttentionShare
-from mmpack.hf.checkpoint_files import begin_writing, checkpoint_folder, write_list
+from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.divergence import Divergence, diverged
 from mmpack.hf.evaluation import EvalHook, Evaluation, hook_of, loss_name
@@ -162,7 +162,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         assert model is not None
         resumed = _callers(self, "resume_from_checkpoint")[2]
         if isinstance(resumed, str):
-            check_checkpoint(resumed)
+            own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
+            check_checkpoint(resumed, own)  # the stream looks for its file itself
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
         if state.global_step:

@@ -79,18 +79,18 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def lacking(folder: Path) -> str | None:
-    """What a checkpoint lacks to be resumed, in words; None: nothing."""
+def lacking(folder: Path, ignored: str = "") -> str | None:
+    """What a checkpoint lacks to be resumed, in words; None: nothing. A file that is `ignored` may lack."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:  # Trainer writes it after all else of its rank
         return f"there is no {TRAINER_STATE_NAME}, saving was interrupted"
     except (OSError, ValueError):
         return f"{TRAINER_STATE_NAME} is cut off, saving was interrupted"
-    return _wrong_size(folder) or _missing_part(folder, state)
+    return _wrong_size(folder, ignored) or _missing_part(folder, state, ignored)
 
 
-def _wrong_size(folder: Path) -> str | None:
+def _wrong_size(folder: Path, ignored: str) -> str | None:
     try:
         files = json.loads((folder / LIST).read_text(encoding="utf-8"))["files"]
         files = {str(name): int(size) for name, size in files.items()}
@@ -99,6 +99,8 @@ def _wrong_size(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{LIST} is not what was written"
     for name, size in files.items():
+        if name in (TRAINER_STATE_NAME, ignored):
+            continue
         try:
             found = (folder / name).stat().st_size
         except OSError:
@@ -108,7 +110,7 @@ def _wrong_size(folder: Path) -> str | None:
     return None
 
 
-def _missing_part(folder: Path, state: dict[str, Any]) -> str | None:
+def _missing_part(folder: Path, state: dict[str, Any], ignored: str) -> str | None:
     record = (state.get("stateful_callbacks") or {}).get(KEY, {})
     ranks = record.get("ranks", 1)
     names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
@@ -120,7 +122,7 @@ def _missing_part(folder: Path, state: dict[str, Any]) -> str | None:
             return f"{name} is not there or cut off"
     if record.get("is a stream"):
         for name in (STREAM_FILE.format(rank=rank) for rank in range(ranks)):
-            if not (folder / name).is_file():
+            if name != ignored and not (folder / name).is_file():
                 return f"{name} is not there"
     for part, patterns in (("optimizer.pt", _OPTIMIZERS), ("model.safetensors", _WEIGHTS)):
         if not any(any(folder.glob(pattern)) for pattern in patterns):

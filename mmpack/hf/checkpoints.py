@@ -244,11 +244,13 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def check_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Raises:
-    ValueError: the folder is no complete checkpoint; says what is missing.
+def check_checkpoint(folder: str | os.PathLike[str], ignored: str = "") -> None:
+    """See that a checkpoint is whole; a file that is `ignored` may lack.
+
+    Raises:
+        ValueError: the folder is no complete checkpoint; says what is missing.
     """
-    why = lacking(Path(folder))
+    why = lacking(Path(folder), ignored)
     if why is not None:
         raise ValueError(
             f"{folder} is not a complete checkpoint: {why}. Name another one, or `last` for the newest that is"

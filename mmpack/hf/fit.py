@@ -15,38 +15,29 @@ from mmpack.packing.dataset import PackedDataset, id_range_of
 from mmpack.types import EncodedSample
 from mmpack.vision_spec import VisionSpec
 
-# Of a `VisionSpec`, which a model's config, its vision config or its folder's image processor has too.
-_NAMES = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "patch_size",
-    "merge_size",
-    "temporal_patch_size",
-    "image_mean",
-    "image_std",
-)
-Facts = tuple[Any, ...]  # in the order of `_NAMES`; None: a model does not say
+_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
 
 
-def facts_of_data(vision: VisionSpec) -> Facts:
-    """What data was encoded with."""
-    return tuple(getattr(vision, name) for name in _NAMES)
+def facts_of_data(vision: VisionSpec, has_pixels: bool = True) -> dict[str, Any]:
+    """What data was encoded with, by a `VisionSpec`'s names; of text alone the special ids."""
+    names = (*_IDS, *_PATCHES) if has_pixels else _IDS
+    return {name: getattr(vision, name) for name in names}
 
 
-def facts_of_model(config: Any) -> Facts:
-    """What a model's config says, and where the model came from a folder, its image processor."""
-    tower = config.vision_config
-    folder = getattr(config, "_name_or_path", None)
-    normalization = _normalization(folder) if folder else (None, None)
-    return (
-        *(getattr(config, name, None) for name in _NAMES[:4]),
-        tower.patch_size,
-        tower.spatial_merge_size,
-        tower.temporal_patch_size,
-        *normalization,
-    )
+def facts_of_model(config: Any) -> dict[str, Any]:
+    """The same as a model's config says it, and where the model came from a folder, its image processor;
+    None is not said."""
+    tower, folder = config.vision_config, getattr(config, "_name_or_path", None)
+    mean, std = _normalization(folder) if folder else (None, None)
+    return {
+        **{name: getattr(config, name, None) for name in _IDS},
+        "patch_size": tower.patch_size,
+        "merge_size": tower.spatial_merge_size,
+        "temporal_patch_size": tower.temporal_patch_size,
+        "image_mean": mean,
+        "image_std": std,
+    }
 
 
 def _normalization(folder: str) -> tuple[Any, Any]:
@@ -71,16 +62,19 @@ def num_ids(base: Any) -> int:
     return int(rows)
 
 
-def check_facts(model: Facts, data: Facts) -> None:
+def check_facts(model: dict[str, Any], data: dict[str, Any]) -> None:
     """Refuse to train a model on data encoded for another one.
+
+    Args:
+        model, data: what `facts_of_model` and `facts_of_data` gave.
 
     Raises:
         ValueError: a special id, a patch size or the normalisation differs; names both values.
     """
-    for name, of_model, of_data in zip(_NAMES, model, data):
-        if of_model is not None and of_model != of_data:
+    for name, of_data in data.items():
+        if model[name] is not None and model[name] != of_data:
             raise ValueError(
-                f"the model has {name} {of_model}, the data was packed with {of_data}; pack it with "
+                f"the model has {name} {model[name]}, the data was packed with {of_data}; pack it with "
                 "the tokenizer and processor of this model"
             )
 

@@ -200,7 +200,7 @@ def _batch(
         "vision_offsets": as_ints(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
         "id_range": _id_range(input_ids, shift_labels.numpy()),
-        "facts": facts_of_data(pack.vision),
+        "facts": facts_of_data(pack.vision, len(grid_thw) > 0),
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
         # Python floats: tensors of them would be cast to bf16 with the inputs

@@ -45,7 +45,7 @@ class _Patch:
     hooks: list[tuple[str, int]]  # (submodule's name, id): handles would not survive a deep copy
     text_attention: str  # the implementation before
     impl: str
-    facts: tuple[Any, ...]  # what data must have been encoded with, as `mmpack.hf.fit` has it
+    facts: dict[str, Any]  # what data must have been encoded with, as `mmpack.hf.fit` has it
     is_isolated: bool = False
 
 
