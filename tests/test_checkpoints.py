@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from builders import QUIET, SMALL_SPEC, tiny_config
@@ -18,7 +15,6 @@ from mmpack.hf.checkpoints import check_checkpoint
 from mmpack.store.encoded_store import write_store
 from mmpack.store.plan_file import save_plan
 
-TESTS = Path(__file__).resolve().parent
 LIST = "mmpack_files.json"
 
 
@@ -165,32 +161,3 @@ def test_shards_of_fsdp(finished, tmp_path):
         tear()
         with pytest.raises(ValueError, match=f"not a complete checkpoint: {name}"):
             check_checkpoint(checkpoint)
-
-
-def test_two_ranks(tmp_path):
-    """The list has every rank's files."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(TESTS / "test_checkpoints.py"), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole = tmp_path / "run" / "checkpoint-2"
-    names = files_of(whole)
-    assert {"rng_state_0.pth", "rng_state_1.pth", "scheduler.pt"} < set(names)
-    check_checkpoint(whole)
-    for name in ("rng_state_0.pth", "rng_state_1.pth"):
-        torn = copy_of(whole, tmp_path / name)
-        (torn / name).unlink()
-        with pytest.raises(ValueError, match=f"not a complete checkpoint: {name}"):
-            check_checkpoint(torn)
-
-
-def _on_a_rank(folder):
-    import torch
-
-    run(folder, ddp_backend="gloo", max_steps=2)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process that is through from ending
-
-
-if __name__ == "__main__":
-    _on_a_rank(Path(sys.argv[1]))

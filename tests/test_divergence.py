@@ -1,10 +1,6 @@
 """A run whose loss is no number any more ends, with the step and its rows, and leaves no checkpoint of it."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,6 @@ from mmpack.hf.divergence import Divergence
 from mmpack.store.encoded_store import write_store
 from mmpack.store.plan_file import save_plan
 
-TESTS = Path(__file__).resolve().parent
 POISON = 77  # the embedding of this token is infinite, so the loss of its pack is no number
 BAD = 14  # the row that has it; its pack is the sixth
 
@@ -175,32 +170,3 @@ def test_the_command_line_fails(tmp_path, capsys):
     assert message.startswith("mmpack: training has diverged: ")
     assert "of train.json)" in message and "learning_rate" in message
     assert not list((tmp_path / "run").glob("**/*.safetensors"))
-
-
-def test_every_rank_ends(tmp_path):
-    """The one whose pack it was, and the other, with the same words."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(TESTS / "test_divergence.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    words = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    dataset = dataset_of(poisoned=[BAD])
-    first, rows = place_of(dataset, BAD)
-    named = f"pack {first - 1} of epoch 0: rows {', '.join(map(str, rows))} of train.json"
-    assert words[0] == words[1]
-    assert f"in step {(first - 1) // 2 + 1} ({named})" in words[0]
-
-
-def _on_a_rank(folder):
-    import os
-
-    trainer = trainer_of(folder / "run", dataset_of(poisoned=[BAD]), ddp_backend="gloo")
-    with pytest.raises(ValueError, match="diverged") as error:
-        trainer.train()
-    (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(str(error.value)))
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process that is through from ending
-
-
-if __name__ == "__main__":
-    _on_a_rank(Path(sys.argv[1]))

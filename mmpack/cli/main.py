@@ -212,6 +212,7 @@ def _settle(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.cli.pack import cut_long
     from mmpack.hf.checkpoints import last_checkpoint
+    from mmpack.hf.families import freeze
     from mmpack.hf.loading import load_model
     from mmpack.hf.training import parse_training_arguments, train
     from mmpack.packing.cost import costs_of
@@ -227,6 +228,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"continuing from {where}", file=sys.stderr)
     if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
+        _tell_other_costs(dataset, options.frozen)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
@@ -249,11 +251,28 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         for row in bad_rows:
             print(f"left out {row}", file=sys.stderr)
     dataset.on_bad_image = options.on_bad_image
-    model = load_model(options.model, options.config, args.seed)
+    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
+    freeze(model, options.frozen)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
+        full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
+        print(f"{full}; weights in {options.weights_dtype}")
         result = train(model, dataset, args)
     print(json.dumps(result))
+
+
+def _tell_other_costs(dataset: Any, frozen: Sequence[str]) -> None:
+    """Say where a store's packs were planned to cost the same with other parts frozen."""
+    about = dataset.samples.about if hasattr(dataset.samples, "about") else {}
+    planned = about.get("frozen") or []
+    if about.get("config") is not None and sorted(planned) != sorted(frozen):
+        words = [
+            f"--frozen {' --frozen '.join(p)}" if p else "all parts" for p in (planned, frozen)
+        ]
+        print(
+            f"mmpack: the packs were planned for {words[0]}, trained are {words[1]}, so they cost the same no "
+            "more and ranks wait; pack again with the options of the training",
+            file=sys.stderr,
+        )
 
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:

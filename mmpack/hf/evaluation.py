@@ -46,7 +46,8 @@ class EvalHook:
         kept = (
             (rows, labels) if self.keeps_rows and rows is not None and labels is not None else None
         )
-        self._last = _Batch(loss.detach(), kwargs.get("num_items_in_batch"), pack, kept)
+        own = loss.detach().clone()  # Trainer multiplies it by the ranks where it is
+        self._last = _Batch(own, kwargs.get("num_items_in_batch"), pack, kept)
 
     def take(self) -> _Batch | None:
         """The batch, which is then forgotten."""
