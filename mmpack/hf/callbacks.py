@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,18 +17,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import CallbackHandler
 
-from mmpack.hf.attention_share import AttentionShare
+from mmpack.hf.attention_share import AttentionShare, chosen_layers
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
-from mmpack.hf.divergence import Divergence, diverged
-from mmpack.hf.evaluation import EvalHook, Evaluation, hook_of, loss_name
+from mmpack.hf.divergence import DivergenceWatch
+from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.families import find_inner
 from mmpack.hf.fit import check_fit
-from mmpack.hf.model_patch import is_patched
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
+from mmpack.hf.trainer_frames import LastCallback, callers, take_places
 from mmpack.packing.cost import FAMILIES
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.stream import PackStream
@@ -123,12 +121,9 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._costs: TrainedCosts | None = None
         self._packs: list[dict[str, Any]] = []
         self._seen = Seen()
-        self._last = _Last(self._before_saving)
-        self._divergence: Divergence | None = None
-        self._losses: list[torch.Tensor] = []  # of batches of a step that is not over
-        self._num_batches = 0  # of the step that are over
+        self._last = LastCallback(self._before_saving)
+        self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
-        self._eval_hook: EvalHook | None = None
 
     def on_init_end(
         self,
@@ -140,14 +135,13 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     ) -> None:
         args.logging_nan_inf_filter = False
         even = self._data.on_init_end(args)
-        trainer = _callers(self)[1]
+        trainer = callers(self)[1]
         if getattr(trainer, "train_dataset", None) is self.dataset:
             trainer.train_dataset = even
         elif isinstance(even, EvenPacks):  # in something of the user's
             self.dataset.append_empty_packs(even.multiple)
-        self._evaluation = Evaluation(args.process_index, args.world_size, args.eval_batch_size)
         if model is not None:
-            self._eval_hook = hook_of(model, args.world_size > 1 and args.eval_batch_size > 1)
+            self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
             self._weights = WeightKeeper(model)
 
@@ -160,7 +154,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        resumed = _callers(self, "resume_from_checkpoint")[2]
+        resumed = callers(self, "resume_from_checkpoint")[2]
         if isinstance(resumed, str):
             own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
             check_checkpoint(resumed, own)  # the stream looks for its file itself
@@ -170,20 +164,19 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             if self._weights is not None:
                 self._weights.check(model)
             check_unfinished(state)
-        _take_places(self, self._last)
+        take_places(self, self._last)
         self._remove_hooks()
         base = find_inner(model)
         if self.attention_every is not None:
-            self._share = AttentionShare(_chosen_layers(model, base, self.attention_layers))
+            self._share = AttentionShare(chosen_layers(model, base, self.attention_layers))
         is_costed = base is not None and base.config.model_type in FAMILIES
         if is_costed and isinstance(self.dataset, PackedDataset):
             check_fit(base, self.dataset)
         self._costs = TrainedCosts(model, base) if is_costed else None
         self._hooks = [
             model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._take_loss, with_kwargs=True),
+            self._divergence.begin(model, args),
         ]
-        self._divergence = Divergence(args.device, args.process_index)
         self._is_in_step = False
         self._packs.clear()
         self._seen = Seen()
@@ -216,8 +209,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         every = self.attention_every
         self._is_watched = every is not None and (state.global_step + 1) % every == 0
         self._is_in_step = True
-        self._num_batches = 0
-        self._losses.clear()
+        self._divergence.begin_step()
         self._seen.flops.append(0)
         if self._share is not None:
             self._share.begin()
@@ -225,7 +217,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._note(state.global_step + 1)
+        self._divergence.note_batches(self._packs, state.global_step + 1)
         self._count()
         if self._share is not None:
             self._share.begin()
@@ -239,17 +231,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if getattr(optimizer, "scaler", None) is not None:
-            return  # of float16: a step whose gradients overflow is left out, and its scale lowered
-        assert model is not None and self._divergence is not None
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        self._divergence.note(gradients, state.global_step + 1)
+        assert model is not None
+        if getattr(optimizer, "scaler", None) is None:  # float16's leaves a step that overflows out
+            self._divergence.note_gradients(model, state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._is_in_step = False
-        self._note(state.global_step)
+        self._divergence.note_batches(self._packs, state.global_step)
+        self._divergence.end_step()
         self._count()
         self._seen.mark = time.perf_counter()
         if self._stream is not None:
@@ -264,9 +255,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        batch = None if self._eval_hook is None else self._eval_hook.take()
-        if batch is not None and self._evaluation is not None:
-            self._evaluation.add(batch, eval_dataloader)
+        if self._evaluation is not None:
+            self._evaluation.count(eval_dataloader)
 
     def on_predict(
         self,
@@ -276,7 +266,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         metrics: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        self._weigh(metrics)
+        if self._evaluation is not None:
+            self._evaluation.correct(metrics)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -301,7 +292,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     ) -> None:
         if logs is None:
             return
-        self._weigh(logs, state)
+        if self._evaluation is not None:
+            self._evaluation.correct(logs, *state.log_history[-1:])
         if "loss" not in logs or not self._seen.num_batches:
             return  # an evaluation's log, a summary's, or no pack was seen
         capacity = self.dataset.capacity * state.train_batch_size  # padded: every batch is full
@@ -309,16 +301,6 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # a copy, made before callbacks are called
-
-    def _weigh(self, metrics: dict[str, Any], state: TrainerState | None = None) -> None:
-        """Put the loss of an evaluation into what is to be logged and returned of it."""
-        name = loss_name(metrics)
-        loss = None if name is None or self._evaluation is None else self._evaluation.pop()
-        if name is None or loss is None:
-            return
-        metrics[name] = loss
-        if state is not None and state.log_history and name in state.log_history[-1]:
-            state.log_history[-1][name] = loss
 
     def _before_saving(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
@@ -329,36 +311,10 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             DivergedError: it has.
         """
         is_last = control.should_save or control.should_training_stop
-        if not (is_last or control.should_log or control.should_evaluate):
-            return
-        assert self._divergence is not None
-        if is_last:  # an update may have broken weights that no loss has seen since
-            self._divergence.note(model.parameters(), state.global_step)
-        found = self._divergence.first()
-        if found is not None:
-            raise diverged(found[0], self._data.place_of(*found))
-        self._data.forget_places()
+        if is_last or control.should_log or control.should_evaluate:
+            self._divergence.check(model if is_last else None, state.global_step)
         if control.should_save and args.should_save:
             begin_writing(checkpoint_folder(args, state))
-
-    def _note(self, step: int) -> None:
-        """Take down the losses the hook kept."""
-        assert self._divergence is not None
-        for loss, pack in zip(self._losses, self._packs):
-            self._divergence.note_loss(loss, step, self._num_batches)
-            self._data.note_place(step, self._num_batches, pack)
-            self._num_batches += 1
-        self._losses.clear()
-
-    def _take_loss(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """The hook on the output: keeps a training batch's loss."""
-        if kwargs.get("mmpack") is None or not self._is_in_step:
-            return
-        loss = getattr(output, "loss", None)
-        if loss is not None:
-            self._losses.append(loss.detach())
 
     def _take(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -432,65 +388,3 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-
-class _Last(TrainerCallback):
-    """Stands last in Trainer's list, where all others have said whether to log, evaluate and save."""
-
-    def __init__(self, check: Any) -> None:
-        self._check = check
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._check(args, state, control, model)
-
-    on_epoch_end = on_step_end
-
-
-def _chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
-    if not is_patched(model):
-        raise ValueError(
-            "attention_every needs a patched model, whose attention calls back; "
-            "patch_model(model) before training"
-        )
-    num_layers = len(base.language_model.layers)
-    if layers is None:
-        return [num_layers // 2, num_layers - 1]
-    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-    if wrong or not layers:
-        raise ValueError(f"attention_layers must be from 0 to {num_layers - 1}, got {list(layers)}")
-    return layers
-
-
-def _take_places(first: TrainerCallback, last: TrainerCallback) -> None:
-    """Make a callback the first of its handler's, so that reporters see what it puts into logs, and another
-    one the last.
-
-    Trainer puts reporters in front of a user's callbacks. Where the handler is not found, values are printed
-    and in `log_history`, but reporters have gone by, and a run that has diverged is logged before it ends.
-    """
-    handler = _callers(first)[0]
-    if handler is not None:
-        others = [callback for callback in handler.callbacks if callback not in (first, last)]
-        handler.callbacks[:] = [first, *others, last]
-
-
-def _callers(callback: TrainerCallback, name: str = "") -> tuple[Any, Any, Any]:
-    """(handler that calls the callback, its Trainer, what the Trainer's methods have under a name), which
-    Trainer tells callbacks nothing of; None of what is not found."""
-    frame, handler = sys._getframe(1), None
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, CallbackHandler) and callback in found.callbacks:
-            handler = found
-        elif handler is not None and getattr(found, "callback_handler", None) is handler:
-            if not name or name in frame.f_locals:
-                return handler, found, frame.f_locals.get(name)
-        frame = frame.f_back  # type: ignore[assignment]
-    return handler, None, None

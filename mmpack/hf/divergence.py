@@ -6,12 +6,15 @@ and leaves one that is not out of the log: a run whose weights are all NaN logs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from transformers import TrainingArguments
 
 _NEVER = 1 << 62
 _MICRO, _RANK = 32, 16  # bits under the step in a mark: (step, batch of the step, rank)
@@ -66,14 +69,74 @@ class Divergence:
         return loss >> _MICRO, loss >> _RANK & low, loss & low
 
 
-def diverged(step: int, place: str) -> DivergedError:
-    """The error of a run that diverged in a step.
+class DivergenceWatch:
+    """`PackingCallback`'s part: notes every batch and step of a run, and ends one that has diverged.
 
     Args:
-        place: its packs and rows, in words.
+        data: says where a step's packs come from (`PackKeeper`, `StreamKeeper`).
     """
-    return DivergedError(
-        f"training has diverged: the loss, a gradient or a weight is NaN or infinite, first in step {step} "
-        f"({place}); no checkpoint was written since. Look at the rows (mmpack inspect), lower learning_rate or "
-        "lengthen warmup_steps, and go on from the last checkpoint: --resume_from_checkpoint last"
-    )
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self._first: Divergence | None = None
+        self._losses: list[torch.Tensor] = []
+        self._num_batches = 0  # of the step, those noted
+        self._is_in_step = False
+
+    def begin(self, model: nn.Module, args: TrainingArguments) -> Any:
+        """Begin a run; returns the handle of its hook on the model."""
+        self._first = Divergence(args.device, args.process_index)
+        self._is_in_step = False
+        return model.register_forward_hook(self._take, with_kwargs=True)
+
+    def begin_step(self) -> None:
+        """Batches that come now are of a step."""
+        self._losses.clear()
+        self._num_batches, self._is_in_step = 0, True
+
+    def end_step(self) -> None:
+        """Batches that come now are none of training's."""
+        self._is_in_step = False
+
+    def _take(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The hook; torch.compile traces it."""
+        loss = getattr(output, "loss", None)
+        if self._is_in_step and loss is not None and kwargs.get("mmpack") is not None:
+            self._losses.append(loss.detach())
+
+    def note_batches(self, packs: Sequence[dict[str, Any]], step: int) -> None:
+        """Take down a step's batches that are over; `packs` are their `mmpack` dicts."""
+        assert self._first is not None
+        for number, pack in enumerate(packs, self._num_batches):
+            self._data.note_place(step, number, pack)
+        for number, loss in enumerate(self._losses, self._num_batches):
+            self._first.note_loss(loss, step, number)
+        self._num_batches += len(packs)
+        self._losses.clear()
+
+    def note_gradients(self, model: nn.Module, step: int) -> None:
+        """Take down the gradients an optimizer is about to see."""
+        assert self._first is not None
+        self._first.note([p.grad for p in model.parameters() if p.grad is not None], step)
+
+    def check(self, model: nn.Module | None, step: int) -> None:
+        """Look at what was noted, on all ranks; with a model at its weights too, which an update may have
+        broken without a loss that has seen it.
+
+        Raises:
+            DivergedError: training has diverged; names the step and its rows.
+        """
+        assert self._first is not None
+        if model is not None:
+            self._first.note(model.parameters(), step)
+        found = self._first.first()
+        if found is not None:
+            raise DivergedError(
+                "training has diverged: the loss, a gradient or a weight is NaN or infinite, first in step "
+                f"{found[0]} ({self._data.place_of(*found)}); no checkpoint was written since. Look at the rows "
+                "(mmpack inspect), lower learning_rate or lengthen warmup_steps, and go on from the last checkpoint: "
+                "--resume_from_checkpoint last"
+            )
+        self._data.forget_places()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainingArguments
 
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
@@ -55,7 +56,7 @@ class EvalHook:
         return last
 
 
-def hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
+def _hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
     """The model's hook, registered where it has none: Trainers of one model share it."""
     for hook in model._forward_hooks.values():
         if isinstance(hook, EvalHook):
@@ -67,25 +68,25 @@ def hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
 
 
 class Evaluation:
-    """The sums of one evaluation, on one rank.
+    """`PackingCallback`'s part: the sums of one evaluation after the other, on one rank."""
 
-    Args:
-        rank, num_ranks: this process's, and how many there are.
-        batch_size: packs of a batch.
-    """
-
-    def __init__(self, rank: int, num_ranks: int, batch_size: int) -> None:
-        self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
+    def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
+        self._rank, self._num_ranks = args.process_index, args.world_size
+        self._batch_size = args.eval_batch_size
+        self._hook = _hook_of(model, self._num_ranks > 1 and self._batch_size > 1)
         self._loader: Any = None
         self._sums: list[torch.Tensor] = []
         self._tokens = 0
 
-    def add(self, batch: _Batch, loader: Any) -> None:
-        """Count a batch that the loader has just given.
+    def count(self, loader: Any) -> None:
+        """Count the batch that the loader has just given, and the model taken.
 
         Raises:
             ValueError: some of its packs are repeated, and which share of the loss is theirs is not known.
         """
+        batch = self._hook.take()
+        if batch is None:
+            return
         if loader is not self._loader:  # another one's, or the rest of one that was broken off
             self._loader, self._sums, self._tokens = loader, [], 0
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
@@ -119,8 +120,16 @@ class Evaluation:
             return num_items
         return min(max(remainder - self._rank * self._batch_size, 0), num_items)
 
-    def pop(self) -> float | None:
-        """The mean over all ranks, which must all ask, and begin anew; None: no token was seen."""
+    def correct(self, *metrics: dict[str, Any]) -> None:
+        """Put the mean over all ranks, which must all ask, where an evaluation's metrics have Trainer's, and
+        begin anew. Metrics of something else, and of no supervised token, stay."""
+        name = _loss_name(metrics[0])
+        loss = None if name is None else self._pop()
+        for one in metrics if loss is not None else ():
+            if name in one:
+                one[name] = loss
+
+    def _pop(self) -> float | None:
         loss = float(torch.stack(self._sums).sum()) if self._sums else 0.0
         mine: Any = (loss, self._tokens)
         self._loader, self._sums, self._tokens = None, [], 0
@@ -132,7 +141,7 @@ class Evaluation:
         return sum(loss for loss, _ in ranks) / tokens if tokens else None
 
 
-def loss_name(logs: dict[str, Any]) -> str | None:
+def _loss_name(logs: dict[str, Any]) -> str | None:
     """The name of an evaluation's loss among its metrics; None: these are of no evaluation."""
     for name in logs:
         if name.endswith("_loss") and f"{name.removesuffix('_loss')}_runtime" in logs:
