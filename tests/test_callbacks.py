@@ -158,8 +158,8 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
             del collate.batches[evaluated.start :]
 
     trainer = trained(model, tmp_path, [*added, NoEvaluation()], collate, dataset, **options)
-    assert len(dataset) == 6
-    assert dataset.num_empty == 1
+    assert len(dataset) == 5
+    assert len(trainer.train_dataset) == 6
     assert len(evaluated.batches) == 2  # of up to 8 packs, once a log
     assert len(collate.batches) == 2 * 3
     values = logged(trainer)
@@ -368,7 +368,8 @@ def test_a_compiled_model_stays_one_graph():
     model = patch_model(tiny_model(CONFIG))
     batches = [PackCollator()([dataset[n]]) for n in range(2)]
     expected = [model(**batch).loss.item() for batch in batches]
-    callback, step = PackingCallback(dataset), (None, SimpleNamespace(global_step=0), None)
+    args = SimpleNamespace(device=torch.device("cpu"), process_index=0)
+    callback, step = PackingCallback(dataset), (args, SimpleNamespace(global_step=0), None)
     callback.on_train_begin(*step, model=model)
     callback.on_step_begin(*step)
     torch._dynamo.reset()
@@ -377,6 +378,7 @@ def test_a_compiled_model_stays_one_graph():
         batches, expected, (callback.on_substep_end, callback.on_step_end)
     ):
         assert compiled(**batch).loss.item() == pytest.approx(loss, rel=1e-6)
+        assert [float(x) for x in callback._divergence._losses] == [pytest.approx(loss, rel=1e-6)]
         after(*step)
     seen = callback._seen
     packs = [dataset[0], dataset[1]]

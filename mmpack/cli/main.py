@@ -224,6 +224,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.cli.pack import cut_long
     from mmpack.data.readers import media_folders
     from mmpack.hf.checkpoints import last_checkpoint
+    from mmpack.hf.families import freeze
     from mmpack.hf.loading import load_model
     from mmpack.hf.training import parse_training_arguments, train
     from mmpack.packing.cost import costs_of
@@ -241,6 +242,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
         if options.media_dir:
             dataset.media_folders = options.media_dir
+        _tell_other_costs(dataset, options.frozen)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
@@ -264,9 +266,11 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
     dataset.on_bad_image, dataset.max_bad = options.on_bad_image, options.max_bad
-    model = load_model(options.model, options.config, args.seed)
+    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
+    freeze(model, options.frozen)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        print(f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full")
+        full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
+        print(f"{full}; weights in {options.weights_dtype}")
         folders = dataset.media_folders
         if folders is None:
             print("images and videos are read from anywhere; --media-dir FOLDER confines them")
@@ -274,6 +278,21 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
             print(f"images and videos are read from {' and '.join(folders)}")
         result = train(model, dataset, args)
     print(json.dumps(result))
+
+
+def _tell_other_costs(dataset: Any, frozen: Sequence[str]) -> None:
+    """Say where a store's packs were planned to cost the same with other parts frozen."""
+    about = dataset.samples.about if hasattr(dataset.samples, "about") else {}
+    planned = about.get("frozen") or []
+    if about.get("config") is not None and sorted(planned) != sorted(frozen):
+        words = [
+            f"--frozen {' --frozen '.join(p)}" if p else "all parts" for p in (planned, frozen)
+        ]
+        print(
+            f"mmpack: the packs were planned for {words[0]}, trained are {words[1]}, so they cost the same no "
+            "more and ranks wait; pack again with the options of the training",
+            file=sys.stderr,
+        )
 
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:

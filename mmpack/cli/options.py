@@ -180,6 +180,12 @@ def command_line() -> argparse.ArgumentParser:
         default="raise",
         help="data files that changed after they were packed: stop, or train on the rows as they were",
     )
+    train.add_argument(
+        "--weights-dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="what weights are kept and saved in, with --bf16 too; small updates are lost in bfloat16",
+    )
     _add_data_options(train, required=False)
 
     demo = command("demo", "see it work: data, model and training, nothing needed", DEMO_EXAMPLES)
@@ -264,7 +270,8 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
         action="append",
         default=[],
         choices=["vision", "merger", "language"],
-        help="part of the model that is not trained, for its cost; repeatable",
+        help="part of the model that is not trained: packing counts its cost, mmpack train freezes it; "
+        "repeatable",
     )
     parser.add_argument("--plan-seed", type=int, metavar="N", default=0, help="seed of the plan")
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from mmpack.hf.model_patch import is_patched
 from mmpack.types import Float64
 
 ROWS = 64  # evenly spaced over a pack's supervised rows; scores of 8,192 tokens: 2 MiB a head
@@ -87,3 +89,23 @@ def image_share(
         weights = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1)
         mass += (weights * is_image).sum((0, 2)) / num_heads
     return torch.stack([(mass * sees_image).sum(), sees_image.sum().to(dtype)])
+
+
+def chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
+    """The text layers to look at, those asked for or the middle and the last one.
+
+    Raises:
+        ValueError: the model is not patched, or has no such layers.
+    """
+    if not is_patched(model):
+        raise ValueError(
+            "attention_every needs a patched model, whose attention calls back; "
+            "patch_model(model) before training"
+        )
+    num_layers = len(base.language_model.layers)
+    if layers is None:
+        return [num_layers // 2, num_layers - 1]
+    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+    if wrong or not layers:
+        raise ValueError(f"attention_layers must be from 0 to {num_layers - 1}, got {list(layers)}")
+    return layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,16 +17,19 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import CallbackHandler
 
-from mmpack.hf.attention_share import AttentionShare
-from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_unfinished
+from mmpack.hf.attention_share import AttentionShare, chosen_layers
+from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
+from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
+from mmpack.hf.divergence import DivergenceWatch
+from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.families import find_inner
-from mmpack.hf.model_patch import is_patched
+from mmpack.hf.fit import check_fit
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
+from mmpack.hf.trainer_frames import LastCallback, callers, take_places
 from mmpack.packing.cost import FAMILIES
-from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.stream import PackStream
 
 
@@ -35,14 +37,22 @@ class PackingCallback(TrainerCallback):
     """Other packs every epoch, as many on every rank, and what they do in the Trainer's log:
     `Trainer(callbacks=[PackingCallback(train)])`.
 
-    - At Trainer's construction the data set is padded with empty packs to a multiple of the ranks
-      times the packs of a batch. Else accelerate repeats packs of the epoch's start, which are then
-      trained on twice.
+    - Trainer trains on the data set with empty packs behind it, a multiple of the ranks times the packs of
+      a batch (`mmpack.packing.dataset.EvenPacks` takes its place in Trainer; itself it stays as it is). Else
+      accelerate repeats packs of the epoch's start, which are then trained on twice.
     - At an epoch's start its number is written where every worker reads it. accelerate calls
       `set_epoch` only where a sampler does not have one, and workers that live on
       (`dataloader_persistent_workers`) never hear of it.
     - A resumed run continues with the packs that would have come next, whose order is the plan's, and with
       the checkpoint's weights (`mmpack.hf.checkpoints`).
+    - A run whose loss, gradients or weights are no numbers any more ends with an error that names the step
+      and its rows, before it is logged or saved (`mmpack.hf.divergence`). `logging_nan_inf_filter`, which
+      hides it and asks the device in every batch, is switched off.
+    - Data of another model (token ids, patches, normalisation) is refused as training begins.
+    - Where it saves, a list of the checkpoint's files and their sizes is written last, so that a torn one is
+      told (`mmpack.hf.checkpoint_files`).
+    - `eval_loss` is the mean over the supervised tokens of the whole set, whatever the packs, the batches and
+      the ranks (`mmpack.hf.evaluation`); Trainer's is a mean over batches.
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
       printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
       in Trainer's list as training begins:
@@ -67,8 +77,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     adapters (LoRA) counts no gradients of weights, a vision tower so trained is counted whole.
     Seconds are wall clock, waiting for data too, but without evaluation and saving.
 
-    A step costs the callback some arithmetic on host integers that come with the batch: no
-    question to the device, no random number. Ranks exchange a few numbers at logging alone. A compiled
+    A step costs the callback some arithmetic on host integers that come with the batch, and one pass over
+    the gradients: no question to the device, no random number. Ranks exchange a few numbers at logging and saving alone. A compiled
     model stays one graph, except in steps whose attention is looked at.
 
     Of a `PackStream` every rank gets its own part, which is passed over without end until `max_steps`
@@ -84,7 +94,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
 
     Raises:
         ValueError: `attention_every` is below 1; as training begins: the model is not patched or has no
-            such layers; the run is resumed from a checkpoint of other packs or weights, or is finished.
+            such layers; the data is of another model; the run is resumed from a checkpoint that is not whole,
+            of other packs or weights, or is finished; while it runs: it has diverged.
     """
 
     def __init__(
@@ -107,13 +118,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             self._data = PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
         self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._share: AttentionShare | None = None
         self._is_in_step = False
         self._is_watched = False
         self._costs: TrainedCosts | None = None
         self._packs: list[dict[str, Any]] = []
         self._seen = Seen()
+        self._last = LastCallback(self._before_saving)
+        self._divergence = DivergenceWatch(self._data)
+        self._evaluation: Evaluation | None = None
 
     def on_init_end(
         self,
@@ -123,7 +137,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._data.on_init_end(args)
+        args.logging_nan_inf_filter = False
+        even = self._data.on_init_end(args)
+        trainer = callers(self)[1]
+        if getattr(trainer, "train_dataset", None) is self.dataset:
+            trainer.train_dataset = even
+        elif isinstance(even, EvenPacks):  # in something of the user's
+            assert isinstance(self.dataset, PackedDataset)
+            self.dataset.append_empty_packs(even.multiple)
+        if model is not None:
+            self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
             self._weights = WeightKeeper(model)
 
@@ -136,20 +159,29 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        resumed = callers(self, "resume_from_checkpoint")[2]
+        if isinstance(resumed, str):
+            own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
+            check_checkpoint(resumed, own)  # the stream looks for its file itself
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
         if state.global_step:
             if self._weights is not None:
                 self._weights.check(model)
             check_unfinished(state)
-        _step_in_front(self)
-        self._remove_hook()
+        take_places(self, self._last)
+        self._remove_hooks()
         base = find_inner(model)
         if self.attention_every is not None:
-            self._share = AttentionShare(_chosen_layers(model, base, self.attention_layers))
+            self._share = AttentionShare(chosen_layers(model, base, self.attention_layers))
         is_costed = base is not None and base.config.model_type in FAMILIES
+        if is_costed and isinstance(self.dataset, PackedDataset):
+            check_fit(base, self.dataset)
         self._costs = TrainedCosts(model, base) if is_costed else None
-        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True),
+            self._divergence.begin(model, args),
+        ]
         self._is_in_step = False
         self._packs.clear()
         self._seen = Seen()
@@ -162,7 +194,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._remove_hook()
+        self._remove_hooks()
         if (
             self._weights is not None
             and args.load_best_model_at_end
@@ -182,6 +214,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         every = self.attention_every
         self._is_watched = every is not None and (state.global_step + 1) % every == 0
         self._is_in_step = True
+        self._divergence.begin_step()
         self._seen.flops.append(0)
         if self._share is not None:
             self._share.begin()
@@ -189,19 +222,57 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._divergence.note_batches(self._packs, state.global_step + 1)
         self._count()
         if self._share is not None:
             self._share.begin()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        if getattr(optimizer, "scaler", None) is None:  # float16's leaves a step that overflows out
+            self._divergence.note_gradients(model, state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._is_in_step = False
+        self._divergence.note_batches(self._packs, state.global_step)
+        self._divergence.end_step()
         self._count()
         self._seen.mark = time.perf_counter()
         if self._stream is not None:
             self._stream.consume(self._waiting)
             self._waiting.clear()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._evaluation is not None:
+            self._evaluation.count(eval_dataloader)
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if self._evaluation is not None:
+            self._evaluation.correct(metrics)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,6 +284,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     ) -> None:
         if self._stream is not None:
             self._stream.on_save(args, state)
+        write_list(checkpoint_folder(args, state), args.should_save)
         self._seen.pause()
 
     def on_log(
@@ -223,13 +295,31 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or not self._seen.num_batches:
+        if logs is None:
+            return
+        if self._evaluation is not None:
+            self._evaluation.correct(logs, *state.log_history[-1:])
+        if "loss" not in logs or not self._seen.num_batches:
             return  # an evaluation's log, a summary's, or no pack was seen
         capacity = self.dataset.capacity * state.train_batch_size  # padded: every batch is full
         values = self._values(capacity, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # a copy, made before callbacks are called
+
+    def _before_saving(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
+    ) -> None:
+        """End a run that has diverged, before it is logged, evaluated or saved; ranks agree on these.
+
+        Raises:
+            DivergedError: it has.
+        """
+        is_last = control.should_save or control.should_training_stop
+        if is_last or control.should_log or control.should_evaluate:
+            self._divergence.check(model if is_last else None, state.global_step)
+        if control.should_save and args.should_save:
+            begin_writing(checkpoint_folder(args, state))
 
     def _take(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -299,39 +389,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             values["dropped_segments"] = dropped
         return {f"pack/{name}": float(value) for name, value in values.items()}
 
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
-
-
-def _chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
-    if not is_patched(model):
-        raise ValueError(
-            "attention_every needs a patched model, whose attention calls back; "
-            "patch_model(model) before training"
-        )
-    num_layers = len(base.language_model.layers)
-    if layers is None:
-        return [num_layers // 2, num_layers - 1]
-    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-    if wrong or not layers:
-        raise ValueError(f"attention_layers must be from 0 to {num_layers - 1}, got {list(layers)}")
-    return layers
-
-
-def _step_in_front(callback: TrainerCallback) -> None:
-    """Make the callback the first of its handler's, so that reporters see what it puts into logs.
-
-    Trainer puts reporters in front of a user's callbacks, and tells callbacks neither of itself nor of
-    the handler; the handler is the caller. Where it is not found, values are printed and in
-    `log_history`, but reporters have gone by.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back  # type: ignore[assignment]
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

@@ -11,12 +11,10 @@ batches, however these share n. Trainer skips by number, so no pack is made to b
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import zipfile
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,11 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.trainer import TRAINER_STATE_NAME
 
-from mmpack.packing.dataset import PackedDataset
+from mmpack.hf.checkpoint_files import KEY, lacking
+from mmpack.packing.dataset import EvenPacks, PackedDataset
+from mmpack.packing.plan import plan_epoch
 
-KEY = "mmpack"  # in `TrainerState.stateful_callbacks`, which is saved in trainer_state.json
-STREAM_FILE = "mmpack_stream_{rank}.json"  # in a checkpoint: where a rank stands in its stream
 _log = logging.getLogger(__name__)
 
 
@@ -97,10 +94,14 @@ class PackKeeper:
     def __init__(self, dataset: PackedDataset) -> None:
         self.dataset = dataset
         self._record: dict[str, Any] | None = None
+        self._packs: EvenPacks | None = None
 
-    def on_init_end(self, args: TrainingArguments) -> None:
-        """Even out the ranks, and keep the packs' order, which is random, different in every epoch, and
-        the same for any number of ranks. Trainer's own depends on them and on torch's seed.
+    def on_init_end(self, args: TrainingArguments) -> EvenPacks:
+        """Keep the packs' order, which is random, different in every epoch, and the same for any number of
+        ranks. Trainer's own depends on them and on torch's seed.
+
+        Returns:
+            What to train on: equally many packs on every rank.
 
         Raises:
             ValueError: an order was asked for that packs do not have.
@@ -111,13 +112,14 @@ class PackKeeper:
                 "leave it out"
             )
         args.train_sampling_strategy = "sequential"
-        self.dataset.append_empty_packs(args.world_size * args.train_batch_size)
         self._record = {
             "made of": self.dataset.fingerprint(),
             "ranks": args.world_size,
             "batch size": args.train_batch_size,
             "accumulated": args.gradient_accumulation_steps,
         }
+        self._packs = EvenPacks(self.dataset, args.world_size * args.train_batch_size)
+        return self._packs
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
         """See that a resumed run continues with the packs that would have come next.
@@ -167,6 +169,40 @@ class PackKeeper:
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
+    def note_place(self, step: int, batch: int, pack: dict[str, Any]) -> None:
+        """Nothing: a step's packs follow from its number."""
+
+    def forget_places(self) -> None:
+        """Nothing, too."""
+
+    def place_of(self, step: int, batch: int | None, rank: int | None) -> str:
+        """The packs and rows of a step, from 1, in words: of a rank's batch of it where that is known."""
+        assert self._record is not None and self._packs is not None
+        ranks, size = self._record["ranks"], self._record["batch size"]
+        accumulated, num_packs = self._record["accumulated"], len(self._packs)
+        epoch, place = divmod(step - 1, -(-num_packs // (ranks * size * accumulated)))
+        first = place * accumulated * ranks * size
+        packs = range(first, min(first + accumulated * ranks * size, num_packs))
+        if batch is not None and rank is not None:
+            first += (batch * ranks + rank) * size
+            packs = range(first, first + size)
+        plan = plan_epoch(self.dataset.plan, epoch)
+        full = [pack for pack in packs if pack < plan.num_packs]
+        rows: dict[str, list[int]] = {}
+        for pack in full:
+            for number in map(int, plan.samples_of(pack)):
+                sample = self.dataset.samples[number]
+                rows.setdefault(sample.source, []).append(sample.row)
+        words = [f"rows {_first(found)} of {source}" for source, found in rows.items()]
+        name = f"pack{'s' if len(full) > 1 else ''} {_first(full)} of epoch {epoch}"
+        return f"{name}: {', '.join(words[:4])}{', ...' if len(words) > 4 else ''}"
+
+
+def _first(numbers: Sequence[int], most: int = 12) -> str:
+    """Numbers in words, many of them counted."""
+    words = ", ".join(map(str, numbers[:most]))
+    return words if len(numbers) <= most else f"{words} and {len(numbers) - most} more"
+
 
 def check_unfinished(state: TrainerState) -> None:
     """Raises:
@@ -201,40 +237,24 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         if (match := pattern.fullmatch(path.name))
     }
     for _, path in sorted(found.items(), reverse=True):
-        lacking = _lacking(path)
-        if lacking is None:
+        why = lacking(path)
+        if why is None:
             return str(path)
-        _log.warning("passed over %s: %s", path, lacking)
+        _log.warning("passed over %s: %s", path, why)
     return None
 
 
-def check_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Raises:
-    ValueError: the folder is no complete checkpoint; says what is missing.
+def check_checkpoint(folder: str | os.PathLike[str], ignored: str = "") -> None:
+    """See that a checkpoint is whole; a file that is `ignored` may lack.
+
+    Raises:
+        ValueError: the folder is no complete checkpoint; says what is missing.
     """
-    lacking = _lacking(Path(folder))
-    if lacking is not None:
+    why = lacking(Path(folder), ignored)
+    if why is not None:
         raise ValueError(
-            f"{folder} is not a complete checkpoint: {lacking}. Name another one, or `last` for the newest that is"
+            f"{folder} is not a complete checkpoint: {why}. Name another one, or `last` for the newest that is"
         )
-
-
-def _lacking(folder: Path) -> str | None:
-    """What a checkpoint lacks to be resumed. Trainer writes trainer_state.json after all else of its rank."""
-    try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"there is no {TRAINER_STATE_NAME}, saving was interrupted"
-    except (OSError, ValueError):
-        return f"{TRAINER_STATE_NAME} is cut off, saving was interrupted"
-    record = (state.get("stateful_callbacks") or {}).get(KEY, {})
-    ranks = record.get("ranks", 1)
-    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    torn = [name for name in names if not zipfile.is_zipfile(folder / name)]
-    if record.get("is a stream"):
-        streams = [STREAM_FILE.format(rank=rank) for rank in range(ranks)]
-        torn += [name for name in streams if not (folder / name).is_file()]
-    return f"{torn[0]} is not there or cut off" if torn else None
 
 
 def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ What becomes of a pack, names transformers knows and the `mmpack` dict, is in `m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from mmpack.data.encode import encode_samples
 from mmpack.data.readers import read_samples
 from mmpack.hf.families import TowerSpec, inner_model, tower_of
+from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing.assemble import assemble, concatenate
@@ -98,11 +100,13 @@ class PackCollator:
         self.full_logits = full_logits
         self.pad_to = pad_to
         self.assemble = assemble
-        self.tower = TowerSpec() if model is None else tower_of(inner_model(model))
+        base = None if model is None else inner_model(model)
+        self.tower = TowerSpec() if base is None else tower_of(base)
+        self._num_ids = None if base is None else num_ids(base)
         if processor is None or isinstance(processor, tuple):
             self.tokenizer, self.vision = processor or (None, None)
         else:
-            config = None if model is None else inner_model(model).config
+            config = None if base is None else base.config
             self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
@@ -113,6 +117,11 @@ class PackCollator:
             batch = batch_of(pack, values, self.tower)
         else:
             batch = compact_batch_of(pack, values, self.tower)
+        segments = [_num_segments(feature) for feature in features]
+        batch["mmpack"]["items"] = (0, *accumulate(segments))  # an item's segments
+        if self._num_ids is not None:  # here, as a compiled model asks the host nothing
+            samples = [f for f in features if isinstance(f, EncodedSample)]
+            check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
         resume = getattr(features[-1], "resume", None)
         if resume is not None:
             batch["mmpack"]["resume"] = resume  # of a stream: after its last pack
@@ -176,6 +185,12 @@ class PackCollator:
                 "pixels='uint8', or leave it away"
             )
         return values
+
+
+def _num_segments(feature: Any) -> int:
+    if isinstance(feature, Pack):
+        return len(feature.cu_seqlens) - 1
+    return len(feature.offsets) - 1 if isinstance(feature, CompactPack) else 1
 
 
 def _padded(pack: Pack | CompactPack, num_tokens: int) -> Pack | CompactPack:

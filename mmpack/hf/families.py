@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,34 @@ def tower_of(base: Any) -> TowerSpec:
     if family.has_position_table:
         table_side = int(config.num_position_embeddings**0.5)
     return TowerSpec(window_side, table_side)
+
+
+def parts_of(model: nn.Module, base: Any) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a model by the parts that `mmpack.packing.cost.sample_flops` knows: "vision", the tower but
+    for what merges its patches; "merger"; "language", all else, heads and adapters too."""
+    tower = dict(base.visual.named_parameters())
+    of_tower = {id(parameter) for parameter in tower.values()}
+    return {
+        "vision": [p for name, p in tower.items() if "merger" not in name],
+        "merger": [p for name, p in tower.items() if "merger" in name],
+        "language": [p for p in model.parameters() if id(p) not in of_tower],
+    }
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Take gradients from parts of a model, named as in `parts_of`.
+
+    Raises:
+        ValueError: no parameter is left to train.
+    """
+    by_name = parts_of(model, inner_model(model))
+    for name in parts:
+        for parameter in by_name[name]:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"nothing is left to train: --frozen {' --frozen '.join(parts)}; leave one of them out"
+        )
 
 
 def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:

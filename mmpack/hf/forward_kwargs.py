@@ -24,6 +24,7 @@ from transformers.vision_utils import (
 from mmpack import _native, reference
 from mmpack.data import images
 from mmpack.hf.families import TowerSpec
+from mmpack.hf.fit import facts_of_data
 from mmpack.packing import worker_buffers
 from mmpack.packing.compact import Outline, outline
 from mmpack.packing.worker_buffers import as_ints, as_tensor
@@ -58,7 +59,7 @@ def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Te
 def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
     """The batch of a finished pack; `values` are its pixels."""
     grid_order, grid_offsets = _grids_by_segment(pack)
-    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets)
+    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets, pack.input_ids)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
     for name in (
@@ -96,7 +97,7 @@ def compact_batch_of(
 ) -> dict[str, Any]:
     """The batch of a compact pack, which `assemble_on_device` completes; `values` are its pixels."""
     known = outline(pack, worker_buffers.empty)
-    batch = _batch(known, values, pack.grid_thw, pack.grid_offsets)
+    batch = _batch(known, values, pack.grid_thw, pack.grid_offsets, pack.input_ids)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = torch.empty(4, 1, 0, dtype=torch.int64)
     num_tokens = len(known.labels)
@@ -166,6 +167,7 @@ def _batch(
     values: dict[str, torch.Tensor],
     grid_thw: Int64 | Int32,
     grid_offsets: Any,
+    input_ids: Int64 | Int32,
 ) -> dict[str, Any]:
     """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
     rows = pack.supervised_index.astype(np.int64)
@@ -198,11 +200,19 @@ def _batch(
         "video_rule": rule,
         "vision_offsets": as_ints(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
+        "id_range": _id_range(input_ids, shift_labels.numpy()),
+        "facts": facts_of_data(pack.vision, len(grid_thw) > 0),
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
         # Python floats: tensors of them would be cast to bf16 with the inputs
         batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
     return batch
+
+
+def _id_range(*arrays: Int64 | Int32) -> tuple[int, int]:
+    """(smallest, largest) of token ids and of labels that count."""
+    some = [array for array in arrays if len(array)]
+    return min(int(array.min()) for array in some), max(int(array.max()) for array in some)
 
 
 def _windows(grid_thw: Int64, vision: VisionSpec, side: int) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -27,6 +27,7 @@ from torch import nn
 from mmpack.hf import attention, tower
 from mmpack.hf.embedding import embed, is_sharded
 from mmpack.hf.families import check_videos, family_of, inner_model, tower_of
+from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.rotary import rotations, text_forward
@@ -45,6 +46,7 @@ class _Patch:
     hooks: list[tuple[str, int]]  # (submodule's name, id): handles would not survive a deep copy
     text_attention: str  # the implementation before
     impl: str
+    facts: dict[str, Any]  # what data must have been encoded with, as `mmpack.hf.fit` has it
     is_isolated: bool = False
 
 
@@ -88,7 +90,8 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     for module, method, over in bindings:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
     text_attention = base.language_model.config._attn_implementation
-    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl))
+    facts = facts_of_model(base.config)
+    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl, facts))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer is still to move to its GPU cannot run kernels yet.
@@ -231,6 +234,8 @@ def _check_batch(
         )
     if pack["video_rule"] is not None:
         check_videos(base, pack["video_rule"])
+    check_facts(getattr(base, _STATE).facts, pack["facts"])
+    check_ids(num_ids(base), pack["id_range"])
 
 
 def _check_once(base: Any) -> None:

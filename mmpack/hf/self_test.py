@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mmpack.hf.families import family_of, tower_of
+from mmpack.hf.fit import facts_of_model
 from mmpack.hf.forward_kwargs import batch_of, pixel_values_of
 from mmpack.packing.assemble import assemble
 from mmpack.types import EncodedSample
@@ -75,6 +76,7 @@ def _second_segment(
     pack = replace(pack, pixels=pixels)
     batch = batch_of(pack, pixel_values_of(pack, "float32"), tower_of(base))
     batch = _to_device(batch, base.device)
+    batch["mmpack"]["facts"] = facts_of_model(base.config)  # whatever normalises its pixels
     for name in ("labels", "shift_labels", "logits_to_keep"):  # the outer model's
         del batch[name]
     hidden: torch.Tensor = base(**batch).last_hidden_state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from mmpack.hf.checkpoints import KEY, STREAM_FILE
+from mmpack.hf.checkpoint_files import KEY, STREAM_FILE, checkpoint_folder
 from mmpack.packing.stream import PackStream
 
 
@@ -21,8 +21,10 @@ class StreamKeeper:
         self.stream = stream
         self._ranks = 1
         self._is_compared = False
+        self._places: dict[tuple[int, int], dict[str, Any]] = {}  # since it was last looked at
+        self._rank = 0
 
-    def on_init_end(self, args: TrainingArguments) -> None:
+    def on_init_end(self, args: TrainingArguments) -> PackStream:
         """Give the rank its part. The state replaces Trainer's way to resume, which is to make all
         packs again and throw them away.
 
@@ -36,7 +38,9 @@ class StreamKeeper:
             )
         args.ignore_data_skip = True
         self._ranks = args.world_size
+        self._rank = args.process_index
         self.stream.shard(args.process_index, args.world_size).endless = True
+        return self.stream
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
         """Load the state of a resumed run, and keep accelerate from sharding what is sharded.
@@ -89,6 +93,27 @@ class StreamKeeper:
             self.stream.check_ranks()
         self._is_compared = True
 
+    def note_place(self, step: int, batch: int, pack: dict[str, Any]) -> None:
+        """Keep where a batch of a step comes from until the loss was looked at."""
+        self._places[step, batch] = pack
+
+    def forget_places(self) -> None:
+        """It was looked at."""
+        self._places.clear()
+
+    def place_of(self, step: int, batch: int | None, rank: int | None) -> str:
+        """Where a step's packs come from, in words, as far as this rank knows."""
+        if batch is None or rank is None:
+            return "it is not known in which pack"
+        place = self._places.get((step, batch))
+        if rank != self._rank or place is None or "resume" not in place:
+            return f"a pack of rank {rank}, whose message has its place"
+        found = json.loads(place["resume"])
+        return (
+            f"pack {found['packs'] - 1} of pass {found['pass']}, of rows before {found['next'][0]}; "
+            f"rank {rank}, worker {found['worker']}"
+        )
+
     def on_save(self, args: TrainingArguments, state: TrainerState) -> None:
         path = self._path(args, state)
         path.parent.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's
@@ -97,6 +122,4 @@ class StreamKeeper:
         written.replace(path)
 
     def _path(self, args: TrainingArguments, state: TrainerState) -> Path:
-        assert args.output_dir is not None
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        return folder / STREAM_FILE.format(rank=args.process_index)
+        return checkpoint_folder(args, state) / STREAM_FILE.format(rank=args.process_index)

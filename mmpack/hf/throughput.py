@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmpack.hf.families import parts_of
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
 
@@ -59,13 +60,7 @@ class TrainedCosts:
 
     def __init__(self, model: nn.Module, base: Any) -> None:
         self.config = base.config
-        tower = dict(base.visual.named_parameters())
-        of_tower = {id(parameter) for parameter in tower.values()}
-        parts = {
-            "vision": [p for name, p in tower.items() if "merger" not in name],
-            "merger": [p for name, p in tower.items() if "merger" in name],
-            "language": [p for p in model.parameters() if id(p) not in of_tower],
-        }
+        parts = parts_of(model, base)
         self.frozen = [
             name for name, part in parts.items() if not any(p.requires_grad for p in part)
         ]

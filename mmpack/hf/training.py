@@ -17,7 +17,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import FinishedError, check_checkpoint
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.loading import check_fit
+from mmpack.hf.families import inner_model
+from mmpack.hf.fit import check_fit
 from mmpack.hf.model_patch import patch_model
 from mmpack.packing.dataset import PackedDataset
 
@@ -69,7 +70,7 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         ValueError: the model is not the data's; the folder is no complete checkpoint, or of another run; a
             DataLoader worker was killed; the disk is full.
     """
-    check_fit(model, dataset.vision)
+    check_fit(inner_model(model), dataset)
     patch_model(model)
     trainer = Trainer(
         model=model,

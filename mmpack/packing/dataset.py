@@ -8,11 +8,12 @@ because workers that live on hear of nothing else.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from mmpack.packing.pack_source import PackSource
 from mmpack.packing.plan import plan_epoch, plan_samples
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
-from mmpack.types import IGNORE, EncodedSample, Pack, PackPlan, Sample
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec
 
 _log = logging.getLogger(__name__)
@@ -241,22 +242,37 @@ class PackedDataset(PackSource, Dataset[Pack]):
     def fingerprint(self) -> dict[str, Any]:
         """What the packs of every epoch are made of, as JSON holds it: settings, counts and checksums.
 
-        Data sets with equal ones have equal packs. All sizes and costs are summed up, ids of at most 64
-        samples, evenly spaced: it takes milliseconds for a million samples.
+        Data sets with equal ones have equal packs: ids, labels, grids, temporal steps, and what is recorded of
+        images and videos (path, size, length; no file is opened). Of a store it is the checksum it has
+        written down, so that a million samples take milliseconds; a list's samples are looked at, all of
+        them.
         """
-        plan, number = self.plan, len(self.samples)
-        some = sorted({place * (number - 1) // 63 for place in range(64)}) if number else []
+        plan = self.plan
+        vision = json.loads(json.dumps(asdict(self.vision))) if len(self.samples) else {}
         return {
             "capacity": plan.capacity,
             "patch capacity": plan.patch_capacity,
             "seed of the plan": plan.seed,
-            "samples": number,
+            "samples": len(self.samples),
             "packs": plan.num_packs,
             "checksum of their sizes": _checksum(plan.num_tokens, plan.num_patches),
             "checksum of their costs": _checksum(plan.cost),
-            "checksum of their ids": _checksum(*(self.samples[n].input_ids for n in some)),
+            **_contents(self.samples),
+            **{f"the spec's {name}": value for name, value in vision.items()},
             "checksum of the plan": _checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
         }
+
+    def id_range(self) -> tuple[int, int] | None:
+        """(smallest, largest) token id of all samples, labels that count among them: a store has them
+        written down, of a list they are looked up. None: of no sample, or a store that does not say."""
+        samples: Any = self.samples
+        while isinstance(samples, SplitSamples):
+            samples = samples.samples
+        if hasattr(samples, "id_range"):
+            known: tuple[int, int] | None = samples.id_range
+            return known
+        ranges = [id_range_of(sample) for sample in samples]
+        return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 
     def __len__(self) -> int:
         return self.plan.num_packs + self.num_empty
@@ -303,6 +319,70 @@ class PackedDataset(PackSource, Dataset[Pack]):
         if number in self._truncated:
             return truncate_sample(sample, self.plan.capacity, self._patch_capacity)
         return sample
+
+
+class EvenPacks(Dataset[Pack]):
+    """The packs of a data set, and as few empty ones behind them as make a multiple of `multiple`: the data
+    set itself stays as it is for everybody else who reads it.
+
+    Attributes:
+        dataset: whose packs they are; what is set on it holds here too.
+        multiple: ranks times packs of a batch, see `PackedDataset.append_empty_packs`.
+    """
+
+    def __init__(self, dataset: PackedDataset, multiple: int) -> None:
+        self.dataset = dataset
+        self.multiple = multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.multiple) * self.multiple
+
+    def __getitem__(self, index: int) -> Pack:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        index %= len(self)
+        return self.dataset[index] if index < len(self.dataset) else self.dataset._empty_pack()
+
+
+def id_range_of(sample: EncodedSample) -> tuple[int, int]:
+    """(smallest, largest) token id of a sample, labels that count among them; (0, 0) of an empty one."""
+    ids, labels = sample.input_ids, sample.labels
+    if not len(ids):
+        return 0, 0
+    counting = labels[labels != IGNORE]
+    if not len(counting):
+        return int(ids.min()), int(ids.max())
+    return int(min(ids.min(), counting.min())), int(max(ids.max(), counting.max()))
+
+
+def _contents(samples: Any) -> dict[str, Any]:
+    """What samples hold, as a checksum and where it is from."""
+    if isinstance(samples, SplitSamples):
+        cuts = _checksum(samples.sample_of, samples.bounds)
+        return {**_contents(samples.samples), "checksum of their cuts": cuts}
+    if hasattr(samples, "checksum"):
+        return {"samples are in": "a store", "checksum of the store": samples.checksum}
+    total = 0
+    for sample in samples:
+        step = sample.temporal_step
+        for array in (sample.input_ids, sample.labels, sample.grid_thw, step):
+            if array is not None:
+                total = zlib.crc32(np.ascontiguousarray(array).data, total)
+        media = [_identity(reference) for reference in sample.media]
+        sizes = (len(sample.input_ids), len(sample.grid_thw), step is None, media)
+        total = zlib.crc32(repr(sizes).encode(), total)
+    return {"samples are in": "memory", "checksum of the samples": total}
+
+
+def _identity(reference: Media) -> tuple[Any, ...]:
+    """What is recorded of an image or a video; of one in no file the length of its bytes."""
+    data = reference.data
+    size = len(data) if isinstance(data, bytes) else getattr(data, "size", None)
+    known = (reference.path, reference.size, size)
+    if isinstance(reference, ImageRef):
+        return known
+    frames = tuple(_identity(frame) for frame in reference.frames)
+    return (*known, frames, reference.num_frames, reference.fps)
 
 
 def _checksum(*arrays: Any) -> int:

@@ -35,7 +35,7 @@ from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sampl
 from mmpack.store.manifest import read_manifest, write_manifest
 from mmpack.store.mapped_arrays import ArrayType, array_files, load_arrays, save_arrays
 from mmpack.store.records import damaged, open_regular, regular_size
-from mmpack.types import EncodedSample, Int32, Int64
+from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
 
 _OPEN_BATCHES = 4096  # of some 20 KiB each, views aside, so that memory has a bound
@@ -57,6 +57,7 @@ class EncodedStore(Sequence[EncodedSample]):
         folder: where it lies.
         vision: the spec of all samples.
         num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
+        id_range: (smallest, largest) token id, labels that count among them; None: not known.
         about: what `write_store` was told.
     """
 
@@ -65,6 +66,8 @@ class EncodedStore(Sequence[EncodedSample]):
         self.vision = vision
         self.about: dict[str, Any] = saved["about"]
         self.checksum: int = saved["checksum"]
+        ids = saved["id range"]
+        self.id_range: tuple[int, int] | None = None if ids is None else (ids[0], ids[1])
         self._path = folder / "samples.arrow"
         index, _ = load_arrays(folder, "index", _INDEX)
         if flaw := _index_flaw(**index):
@@ -215,6 +218,7 @@ def write_batches(
         raise ValueError(f"{folder} holds a store already")
     folder.mkdir(parents=True, exist_ok=True)
     starts, sizes, checksum = [0], [], 0
+    ids: list[int] = []  # the smallest and the largest of every batch
     with open(folder / "samples.arrow", "wb") as file:
 
         def write(data: Any) -> None:
@@ -231,13 +235,16 @@ def write_batches(
             offsets.append(offsets[-1] + len(data))
             starts.append(starts[-1] + batch.num_rows)
             sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
+            values = [batch[name].flatten().to_numpy() for name in ("input_ids", "labels")]
+            found = np.concatenate([values[0], values[1][values[1] != IGNORE]])
+            ids += [int(found.min()), int(found.max())] if len(found) else []
         write(_END)
     if not sizes and not may_be_empty:
         raise ValueError("there are no samples to store: no row of the data was usable")
     table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
     arrays = {"offsets": offsets, "starts": starts, "sizes": table}
     save_arrays(folder, "index", _INDEX, arrays)
-    return _finish(folder, vision, about, checksum)
+    return _finish(folder, vision, about, checksum, (min(ids), max(ids)) if ids else None)
 
 
 def reuse_store(
@@ -258,10 +265,16 @@ def reuse_store(
         shutil.copyfile(source, target)
     for path in array_files(store.folder, "index"):
         shutil.copyfile(path, folder / path.name)
-    return _finish(folder, store.vision, about, store.checksum)
+    return _finish(folder, store.vision, about, store.checksum, store.id_range)
 
 
-def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: int) -> EncodedStore:
+def _finish(
+    folder: Path,
+    vision: VisionSpec,
+    about: dict[str, Any],
+    checksum: int,
+    id_range: tuple[int, int] | None,
+) -> EncodedStore:
     """What lies beside the samples; `mmpack.json` last: then a store is whole."""
     # What datasets' load_from_disk reads. The fingerprint names its caches, so it follows the content.
     state: dict[str, Any] = {
@@ -276,7 +289,7 @@ def _finish(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: i
     for name, content in (("state", state), ("dataset_info", {})):
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    write_manifest(folder, vision, about, checksum)
+    write_manifest(folder, vision, about, checksum, id_range)
     return open_store(folder)
 
 

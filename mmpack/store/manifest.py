@@ -55,12 +55,25 @@ _ABOUT = {
     "frozen?": [str],
     ...: None,
 }
-_RECORD = {"format": int, "vision": _VISION, "about": _ABOUT, "checksum": range(1 << 32)}
+_RECORD = {
+    "format": int,
+    "vision": _VISION,
+    "about": _ABOUT,
+    "checksum": range(1 << 32),
+    "id range": (None, [int, int]),  # the smallest and the largest token id
+}
 
 
-def write_manifest(folder: Path, vision: VisionSpec, about: dict[str, Any], checksum: int) -> None:
-    """Write it; `checksum` is that of all of `samples.arrow`."""
+def write_manifest(
+    folder: Path,
+    vision: VisionSpec,
+    about: dict[str, Any],
+    checksum: int,
+    id_range: tuple[int, int] | None,
+) -> None:
+    """Write it; `checksum` is that of all of `samples.arrow`, `id_range` of the token ids in it."""
     saved = {"format": FORMAT, "vision": asdict(vision), "about": about, "checksum": checksum}
+    saved["id range"] = id_range
     write_record(folder / "mmpack.json", saved)
 
 

@@ -1,0 +1,142 @@
+"""A run whose loss is no number any more: noted on the device in every step, read where Trainer logs or saves.
+
+Trainer's own filter (`logging_nan_inf_filter`) asks the device in every batch whether the loss is a number,
+and leaves one that is not out of the log: a run whose weights are all NaN logs 0.0 and ends well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import TrainingArguments
+
+_NEVER = 1 << 62
+_MICRO, _RANK = 32, 16  # bits under the step in a mark: (step, batch of the step, rank)
+
+
+class DivergedError(ValueError):
+    """A loss, a gradient or a weight is NaN or infinite."""
+
+
+class Divergence:
+    """The first step of a run whose loss, gradients or weights were NaN or infinite.
+
+    Noting costs a few small kernels and, of gradients, one pass over them; nothing is asked.
+
+    Args:
+        device: where the marks lie.
+        rank: this process's.
+    """
+
+    def __init__(self, device: torch.device, rank: int) -> None:
+        # Of a loss, and of gradients or weights. Smaller is earlier.
+        self._marks = torch.full((2,), _NEVER, dtype=torch.int64, device=device)
+        self._rank = rank
+
+    def note_loss(self, loss: torch.Tensor, step: int, batch: int) -> None:
+        """Take down the loss of a step's batch, a scalar on any device."""
+        self._mark(0, loss, step << _MICRO | batch << _RANK | self._rank)
+
+    def note(self, tensors: Iterable[torch.Tensor], step: int) -> None:
+        """Take down a step's gradients, or the weights after it; of shards each rank its own."""
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        local = [t.detach() for t in local if t.is_floating_point() and t.numel()]
+        if local:
+            self._mark(1, get_total_norm(local), step << _MICRO)
+
+    def _mark(self, place: int, value: torch.Tensor, mark: int) -> None:
+        mine = self._marks[place]
+        is_bad = ~value.detach().isfinite().all().to(mine.device, non_blocking=True)
+        mine.masked_fill_(is_bad & (mine == _NEVER), mark)
+
+    def first(self) -> tuple[int, int | None, int | None] | None:
+        """(step, batch of the step, rank) of the first one over all ranks, which must all ask; batch and rank
+        are None where no loss shows it. None: there is none. It waits for the device."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._marks, dist.ReduceOp.MIN)
+        loss, other = (int(mark) for mark in self._marks.cpu())
+        if min(loss, other) == _NEVER:
+            return None
+        if other >> _MICRO < loss >> _MICRO:
+            return other >> _MICRO, None, None
+        low = (1 << _RANK) - 1
+        return loss >> _MICRO, loss >> _RANK & low, loss & low
+
+
+class DivergenceWatch:
+    """`PackingCallback`'s part: notes every batch and step of a run, and ends one that has diverged.
+
+    Args:
+        data: says where a step's packs come from (`PackKeeper`, `StreamKeeper`).
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self._first: Divergence | None = None
+        self._losses: list[torch.Tensor] = []
+        self._num_batches = 0  # of the step, those noted
+        self._is_in_step = False
+
+    def begin(self, model: nn.Module, args: TrainingArguments) -> Any:
+        """Begin a run; returns the handle of its hook on the model."""
+        self._first = Divergence(args.device, args.process_index)
+        self._is_in_step = False
+        return model.register_forward_hook(self._take, with_kwargs=True)
+
+    def begin_step(self) -> None:
+        """Batches that come now are of a step."""
+        self._losses.clear()
+        self._num_batches, self._is_in_step = 0, True
+
+    def end_step(self) -> None:
+        """Batches that come now are none of training's."""
+        self._is_in_step = False
+
+    def _take(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The hook; torch.compile traces it."""
+        loss = getattr(output, "loss", None)
+        if self._is_in_step and loss is not None and kwargs.get("mmpack") is not None:
+            self._losses.append(loss.detach())
+
+    def note_batches(self, packs: Sequence[dict[str, Any]], step: int) -> None:
+        """Take down a step's batches that are over; `packs` are their `mmpack` dicts."""
+        assert self._first is not None
+        for number, pack in enumerate(packs, self._num_batches):
+            self._data.note_place(step, number, pack)
+        for number, loss in enumerate(self._losses, self._num_batches):
+            self._first.note_loss(loss, step, number)
+        self._num_batches += len(packs)
+        self._losses.clear()
+
+    def note_gradients(self, model: nn.Module, step: int) -> None:
+        """Take down the gradients an optimizer is about to see."""
+        assert self._first is not None
+        self._first.note([p.grad for p in model.parameters() if p.grad is not None], step)
+
+    def check(self, model: nn.Module | None, step: int) -> None:
+        """Look at what was noted, on all ranks; with a model at its weights too, which an update may have
+        broken without a loss that has seen it.
+
+        Raises:
+            DivergedError: training has diverged; names the step and its rows.
+        """
+        assert self._first is not None
+        if model is not None:
+            self._first.note(model.parameters(), step)
+        found = self._first.first()
+        if found is not None:
+            raise DivergedError(
+                "training has diverged: the loss, a gradient or a weight is NaN or infinite, first in step "
+                f"{found[0]} ({self._data.place_of(*found)}); no checkpoint was written since. Look at the rows "
+                "(mmpack inspect), lower learning_rate or lengthen warmup_steps, and go on from the last checkpoint: "
+                "--resume_from_checkpoint last"
+            )
+        self._data.forget_places()

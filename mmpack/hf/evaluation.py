@@ -1,0 +1,150 @@
+"""`eval_loss`: the mean over the supervised tokens of the whole set, each counted once.
+
+Trainer's is a mean over batches, each the mean over its tokens: it depends on how packs are cut, batched
+and dealt to ranks, an empty pack counts as much as a full one, and where the set does not divide among ranks
+accelerate repeats packs of its start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainingArguments
+
+from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
+
+
+@dataclass
+class _Batch:
+    loss: torch.Tensor
+    num_items: Any  # what the loss was divided by; None: its own supervised tokens
+    pack: dict[str, Any]  # the batch's `mmpack` dict
+    rows: tuple[torch.Tensor, torch.Tensor] | None  # logits (1, L, V), labels (1, L)
+
+
+class EvalHook:
+    """A forward hook that keeps the last packed batch of a model in evaluation mode.
+
+    Args:
+        keeps_rows: keep its logits too, to leave out repeated packs of a batch.
+    """
+
+    def __init__(self, keeps_rows: bool) -> None:
+        self.keeps_rows = keeps_rows
+        self._last: _Batch | None = None
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        pack, loss = kwargs.get("mmpack"), getattr(output, "loss", None)
+        if model.training or pack is None or loss is None:
+            return
+        rows, labels = getattr(output, "logits", None), kwargs.get("shift_labels")
+        kept = (
+            (rows, labels) if self.keeps_rows and rows is not None and labels is not None else None
+        )
+        own = loss.detach().clone()  # Trainer multiplies it by the ranks where it is
+        self._last = _Batch(own, kwargs.get("num_items_in_batch"), pack, kept)
+
+    def take(self) -> _Batch | None:
+        """The batch, which is then forgotten."""
+        last, self._last = self._last, None
+        return last
+
+
+def _hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
+    """The model's hook, registered where it has none: Trainers of one model share it."""
+    for hook in model._forward_hooks.values():
+        if isinstance(hook, EvalHook):
+            hook.keeps_rows |= keeps_rows
+            return hook
+    hook = EvalHook(keeps_rows)
+    model.register_forward_hook(hook, with_kwargs=True)
+    return hook
+
+
+class Evaluation:
+    """`PackingCallback`'s part: the sums of one evaluation after the other, on one rank."""
+
+    def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
+        self._rank, self._num_ranks = args.process_index, args.world_size
+        self._batch_size = args.eval_batch_size
+        self._hook = _hook_of(model, self._num_ranks > 1 and self._batch_size > 1)
+        self._loader: Any = None
+        self._sums: list[torch.Tensor] = []
+        self._tokens = 0
+
+    def count(self, loader: Any) -> None:
+        """Count the batch that the loader has just given, and the model taken.
+
+        Raises:
+            ValueError: some of its packs are repeated, and which share of the loss is theirs is not known.
+        """
+        batch = self._hook.take()
+        if batch is None:
+            return
+        if loader is not self._loader:  # another one's, or the rest of one that was broken off
+            self._loader, self._sums, self._tokens = loader, [], 0
+        supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
+        num_items = self._num_real(loader, len(ends) - 1)
+        tokens = supervised[ends[num_items]] if num_items < len(ends) - 1 else supervised[-1]
+        if not tokens:
+            return  # empty, or all repeated
+        if tokens == supervised[-1]:
+            divisor = tokens if batch.num_items is None else batch.num_items
+            self._sums.append((batch.loss.double() * divisor).reshape(()))
+        elif batch.rows is not None:
+            logits, labels = (x.flatten(0, 1)[:tokens] for x in batch.rows)
+            self._sums.append(
+                supervised_cross_entropy(logits, labels.to(logits.device), 1).double()
+            )
+        else:
+            raise ValueError(
+                "accelerate repeats packs in the last batch, and a batch with every token's logits does not say "
+                "which share of the loss is theirs; choose per_device_eval_batch_size=1"
+            )
+        self._tokens += tokens
+
+    def _num_real(self, loader: Any, num_items: int) -> int:
+        """How many of a batch's items are not repeated from the start of the set to even out ranks."""
+        remainder = getattr(loader, "remainder", -1)
+        if (
+            self._num_ranks == 1
+            or remainder <= 0
+            or not getattr(loader, "end_of_dataloader", False)
+        ):
+            return num_items
+        mine: int = remainder - self._rank * self._batch_size
+        return min(max(mine, 0), num_items)
+
+    def correct(self, *metrics: dict[str, Any]) -> None:
+        """Put the mean over all ranks, which must all ask, where an evaluation's metrics have Trainer's, and
+        begin anew. Metrics of something else, and of no supervised token, stay."""
+        name = _loss_name(metrics[0])
+        loss = None if name is None else self._pop()
+        for one in metrics if loss is not None else ():
+            if name in one:
+                one[name] = loss
+
+    def _pop(self) -> float | None:
+        loss = float(torch.stack(self._sums).sum()) if self._sums else 0.0
+        mine: Any = (loss, self._tokens)
+        self._loader, self._sums, self._tokens = None, [], 0
+        ranks = [mine]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        tokens = sum(count for _, count in ranks)
+        return sum(loss for loss, _ in ranks) / tokens if tokens else None
+
+
+def _loss_name(logs: dict[str, Any]) -> str | None:
+    """The name of an evaluation's loss among its metrics; None: these are of no evaluation."""
+    for name in logs:
+        if name.endswith("_loss") and f"{name.removesuffix('_loss')}_runtime" in logs:
+            return name if name != "train_loss" else None
+    return None
