@@ -147,6 +147,9 @@ void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
   if (patch < 1 || merge < 1 || patch > kMostPixels || merge > kMostPixels)
     refuse("patch and merge must be positive numbers of pixels and patches");
   const std::int64_t height = pixels.shape(0), width = pixels.shape(1), channels = pixels.shape(2);
+  if (channels < 1 || channels > kMost / (patch * patch))
+    refuse("pixels must have channels, and a patch of them at most 2^60 bytes, got " +
+           std::to_string(channels) + " channels");
   const std::int64_t block = patch * merge;
   if (height % block || width % block) {
     refuse("pixels of " + std::to_string(height) + " x " + std::to_string(width) +
@@ -154,14 +157,18 @@ void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
   }
   const std::int64_t values = channels * patch * patch;
   const std::int64_t frames =
-      patches.ndim() == 2 && values ? patches.shape(1) / values : std::int64_t{1};
-  if (frame < 0 || frame >= std::max(frames, std::int64_t{1}))
+      std::max(patches.ndim() == 2 ? patches.shape(1) / values : 0, std::int64_t{1});
+  if (frame < 0 || frame >= frames)
     refuse("frame must be one of the " + std::to_string(frames) + " that patches have room for");
   const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge, frames, frame};
-  const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), pixels.strides(0),
-                                pixels.strides(1), pixels.strides(2), channels};
+  const auto stride = [&](int axis) {  // of one element it may be any number
+    return pixels.shape(axis) > 1 ? pixels.strides(axis) : 0;
+  };
+  const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), stride(0),
+                                stride(1), stride(2), channels};
   const auto out = writable<std::uint8_t>(patches, "patches",
-                                          {grid.grid_h * grid.grid_w, std::max(frames, std::int64_t{1}) * values});
+                                          {grid.grid_h * grid.grid_w, frames * values});
+  if (out.empty()) return;
   py::gil_scoped_release release;
   mmpack::patchify(picture, grid, out.data());
 }
@@ -174,7 +181,11 @@ void normalize(const py::array& patches, const py::array& table, std::int64_t fr
   const py::ssize_t channels = table.shape(0);
   if (!channels || width % channels) refuse("patches must have equally many bytes of every channel");
   if (frames < 1 || frames > kMostPixels) refuse("frames must be positive");
+  if (width > kMost / frames)
+    refuse("patches times frames must be at most 2^60 values wide, got " + std::to_string(width) +
+           " x " + std::to_string(frames));
   const auto out = writable<float>(values, "values", {num_patches, width * frames});
+  if (out.empty()) return;
   py::gil_scoped_release release;
   mmpack::normalize(bytes.data(), num_patches, channels, width / channels, frames, floats.data(),
                     out.data());

@@ -1,57 +1,53 @@
 // Bins by how high they are filled.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <queue>
 #include <utility>
 #include <vector>
 
 namespace mmpack {
 
-// Bins by a level that only rises; the lowest that has room for a sample is near the top.
+// Bins by a level that only rises; the lowest that has room for a sample is near the top. An entry
+// per bin: its level is looked up when it comes up, so raising a bin costs nothing.
 class Levels {
  public:
-  explicit Levels(std::int64_t num_bins) : level_(num_bins, 0.0) {
-    for (std::int64_t b = 0; b < num_bins; ++b) lowest_.emplace(0.0, b);
+  explicit Levels(std::int64_t num_bins) {
+    for (std::int64_t b = 0; b < num_bins; ++b) lowest_.emplace_back(0.0, b);  // is a heap
   }
-
-  void raise(std::int64_t bin, double level) {
-    level_[bin] = level;
-    lowest_.emplace(level, bin);  // the entry of the old level is skipped when it comes up
-  }
-  double operator[](std::int64_t bin) const { return level_[bin]; }
 
   // The lowest bin with room for the tokens that `fits`, -1 if none was found. Bins without room
   // for the tokens wait aside, for they would be looked at again and again.
-  template <typename Room, typename Fits>
-  std::int64_t find(std::int64_t tokens, const Room& room, const Fits& fits) {
+  template <typename Level, typename Room, typename Fits>
+  std::int64_t find(std::int64_t tokens, const Level& level, const Room& room, const Fits& fits) {
     std::int64_t found = -1;
     refused_.clear();
     do {
-      for (int n = 0; n < kReturned && !waiting_.empty() && waiting_.top().first >= tokens; ++n) {
-        const std::int64_t bin = waiting_.top().second;
-        waiting_.pop();
-        lowest_.emplace(level_[bin], bin);
+      for (int n = 0; n < kReturned && !waiting_.empty() && waiting_.front().first >= tokens; ++n) {
+        const std::int64_t bin = waiting_.front().second;
+        pop(waiting_, std::less<>());
+        push(lowest_, {level(bin), bin}, std::greater<>());
       }
-      while (found < 0 && !lowest_.empty() && refused_.size() < kRefused) {
-        const auto [level, bin] = lowest_.top();
-        if (level == level_[bin]) {
-          if (fits(bin)) {
-            found = bin;
-            break;
-          }
-          if (room(bin) < tokens) {
-            waiting_.emplace(room(bin), bin);
-          } else {
-            refused_.push_back(lowest_.top());
-          }
+      while (!lowest_.empty() && refused_.size() < kRefused) {
+        const auto [known, bin] = lowest_.front();
+        const Entry now{level(bin), bin};
+        if (now.first == known && fits(bin)) {
+          found = bin;
+          break;
         }
-        lowest_.pop();
+        pop(lowest_, std::greater<>());
+        if (now.first != known) {
+          push(lowest_, now, std::greater<>());
+        } else if (room(bin) < tokens) {
+          push(waiting_, {room(bin), bin}, std::less<>());
+        } else {
+          refused_.push_back(now);
+        }
       }
-    } while (lowest_.empty() && !waiting_.empty() && waiting_.top().first >= tokens);
-    for (const auto& entry : refused_) lowest_.push(entry);
+    } while (lowest_.empty() && !waiting_.empty() && waiting_.front().first >= tokens);
+    for (const Entry& entry : refused_) push(lowest_, entry, std::greater<>());
     return found;
   }
 
@@ -61,9 +57,21 @@ class Levels {
       16;  // bins without room for patches looked at for a sample
 
   using Entry = std::pair<double, std::int64_t>;
-  std::vector<double> level_;
-  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> lowest_;
-  std::priority_queue<std::pair<std::int64_t, std::int64_t>> waiting_;  // room, bin
+
+  template <typename Heap, typename Order>
+  static void push(Heap& heap, const typename Heap::value_type& entry, const Order& order) {
+    heap.push_back(entry);
+    std::push_heap(heap.begin(), heap.end(), order);
+  }
+
+  template <typename Heap, typename Order>
+  static void pop(Heap& heap, const Order& order) {
+    std::pop_heap(heap.begin(), heap.end(), order);
+    heap.pop_back();
+  }
+
+  std::vector<Entry> lowest_;                                   // the least level first
+  std::vector<std::pair<std::int64_t, std::int64_t>> waiting_;  // room, bin; the most room first
   std::vector<Entry> refused_;
 };
 

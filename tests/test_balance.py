@@ -1,6 +1,9 @@
 """Plans whose packs cost the same: invariants over random instances, and the targets on real lengths."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +12,13 @@ from hypothesis import strategies as st
 
 from mmpack import plan_packs
 from mmpack.packing.cost import sample_flops
-from mmpack.packing.pack_stats import cost_floor, rank_imbalance, share_spread, token_shares
+from mmpack.packing.pack_stats import (
+    busiest,
+    cost_floor,
+    rank_imbalance,
+    share_spread,
+    token_shares,
+)
 from mmpack.packing.plan import plan_epoch
 
 samples = st.lists(
@@ -51,7 +60,7 @@ def check_invariants(samples, capacity, patch_capacity, seed):
     tight = plan_packs(tokens, capacity, seed=seed, **options)
     assert tight.num_packs <= plan.num_packs
     if plan.num_packs > tight.num_packs:  # packs were added, within what may stay unused
-        assert plan.utilization >= 0.995
+        assert plan.utilization >= 0.97
     assert plan_epoch(tight, 1).num_packs == tight.num_packs
 
 
@@ -75,17 +84,17 @@ def test_the_plan_is_the_same_on_every_machine():
     assert packs == [[3, 9, 17, 18], [7, 8, 19], [4, 13, 14], [1, 10, 11, 15, 16], [0, 2, 5, 6, 12]]
 
 
-def test_a_dear_sample_is_left_with_fewer_beside_it():
+def test_a_costly_sample_is_left_with_fewer_beside_it():
     # One sample costs as much as an average pack: best-fit would fill it up, and make a step wait.
     tokens = np.array([500] + [10] * 19_950)
     cost = np.array([2000.0] + [20.0] * 19_950)  # 199,500 cheap tokens: 200 packs of 2000
-    dear = next(
+    beside = next(
         plan.samples_of(n)
         for plan in [plan_packs(tokens, 1000, cost=cost)]
         for n in range(plan.num_packs)
         if 0 in plan.samples_of(n)
     )
-    assert dear.tolist() == [0]
+    assert beside.tolist() == [0]
 
 
 def test_costs_of_zero_are_no_costs():
@@ -152,6 +161,66 @@ def check_imbalance(plan, flops):
         assert rank_imbalance(plan.totals(flops), ranks, seed=1) <= floor + 0.005
 
 
+def costs_by_family(tokens, patches, rng):
+    """Costs that follow size, and such that do not."""
+    count = len(tokens)
+    return {
+        "one a sample": np.ones(count),
+        "inverse of tokens": 1 / tokens,
+        "lognormal": rng.lognormal(0, 1, count),
+        "two values": np.where(rng.random(count) < 0.1, 20.0, 1.0),
+        "tokens": tokens,
+        "patches": patches,
+    }
+
+
+FAMILIES = ["one a sample", "inverse of tokens", "lognormal", "two values", "tokens", "patches"]
+
+
+def planted(capacity, seed, packs=300):
+    """(tokens, patches): what fills that many packs to the last token; 10 to 60 samples each, lognormal
+    sizes of 25 and more, two fifths of them with images."""
+    rng = np.random.default_rng(seed)
+    sizes = []
+    for _ in range(packs):
+        weights = rng.lognormal(0, 1.2, rng.integers(10, 60))
+        free = capacity - 25 * len(weights)
+        ends = np.floor(weights.cumsum() / weights.sum() * free).astype(np.int64)
+        ends[-1] = free
+        sizes.append(np.diff(ends, prepend=0) + 25)
+    tokens = rng.permutation(np.concatenate(sizes))
+    share = np.where(rng.random(len(tokens)) < 0.4, rng.uniform(0.2, 0.95, len(tokens)), 0)
+    return tokens, 4 * (tokens * share).astype(np.int64)
+
+
+def check_families(tokens, patches, capacity, family, seed):
+    cost = costs_by_family(tokens, patches, np.random.default_rng(seed))[family]
+    plan = plan_packs(tokens, capacity, cost=cost, seed=seed)
+    most, floor = busiest(plan, cost)
+    assert floor == pytest.approx(max(1, cost.max() / cost.sum() * plan.num_packs))
+    assert plan.utilization >= 0.97
+    assert most <= floor + 0.05
+    return plan, cost
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_packs_that_can_be_full_cost_the_same_whatever_costs_follow(family, seed):
+    tokens, patches = planted(8192, seed)
+    plan, cost = check_families(tokens, patches, 8192, family, seed)
+    other = plan_epoch(plan, 1)
+    most, floor = busiest(other, cost)
+    assert most <= floor + 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("capacity", [4096, 8192])
+def test_real_lengths_cost_the_same_whatever_costs_follow(real_mix, family, capacity):
+    tokens, patches, _ = real_mix
+    rows = np.flatnonzero(tokens <= capacity)[::3]
+    check_families(tokens[rows], patches[rows], capacity, family, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capacity", [4096, 8192, 32768])
 def test_every_epoch_costs_the_same(real_mix, capacity):
@@ -159,6 +228,61 @@ def test_every_epoch_costs_the_same(real_mix, capacity):
     plan = plan_packs(tokens, capacity, cost=flops, on_overflow="drop")
     for epoch in range(1, 10):
         check_imbalance(plan_epoch(plan, epoch), flops)
+
+
+def synthetic(count):
+    """(tokens, cost): two thirds text, the others with an image; cost as the tower makes it."""
+    rng = np.random.default_rng(0)
+    text = np.minimum(20 + rng.lognormal(4.6, 0.9, count), 4000).astype(np.int64)
+    image = np.where(rng.random(count) < 2 / 3, 0, rng.integers(4, 1297, count))
+    return text + image, text + 3 * image
+
+
+def test_ten_times_the_samples_take_about_ten_times_as_long():
+    seconds = []
+    for count in (30_000, 300_000):
+        tokens, cost = synthetic(count)
+        start = time.process_time()
+        assert plan_packs(tokens, 8192, cost=cost).utilization >= 0.97
+        seconds.append(time.process_time() - start)
+    assert seconds[1] <= 25 * seconds[0]  # what grows with the square takes 100 times as long
+
+
+CHILD = """
+import re, resource, sys, time
+from pathlib import Path
+from test_balance import synthetic
+from mmpack import plan_packs
+from mmpack.packing.pack_stats import busiest
+tokens, cost = synthetic(int(sys.argv[1]))
+def kib(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+before, start = kib("VmRSS"), time.process_time()
+plan = plan_packs(tokens, 8192, cost=cost)
+seconds = time.process_time() - start
+print(seconds, 16 + (kib("VmHWM") - before) * 1024 / len(tokens), *busiest(plan, cost))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ten_million_samples_are_planned_in_near_linear_time_and_little_memory():
+    found = {}
+    for count in (1_000_000, 10_000_000):
+        run = subprocess.run(
+            [sys.executable, "-c", CHILD, str(count)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=__file__.rsplit("/", 1)[0],
+        )
+        found[count] = [float(word) for word in run.stdout.split()]
+        print(count, found[count])
+    (few_seconds, *_), (seconds, bytes_a_sample, most, floor) = found.values()
+    assert seconds <= 15 * few_seconds
+    assert bytes_a_sample <= 200  # the arrays given, 16, among them
+    assert most <= floor + 0.05
 
 
 def test_imbalance_of_ranks():
@@ -169,11 +293,13 @@ def test_imbalance_of_ranks():
     assert 1.0 < rank_imbalance(np.array([1.0, 1.0, 1.0, 3.0]), 2) <= 1.5
 
 
-def test_the_floor_is_the_mean_or_the_dearest_sample():
+def test_the_floor_is_the_mean_or_the_costliest_sample():
     plan = plan_packs([60, 40, 50, 50], 100)
     cost = np.array([10.0, 0.0, 1.0, 1.0])
     floor = sorted(cost_floor(plan, cost))
     assert floor == [6.0, 10.0]
+    assert busiest(plan, cost) == (10 / 6, 10 / 6)
+    assert busiest(plan, np.zeros(4)) == (1.0, 1.0)
     assert len(cost_floor(plan_packs([], 100), np.empty(0))) == 0
 
 

@@ -496,6 +496,9 @@ VALUES = np.zeros((8, 1176), dtype=np.float32)
         ((PIXELS, 14, 2, PATCHES[:7]), "patches must be uint8 of shape"),
         ((PIXELS, 14, 2, PATCHES[:, :587]), "patches must be uint8 of shape"),
         ((PIXELS, 14, 2, np.zeros((16, 588), np.uint8)[::2]), "patches must be contiguous"),
+        ((PIXELS[:, :, :0], 14, 2, PATCHES[:, :0]), "pixels must have channels"),
+        ((np.zeros((0, 0, 2**62), np.uint8), 2**20, 1, PATCHES[:0]), "at most 2.60 bytes"),
+        ((np.zeros((0, 0, 2**21), np.uint8), 2**20, 1, PATCHES[:0]), "at most 2.60 bytes"),
         ((PIXELS, 14, 2, PATCHES.astype(np.int8)), "patches must be uint8 of shape"),
         ((PIXELS, 14, 2, np.frombuffer(PATCHES.tobytes(), np.uint8).reshape(8, 588)), "writable"),
     ],
@@ -518,6 +521,10 @@ def test_a_frame_of_a_patch_leaves_the_others_alone():
 
 def test_no_pixels_are_no_patches():
     _native.patchify(PIXELS[:0], 14, 2, PATCHES[:0])
+    steps = np.lib.stride_tricks.as_strided(PIXELS, (0, 0, 3), (2**62, 1, 1))
+    _native.patchify(steps, 14, 2, PATCHES[:0])
+    nothing = np.zeros((2**60, 0), np.uint8)  # rows, of no bytes: 2^60 times 16 channels
+    _native.normalize(nothing, np.zeros((16, 256), np.float32), 1, np.zeros((2**60, 0), np.float32))
 
 
 def test_floats_are_the_tables():
@@ -545,6 +552,8 @@ def test_floats_are_the_tables():
         ((PATCHES, np.zeros((5, 256), np.float32), 2, VALUES), "equally many bytes"),
         ((PATCHES, TABLE, 0, VALUES), "frames must be positive"),
         ((PATCHES, TABLE, 2**62, VALUES), "frames must be positive"),
+        ((np.zeros((0, 3 * 2**60), np.uint8), TABLE, 2**20, VALUES), "at most 2.60 values wide"),
+        ((np.zeros((0, 3 * 2**40), np.uint8), TABLE, 2**20, VALUES), "at most 2.60 values wide"),
         ((PATCHES, TABLE, 1, VALUES), "values must be float32 of shape"),
         ((PATCHES, TABLE, 2, VALUES[:-1]), "values must be float32 of shape"),
         ((PATCHES, TABLE, 2, VALUES.astype(float)), "values must be float32 of shape"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mmpack.cli.check import Summary
 from mmpack.cli.terminal import one_line
 from mmpack.packing.pack_stats import (
+    busiest,
     cost_floor,
     image_shares,
     rank_imbalance,
@@ -146,8 +147,9 @@ def balance_report(
 
     `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over
     the packs, and of each source `images`, the share of images in its tokens. Where costs were planned,
-    `imbalance` and `imbalance_floor`: by number of ranks, the mean over steps of the dearest over the mean
-    pack, and what no plan of these packs goes below.
+    `imbalance` and `imbalance_floor`: by number of ranks, the mean over steps of the costliest over the
+    mean pack, and what no plan of these packs goes below; `busiest` and `busiest_floor`, the same of the
+    costliest pack of all.
     """
     image_tokens = np.minimum(image_tokens, plan.num_tokens)
     report: dict[str, Any] = {
@@ -161,6 +163,8 @@ def balance_report(
         ranks = [n for n in _RANKS if n <= plan.num_packs]
         report["imbalance"] = {str(n): round(rank_imbalance(packs, n), 4) for n in ranks}
         report["imbalance_floor"] = {str(n): round(rank_imbalance(floor, n), 4) for n in ranks}
+        most, least = busiest(plan, plan.cost)
+        report |= {"busiest": round(most, 4), "busiest_floor": round(least, 4)}
     return report
 
 
@@ -180,6 +184,11 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"on {ranks} ranks a step takes {imbalance:.3f} x its mean pack; {floor:.3f} is the least "
             "its samples allow"
+        )
+    if "busiest" in report:
+        lines.append(
+            f"the costliest pack takes {report['busiest']:.3f} x the mean; "
+            f"{report['busiest_floor']:.3f} is the least, its costliest sample or the mean"
         )
     return lines
 

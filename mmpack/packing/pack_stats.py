@@ -71,6 +71,29 @@ def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
     return floor
 
 
+def busiest(plan: PackPlan, cost: NDArray[Any]) -> tuple[float, float]:
+    """(cost of the costliest pack, the least it can be), both over the mean pack's.
+
+    The least is the larger of 1 and the costliest sample; a plan can be further from it where samples
+    are few in a pack and each is a large part of its cost.
+
+    Args:
+        plan: of N samples.
+        cost: (N,) cost of every sample.
+
+    Raises:
+        ValueError: `cost` is not of as many samples as the plan.
+    """
+    if len(cost) != len(plan.num_tokens):
+        raise ValueError(f"{len(cost)} costs for a plan of {len(plan.num_tokens)} samples")
+    costs = np.asarray(cost, dtype=np.float64)
+    packs = plan.totals(costs)
+    if not packs.any():
+        return 1.0, 1.0
+    floor = max(1.0, costs[plan.sample_index].max() / packs.mean())
+    return float(packs.max() / packs.mean()), float(floor)
+
+
 def token_shares(
     plan: PackPlan, group: Sequence[str] | NDArray[Any]
 ) -> dict[str, dict[str, float]]:

@@ -39,9 +39,10 @@ def plan_packs(
         num_patches: (N,) vision patches of each sample; needed with `patch_capacity`.
         patch_capacity: patches a pack may hold, which bounds the vision tower's memory.
         cost: (N,) what each sample costs, in any unit (`mmpack.packing.cost.sample_flops`); not negative. Every
-            pack then costs at most 1/400 more than the larger of the mean and its dearest sample, as
+            pack then costs at most 1/400 more than the larger of the mean and its costliest sample, as
             far as a search of bounded length gets; capacities stay hard. The number of packs may be
-            larger than without, while 99.5 % of their room is used.
+            larger than without, while 99.5 % of their room is used, or 97 % where fewer packs
+            cannot cost the same: `mmpack.packing.pack_stats.busiest` says how close they are.
         seed: decides the order of the packs and of samples of equal size. The same arguments give
             the same plan on every machine.
         on_overflow: what becomes of a sample that no pack can hold. "error" raises; "drop" leaves
