@@ -31,6 +31,7 @@ constexpr double kEven = 0.04;            // of the mean: bins may be that much 
 constexpr double kCostly = 0.25;  // share of the spread cost over share of the room: from here
 constexpr double kLong = 0.06;  // share of the room from which a cheap sample is placed early
 constexpr int kJitter = 64;     // of 1024, in the order of construction: epochs differ
+constexpr std::size_t kAhead = 16;  // samples of which memory is asked early; they lie anywhere
 constexpr int kRounds = 16;
 constexpr std::size_t kAngles = 3;  // all tokens, both alike, all cost
 constexpr std::int64_t kWorthwhile = 20;  // a round takes away one in so many of what is too much
@@ -68,8 +69,9 @@ class Balancer {
            const Slack& slack)
       : sizes_(sizes), random_(seed), items_(sizes.tokens.size()), bin_of_(sizes.tokens.size()) {
     order_ = shuffled_samples(items_.size(), random_);
-    std::vector<std::int64_t> by_size = order_;
-    const Bins tight = best_fit_decreasing(sizes, by_size);
+    by_tokens_ = order_;
+    const Bins tight = best_fit_decreasing(sizes, by_tokens_);  // sorts them by size
+    std::reverse(by_tokens_.begin(), by_tokens_.end());
     const double total = double(std::accumulate(costs.begin(), costs.end(), std::int64_t{0}));
     const double cheap = cheap_density(costs);
     num_bins_ = count_bins(costs, total, cheap, tight.num_bins, slack);
@@ -94,11 +96,13 @@ class Balancer {
   }
 
   void search() {
-    std::vector<std::int64_t> excess(num_bins_), by_excess(num_bins_), by_tokens = order_;
+    std::vector<std::int64_t> excess(num_bins_), by_excess(num_bins_);
     std::iota(by_excess.begin(), by_excess.end(), std::int64_t{0});
-    std::stable_sort(by_tokens.begin(), by_tokens.end(), [&](std::int64_t a, std::int64_t b) {
-      return items_[a].tokens < items_[b].tokens;
-    });
+    if (!sizes_.patches.empty()) {
+      std::stable_sort(
+          by_tokens_.begin(), by_tokens_.end(),
+          [&](std::int64_t a, std::int64_t b) { return items_[a].tokens < items_[b].tokens; });
+    }
     std::int64_t before = std::numeric_limits<std::int64_t>::max(), floor = kMean;
     for (const Item& item : items_) floor = std::max(floor, item.cost);
     for (int round = 0; round < kRounds; ++round) {
@@ -106,15 +110,6 @@ class Balancer {
       std::sort(by_excess.begin(), by_excess.end(), [&](std::int64_t a, std::int64_t b) {
         return excess[a] != excess[b] ? excess[a] < excess[b] : a < b;
       });
-      offered_.clear();
-      offered_tokens_.clear();
-      for (const std::int64_t i : by_tokens) {
-        if (excess[bin_of_[i]] >= -kTolerance) continue;
-        offered_.emplace_back(items_[i].cost, i);
-        offered_tokens_.push_back(items_[i].tokens);
-      }
-      const auto is_below = [&](std::int64_t b) { return excess[b] < 0; };
-      const std::int64_t num_below = std::count_if(by_excess.begin(), by_excess.end(), is_below);
       std::int64_t too_much = 0;
       for (const std::int64_t e : excess) too_much += std::max<std::int64_t>(0, e - kTolerance);
       if (!too_much) return;
@@ -125,6 +120,17 @@ class Balancer {
         const std::int64_t num_far = std::count_if(by_excess.begin(), by_excess.end(), is_far);
         if (!num_far || num_far > num_bins_ / kFew) return;
       }
+      offered_.clear();
+      offered_tokens_.clear();
+      for (std::size_t n = 0; n < by_tokens_.size(); ++n) {
+        const std::int64_t i = by_tokens_[n];
+        __builtin_prefetch(&bin_of_[by_tokens_[std::min(n + kAhead, by_tokens_.size() - 1)]]);
+        if (excess[bin_of_[i]] >= -kTolerance) continue;
+        offered_.emplace_back(items_[i].cost, i);
+        offered_tokens_.push_back(items_[i].tokens);
+      }
+      const auto is_below = [&](std::int64_t b) { return excess[b] < 0; };
+      const std::int64_t num_below = std::count_if(by_excess.begin(), by_excess.end(), is_below);
       before = std::min(before, too_much);
       for (std::int64_t n = num_bins_ - 1; n >= 0 && excess[by_excess[n]] > kTolerance; --n) {
         if (!is_slow || is_far(by_excess[n])) relieve(by_excess[n], by_excess, num_below);
@@ -138,6 +144,7 @@ class Balancer {
   // Cost of a cheap token: the tenth percentile over the samples.
   double cheap_density(std::span<const std::int64_t> costs) const {
     std::vector<double> densities;
+    densities.reserve(costs.size());
     for (std::size_t i = 0; i < costs.size(); ++i) {
       if (sizes_.tokens[i]) densities.push_back(double(costs[i]) / double(sizes_.tokens[i]));
     }
@@ -215,14 +222,15 @@ class Balancer {
       total += above[i];
     }
     for (double& share : above) share = total > 0 ? share * double(num_bins_) / total : 0.0;
-    const auto is_costly = [&](std::int64_t i) { return above[i] >= kCostly * sizes_.share_of(i); };
+    const auto is_costly = [&](std::size_t i) { return above[i] >= kCostly * share(items_[i]); };
 
     std::vector<std::pair<double, std::int64_t>> largest_first;
-    for (const std::int64_t i : order_) {
-      const double share = sizes_.share_of(i);
-      double size = std::max(share, above[i]) * double(1024 + random_.below(kJitter));
-      if (share < kLong && !is_costly(i)) size /= 1 << 20;  // after all others
-      largest_first.emplace_back(size, i);
+    largest_first.reserve(items_.size());
+    for (std::size_t i = 0; i < items_.size(); ++i) {
+      const double room = share(items_[i]);
+      double size = std::max(room, above[i]) * double(1024 + random_.below(kJitter));
+      if (room < kLong && !is_costly(i)) size /= 1 << 20;  // after all others
+      largest_first.emplace_back(size, std::int64_t(i));
     }
     std::sort(largest_first.begin(), largest_first.end(), std::greater<>());
 
@@ -231,7 +239,12 @@ class Balancer {
     const auto load_of = [&](std::int64_t b) { return load(bins_[b]); };
     const auto above_of = [&](std::int64_t b) { return bin_above[b]; };
     const auto room = [&](std::int64_t b) { return sizes_.token_capacity - bins_[b].tokens; };
-    for (const auto& [size, i] : largest_first) {
+    for (std::size_t n = 0; n < largest_first.size(); ++n) {
+      const std::int64_t i = largest_first[n].second;
+      const std::int64_t next = largest_first[std::min(n + kAhead, items_.size() - 1)].second;
+      __builtin_prefetch(&items_[next]);
+      __builtin_prefetch(&above[next]);
+      __builtin_prefetch(&bin_of_[next]);
       const Item& item = items_[i];
       const auto takes = [&](std::int64_t b) { return fits(bins_[b], item); };
       std::int64_t bin = is_costly(i) ? by_above.find(item.tokens, above_of, room, takes) : -1;
@@ -250,23 +263,28 @@ class Balancer {
     std::vector<std::int64_t> left;
     bins_.assign(num_bins_, {});
     std::vector<std::pair<double, std::int64_t>> largest_first;
-    for (const std::int64_t i : order_) {
-      const double room = sizes_.share_of(i), cost = double(items_[i].cost) / double(kMean);
+    largest_first.reserve(items_.size());
+    for (std::size_t i = 0; i < items_.size(); ++i) {
+      const double room = share(items_[i]), cost = double(items_[i].cost) / double(kMean);
       const double size = by_sum ? room + cost : std::max(room, cost);
-      largest_first.emplace_back(size * double(1024 + random_.below(kJitter)), i);
+      largest_first.emplace_back(size * double(1024 + random_.below(kJitter)), std::int64_t(i));
     }
     std::sort(largest_first.begin(), largest_first.end(), std::greater<>());
 
     std::vector<Levels> levels(kAngles, Levels(num_bins_));
     const auto room = [&](std::int64_t b) { return sizes_.token_capacity - bins_[b].tokens; };
-    for (const auto& [size, i] : largest_first) {
+    for (std::size_t n = 0; n < largest_first.size(); ++n) {
+      const std::int64_t i = largest_first[n].second;
+      const std::int64_t next = largest_first[std::min(n + kAhead, items_.size() - 1)].second;
+      __builtin_prefetch(&items_[next]);
+      __builtin_prefetch(&bin_of_[next]);
       const Item& item = items_[i];
-      const double share = sizes_.share_of(i), cost = double(item.cost) / double(kMean);
-      const double part = share + cost > 0 ? cost / (share + cost) : 0.0;
+      const double size_share = share(item), cost = double(item.cost) / double(kMean);
+      const double part = size_share + cost > 0 ? cost / (size_share + cost) : 0.0;
       const auto angle = static_cast<std::size_t>(part * double(kAngles - 1) + 0.5);
       const double weight = double(angle) / double(kAngles - 1);
       const auto level = [&](std::int64_t b) {
-        return (1 - weight) * filled(bins_[b]) + weight * (double(bins_[b].cost) / double(kMean));
+        return (1 - weight) * share(bins_[b]) + weight * (double(bins_[b].cost) / double(kMean));
       };
       const auto takes = [&](std::int64_t b) { return fits(bins_[b], item); };
       const std::int64_t bin = levels[angle].find(item.tokens, level, room, takes);
@@ -331,15 +349,16 @@ class Balancer {
   }
 
   double load(const Bin& bin) const {
-    return std::max(double(bin.cost) / double(kMean), filled(bin));
+    return std::max(double(bin.cost) / double(kMean), share(bin));
   }
 
-  // The larger share of the two capacities that is used.
-  double filled(const Bin& bin) const {
+  // The larger share of the two capacities that a bin or a sample takes.
+  template <typename Sized>
+  double share(const Sized& sized) const {
     double most = 0;
-    if (sizes_.token_capacity) most = double(bin.tokens) / double(sizes_.token_capacity);
+    if (sizes_.token_capacity) most = double(sized.tokens) / double(sizes_.token_capacity);
     if (sizes_.patch_capacity)
-      most = std::max(most, double(bin.patches) / double(sizes_.patch_capacity));
+      most = std::max(most, double(sized.patches) / double(sizes_.patch_capacity));
     return most;
   }
 
@@ -500,7 +519,7 @@ class Balancer {
   const Sizes& sizes_;
   Random random_;
   std::vector<Item> items_;
-  std::vector<std::int64_t> bin_of_, order_;
+  std::vector<std::int64_t> bin_of_, order_, by_tokens_;
   std::int64_t num_bins_ = 0;
   std::vector<Bin> bins_;
   std::vector<std::pair<std::int64_t, std::int64_t>> offered_;  // cost, sample; by tokens

@@ -7,6 +7,11 @@
 #include "open_bins.h"
 
 namespace mmpack {
+namespace {
+
+constexpr std::size_t kAhead = 16;  // samples of which memory is asked early; they lie anywhere
+
+}  // namespace
 
 double Sizes::share_of(std::int64_t i) const {
   const double tokens_share = token_capacity ? double(tokens[i]) / double(token_capacity) : 0.0;
@@ -37,7 +42,11 @@ Bins best_fit_decreasing(const Sizes& sizes, std::vector<std::int64_t>& order) {
   OpenBins open(sizes.token_capacity);
   Bins bins{std::vector<std::int64_t>(num_samples), 0};
   std::vector<std::int64_t> token_room, patch_room;
-  for (const std::int64_t i : order) {
+  for (std::size_t n = 0; n < num_samples; ++n) {
+    const std::int64_t i = order[n];
+    const std::int64_t next = order[std::min(n + kAhead, num_samples - 1)];
+    __builtin_prefetch(&sizes.tokens[next]);
+    __builtin_prefetch(&bins.bin_of[next]);
     std::int64_t bin = open.pop_tightest(sizes.tokens[i], sizes.patches_of(i));
     if (bin < 0) {
       bin = bins.num_bins++;

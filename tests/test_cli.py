@@ -202,6 +202,7 @@ def test_pack_balances_by_the_models_config(demo, tmp_path, capsys):
     plain, balanced = reports
     assert "imbalance" not in plain
     assert balanced["imbalance"]["8"] <= balanced["imbalance_floor"]["8"] + 0.05
+    assert 1 <= balanced["busiest_floor"] <= balanced["busiest"]
     for report in reports:
         assert list(report["sources"]) == ["train.json"]
         assert report["sources"]["train.json"]["share"] == 1.0
