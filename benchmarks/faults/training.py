@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.command import mmpack, pack, reason
+from mmpack.hf import last_checkpoint
 
 
 def train(data: Path, *arguments: object) -> list[object]:
@@ -120,4 +122,63 @@ def full_disk(data: Path) -> str:
     return f"`{observed.replace(str(data), '...')}`; then {resumed_exactly(data)}"
 
 
-TRAINING = [kill_training, kill_saving, kill_worker, unreadable_image, full_disk]
+def diverged(data: Path) -> str:
+    """A learning rate that no weight survives, and a log every 100 steps"""
+    rates = ["--learning_rate", 1e30, "--max_grad_norm", 0, "--logging_steps", 100]
+    observed = reason(mmpack(*train(data, *rates)))
+    assert "training has diverged" in observed and "train.json" in observed, observed
+    assert not list((data / "run").rglob("*.safetensors")), "weights were saved"
+    return f"`{observed.replace(str(data), '...')}`; nothing was saved"
+
+
+def torn_checkpoint(data: Path) -> str:
+    """A checkpoint of which one file is missing, or its last byte: every file in turn"""
+    done = mmpack(*train(data))
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, kept = data / "run" / "checkpoint-6", data / "kept"
+    whole.rename(kept)
+    names = json.loads((kept / "mmpack_files.json").read_text())["files"]
+    for name in names:
+        for is_cut in (True, False):
+            shutil.copytree(kept, whole)
+            if is_cut:
+                os.truncate(whole / name, (whole / name).stat().st_size - 1)
+            else:
+                (whole / name).unlink()
+            newest = last_checkpoint(data / "run")
+            is_json = (
+                name == "trainer_state.json" and is_cut
+            )  # which its last byte, a line's end, ends
+            assert newest == str(whole if is_json else data / "run" / "checkpoint-4"), (
+                name,
+                newest,
+            )
+            shutil.rmtree(whole)
+    shutil.copytree(kept, whole)
+    (whole / "optimizer.pt").unlink()
+    observed = reason(mmpack(*train(data, "--resume_from_checkpoint", whole)))
+    observed = observed.replace(str(data), "...")
+    return f"each of {len(names)} files is missed; named by hand: `{observed}`; {resumed_exactly(data)}"
+
+
+def unknown_id(data: Path) -> str:
+    """A token id that the model's table has no row for"""
+    config = json.loads((data / "config.json").read_text())
+    largest = json.loads((data / "packed" / "mmpack.json").read_text())["id range"][1]
+    config["text_config"]["vocab_size"] = largest
+    (data / "config.json").write_text(json.dumps(config))
+    observed = reason(mmpack(*train(data)))
+    assert f"has the token id {largest}, the model's table has {largest} rows" in observed, observed
+    return f"`{observed.replace(str(data), '...')}`"
+
+
+TRAINING = [
+    kill_training,
+    kill_saving,
+    kill_worker,
+    unreadable_image,
+    full_disk,
+    diverged,
+    torn_checkpoint,
+    unknown_id,
+]

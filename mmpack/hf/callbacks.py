@@ -143,8 +143,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if getattr(trainer, "train_dataset", None) is self.dataset:
             trainer.train_dataset = even
         elif isinstance(even, EvenPacks):  # in something of the user's
-            assert isinstance(self.dataset, PackedDataset)
-            self.dataset.append_empty_packs(even.multiple)
+            even.dataset.append_empty_packs(even.multiple)
         if model is not None:
             self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
