@@ -21,7 +21,15 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.append(str(ROOT))  # benchmarks, behind an mmpack that is installed
 
 
+# The files that take longest, which begin first: a worker that began one last would let the others wait.
+LONGEST = (
+    "test_benchmarks", "test_matrix", "test_distributed", "test_training_ranks", "test_store", "test_kills",
+    "test_equivalence", "test_assemble_sequence", "test_varlen_attention", "test_docs",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # its keywords name folders too

@@ -91,6 +91,7 @@ def test_a_test_is_not_of_a_gpu_by_its_folders_name(pytestconfig):
         for plugin in pytestconfig.pluginmanager.get_plugins()
         if getattr(plugin, "SHARED", None) and hasattr(plugin, "device")
     )
-    item = type("Item", (), {"keywords": {"gpu": 1}, "get_closest_marker": lambda *a: None})()
+    item = type("Item", (), {"keywords": {"gpu": 1}, "path": Path("test_x.py")})()
+    type(item).get_closest_marker = lambda *a: None
     conftest.pytest_collection_modifyitems([item])  # add_marker would fail
     assert item.get_closest_marker("gpu") is None
