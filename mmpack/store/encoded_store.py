@@ -283,7 +283,8 @@ def _index_flaw(offsets: Int64, starts: Int64, sizes: Int64) -> str:
     """What makes it no index; empty: it is one."""
     if not len(offsets) or (starts[0], starts[-1]) != (0, sizes.shape[1]):
         return f"the batches do not go from sample 0 to {sizes.shape[1]:,}"
-    if offsets[0] < 0 or (np.diff(offsets) < 1).any() or (np.diff(starts) < 1).any():
+    rises = all((one[1:] > one[:-1]).all() for one in (offsets, starts))
+    if offsets[0] < 0 or not rises:
         return "the batches do not lie one behind the other"
     if sizes.size and sizes.min() < 0:
         return "a size is negative"
