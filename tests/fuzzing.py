@@ -1,4 +1,4 @@
-"""Damaged files through a door: it ends in a result or an error of ours, and never in a crash, a hang or much memory.
+"""Damaged files through a door: it ends in a result or a proper error, never in a crash, a hang or much memory.
 
     found = survives(door, mutate, count)
 

@@ -183,6 +183,7 @@ GOOD = plan_packs(
         ({"bin_offsets": GOOD.bin_offsets[:0]}, "bin_offsets do not go from 0 to 4"),
         ({"bin_offsets": np.array([0, 2, 2, 4])}, "bin_offsets do not rise"),
         ({"bin_offsets": np.array([0, 9, -9, 4])}, "bin_offsets do not rise"),
+        ({"bin_offsets": np.array([0, 2**63 - 1, -(2**63), 4])}, "bin_offsets do not rise"),
         ({"pack_tokens": GOOD.pack_tokens + 1}, "not the sums"),
         ({"pack_tokens": GOOD.pack_tokens[:1]}, "not the sums"),
         ({"capacity": 7}, "more tokens than the 7"),
@@ -203,6 +204,14 @@ def test_what_is_no_plan_is_refused(change, why, tmp_path):
     save_plan(replace(GOOD, **change), tmp_path)
     with pytest.raises(ValueError, match=rf"plan\.json is damaged: .*{why}.*; pack again"):
         load_plan(tmp_path)
+
+
+def test_an_epoch_of_a_plan_that_was_not_planned_is_an_error(tmp_path):
+    """It has packs for some samples, but not the packs that there would be."""
+    plan = plan_packs([1, 1, 1], 1)
+    save_plan(replace(plan, capacity=3), tmp_path)
+    with pytest.raises(ValueError, match="the plan has 3 packs, .* make 1 in epoch 2; pack again"):
+        plan_epoch(load_plan(tmp_path), 2)
 
 
 @pytest.mark.parametrize(

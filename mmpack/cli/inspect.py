@@ -159,8 +159,8 @@ def _media(
                 media.append(Medium(f"{kind} {place}", segment, ref, grids))
     if len(medium_of) != len(pack.grid_thw):
         raise ValueError(
-            f"the pack has the placeholders of {len(pack.grid_thw)} images or parts of videos, its rows name "
-            f"{len(medium_of)}; pack again with --overwrite"
+            f"the pack has the placeholders of {len(pack.grid_thw)} images or parts of videos, "
+            f"its rows name {len(medium_of)}; pack again with --overwrite"
         )
     return media, medium_of, first_frame
 

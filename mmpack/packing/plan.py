@@ -159,7 +159,7 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
         epoch: from 0.
 
     Raises:
-        ValueError: a negative epoch.
+        ValueError: a negative epoch, or a plan that `plan_packs` has not made.
     """
     if epoch < 0:
         raise ValueError(f"epoch must not be negative, got {epoch}")
@@ -167,7 +167,11 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
         return plan
     seed = np.random.SeedSequence([plan.seed, epoch]).generate_state(1, np.uint64)[0]
     other = _plan(replace(plan, sample_index=np.sort(plan.sample_index)), int(seed))
-    assert other.num_packs == plan.num_packs
+    if other.num_packs != plan.num_packs:  # no plan of ours: a file may say anything
+        raise ValueError(
+            f"the plan has {plan.num_packs:,} packs, its samples and capacity make "
+            f"{other.num_packs:,} in epoch {epoch}; pack again with --overwrite"
+        )
     return other
 
 

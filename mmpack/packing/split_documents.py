@@ -157,8 +157,8 @@ class SplitSamples(Sequence[EncodedSample]):
         start, end = self.bounds[number].tolist()
         if end > len(sample.input_ids):
             raise ValueError(
-                f"row {sample.row} of {sample.source} has {len(sample.input_ids):,} tokens and images, a "
-                f"piece of it ends after {end:,}; pack again with --overwrite"
+                f"row {sample.row} of {sample.source} has {len(sample.input_ids):,} tokens and "
+                f"images, a piece of it ends after {end:,}; pack again with --overwrite"
             )
         return piece_of(sample, start, end) if end else sample
 

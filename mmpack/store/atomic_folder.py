@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 _POLL_S = 0.5  # of hundreds of waiting machines each asks the file server this seldom
 _OURS = (
-    r"samples\.arrow|mmpack\.json|(index|plan|pieces)\.(json|\w+\.npy)|bad_rows\.jsonl|overflow\.jsonl"
+    r"samples\.arrow|mmpack\.json|(index|plan|pieces)\.(json|\w+\.npy)"
+    r"|bad_rows\.jsonl|overflow\.jsonl"
     r"|(index|plan|pieces)\.npz"  # of earlier formats, for --overwrite
     r"|dataset_info\.json|state\.json|cache-\w+\.arrow"  # the last: of `datasets`, made from the rest
 )

@@ -1,8 +1,8 @@
 """EncodedSamples on disk: an Arrow stream, memory-mapped.
 
-A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.json` and its arrays say where
-its batches lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store was made from;
-two more small files are for `datasets.load_from_disk`. Image and video files stay where they are; a row
+A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.json` and its arrays say
+where its batches lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store
+was made from; two more small files are for `datasets.load_from_disk`. Image and video files stay where they are; a row
 holds their paths, and the bytes of images and videos that are in no file.
 
 No byte is believed unseen. A row has a checksum, looked at whenever the row is read: that costs as much as
@@ -96,8 +96,8 @@ class EncodedStore(Sequence[EncodedSample]):
         now = open_store(self.folder)
         if (now.checksum, now.vision) != (self.checksum, self.vision):
             raise ValueError(
-                f"{self.folder} holds other samples than when this run opened it (mmpack pack --overwrite "
-                "meanwhile?); start the run again, or pack to another --out"
+                f"{self.folder} holds other samples than when this run opened it (mmpack pack "
+                "--overwrite meanwhile?); start the run again, or pack to another --out"
             )
         self.__dict__.update(now.__dict__)
         return getattr(self, name)
@@ -297,7 +297,8 @@ def _index_flaw(offsets: Int64, starts: Int64, sizes: Int64) -> str:
     """What makes it no index; empty: it is one."""
     if not len(offsets) or (starts[0], starts[-1]) != (0, sizes.shape[1]):
         return f"the batches do not go from sample 0 to {sizes.shape[1]:,}"
-    if offsets[0] < 0 or (np.diff(offsets) < 1).any() or (np.diff(starts) < 1).any():
+    rises = all((one[1:] > one[:-1]).all() for one in (offsets, starts))
+    if offsets[0] < 0 or not rises:
         return "the batches do not lie one behind the other"
     if sizes.size and sizes.min() < 0:
         return "a size is negative"

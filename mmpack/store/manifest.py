@@ -95,7 +95,8 @@ def read_manifest(folder: Path) -> tuple[VisionSpec, dict[str, Any]]:
         raise ValueError(f"{path} is not mmpack's; make a store with mmpack pack")
     if saved["format"] != FORMAT:
         raise ValueError(
-            f"{folder} has store format {saved['format']!a:.20}, not {FORMAT}; pack again with --overwrite"
+            f"{folder} has store format {saved['format']!a:.20}, not {FORMAT}; pack again with "
+            "--overwrite"
         )
     saved = check_record(path, saved, _RECORD)
     try:
