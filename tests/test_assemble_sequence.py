@@ -78,7 +78,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the 
 
 
 @interpreted
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(segments=segments)
 def test_ragged_packs(segments):
     assert_ragged(segments)

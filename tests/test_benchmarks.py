@@ -77,6 +77,7 @@ print(report.main(["--json"]))
     assert "_embed_features_bwd_kernel" in done.stdout  # a kernel without a case
 
 
+@pytest.mark.slow
 def test_a_stranger_can_run_what_takes_real_rows(tmp_path):
     """Without the rows beside the checkout: others in their place, or skipped."""
     pytest.importorskip("pytest_benchmark")

@@ -117,27 +117,6 @@ def test_no_two_names_differ_by_a_letter():
     assert near == []
 
 
-def test_a_module_is_not_hidden_by_a_function_of_its_name():
-    """`import mmpack.x.y` gives a module. In `ops` a file is named after its op, which the folder exports."""
-    code = """
-import importlib, sys, types
-hidden = []
-for name in sys.argv[1:]:
-    module = importlib.import_module(name)
-    parent, _, last = name.rpartition(".")
-    if parent and getattr(sys.modules[parent], last) is not module:
-        hidden.append(name)
-print(hidden)
-"""
-    names = [
-        "mmpack." + name.replace("/", ".")
-        for _, folder, name in files()
-        if folder != "ops" and "__" not in name
-    ]
-    printed = subprocess.check_output([sys.executable, "-c", code, *names], text=True)
-    assert ast.literal_eval(printed) == []
-
-
 def test_the_design_has_the_law_and_every_file():
     """DESIGN.md's order of folders is the one above, and its tree names what there is, once."""
     text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")

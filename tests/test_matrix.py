@@ -131,8 +131,8 @@ def test_autocast(family, impl):
     [
         pytest.param("qwen2_vl", "auto", "host", marks=pytest.mark.smoke),
         pytest.param("qwen2_vl", "triton", "host", marks=pytest.mark.smoke),
-        ("qwen2_5_vl", "auto", "host"),
-        ("qwen3_vl", "auto", "host"),
+        pytest.param("qwen2_5_vl", "auto", "host", marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", "auto", "host", marks=pytest.mark.slow),
         ("qwen3_vl", "auto", "device"),
         pytest.param("qwen3_vl_moe", "auto", "host", marks=pytest.mark.slow),
     ],

@@ -208,7 +208,7 @@ def test_tiles_made_on_the_device(causal, device):
     assert_within_budget(case, case.run("triton", tiles="device"))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4),
     causal=st.booleans(),
