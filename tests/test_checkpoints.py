@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     samples = dataset_of().samples
     store = write_store(folder / "packed", iter(samples), SMALL_SPEC, {})
-    save_plan(dataset_of().plan, store.folder / "plan.npz")
+    save_plan(dataset_of().plan, store.folder)
     tiny_config(100, vision=SMALL_SPEC).to_json_file(folder / "config.json")
     assert train(folder, folder / "run", "--save_steps", 2) == 0
     return folder

@@ -37,6 +37,7 @@ def packed(demo):
     return json.loads(printed), folder / "packed"
 
 
+@pytest.mark.slow  # test_commands runs it on 8 rows
 def test_demo(tmp_path):
     """In a process of its own, as people run it."""
     folder = tmp_path / "data"

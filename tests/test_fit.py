@@ -119,7 +119,7 @@ def trained(folder, *options):
 
 def packed_folder(folder, samples, spec=SMALL_SPEC):
     store = write_store(folder / "packed", iter(samples), spec, {})
-    save_plan(PackedDataset.from_samples(store, 40).plan, folder / "packed" / "plan.npz")
+    save_plan(PackedDataset.from_samples(store, 40).plan, folder / "packed")
     tiny_config(ROWS, vision=SMALL_SPEC).to_json_file(folder / "config.json")
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
         for n in range(12)
     ]
     store = write_store(folder / "packed", iter(samples), spec, {})
-    save_plan(PackedDataset.from_samples(store, 30).plan, store.folder / "plan.npz")
+    save_plan(PackedDataset.from_samples(store, 30).plan, store.folder)
     config = tiny_config(100, vision=spec, family=FAMILY)
     config.dtype = torch.bfloat16
     tiny_model(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
@@ -111,7 +111,7 @@ def test_a_plan_for_other_parts_is_told(folder, tmp_path, capsys):
     about = {"config": "config.json", "frozen": ["vision"]}
     samples = list(PackedDataset.from_store(folder / "packed").samples)
     store = write_store(tmp_path / "packed", iter(samples), samples[0].vision, about)
-    save_plan(PackedDataset.from_samples(store, 30).plan, store.folder / "plan.npz")
+    save_plan(PackedDataset.from_samples(store, 30).plan, store.folder)
     (tmp_path / "model").symlink_to(folder / "model")
     assert train(tmp_path, tmp_path / "one") == 0
     assert "planned for --frozen vision" in capsys.readouterr().err
