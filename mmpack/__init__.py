@@ -13,10 +13,10 @@ except ImportError as error:
 
 from mmpack.data.encode import encode_sample, encode_samples
 from mmpack.data.readers import read_documents, read_samples
-from mmpack.errors import BadRow, RowError
+from mmpack.errors import BadRow, RowError, Skip
 from mmpack.packing.assemble import assemble
 from mmpack.packing.cost import costs_of
-from mmpack.packing.pack_stats import cost_floor, rank_imbalance
+from mmpack.packing.pack_stats import busiest, cost_floor, rank_imbalance
 from mmpack.packing.plan import plan_packs
 from mmpack.packing.prompt import render_prompt
 from mmpack.types import (
@@ -48,10 +48,12 @@ __all__ = [
     "PackedDataset",
     "RowError",
     "Sample",
+    "Skip",
     "VideoRef",
     "VideoSpec",
     "VisionSpec",
     "assemble",
+    "busiest",
     "cost_floor",
     "costs_of",
     "encode_sample",

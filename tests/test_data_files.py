@@ -285,7 +285,7 @@ def test_only_regular_files_are_read(tmp_path, capsys):
     os.symlink("/dev/zero", tmp_path / "zero.json.gz")
     os.symlink(tmp_path / "gone", tmp_path / "dangling.jsonl")
     for name, what in (
-        ("pipe.jsonl", "is a pipe; only regular files are read"),
+        ("pipe.jsonl", "is a named pipe; only regular files are read"),
         ("zero.jsonl", "is a device; only regular files are read"),
         ("zero.json.gz", "is a device; only regular files are read"),
         ("dangling.jsonl", "there is no such file"),
@@ -310,15 +310,17 @@ def test_a_folder_with_what_is_no_file(tmp_path, what):
         other.mkdir()
     else:
         os.symlink("/dev/null" if what == "device" else tmp_path / "gone", other)
-    expected = "there is no such file" if what == "link" else f"is a {what}"
+    expected = {"link": "there is no such file", "pipe": "is a named pipe"}.get(
+        what, f"is a {what}"
+    )
     assert expected in refused(tmp_path)
 
 
 def test_a_dataset_info_that_is_no_file(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [ROW])
     os.mkfifo(tmp_path / "dataset_info.json")
-    assert "dataset_info.json is a pipe" in refused(path)
-    assert "dataset_info.json is a pipe" in refused(tmp_path, mapping="mine")
+    assert "dataset_info.json is a named pipe" in refused(path)
+    assert "dataset_info.json is a named pipe" in refused(tmp_path, mapping="mine")
 
 
 CHAT = {"formatting": "sharegpt"}

@@ -209,7 +209,7 @@ def test_a_fifo_is_no_file_of_a_store(name, tmp_path):
     write(tmp_path / "store")
     (tmp_path / "store" / name).unlink()
     fifo(tmp_path / "store" / name)
-    with pytest.raises(ValueError, match="is a FIFO, not a regular file"):
+    with pytest.raises(ValueError, match="is a named pipe, not a regular file"):
         PackedDataset.from_store(tmp_path / "store")
 
 

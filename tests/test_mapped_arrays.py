@@ -185,7 +185,7 @@ def test_only_regular_files_are_opened(name, tmp_path):
     save(tmp_path)
     path = tmp_path / name
     for make, kind in (
-        (os.mkfifo, "a FIFO"),
+        (os.mkfifo, "a named pipe"),
         (os.mkdir, "a folder"),
         (lambda path: os.symlink("/dev/zero", path), "a device"),
     ):

@@ -218,7 +218,7 @@ def lines_of(file):
 
 
 def test_workers_that_read_other_rows_are_refused(processor, tmp_path):
-    """A shuffle without a seed, and a file that the workers of a fork read by turns."""
+    """A shuffle without a seed, and one open file that forked workers share."""
 
     def shuffled():
         yield from map(row, np.random.default_rng().permutation(COUNT).tolist())

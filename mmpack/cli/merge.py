@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.pack import PLANNING, build, parse_shard, report_packs, write_plan
+from mmpack.regular_files import open_regular
 from mmpack.store.atomic_folder import turn
 from mmpack.store.build import different
 from mmpack.store.encoded_store import EncodedStore, open_store, write_batches
-from mmpack.store.records import damaged, open_regular
+from mmpack.store.records import damaged
 
 _OF_A_PART = ("part", "chunks", "begun")
 

@@ -31,6 +31,7 @@ from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
+from mmpack.regular_files import open_regular
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import index_rows, made_from, why_outdated
 from mmpack.store.encoded_store import (
@@ -42,7 +43,6 @@ from mmpack.store.encoded_store import (
     write_batches,
 )
 from mmpack.store.plan_file import save_plan
-from mmpack.store.records import open_regular
 from mmpack.vision_spec import VisionSpec
 
 PLANNING = (

@@ -5,37 +5,30 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import stat
 import zlib
 from pathlib import Path
 from typing import IO, Any
 
 from mmpack.data.limits import most_bytes
+from mmpack.regular_files import NotRegularError, regular_stat
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no regular file: reading a pipe waits for ever, reading a device may never end.
+    """Refuse what is no regular file.
 
     Raises:
         ValueError: it is none, is not there, or may not be read.
     """
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        regular_stat(path)
+    except NotRegularError as error:
+        raise ValueError(f"{path} is {error.kind}; only regular files are read") from None
     except (FileNotFoundError, ValueError):  # ValueError: a NUL, which is in no name
         raise ValueError(f"cannot read {path}: there is no such file") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    if kind != stat.S_IFREG:
-        raise ValueError(f"{path} is {_KINDS.get(kind, 'no file')}; only regular files are read")
     if not os.access(path, os.R_OK):
         raise ValueError(
             f"{path} may not be read; change its permissions, or name the files to read"

@@ -11,23 +11,16 @@ import base64
 import binascii
 import os
 import re
-import stat
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from mmpack.errors import RowError, names
+from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, VideoRef
 from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
 _KINDS = {"image": "picture", "video": "file"}  # what an error asks for
-_NO_FILES = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is no URL
 
 
@@ -124,12 +117,13 @@ class MediaFolders:
                 "move it there, or name its folder as a media folder",
             )
         try:
-            mode = os.stat(full).st_mode
+            regular_stat(full)
+        except NotRegularError as error:
+            raise _not_a_file(error, kind) from None
         except OSError:
             raise RowError(
                 f"{kind} {full:.300} does not exist", "mend the path or the media folder"
             ) from None
-        _check_regular(mode, full, kind)
         return ImageRef(full)
 
     def real_path(self, path: str, kind: str) -> str:
@@ -182,21 +176,12 @@ def open_media(
         RowError: it is not there, lies outside, or is no regular file; says what it is.
     """
     real = path if folders is None else folders.real_path(path, kind)
-    # Opening some devices does something, and waiting for a writer of a pipe lasts for ever: so first a look,
-    # then an opening that does not wait, then a look at what was opened.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    flags |= (
-        0 if folders is None else os.O_NOFOLLOW
-    )  # `real` has no links, unless one was just made
     try:
-        _check_regular(os.stat(real).st_mode, path, kind)
-        opened = os.open(real, flags)
-        try:
-            _check_regular(os.fstat(opened).st_mode, path, kind)
-            return os.fdopen(opened, "rb", buffering)
-        except BaseException:
-            os.close(opened)
-            raise
+        # `real` has no links, unless one was just made
+        return open_regular(real, follow_link=folders is None, buffering=buffering)
+    except NotRegularError as error:
+        error.path = path
+        raise _not_a_file(error, kind) from None
     except FileNotFoundError:
         raise RowError(f"{kind} {path} does not exist", "fix the path") from None
     except OSError as error:
@@ -205,12 +190,11 @@ def open_media(
         ) from None
 
 
-def _check_regular(mode: int, path: str, kind: str) -> None:
-    if not stat.S_ISREG(mode):
-        what = next((name for is_it, name in _NO_FILES if is_it(mode)), "something else")
-        raise RowError(
-            f"{kind} {path:.300} is {what}, not a file", f"name the {_KINDS[kind]} itself"
-        )
+def _not_a_file(error: NotRegularError, kind: str) -> RowError:
+    return RowError(
+        f"{kind} {str(error.path):.300} is {error.kind}, not a file",
+        f"name the {_KINDS[kind]} itself",
+    )
 
 
 def _a(kind: str) -> str:

@@ -68,7 +68,7 @@ def read_samples(
             default the data file's folder (for rows in memory: the current one). The entry "data:"
             admits data URIs.
         on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning, as long as
-            at most 5 % of 1,000 rows or more are bad (`mmpack.errors.Skip(max_bad=...)`: another share); a
+            at most 5 % of 1,000 rows or more are bad (`mmpack.Skip(max_bad=...)`: another share); a
             list: leave it out and append it there, however many.
         missing_marker: images but no `<image>` anywhere in the row: "refuse" it, or "prepend" as
             many markers to the first turn as there are images (what LLaMA-Factory's inference

@@ -72,14 +72,15 @@ def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
 
 
 def busiest(plan: PackPlan, cost: NDArray[Any]) -> tuple[float, float]:
-    """(cost of the costliest pack, the least it can be), both over the mean pack's.
-
-    The least is the larger of 1 and the costliest sample; a plan can be further from it where samples
-    are few in a pack and each is a large part of its cost.
+    """The cost of the costliest pack, and its floor, both over the mean pack's.
 
     Args:
         plan: of N samples.
         cost: (N,) cost of every sample.
+
+    Returns:
+        (cost, floor): the floor is the larger of 1 and the costliest sample's cost. A plan stays further above
+        it where a pack has few samples, each a large part of its cost.
 
     Raises:
         ValueError: `cost` is not of as many samples as the plan.

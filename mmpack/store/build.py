@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import stat
 import tempfile
 import threading
 import time
@@ -32,6 +31,7 @@ from mmpack.data.encode import encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
+from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import as_batch
 from mmpack.store.encoded_store import EncodedStore
 from mmpack.vision_spec import VisionSpec
@@ -265,10 +265,9 @@ def why_outdated(
     names = different(store.about.get("made from", {}), parts)
     for path in () if names or not look_at_images else sorted(set(store.image_paths())):
         try:
-            found = os.stat(path)
-        except (OSError, ValueError):  # or a name that no file can have
+            found = regular_stat(path)
+        except (OSError, ValueError):  # no regular file, or a name that no file can have
             return [path]
-        is_newer = max(found.st_mtime_ns, found.st_ctime_ns) > store.about.get("begun", 0)
-        if is_newer or not stat.S_ISREG(found.st_mode):
+        if max(found.st_mtime_ns, found.st_ctime_ns) > store.about.get("begun", 0):
             return [path]
     return names

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,10 +30,11 @@ import pyarrow
 from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks
+from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
 from mmpack.store.manifest import read_manifest, write_manifest
 from mmpack.store.mapped_arrays import ArrayType, array_files, load_arrays, save_arrays
-from mmpack.store.records import damaged, open_regular, regular_size
+from mmpack.store.records import damaged
 from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
 
@@ -75,7 +75,7 @@ class EncodedStore(Sequence[EncodedSample]):
         self.num_tokens, self.num_patches, self.num_supervised = index["sizes"]
         self._offsets, self._starts = index["offsets"].tolist(), index["starts"].tolist()
         try:
-            size = regular_size(self._path)
+            size = regular_stat(self._path).st_size
             if size != self._offsets[-1] + len(_END):
                 raise ValueError(
                     f"it has {size:,} bytes, {self._offsets[-1] + len(_END):,} were written"
@@ -327,14 +327,13 @@ def changed_files(store: EncodedStore) -> list[str]:
     changed = []
     for path, (num_bytes, time_ns, sha256) in store.about.get("files", {}).items():
         try:
-            found = os.stat(path)
-            is_file = stat.S_ISREG(found.st_mode)
-            if (
-                not is_file  # which may have no end, or never begin
-                or found.st_size != num_bytes
-                or (found.st_mtime_ns != time_ns and file_sha256(path) != sha256)
+            found = regular_stat(path)
+            if found.st_size != num_bytes or (
+                found.st_mtime_ns != time_ns and file_sha256(path) != sha256
             ):
                 changed.append(path)
+        except NotRegularError:
+            changed.append(path)
         except (OSError, ValueError):  # a name that no file can have
             continue
     return changed

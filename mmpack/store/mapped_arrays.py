@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmpack.store.records import damaged, read_record, regular_size, write_record
+from mmpack.regular_files import regular_stat
+from mmpack.store.records import damaged, read_record, write_record
 
 _npy: Any = np.lib.format  # its functions have no types
 # An array that is expected: its dtype and its dimensions. A dimension that is a letter is the same in all
@@ -90,7 +91,7 @@ def array_files(folder: Path, name: str) -> list[Path]:
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], crc32: int) -> NDArray[Any]:
     try:
-        size = regular_size(path)
+        size = regular_stat(path).st_size
         array = _npy.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise damaged(path, "there is no such file") from None

@@ -16,16 +16,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from mmpack.regular_files import open_regular, regular_stat
 
 MAX_RECORD_BYTES = 64 << 20  # the chunks of a part of 10 million rows take 1 MiB
 _CHECKSUM = "checksum of this file"
 _INT64 = range(-(1 << 63), 1 << 63)
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 _NAMES = {
     int: "an integer",
     float: "a number",
@@ -33,30 +33,6 @@ _NAMES = {
     bool: "true or false",
     None: "null",
 }
-
-
-def regular_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of a regular file, links followed.
-
-    Raises:
-        ValueError: it is a folder, a FIFO, a device or a socket: opening it might hang, reading never end.
-        OSError: there is none.
-    """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
-        raise ValueError(f"{path} is {kind}, not a regular file")
-    return found.st_size
-
-
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """A regular file opened for reading; errors as `regular_size`."""
-    regular_size(path)
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()  # it was replaced since
-    raise ValueError(f"{path} is not a regular file")
 
 
 def damaged(path: str | os.PathLike[str], why: Any) -> ValueError:
@@ -78,7 +54,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is no regular file, too large or not JSON.
         OSError: it cannot be read.
     """
-    size = regular_size(path)
+    size = regular_stat(path).st_size
     if size > MAX_RECORD_BYTES:
         raise ValueError(f"{path} has {size:,} bytes, at most {MAX_RECORD_BYTES:,} are read")
     with open_regular(path) as file:
