@@ -18,6 +18,8 @@ setup(
             depends=[
                 "csrc/assembler.h",
                 "csrc/balance.h",
+                "csrc/bin_state.h",
+                "csrc/construction.h",
                 "csrc/levels.h",
                 "csrc/open_bins.h",
                 "csrc/patchify.h",

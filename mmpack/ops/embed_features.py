@@ -226,16 +226,14 @@ def embed_features_bwd(
     if not num_programs or not D:
         return
     dout_TD = _rows(dout_TD)
-    is_double = dout_TD.dtype == torch.float64
-    num_partials = 2 * triton.cdiv(len(text_order), MAX_RUN)
-    dtype = torch.float64 if is_double else torch.float32
-    partial = dout_TD.new_empty(num_partials, D, dtype=dtype)
+    dtype = torch.promote_types(dout_TD.dtype, torch.float32)  # of sums
+    partial = dout_TD.new_empty(2 * triton.cdiv(len(text_order), MAX_RUN), D, dtype=dtype)
     text = (input_ids_T, text_order, text_id_offsets)
     options = {
         "MAX_RUN": MAX_RUN,
         "BLOCK_R": BLOCK_R,
         "BLOCK_D": BLOCK_D,
-        "ACC": tl.float64 if is_double else tl.float32,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "ACCUMULATE": accumulate,
         "num_warps": NUM_WARPS,
     }
