@@ -209,7 +209,7 @@ def pixels_like(path, color):
     return int((np.abs(pixels - color).max(axis=-1) < 8).sum())
 
 
-def test_the_picture_has_the_images_in_their_places(small_set, tmp_path, capsys):
+def test_the_picture_has_the_images_in_their_places(small_set, tmp_path, tmp_path_factory, capsys):
     pytest.importorskip("matplotlib")
     Image.new("RGB", (140, 112), (255, 0, 255)).save(tmp_path / "pink.png")
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Pink."}]
@@ -224,6 +224,11 @@ def test_the_picture_has_the_images_in_their_places(small_set, tmp_path, capsys)
     looked_at(tmp_path, capsys, "--png", png)
     assert pixels_like(png, (255, 0, 255)) > 1000
     assert pixels_like(png, (0x22, 0x22, 0x22)) > 500  # supervised
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "pink.png"
+    (tmp_path / "pink.png").rename(elsewhere)
+    (tmp_path / "pink.png").symlink_to(elsewhere)  # a link that now leads out of the media folder
+    looked_at(tmp_path, capsys, "--png", png)
+    assert pixels_like(png, (255, 0, 255)) == 0
     (tmp_path / "pink.png").unlink()
     looked_at(tmp_path, capsys, "--png", png)  # which says so in its place
     assert pixels_like(png, (255, 0, 255)) == 0

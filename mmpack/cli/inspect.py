@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mmpack.cli.tables import aligned
 from mmpack.cli.terminal import one_line, printable
 from mmpack.data import images, videos
+from mmpack.data.media_paths import MediaFolders
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
 from mmpack.store.build import made_from
@@ -68,6 +69,7 @@ class PackView:
     samples: list[EncodedSample]
     media: list[Medium]
     spans: list[Span]
+    folders: MediaFolders | None  # where files of images and videos must lie
 
     def bounds(self, segment: int) -> tuple[int, int]:
         """First and last (excluded) token of a segment."""
@@ -103,7 +105,9 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     pack = assemble(samples, pixels=False)
     media, medium_of, first_frame = _media(samples, pack)
     spans = _spans(pack, medium_of, first_frame)
-    return PackView(number, num_packs, dataset.capacity, pack, samples, media, spans)
+    named = dataset.media_folders
+    folders = None if named is None else MediaFolders(named)
+    return PackView(number, num_packs, dataset.capacity, pack, samples, media, spans, folders)
 
 
 def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
@@ -310,17 +314,19 @@ def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dic
     }
 
 
-def frames(medium: Medium, vision: VisionSpec) -> NDArray[np.uint8]:
+def frames(
+    medium: Medium, vision: VisionSpec, folders: MediaFolders | None = None
+) -> NDArray[np.uint8]:
     """(t, height, width, C) uint8: an image or a video in the pixels the model is given, the first frame
     of each temporal patch.
 
     Raises:
-        ValueError: it cannot be decoded any more.
+        ValueError: it cannot be decoded any more, or lies outside of `folders`.
     """
     if isinstance(medium.ref, ImageRef):
-        patches = images.load_patches(medium.ref, medium.grids[0], vision)
+        patches = images.load_patches(medium.ref, medium.grids[0], vision, folders=folders)
     else:
-        patches = videos.load_patches(medium.ref, medium.grids, vision)
+        patches = videos.load_patches(medium.ref, medium.grids, vision, folders=folders)
     (t, h, w), p, m = medium.grid_thw, vision.patch_size, vision.merge_size
     channels = len(vision.image_mean)
     by_frame = patches.reshape(t * h * w, channels, -1, p * p)[:, :, 0]

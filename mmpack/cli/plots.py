@@ -204,7 +204,7 @@ def _frame_pieces(view: PackView, span: Span) -> list[tuple[int, int, int]]:
 
 def _decoded(medium: Medium, view: PackView) -> NDArray[np.uint8] | None:
     try:
-        return frames(medium, view.pack.vision)
+        return frames(medium, view.pack.vision, view.folders)
     except ValueError:
         return None
 
