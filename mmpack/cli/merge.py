@@ -2,7 +2,7 @@
 
 Part i of n has every n-th chunk of rows from the i-th on, so that long files and long rows fall on all
 parts alike and nobody need count rows first. Taking a chunk from each part in turn gives the very
-file that one process writes.
+file that one process writes. Bad rows are counted in the same order, against `--max-bad` of all parts together.
 """
 
 from __future__ import annotations
