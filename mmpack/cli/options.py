@@ -1,5 +1,4 @@
-"""What the command line takes: of each command a dataclass of its options, and examples; `mmpack.cli.main` does
-the work.
+"""What the command line takes: for each command a dataclass of its options, and examples.
 
 A field is an option, with its help: the parser is made of the fields, so an option is added in one place.
 """
@@ -10,12 +9,13 @@ import argparse
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mmpack.errors import MAX_BAD
+from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.store.manifest import Planning
+from mmpack.store.records import check, schema_of
 
 CODES = "exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 nobody reads on"
 CHECK_EXAMPLES = """exit code: 0 every row is usable, 1 some are refused, 2 usage
@@ -135,7 +135,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
     """packing
 
     Raises:
-        ValueError: they contradict each other.
+        ValueError: they contradict each other, or no store could record them.
     """
 
     capacity: int | None = option("tokens a pack may hold", None)
@@ -159,8 +159,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
     train_on_prompt: bool = option("supervise all text", False)
     mask_history: bool = option("supervise the last answer only", False)
     frozen: tuple[Literal["vision", "merger", "language"], ...] = option(
-        "part of the model that is not trained: packing counts its cost, mmpack train freezes it; "
-        "repeatable",
+        "part that is not trained, repeatable: packing counts its cost, mmpack train freezes it",
         (),
     )
     plan_seed: int = option("seed of the plan (0)", 0)
@@ -169,6 +168,10 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         if self.on_overflow is None:
             settled = "split" if self.stage == "pretrain" else "error"
             object.__setattr__(self, "on_overflow", settled)
+        check_max_bad(self.max_bad)
+        for name, values in schema_of(Planning).items():
+            if isinstance(given := getattr(self, name), (int, float)):
+                check(given, values, _name(name))
         if self.stage == "sft" and self.on_overflow == "split":
             raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
         if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
@@ -228,8 +231,7 @@ class MergeOptions(PictureOptions):
     )
     overwrite: bool = option("replace a packed data set in OUT", False)
     max_bad: float | None = option(
-        "most rows of all parts together that may have been skipped, 0 to 1 (the least that a part was "
-        "packed with)",
+        "most rows of all parts that may have been skipped, 0 to 1 (the least of the parts')",
         None,
         metavar="SHARE",
     )
@@ -312,17 +314,15 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
         SystemExit: there are no such options, or help was asked for.
     """
     parser = command_line()
-    known = {_name(one) for kind, _ in COMMANDS.values() for one in fields(kind)}
+    known = {_name(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
     dashed = []
     for word in sys.argv[1:] if words is None else words:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         dashed.append(name + equals + value if name in known else word)
     namespace, rest = parser.parse_known_args(dashed)
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(namespace).items()
-    }
+    given: dict[str, Any] = vars(namespace)
+    given |= {name: tuple(one) for name, one in given.items() if isinstance(one, list)}
     command: str = given.pop("command")
     kind = COMMANDS[command][0]
     if kind is TrainOptions:
@@ -381,11 +381,11 @@ def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
             if argument.pop("positional", False):
                 place.add_argument(name, **argument)
             else:
-                place.add_argument(_name(one), required=one.default is MISSING, **argument)
+                place.add_argument(_name(name), required=one.default is MISSING, **argument)
 
 
-def _name(one: Field[Any]) -> str:
-    return f"--{one.name.replace('_', '-')}"
+def _name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _taken(kind: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def check_record(path: Path, record: Any, schema: Mapping[Any, Any]) -> dict[str
     try:
         if checksum != _checksum_of(record):
             raise ValueError("it is not what was written")
-        _check(record, schema, "")
+        check(record, schema, "")
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from None
     return record
@@ -140,18 +140,19 @@ def _checksum_of(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _check(value: Any, schema: Any, place: str) -> None:
-    """
+def check(value: Any, schema: Any, place: str) -> None:
+    """Whether a value fits a schema; `place` is what it is called.
+
     Raises:
-        ValueError: the value does not fit; says where, what it is and what it must be.
+        ValueError: it does not; says where, what it is and what it must be.
     """
     if isinstance(schema, tuple):
         for one in schema[:-1]:
             try:
-                return _check(value, one, place)
+                return check(value, one, place)
             except ValueError:
                 continue
-        return _check(value, schema[-1], place)
+        return check(value, schema[-1], place)
     if isinstance(schema, Mapping):
         return _check_object(value, schema, place)
     if isinstance(schema, list):
@@ -160,7 +161,7 @@ def _check(value: Any, schema: Any, place: str) -> None:
         if len(schema) > 1 and len(value) != len(schema):
             raise _misfit(value, f"a list of {len(schema)}", place)
         for number, one in enumerate(value):
-            _check(one, schema[number if len(schema) > 1 else 0], f"{place}[{number}]")
+            check(one, schema[number if len(schema) > 1 else 0], f"{place}[{number}]")
         return None
     if isinstance(schema, range) or schema is int:
         values = schema if isinstance(schema, range) else _INT64
@@ -183,9 +184,9 @@ def _check_object(value: Any, schema: Mapping[Any, Any], place: str) -> None:
             raise ValueError(f"{_joined(place, name)} is missing")
     for name, one in value.items():
         if name in known:
-            _check(one, schema[known[name]], _joined(place, name))
+            check(one, schema[known[name]], _joined(place, name))
         elif str in schema:
-            _check(one, schema[str], _joined(place, name))
+            check(one, schema[str], _joined(place, name))
         else:
             raise ValueError(f"{_joined(place, name)} is not known")
 
