@@ -129,11 +129,15 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from mmpack.packing.dataset import PackedDataset
 
     dataset = PackedDataset.from_store(options.data, "warn")
-    number, segment = options.pack, options.segment
+    packs, segment = options.pack, options.segment
     if options.row is not None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
+        packs = range(number, number + 1)
         for pack, piece in others:
             print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+    number, *more = packs or [0]
+    if more and options.html is None:
+        raise ValueError(f"--pack {number}-{more[-1]} is for --html FILE; else one pack is shown")
     view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
     if segment is not None:
@@ -145,6 +149,9 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
     if note:
         print(f"mmpack: {note}", file=sys.stderr)
+    if options.html is not None:
+        _inspect_html(options, dataset, packs, segment, decode)
+        return
     if options.png is not None:
         inspect_picture(view, options.png)
     if options.json:
@@ -155,6 +162,27 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     file = unescaped(sys.stdout) if color else sys.stdout
     for segment in chosen:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
+
+
+def _inspect_html(
+    options: argparse.Namespace, dataset: Any, packs: range | None, segment: int | None, decode: Any
+) -> None:
+    from mmpack.cli.inspect_html import write_page
+
+    name = Path(options.data).resolve().name
+    page = write_page(dataset, packs, decode, options.html, name=name, segment=segment)
+    for problem in page["problems"]:
+        print(f"mmpack: {problem}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(page))
+        return
+    first, *_, last = [*page["packs"], page["packs"][-1]]
+    which = f"pack {first}" if first == last else f"packs {first} to {last}"
+    following = f"; --pack {page['next']} has the next" if page["next"] else ""
+    print(
+        f"{options.html}: {which} of {dataset.plan.num_packs:,}, {page['images']:,} images and videos, "
+        f"{page['bytes'] / 1000:,.0f} kB{following}"
+    )
 
 
 def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ examples:
   mmpack inspect packed
   mmpack inspect packed --row 1843
   mmpack inspect packed --pack 17 --png pack17.png | less
+  mmpack inspect packed --pack 0-19 --html packs.html
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
@@ -138,7 +139,12 @@ def command_line() -> argparse.ArgumentParser:
     )
     inspect.add_argument("data", metavar="PACKED", help="folder that mmpack pack wrote")
     which = inspect.add_mutually_exclusive_group()
-    which.add_argument("--pack", type=int, default=0, metavar="K", help="which one (0)")
+    which.add_argument(
+        "--pack",
+        type=_pack_range,
+        metavar="K",
+        help="which one (0); with --html also the first and last of several, K-L (the first 10)",
+    )
     which.add_argument(
         "--row",
         metavar="N",
@@ -150,8 +156,12 @@ def command_line() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder of the tokenizer, if it is no longer where it was when the data was packed",
     )
-    inspect.add_argument(
+    picture = inspect.add_mutually_exclusive_group()
+    picture.add_argument(
         "--png", metavar="FILE", help="draw its tokens, images and attention blocks"
+    )
+    picture.add_argument(
+        "--html", metavar="FILE", help="write packs to a page for a browser, with small images"
     )
 
     train = command(
@@ -194,6 +204,19 @@ def command_line() -> argparse.ArgumentParser:
     )
     command("env", "versions, GPUs, and which implementations are available here", ENV_EXAMPLES)
     return parser
+
+
+def _pack_range(text: str) -> range:
+    """K or K-L, the last one included."""
+    first, _, last = text.partition("-")
+    if (
+        not (first + last).isdecimal()
+        or not first
+        or text.endswith("-")
+        or int(last or first) < int(first)
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pack K, nor packs K-L")
+    return range(int(first), int(last or first) + 1)
 
 
 def _add_mix_picture(parser: argparse.ArgumentParser) -> None:
