@@ -104,13 +104,13 @@ def _pictures(pack: Pack) -> str:
         (pack.pixels, pack.grid_thw[: pack.num_images], "image"),
         (pack.video_pixels, pack.grid_thw[pack.num_images :], "video grid"),
     )
-    pictures = []
+    pictures: list[str] = []
     for patches, grids, kind in sources:
+        if patches is None:
+            continue
         end = 0
-        for number, (t, h, w) in enumerate(grids.tolist() if patches is not None else []):
+        for number, (t, h, w) in enumerate(grids[: _MOST_PICTURES - len(pictures)].tolist()):
             begin, end = end, end + t * h * w
-            if len(pictures) == _MOST_PICTURES:
-                break
             frame = patches[begin : begin + h * w]
             small = _shrunk(frames_of(frame, (1, h, w), pack.vision)[0])
             data = base64.b64encode(_png(small)).decode()
@@ -133,7 +133,8 @@ def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     rows, columns = max(height // step, 1), max(width // step, 1)
     kept = pixels[: rows * step, : columns * step]
     blocks = kept.reshape(rows, min(step, height), columns, min(step, width), channels)
-    return blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+    small: NDArray[np.uint8] = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+    return small
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

@@ -176,7 +176,7 @@ def _inspect_html(
     if options.json:
         print(json.dumps(page))
         return
-    first, *_, last = [*page["packs"], page["packs"][-1]]
+    first, last = page["packs"][0], page["packs"][-1]
     which = f"pack {first}" if first == last else f"packs {first} to {last}"
     following = f"; --pack {page['next']} has the next" if page["next"] else ""
     print(
