@@ -179,8 +179,8 @@ def test_which_packs(small_set, capsys):
     for options, code, error in [
         (["--pack", "0-1"], 1, "--pack 0-1 is for --html FILE"),
         (["--pack", "0-9", "--html", "x"], 1, "there is no pack 9; there are 3"),
-        (["--pack", "2-1", "--html", "x"], 2, "'2-1' is no pack K, nor packs K-L"),
-        (["--pack", "1-", "--html", "x"], 2, "'1-' is no pack K"),
+        (["--pack", "2-1", "--html", "x"], 1, "--pack 2-1 names no pack"),
+        (["--pack", "1-", "--html", "x"], 1, "takes a pack K, or packs K-L with --html, got '1-'"),
         (["--segment", "99", "--html", "x"], 1, "pack 0 has no segment 99"),
         (["--png", "x", "--html", "x"], 2, "not allowed with argument"),
     ]:

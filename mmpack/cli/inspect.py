@@ -111,6 +111,21 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     return PackView(number, num_packs, dataset.capacity, pack, samples, media, spans, folders)
 
 
+def pack_range(packs: str) -> range:
+    """The packs that `--pack` names: K, or K-L with L included.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    first, dash, last = packs.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError(f"--pack takes a pack K, or packs K-L with --html, got {packs!r}")
+    found = range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError(f"--pack {packs} names no pack; the first comes first")
+    return found
+
+
 def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
     """(pack, segment) of a row of the data, several where it is a document in pieces. `row` is its number,
     or FILE:NUMBER.
@@ -341,15 +356,13 @@ def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode |
 
     about = _store_of(dataset).about
     if folder is None:
-        packed_with = str(about.get("tokenizer"))
-        if not Path(packed_with).is_dir():
-            return None, (
-                f"the tokenizer this was packed with is not at {packed_with} any more; these are ids, "
-                "--tokenizer FOLDER shows text"
-            )
-        folder = packed_with
+        folder = about.tokenizer
+        if folder is None or not Path(folder).is_dir():
+            where = f"the tokenizer this was packed with is not at {folder} any more"
+            why = "the store names no tokenizer" if folder is None else where
+            return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
     tokenizer = load_tokenizer(folder)
-    before = about.get("made from", {}).get("the tokenizer")
+    before = about.made_from.get("the tokenizer")
     is_same = before == made_from((), tokenizer, dataset.vision)["the tokenizer"]
     note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
 
