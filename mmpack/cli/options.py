@@ -243,20 +243,19 @@ class InspectOptions(Options):
     """show a pack: segments, text, images, what is supervised"""
 
     data: str = option("folder that mmpack pack wrote", positional=True, metavar="PACKED")
-    pack: str | None = option("which (0; --html: 0-9), K or K-L", None, either="which", metavar="K")
+    pack: str | None = option(
+        "which one (0); with --html also K-L (the first 10)", None, either="which", metavar="K"
+    )
     row: str | None = option(
-        "the one with this row of the data, N or FILE:N, and its text alone",
-        None,
-        either="which",
-        metavar="N",
+        "the one with this row, N or FILE:N, and its text alone", None, either="which", metavar="N"
     )
     segment: int | None = option("the text of this one alone", None)
     tokenizer: str | None = option(
-        "folder of the tokenizer, if it is no longer where it was when the data was packed",
-        None,
-        metavar="FOLDER",
+        "the tokenizer's folder, if it moved since the data was packed", None, metavar="FOLDER"
     )
-    png: str | None = option("draw it, with its attention", None, either="picture", metavar="FILE")
+    png: str | None = option(
+        "draw its tokens, images and attention blocks", None, either="picture", metavar="FILE"
+    )
     html: str | None = option("write packs to a web page", None, either="picture", metavar="FILE")
 
 
