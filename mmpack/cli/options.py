@@ -253,9 +253,7 @@ class InspectOptions(Options):
     tokenizer: str | None = option(
         "the tokenizer's folder, if it moved since the data was packed", None, metavar="FOLDER"
     )
-    png: str | None = option(
-        "draw its tokens, images and attention blocks", None, either="picture", metavar="FILE"
-    )
+    png: str | None = option("draw tokens and attention", None, either="picture", metavar="FILE")
     html: str | None = option("write packs to a web page", None, either="picture", metavar="FILE")
 
 
