@@ -292,7 +292,7 @@ def test_error_texts_are_the_codes():
 RETIRED = re.compile(  # this project's old idioms; each has a plain word: per, costly, fix, does not synchronize
     r"""\bdear(?:er|est)?\b | \bby\ turns\b | \baloud\b | \bas\ a\ rule\b | \bwho\ has\b | \bmend(?:s|ed|ing)?\b
     | \basks?\ the\ (?:GPU|device|host)\ nothing\b | \b(?:to|can)\ be\ had\b
-    | \b(?:tokens|frames|patches|packs|samples|rows|bytes)\ an?\ (?:second|rank|step|epoch)\b
+    | \b(?:tokens|frames|patches|packs|samples|rows|bytes)\ an?\ (?:second|rank|epoch)\b
     | \bbytes\ a\ (?:sample|row|token)\b""",
     re.I | re.X,
 )
