@@ -22,7 +22,6 @@ from mmpack.hf import (
     patch_model,
     throughput,
 )
-from mmpack.packing.assemble import assemble
 from mmpack.packing.cost import sample_flops
 from mmpack.types import IGNORE
 
@@ -37,7 +36,7 @@ def noise(monkeypatch):
 
 
 def assemble_noise(samples, **options):
-    return with_noise(assemble(samples, pixels=False))
+    return with_noise(samples)
 
 
 def dataset_of(count=12):

@@ -24,7 +24,7 @@ def sample(*ids, spec=SMALL_SPEC, **options):
 
 
 def with_image(spec):
-    return with_noise(assemble([sample(1, 2, (2, 4), spec=spec)], pixels=False))
+    return with_noise([sample(1, 2, (2, 4), spec=spec)])
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     num_packs = dataset.plan.num_packs
     if not 0 <= number < num_packs:
         raise ValueError(f"there is no pack {number}; there are {num_packs:,}, the first is 0")
-    samples = dataset.samples_of(number)
+    samples = dataset[number]
     pack = assemble(samples, pixels=False)
     media, medium_of, first_frame = _media(samples, pack)
     spans = _spans(pack, medium_of, first_frame)

@@ -26,31 +26,26 @@ from mmpack.data import images
 from mmpack.hf.families import TowerSpec
 from mmpack.hf.fit import facts_of_data
 from mmpack.packing import worker_buffers
-from mmpack.packing.compact import Outline, outline
+from mmpack.packing.compact import CompactPack
 from mmpack.packing.worker_buffers import as_ints, as_tensor
-from mmpack.types import CompactPack, Int32, Int64, Pack
+from mmpack.types import Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
 
 PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # and grids
 
 
-def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Tensor]:
-    """`pixel_values` of the images and `pixel_values_videos`, each where there are any."""
+def pixel_values_of(
+    stills: images.Patches, clips: images.Patches, vision: VisionSpec, pixels: str
+) -> dict[str, torch.Tensor]:
+    """`pixel_values` of the images' patches and `pixel_values_videos` of the videos', each where there are any."""
     values = {}
-    of_kinds = {
-        name: patches
-        for name, patches in zip(PIXELS, (pack.pixels, pack.video_pixels))
-        if patches is not None and len(patches)
-    }
-    if sum(map(len, of_kinds.values())) != pack.grid_thw.astype(np.int64).prod(axis=1).sum():
-        raise ValueError(
-            f"the pack has {len(pack.grid_thw)} images and videos but was assembled without pixels"
-        )
-    for name, patches in of_kinds.items():
+    for name, patches in zip(PIXELS, (stills, clips)):
+        if not len(patches):
+            continue
         if pixels == "float32":
-            num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
+            num_values = vision.patch_values * vision.temporal_patch_size
             floats = worker_buffers.empty((len(patches), num_values), np.float32)
-            values[name] = as_tensor(images.normalize_patches(patches, pack.vision, out=floats))
+            values[name] = as_tensor(images.normalize_patches(patches, vision, out=floats))
         else:
             values[name] = as_tensor(patches)
     return values
@@ -59,7 +54,7 @@ def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Te
 def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
     """The batch of a finished pack; `values` are its pixels."""
     grid_order, grid_offsets = _grids_by_segment(pack)
-    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets, pack.input_ids)
+    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
     for name in (
@@ -96,23 +91,21 @@ def compact_batch_of(
     pack: CompactPack, values: dict[str, torch.Tensor], tower: TowerSpec
 ) -> dict[str, Any]:
     """The batch of a compact pack, which `assemble_on_device` completes; `values` are its pixels."""
-    known = outline(pack, worker_buffers.empty)
-    batch = _batch(known, values, pack.grid_thw, pack.grid_offsets, pack.input_ids)
+    batch = _batch(pack, values, pack.marker_thw, pack.grid_offsets)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = torch.empty(4, 1, 0, dtype=torch.int64)
-    num_tokens = len(known.labels)
     batch["mmpack"]["compact"] = {
         "offsets": as_tensor(pack.offsets),
-        "markers": as_tensor(known.markers),
-        "grid_thw": as_tensor(pack.grid_thw),
+        "markers": as_tensor(pack.markers),
+        "grid_thw": as_tensor(pack.marker_thw),
         "temporal_step_bits": as_tensor(pack.temporal_step.view(np.int32)),
-        "sizes": (num_tokens, known.num_features, known.num_runs, known.num_tiles),
-        "num_vision_tiles": known.num_vision_tiles,
+        "sizes": (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles),
+        "num_vision_tiles": pack.num_vision_tiles,
         "video_id": pack.vision.video_token_id,
         "merge_size": pack.vision.merge_size,
     }
     if values and tower.window_side is not None:
-        order, windows = _windows(known.grid_thw, pack.vision, tower.window_side)
+        order, windows = _windows(pack.grid_thw, pack.vision, tower.window_side)
         batch["mmpack"] |= {**windows, "window_order": order}
     return batch
 
@@ -163,11 +156,10 @@ def assemble_on_device(
 
 
 def _batch(
-    pack: Pack | Outline,
+    pack: Pack | CompactPack,
     values: dict[str, torch.Tensor],
     grid_thw: Int64 | Int32,
     grid_offsets: Any,
-    input_ids: Int64 | Int32,
 ) -> dict[str, Any]:
     """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
     rows = pack.supervised_index.astype(np.int64)
@@ -200,7 +192,7 @@ def _batch(
         "video_rule": rule,
         "vision_offsets": as_ints(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
-        "id_range": _id_range(input_ids, shift_labels.numpy()),
+        "id_range": _id_range(pack.input_ids, shift_labels.numpy()),
         "facts": facts_of_data(pack.vision, len(grid_thw) > 0),
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
