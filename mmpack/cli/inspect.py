@@ -66,7 +66,7 @@ class PackView:
     num_packs: int
     capacity: int
     pack: Pack
-    samples: list[EncodedSample]
+    samples: Sequence[EncodedSample]
     media: list[Medium]
     spans: list[Span]
     folders: MediaFolders | None  # where files of images and videos must lie
