@@ -45,6 +45,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     Attributes:
         samples: the encoded samples, a list or an `EncodedStore`.
         plan: which of them share a pack in epoch 0.
+        capacity: tokens a pack may hold.
         num_empty: empty packs at the end, see `append_empty_packs`.
         on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
             made. "raise", the default: an error that names file and row, out of a DataLoader worker
@@ -59,6 +60,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         super().__init__()
         self.samples = samples
         self.plan = plan
+        self.capacity = plan.capacity
         self.num_empty = 0
         self._truncated = set(plan.truncated.tolist())
         self._patch_capacity = plan.patch_capacity
@@ -214,11 +216,6 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     def vision(self) -> VisionSpec:
         """The spec all samples were encoded with."""
         return self.samples[0].vision
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]  # read only
-        """Tokens a pack may hold."""
-        return self.plan.capacity
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan items come from, in workers that are already running too.
