@@ -20,7 +20,6 @@ from mmpack.packing.pack_stats import busiest, cost_floor, rank_imbalance
 from mmpack.packing.plan import plan_packs
 from mmpack.packing.prompt import render_prompt
 from mmpack.types import (
-    CompactPack,
     EncodedSample,
     ImageRef,
     Message,
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadRow",
-    "CompactPack",
     "EncodedSample",
     "ImageRef",
     "Message",

@@ -31,10 +31,7 @@ class RowError(ValueError):
 
 
 class BadImageError(ValueError):
-    """An image of a pack cannot be decoded to its planned grid. `segment` is the place of its sample
-    in the pack, -1 where the error comes from another process."""
-
-    segment = -1
+    """An image or a video of a pack cannot be decoded to its planned grid."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

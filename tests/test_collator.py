@@ -1,10 +1,11 @@
+import dataclasses
 import inspect
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from builders import stock_inputs, stock_processor
+from builders import item_of, stock_inputs, stock_processor
 from PIL import Image
 
 from mmpack import VisionSpec, assemble
@@ -94,7 +95,7 @@ def test_supervised_rows(samples):
 
 def test_packs_samples_and_processor_outputs_give_one_batch(samples, features, processor):
     expected = PackCollator()(samples)
-    same_batch(PackCollator()([assemble(samples[:2]), assemble(samples[2:])]), expected)
+    same_batch(PackCollator()([item_of(samples[:2]), item_of(samples[2:])]), expected)
     same_batch(PackCollator(processor=processor)(features), expected)
     parts = (processor.tokenizer, VisionSpec.from_processor(processor))
     same_batch(PackCollator(processor=parts)(features), expected)
@@ -140,12 +141,16 @@ def test_what_is_missing_or_cut_is_named(features, processor):
 
 
 def test_other_things_are_refused(samples):
-    with pytest.raises(ValueError, match=r"all of one kind; got \['EncodedSample', 'Pack'\]"):
+    with pytest.raises(ValueError, match=r"got \['EncodedSample', 'Pack'\]"):
         PackCollator()([samples[0], assemble(samples[1:])])
+    with pytest.raises(ValueError, match=r"got \['EncodedSample', 'dict'\]"):
+        PackCollator()([samples[0], {"conversations": []}])
+    with pytest.raises(ValueError, match="at least one sample"):
+        PackCollator()([])
     with pytest.raises(ValueError, match=r"PackCollator\(processor=processor\)"):
         PackCollator()([{"conversations": []}])
-    with pytest.raises(ValueError, match="assembled without pixels"):
-        PackCollator()([assemble(samples, pixels=False)])
+    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode"):
+        PackCollator()([dataclasses.replace(samples[1], media=())])
 
 
 def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor, monkeypatch):

@@ -23,13 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, VisionSpec, assemble
+from mmpack import PackedDataset, VisionSpec
 from mmpack.cli.check import check_rows
 from mmpack.cli.main import main
 from mmpack.data.encode import encode_samples
 from mmpack.data.readers import read_documents, row_groups
 from mmpack.hf import PackCollator, PackingCallback, patch_model
-from mmpack.packing.assemble import concatenate
 from mmpack.packing.cost import costs_of
 from mmpack.packing.split_documents import image_capacity, piece_of, split_bounds, split_samples
 from mmpack.store.encoded_store import write_store
@@ -252,7 +251,7 @@ def test_a_pack_of_pieces_is_its_pieces(family):
     pieces = assert_split(document, 10)
     kinds = {(len(p.grid_thw) > 0, p.is_supervised) for p in pieces}
     assert kinds == {(True, True), (True, False), (False, True)}
-    packs = [with_noise(assemble([piece], pixels=False), n) for n, piece in enumerate(pieces)]
+    packs = [with_noise([piece], n) for n, piece in enumerate(pieces)]
     collate = collator(family)
     stock = []
     for alone in (collate([pack]) for pack in packs):
@@ -263,7 +262,7 @@ def test_a_pack_of_pieces_is_its_pieces(family):
     assert num_items == document.num_supervised
     model = tiny_model(small_config(family))
     loss, grads = loss_and_grads(model, stock, num_items)
-    ours, our_grads = loss_and_grads(patch_model(model), [collate([concatenate(packs)])], num_items)
+    ours, our_grads = loss_and_grads(patch_model(model), [collate(packs)], num_items)
     assert ours == pytest.approx(loss, rel=1e-5)
     assert worst_difference(our_grads, grads)[0] < 1e-5
 

@@ -13,6 +13,7 @@ import torch
 from builders import (
     FAMILIES,
     float64_loss,
+    item_of,
     loss_and_grads,
     made_up_rows,
     renumber,
@@ -24,7 +25,7 @@ from builders import (
     worst_difference,
 )
 
-from mmpack import VisionSpec, assemble
+from mmpack import VisionSpec
 from mmpack.data.encode import encode_samples
 from mmpack.hf import PackCollator, patch_model
 
@@ -172,7 +173,7 @@ def test_an_eager_model_can_be_patched(packs, expected):
 def test_packs_side_by_side_in_one_batch(packs, expected):
     # Two packs through one collator call, as per_device_train_batch_size=2 gives it.
     case = packs["mixed"]
-    batch = PackCollator()([assemble(case.samples[:4]), assemble(case.samples[4:])])
+    batch = PackCollator()([item_of(case.samples[:4]), item_of(case.samples[4:])])
     model = patch_model(model_of(torch.float64, **case.ids))
     assert_theorem(model, batch, case.num_items, expected("mixed", torch.float64, False), 1e-10)
 

@@ -462,7 +462,7 @@ def test_changed_data_is_named_before_training(whole, data, tmp_path, caplog):
                 PackedDataset.from_store(whole)
             dataset = PackedDataset.from_store(whole, on_changed_data="warn")
             assert "its samples are the rows as they were" in caplog.text
-            assert dataset[0].num_segments > 0
+            assert len(dataset[0]) > 0
         os.rename(rows, rows + ".moved")  # a machine that has the store alone
         assert len(PackedDataset.from_store(whole)) == len(dataset)
         os.rename(rows + ".moved", rows)

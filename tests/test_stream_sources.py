@@ -151,7 +151,8 @@ def packs_of(make, processor, workers, ranks=1):
     tokenizer = processor[0]
 
     def collate(pack):
-        return re.findall("#([0-9]+)#", tokenizer.decode(pack.input_ids)), pack.resume
+        text = "".join(tokenizer.decode(sample.input_ids) for sample in pack)
+        return re.findall("#([0-9]+)#", text), pack.resume
 
     for rank in range(ranks):
         stream = PackStream(make(), processor, 100, buffer=7).shard(rank, ranks)

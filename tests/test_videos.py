@@ -19,6 +19,7 @@ from builders import (
     FAMILIES,
     collator,
     encoded,
+    item_of,
     loss_and_grads,
     small_config,
     small_spec,
@@ -36,7 +37,6 @@ from mmpack.data import videos
 from mmpack.data.encode import encode_sample, encode_samples
 from mmpack.hf import PackCollator, patch_model
 from mmpack.hf.loading import load_processor
-from mmpack.packing.assemble import concatenate
 from mmpack.packing.prompt import render_prompt
 from mmpack.packing.truncate import truncate_sample
 from mmpack.store.encoded_store import open_store, write_store
@@ -339,10 +339,10 @@ def test_videos_alone_and_in_a_batch_of_packs(family):
         encoded(spec, 4, (4, 2), 5, (3, 2, 4), (2, 2), 6),
         encoded(spec, 7, (2, 4), 8),
     ]
-    packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
-    whole = assemble(rows, pixels=False)
-    joined = concatenate(packs)
-    assert same(dataclasses.replace(joined, pixels=None, video_pixels=None), whole)
+    packs = [with_noise([row], seed) for seed, row in enumerate(rows)]
+    joined = item_of([sample for pack in packs for sample in pack])
+    together, plain = assemble(joined, pixels=False), assemble(rows, pixels=False)
+    assert same(dataclasses.replace(together, vision=spec), plain)
     model = patch_model(tiny_model(small_config(family)))
     calls = []
     hook = model.model.visual.register_forward_hook(lambda *_: calls.append(1))
@@ -371,8 +371,7 @@ def test_bytes_of_images_and_videos_are_the_floats(family):
     spec = small_spec(family)
     rows = [encoded(spec, 1, (2, 4, 4), 2, (2, 4), 3), encoded(spec, (2, 2, 2), 4)]
     model = patch_model(tiny_model(small_config(family), dtype=torch.float64))
-    for pack in (assemble(rows, pixels=False), assemble(rows[1:], pixels=False)):
-        pack = with_noise(pack)
+    for pack in (with_noise(rows), with_noise(rows[1:])):
         floats, raw = (
             PackCollator(model=model, pixels=pixels)([pack]) for pixels in ("float32", "uint8")
         )
@@ -383,12 +382,12 @@ def test_bytes_of_images_and_videos_are_the_floats(family):
 
 def test_videos_of_another_family_are_refused():
     sample = encoded(small_spec("qwen2_vl"), 1, (2, 2, 2), 3)
-    pack = with_noise(assemble([sample], pixels=False))
+    pack = with_noise([sample])
     model = patch_model(tiny_model(small_config("qwen2_5_vl")))
     message = "tokens_per_second=4, these were encoded with False and None"
     with pytest.raises(ValueError, match=message):
         model(**PackCollator(model=model)([pack]))
-    blind = dataclasses.replace(pack, vision=dataclasses.replace(pack.vision, video=None))
+    blind = dataclasses.replace(pack[0], vision=dataclasses.replace(sample.vision, video=None))
     with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
         PackCollator()([blind])
 
@@ -397,7 +396,7 @@ def test_videos_of_another_family_are_refused():
 def test_processor_outputs_with_videos(family):
     spec = small_spec(family)
     rows = [encoded(spec, 1, (2, 4, 4), 2, (2, 4), 3), encoded(spec, 4, (2, 2, 2), 5)]
-    packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
+    packs = [with_noise([row], seed) for seed, row in enumerate(rows)]
     features = [stock_of(collator(family)([pack]), spec) for pack in packs]
     collate = PackCollator((None, spec), model=tiny_model(small_config(family)))
     ours, expected = collate(features), collator(family)(packs)

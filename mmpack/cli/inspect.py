@@ -67,7 +67,7 @@ class PackView:
     num_packs: int
     capacity: int
     pack: Pack
-    samples: list[EncodedSample]
+    samples: Sequence[EncodedSample]
     media: list[Medium]
     spans: list[Span]
     folders: MediaFolders | None  # where files of images and videos must lie
@@ -102,7 +102,7 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     num_packs = dataset.plan.num_packs
     if not 0 <= number < num_packs:
         raise ValueError(f"there is no pack {number}; there are {num_packs:,}, the first is 0")
-    samples = dataset.samples_of(number)
+    samples = dataset[number]
     pack = assemble(samples, pixels=False)
     media, medium_of, first_frame = _media(samples, pack)
     spans = _spans(pack, medium_of, first_frame)

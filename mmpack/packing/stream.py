@@ -6,7 +6,7 @@ pack waits for a window to fill. What comes out is a pure function of the source
 the capacities and `seed`, on every shard; where it stands is a few hundred row numbers.
 
 Workers are ahead of the step that consumes their packs, so a stream cannot know where training is. Each
-pack carries where its shard stands after it, `Pack.resume`, and `consume` makes that the state.
+pack carries where its shard stands after it, `PackSamples.resume`, and `consume` makes that the state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -32,10 +32,11 @@ from mmpack.data.readers import RowReader, row_groups
 from mmpack.errors import RowError
 from mmpack.packing.cost import costs_of
 from mmpack.packing.overflow import OnOverflow, fit_sample, is_too_long
+from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_select import choose, hashed
 from mmpack.packing.stream_source import SourceRows
-from mmpack.types import EncodedSample, Pack, Sample
+from mmpack.types import EncodedSample, Sample
 from mmpack.vision_spec import VisionSpec
 
 _CHUNK = 16  # rows encoded in one call: small, so that no pack waits for many
@@ -47,8 +48,8 @@ _ADVICE = (
 _log = logging.getLogger(__name__)
 
 
-class PackStream(PackSource, IterableDataset[Pack]):
-    """Packs of a source, in the order it gives rows.
+class PackStream(PackSource, IterableDataset[PackSamples]):
+    """Packs of a source, in the order it gives rows: an item is the samples of one, for `PackCollator`.
 
     Under Trainer: `Trainer(train_dataset=stream, callbacks=[PackingCallback(stream)], ...)` with
     `TrainingArguments(max_steps=..., accelerator_config={"dispatch_batches": False})`; the callback
@@ -202,7 +203,7 @@ class PackStream(PackSource, IterableDataset[Pack]):
         settings = {name: getattr(self, name) for name in names}
         return {**settings, "cost": costed, "rank": self._rank, "ranks": self._world}
 
-    def __iter__(self) -> Iterator[Pack]:
+    def __iter__(self) -> Iterator[PackSamples]:
         info = get_worker_info()
         number, workers = (0, 1) if info is None else (info.id, info.num_workers)
         if info is not None:  # threads of the tokenizer's would be missing in a fork, and it hangs
@@ -222,7 +223,7 @@ class PackStream(PackSource, IterableDataset[Pack]):
         while shard.begin(first if place is None else place["pass"], place):
             for samples in shard.packs():
                 resume = json.dumps({"worker": worker, "workers": workers, **shard.place()})
-                yield replace(self._assemble(samples), resume=resume.encode())
+                yield self._item(samples, resume.encode())
             first, place = shard.number_of_pass + 1, None
             if not (self.endless and shard.num_entered):
                 return
