@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
-from mmpack import VideoSpec, VisionSpec
+from mmpack import Encoder, VideoSpec, VisionSpec
 from mmpack.hf import PackCollator, patch_model
 from mmpack.packing.assemble import assemble, concatenate
 from mmpack.packing.compact import compact
@@ -292,6 +292,12 @@ def encoded(vision, *pieces, supervised=True):
         vision,
         temporal_step=np.array(steps, dtype=np.float32) if set(steps) - {1} else None,
     )
+
+
+def encode_one(sample, tokenizer, vision, **options):
+    """A `Sample` encoded."""
+    (one,) = Encoder(tokenizer, vision, **options).encode([sample])
+    return one
 
 
 def as_compact(samples, pack):

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, count_rows
-from mmpack.data.media_paths import DATA_URIS
-from mmpack.data.readers import RowGroup, row_groups
-from mmpack.errors import BadRow, OnError, Skip
+from mmpack.data.readers import RowGroup, media_folders
+from mmpack.errors import BadRow, Skip
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples
@@ -56,14 +56,8 @@ PLANNING = (
 )
 
 
-def run_pack(
-    options: argparse.Namespace,
-    reading: dict[str, Any],
-    processor: tuple[Any, VisionSpec],
-    config: Any,
-) -> None:
-    """Encode, plan, write and report. `reading` are the options of `read_samples`, `config` is the
-    model's, for costs, or None."""
+def run_pack(options: argparse.Namespace, encoder: Encoder, config: Any) -> None:
+    """Encode, plan, write and report. `config` is the model's, for costs, or None."""
     start = time.perf_counter()
     out = Path(options.out)
     about: dict[str, Any] = {
@@ -74,13 +68,9 @@ def run_pack(
     if Path(options.tokenizer).is_dir():
         about["tokenizer"] = os.path.abspath(options.tokenizer)  # for mmpack inspect, anywhere
     about["begun"] = time.time_ns()
-    groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
-    named = (name for group in groups for name in group.folders.names if name != DATA_URIS)
-    about["media folders"] = list(dict.fromkeys(named))  # for mmpack train, which stays inside
-    tokenizer, vision = processor
-    encoding = {name: about[name] for name in ("train_on_prompt", "mask_history")}
-    settings = {**reading, **encoding, "on_error": options.on_error}
-    about["made from"] = made_from(groups, tokenizer, vision, **settings)
+    groups = list(encoder.groups(options.data))
+    about["media folders"] = media_folders(groups)  # for mmpack train, which stays inside
+    about["made from"] = made_from(groups, encoder)
     part = None if options.shard is None else parse_shard(options.shard)
     if part is not None:
         about["part"] = options.shard
@@ -108,9 +98,8 @@ def run_pack(
                         if (out / "bad_rows.jsonl").exists():
                             shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
                     else:
-                        ways = {"reading": reading, "encoding": encoding, "jobs": options.jobs}
-                        ways["quiet"] = options.quiet
-                        store = _encode(partial, groups, processor, about, part, ways)
+                        ways = {"jobs": options.jobs, "quiet": options.quiet}
+                        store = _encode(partial, groups, encoder, about, part, ways)
                     if part is None:
                         write_plan(partial, store, options, config)
     reused = found.store is not None
@@ -186,23 +175,21 @@ def build(out: Path, replaces: bool) -> Iterator[Path]:
 def _encode(
     partial: Path,
     groups: list[RowGroup],
-    processor: tuple[Any, VisionSpec],
+    encoder: Encoder,
     about: dict[str, Any],
     part: tuple[int, int] | None,
     ways: dict[str, Any],
 ) -> EncodedStore:
     """Read and encode the rows, or a part of them, into a store."""
     bad_rows: list[BadRow] = []
-    on_error: OnError = "raise"
-    if about["on_error"] == "skip":
-        on_error = Skip(about["max_bad"], bad_rows)
+    if encoder.on_error == "skip":
+        encoder = replace(encoder, on_error=Skip(about["max_bad"], bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about["files"] = {str(file): _stamp(file) for file in files}
     if part is not None:
         about["chunks"] = []  # of each, whether it has samples, and its bad rows
-    tokenizer, vision = processor
-    batches = _batches(groups, tokenizer, vision, about, part or (1, 1), on_error=on_error, **ways)
-    store = write_batches(partial, batches, vision, about, may_be_empty=part is not None)
+    batches = _batches(groups, encoder, about, part or (1, 1), **ways)
+    store = write_batches(partial, batches, encoder.vision, about, may_be_empty=part is not None)
     if changed := changed_files(store):
         raise ValueError(f"{changed[0]} changed while it was read; pack again")
     names = [field.name for field in fields(BadRow)]
@@ -330,12 +317,11 @@ def cut_long(samples: Any, vision: VisionSpec, options: argparse.Namespace) -> t
 
 def _batches(
     groups: list[RowGroup],
-    tokenizer: Any,
-    vision: VisionSpec,
+    encoder: Encoder,
     about: dict[str, Any],
     part: tuple[int, int],
+    jobs: int | None,
     quiet: bool,
-    **options: Any,
 ) -> Iterator[bytes]:
     """Batches for a store, a bar showing rows, rows a second and, where files know how many they
     have, how long it will take."""
@@ -356,7 +342,7 @@ def _batches(
             group._replace(rows=counted(group.rows)) if array else group
             for group, array in zip(groups, is_array)
         ]
-        for indexed in index_rows(groups, tokenizer, vision, part=part, **options):
+        for indexed in index_rows(groups, encoder, jobs=jobs, part=part):
             bar.update(indexed.num_rows)
             if "chunks" in about:
                 about["chunks"].append((int(indexed.batch is not None), len(indexed.bad_rows)))

@@ -6,6 +6,7 @@ What becomes of a pack, names transformers knows and the `mmpack` dict, is in `m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -13,8 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_samples
+from mmpack.data.encoder import Encoder
 from mmpack.hf.families import TowerSpec, inner_model, tower_of
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
@@ -33,8 +33,8 @@ class PackCollator:
     - `Pack`s, the items of a `PackedDataset` (use `per_device_train_batch_size=1`);
     - `EncodedSample`s;
     - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`,
-      `pixel_values` and `image_grid_thw`; or raw rows as `read_samples` takes them (TRL hands
-      those on). Both need `processor=`.
+      `pixel_values` and `image_grid_thw`; or raw rows as `Encoder.read` takes them (TRL hands
+      those on). Both need the encoder.
 
     The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`,
     `logits_to_keep (L,)`, `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal
@@ -53,7 +53,8 @@ class PackCollator:
     or places in a table of positions. They are made here, in the worker; hence `model=` too.
 
     Args:
-        processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+        encoder: an `Encoder`, or a transformers Qwen-VL processor. A raw row that cannot be used is an error
+            whatever its `on_error` says: a batch has as many rows as were asked for.
         model: the model the batches are for, for Qwen2-VL with float32 pixels not needed; asked what
             its tower is and whether it is patched, and not kept.
         pixels: "float32" or "uint8".
@@ -73,7 +74,7 @@ class PackCollator:
 
     def __init__(
         self,
-        processor: Any = None,
+        encoder: Any = None,
         *,
         model: nn.Module | None = None,
         pixels: Literal["float32", "uint8"] = "float32",
@@ -103,11 +104,10 @@ class PackCollator:
         base = None if model is None else inner_model(model)
         self.tower = TowerSpec() if base is None else tower_of(base)
         self._num_ids = None if base is None else num_ids(base)
-        if processor is None or isinstance(processor, tuple):
-            self.tokenizer, self.vision = processor or (None, None)
-        else:
-            config = None if base is None else base.config
-            self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
+        self.encoder = None
+        if encoder is not None:
+            known = Encoder.of(encoder, None if base is None else base.config)
+            self.encoder = replace(known, on_error="raise")
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         pack, values = self._join(features)
@@ -154,16 +154,16 @@ class PackCollator:
                 "PackCollator takes Packs, EncodedSamples, processor outputs or rows (dicts), all of "
                 f"one kind; got {kinds}"
             )
-        elif self.vision is None:
+        elif self.encoder is None:
             raise ValueError(
                 "processor outputs and raw rows can be packed only with their processor: "
-                "PackCollator(processor=processor)"
+                "PackCollator(processor), or an Encoder"
             )
         elif any("input_ids" in feature for feature in features):
-            samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
+            samples = [_from_processor(f, n, self.encoder.vision) for n, f in enumerate(features)]
             return self._assemble(samples, pixels=False), self._processed_pixels(features)
         else:
-            samples = list(encode_samples(read_samples(features), self.tokenizer, self.vision))
+            samples = list(self.encoder.encode(self.encoder.read(features)))
             pack = self._assemble(samples)
         return pack, pixel_values_of(pack, self.pixels)
 
