@@ -1,4 +1,5 @@
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,5 +157,7 @@ def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor,
     same_batch(collate(pictures), PackCollator()(samples))
     with pytest.raises(ValueError, match="row 1 of rows: .*no field 'conversations'"):
         collate([raw[0], {"text": "?"}])
+    with pytest.raises(ValueError, match="row 1 of rows"):  # a batch is not made smaller
+        PackCollator(replace(Encoder.of(processor), on_error="skip"))([raw[0], {"text": "?"}])
     with pytest.raises(ValueError, match="feature 1 has no input_ids, others have"):
         collate([{"input_ids": [1, 2], "labels": [1, 2]}, raw[0]])

@@ -193,8 +193,6 @@ def _settle(options: argparse.Namespace) -> None:
         options.on_overflow = "split" if options.stage == "pretrain" else "error"
     if options.stage == "sft" and options.on_overflow == "split":
         raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
-    if options.stage == "pretrain" and (options.train_on_prompt or options.mask_history):
-        raise ValueError("documents have no turns; leave out --train-on-prompt and --mask-history")
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:

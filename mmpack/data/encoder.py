@@ -69,6 +69,11 @@ class Encoder(Reader):
             raise ValueError(
                 "train_on_prompt supervises every turn and mask_history the last; pick one"
             )
+        if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
+            raise ValueError(
+                "documents have no turns; leave out --train-on-prompt and --mask-history "
+                "(train_on_prompt, mask_history)"
+            )
 
     @classmethod
     def from_processor(cls, processor: Any, config: Any = None, **options: Any) -> Encoder:
@@ -119,11 +124,11 @@ class Encoder(Reader):
         if max_pixels is not None:
             vision = replace(vision, max_pixels=max_pixels)
         chosen = {name: value for name, value in (video or {}).items() if value is not None}
-        if chosen and vision.video is None:
-            raise ValueError(
-                f"{folder} is of a Qwen2.5-VL, whose videos need the model's config; pass --config too"
-            )
-        if chosen and vision.video is not None:
+        if chosen:
+            if vision.video is None:
+                raise ValueError(
+                    f"{folder} is of a Qwen2.5-VL, whose videos need the model's config; pass --config too"
+                )
             vision = replace(vision, video=replace(vision.video, **chosen))
         return cls(tokenizer, vision, **options)
 
