@@ -52,7 +52,7 @@ def index(path, encoder, folder, jobs=None):
     encoder = replace(encoder, media_dir=REALSET.parent)
     rows = index_rows(list(encoder.groups(path)), encoder, jobs=jobs)
     batches = (indexed.batch for indexed in rows if indexed.batch)
-    return write_batches(folder, batches, encoder.vision, {})
+    return write_batches(folder, batches, encoder.vision)
 
 
 def test_build(encoder, samples, tmp_path, benchmark, recorder, quick):
@@ -129,7 +129,7 @@ def test_headers(encoder, benchmark, recorder, quick):
 def test_samples_of_a_store(encoder, samples, tmp_path, benchmark, recorder, quick):
     from mmpack.store.encoded_store import write_store
 
-    store = write_store(tmp_path / "store", encoder.encode(samples), encoder.vision, {})
+    store = write_store(tmp_path / "store", encoder.encode(samples), encoder.vision)
     numbers = np.random.default_rng(0).integers(0, len(store), 50).tolist()
 
     def fetch():

@@ -105,9 +105,13 @@ def test_an_image_in_an_answer_is_not_supervised(tokenizer, vision, tmp_path):
     assert supervised_text(encode_one(sample, tokenizer, vision), tokenizer) == "Here: <|im_end|>"
 
 
-def test_options_that_contradict_each_other(tokenizer, vision):
+def test_options_that_contradict_each_other(encoder):
     with pytest.raises(ValueError, match="pick one"):
-        encode_one(chat("a", "b"), tokenizer, vision, mask_history=True, train_on_prompt=True)
+        dataclasses.replace(encoder, mask_history=True, train_on_prompt=True)
+    with pytest.raises(ValueError, match="documents have no turns; .* mask_history"):
+        dataclasses.replace(encoder, stage="pretrain", mask_history=True)
+    with pytest.raises(ValueError, match="on_error must be .* got 'stop'"):
+        dataclasses.replace(encoder, on_error="stop")
 
 
 def test_an_encoder_travels_without_what_it_learnt(encoder):

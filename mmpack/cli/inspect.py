@@ -341,15 +341,13 @@ def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode |
     if it still lies where it did."""
     about = _store_of(dataset).about
     if folder is None:
-        packed_with = str(about.get("tokenizer"))
-        if not Path(packed_with).is_dir():
-            return None, (
-                f"the tokenizer this was packed with is not at {packed_with} any more; these are ids, "
-                "--tokenizer FOLDER shows text"
-            )
-        folder = packed_with
+        folder = about.tokenizer
+        if folder is None or not Path(folder).is_dir():
+            where = f"the tokenizer this was packed with is not at {folder} any more"
+            why = "the store names no tokenizer" if folder is None else where
+            return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
     tokenizer = load_tokenizer(folder)
-    before = about.get("made from", {}).get("the tokenizer")
+    before = about.made_from.get("the tokenizer")
     is_same = before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
     note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
 

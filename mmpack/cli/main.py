@@ -6,7 +6,6 @@ of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,13 +14,25 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mmpack.cli.options import command_line
+from mmpack.cli.options import (
+    CheckOptions,
+    DemoOptions,
+    EnvOptions,
+    InspectOptions,
+    MergeOptions,
+    PackingOptions,
+    PackOptions,
+    ReadingOptions,
+    TrainOptions,
+    parse,
+)
 from mmpack.cli.terminal import escaped_streams, one_line, unescaped
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.processor_folder import load_config
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
+from mmpack.store.manifest import Planning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,20 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = command_line()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = _COMMANDS[options.command]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # text a terminal cannot show
+    command = ""
     try:
+        command, options = parse(arguments)
         with ExitStack() as stack:
             if options.quiet:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
-            code = run(options, rest) or 0
+            code = _COMMANDS[command](options) or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -61,32 +69,39 @@ def _run(arguments: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("mmpack"):
             raise
-        reason = f"{error.name} is not installed; mmpack {options.command} needs mmpack[train]"
+        reason = f"{error.name} is not installed; mmpack {command} needs mmpack[train]"
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"mmpack: {one_line(reason)}", file=sys.stderr)
     return 1
 
 
-def _encoder(options: argparse.Namespace, **changes: Any) -> Encoder:
+def _encoder(
+    options: CheckOptions | PackOptions | TrainOptions, on_error: OnError = "raise"
+) -> Encoder:
     """How rows are read and encoded, as the options say."""
+    assert options.tokenizer is not None
     model = options.config or getattr(options, "model", None)
+    packing: dict[str, Any] = {}
+    if isinstance(options, PackingOptions):
+        names = ("resizer", "train_on_prompt", "mask_history")
+        packing = {name: getattr(options, name) for name in names}
     return Encoder.from_folder(
         options.tokenizer,
         None if model is None else load_config(model),
         max_pixels=options.max_pixels,
-        resizer=getattr(options, "resizer", "pillow"),
         video={
             "fps": options.video_fps,
             "max_frames": options.video_max_frames,
             "max_pixels": options.video_max_pixels,
         },
+        on_error=on_error,
         **_reading(options),
-        **changes,
+        **packing,
     )
 
 
-def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
+def _check(options: CheckOptions) -> int:
     from tqdm import tqdm
 
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
@@ -114,16 +129,14 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if summary.bad_rows else 0
 
 
-def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _pack(options: PackOptions) -> None:
     from mmpack.cli.pack import run_pack
 
-    _settle(options)
     config = _config(options.config, options.frozen)
-    encoder = _encoder(options, on_error=options.on_error, **_encoding(options))
-    run_pack(options, encoder, config)
+    run_pack(options, _encoder(options, options.on_error), config)
 
 
-def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _inspect(options: InspectOptions) -> None:
     from mmpack.cli import inspect
     from mmpack.cli.plots import inspect_picture
     from mmpack.packing.dataset import PackedDataset
@@ -157,10 +170,10 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
 
 
-def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _merge(options: MergeOptions) -> None:
     from mmpack.cli.merge import run_merge
 
-    run_merge(options, lambda settings: _config(settings["config"], settings["frozen"]))
+    run_merge(options, lambda planning: _config(planning.config, planning.frozen))
 
 
 def _config(path: str | None, frozen: Sequence[str]) -> Any:
@@ -172,7 +185,7 @@ def _config(path: str | None, frozen: Sequence[str]) -> Any:
     return load_config(path)
 
 
-def _reading(options: argparse.Namespace) -> dict[str, Any]:
+def _reading(options: ReadingOptions) -> dict[str, Any]:
     """The options of `Reader`, but for `on_error`."""
     return {
         "mapping": options.dataset,
@@ -183,19 +196,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _encoding(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("train_on_prompt", "mask_history")}
-
-
-def _settle(options: argparse.Namespace) -> None:
-    """What follows from other options: documents are split, conversations are not."""
-    if options.on_overflow is None:
-        options.on_overflow = "split" if options.stage == "pretrain" else "error"
-    if options.stage == "sft" and options.on_overflow == "split":
-        raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
-
-
-def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _train(options: TrainOptions) -> None:
     from tqdm import tqdm
 
     from mmpack.cli.pack import cut_long
@@ -209,7 +210,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
     if options.quiet:
         ours += ["--disable_tqdm", "True"]
-    args = parse_training_arguments([*ours, *rest])
+    args = parse_training_arguments([*ours, *options.training])
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
@@ -218,26 +219,22 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
         if options.media_dir:
             dataset.media_folders = options.media_dir
-        _tell_other_costs(dataset, options.frozen)
+        store: Any = getattr(dataset.samples, "samples", dataset.samples)
+        _tell_other_costs(store.about.planning, options.frozen)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
             "--capacity"
         )
     else:
-        _settle(options)
         bad_rows: list[BadRow] = []
         config = _config(options.model or options.config, options.frozen)
-        skip: OnError = Skip(options.max_bad, bad_rows)
-        encoder = _encoder(
-            options,
-            on_error=skip if options.on_error == "skip" else "raise",
-            **_encoding(options),
-        )
+        skip = Skip(options.max_bad, bad_rows)
+        encoder = _encoder(options, skip if options.on_error == "skip" else "raise")
         groups = list(encoder.groups(options.data))
         encoded = encoder.encode(encoder.read_groups(groups))
         bar = tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None)
-        samples, patch_capacity, on_overflow = cut_long(list(bar), encoder.vision, options)
+        samples, patch_capacity, on_overflow = cut_long(list(bar), encoder.vision, options.planning)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
@@ -264,13 +261,12 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     print(json.dumps(result))
 
 
-def _tell_other_costs(dataset: Any, frozen: Sequence[str]) -> None:
+def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
     """Say where a store's packs were planned to cost the same with other parts frozen."""
-    about = dataset.samples.about if hasattr(dataset.samples, "about") else {}
-    planned = about.get("frozen") or []
-    if about.get("config") is not None and sorted(planned) != sorted(frozen):
+    if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
-            f"--frozen {' --frozen '.join(p)}" if p else "all parts" for p in (planned, frozen)
+            f"--frozen {' --frozen '.join(p)}" if p else "all parts"
+            for p in (planning.frozen, frozen)
         ]
         print(
             f"mmpack: the packs were planned for {words[0]}, trained are {words[1]}, so they cost the same no "
@@ -279,7 +275,7 @@ def _tell_other_costs(dataset: Any, frozen: Sequence[str]) -> None:
         )
 
 
-def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _demo(options: DemoOptions) -> None:
     from mmpack.cli.demo import run_demo
 
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
@@ -288,14 +284,14 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(json.dumps(figures))
 
 
-def _env(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _env(options: EnvOptions) -> None:
     from mmpack.cli.env import env_table, environment
 
     found = environment()
     print(json.dumps(found) if options.json else env_table(found))
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
+_COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "check": _check,
     "pack": _pack,
     "merge": _merge,
