@@ -142,11 +142,16 @@ def _inspect(options: InspectOptions) -> None:
     from mmpack.packing.dataset import PackedDataset
 
     dataset = PackedDataset.from_store(options.data, "warn")
-    number, segment = options.pack, options.segment
+    packs = None if options.pack is None else inspect.pack_range(options.pack)
+    segment = options.segment
     if options.row is not None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
+        packs = range(number, number + 1)
         for pack, piece in others:
             print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+    number, *more = packs or [0]
+    if more and options.html is None:
+        raise ValueError(f"--pack {number}-{more[-1]} is for --html FILE; else one pack is shown")
     view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
     if segment is not None:
@@ -158,6 +163,9 @@ def _inspect(options: InspectOptions) -> None:
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
     if note:
         print(f"mmpack: {note}", file=sys.stderr)
+    if options.html is not None:
+        _inspect_html(options, dataset, packs, segment, decode)
+        return
     if options.png is not None:
         inspect_picture(view, options.png)
     if options.json:
@@ -168,6 +176,27 @@ def _inspect(options: InspectOptions) -> None:
     file = unescaped(sys.stdout) if color else sys.stdout
     for segment in chosen:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
+
+
+def _inspect_html(
+    options: InspectOptions, dataset: Any, packs: range | None, segment: int | None, decode: Any
+) -> None:
+    from mmpack.cli.inspect_html import write_page
+
+    name, path = Path(options.data).resolve().name, str(options.html)
+    page = write_page(dataset, packs, decode, path, name=name, segment=segment)
+    for problem in page["problems"]:
+        print(f"mmpack: {problem}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(page))
+        return
+    first, last = page["packs"][0], page["packs"][-1]
+    which = f"pack {first}" if first == last else f"packs {first} to {last}"
+    following = f"; --pack {page['next']} has the next" if page["next"] else ""
+    print(
+        f"{path}: {which} of {dataset.plan.num_packs:,}, {page['images']:,} images and videos, "
+        f"{page['bytes'] / 1000:,.0f} kB{following}"
+    )
 
 
 def _merge(options: MergeOptions) -> None:
