@@ -19,7 +19,7 @@ from builders import (
 )
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, PackStream
+from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.hf.forward_kwargs import assemble_on_device
 
@@ -161,9 +161,9 @@ def test_encoded_samples_and_processor_outputs_are_left_to_the_device_too():
     batch = device(TEXT)
     assert batch["input_ids"].dtype == torch.int32
     assert_same(completed(batch), without_patches(host(TEXT)))
-    model, processor = patch_model(tiny_model(small_config())), (None, SMALL_SPEC)
-    expected = without_patches(PackCollator(processor)([row]))
-    batch = PackCollator(processor, model=model, assemble="device")([row])
+    model, encoder = patch_model(tiny_model(small_config())), Encoder(None, SMALL_SPEC)
+    expected = without_patches(PackCollator(encoder)([row]))
+    batch = PackCollator(encoder, model=model, assemble="device")([row])
     assert_same(completed(batch), expected)
 
 
