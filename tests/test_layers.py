@@ -52,7 +52,7 @@ ROOMS = {
         "cli/demo",
     },
     "tqdm": {"cli"},
-    "transformers": {"hf", "cli/demo"},
+    "transformers": {"data/processor_folder", "hf", "cli/demo"},
     "triton": {"ops"},
 }
 

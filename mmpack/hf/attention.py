@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.rotary import rotate_vision
 from mmpack.ops.varlen_attention import varlen_attention
 
@@ -28,7 +29,7 @@ def text_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    mmpack: dict[str, Any] | None = None,
+    mmpack: MmpackDict | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment; query (1, H, T, K) -> (1, T, H, K).
@@ -79,7 +80,7 @@ def vision_forward(
         hidden_states: torch.Tensor,
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        mmpack: dict[str, Any] | None = None,
+        mmpack: Any = None,  # a MmpackDict, whose keys are put together here
         **kwargs: Any,
     ) -> torch.Tensor:
         if mmpack is None:

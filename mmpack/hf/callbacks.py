@@ -25,6 +25,7 @@ from mmpack.hf.divergence import DivergenceWatch
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.families import find_inner
 from mmpack.hf.fit import check_fit
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
 from mmpack.hf.trainer_frames import LastCallback, callers, take_places
@@ -117,13 +118,13 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         else:
             self._data = PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
-        self._waiting: list[dict[str, Any]] = []  # batches of a step that is not over
+        self._waiting: list[MmpackDict] = []  # batches of a step that is not over
         self._hooks: list[Any] = []
         self._share: AttentionShare | None = None
         self._is_in_step = False
         self._is_watched = False
         self._costs: TrainedCosts | None = None
-        self._packs: list[dict[str, Any]] = []
+        self._packs: list[MmpackDict] = []
         self._seen = Seen()
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)

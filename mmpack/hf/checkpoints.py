@@ -25,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from mmpack.hf.checkpoint_files import KEY, lacking
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.plan import plan_epoch
 
@@ -169,7 +170,7 @@ class PackKeeper:
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
-    def note_place(self, step: int, batch: int, pack: dict[str, Any]) -> None:
+    def note_place(self, step: int, batch: int, pack: MmpackDict) -> None:
         """Nothing: a step's packs follow from its number."""
 
     def forget_places(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
 _HOOK = "_mmpack_loss_hook"
@@ -32,7 +33,7 @@ class PackedLoss:
         vocab_size: int,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
-        mmpack: dict[str, Any] | None = None,
+        mmpack: MmpackDict | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         if mmpack is None or shift_labels is None:

@@ -16,7 +16,6 @@ are untouched. `unpatch_model` takes everything back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -30,6 +29,7 @@ from mmpack.hf.families import check_videos, family_of, inner_model, tower_of
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.loss import install_loss, remove_loss
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
@@ -142,7 +142,7 @@ def _take_pack(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook: a packed batch becomes `inputs_embeds`; anything else passes untouched."""
-    pack = kwargs.get("mmpack")
+    pack: MmpackDict | None = kwargs.get("mmpack")
     if pack is None:
         return None
     if getattr(base, "_is_replica", False):
@@ -159,8 +159,8 @@ def _take_pack(
     pack = {**pack, "impl": impl}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton":
-        pack |= rotations(base, pack, position_ids[:, 0])
-    features: Sequence[torch.Tensor | None] = [None]
+        pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
+    features: list[Any] = [None]
     nothing: torch.Tensor | None = None
     # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
@@ -200,7 +200,7 @@ def _keep_supervised(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def _check_batch(
-    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]
+    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pack: MmpackDict
 ) -> None:
     """Host-side checks of what a data loader may have done to the batch."""
     if args or kwargs.get("input_ids") is None:
