@@ -18,17 +18,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from mmpack.families import FAMILIES
 from mmpack.hf.attention_share import AttentionShare, chosen_layers
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.divergence import DivergenceWatch
 from mmpack.hf.evaluation import Evaluation
-from mmpack.hf.families import find_inner
 from mmpack.hf.fit import check_fit
+from mmpack.hf.model_parts import find_inner
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
 from mmpack.hf.trainer_frames import LastCallback, callers, take_places
-from mmpack.packing.cost import FAMILIES
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.stream import PackStream
 

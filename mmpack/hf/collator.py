@@ -15,9 +15,9 @@ from torch import nn
 
 from mmpack.data.encode import encode_samples
 from mmpack.data.readers import read_samples
-from mmpack.hf.families import TowerSpec, inner_model, tower_of
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
+from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing.assemble import assemble, concatenate
 from mmpack.packing.compact import compact, concatenate_compact

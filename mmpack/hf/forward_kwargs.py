@@ -23,8 +23,8 @@ from transformers.vision_utils import (
 
 from mmpack import _native, reference
 from mmpack.data import images
-from mmpack.hf.families import TowerSpec
 from mmpack.hf.fit import facts_of_data
+from mmpack.hf.model_parts import TowerSpec
 from mmpack.packing import worker_buffers
 from mmpack.packing.compact import Outline, outline
 from mmpack.packing.worker_buffers import as_ints, as_tensor

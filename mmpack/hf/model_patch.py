@@ -8,7 +8,7 @@ Nothing of transformers is replaced. On the one model instance given, patching
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
 - binds a forward on each vision attention and on the patch embedding;
 - Qwen2.5-VL: leaves the features in the order of the windows; Qwen3-VL: adds deepstack's features by
-  index (`mmpack.hf.tower`). What a family needs is in `mmpack.hf.families`.
+  index (`mmpack.hf.tower`). What families differ in is in `mmpack.families`.
 
 A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
 are untouched. `unpatch_model` takes everything back.
@@ -26,10 +26,10 @@ from torch import nn
 
 from mmpack.hf import attention, tower
 from mmpack.hf.embedding import embed, is_sharded
-from mmpack.hf.families import check_videos, family_of, inner_model, tower_of
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.loss import install_loss, remove_loss
+from mmpack.hf.model_parts import check_videos, family_of, inner_model, tower_of
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS

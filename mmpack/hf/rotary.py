@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from mmpack.hf.families import family_of
+from mmpack.hf.model_parts import family_of
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; weights, which none asks for
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack.hf.families import parts_of
+from mmpack.hf.model_parts import parts_of
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
 

@@ -17,7 +17,7 @@ from torch import nn
 from mmpack import reference
 from mmpack.hf import attention, uint8_pixels
 from mmpack.hf.embedding import is_sharded
-from mmpack.hf.families import family_of
+from mmpack.hf.model_parts import family_of
 
 Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, what makes the new one of it
 

@@ -17,8 +17,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import FinishedError, check_checkpoint
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.families import inner_model
 from mmpack.hf.fit import check_fit
+from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import patch_model
 from mmpack.packing.dataset import PackedDataset
 
