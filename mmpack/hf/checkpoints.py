@@ -96,7 +96,7 @@ class PackKeeper:
         self._record: dict[str, Any] | None = None
         self._packs: EvenPacks | None = None
 
-    def on_init_end(self, args: TrainingArguments) -> EvenPacks:
+    def prepare(self, args: TrainingArguments) -> EvenPacks:
         """Keep the packs' order, which is random, different in every epoch, and the same for any number of
         ranks. Trainer's own depends on them and on torch's seed.
 
@@ -134,7 +134,7 @@ class PackKeeper:
             raise ValueError(
                 "the checkpoint was saved without PackingCallback, so its packs are not known"
                 if then is None
-                else "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
+                else "PackingCallback was added to a Trainer by hand; PackingCallback(dataset).attach(trainer)"
             )
         changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
@@ -163,7 +163,7 @@ class PackKeeper:
         """
         if self._record is None:
             raise ValueError(
-                "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
+                "PackingCallback was added to a Trainer by hand; PackingCallback(dataset).attach(trainer)"
             )
         state.stateful_callbacks[KEY] = self._record
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.

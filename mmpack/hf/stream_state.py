@@ -24,7 +24,7 @@ class StreamKeeper:
         self._places: dict[tuple[int, int], dict[str, Any]] = {}  # since it was last looked at
         self._rank = 0
 
-    def on_init_end(self, args: TrainingArguments) -> PackStream:
+    def prepare(self, args: TrainingArguments) -> PackStream:
         """Give the rank its part. The state replaces Trainer's way to resume, which is to make all
         packs again and throw them away.
 

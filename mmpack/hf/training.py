@@ -77,8 +77,8 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         args=args,
         train_dataset=dataset,
         data_collator=PackCollator(model=model),
-        callbacks=[PackingCallback(dataset)],
     )
+    PackingCallback(dataset).attach(trainer)
     if args.resume_from_checkpoint is not None:
         check_checkpoint(args.resume_from_checkpoint)
     start = time.perf_counter()
