@@ -20,6 +20,7 @@ from mmpack.families import FAMILIES
 from mmpack.hf.attention_share import AttentionShare, chosen_layers
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
+from mmpack.hf.compat import callbacks_of, has_scaler
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
@@ -139,7 +140,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         Raises:
             ValueError: the Trainer has a `PackingCallback`; see the class.
         """
-        if any(isinstance(one, PackingCallback) for one in trainer.callback_handler.callbacks):
+        if any(isinstance(one, PackingCallback) for one in callbacks_of(trainer)):
             raise ValueError(
                 "the Trainer has a PackingCallback; attach one, and pass none in Trainer(callbacks=[...])"
             )
@@ -183,7 +184,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         """Stand first in the Trainer's list, where reporters come later, and have one that stands last, when all
         others have asked for logs, evaluations and checkpoints."""
         if self._trainer is not None:
-            callbacks = self._trainer.callback_handler.callbacks
+            callbacks = callbacks_of(self._trainer)
             others = [one for one in callbacks if one not in (self, self._last)]
             callbacks[:] = [self, *others, self._last]
 
@@ -271,7 +272,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        if getattr(optimizer, "scaler", None) is None:  # float16's leaves a step that overflows out
+        if not has_scaler(optimizer):
             self._divergence.note_gradients(model, state.global_step + 1)
 
     def on_step_end(

@@ -18,13 +18,15 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from mmpack.hf.checkpoint_files import KEY, lacking
+from mmpack.hf.compat import (
+    WeightRenaming,
+    get_model_conversion_mapping,
+    loads_whole_checkpoints,
+)
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.plan import plan_epoch
 
@@ -72,7 +74,7 @@ class WeightKeeper:
         Raises:
             ValueError: weights of the checkpoint have no place in the model, or the other way round.
         """
-        if AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED"):
+        if loads_whole_checkpoints():
             return
         parameters = dict(model.named_parameters(remove_duplicate=False))
         came = {id(parameters[name]) for name in self._came if name in parameters}  # tied ones: one

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_window_index,
-)
 
 from mmpack import _native, reference
 from mmpack.data import images
+from mmpack.hf.compat import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_window_index,
+)
 from mmpack.hf.fit import facts_of_data
 from mmpack.hf.model_parts import TowerSpec
 from mmpack.packing import worker_buffers

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mmpack.hf.attention_share import AttentionShare
+from mmpack.hf.compat import whole_numel
 from mmpack.hf.model_parts import parts_of
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
@@ -63,8 +64,8 @@ class TrainedCosts:
         ]
         self.frozen_for_text = self.frozen
         language = parts["language"]
-        trained = sum(_numel(p) for p in language if p.requires_grad)
-        if 0 < trained < sum(map(_numel, language)) / 2:
+        trained = sum(whole_numel(p) for p in language if p.requires_grad)
+        if 0 < trained < sum(map(whole_numel, language)) / 2:
             # Adapters: gradients pass, as they would to a trained merger below.
             self.frozen_for_text = ["vision", "language"]
 
@@ -177,11 +178,6 @@ class PackCounter:
         if dropped:
             values["dropped_segments"] = dropped
         return {f"pack/{name}": float(value) for name, value in values.items()}
-
-
-def _numel(parameter: Any) -> int:
-    numel: int = getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3: an empty shell
-    return numel
 
 
 def peak_tflops(device: torch.device) -> float | None:

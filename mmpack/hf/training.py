@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
         [*defaults, *options], return_remaining_strings=True
     )
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
+        known = [f"--{field.name}" for field in dataclasses.fields(TrainingArguments)]
         close = get_close_matches(unknown[0].split("=")[0], known, 1)
         guess = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"{unknown[0]} is no option of it or of TrainingArguments{guess}")
