@@ -21,6 +21,7 @@ constexpr std::int64_t kFew = 10;          // one bin in so many
 constexpr int kSwaps = 8;                  // for a bin in a round
 constexpr int kPartners = 6;               // bins a bin exchanges groups with in a round
 constexpr std::uint32_t kPairs = 64;       // of samples, listed in a bin; 400 find no more
+constexpr std::size_t kGroup = 1 << 20;    // samples balanced at once: more fit no cache
 
 // No, one or two samples of a bin, by their places; first > second.
 struct Group {
@@ -87,7 +88,8 @@ class Balancer : private Construction {
     }
   }
 
-  Plan plan() { return to_plan({bin_of_, num_bins_}, order_, random_); }
+  Bins bins() const { return {bin_of_, num_bins_}; }
+  Plan plan() { return to_plan(bins(), order_, random_); }
 
  private:
   // Lowers the excess of a bin as far as it can.
@@ -267,12 +269,66 @@ const Slack& choose_slack(const Sizes& sizes, std::span<const std::int64_t> cost
   return *best;
 }
 
+// Sample numbers in groups of equal size in which costs and tokens are spread alike: by cost, dealt
+// out in turn. No matter of the seed, so that a group has as many bins in every epoch.
+std::vector<std::vector<std::int64_t>> alike_groups(const Sizes& sizes,
+                                                    std::span<const std::int64_t> costs,
+                                                    std::size_t num_groups) {
+  struct Key {
+    std::int64_t cost, tokens, sample;
+    auto operator<=>(const Key&) const = default;
+  };
+  std::vector<Key> keys;
+  keys.reserve(costs.size());
+  for (std::size_t i = 0; i < costs.size(); ++i) {
+    keys.push_back({costs[i], sizes.tokens[i], std::int64_t(i)});
+  }
+  std::sort(keys.begin(), keys.end());
+  std::vector<std::vector<std::int64_t>> groups(num_groups);
+  for (std::size_t n = 0; n < keys.size(); ++n) groups[n % num_groups].push_back(keys[n].sample);
+  for (auto& group : groups) std::sort(group.begin(), group.end());  // memory is read in order
+  return groups;
+}
+
+Bins bins_of_group(const Sizes& sizes, std::span<const std::int64_t> costs, std::uint64_t seed,
+                   const Slack& slack) {
+  if (std::all_of(costs.begin(), costs.end(), [](std::int64_t cost) { return !cost; })) {
+    Random random(seed);
+    std::vector<std::int64_t> order = shuffled_samples(costs.size(), random);
+    return best_fit_decreasing(sizes, order);
+  }
+  Balancer balancer(sizes, costs, seed, slack);
+  balancer.search();
+  return balancer.bins();
+}
+
 }  // namespace
 
 Plan balance(const Sizes& sizes, std::span<const std::int64_t> costs, std::uint64_t seed) {
-  Balancer balancer(sizes, costs, seed, choose_slack(sizes, costs));
-  balancer.search();
-  return balancer.plan();
+  const Slack& slack = choose_slack(sizes, costs);
+  const std::size_t num_groups = (costs.size() + kGroup - 1) / kGroup;
+  if (num_groups < 2) {
+    Balancer balancer(sizes, costs, seed, slack);
+    balancer.search();
+    return balancer.plan();
+  }
+  Random random(seed);
+  Bins bins{std::vector<std::int64_t>(costs.size()), 0};
+  for (const auto& group : alike_groups(sizes, costs, num_groups)) {
+    std::vector<std::int64_t> tokens, patches, some_costs;
+    for (const std::int64_t i : group) {
+      tokens.push_back(sizes.tokens[i]);
+      if (!sizes.patches.empty()) patches.push_back(sizes.patches[i]);
+      some_costs.push_back(costs[i]);
+    }
+    const Sizes some{tokens, sizes.token_capacity, patches, sizes.patch_capacity};
+    const Bins found = bins_of_group(some, some_costs, seed + bins.num_bins, slack);
+    for (std::size_t n = 0; n < group.size(); ++n) {
+      bins.bin_of[group[n]] = bins.num_bins + found.bin_of[n];
+    }
+    bins.num_bins += found.num_bins;
+  }
+  return to_plan(bins, shuffled_samples(costs.size(), random), random);
 }
 
 }  // namespace mmpack

@@ -15,6 +15,9 @@
 //    one took away less than a twentieth of what is too much; few bins that are 1/40 above the floor
 //    go on.
 //
+// More than 2^20 samples are planned in groups of at most so many, each like the whole, because the
+// search visits samples in no order of memory: ten times the samples then take ten times as long.
+//
 // What is compared are integers and single IEEE operations on them, so the plan is the same on
 // every machine.
 #pragma once

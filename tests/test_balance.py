@@ -280,10 +280,29 @@ def test_ten_million_samples_are_planned_in_near_linear_time_and_little_memory()
         found[count] = [float(word) for word in run.stdout.split()]
         print(count, found[count])
     (few_seconds, *_), (seconds, bytes_a_sample, most, floor) = found.values()
-    # Measured 15.1 to 16.9: n log n would be 11.7, the rest is memory that no cache holds.
-    assert seconds <= 20 * few_seconds
+    assert seconds <= 15 * few_seconds  # measured 10.6 to 12.9
     assert bytes_a_sample <= 200  # the arrays given, 16, among them
     assert most <= floor + 0.05
+
+
+def test_samples_beyond_one_group_are_planned_as_evenly():
+    tokens, cost = synthetic((1 << 20) + 999)
+    plan = plan_packs(tokens, 8192, cost=cost)
+    other = plan_epoch(plan, 1)
+    for one in (plan, other):
+        assert np.array_equal(np.sort(one.sample_index), np.arange(len(tokens)))
+        assert one.pack_tokens.max() <= 8192 and one.utilization >= 0.995
+        most, floor = busiest(one, cost)
+        assert most <= floor + 0.005
+    assert other.num_packs == plan.num_packs
+    assert not np.array_equal(other.sample_index, plan.sample_index)
+
+
+def test_a_group_in_which_nothing_costs_anything_is_planned_by_size():
+    tokens = np.full((1 << 20) + 1, 100)
+    plan = plan_packs(tokens, 1000, cost=(np.arange(len(tokens)) == 7).astype(int))
+    assert plan.utilization >= 0.99
+    assert np.array_equal(np.sort(plan.sample_index), np.arange(len(tokens)))
 
 
 def test_imbalance_of_ranks():

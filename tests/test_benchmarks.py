@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu_run, report
+from benchmarks import gpu_run, report, tables
 from benchmarks.harness import Recorder, read_rows
 from benchmarks.outcomes import read_outcomes
 
@@ -155,7 +155,7 @@ def test_every_benchmark_says_what_it_asks():
 def test_the_report_knows_its_benchmarks_and_tests():
     from benchmarks.plots import PLOTS
 
-    assert {line.bench for line in report.LINES} | {b for b, _ in PLOTS.values()} <= set(
+    assert {line.bench for line in tables.LINES} | {b for b, _ in PLOTS.values()} <= set(
         report.TESTS
     )
     for names in report.TESTS.values():
@@ -163,7 +163,7 @@ def test_the_report_knows_its_benchmarks_and_tests():
             assert (ROOT / "tests" / f"{name}.py").is_file()
 
 
-def test_readme_says_what_the_published_results_say():
+def test_the_tables_of_the_docs_say_what_the_published_results_say():
     assert report.main(["--check"]) == 0
 
 
@@ -228,7 +228,7 @@ def test_the_report_makes_a_table_and_pictures(results, capsys):
     assert "**57.6 MiB**: 6.7 x transformers" in table
     # Each peer against ours of its own test, where they took turns.
     assert "4.0 x transformers, 2.0 x LLaMA-Factory" in table
-    assert table.count("not measured") >= 2 * (len(report.LINES) - 8)
+    assert table.count("not measured") >= 2 * (len(tables.LINES) - 8)
     assert "throughput.png is not drawn: no figures of train" in told
 
 
@@ -305,7 +305,7 @@ def test_a_test_that_names_an_implementation_stands_for_that_one(tmp_path):
             "varlen_attention", impl, "forward", metric="rate", unit="TFLOP/s", x=("T", 1),
             values=[rate], config="real rows, causal",
         )  # fmt: skip
-    line = next(line for line in report.LINES if line.title.endswith("real rows, forward"))
+    line = next(line for line in tables.LINES if line.title.endswith("real rows, forward"))
     impls = {row.impl for row in recorder.rows}
 
     def cell_with(test):
@@ -313,7 +313,7 @@ def test_a_test_that_names_an_implementation_stands_for_that_one(tmp_path):
         found = read_outcomes(
             outcomes(tmp_path / "o.csv", {name: "passed", f"{name}::{test}": "failed"})
         )
-        return report.cell(line, recorder.rows, report.red_tests(found, [name], impls))
+        return tables.cell(line, recorder.rows, report.red_tests(found, [name], impls))
 
     theirs = cell_with("test_every_implementation[cuda-80-heads0-False-flash2]")
     assert "**400 TFLOP/s**" in theirs and "flash-attn 3" in theirs and "flash-attn 2" not in theirs

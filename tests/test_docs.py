@@ -1,7 +1,8 @@
 """The docs: code blocks run, links lead somewhere, options, names, files and error texts are the code's.
 
 A block that cannot run here has `<!-- not run: why -->` in the line above it. Blocks of a page run in
-order, in one folder beside the demo's data and, those in Python, in one namespace.
+order, in one folder beside the demo's data and, those in Python, in one namespace; of a `diff` the new side
+runs, after all others, on the model that they have trained.
 """
 
 import ast
@@ -85,12 +86,15 @@ def test_blocks_run(page, demo_data, tmp_path, monkeypatch):
     shutil.copytree(demo_data, tmp_path / "demo_data")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "docs"}
-    for block in blocks_of(page):
+    for block in sorted(blocks_of(page), key=lambda block: block.language == "diff"):
         if block.reason is not None:
             continue
-        if block.language == "python":
-            code = "\n" * block.line + block.text
-            exec(compile(code, str(page), "exec"), namespace)
+        if block.language in ("python", "diff"):
+            text = block.text
+            if block.language == "diff":
+                text = re.sub("^-.*$|^[ +]", "", text, flags=re.M)
+                text = text.replace("Qwen/Qwen2-VL-2B-Instruct", str(tmp_path / "run"))
+            exec(compile("\n" * block.line + text, str(page), "exec"), namespace)
         elif block.language == "bash":
             for program, *words in commands_of(block.text):
                 arguments = [name for word in words for name in sorted(glob.glob(word)) or [word]]
