@@ -167,8 +167,8 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             even.dataset.append_empty_packs(even.multiple)
         if args.should_log:
             _log.warning(
-                "PackingCallback in Trainer(callbacks=[...]) is called after the reporters, which get no pack/ "
-                "values, and has put empty packs into the data set itself; PackingCallback(dataset).attach(trainer)"
+                "PackingCallback in Trainer(callbacks=[...]) is called after the reporters, which get no pack/ values, "
+                "and has put empty packs into the data set itself; PackingCallback(dataset).attach(trainer)"
             )
 
     def _prepare(self, args: TrainingArguments, model: nn.Module | None) -> EvenPacks | PackStream:

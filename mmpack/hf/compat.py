@@ -1,8 +1,8 @@
 """What mmpack takes of transformers, accelerate, torch's modules and DeepSpeed that they do not promise.
 
-No other file has a private name of theirs, or imports from inside their packages (`tests/test_compat.py`). CONTRACTS
-says of each name what breaks when it changes, also of the keywords and attributes that other files of `mmpack/hf`
-use by their plain names. A new version of transformers is looked at by `pytest tests/test_compat.py`.
+No other file has a private name of theirs, or imports from inside transformers and accelerate. CONTRACTS says of
+each name what breaks when it changes, also of keywords and attributes that other files of `mmpack/hf` use by their
+plain names; `tests/test_compat.py` checks them on a new version of transformers.
 """
 
 from __future__ import annotations
@@ -38,53 +38,82 @@ __all__ = [
     "sdpa_mask",
 ]
 
-CONTRACTS = {  # what is leaned on -> what breaks without it; the test of each is CHECKS of tests/test_compat.py
+CONTRACTS = {  # what is leaned on -> what breaks without it; checked one by one in tests/test_compat.py
     # The vision tower
-    "tower: cu_seqlens, position_ids": "images of a pack would see each other, or stand at other places",
-    "tower: max_seqlen": "flash attention would ask the device for the longest image in every step",
-    "tower: window_index, cu_window_seqlens, max_window_seqlen": "Qwen2.5-VL's windows would be stock's, on pixels "
-    "that are permuted already",
-    "tower: interp_indices, interp_weights": "Qwen3-VL's learned positions would be computed twice, by loops that ask "
-    "the device",
-    "tower: permute_input_for_window_attn": "Qwen2.5-VL's features would be permuted twice; it must get its index as "
-    "window_index",
-    "tower: other keywords reach the attention": "the attention bound on the tower would not get the pack",
-    "tower: pooler_output, deepstack_features": "features would not be found in the tower's output",
-    "tower: patch_embed, blocks, attn, merger, fullatt_block_indexes": "nothing could be bound on the tower",
-    "vision attention: qkv, proj, num_heads, scaling": "the forward bound on vision attention would fail",
-    "vision attention: apply_rotary_pos_emb_vision": "patches would stand at other places than in the stock tower",
-    "vision: get_vision_window_index": "windows would not be those of the stock tower",
-    "vision: get_vision_interpolation_indices_and_weights": "learned positions would not be those of the stock tower",
+    "tower: cu_seqlens, position_ids":
+        "images of a pack would see each other, or stand at other places",
+    "tower: max_seqlen":
+        "flash attention would ask the device for the longest image in every step",
+    "tower: window_index, cu_window_seqlens, max_window_seqlen":
+        "Qwen2.5-VL's windows would be stock's, on pixels that are permuted already",
+    "tower: interp_indices, interp_weights":
+        "Qwen3-VL's learned positions would be computed twice, by loops that ask the device",
+    "tower: permute_input_for_window_attn":
+        "Qwen2.5-VL's features would be permuted twice; it must get its index as window_index",
+    "tower: other keywords reach the attention":
+        "the attention bound on the tower would not get the pack",
+    "tower: pooler_output, deepstack_features":
+        "features would not be found in the tower's output",
+    "tower: patch_embed, blocks, attn, merger, fullatt_block_indexes":
+        "nothing could be bound on the tower",
+    "vision attention: qkv, proj, num_heads, scaling":
+        "the forward bound on vision attention would fail",
+    "vision attention: apply_rotary_pos_emb_vision":
+        "patches would stand at other places than in the stock tower",
+    "vision: get_vision_window_index":
+        "windows would not be those of the stock tower",
+    "vision: get_vision_interpolation_indices_and_weights":
+        "learned positions would not be those of the stock tower",
     # The text model
-    "text: the registered attention gets scaling, dropout and mmpack": "text attention would see over segments",
-    "text: sdpa_attention_forward, sdpa_mask": "generation with a patched model would not be stock's",
-    "text: q_proj, k_proj, v_proj, o_proj, head_dim, scaling, attention_dropout": "impl='triton' would fail in text "
-    "attention",
-    "text: rotary_emb.inv_freq, attention_scaling, mrope_section": "impl='triton' would rotate by other angles",
-    "text: visual_pos_masks, deepstack_visual_embeds": "deepstack's features would not reach Qwen3-VL's text layers",
-    "text: _deepstack_process": "deepstack's features would be added by a mask, which asks the device",
-    "config: _attn_implementation": "patch_model could not put the attention back",
-    "config: _name_or_path": "the normalisation of the model's folder would not be compared with the data's",
+    "text: the registered attention gets scaling, dropout and mmpack":
+        "text attention would see over segments",
+    "text: sdpa_attention_forward, sdpa_mask":
+        "generation with a patched model would not be stock's",
+    "text: q_proj, k_proj, v_proj, o_proj, head_dim, scaling, attention_dropout":
+        "impl='triton' would fail in text attention",
+    "text: rotary_emb.inv_freq, attention_scaling, mrope_section":
+        "impl='triton' would rotate by other angles",
+    "text: visual_pos_masks, deepstack_visual_embeds":
+        "deepstack's features would not reach Qwen3-VL's text layers",
+    "text: _deepstack_process":
+        "deepstack's features would be added by a mask, which asks the device",
+    "config: _attn_implementation":
+        "patch_model could not put the attention back",
+    "config: _name_or_path":
+        "the normalisation of the model's folder would not be compared with the data's",
     # The model with the head
-    "inner model: visual, language_model, layers, self_attn": "patch_model would not find what it patches",
-    "head: loss_function, _loss_function": "a packed batch would get the stock loss, and unpatching not find ours",
-    "head: accepts_loss_kwargs": "Trainer would weigh micro-batches alike, whatever their supervised tokens",
-    "torch: hook tables": "hooks would stay on an unpatched model, and a module with hooks be taken for a bare one",
-    "torch: _is_replica": "nn.DataParallel would cut packs instead of being refused",
+    "inner model: visual, language_model, layers, self_attn":
+        "patch_model would not find what it patches",
+    "head: loss_function, _loss_function":
+        "a packed batch would get the stock loss, and unpatching not find ours",
+    "head: accepts_loss_kwargs":
+        "Trainer would weigh micro-batches alike, whatever their supervised tokens",
+    "torch: hook tables":
+        "hooks would stay on an unpatched model, and a module with hooks be taken for a bare one",
+    "torch: _is_replica":
+        "nn.DataParallel would cut packs instead of being refused",
     # Loading
-    "checkpoints: get_model_conversion_mapping, rename_source_key": "Qwen2-VL's and Qwen2.5-VL's weights would not be "
-    "restored (transformers issue 43701)",
-    "checkpoints: TRAINER_STATE_NAME": "every checkpoint would be taken for a torn one",
+    "checkpoints: get_model_conversion_mapping, rename_source_key":
+        "Qwen2-VL's and Qwen2.5-VL's weights would not be restored (transformers issue 43701)",
+    "checkpoints: TRAINER_STATE_NAME":
+        "every checkpoint would be taken for a torn one",
     # Trainer and accelerate
-    "Trainer: callback_handler.callbacks": "reporters would not get the pack/ values",
-    "Trainer: train_dataset is read when it trains": "accelerate would repeat packs where ranks have unequally many",
-    "Trainer: arguments are read when it trains": "the order of packs would be Trainer's, and a run that diverges "
-    "log 0.0",
-    "accelerate: remainder, end_of_dataloader": "eval_loss would count the packs twice that accelerate repeats",
-    "accelerate: base_dataloader": "a resumed stream would draw other random numbers",
-    "accelerate: IterableDatasetShard.num_processes, process_index": "every rank would leave out most of its stream",
-    "accelerate: AcceleratedOptimizer.scaler": "float16's overflows would end a run as divergence",
-    "accelerate: AcceleratorState.distributed_type": "weights that FSDP or DeepSpeed load would be called missing",
+    "Trainer: callback_handler.callbacks":
+        "reporters would not get the pack/ values",
+    "Trainer: train_dataset is read when it trains":
+        "accelerate would repeat packs where ranks have unequally many",
+    "Trainer: arguments are read when it trains":
+        "the order of packs would be Trainer's, and a run that diverges log 0.0",
+    "accelerate: remainder, end_of_dataloader":
+        "eval_loss would count the packs twice that accelerate repeats",
+    "accelerate: base_dataloader":
+        "a resumed stream would draw other random numbers",
+    "accelerate: IterableDatasetShard.num_processes, process_index":
+        "every rank would leave out most of its stream",
+    "accelerate: AcceleratedOptimizer.scaler":
+        "float16's overflows would end a run as divergence",
+    "accelerate: AcceleratorState.distributed_type":
+        "weights that FSDP or DeepSpeed load would be called missing",
 }  # fmt: skip
 
 WINDOW_METHOD = "permute_input_for_window_attn"  # of Qwen2.5-VL's tower
