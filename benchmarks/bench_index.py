@@ -55,7 +55,7 @@ def index(path, parts, folder, jobs=None):
     tokenizer, vision = parts
     rows = index_rows(list(row_groups(path, None, REALSET.parent)), tokenizer, vision, jobs=jobs)
     batches = (indexed.batch for indexed in rows if indexed.batch)
-    return write_batches(folder, batches, vision, {})
+    return write_batches(folder, batches, vision)
 
 
 def test_build(parts, samples, tmp_path, benchmark, recorder, quick):
@@ -133,7 +133,7 @@ def test_samples_of_a_store(parts, samples, tmp_path, benchmark, recorder, quick
     from mmpack import encode_samples
     from mmpack.store.encoded_store import write_store
 
-    store = write_store(tmp_path / "store", encode_samples(samples, *parts), parts[1], {})
+    store = write_store(tmp_path / "store", encode_samples(samples, *parts), parts[1])
     numbers = np.random.default_rng(0).integers(0, len(store), 50).tolist()
 
     def fetch():

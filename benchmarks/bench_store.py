@@ -65,7 +65,7 @@ def write(folder: Path, num_rows: int) -> None:
     from mmpack.store.plan_file import save_plan
 
     vision = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
-    store = write_store(folder, made_up_samples(num_rows, vision), vision, {})
+    store = write_store(folder, made_up_samples(num_rows, vision), vision)
     cost = store.num_tokens + store.num_patches
     save_plan(plan_samples(store, CAPACITY, None, "drop", 0, cost), folder)
 

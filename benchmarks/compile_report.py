@@ -149,7 +149,9 @@ def kernels_of_the_package() -> set[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a kernel is over budget or has no case."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--only", help="cases whose name holds this")

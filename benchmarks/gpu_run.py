@@ -276,7 +276,9 @@ def _interrupted(number: int, frame: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every stage ended well; 1; 130 if the run was ended from outside."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the results go")
     parser.add_argument(

@@ -146,7 +146,9 @@ def is_withheld(row: Row, red: Red) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 where something is withheld, or, with --check, a table in the docs is another."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results as CSV")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: where FILE is")

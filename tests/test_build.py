@@ -165,7 +165,7 @@ def test_what_changed_is_named(pack, tmp_path, rows, change):
         name = "mask_history changed since"
     else:
         (tmp_path / "out" / "mmpack.json").write_text('{"format": 2}')
-        name = "store format 2, not 6"
+        name = "store format 2, not 7"
     code, error = pack(*options)
     assert code == 1
     assert name in error
@@ -220,7 +220,7 @@ def test_data_uris_are_not_remembered(tmp_path):
 def test_a_store_travels_as_its_path(realset, vision, tmp_path):
     from mmpack.store.encoded_store import write_store
 
-    store = write_store(tmp_path / "store", realset[:600], vision, {})
+    store = write_store(tmp_path / "store", realset[:600], vision)
     sent = pickle.dumps(store)
     assert len(sent) < 1000
     other = pickle.loads(sent)
@@ -235,7 +235,7 @@ def test_other_readers_take_a_store(realset, vision, tmp_path):
     datasets = pytest.importorskip("datasets")
     from mmpack.store.encoded_store import write_store
 
-    write_store(tmp_path / "store", realset[:300], vision, {})
+    write_store(tmp_path / "store", realset[:300], vision)
     table = datasets.Dataset.from_file(str(tmp_path / "store" / "samples.arrow"))
     assert table.num_rows == 300
     assert table[299]["input_ids"] == realset[299].input_ids.tolist()

@@ -23,7 +23,7 @@ def finished(tmp_path_factory):
     """The folder of a run of 4 steps, with checkpoints 2 and 4, of a store and a config beside it."""
     folder = tmp_path_factory.mktemp("finished")
     samples = dataset_of().samples
-    store = write_store(folder / "packed", iter(samples), SMALL_SPEC, {})
+    store = write_store(folder / "packed", iter(samples), SMALL_SPEC)
     save_plan(dataset_of().plan, store.folder)
     tiny_config(100, vision=SMALL_SPEC).to_json_file(folder / "config.json")
     assert train(folder, folder / "run", "--save_steps", 2) == 0

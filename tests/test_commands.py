@@ -4,13 +4,18 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Literal
 
 import pytest
 from builders import tiny_config
 
 import mmpack.cli.demo
+from mmpack.cli import options
 from mmpack.cli.main import main
 from mmpack.cli.options import command_line
+from mmpack.hf.training import parse_training_arguments
+from mmpack.store.manifest import Planning
 
 COMMANDS = ["check", "pack", "merge", "inspect", "train", "demo", "env"]
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -61,8 +66,8 @@ def test_examples_are_commands(command, capsys):
     assert examples
     for example in examples:
         words = shlex.split(example.partition("|")[0])[1:]
-        options, rest = command_line().parse_known_args(words)
-        assert options.command == command
+        given, rest = command_line().parse_known_args(words)
+        assert given.command == command
         assert not rest or command == "train"
 
 
@@ -86,7 +91,7 @@ def test_nobody_reads_on(command, works, monkeypatch):
 
 @every_command
 def test_interrupted(command, works, monkeypatch, capsys):
-    def interrupt(options, rest):
+    def interrupt(options):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(mmpack.cli.main._COMMANDS, command, interrupt)
@@ -124,6 +129,13 @@ def broken(works, small_set, tmp_path):
         "two models": (train("--model", "a", "--config", "b"), 1, "pass --model FOLDER, or"),
         "other model": (train("--config", tmp_path / "other.json"), 1, "the model has image_token"),
         "no Qwen-VL": (train("--config", tmp_path / "llama"), 1, "model_type 'llama'; supported: "),
+        "a prefix": ([*works["train"], "--learning_rat", "1"], 2, "mean --learning_rate?"),
+        "a prefix of ours": ([*works["pack"], "--cap", "8"], 2, "unrecognized arguments: --cap 8"),
+        "no capacity": ([*works["pack"], "--capacity", "0"], 1, "--capacity is 0, not an integer"),
+        "no seed": ([*works["pack"], "--plan_seed", "-1"], 1, "--plan-seed is -1, not an integer"),
+        "no share": ([*works["pack"], "--max-image-share", "nan"], 1, "--max-image-share is nan"),
+        "no share of rows": ([*works["pack"], "--max-bad", "nan"], 1, "is a share from 0 to 1"),
+        "split turns": ([*works["pack"], "--on-overflow", "split"], 1, "cannot be split"),
         "typo": ([*works["train"], "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
         "no number": ([*works["train"], "--learning_rate", "x"], 2, "invalid float value: 'x'"),
         "contradiction": ([*works["train"], "--eval_strategy", "steps"], 1, "eval_dataset"),
@@ -160,4 +172,45 @@ def test_a_missing_extra_is_named(works, monkeypatch, capsys):
 
 
 def test_every_command_is_here():
-    assert list(mmpack.cli.main._COMMANDS) == COMMANDS
+    assert list(mmpack.cli.main._COMMANDS) == COMMANDS == list(options.COMMANDS)
+
+
+# Options
+
+
+def test_dashes_and_underscores_are_alike():
+    """Of what is ours; transformers' parser takes both itself."""
+    words = ["train", "--data", "a_b", "--max_pixels=3", "--video-max_frames", "2", "--plan-seed=1"]
+    _, given = options.parse([*words, "--learning-rate", "1e-3", "--weight_decay=0.1"])
+    assert (given.data, given.max_pixels, given.video_max_frames) == (("a_b",), 3, 2)
+    assert given.training == ("--learning-rate", "1e-3", "--weight_decay=0.1")
+    arguments = parse_training_arguments(given.training)
+    assert (arguments.learning_rate, arguments.weight_decay) == (1e-3, 0.1)
+
+
+def test_defaults_that_follow_from_others():
+    pack = ["pack", "x", "--tokenizer", "t", "--capacity", "8", "--out", "o"]
+    assert options.parse(pack)[1].planning == Planning(capacity=8)
+    _, given = options.parse([*pack, "--stage", "pretrain", "--frozen", "vision"])
+    expected = Planning(capacity=8, on_overflow="split", frozen=("vision",))
+    assert given.planning == expected
+    with pytest.raises(FrozenInstanceError):
+        given.capacity = 9
+    with pytest.raises(ValueError, match="documents have no turns"):
+        replace(given, mask_history=True)
+
+
+def test_an_option_is_a_field(monkeypatch, capsys):
+    """Its help, choices and default stand at one place."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(options.EnvOptions):
+        more_so: Literal["a", "b"] = options.option("one more", "a")
+
+    monkeypatch.setitem(options.COMMANDS, "env", (More, ""))
+    assert options.parse(["env"])[1].more_so == "a"
+    assert options.parse(["env", "--more_so", "b"])[1].more_so == "b"
+    for words in (["env", "--more-so", "c"], ["env", "--help"]):
+        with pytest.raises(SystemExit):
+            options.parse(words)
+    assert "--more-so {a,b}  one more" in capsys.readouterr().out

@@ -558,7 +558,7 @@ def test_tracebacks_and_warnings_send_a_terminal_nothing(tmp_path):
 import logging, sys, warnings
 from mmpack.cli import main
 nasty = sys.argv[1]
-def bug(options, rest):
+def bug(options):
     warnings.warn(nasty)
     logging.getLogger("mmpack").warning("log %s", nasty)
     sys.stderr.write("\\rhalf a bar"); sys.stderr.write("\\n\\x1b[A")

@@ -13,6 +13,7 @@ from mmpack import PackedDataset, VisionSpec, assemble, read_samples
 from mmpack.hf import PackCollator
 from mmpack.packing.cost import sizes_of
 from mmpack.store.encoded_store import open_store, write_store
+from mmpack.store.manifest import About
 from mmpack.store.plan_file import save_plan
 
 
@@ -68,10 +69,10 @@ def test_long_rows_cut_keep_their_answer_or_are_dropped(realset):
 
 def test_a_store_gives_back_what_it_was_given(realset, vision, tmp_path):
     samples = realset[:300]
-    store = write_store(tmp_path / "store", iter(samples), vision, {"made": "here"})
+    store = write_store(tmp_path / "store", iter(samples), vision, About(tokenizer="here"))
     reopened = open_store(tmp_path / "store")
     assert len(store) == len(reopened) == 300
-    assert reopened.about == {"made": "here"}
+    assert reopened.about == About(tokenizer="here")
     for one, other in zip(samples, reopened):
         for name in ("input_ids", "labels", "grid_thw"):
             assert getattr(one, name).dtype == getattr(other, name).dtype
@@ -82,19 +83,19 @@ def test_a_store_gives_back_what_it_was_given(realset, vision, tmp_path):
         s.tolist() for s in sizes_of(samples)
     ]
     with pytest.raises(ValueError, match="holds a store already"):
-        write_store(tmp_path / "store", iter(samples), vision, {})
+        write_store(tmp_path / "store", iter(samples), vision)
 
 
 def test_an_empty_store_is_refused(vision, tmp_path):
     with pytest.raises(ValueError, match="no samples to store"):
-        write_store(tmp_path / "store", [], vision, {})
+        write_store(tmp_path / "store", [], vision)
 
 
 def test_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="holds no finished store"):
         open_store(tmp_path)
     (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="store format 0, not 6; pack again"):
+    with pytest.raises(ValueError, match="store format 0, not 7; make it again: mmpack pack"):
         open_store(tmp_path)
 
 
@@ -149,6 +150,6 @@ def test_images_in_no_file_are_in_the_store(tokenizer, vision, tmp_path):
     (tmp_path / "a.png").unlink()
     samples = read_samples([{"conversations": turns, "images": [picture, data]}])
     dataset = PackedDataset.from_files(samples, (tokenizer, vision), 1000)
-    write_store(tmp_path / "store", dataset.samples, vision, {})
+    write_store(tmp_path / "store", dataset.samples, vision)
     save_plan(dataset.plan, tmp_path / "store")
     assert same(PackedDataset.from_store(tmp_path / "store")[0], dataset[0])

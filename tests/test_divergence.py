@@ -171,7 +171,7 @@ def test_noting_asks_the_device_nothing():
 
 def test_the_command_line_fails(tmp_path, capsys):
     """A learning rate that no model survives; without a line of log before the end."""
-    store = write_store(tmp_path / "packed", iter(samples_of()), SMALL_SPEC, {})
+    store = write_store(tmp_path / "packed", iter(samples_of()), SMALL_SPEC)
     save_plan(PackedDataset.from_samples(store, 40).plan, tmp_path / "packed")
     tiny_config(100, vision=SMALL_SPEC).to_json_file(tmp_path / "config.json")
     arguments = ["train", "--data", tmp_path / "packed", "--config", tmp_path / "config.json"]

@@ -213,7 +213,7 @@ def test_pieces_of_a_store_are_those_of_a_list(tmp_path):
     samples = [dataclasses.replace(s, media=()) for s in samples]
     in_memory = split_samples(samples, 40)
     images = [dataclasses.replace(s, media=(image(s),) * len(s.grid_thw)) for s in samples]
-    store = write_store(tmp_path, images, spec, {})
+    store = write_store(tmp_path, images, spec)
     on_disk = split_samples(store, 40)
     on_disk.save(tmp_path)
     on_disk = type(on_disk).load(store, tmp_path)

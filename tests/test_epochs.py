@@ -230,7 +230,7 @@ def test_packs_balanced_by_a_config(realset, shared, tmp_path, vision):
     assert imbalance[1] < 1.01 < 1.2 < imbalance[0]
     assert even.utilization >= 0.99
     # A store knows the same without opening its samples.
-    store = write_store(tmp_path / "store", iter(realset[:200]), vision, {})
+    store = write_store(tmp_path / "store", iter(realset[:200]), vision)
     assert costs_of(store, config).tolist() == costs[:200].tolist()
     assert costs_of(store, config, ["vision"]).sum() < costs[:200].sum()
 

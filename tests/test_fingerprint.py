@@ -83,12 +83,12 @@ def test_samples_in_memory(samples, what):
 
 
 def test_stores(samples, tmp_path):
-    expected = fingerprint(write_store(tmp_path / "same", iter(samples), SPEC, {}))
-    assert expected == fingerprint(write_store(tmp_path / "again", iter(samples), SPEC, {}))
+    expected = fingerprint(write_store(tmp_path / "same", iter(samples), SPEC))
+    assert expected == fingerprint(write_store(tmp_path / "again", iter(samples), SPEC))
     for what, change in CHANGES.items():
         other = list(samples)
         other[PLACE] = replace(other[PLACE], **change(other[PLACE]))
-        found = fingerprint(write_store(tmp_path / what, iter(other), SPEC, {}))
+        found = fingerprint(write_store(tmp_path / what, iter(other), SPEC))
         assert [name for name in expected if found[name] != expected[name]] == [
             "checksum of the store"
         ], what

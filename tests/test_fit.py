@@ -102,7 +102,7 @@ def test_another_normalisation_is_refused(tmp_path, file):
 def test_a_store_knows_its_ids(tmp_path):
     """As a list does, and as one that is split; labels count."""
     samples = [sample(5, 7), sample(6, 98), sample(7, 3, 2)]
-    store = write_store(tmp_path / "packed", iter(samples), SMALL_SPEC, {})
+    store = write_store(tmp_path / "packed", iter(samples), SMALL_SPEC)
     assert store.id_range == (2, 98)
     assert open_store(store.folder).id_range == (2, 98)
     for data in (samples, store):
@@ -118,7 +118,7 @@ def trained(folder, *options):
 
 
 def packed_folder(folder, samples, spec=SMALL_SPEC):
-    store = write_store(folder / "packed", iter(samples), spec, {})
+    store = write_store(folder / "packed", iter(samples), spec)
     save_plan(PackedDataset.from_samples(store, 40).plan, folder / "packed")
     tiny_config(ROWS, vision=SMALL_SPEC).to_json_file(folder / "config.json")
 

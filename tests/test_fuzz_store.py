@@ -13,6 +13,7 @@ pytest.importorskip("pyarrow")
 from mmpack import PackedDataset
 from mmpack.packing.assemble import assemble
 from mmpack.store.encoded_store import write_store
+from mmpack.store.manifest import About, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.types import ImageRef, VideoRef
 
@@ -48,8 +49,13 @@ def write(folder):
     media = [(), (ImageRef("a.png"),), (ImageRef("b.png"), ImageRef("c", b"bytes"))]
     samples = [replace(kinds[n % 3], media=media[n % 3], row=n) for n in range(257)]
     samples.append(replace(clip, media=(VideoRef("d.png", None, frames, 2, 2.0),)))
-    files = {"/nowhere": [1, 2, "3"]}
-    about = {"begun": 1, "made from": {"a": "b"}, "files": files, "capacity": 64, "frozen": []}
+    about = About(
+        begun=1,
+        made_from={"a": "b"},
+        files={"/nowhere": (1, 2, "3")},
+        media_folders=("/nowhere",),
+        planning=Planning(capacity=64, frozen=("vision",)),
+    )
     store = write_store(folder, [replace(one, source="rows.json") for one in samples], spec, about)
     dataset = PackedDataset.from_samples(store, 64, on_overflow="split")
     dataset.samples.save(folder)

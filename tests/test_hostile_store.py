@@ -22,32 +22,22 @@ from mmpack.store.arrow_schema import SCHEMA, read_batch
 from mmpack.store.atomic_folder import others
 from mmpack.store.build import why_outdated
 from mmpack.store.encoded_store import changed_files, file_sha256, open_store, write_store
+from mmpack.store.manifest import About, Part, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.store.records import MAX_RECORD_BYTES, write_record
 from mmpack.types import ImageRef
 
 SPEC = small_spec()
-PART = {
-    "begun": 1,
-    "made from": {},
-    "part": "1/1",
-    "chunks": [[1, 0]],
-    "capacity": 64,
-    "patch_capacity": None,
-    "max_image_share": None,
-    "on_overflow": "error",
-    "plan_seed": 0,
-    "config": None,
-    "frozen": [],
-}
+PLANNING = Planning(capacity=64)
+PART = Part(number=1, of=1, max_bad=0.05, chunks=[(2, 0, True)])
 
 
-def write(folder, about=None, first=1, on_overflow="error"):
+def write(folder, first=1, on_overflow="error", **about):
     """Two packs, or one long text in pieces."""
     text = encoded(SPEC, *range(first, 80))
     image = encoded(SPEC, 3, (2, 4), first)
     samples = [text, replace(image, media=(ImageRef("a.png"),))]
-    store = write_store(folder, samples, SPEC, {"begun": 1, **(about or {})})
+    store = write_store(folder, samples, SPEC, About(begun=1, **about))
     dataset = PackedDataset.from_samples(
         store, 40 if on_overflow == "split" else 80, on_overflow=on_overflow
     )
@@ -87,6 +77,7 @@ def put(*path_and_value):
         (put("vision", "patch_size", 0), "'vision'.'patch_size' is 0, not an integer from 1"),
         (put("vision", "merge_size", True), "'vision'.'merge_size' is True, not an integer"),
         (put("vision", "image_mean", ["x"]), "'vision'.'image_mean'[0] is 'x', not a number"),
+        (put("vision", "image_mean", [10**400]), "'vision'.'image_mean'[0] is 1000000000"),
         (put("vision", "image_std", [0, 1, 1]), "no normalisation of channels"),
         (put("vision", "video", "fps", None), "'vision'.'video'.'fps' is None, not a number"),
         (put("vision", "resizer", "x"), "resizer must be 'pillow' or 'torch'"),
@@ -95,13 +86,20 @@ def put(*path_and_value):
         (put("about", "files", 3), "'about'.'files' is 3, not an object"),
         (put("about", "files", {"a": [1]}), "'about'.'files'.'a' is [1], not a list of 3"),
         (put("about", "files", {"a": [1, 2, 3]}), "'a'[2] is 3, not a string"),
-        (put("about", "made from", {"a": None}), "is None, not a string"),
+        (put("about", "made_from", {"a": None}), "'about'.'made_from'.'a' is None, not a string"),
         (put("about", "begun", "x"), "'about'.'begun' is 'x', not an integer"),
         (put("about", "begun", 1 << 70), "'about'.'begun' is 1180591620717411303424, not"),
-        (put("about", "part", 1), "'about'.'part' is 1, not a string"),
-        (put("about", "chunks", [[2, 0]]), "'chunks'[0][0] is 2, not an integer from 0 to 1"),
-        (put("about", "capacity", "8"), "'about'.'capacity' is '8', not an integer"),
-        (put("about", "frozen", "vision"), "'about'.'frozen' is 'vision', not a list"),
+        (put("about", "more", 1), "'about'.'more' is not known"),
+        (put("about", "tokenizer", ...), "'about'.'tokenizer' is missing"),
+        (put("about", "media_folders", "x"), "'about'.'media_folders' is 'x', not a list"),
+        (put("about", "planning", "capacity", "8"), "'planning'.'capacity' is '8', not an integer"),
+        (put("about", "planning", "frozen", "vision"), "'frozen' is 'vision', not a list"),
+        (put("about", "planning", "jobs", 2), "'about'.'planning'.'jobs' is not known"),
+        (put("about", "part", 1), "'about'.'part' is 1, not an object"),
+        (put("about", "part", "number", 9), "there is no part 9 of 1"),
+        (put("about", "part", "chunks", [[2, 0, 2]]), "'chunks'[0][2] is 2, not true or false"),
+        (put("about", "part", "chunks", [[-1, 0, True]]), "'chunks'[0][0] is -1, not an integer"),
+        (put("id_range", [1]), "'id_range' is [1], not a list of 2"),
         (put("checksum", ...), "'checksum' is missing"),
         (put("checksum", -1), "'checksum' is -1, not an integer from 0"),
         (put("\x1b[31m", 1), r"'\x1b[31m' is not known"),
@@ -109,7 +107,7 @@ def put(*path_and_value):
 )
 def test_a_manifest_fits_its_schema(change, why, tmp_path, capsys):
     """One line on the command line, whatever the record holds."""
-    write(tmp_path / "store")
+    write(tmp_path / "store", planning=PLANNING, part=PART)
     reseal(tmp_path / "store", change)
     assert main(["inspect", str(tmp_path / "store")]) == 1
     said = capsys.readouterr().err
@@ -220,7 +218,7 @@ def test_recorded_paths_are_hashed_only_if_they_are_regular_files(tmp_path):
     gone = [str(tmp_path / "gone"), "a\0b"]
     files = {path: [size, 1, "0"] for path, size in zip(wrong, sizes)}
     files |= {path: [1, 1, "0"] for path in gone}
-    folder = write(tmp_path / "store", {"files": files})
+    folder = write(tmp_path / "store", files=files)
     assert changed_files(open_store(folder)) == wrong
     with pytest.raises(ValueError, match=r"/dev/zero and .*fifo and .* changed since"):
         PackedDataset.from_store(folder)
@@ -232,7 +230,7 @@ def test_recorded_paths_are_hashed_only_if_they_are_regular_files(tmp_path):
 def test_an_image_that_is_no_regular_file_makes_a_store_outdated(tmp_path):
     for path in (str(fifo(tmp_path / "fifo")), "a\0b"):
         sample = replace(encoded(SPEC, 1, (2, 4), 2), media=(ImageRef(path),))
-        store = write_store(tmp_path / f"store{len(path)}", [sample], SPEC, {"begun": 1 << 62})
+        store = write_store(tmp_path / f"store{len(path)}", [sample], SPEC, About(begun=1 << 62))
         assert why_outdated(store, {}) == [path]
 
 
@@ -300,7 +298,8 @@ def no_network(monkeypatch):
 
 
 def test_merge_asks_no_hub_for_a_recorded_config(no_network, tmp_path, capsys):
-    write(tmp_path / "part", PART | {"config": "somebody/model"})
+    planning = Planning(capacity=64, config="somebody/model")
+    write(tmp_path / "part", planning=planning, part=PART)
     assert main(["merge", str(tmp_path / "out"), str(tmp_path / "part")]) == 1
     said = capsys.readouterr().err
     assert "somebody/model holds no model config: there is no such file or folder here" in said
@@ -309,7 +308,7 @@ def test_merge_asks_no_hub_for_a_recorded_config(no_network, tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["somebody/model", "https://127.0.0.1/x", "/dev"])
 def test_inspect_asks_no_hub_for_a_recorded_tokenizer(where, no_network, tmp_path, capsys):
-    write(tmp_path / "store", {"tokenizer": where})
+    write(tmp_path / "store", tokenizer=where)
     code = main(["inspect", str(tmp_path / "store")])
     said = capsys.readouterr()
     assert "Traceback" not in said.err
@@ -327,37 +326,51 @@ def test_a_recorded_tokenizer_runs_no_code_and_waits_for_no_fifo(no_network, tmp
     (where / "module.py").write_text("raise SystemExit('ran')")
     fifo(where / "tokenizer.json")
     fifo(where / "chat_template.jinja")
-    write(tmp_path / "store", {"tokenizer": str(where)})
+    write(tmp_path / "store", tokenizer=str(where))
     assert main(["inspect", str(tmp_path / "store")]) == 1
     assert "holds no Qwen-VL tokenizer" in capsys.readouterr().err
 
 
 def test_inspect_counts_what_rows_name(tmp_path, capsys):
     sample = encoded(SPEC, 3, (2, 4), 5)  # of no image
-    store = write_store(tmp_path / "store", [sample], SPEC, {})
+    store = write_store(tmp_path / "store", [sample], SPEC)
     save_plan(PackedDataset.from_samples(store, 80).plan, tmp_path / "store")
     assert main(["inspect", str(tmp_path / "store")]) == 1
     assert "placeholders of 1 images or parts of videos, its rows name 0" in capsys.readouterr().err
 
 
+def chunks(*values):
+    return put("about", "part", "chunks", list(values))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (put("about", "begun", ...), "mmpack.json is damaged: it lacks begun"),
-        (put("about", "config", ...), "mmpack.json is damaged: it lacks config"),
-        (put("about", "chunks", ...), "mmpack.json is damaged: it lacks chunks"),
-        (put("about", "chunks", [[0, 0]]), "its chunks are not those of its samples"),
-        (put("about", "chunks", [[1, 0], [1, 0]]), "its chunks are not those of its samples"),
-        (put("about", "chunks", [[1, 2]]), "bad_rows.jsonl is damaged: it has 0 lines, 2 were"),
-        (put("about", "part", "1/99999999999"), "--shard is I/N"),
-        (put("about", "part", "x"), "--shard is I/N"),
+        (put("about", "planning", None), "mmpack.json is damaged: it does not say how to plan"),
+        (chunks([2, 0, False]), "its chunks are not those of its samples"),
+        (chunks([2, 0, True], [2, 0, True]), "its chunks are not those of its samples"),
+        (chunks([2, 2, True]), "bad_rows.jsonl is damaged: it has 0 lines, 2 were written"),
+        (put("about", "part", "of", 10**11), "'of' is 100000000000, not an integer from 1"),
+        (put("about", "part", "max_bad", 2), "max_bad (--max-bad) is a share from 0 to 1, got 2"),
+        (put("about", "part", None), "is a whole store, not a part"),
     ],
 )
 def test_parts_that_are_none(change, why, tmp_path, capsys):
-    write(tmp_path / "part", PART)
+    write(tmp_path / "part", planning=PLANNING, part=PART)
     reseal(tmp_path / "part", change)
     assert main(["merge", str(tmp_path / "out"), str(tmp_path / "part")]) == 1
     assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["x", "3", "[" * 100_000, "{}", '{"source": 1, "row": 0, "error": "", "advice": ""}']
+)
+def test_bad_rows_of_a_part_that_are_none(line, tmp_path, capsys):
+    write(tmp_path / "part", planning=PLANNING, part=replace(PART, chunks=[(3, 1, True)]))
+    (tmp_path / "part" / "bad_rows.jsonl").write_text(line + "\n")
+    assert main(["merge", str(tmp_path / "out"), str(tmp_path / "part")]) == 1
+    assert "bad_rows.jsonl is damaged: b" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -60,7 +60,7 @@ def packed(tmp_path_factory):
     """A folder as `mmpack pack` leaves one, and a model's config beside it."""
     folder = tmp_path_factory.mktemp("data")
     samples = samples_of(folder)
-    write_store(folder / "packed", iter(samples), SPEC, {})
+    write_store(folder / "packed", iter(samples), SPEC)
     save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder

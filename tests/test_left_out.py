@@ -102,6 +102,34 @@ def test_packing_stops_and_leaves_nothing(folder, tmp_path, capsys):
     assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 120
 
 
+def test_merging_judges_all_parts_as_packing_would_have(folder, tmp_path, capsys):
+    """Each part has fewer rows than are judged."""
+    arguments = ["pack", folder / "rows.json", "--tokenizer", folder / "tokenizer", "--jobs", 1]
+    arguments += ["--capacity", 512, "--on-error", "skip", "--quiet"]
+    assert main([*map(str, arguments), "--out", str(tmp_path / "out")]) == 1
+    refused = capsys.readouterr().err
+    assert "rows were left out, at most 5.0% may be: " in refused
+    parts = [str(tmp_path / number) for number in "12"]
+    for part in parts:
+        shard = ["--out", part, "--shard", f"{part[-1]}/2"]
+        assert main([*map(str, arguments), *shard]) == 0
+    merge = ["merge", str(tmp_path / "out"), *parts, "--quiet"]
+    assert main(merge) == 1
+    assert capsys.readouterr().err == refused
+    assert not (tmp_path / "out").exists()
+    # What was packed with another share is merged with it: the least of all parts' is meant.
+    for part, code in zip(parts, (1, 0)):
+        shard = ["--out", part, "--shard", f"{part[-1]}/2", "--max-bad", "0.12"]
+        assert main([*map(str, arguments), *shard]) == 1
+        assert "--overwrite it: max_bad changed since" in capsys.readouterr().err
+        assert main([*map(str, arguments), *shard, "--overwrite"]) == 0
+        assert main(merge) == code
+    assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 120
+    merge.append("--overwrite")
+    assert main([*merge, "--max-bad", "0.05"]) == 1
+    assert " rows were left out, at most 5.0% may be: " in capsys.readouterr().err
+
+
 def test_training_on_rows_stops(folder, tmp_path, capsys):
     arguments = ["train", "--data", folder / "rows.json", "--tokenizer", folder / "tokenizer"]
     arguments += ["--config", folder / "config.json", "--capacity", 512, "--on-error", "skip"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageFile
@@ -289,6 +290,6 @@ def test_media_folders_travel_to_workers_and_are_checked(packed, tmp_path):
     assert dataset[0].pixels is not None
     from mmpack.store.encoded_store import reuse_store
 
-    about = {**dataset.samples.about, "media folders": [3]}
-    with pytest.raises(ValueError, match="'media folders'.* is 3, not a string"):
+    about = replace(dataset.samples.about, media_folders=(3,))
+    with pytest.raises(ValueError, match="'media_folders'.* is 3, not a string"):
         reuse_store(tmp_path / "crafted", dataset.samples, about)

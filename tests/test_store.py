@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from mmpack.hf.loading import load_processor
 from mmpack.store import build
 from mmpack.store.atomic_folder import others, published, turn
 from mmpack.store.encoded_store import open_store, write_store
+from mmpack.store.manifest import About
 from mmpack.store.plan_file import save_plan
 from mmpack.types import PackPlan
 
@@ -315,7 +316,7 @@ def test_parts_join_to_the_store_one_process_makes(num_parts, run, whole, tmp_pa
         if path.name != "mmpack.json":  # which has the time
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     about, other = open_store(tmp_path / "out").about, open_store(whole).about
-    assert {**about, "begun": 0} == {**other, "begun": 0}
+    assert replace(about, begun=0) == replace(other, begun=0)
     # It is what `mmpack pack` would make.
     again = run("pack", "--out", tmp_path / "out")
     assert {**again, "reused": False, "seconds": 0} == {**report, "seconds": 0}
@@ -387,7 +388,7 @@ def everything(folder):
 def test_one_flipped_bit_is_found_or_changes_nothing(count, whole, tmp_path):
     store = tmp_path / "store"
     samples = [open_store(whole)[number] for number in range(30)]
-    write_store(store, samples, samples[0].vision, {"begun": 1})
+    write_store(store, samples, samples[0].vision, About(begun=1))
     save_plan(PackedDataset.from_samples(samples, 4096, [1] * 30).plan, store)
     names = ("samples.arrow", "index.sizes.npy", "mmpack.json", "plan.json", "plan.num_tokens.npy")
     good = {name: (store / name).read_bytes() for name in names}
@@ -432,7 +433,7 @@ def test_packing_again_mends_damage(run, whole, tmp_path):
 
 def test_a_plan_of_other_samples_is_refused(whole, tmp_path):
     samples = [open_store(whole)[number] for number in range(31)]
-    write_store(tmp_path / "store", samples[:30], samples[0].vision, {})
+    write_store(tmp_path / "store", samples[:30], samples[0].vision)
     save_plan(PackedDataset.from_samples(samples[1:31], 8192).plan, tmp_path / "store")
     with pytest.raises(ValueError, match=r"store has a plan of other samples"):
         PackedDataset.from_store(tmp_path / "store")
@@ -494,7 +495,7 @@ def test_an_image_of_another_size_names_its_row(tokenizer, vision, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "images": ["a.png"]}]))
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     dataset = PackedDataset.from_files(tmp_path / "rows.json", (tokenizer, vision), 1000)
-    write_store(tmp_path / "store", dataset.samples, vision, {})
+    write_store(tmp_path / "store", dataset.samples, vision)
     save_plan(dataset.plan, tmp_path / "store")
     Image.new("RGB", (600, 900)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"row 0 of rows\.json: image .*a\.png"):
@@ -527,7 +528,7 @@ def test_opening_reads_no_batch(whole, monkeypatch):
     """So that it costs what the sizes cost, however large the samples are."""
     monkeypatch.setattr("mmpack.store.encoded_store.read_batch", None)
     assert len(PackedDataset.from_store(whole)) > 0
-    assert Namespace(**open_store(whole).about).capacity == 256
+    assert open_store(whole).about.planning.capacity == 256
 
 
 def test_a_rank_holds_no_copy_of_sizes_and_plan(whole):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mmpack import PackedDataset
 from mmpack.cli.main import main
 from mmpack.store.encoded_store import write_store
+from mmpack.store.manifest import About, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.types import ImageRef
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
         replace(encoded(spec, 1, n + 3, (2, 4), 4, 5), media=(image,), source="train.json", row=n)
         for n in range(12)
     ]
-    store = write_store(folder / "packed", iter(samples), spec, {})
+    store = write_store(folder / "packed", iter(samples), spec)
     save_plan(PackedDataset.from_samples(store, 30).plan, store.folder)
     config = tiny_config(100, vision=spec, family=FAMILY)
     config.dtype = torch.bfloat16
@@ -108,9 +109,11 @@ def test_all_frozen_is_refused(folder, tmp_path, capsys):
 
 def test_a_plan_for_other_parts_is_told(folder, tmp_path, capsys):
     """A store says what its costs were counted for."""
-    about = {"config": "config.json", "frozen": ["vision"]}
+    planning = Planning(capacity=30, config="config.json", frozen=("vision",))
     samples = list(PackedDataset.from_store(folder / "packed").samples)
-    store = write_store(tmp_path / "packed", iter(samples), samples[0].vision, about)
+    store = write_store(
+        tmp_path / "packed", iter(samples), samples[0].vision, About(planning=planning)
+    )
     save_plan(PackedDataset.from_samples(store, 30).plan, store.folder)
     (tmp_path / "model").symlink_to(folder / "model")
     assert train(tmp_path, tmp_path / "one") == 0

@@ -295,7 +295,7 @@ def test_a_store_keeps_videos(tmp_path, tokenizer, third):
     samples = list(
         encode_samples([sample, text, Sample((user, sample.messages[1]), "y", 2)], tokenizer, spec)
     )
-    store = write_store(tmp_path / "store", samples, spec, {})
+    store = write_store(tmp_path / "store", samples, spec)
     assert store.vision == spec
     for one, other in zip(samples, store):
         assert same(assemble([one]), assemble([other]))

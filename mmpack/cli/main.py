@@ -6,7 +6,6 @@ of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,10 +14,22 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mmpack.cli.options import command_line
+from mmpack.cli.options import (
+    CheckOptions,
+    DemoOptions,
+    EnvOptions,
+    InspectOptions,
+    MergeOptions,
+    PackOptions,
+    ProcessorOptions,
+    ReadingOptions,
+    TrainOptions,
+    parse,
+)
 from mmpack.cli.terminal import escaped_streams, one_line, unescaped
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.errors import BadRow, OnError, Skip
+from mmpack.store.manifest import Planning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,20 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = command_line()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = _COMMANDS[options.command]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # text a terminal cannot show
+    command = ""
     try:
+        command, options = parse(arguments)
         with ExitStack() as stack:
             if options.quiet:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
-            code = run(options, rest) or 0
+            code = _COMMANDS[command](options) or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -58,22 +66,25 @@ def _run(arguments: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("mmpack"):
             raise
-        reason = f"{error.name} is not installed; mmpack {options.command} needs mmpack[train]"
+        reason = f"{error.name} is not installed; mmpack {command} needs mmpack[train]"
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"mmpack: {one_line(reason)}", file=sys.stderr)
     return 1
 
 
-def _processor(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(tokenizer, VisionSpec) as the options say."""
+def _processor(
+    options: ProcessorOptions, resizer: str = "pillow", model: str | None = None
+) -> tuple[Any, Any]:
+    """(tokenizer, VisionSpec) as the options say; `model` has the config where none is named."""
     from mmpack.hf.loading import load_config, load_processor
 
-    model = options.config or getattr(options, "model", None)
+    assert options.tokenizer is not None
+    model = options.config or model
     return load_processor(
         options.tokenizer,
         options.max_pixels,
-        getattr(options, "resizer", "pillow"),
+        resizer,
         None if model is None else load_config(model),
         {
             "fps": options.video_fps,
@@ -83,7 +94,7 @@ def _processor(options: argparse.Namespace) -> tuple[Any, Any]:
     )
 
 
-def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
+def _check(options: CheckOptions) -> int:
     from tqdm import tqdm
 
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
@@ -115,25 +126,29 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if summary.bad_rows else 0
 
 
-def _pack(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _pack(options: PackOptions) -> None:
     from mmpack.cli.pack import run_pack
 
-    _settle(options)
     config = _config(options.config, options.frozen)
-    run_pack(options, _reading(options), _processor(options), config)
+    run_pack(options, _reading(options), _processor(options, options.resizer), config)
 
 
-def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _inspect(options: InspectOptions) -> None:
     from mmpack.cli import inspect
     from mmpack.cli.plots import inspect_picture
     from mmpack.packing.dataset import PackedDataset
 
     dataset = PackedDataset.from_store(options.data, "warn")
-    number, segment = options.pack, options.segment
+    packs = None if options.pack is None else inspect.pack_range(options.pack)
+    segment = options.segment
     if options.row is not None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
+        packs = range(number, number + 1)
         for pack, piece in others:
             print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+    number, *more = packs or [0]
+    if more and options.html is None:
+        raise ValueError(f"--pack {number}-{more[-1]} is for --html FILE; else one pack is shown")
     view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
     if segment is not None:
@@ -145,6 +160,9 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
     if note:
         print(f"mmpack: {note}", file=sys.stderr)
+    if options.html is not None:
+        _inspect_html(options, dataset, packs, segment, decode)
+        return
     if options.png is not None:
         inspect_picture(view, options.png)
     if options.json:
@@ -157,13 +175,34 @@ def _inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
 
 
-def _merge(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _inspect_html(
+    options: InspectOptions, dataset: Any, packs: range | None, segment: int | None, decode: Any
+) -> None:
+    from mmpack.cli.inspect_html import write_page
+
+    name, path = Path(options.data).resolve().name, str(options.html)
+    page = write_page(dataset, packs, decode, path, name=name, segment=segment)
+    for problem in page["problems"]:
+        print(f"mmpack: {problem}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(page))
+        return
+    first, last = page["packs"][0], page["packs"][-1]
+    which = f"pack {first}" if first == last else f"packs {first} to {last}"
+    following = f"; --pack {page['next']} has the next" if page["next"] else ""
+    print(
+        f"{path}: {which} of {dataset.plan.num_packs:,}, {page['images']:,} images and videos, "
+        f"{page['bytes'] / 1000:,.0f} kB{following}"
+    )
+
+
+def _merge(options: MergeOptions) -> None:
     from mmpack.cli.merge import run_merge
 
-    run_merge(options, lambda settings: _config(settings["config"], settings["frozen"]))
+    run_merge(options, lambda planning: _config(planning.config, planning.frozen))
 
 
-def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
+def _encode(options: TrainOptions, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
     """(encoded samples with a progress bar, VisionSpec)"""
     from tqdm import tqdm
 
@@ -175,7 +214,7 @@ def _encode(options: argparse.Namespace, bad_rows: list[BadRow]) -> tuple[Iterab
     on_error: OnError = "raise"
     if options.on_error == "skip":
         on_error = Skip(options.max_bad, bad_rows)
-    tokenizer, vision = _processor(options)
+    tokenizer, vision = _processor(options, options.resizer, options.model)
     samples = read(options.data, on_error=on_error, **reading)
     encoded = encode_samples(
         samples,
@@ -199,7 +238,7 @@ def _config(path: str | None, frozen: Sequence[str]) -> Any:
     return load_config(path)
 
 
-def _reading(options: argparse.Namespace) -> dict[str, Any]:
+def _reading(options: ReadingOptions) -> dict[str, Any]:
     """The options of `read_samples`, but for `on_error`."""
     return {
         "mapping": options.dataset,
@@ -210,17 +249,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _settle(options: argparse.Namespace) -> None:
-    """What follows from other options: documents are split, conversations are not."""
-    if options.on_overflow is None:
-        options.on_overflow = "split" if options.stage == "pretrain" else "error"
-    if options.stage == "sft" and options.on_overflow == "split":
-        raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
-    if options.stage == "pretrain" and (options.train_on_prompt or options.mask_history):
-        raise ValueError("documents have no turns; leave out --train-on-prompt and --mask-history")
-
-
-def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _train(options: TrainOptions) -> None:
     from mmpack.cli.pack import cut_long
     from mmpack.data.readers import media_folders
     from mmpack.hf.checkpoints import last_checkpoint
@@ -233,7 +262,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
     if options.quiet:
         ours += ["--disable_tqdm", "True"]
-    args = parse_training_arguments([*ours, *rest])
+    args = parse_training_arguments([*ours, *options.training])
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
@@ -242,18 +271,18 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
         if options.media_dir:
             dataset.media_folders = options.media_dir
-        _tell_other_costs(dataset, options.frozen)
+        store: Any = getattr(dataset.samples, "samples", dataset.samples)
+        _tell_other_costs(store.about.planning, options.frozen)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
             f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
             "--capacity"
         )
     else:
-        _settle(options)
         bad_rows: list[BadRow] = []
         config = _config(options.model or options.config, options.frozen)
         encoded, vision = _encode(options, bad_rows)
-        samples, patch_capacity, on_overflow = cut_long(list(encoded), vision, options)
+        samples, patch_capacity, on_overflow = cut_long(list(encoded), vision, options.planning)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
@@ -280,13 +309,12 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     print(json.dumps(result))
 
 
-def _tell_other_costs(dataset: Any, frozen: Sequence[str]) -> None:
+def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
     """Say where a store's packs were planned to cost the same with other parts frozen."""
-    about = dataset.samples.about if hasattr(dataset.samples, "about") else {}
-    planned = about.get("frozen") or []
-    if about.get("config") is not None and sorted(planned) != sorted(frozen):
+    if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
-            f"--frozen {' --frozen '.join(p)}" if p else "all parts" for p in (planned, frozen)
+            f"--frozen {' --frozen '.join(p)}" if p else "all parts"
+            for p in (planning.frozen, frozen)
         ]
         print(
             f"mmpack: the packs were planned for {words[0]}, trained are {words[1]}, so they cost the same no "
@@ -295,7 +323,7 @@ def _tell_other_costs(dataset: Any, frozen: Sequence[str]) -> None:
         )
 
 
-def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _demo(options: DemoOptions) -> None:
     from mmpack.cli.demo import run_demo
 
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
@@ -304,14 +332,14 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(json.dumps(figures))
 
 
-def _env(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _env(options: EnvOptions) -> None:
     from mmpack.cli.env import env_table, environment
 
     found = environment()
     print(json.dumps(found) if options.json else env_table(found))
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
+_COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "check": _check,
     "pack": _pack,
     "merge": _merge,

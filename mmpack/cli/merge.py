@@ -2,36 +2,43 @@
 
 Part i of n has every n-th chunk of rows from the i-th on, so that long files and long rows fall on all
 parts alike and nobody need count rows first. Taking a chunk from each part in turn gives the very
-file that one process writes.
+file that one process writes. Bad rows are counted in the same order, against `--max-bad` of all parts together.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmpack.cli.pack import PLANNING, build, parse_shard, report_packs, write_plan
+from mmpack.cli.options import MergeOptions
+from mmpack.cli.pack import build, report_packs, write_plan
+from mmpack.errors import BadRow, Skip
 from mmpack.regular_files import open_regular
 from mmpack.store.atomic_folder import turn
 from mmpack.store.build import different
 from mmpack.store.encoded_store import EncodedStore, open_store, write_batches
+from mmpack.store.manifest import Part, Planning
 from mmpack.store.records import damaged
 
-_OF_A_PART = ("part", "chunks", "begun")
 
-
-def run_merge(options: argparse.Namespace, config_of: Callable[[dict[str, Any]], Any]) -> None:
+def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> None:
     """Join, plan as the parts were told to, write and report. `config_of` gives the config of the
-    model to count costs with, from their settings."""
+    model to count costs with."""
     start = time.perf_counter()
     out = Path(options.out)
     parts = _in_order([Path(path) for path in options.parts])
-    about = {name: value for name, value in parts[0].about.items() if name not in _OF_A_PART}
-    about["begun"] = min(part.about["begun"] for part in parts)
-    config = config_of(about)
+    begun = min(part.about.begun for part in parts)
+    about = replace(parts[0].about, part=None, begun=begun)
+    assert about.planning is not None
+    config = config_of(about.planning)
+    max_bad = options.max_bad
+    if max_bad is None:
+        max_bad = min(_part(store).max_bad for store in parts)
+    bad_rows = b"".join(_joined_bad_rows(parts, Skip(max_bad, [])))
     with turn(out):
         is_store = (out / "mmpack.json").exists()
         is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
@@ -39,10 +46,9 @@ def run_merge(options: argparse.Namespace, config_of: Callable[[dict[str, Any]],
             raise ValueError(f"{out} is not empty; choose another OUT, or --overwrite a packed set")
         with build(out, is_store) as partial:
             store = write_batches(partial, _joined(parts), parts[0].vision, about)
-            lines = b"".join(_joined_bad_rows(parts))
-            if lines:
-                (partial / "bad_rows.jsonl").write_bytes(lines)
-            write_plan(partial, store, argparse.Namespace(**about), config)
+            if bad_rows:
+                (partial / "bad_rows.jsonl").write_bytes(bad_rows)
+            write_plan(partial, store, about.planning, config)
     report_packs(out, options, False, start)
 
 
@@ -56,18 +62,16 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
     found: dict[int, EncodedStore] = {}
     first = None
     for folder in folders:
-        part = open_store(folder)
-        if "part" not in part.about:
+        store = open_store(folder)
+        if store.about.part is None:
             raise ValueError(f"{folder} is a whole store, not a part that mmpack pack --shard made")
-        if lacking := [
-            name for name in (*_OF_A_PART, *PLANNING, "made from") if name not in part.about
-        ]:
-            raise damaged(folder / "mmpack.json", f"it lacks {' and '.join(lacking[:4])}")
-        number, of = parse_shard(part.about["part"])
+        if store.about.planning is None:
+            raise damaged(folder / "mmpack.json", "it does not say how to plan")
+        number, of = store.about.part.number, store.about.part.of
         if first is None:
-            first, num_parts = part, of
-        names = different(first.about["made from"], part.about["made from"])
-        names += [name for name in PLANNING if part.about[name] != first.about[name]]
+            first, num_parts = store, of
+        names = different(first.about.made_from, store.about.made_from)
+        names += different(vars(first.about.planning), vars(store.about.planning))
         if of != num_parts:
             names.append(f"the number of parts, {of} and {num_parts},")
         if names:
@@ -79,7 +83,7 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             raise ValueError(
                 f"part {number} of {of} is there twice, {found[number].folder} and {folder}"
             )
-        found[number] = part
+        found[number] = store
     missing = [number for number in range(1, num_parts + 1) if number not in found]
     if missing:
         listed = " and ".join(map(str, missing[:8])) + (" and more" if missing[8:] else "")
@@ -87,14 +91,20 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             f"{len(missing)} of {num_parts} parts are missing: {listed}; "
             f"mmpack pack --shard {missing[0]}/{num_parts} makes one"
         )
-    parts = [found[number] for number in sorted(found)]
-    for number, part in enumerate(parts):
-        chunks, num_chunks = part.about["chunks"], sum(len(one.about["chunks"]) for one in parts)
+    stores = [found[number] for number in sorted(found)]
+    num_chunks = sum(len(_part(store).chunks) for store in stores)
+    for number, store in enumerate(stores):
+        chunks = _part(store).chunks
         if len(chunks) != len(range(number, num_chunks, num_parts)) or (
-            sum(has_samples for has_samples, _ in chunks) != part.num_batches
+            sum(has_samples for *_, has_samples in chunks) != store.num_batches
         ):
-            raise damaged(part.folder / "mmpack.json", "its chunks are not those of its samples")
-    return parts
+            raise damaged(store.folder / "mmpack.json", "its chunks are not those of its samples")
+    return stores
+
+
+def _part(store: EncodedStore) -> Part:
+    assert store.about.part is not None
+    return store.about.part
 
 
 def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
@@ -102,29 +112,48 @@ def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
     for store in parts:
         store.verify()
     batches = [store.batches() for store in parts]
-    for part, (has_samples, _) in _chunks(parts):
+    for part, _, _, has_samples in _chunks(parts):
         if has_samples:
             yield next(batches[part])
 
 
-def _joined_bad_rows(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
-    lines = []
+def _joined_bad_rows(parts: Sequence[EncodedStore], skip: Skip) -> Iterator[bytes]:
+    """Lines of `bad_rows.jsonl`, counted as `mmpack pack` would have counted the rows.
+
+    Raises:
+        ValueError: too many of the rows of all parts are bad; a part has other lines than were written.
+    """
+    lines: list[Iterator[bytes]] = []
     for store in parts:
         path = store.folder / "bad_rows.jsonl"
         content: list[bytes] = []
         if path.exists():
             with open_regular(path) as file:
                 content = file.readlines()
-        if len(content) != (written := sum(num_bad for _, num_bad in store.about["chunks"])):
+        if len(content) != (written := sum(num_bad for _, num_bad, _ in _part(store).chunks)):
             raise damaged(path, f"it has {len(content):,} lines, {written:,} were written")
         lines.append(iter(content))
-    for part, (_, num_bad) in _chunks(parts):
+    for part, num_rows, num_bad, _ in _chunks(parts):
+        skip.saw("merging", num_rows)
         for _ in range(num_bad):
-            yield next(lines[part])
+            line = next(lines[part])
+            skip.leave_out(_bad_row(line, parts[part].folder / "bad_rows.jsonl"))
+            yield line
 
 
-def _chunks(parts: Sequence[EncodedStore]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """(part, from 0; whether it has samples and how many bad rows) of every chunk of the data."""
-    for place in range(sum(len(part.about["chunks"]) for part in parts)):
+def _bad_row(line: bytes, path: Path) -> BadRow:
+    try:
+        saved = json.loads(line)
+    except (ValueError, RecursionError):
+        saved = None
+    match saved:
+        case {"source": str(source), "row": int(row), "error": str(error), "advice": str(advice)}:
+            return BadRow(source, row, error, advice)
+    raise damaged(path, f"{line!a:.60} is no bad row")
+
+
+def _chunks(parts: Sequence[EncodedStore]) -> Iterator[tuple[int, int, int, bool]]:
+    """(part, from 0; rows, bad rows, whether it has samples) of every chunk of the data."""
+    for place in range(sum(len(_part(store).chunks) for store in parts)):
         part, row = place % len(parts), place // len(parts)
-        yield part, parts[part].about["chunks"][row]
+        yield (part, *_part(parts[part]).chunks[row])

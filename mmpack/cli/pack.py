@@ -7,7 +7,6 @@ next process builds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -15,12 +14,13 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
 from mmpack.data.file_formats import Row, count_rows
@@ -33,7 +33,7 @@ from mmpack.packing.plan import padded_utilization, plan_samples
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
 from mmpack.regular_files import open_regular
 from mmpack.store.atomic_folder import published, turn
-from mmpack.store.build import index_rows, made_from, why_outdated
+from mmpack.store.build import different, index_rows, made_from, why_outdated
 from mmpack.store.encoded_store import (
     EncodedStore,
     changed_files,
@@ -42,22 +42,13 @@ from mmpack.store.encoded_store import (
     reuse_store,
     write_batches,
 )
+from mmpack.store.manifest import About, Part, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.vision_spec import VisionSpec
 
-PLANNING = (
-    "capacity",
-    "patch_capacity",
-    "max_image_share",
-    "on_overflow",
-    "plan_seed",
-    "config",
-    "frozen",
-)
-
 
 def run_pack(
-    options: argparse.Namespace,
+    options: PackOptions,
     reading: dict[str, Any],
     processor: tuple[Any, VisionSpec],
     config: Any,
@@ -66,24 +57,27 @@ def run_pack(
     model's, for costs, or None."""
     start = time.perf_counter()
     out = Path(options.out)
-    about: dict[str, Any] = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("command", "json", "quiet", "overwrite", "jobs", "out", "png", "shard")
-    }
-    if Path(options.tokenizer).is_dir():
-        about["tokenizer"] = os.path.abspath(options.tokenizer)  # for mmpack inspect, anywhere
-    about["begun"] = time.time_ns()
+    part = None
+    if options.shard is not None:
+        number, of = parse_shard(options.shard)
+        part = Part(number=number, of=of, max_bad=options.max_bad)
+    begun = time.time_ns()
     groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
     named = (name for group in groups for name in group.folders.names if name != DATA_URIS)
-    about["media folders"] = list(dict.fromkeys(named))  # for mmpack train, which stays inside
     tokenizer, vision = processor
-    encoding = {name: about[name] for name in ("train_on_prompt", "mask_history")}
+    encoding = {
+        "train_on_prompt": options.train_on_prompt,
+        "mask_history": options.mask_history,
+    }
     settings = {**reading, **encoding, "on_error": options.on_error}
-    about["made from"] = made_from(groups, tokenizer, vision, **settings)
-    part = None if options.shard is None else parse_shard(options.shard)
-    if part is not None:
-        about["part"] = options.shard
+    about = About(
+        begun=begun,
+        made_from=made_from(groups, tokenizer, vision, **settings),
+        media_folders=tuple(dict.fromkeys(named)),  # for mmpack train, which stays inside
+        tokenizer=os.path.abspath(options.tokenizer),  # for mmpack inspect, anywhere
+        planning=options.planning,
+        part=part,
+    )
 
     found = _look(out, about, options.overwrite)
     if not found.is_done:
@@ -99,20 +93,18 @@ def run_pack(
                     print(f"encoding anew: {found.why}")
                 with build(out, found.mark is not None) as partial:
                     if found.store is not None:
-                        about["begun"] = found.store.about["begun"]
-                        for name in ("files", "chunks"):
-                            about |= (
-                                {name: found.store.about[name]} if name in found.store.about else {}
-                            )
+                        old = found.store.about
+                        if part is not None and old.part is not None:
+                            part.chunks.extend(old.part.chunks)
+                        about = replace(about, begun=old.begun, files=old.files)
                         store = reuse_store(partial, found.store, about)
                         if (out / "bad_rows.jsonl").exists():
                             shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
                     else:
-                        ways = {"reading": reading, "encoding": encoding, "jobs": options.jobs}
-                        ways["quiet"] = options.quiet
-                        store = _encode(partial, groups, processor, about, part, ways)
+                        ways = {"reading": reading, "encoding": encoding}
+                        store = _encode(partial, groups, processor, about, options, ways)
                     if part is None:
-                        write_plan(partial, store, options, config)
+                        write_plan(partial, store, options.planning, config)
     reused = found.store is not None
     if part is None:
         report_packs(out, options, reused, start)
@@ -129,7 +121,7 @@ class _Found(NamedTuple):
     mark: tuple[int, int] | None  # which store it is; None: there is none
 
 
-def _look(out: Path, about: dict[str, Any], overwrite: bool, look_at_images: bool = True) -> _Found:
+def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True) -> _Found:
     """
     Raises:
         ValueError: there is something that is no store, or another one and `overwrite` is not asked
@@ -146,13 +138,13 @@ def _look(out: Path, about: dict[str, Any], overwrite: bool, look_at_images: boo
     store, planned = None, []
     try:
         store = open_store(out)
-        names = why_outdated(store, about["made from"], look_at_images)
-        names += [name for name in ["part"] if about.get(name) != store.about.get(name)]
+        names = why_outdated(store, about.made_from, look_at_images)
+        names += ["part"] if str(about.part) != str(store.about.part) else []
         why = f"{' and '.join(names[:4])} changed since" if names else ""
-        planned = [name for name in PLANNING if about[name] != store.about.get(name)]
+        planned = different(_settings(store.about), _settings(about))
         if not why and overwrite and look_at_images:
             store.verify()
-        if not why and not planned and "part" not in about:
+        if not why and not planned and about.part is None:
             PackedDataset.from_store(out, on_changed_data="warn")
     except ValueError as error:
         why = str(error)
@@ -160,6 +152,12 @@ def _look(out: Path, about: dict[str, Any], overwrite: bool, look_at_images: boo
         reason = why or f"{' and '.join(planned[:4])} changed since"
         raise ValueError(f"{out} is not empty; choose another --out, or --overwrite it: {reason}")
     return _Found(None if why else store, not (why or planned), why, mark)
+
+
+def _settings(about: About) -> dict[str, Any]:
+    """What a store records of options that its samples do not depend on."""
+    planning = {} if about.planning is None else vars(about.planning)
+    return planning | ({} if about.part is None else {"max_bad": about.part.max_bad})
 
 
 def _mark(out: Path) -> tuple[int, int] | None:
@@ -187,22 +185,21 @@ def _encode(
     partial: Path,
     groups: list[RowGroup],
     processor: tuple[Any, VisionSpec],
-    about: dict[str, Any],
-    part: tuple[int, int] | None,
+    about: About,
+    options: PackOptions,
     ways: dict[str, Any],
 ) -> EncodedStore:
     """Read and encode the rows, or a part of them, into a store."""
     bad_rows: list[BadRow] = []
     on_error: OnError = "raise"
-    if about["on_error"] == "skip":
-        on_error = Skip(about["max_bad"], bad_rows)
+    if options.on_error == "skip":
+        on_error = Skip(options.max_bad, bad_rows)
     files = [group.file.resolve() for group in groups if group.file is not None]
-    about["files"] = {str(file): _stamp(file) for file in files}
-    if part is not None:
-        about["chunks"] = []  # of each, whether it has samples, and its bad rows
+    about = replace(about, files={str(file): _stamp(file) for file in files})
     tokenizer, vision = processor
-    batches = _batches(groups, tokenizer, vision, about, part or (1, 1), on_error=on_error, **ways)
-    store = write_batches(partial, batches, vision, about, may_be_empty=part is not None)
+    ways |= {"on_error": on_error, "jobs": options.jobs}
+    batches = _batches(groups, tokenizer, vision, about.part, options.quiet, **ways)
+    store = write_batches(partial, batches, vision, about, may_be_empty=about.part is not None)
     if changed := changed_files(store):
         raise ValueError(f"{changed[0]} changed while it was read; pack again")
     names = [field.name for field in fields(BadRow)]
@@ -216,14 +213,14 @@ def _stamp(file: Path) -> tuple[int, int, str]:
     return stat.st_size, stat.st_mtime_ns, file_sha256(file)
 
 
-def write_plan(folder: Path, store: EncodedStore, options: argparse.Namespace, config: Any) -> None:
+def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: Any) -> None:
     """The plan of a store, and lists of the rows that are longer than a pack."""
-    samples, patch_capacity, on_overflow = cut_long(store, store.vision, options)
+    samples, patch_capacity, on_overflow = cut_long(store, store.vision, planning)
     if samples is not store:
         samples.save(folder)
-    cost = None if config is None else costs_of(samples, config, options.frozen)
+    cost = None if config is None else costs_of(samples, config, planning.frozen)
     plan = plan_samples(
-        samples, options.capacity, patch_capacity, on_overflow, options.plan_seed, cost
+        samples, planning.capacity, patch_capacity, on_overflow, planning.plan_seed, cost
     )
     save_plan(plan, folder)
     overflow = []
@@ -234,7 +231,7 @@ def write_plan(folder: Path, store: EncodedStore, options: argparse.Namespace, c
     _write_lines(folder / "overflow.jsonl", overflow)
 
 
-def report_packs(out: Path, options: argparse.Namespace, reused: bool, start: float) -> None:
+def report_packs(out: Path, options: PictureOptions, reused: bool, start: float) -> None:
     """Print what is at `out`."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
@@ -285,7 +282,7 @@ def report_packs(out: Path, options: argparse.Namespace, reused: bool, start: fl
     print(f"written to {out}")
 
 
-def _report_part(out: Path, options: argparse.Namespace, reused: bool, start: float) -> None:
+def _report_part(out: Path, options: PackOptions, reused: bool, start: float) -> None:
     num_bad = _count_lines(out / "bad_rows.jsonl")
     report = {
         "part": options.shard,
@@ -317,49 +314,50 @@ def parse_shard(text: str) -> tuple[int, int]:
     return number, of
 
 
-def cut_long(samples: Any, vision: VisionSpec, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any, Any, Any]:
     """(samples, long documents in pieces, patch capacity, on_overflow), as there is to plan."""
-    patch_capacity = options.patch_capacity
-    if options.max_image_share is not None:
-        most = image_capacity(options.max_image_share, options.capacity, vision)
+    patch_capacity = planning.patch_capacity
+    if planning.max_image_share is not None:
+        most = image_capacity(planning.max_image_share, planning.capacity, vision)
         patch_capacity = most if patch_capacity is None else min(most, patch_capacity)
-    if options.on_overflow != "split":
-        return samples, patch_capacity, options.on_overflow
-    return split_samples(samples, options.capacity, patch_capacity), patch_capacity, "error"
+    if planning.on_overflow != "split":
+        return samples, patch_capacity, planning.on_overflow
+    return split_samples(samples, planning.capacity, patch_capacity), patch_capacity, "error"
 
 
 def _batches(
     groups: list[RowGroup],
     tokenizer: Any,
     vision: VisionSpec,
-    about: dict[str, Any],
-    part: tuple[int, int],
+    part: Part | None,
     quiet: bool,
     **options: Any,
 ) -> Iterator[bytes]:
     """Batches for a store, a bar showing rows, rows a second and, where files know how many they
-    have, how long it will take."""
+    have, how long it will take. What becomes of its chunks is added to a part."""
+    number, of = (1, 1) if part is None else (part.number, part.of)
     counts = [count_rows(group.file) if group.file is not None else None for group in groups]
     is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
     is_known = all(array or count is not None for array, count in zip(is_array, counts))
-    total = sum(count or 0 for count in counts) // part[1] if is_known else None
+    total = sum(count or 0 for count in counts) // of if is_known else None
     with tqdm(total=total, unit=" rows", desc="encoding", disable=quiet or None) as bar:
 
         def counted(rows: Iterable[Row]) -> Iterator[Row]:
             """An array is read whole, so that is when its length is known."""
             rows = list(rows)
             if is_known:
-                bar.total += len(rows) // part[1]
+                bar.total += len(rows) // of
             yield from rows
 
         groups = [
             group._replace(rows=counted(group.rows)) if array else group
             for group, array in zip(groups, is_array)
         ]
-        for indexed in index_rows(groups, tokenizer, vision, part=part, **options):
+        for indexed in index_rows(groups, tokenizer, vision, part=(number, of), **options):
             bar.update(indexed.num_rows)
-            if "chunks" in about:
-                about["chunks"].append((int(indexed.batch is not None), len(indexed.bad_rows)))
+            if part is not None:
+                num_bad, has_samples = len(indexed.bad_rows), indexed.batch is not None
+                part.chunks.append((indexed.num_rows, num_bad, has_samples))
             if indexed.batch is not None:
                 yield indexed.batch
 

@@ -150,6 +150,22 @@ def encoded_bytes(image: ImageRef) -> bytes:
     return buffer.getvalue()
 
 
+def thumbnail(picture: Image | NDArray[np.uint8], side: int) -> bytes:
+    """A picture as a JPEG of at most `side` x `side` pixels, of pixels alone: no EXIF, comment or profile.
+
+    Args:
+        picture: an image, decoded, or (height, width, 3) uint8.
+    """
+    from PIL import Image
+
+    pixels = picture if isinstance(picture, np.ndarray) else np.asarray(_to_rgb(picture))
+    small = Image.fromarray(pixels)  # a new one, of no file
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue()
+
+
 @contextmanager
 def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Image]:
     from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light

@@ -32,9 +32,10 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
     One pack a step is the default, as a pack is a full batch already.
     """
     defaults = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--report_to", "none"]
-    if not any(option.startswith(("--output_dir", "--output-dir")) for option in options):
-        defaults += ["--output_dir", "mmpack-output"]
-    parser = HfArgumentParser(TrainingArguments, prog="mmpack train", usage=_USAGE)
+    defaults += ["--output_dir", "mmpack-output"]
+    parser = HfArgumentParser(
+        TrainingArguments, prog="mmpack train", usage=_USAGE, allow_abbrev=False
+    )
     args, unknown = parser.parse_args_into_dataclasses(
         [*defaults, *options], return_remaining_strings=True
     )

@@ -180,15 +180,15 @@ class PackedDataset(PackSource, Dataset[Pack]):
             text = f"{' and '.join(changed[:4])} changed since {folder} was packed"
             if on_changed_data == "raise":
                 raise ValueError(
-                    f"{text} ({len(changed)} of {len(store.about['files'])} data files); pack again with "
+                    f"{text} ({len(changed)} of {len(store.about.files)} data files); pack again with "
                     "--overwrite, or train on the rows as they were with --on-changed-data warn "
                     "(on_changed_data='warn')"
                 )
             _log.warning("%s; its samples are the rows as they were", text)
         samples: EncodedStore | SplitSamples = store
-        if "part" in store.about:
+        if store.about.part is not None:
             raise ValueError(
-                f"{folder} is part {store.about['part']} of a store; join all with mmpack merge"
+                f"{folder} is part {store.about.part} of a store; join all with mmpack merge"
             )
         if not (Path(folder) / "plan.json").exists():
             raise ValueError(f"{folder} has no plan; pack again with --overwrite")
@@ -207,8 +207,7 @@ class PackedDataset(PackSource, Dataset[Pack]):
                     f"{folder} has a plan of other samples; pack again with --overwrite"
                 )
         dataset = cls(samples, plan)
-        # A store written from Python may not say.
-        dataset.media_folders = store.about.get("media folders")
+        dataset.media_folders = store.about.media_folders
         return dataset
 
     @property

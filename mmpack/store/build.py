@@ -261,13 +261,13 @@ def why_outdated(
     store: EncodedStore, parts: Mapping[str, str], look_at_images: bool = True
 ) -> list[str]:
     """Why a store is not what would be made now: the parts that differ, by name, or the first image
-    that changed since `about["begun"]`. Empty: it can be used again."""
-    names = different(store.about.get("made from", {}), parts)
+    that changed since `about.begun`. Empty: it can be used again."""
+    names = different(store.about.made_from, parts)
     for path in () if names or not look_at_images else sorted(set(store.image_paths())):
         try:
             found = regular_stat(path)
         except (OSError, ValueError):  # no regular file, or a name that no file can have
             return [path]
-        if max(found.st_mtime_ns, found.st_ctime_ns) > store.about.get("begun", 0):
+        if max(found.st_mtime_ns, found.st_ctime_ns) > store.about.begun:
             return [path]
     return names

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from mmpack.data.chunks import chunks
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
-from mmpack.store.manifest import read_manifest, write_manifest
+from mmpack.store.manifest import About, Manifest, read_manifest, write_manifest
 from mmpack.store.mapped_arrays import ArrayType, array_files, load_arrays, save_arrays
 from mmpack.store.records import damaged
 from mmpack.types import IGNORE, EncodedSample, Int32, Int64
@@ -61,13 +61,10 @@ class EncodedStore(Sequence[EncodedSample]):
         about: what `write_store` was told.
     """
 
-    def __init__(self, folder: Path, vision: VisionSpec, saved: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        self.vision = vision
-        self.about: dict[str, Any] = saved["about"]
-        self.checksum: int = saved["checksum"]
-        ids = saved["id range"]
-        self.id_range: tuple[int, int] | None = None if ids is None else (ids[0], ids[1])
+        self.vision, self.about = manifest.vision, manifest.about
+        self.checksum, self.id_range = manifest.checksum, manifest.id_range
         self._path = folder / "samples.arrow"
         index, _ = load_arrays(folder, "index", _INDEX)
         if flaw := _index_flaw(**index):
@@ -188,7 +185,7 @@ def write_store(
     folder: str | os.PathLike[str],
     samples: Iterable[EncodedSample],
     vision: VisionSpec,
-    about: dict[str, Any],
+    about: About | None = None,
 ) -> EncodedStore:
     """Write samples to `folder` and open it.
 
@@ -196,7 +193,7 @@ def write_store(
         folder: created; must not hold a store yet.
         samples: consumed once.
         vision: the spec they were encoded with.
-        about: anything JSON holds that says what the store was made from.
+        about: what the samples were made from; by default nothing is said of it.
 
     Raises:
         ValueError: no samples, or a folder that holds a store.
@@ -208,11 +205,12 @@ def write_batches(
     folder: str | os.PathLike[str],
     batches: Iterable[bytes],
     vision: VisionSpec,
-    about: dict[str, Any],
+    about: About | None = None,
     may_be_empty: bool = False,
 ) -> EncodedStore:
     """`write_store` for samples that are batches already, made by `as_batch` in any process; none
-    but the one being written is in memory. `about` is written when all are, so it may grow meanwhile."""
+    but the one being written is in memory. `about` is written when all are, so the chunks of a part may
+    grow meanwhile."""
     folder = Path(folder)
     if (folder / "mmpack.json").exists():
         raise ValueError(f"{folder} holds a store already")
@@ -244,12 +242,16 @@ def write_batches(
     table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
     arrays = {"offsets": offsets, "starts": starts, "sizes": table}
     save_arrays(folder, "index", _INDEX, arrays)
-    return _finish(folder, vision, about, checksum, (min(ids), max(ids)) if ids else None)
+    manifest = Manifest(
+        vision=vision,
+        about=about or About(),
+        checksum=checksum,
+        id_range=(min(ids), max(ids)) if ids else None,
+    )
+    return _finish(folder, manifest)
 
 
-def reuse_store(
-    folder: str | os.PathLike[str], store: EncodedStore, about: dict[str, Any]
-) -> EncodedStore:
+def reuse_store(folder: str | os.PathLike[str], store: EncodedStore, about: About) -> EncodedStore:
     """The samples of a store as another one: a link to its file where the disk has links.
 
     Raises:
@@ -265,21 +267,20 @@ def reuse_store(
         shutil.copyfile(source, target)
     for path in array_files(store.folder, "index"):
         shutil.copyfile(path, folder / path.name)
-    return _finish(folder, store.vision, about, store.checksum, store.id_range)
+    return _finish(
+        folder,
+        Manifest(
+            vision=store.vision, about=about, checksum=store.checksum, id_range=store.id_range
+        ),
+    )
 
 
-def _finish(
-    folder: Path,
-    vision: VisionSpec,
-    about: dict[str, Any],
-    checksum: int,
-    id_range: tuple[int, int] | None,
-) -> EncodedStore:
+def _finish(folder: Path, manifest: Manifest) -> EncodedStore:
     """What lies beside the samples; `mmpack.json` last: then a store is whole."""
     # What datasets' load_from_disk reads. The fingerprint names its caches, so it follows the content.
     state: dict[str, Any] = {
         "_data_files": [{"filename": "samples.arrow"}],
-        "_fingerprint": f"mmpack{checksum:010x}",
+        "_fingerprint": f"mmpack{manifest.checksum:010x}",
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -289,7 +290,7 @@ def _finish(
     for name, content in (("state", state), ("dataset_info", {})):
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    write_manifest(folder, vision, about, checksum, id_range)
+    write_manifest(folder, manifest)
     return open_store(folder)
 
 
@@ -318,14 +319,14 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
     Raises:
         ValueError: the folder holds no store, one of another format, or a damaged one.
     """
-    return EncodedStore(Path(folder), *read_manifest(Path(folder)))
+    return EncodedStore(Path(folder), read_manifest(Path(folder)))
 
 
 def changed_files(store: EncodedStore) -> list[str]:
     """Data files that are not what the store was made from: of another size, or of another time and
     other content. One that is not there, or cannot be read, is none: a store needs it no more."""
     changed = []
-    for path, (num_bytes, time_ns, sha256) in store.about.get("files", {}).items():
+    for path, (num_bytes, time_ns, sha256) in store.about.files.items():
         try:
             found = regular_stat(path)
             if found.st_size != num_bytes or (

@@ -1,84 +1,127 @@
-"""`mmpack.json`, a store's manifest: the `VisionSpec` of its samples and what they were made from."""
+"""`mmpack.json`, a store's manifest: the `VisionSpec` of its samples and what they were made from.
+
+The dataclasses here are the format: their fields are the file's, their types its schema. Who changes them
+raises `FORMAT`; a store of another format is packed again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mmpack.store.records import check_record, damaged, read_json, write_record
+from mmpack.store.records import (
+    check_record,
+    damaged,
+    from_record,
+    read_json,
+    schema_of,
+    write_record,
+)
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 6
-_POSITIVE, _ID = range(1, 1 << 31), range(1 << 31)
-_VIDEO = {
-    "min_pixels": range(1, 1 << 63),
-    "max_pixels": range(1, 1 << 63),
-    "fps": float,
-    "min_frames": _POSITIVE,
-    "max_frames": _POSITIVE,
-    "budgets_clip": bool,
-    "tokens_per_second": (None, float),
-    "has_timestamps": bool,
-}
-_VISION = {
-    "min_pixels": range(1, 1 << 63),
-    "max_pixels": range(1, 1 << 63),
-    "patch_size": _POSITIVE,
-    "merge_size": _POSITIVE,
-    "temporal_patch_size": _POSITIVE,
-    "image_mean": [float],
-    "image_std": [float],
-    "resizer": str,
+FORMAT = 7
+_POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
+_CAPACITY = range(1, 1 << 63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """How samples were packed: the options of `mmpack pack` of these names, as they were given."""
+
+    capacity: Annotated[int, _CAPACITY]
+    patch_capacity: Annotated[int, _CAPACITY] | None = None
+    max_image_share: float | None = None
+    on_overflow: str = "error"
+    plan_seed: Annotated[int, range(1 << 64)] = 0
+    config: str | None = None
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Part `number`, from 1, `of` so many: what `mmpack merge` needs to know of it.
+
+    Attributes:
+        max_bad: the share of rows that might be left out.
+        chunks: of each chunk of rows, how many there were, how many of them were bad, and whether samples
+            came of it. Appended to while the part is written.
+    """
+
+    number: Annotated[int, range(1, 1_000_000)]
+    of: Annotated[int, range(1, 1_000_000)]
+    max_bad: float
+    chunks: list[tuple[Annotated[int, _COUNT], Annotated[int, _COUNT], bool]] = field(
+        default_factory=list
+    )
+
+    def __post_init__(self) -> None:
+        if self.number > self.of:
+            raise ValueError(f"there is no part {self.number} of {self.of}")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a store was made from, and how; a store written from Python need not say any of it.
+
+    Attributes:
+        begun: `time.time_ns()` when reading began: images that changed later make it outdated.
+        files: data files by path: bytes, time of change in ns, SHA-256.
+        made_from: what the samples depend on, see `mmpack.store.build.made_from`.
+        media_folders: what images and videos lie in; None: anywhere.
+        tokenizer: the folder it was read from.
+        planning: None: nobody knows.
+        part: None: it is whole.
+    """
+
+    begun: int = 0
+    files: dict[str, tuple[int, int, str]] = field(default_factory=dict)
+    made_from: dict[str, str] = field(default_factory=dict)
+    media_folders: tuple[str, ...] | None = None
+    tokenizer: str | None = None
+    planning: Planning | None = None
+    part: Part | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of `mmpack.json`.
+
+    Attributes:
+        checksum: of all of `samples.arrow`.
+        id_range: the smallest and the largest token id in it, labels that count among them; None: no sample.
+    """
+
+    format: int = FORMAT
+    vision: VisionSpec
+    about: About
+    checksum: Annotated[int, range(1 << 32)]
+    id_range: tuple[int, int] | None
+
+
+# Narrower than the types of the specs, which check the rest of their fields themselves.
+_VIDEO = schema_of(VideoSpec) | dict.fromkeys(("min_frames", "max_frames"), _POSITIVE)
+_VISION = schema_of(VisionSpec) | {
+    **dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), _POSITIVE),
+    **dict.fromkeys(("image_token_id", "video_token_id"), _ID),
+    **dict.fromkeys(("vision_start_token_id", "vision_end_token_id"), _ID),
     "video": (None, _VIDEO),
-    "image_token_id": _ID,
-    "video_token_id": _ID,
-    "vision_start_token_id": _ID,
-    "vision_end_token_id": _ID,
 }
-# What we write into "about"; who writes a store of their own may leave it out, or add to it.
-_ABOUT = {
-    "begun?": int,  # time.time_ns()
-    "files?": {str: [int, int, str]},  # bytes, time of change in ns, SHA-256
-    "made from?": {str: str},
-    "media folders?": [str],
-    "part?": str,
-    "chunks?": [[range(2), range(1 << 31)]],  # whether there are samples, and how many bad rows
-    "tokenizer?": str,
-    "capacity?": range(1, 1 << 63),
-    "patch_capacity?": (None, range(1, 1 << 63)),
-    "max_image_share?": (None, float),
-    "on_overflow?": str,
-    "plan_seed?": range(1 << 64),
-    "config?": (None, str),
-    "frozen?": [str],
-    ...: None,
-}
-_RECORD = {
-    "format": int,
-    "vision": _VISION,
-    "about": _ABOUT,
-    "checksum": range(1 << 32),
-    "id range": (None, [int, int]),  # the smallest and the largest token id
-}
+_SCHEMA: dict[str, Any] = schema_of(Manifest) | {"vision": _VISION}
 
 
-def write_manifest(
-    folder: Path,
-    vision: VisionSpec,
-    about: dict[str, Any],
-    checksum: int,
-    id_range: tuple[int, int] | None,
-) -> None:
-    """Write it; `checksum` is that of all of `samples.arrow`, `id_range` of the token ids in it."""
-    saved = {"format": FORMAT, "vision": asdict(vision), "about": about, "checksum": checksum}
-    saved["id range"] = id_range
-    write_record(folder / "mmpack.json", saved)
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it."""
+    write_record(folder / "mmpack.json", asdict(manifest))
 
 
-def read_manifest(folder: Path) -> tuple[VisionSpec, dict[str, Any]]:
-    """(spec, what `write_manifest` wrote).
+def read_manifest(folder: Path) -> Manifest:
+    """What `write_manifest` wrote.
 
     Raises:
         ValueError: there is none, one of another format, or one that is damaged or does not fit the schema.
@@ -95,29 +138,15 @@ def read_manifest(folder: Path) -> tuple[VisionSpec, dict[str, Any]]:
         raise ValueError(f"{path} is not mmpack's; make a store with mmpack pack")
     if saved["format"] != FORMAT:
         raise ValueError(
-            f"{folder} has store format {saved['format']!a:.20}, not {FORMAT}; pack again with "
-            "--overwrite"
+            f"{folder} has store format {saved['format']!a:.20}, not {FORMAT}; make it again: "
+            f"mmpack pack ... --out {shlex.quote(str(folder))} --overwrite, with the options it was made with"
         )
-    saved = check_record(path, saved, _RECORD)
+    saved = check_record(path, saved, _SCHEMA)
     try:
-        vision = _vision_of(saved["vision"])
+        manifest: Manifest = from_record(Manifest, saved)
+        spec = manifest.vision
+        if not len(spec.image_mean) == len(spec.image_std) > 0 or 0 in spec.image_std:
+            raise ValueError("image_mean and image_std are no normalisation of channels")
     except ValueError as error:
         raise damaged(path, error) from None
-    return vision, saved
-
-
-def _vision_of(saved: dict[str, Any]) -> VisionSpec:
-    """A spec from its fields, of which the schema has been looked at.
-
-    Raises:
-        ValueError: they make no sense together.
-    """
-    vision: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
-    }
-    if vision["video"] is not None:
-        vision["video"] = VideoSpec(**vision["video"])
-    spec = VisionSpec(**vision)
-    if not len(spec.image_mean) == len(spec.image_std) > 0 or 0 in spec.image_std:
-        raise ValueError("image_mean and image_std are no normalisation of channels")
-    return spec
+    return manifest

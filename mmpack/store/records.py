@@ -8,22 +8,25 @@ checksum of itself, and fits a schema, which is written in Python:
     [int]           a list of any length; [int, str]: of two, in this order
     {str: int}      an object with any names
     {"a": int, "b?": str}             these names, the second may be missing; no others
-    {"a": int, ...: None}             others too, whatever they hold
+
+or follows from a dataclass (`schema_of`), which `from_record` makes of a record that fits.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 import zlib
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from mmpack.regular_files import open_regular, regular_stat
 
-MAX_RECORD_BYTES = 64 << 20  # the chunks of a part of 10 million rows take 1 MiB
+MAX_RECORD_BYTES = 64 << 20  # the chunks of 10 million rows take 3 MiB
 _CHECKSUM = "checksum of this file"
 _INT64 = range(-(1 << 63), 1 << 63)
 _NAMES = {
@@ -88,28 +91,68 @@ def check_record(path: Path, record: Any, schema: Mapping[Any, Any]) -> dict[str
     try:
         if checksum != _checksum_of(record):
             raise ValueError("it is not what was written")
-        _check(record, schema, "")
+        check(record, schema, "")
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from None
     return record
+
+
+def schema_of(kind: Any) -> Any:
+    """The schema of a dataclass in JSON, or of a field's type: int, float, str, bool and None; `Annotated[int,
+    range(9)]`; X | None; `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`; `dict[str, X]`; another dataclass."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return {field.name: schema_of(hints[field.name]) for field in fields(kind)}
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return inner[1]
+    if origin in (Union, UnionType):
+        return (None, *(schema_of(one) for one in inner if one is not NoneType))
+    if origin is dict:
+        return {str: schema_of(inner[1])}
+    return [schema_of(one) for one in inner if one is not ...] if inner else kind
+
+
+def from_record(kind: Any, value: Any) -> Any:
+    """What fits `schema_of(kind)` as a value of that type.
+
+    Raises:
+        ValueError: the dataclass refuses its fields.
+    """
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        made = {name: from_record(hints[name], one) for name, one in value.items()}
+        return kind(**made)  # type: ignore[operator]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        (other,) = (one for one in inner if one is not NoneType)
+        return None if value is None else from_record(other, value)
+    if origin is dict:
+        return {name: from_record(inner[1], one) for name, one in value.items()}
+    if origin is list or ... in inner:
+        return origin(from_record(inner[0], one) for one in value)
+    if origin is tuple:
+        return tuple(from_record(one, part) for one, part in zip(inner, value))
+    return value
 
 
 def _checksum_of(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _check(value: Any, schema: Any, place: str) -> None:
-    """
+def check(value: Any, schema: Any, place: str) -> None:
+    """Whether a value fits a schema; `place` is what it is called.
+
     Raises:
-        ValueError: the value does not fit; says where, what it is and what it must be.
+        ValueError: it does not; says where, what it is and what it must be.
     """
     if isinstance(schema, tuple):
         for one in schema[:-1]:
             try:
-                return _check(value, one, place)
+                return check(value, one, place)
             except ValueError:
                 continue
-        return _check(value, schema[-1], place)
+        return check(value, schema[-1], place)
     if isinstance(schema, Mapping):
         return _check_object(value, schema, place)
     if isinstance(schema, list):
@@ -118,14 +161,14 @@ def _check(value: Any, schema: Any, place: str) -> None:
         if len(schema) > 1 and len(value) != len(schema):
             raise _misfit(value, f"a list of {len(schema)}", place)
         for number, one in enumerate(value):
-            _check(one, schema[number if len(schema) > 1 else 0], f"{place}[{number}]")
+            check(one, schema[number if len(schema) > 1 else 0], f"{place}[{number}]")
         return None
     if isinstance(schema, range) or schema is int:
         values = schema if isinstance(schema, range) else _INT64
         if type(value) is not int or value not in values:
             raise _misfit(value, f"an integer from {values[0]} to {values[-1]}", place)
     elif schema is float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise _misfit(value, "a number", place)
     elif (value is not None) if schema is None else (type(value) is not schema):
         raise _misfit(value, _NAMES[schema], place)
@@ -141,10 +184,10 @@ def _check_object(value: Any, schema: Mapping[Any, Any], place: str) -> None:
             raise ValueError(f"{_joined(place, name)} is missing")
     for name, one in value.items():
         if name in known:
-            _check(one, schema[known[name]], _joined(place, name))
+            check(one, schema[known[name]], _joined(place, name))
         elif str in schema:
-            _check(one, schema[str], _joined(place, name))
-        elif ... not in schema:
+            check(one, schema[str], _joined(place, name))
+        else:
             raise ValueError(f"{_joined(place, name)} is not known")
 
 
