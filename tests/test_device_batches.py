@@ -124,8 +124,8 @@ def test_a_stock_trainer(tmp_path, device):
         model = patch_model(tiny_model(small_config()))
         collate = PackCollator(model=model, assemble=assemble)
         args = TrainingArguments(output_dir=tmp_path, max_steps=4, **{**QUIET, **options})
-        callbacks = [PackingCallback(dataset)]
-        trainer = Trainer(model, args, collate, dataset, callbacks=callbacks)
+        trainer = Trainer(model, args, collate, dataset)
+        PackingCallback(dataset).attach(trainer)
         trainer.train()
         assert trainer.state.log_history[0]["pack/utilization"] > 0.5
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -304,8 +304,8 @@ def test_pack_and_train_on_documents(command, tmp_path, capsys):
     assert 0 < features.max() <= 12
     args = TrainingArguments(str(tmp_path / "run"), max_steps=3, **QUIET)
     model = patch_model(tiny_model(tiny_config()))
-    options = {"train_dataset": dataset, "callbacks": [PackingCallback(dataset)]}
-    trainer = Trainer(model, args, data_collator=PackCollator(), **options)
+    trainer = Trainer(model, args, PackCollator(), dataset)
+    PackingCallback(dataset).attach(trainer)
     assert trainer.train().global_step == 3
     assert all(np.isfinite(e["loss"]) for e in trainer.state.log_history if "loss" in e)
 
@@ -329,8 +329,8 @@ def test_real_documents_train_for_20_steps(shared, documents, tmp_path):
     dataset = PackedDataset.from_samples(documents, 4096, on_overflow="split")
     model = patch_model(tiny_model(tiny_config()))
     args = TrainingArguments(str(tmp_path), max_steps=20, **QUIET)
-    options = {"train_dataset": dataset, "callbacks": [PackingCallback(dataset)]}
-    trainer = Trainer(model, args, data_collator=PackCollator(), **options)
+    trainer = Trainer(model, args, PackCollator(), dataset)
+    PackingCallback(dataset).attach(trainer)
     trainer.train()
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert len(losses) == 20

@@ -230,8 +230,8 @@ def _train(options: TrainOptions) -> None:
 
     from mmpack.cli.pack import cut_long
     from mmpack.hf.checkpoints import last_checkpoint
-    from mmpack.hf.families import freeze
     from mmpack.hf.loading import load_model
+    from mmpack.hf.model_parts import freeze
     from mmpack.hf.training import parse_training_arguments, train
     from mmpack.packing.cost import costs_of
     from mmpack.packing.dataset import PackedDataset

@@ -10,21 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mmpack.families import family_of_processor, video_rule
 from mmpack.vision_spec import VisionSpec
 
 _NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code of the folder's
-# Class defaults of transformers' video processors, whose files cannot be imported without torchvision.
-_FRAMES = {"min_frames": 4, "max_frames": 768}
-_VIDEO_PROCESSORS = {
-    "Qwen2VLVideoProcessor": {
-        **_FRAMES,
-        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
-    },
-    "Qwen3VLVideoProcessor": {
-        **_FRAMES,
-        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
-    },
-}
 
 
 def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
@@ -77,14 +66,20 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
             settings = (
                 found | {"processor_class": saved.get("processor_class")} if found else settings
             )
-    of_class = str(settings.get("processor_class"))
-    if config is None and of_class.startswith("Qwen2_5"):
+    family = family_of_processor(settings.get("processor_class"))
+    if config is None and family.has_timed_positions:
         return None
-    default = "Qwen3VLVideoProcessor" if of_class.startswith("Qwen3") else "Qwen2VLVideoProcessor"
-    kind = settings.get("video_processor_type") or default
-    if kind not in _VIDEO_PROCESSORS:
-        raise ValueError(f"{folder} has a {kind}; read are {', '.join(_VIDEO_PROCESSORS)}")
-    merged = {**_VIDEO_PROCESSORS[kind], **settings, "video_processor_type": kind}
+    kind = settings.get("video_processor_type") or family.video.processor
+    try:
+        rule = video_rule(kind)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    defaults = {
+        "size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
+        "min_frames": rule.min_frames,
+        "max_frames": rule.max_frames,
+    }
+    merged = {**defaults, **settings, "video_processor_type": kind}
     edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # the older names
     given = {edges[name]: merged[name] for name in edges if merged.get(name) is not None}
     return SimpleNamespace(**{**merged, "size": {**merged["size"], **given}})

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from mmpack.data.encoder import Encoder
-from mmpack.hf.families import TowerSpec, inner_model, tower_of
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
+from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, set_seed
 
 from mmpack.data.processor_folder import load_config
-from mmpack.hf.families import FAMILIES
+from mmpack.families import FAMILIES
 
 
 def load_model(

@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 class PackStream(PackSource, IterableDataset[PackSamples]):
     """Packs of a source, in the order it gives rows: an item is the samples of one, for `PackCollator`.
 
-    Under Trainer: `Trainer(train_dataset=stream, callbacks=[PackingCallback(stream)], ...)` with
+    Under Trainer: `Trainer(train_dataset=stream, ...)` and `PackingCallback(stream).attach(trainer)`, with
     `TrainingArguments(max_steps=..., accelerator_config={"dispatch_batches": False})`; the callback
     gives every rank its shard, passes over the source without end, and keeps the stream's state in
     the checkpoints. Elsewhere, in a `DataLoader` say, pass each consumed batch's `resume` to `consume`.
