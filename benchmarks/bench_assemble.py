@@ -107,7 +107,7 @@ def ours(samples: list[EncodedSample]) -> dict[str, Callable[[], dict[str, Any]]
     )  # grids are sent where pixels are
     tower = TowerSpec()
     return {
-        "device": lambda: compact_batch_of(compact(samples, pixels=False), values, tower),
+        "device": lambda: compact_batch_of(compact(samples), values, tower),
         "native": lambda: batch_of(assemble(samples, pixels=False), values, tower),
     }
 

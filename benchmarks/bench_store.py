@@ -100,7 +100,7 @@ for begin in range(0, 2 * count, count):
     timed("packs", lambda: packs(range(begin, begin + count)))
 found["packed"] = memory()
 dataset.set_epoch(1)
-timed("epoch", lambda: dataset.samples_of(0))
+timed("epoch", lambda: dataset[0])
 found["planned"] = memory()
 numbers = dataset.plan.sample_index[:1000].tolist()
 timed("again", lambda: [dataset.samples[n] for n in numbers])

@@ -16,7 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from benchmarks.harness import compare, device, measure
 from mmpack import VisionSpec, assemble
-from mmpack.hf import PackCollator, patch_model
+from mmpack.hf import patch_model
+from mmpack.hf.forward_kwargs import batch_of
+from mmpack.hf.model_parts import tower_of
 from mmpack.hf.tower import run_tower
 from mmpack.types import EncodedSample
 
@@ -66,15 +68,13 @@ class Case:
         """Every candidate's forward and backward."""
         stock = model_of(self.family)
         model = patch_model(copy.deepcopy(stock))
-        collate = PackCollator(model=model)
-        pixels = np.zeros((self.P, SPEC.patch_values), dtype=np.uint8)
-        object.__setattr__(self.pack, "pixels", pixels)
+        values = torch.randn(self.P, 2 * SPEC.patch_values).to(device(), stock.dtype)
+        batch = batch_of(self.pack, {"pixel_values": values}, tower_of(model.model))
         pack = {
             name: x.to(device()) if isinstance(x, torch.Tensor) else x
-            for name, x in collate([self.pack])["mmpack"].items()
+            for name, x in batch["mmpack"].items()
         }
         pack["impl"] = "auto"
-        values = torch.randn(self.P, 2 * SPEC.patch_values).to(device(), stock.dtype)
         grid_thw = self.grid_thw.to(device())
 
         def transformers():

@@ -10,11 +10,11 @@ Qwen2-VL-2B with random weights in bf16, elsewhere a tiny one in float32.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.harness import CEILING, device, host_syncs, kernel_launches, peak_mib, timer
@@ -24,7 +24,7 @@ from mmpack.hf import PackCollator, patch_model, unpatch_model
 from mmpack.ops.varlen_attention import AUTO, why_not
 from mmpack.packing.assemble import assemble
 from mmpack.packing.cost import sample_flops
-from mmpack.types import EncodedSample
+from mmpack.types import EncodedSample, ImageRef
 
 ON_GPU = torch.cuda.is_available()
 # 96 rows drawn from 155,556 real ones: text tokens / answer tokens, then the images' grids.
@@ -63,8 +63,8 @@ TINY_TEXT = {
 
 
 def samples_of(num_rows: int) -> list[EncodedSample]:
-    """Rows of those lengths: random text, images first, an answer last."""
-    rng = np.random.default_rng(0)
+    """Rows of those lengths: random text, images of noise first, an answer last."""
+    rng, noise = (np.random.default_rng(seed) for seed in (0, 1))
     samples = []
     for row in ROWS.replace("\n", " ").split(";")[:num_rows]:
         text, answer, *sides = map(int, re.findall(r"\d+", row))
@@ -75,7 +75,10 @@ def samples_of(num_rows: int) -> list[EncodedSample]:
         ids = np.concatenate([image * len(grids), words]).astype(np.int32)
         labels = np.where(np.arange(len(ids)) >= len(ids) - answer, ids, -100).astype(np.int32)
         grid_thw = np.insert(grids, 0, 1, axis=1).astype(np.int32)
-        samples.append(EncodedSample(ids, labels, grid_thw, (), SPEC))
+        shapes = [(height, width, 3) for height, width in (grids * SPEC.patch_size).tolist()]
+        pictures = [noise.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+        media = tuple(ImageRef("noise", Image.fromarray(picture)) for picture in pictures)
+        samples.append(EncodedSample(ids, labels, grid_thw, media, SPEC))
     return samples
 
 
@@ -114,14 +117,8 @@ def packed_batches(
 ) -> list[dict]:
     """A collator's batches of a plan."""
     plan = plan_packs([sample.num_tokens for sample in samples], capacity)
-    rng = np.random.default_rng(0)
-    batches = []
-    for pack in range(plan.num_packs):
-        made = assemble([samples[n] for n in plan.samples_of(pack)], pixels=False)
-        shape = (len(made.vision_position_ids), SPEC.patch_values)
-        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
-        batches.append(collator([replace(made, pixels=pixels)]))
-    return batches
+    packs = (plan.samples_of(pack) for pack in range(plan.num_packs))
+    return [collator([samples[n] for n in numbers]) for numbers in packs]
 
 
 def stock(batch: dict) -> dict:

@@ -121,6 +121,26 @@ std::vector<Tile> cut_tiles(std::span<const std::int32_t> offsets) {
   return found;
 }
 
+// Text tokens given as id << 32 | place, places ascending: the places sorted by id and then by
+// place, and the starts of the runs of one id and at most kMaxRun tokens; returns how many runs.
+std::int64_t text_by_id(std::vector<std::uint64_t> text, std::span<std::int32_t> order,
+                        std::span<std::int32_t> offsets) {
+  std::uint64_t largest = 0;
+  for (const std::uint64_t token : text) largest = std::max(largest, token >> 32);
+  sort_by_id(text, largest);
+  std::int64_t runs = 0, start = 0;
+  for (std::size_t n = 0; n < text.size(); ++n) {
+    const bool is_new = n == 0 || text[n] >> 32 != text[n - 1] >> 32;
+    if (is_new || static_cast<std::int64_t>(n) - start == kMaxRun) {
+      start = static_cast<std::int64_t>(n);
+      offsets[runs++] = static_cast<std::int32_t>(n);
+    }
+    order[n] = static_cast<std::int32_t>(text[n]);  // the lower half: the place
+  }
+  offsets[runs] = static_cast<std::int32_t>(text.size());
+  return runs;
+}
+
 // Runs of one id and at most kMaxRun tokens that text_by_id makes of the text tokens, markers aside.
 std::int64_t count_runs(const Samples& samples, std::size_t num_text) {
   struct Slot {
@@ -334,24 +354,6 @@ std::int64_t attention_tiles(std::span<const std::int32_t> offsets, bool causal,
   auto* row = tiles.data();
   for (const Tile& tile : found) row = std::copy(tile.begin(), tile.end(), row);
   return static_cast<std::int64_t>(found.size());
-}
-
-std::int64_t text_by_id(std::vector<std::uint64_t> text, std::span<std::int32_t> order,
-                        std::span<std::int32_t> offsets) {
-  std::uint64_t largest = 0;
-  for (const std::uint64_t token : text) largest = std::max(largest, token >> 32);
-  sort_by_id(text, largest);
-  std::int64_t runs = 0, start = 0;
-  for (std::size_t n = 0; n < text.size(); ++n) {
-    const bool is_new = n == 0 || text[n] >> 32 != text[n - 1] >> 32;
-    if (is_new || static_cast<std::int64_t>(n) - start == kMaxRun) {
-      start = static_cast<std::int64_t>(n);
-      offsets[runs++] = static_cast<std::int32_t>(n);
-    }
-    order[n] = static_cast<std::int32_t>(text[n]);  // the lower half: the place
-  }
-  offsets[runs] = static_cast<std::int32_t>(text.size());
-  return runs;
 }
 
 }  // namespace mmpack

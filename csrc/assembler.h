@@ -80,9 +80,4 @@ constexpr std::int64_t most_tiles(std::int64_t rows, std::int64_t segments) {
   return segments + rows / kTile;
 }
 
-// Text tokens given as id << 32 | place, places ascending: the places sorted by id and then by
-// place, and the starts of the runs of one id and at most kMaxRun tokens; returns how many runs.
-std::int64_t text_by_id(std::vector<std::uint64_t> text, std::span<std::int32_t> order,
-                        std::span<std::int32_t> offsets);
-
 }  // namespace mmpack

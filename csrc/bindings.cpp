@@ -317,28 +317,6 @@ py::array_t<std::int32_t> attention_tiles(const py::array& offsets, bool causal)
   return py::array_t<std::int32_t>({count, std::int64_t{4}}, tiles.data());
 }
 
-py::tuple text_by_id(const py::array& input_ids, const py::array& feature_index) {
-  const auto ids = view<std::int64_t>(input_ids, "input_ids", {kAny});
-  const Shape shape = {static_cast<py::ssize_t>(ids.size())};
-  const auto features = view<std::int32_t>(feature_index, "feature_index", shape);
-  constexpr std::int64_t kMostId = std::int64_t{1} << 31;
-  if (static_cast<std::int64_t>(ids.size()) >= kMostId) refuse("input_ids must be fewer than 2^31");
-  std::vector<std::int32_t> order, offsets;
-  {
-    py::gil_scoped_release release;
-    std::vector<std::uint64_t> text;
-    for (std::size_t t = 0; t < ids.size(); ++t) {
-      if (features[t] >= 0) continue;
-      if (ids[t] < 0 || ids[t] >= kMostId) refuse("input_ids must lie in [0, 2^31)");
-      text.push_back(static_cast<std::uint64_t>(ids[t]) << 32 | t);
-    }
-    order.resize(text.size());
-    offsets.resize(text.size() + 1);
-    offsets.resize(mmpack::text_by_id(std::move(text), order, offsets) + 1);
-  }
-  return py::make_tuple(to_numpy(order), to_numpy(offsets));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -375,6 +353,4 @@ PYBIND11_MODULE(_native, m) {
         "Writes what the host must know of a pack that the device assembles; counts as of `assemble`.");
   m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),
         "(n, 4) int32; see csrc/assembler.h.");
-  m.def("text_by_id", &text_by_id, py::arg("input_ids"), py::arg("feature_index"),
-        "(text_order, text_id_offsets), int32; see csrc/assembler.h.");
 }

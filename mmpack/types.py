@@ -308,7 +308,6 @@ class Pack:
         pixels: (P1, C * p * p) uint8 patches of the images in merge order, or None where not decoded.
         video_pixels: (P2, C * t * p * p) uint8 patches of the videos, the same; P1 + P2 = P.
         vision: the spec of images and videos.
-        resume: where a stream stands after this pack (`mmpack.packing.stream`), else None.
     """
 
     input_ids: Int64
@@ -333,7 +332,6 @@ class Pack:
     pixels: NDArray[np.uint8] | None
     video_pixels: NDArray[np.uint8] | None
     vision: VisionSpec
-    resume: bytes | None = None
 
     def __repr__(self) -> str:
         from mmpack.pack_html import counts  # here: it needs a Pack
@@ -360,34 +358,3 @@ class Pack:
     def num_tokens(self) -> int:
         """T."""
         return len(self.input_ids)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CompactPack:
-    """The samples of one pack, one after the other, not expanded: what the device assembles.
-
-    Attributes:
-        input_ids, labels: (n,) int32, with one marker a grid.
-        offsets: (S + 1,) int32 of the samples in them.
-        grid_thw: (I, 3) int32 patches of each marker, in their order.
-        temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next.
-        grid_offsets: (S + 1,) int32 of the samples in the grids.
-        pixels, video_pixels, vision, resume: as in `Pack`.
-    """
-
-    input_ids: Int32
-    labels: Int32
-    offsets: Int32
-    grid_thw: Int32
-    temporal_step: Float32
-    grid_offsets: Int32
-    pixels: NDArray[np.uint8] | None
-    video_pixels: NDArray[np.uint8] | None
-    vision: VisionSpec
-    resume: bytes | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Its length expanded."""
-        features = int(self.vision.num_features(self.grid_thw).sum())
-        return len(self.input_ids) - len(self.grid_thw) + features

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
-from mmpack import VideoSpec, VisionSpec
+from mmpack import Encoder, VideoSpec, VisionSpec
+from mmpack.errors import MAX_BAD
 from mmpack.hf import PackCollator, patch_model
-from mmpack.packing.assemble import assemble, concatenate
-from mmpack.packing.compact import compact
-from mmpack.types import EncodedSample
+from mmpack.packing.pack_samples import MediaPolicy, PackSamples
+from mmpack.packing.pack_source import DroppedSegments
+from mmpack.types import EncodedSample, ImageRef, VideoRef
 
 VOCAB = 151_680  # the real tokenizer's 151,657 ids, rounded up
 
@@ -136,9 +137,9 @@ def collator(family="qwen2_vl", assemble="host"):
 
 
 def packed(samples, family="qwen2_vl", seed=0):
-    """`encoded` samples without videos as a pack of a family's patches, with seeded pixels."""
+    """`encoded` samples without videos as an item of a family's patches, with seeded pixels."""
     samples = [dataclasses.replace(sample, vision=small_spec(family)) for sample in samples]
-    return with_noise(assemble(samples, pixels=False), seed)
+    return with_noise(samples, seed)
 
 
 def float64_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
@@ -215,15 +216,36 @@ def stock_labels(input_ids):
     return torch.tensor([labels])
 
 
-def with_noise(pack, seed=0):
-    """A pack assembled without pixels, given seeded ones."""
-    stills, values = pack.num_image_patches, pack.vision.patch_values
-    clips = len(pack.vision_position_ids) - stills
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (stills, values), dtype=np.uint8)
-    shape = (clips, pack.vision.temporal_patch_size * values)
-    video_pixels = rng.integers(0, 256, shape, dtype=np.uint8)
-    return dataclasses.replace(pack, pixels=pixels, video_pixels=video_pixels)
+def item_of(samples):
+    """An item of a data set that holds these samples."""
+    policy = MediaPolicy("raise", MAX_BAD, None, DroppedSegments())
+    return PackSamples(samples, sum(sample.num_tokens for sample in samples), policy)
+
+
+def with_noise(samples, seed=0):
+    """`encoded` samples as an item with seeded pictures of their grids, each grid of a video a video."""
+    rng, noisy = np.random.default_rng(seed), []
+
+    def picture(height, width):
+        p = samples[0].vision.patch_size
+        noise = rng.integers(0, 256, (height * p, width * p, 3), dtype=np.uint8)
+        return ImageRef("noise", Image.fromarray(noise))
+
+    for sample in samples:
+        vision, ids = sample.vision, sample.input_ids
+        large = {"max_pixels": 2**31}  # no picture is resized
+        video = dataclasses.replace(vision.video, **large) if vision.video else None
+        markers = ids[np.isin(ids, (vision.image_token_id, vision.video_token_id))]
+        media = []
+        for marker, (t, h, w) in zip(markers, sample.grid_thw):
+            if marker == vision.image_token_id:
+                media.append(picture(h, w))
+            else:
+                frames = tuple(picture(h, w) for _ in range(t * vision.temporal_patch_size))
+                media.append(VideoRef("noise", frames=frames, num_frames=len(frames)))
+        vision = dataclasses.replace(vision, min_pixels=1, video=video, **large)
+        noisy.append(dataclasses.replace(sample, media=tuple(media), vision=vision))
+    return item_of(noisy)
 
 
 def loss_and_grads(model, batches, num_items):
@@ -294,10 +316,10 @@ def encoded(vision, *pieces, supervised=True):
     )
 
 
-def as_compact(samples, pack):
-    """A pack of `samples` for the device to assemble, with the pixels of `pack`."""
-    bare = compact(samples, pixels=False)
-    return dataclasses.replace(bare, pixels=pack.pixels, video_pixels=pack.video_pixels)
+def encode_one(sample, tokenizer, vision, **options):
+    """A `Sample` encoded."""
+    (one,) = Encoder(tokenizer, vision, **options).encode([sample])
+    return one
 
 
 def made_up_rows(family="qwen2_vl", assemble_on="host"):
@@ -309,15 +331,9 @@ def made_up_rows(family="qwen2_vl", assemble_on="host"):
         encoded(spec, 8, (4, 6), (6, 2), 9, 10),
         encoded(spec, 11, (2, 4, 4), 12, (2, 4), 13, (3, 4, 2), 14),
     ]
-    packs = [with_noise(assemble([row], pixels=False), seed) for seed, row in enumerate(rows)]
-    collate = collator(family)
-    stock = []
-    for alone in (collate([pack]) for pack in packs):
-        stock.append(stock_of(alone, spec))
-    pack = concatenate(packs)
-    if assemble_on == "device":
-        pack = as_compact(rows, pack)
-    batch = collator(family, assemble_on)([pack])
+    packs = [with_noise([row], seed) for seed, row in enumerate(rows)]
+    stock = [stock_of(collator(family)([pack]), spec) for pack in packs]
+    batch = collator(family, assemble_on)(packs)
     return batch, stock, batch["shift_labels"].numel()
 
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from test_native import EDGES, SPECS, sample, segments
 
-from mmpack import _native, assemble, plan_packs, reference
+from mmpack import _native, plan_packs, reference
 from mmpack.ops import assemble_patches, assemble_sequence, attention_tiles
-from mmpack.packing.compact import compact, concatenate_compact, outline
+from mmpack.packing.compact import compact
 
 CPU = torch.device("cpu")
 
@@ -18,27 +18,27 @@ def on(device, *arrays):
 
 
 def assembled(pack, device):
-    """(outline, what the device makes of a compact pack), all as arrays by name."""
-    known = outline(pack)
+    """What the device makes of a compact pack, as arrays by name."""
     tensors = on(
-        device, pack.input_ids, pack.offsets, known.markers, pack.grid_thw, pack.temporal_step
+        device, pack.input_ids, pack.offsets, pack.markers, pack.marker_thw, pack.temporal_step
     )
-    sizes = (len(known.labels), known.num_features, known.num_runs, known.num_tiles)
+    sizes = (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles)
     spec = {"video_id": pack.vision.video_token_id, "merge_size": pack.vision.merge_size}
     made = assemble_sequence(*tensors, sizes, **spec)
     patches = assemble_patches(
-        *on(device, known.grid_thw),
-        len(known.vision_cu_seqlens) - 1,
-        int(known.vision_cu_seqlens[-1]),
-        known.num_vision_tiles,
+        *on(device, pack.grid_thw),
+        len(pack.vision_cu_seqlens) - 1,
+        int(pack.vision_cu_seqlens[-1]),
+        pack.num_vision_tiles,
         merge_size=pack.vision.merge_size,
     )
     made |= {f"vision_{name}": tensor for name, tensor in patches.items()}
-    return known, {name: tensor.cpu().numpy() for name, tensor in made.items()}
+    return {name: tensor.cpu().numpy() for name, tensor in made.items()}
 
 
-def assert_equal_to_the_reference(samples, device, pack=None):
-    known, made = assembled(pack or compact(samples, pixels=False), device)
+def assert_equal_to_the_reference(samples, device):
+    known = compact(samples)
+    made = assembled(known, device)
     expected = reference.assemble(samples)
     named = {name: getattr(known, name) for name in ("labels", "supervised_index", "grid_thw")}
     for name, array in {**made, **named}.items():
@@ -70,8 +70,6 @@ def test_more_grids_and_segments_than_a_block(device):
 def assert_ragged(segments):
     samples = [sample(SPECS[1], *segment) for segment in segments]
     assert_equal_to_the_reference(samples, CPU)
-    parts = [compact([one], pixels=False) for one in samples]
-    assert_equal_to_the_reference(samples, CPU, concatenate_compact(parts))
 
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
@@ -131,9 +129,7 @@ def test_tiles_are_the_cores(causal, device):
 
 
 def test_nothing_is_asked_of_the_device():
-    pack = compact(
-        [sample(SPECS[1], *segment) for segment in EDGES["a video before an image"]], pixels=False
-    )
+    pack = compact([sample(SPECS[1], *segment) for segment in EDGES["a video before an image"]])
     for name, array in assembled_on_meta(pack).items():
         wanted = getattr(
             reference.assemble([sample(SPECS[1], *s) for s in EDGES["a video before an image"]]),
@@ -144,24 +140,22 @@ def test_nothing_is_asked_of_the_device():
 
 
 def assembled_on_meta(pack):
-    known = outline(pack)
-    arrays = (pack.input_ids, pack.offsets, known.markers, pack.grid_thw, pack.temporal_step)
-    sizes = (len(known.labels), known.num_features, known.num_runs, known.num_tiles)
+    arrays = (pack.input_ids, pack.offsets, pack.markers, pack.marker_thw, pack.temporal_step)
+    sizes = (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles)
     made = assemble_sequence(*on("meta", *arrays), sizes, video_id=pack.vision.video_token_id)
     patches = assemble_patches(
-        *on("meta", known.grid_thw),
-        len(known.vision_cu_seqlens) - 1,
-        int(known.vision_cu_seqlens[-1]),
-        known.num_vision_tiles,
+        *on("meta", pack.grid_thw),
+        len(pack.vision_cu_seqlens) - 1,
+        int(pack.vision_cu_seqlens[-1]),
+        pack.num_vision_tiles,
     )
     return {**made, **{f"vision_{name}": tensor for name, tensor in patches.items()}}
 
 
 def test_what_does_not_fit_is_refused(device):
-    pack = compact([sample(SPECS[1], 1, (1, 2, 2), 2)], pixels=False)
-    known = outline(pack)
+    pack = compact([sample(SPECS[1], 1, (1, 2, 2), 2)])
     ids, offsets, markers, grids, steps = on(
-        device, pack.input_ids, pack.offsets, known.markers, pack.grid_thw, pack.temporal_step
+        device, pack.input_ids, pack.offsets, pack.markers, pack.marker_thw, pack.temporal_step
     )
     good = {"sizes": (6, 4, 2, 1), "video_id": 6}
     assert len(assemble_sequence(ids, offsets, markers, grids, steps, **good)["input_ids"]) == 6
@@ -194,21 +188,8 @@ def test_what_does_not_fit_is_refused(device):
             triton.knobs.runtime.interpret = True
 
 
-def test_packs_of_different_specs_are_not_joined():
-    one, other = (compact([sample(spec, 1, 2)], pixels=False) for spec in SPECS[:2])
-    with pytest.raises(ValueError, match="different VisionSpecs"):
-        concatenate_compact([one, other])
-    with pytest.raises(ValueError, match="at least one pack"):
-        concatenate_compact([])
-    assert concatenate_compact([one]) is one
-
-
-def test_a_compact_pack_is_of_its_samples():
-    """Its length, and the errors of `assemble`."""
-    samples = [sample(SPECS[1], *segment) for segment in EDGES["a video before an image"]]
-    pack = compact(samples, pixels=False)
-    assert pack.num_tokens == assemble(samples, pixels=False).num_tokens
+def test_a_compact_pack_has_the_errors_of_assemble():
     with pytest.raises(ValueError, match="at least one sample"):
         compact([])
-    with pytest.raises(ValueError, match="3 grids but 0 images"):
-        compact([sample(SPECS[1], 1, *[(1, 1, 1)] * 3)])
+    with pytest.raises(ValueError, match="different VisionSpecs"):
+        compact([sample(spec, 1, 2) for spec in SPECS[:2]])

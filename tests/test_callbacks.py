@@ -12,8 +12,7 @@ import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-import mmpack.packing.pack_source
-from mmpack import PackedDataset
+from mmpack import PackedDataset, assemble
 from mmpack.hf import (
     PackCollator,
     PackingCallback,
@@ -21,22 +20,12 @@ from mmpack.hf import (
     patch_model,
     throughput,
 )
-from mmpack.packing.assemble import assemble
 from mmpack.packing.cost import sample_flops
 from mmpack.types import IGNORE
 
 TESTS = Path(__file__).resolve().parent
 CAPACITY = 48
 CONFIG = tiny_config(100, vision=SMALL_SPEC)
-
-
-@pytest.fixture(autouse=True)
-def noise(monkeypatch):
-    monkeypatch.setattr(mmpack.packing.pack_source, "assemble", assemble_noise)
-
-
-def assemble_noise(samples, **options):
-    return with_noise(assemble(samples, pixels=False))
 
 
 def dataset_of(count=12):
@@ -48,7 +37,7 @@ def dataset_of(count=12):
         images = [(2 * rng.integers(1, 4), 4) for _ in range(n % 3)]
         samples.append(encoded(SMALL_SPEC, text[:2], *images, text[2 : 4 + 5 * n % 13], (2, 2)))
         samples[-1].labels[:3] = IGNORE
-    return PackedDataset.from_samples(samples, CAPACITY)
+    return PackedDataset.from_samples(list(with_noise(samples)), CAPACITY)
 
 
 class Recorder(PackCollator):
@@ -98,10 +87,10 @@ def logged(trainer):
     ]
 
 
-def sizes(packs):
+def sizes(items):
     """Of useful segments: tokens, supervised tokens, patches; and FLOPs of useful ones, of all."""
     tokens = supervised = patches = useful = flops = 0
-    for pack in packs:
+    for pack in map(assemble, items):
         placed = 0
         for begin, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist()):
             features = int((pack.feature_index[begin:end] >= 0).sum())
@@ -228,18 +217,18 @@ def test_training_is_the_same_to_the_bit(tmp_path):
     assert all("pack/image_attention/layer_1" in entry for entry in values_with)
 
 
-def dense_share(model, packs, layers):
+def dense_share(model, items, layers):
     """Mean mass of all supervised rows after an image, from whole attention matrices of the segments
     alone: {layer: share}."""
     masses = {layer: [] for layer in layers}
-    for pack in packs:
+    for item in items:
+        pack, batch = assemble(item), PackCollator()([item])
         for sample in np.split(np.arange(len(pack.input_ids)), pack.cu_seqlens[1:-1]):
             ids = torch.from_numpy(pack.input_ids[sample])
             features = pack.feature_index[sample]
             features = features[features >= 0]
             ends = (pack.grid_thw.prod(axis=1) // 4).cumsum()
             images = np.unique(np.searchsorted(ends, features, side="right"))
-            batch = PackCollator()([pack])
             patches = np.concatenate([[0], pack.grid_thw.prod(axis=1).cumsum()])
             pixels = [batch["pixel_values"][patches[n] : patches[n + 1]] for n in images]
             with torch.no_grad():
@@ -269,7 +258,7 @@ def test_attention_share_is_that_of_dense_attention(options, tmp_path):
     options = {"gradient_accumulation_steps": 2, "learning_rate": 0.0, "max_steps": 2, **options}
     first, second = logged(trained(model, tmp_path, [callback], collate, dataset, **options))
     packs = [batch[0] for batch in collate.batches[2:4]]
-    assert max(len(pack.supervised_index) for pack in packs) <= attention_share.ROWS
+    assert max(len(assemble(p).supervised_index) for p in packs) <= attention_share.ROWS
     expected = dense_share(tiny_model(CONFIG, attn="eager").double(), packs, [0, 1])
     assert not any("attention" in name for name in first)
     for layer, share in expected.items():
@@ -282,8 +271,8 @@ def test_attention_share_of_sampled_rows(monkeypatch):
     """3 of the supervised rows, evenly spaced, heads that share keys; float32."""
     monkeypatch.setattr(attention_share, "ROWS", 3)
     counts = []
-    for pack in dataset_of():
-        batch = PackCollator()([pack])["mmpack"]
+    for item in dataset_of():
+        pack, batch = assemble(item), PackCollator()([item])["mmpack"]
         torch.manual_seed(0)
         q, k = torch.randn(4, len(pack.input_ids), 8), torch.randn(2, len(pack.input_ids), 8)
         num = len(pack.supervised_index)
@@ -406,7 +395,6 @@ def train_a_rank(folder):
     """Runs as a process of a group; leaves what it trained on and what was logged in `folder`."""
     import os
 
-    mmpack.packing.pack_source.assemble = assemble_noise
     torch.manual_seed(0)
     dataset, collate = dataset_of(), Recorder()
     model = patch_model(tiny_model(CONFIG))

@@ -8,7 +8,6 @@ from builders import (
     FAMILIES,
     QUIET,
     SMALL_SPEC,
-    as_compact,
     collator,
     encoded,
     made_up_rows,
@@ -20,10 +19,9 @@ from builders import (
 )
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, PackStream, assemble
+from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.hf.forward_kwargs import assemble_on_device
-from mmpack.packing.compact import compact
 
 TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
 IMAGES = [encoded(SMALL_SPEC, 1, 2, (4, 6), 3, (10, 2), 4), encoded(SMALL_SPEC, 8, (6, 14), 9)]
@@ -73,7 +71,7 @@ def test_the_hook_makes_the_hosts_batch(family, device):
         for options in ({"pad_to": 64}, {"full_logits": True}):
             host = PackCollator(model=model, pixels="uint8", **options)([done])
             collate = PackCollator(model=model, pixels="uint8", assemble="device", **options)
-            made = to(device, collate([as_compact(samples, done)]))
+            made = to(device, collate([done]))
             host = host if rows is IMAGES else without_patches(host)
             assert_same(completed(made, side), host)
 
@@ -96,10 +94,7 @@ def test_what_goes_to_the_device_is_small():
     for samples, factor in ((rows[:1], 8), (rows[1:], 40)):
         pack = packed(samples)
         on_host = num_bytes(collator()([pack]))
-        assert (
-            num_bytes(collator("qwen2_vl", "device")([as_compact(samples, pack)])) * factor
-            < on_host
-        )
+        assert num_bytes(collator("qwen2_vl", "device")([pack])) * factor < on_host
 
 
 @pytest.mark.smoke
@@ -124,11 +119,10 @@ def test_a_stock_trainer(tmp_path, device):
         pytest.skip("QUIET is for the CPU")
     samples = [encoded(SMALL_SPEC, *range(n, n + 9 + n % 5)) for n in range(3, 30, 3)]
 
-    def losses(**options):
+    def losses(assemble, **options):
         dataset = PackedDataset.from_samples(samples, capacity=30, cost=small_config())
-        dataset.assemble = options.pop("assemble")
         model = patch_model(tiny_model(small_config()))
-        collate = PackCollator(model=model, assemble=dataset.assemble)
+        collate = PackCollator(model=model, assemble=assemble)
         args = TrainingArguments(output_dir=tmp_path, max_steps=4, **{**QUIET, **options})
         trainer = Trainer(model, args, collate, dataset)
         PackingCallback(dataset).attach(trainer)
@@ -136,36 +130,26 @@ def test_a_stock_trainer(tmp_path, device):
         assert trainer.state.log_history[0]["pack/utilization"] > 0.5
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    expected = losses(assemble="host")
-    assert losses(assemble="device") == expected
-    assert losses(assemble="device", dataloader_num_workers=1) == expected
-    assert losses(assemble="device", per_device_train_batch_size=2)[0] > 0
+    expected = losses("host")
+    assert losses("device") == expected
+    assert losses("device", dataloader_num_workers=1) == expected
+    assert losses("device", per_device_train_batch_size=2)[0] > 0
 
 
 def test_a_model_that_is_not_patched_refuses():
-    batch = collator("qwen2_vl", "device")([compact(TEXT)])
+    batch = collator("qwen2_vl", "device")(TEXT)
     with pytest.raises((IndexError, RuntimeError)):
         tiny_model(small_config())(**batch)
     for model, told in ((None, "none was passed"), (tiny_model(small_config()), "is not patched")):
         with pytest.raises(ValueError, match=f"assemble='device' needs a patched model .*{told}"):
             PackCollator(model=model, assemble="device")
 
-
-def test_data_set_and_collator_must_agree():
-    with pytest.raises(ValueError, match="set `assemble = 'device'` on the PackedDataset"):
-        collator("qwen2_vl", "device")([assemble(TEXT)])
-    with pytest.raises(ValueError, match=r"PackCollator\(model=model, assemble='device'\)"):
-        collator()([compact(TEXT)])
     with pytest.raises(ValueError, match="assemble must be 'host' or 'device', got 'gpu'"):
         PackCollator(assemble="gpu")
-    dataset = PackedDataset.from_samples(TEXT, capacity=30)
-    dataset.assemble = "gpu"
-    with pytest.raises(ValueError, match="assemble must be 'host' or 'device', got 'gpu'"):
-        dataset[0]
 
 
 def test_a_cut_batch_is_noticed():
-    batch = collator("qwen2_vl", "device")([compact(TEXT)])
+    batch = collator("qwen2_vl", "device")(TEXT)
     batch["input_ids"] = batch["input_ids"][:, :-1]
     with pytest.raises(ValueError, match=r"the pack has \(1, 5\); nothing may cut"):
         patch_model(tiny_model(small_config()))(**batch)
@@ -177,17 +161,15 @@ def test_encoded_samples_and_processor_outputs_are_left_to_the_device_too():
     batch = device(TEXT)
     assert batch["input_ids"].dtype == torch.int32
     assert_same(completed(batch), without_patches(host(TEXT)))
-    model, processor = patch_model(tiny_model(small_config())), (None, SMALL_SPEC)
-    expected = without_patches(PackCollator(processor)([row]))
-    batch = PackCollator(processor, model=model, assemble="device")([row])
+    model, encoder = patch_model(tiny_model(small_config())), Encoder(None, SMALL_SPEC)
+    expected = without_patches(PackCollator(encoder)([row]))
+    batch = PackCollator(encoder, model=model, assemble="device")([row])
     assert_same(completed(batch), expected)
 
 
 def test_streams_leave_packs_to_the_device_too():
     rows = [encoded(SMALL_SPEC, *range(n, n + 9)) for n in range(3, 60, 3)]
-    host, device = (PackStream(rows, None, 30, buffer=8) for _ in range(2))
-    device.assemble = "device"
-    for pack, bare in zip(host, device, strict=True):
-        assert bare.resume == pack.resume
-        batch = collator("qwen2_vl", "device")([bare])
+    for pack in PackStream(rows, None, 30, buffer=8):
+        batch = collator("qwen2_vl", "device")([pack])
+        assert batch["mmpack"]["resume"] == pack.resume
         assert_same(completed(batch), without_patches(collator()([pack])))

@@ -39,7 +39,7 @@ SAMPLES = [
     [encoded(SMALL_SPEC, 5, 6, 7), encoded(SMALL_SPEC, 10, 11)],
 ]
 PACKS = [packed(samples, seed=n) for n, samples in enumerate(SAMPLES)]
-NUM_ITEMS = sum(len(pack.supervised_index) for pack in PACKS)
+NUM_ITEMS = sum(sample.num_supervised for pack in PACKS for sample in pack)
 
 
 def plain(model):

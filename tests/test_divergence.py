@@ -57,7 +57,7 @@ def trainer_of(folder, dataset, model=None, callbacks=None, is_attached=True, **
 def place_of(dataset, row):
     """(step of epoch 0, from 1, rows of its pack) of a row, a pack a step."""
     for number in range(dataset.plan.num_packs):
-        rows = [sample.row for sample in dataset.samples_of(number)]
+        rows = [sample.row for sample in dataset[number]]
         if row in rows:
             return number + 1, rows
 

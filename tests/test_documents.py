@@ -23,13 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, VisionSpec, assemble
+from mmpack import Encoder, PackedDataset, Reader, VisionSpec
 from mmpack.cli.check import check_rows
 from mmpack.cli.main import main
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_documents, row_groups
 from mmpack.hf import PackCollator, PackingCallback, patch_model
-from mmpack.packing.assemble import concatenate
 from mmpack.packing.cost import costs_of
 from mmpack.packing.split_documents import image_capacity, piece_of, split_bounds, split_samples
 from mmpack.store.encoded_store import write_store
@@ -48,12 +45,12 @@ def folder(tmp_path):
 @pytest.fixture(scope="session")
 def documents(shared, tokenizer, vision):
     """Every real document, encoded."""
-    samples = read_documents(shared / "realset" / "realset_pretrain.jsonl")
-    return list(encode_samples(samples, tokenizer, vision))
+    encoder = Encoder(tokenizer, vision, stage="pretrain")
+    return list(encoder.encode(encoder.read(shared / "realset" / "realset_pretrain.jsonl")))
 
 
 def content_of(row, folder, **options):
-    (sample,) = read_documents([row], media_dir=folder, **options)
+    (sample,) = Reader(stage="pretrain", media_dir=folder, **options).read([row])
     (message,) = sample.messages
     assert message.role == "document"
     return [p if isinstance(p, str) else p.path[-5:] for p in message.content]
@@ -103,19 +100,20 @@ def test_the_shapes_a_document_comes_in(folder):
 )
 def test_rows_that_are_no_documents(row, error):
     with pytest.raises(ValueError, match=error):
-        list(read_documents([row]))
+        list(Reader(stage="pretrain").read([row]))
 
 
 def test_instructions_are_no_documents():
     mapping = {"columns": {"prompt": "text", "response": "answer"}}
     with pytest.raises(ValueError, match=r"the row has \['answer'\] beside the document in 'text'"):
-        list(read_documents([{"text": "a", "answer": "b"}], mapping=mapping))
+        list(Reader(stage="pretrain", mapping=mapping).read([{"text": "a", "answer": "b"}]))
 
 
 def test_ids_and_labels_of_a_document(folder, tokenizer, vision):
     typed = "One <image> two <|im_end|><image>\n"
     row = {"text": typed, "images": ["a.png", "b.png"]}
-    (sample,) = encode_samples(read_documents([row], media_dir=folder), tokenizer, vision)
+    encoder = Encoder(tokenizer, vision, stage="pretrain", media_dir=folder)
+    (sample,) = encoder.encode(encoder.read([row]))
     run = "<|vision_start|><|image_pad|><|vision_end|>"
     text, middle, last = typed.split("<image>")
     plain = tokenizer(middle, split_special_tokens=True).input_ids  # a typed control token is text
@@ -134,8 +132,9 @@ def test_every_real_document_is_as_long_as_transformers_says(shared, documents):
 
 
 def test_check_reads_documents(shared):
-    groups = row_groups(shared / "realset" / "realset_pretrain.jsonl", None, None)
-    checked = list(check_rows(groups, stage="pretrain"))
+    reader = Reader(stage="pretrain")
+    groups = reader.groups(shared / "realset" / "realset_pretrain.jsonl")
+    checked = list(check_rows(groups, reader))
     assert len(checked) == 244
     assert not any(row.bad for row in checked)
 
@@ -252,7 +251,7 @@ def test_a_pack_of_pieces_is_its_pieces(family):
     pieces = assert_split(document, 10)
     kinds = {(len(p.grid_thw) > 0, p.is_supervised) for p in pieces}
     assert kinds == {(True, True), (True, False), (False, True)}
-    packs = [with_noise(assemble([piece], pixels=False), n) for n, piece in enumerate(pieces)]
+    packs = [with_noise([piece], n) for n, piece in enumerate(pieces)]
     collate = collator(family)
     stock = []
     for alone in (collate([pack]) for pack in packs):
@@ -263,7 +262,7 @@ def test_a_pack_of_pieces_is_its_pieces(family):
     assert num_items == document.num_supervised
     model = tiny_model(small_config(family))
     loss, grads = loss_and_grads(model, stock, num_items)
-    ours, our_grads = loss_and_grads(patch_model(model), [collate([concatenate(packs)])], num_items)
+    ours, our_grads = loss_and_grads(patch_model(model), [collate(packs)], num_items)
     assert ours == pytest.approx(loss, rel=1e-5)
     assert worst_difference(our_grads, grads)[0] < 1e-5
 

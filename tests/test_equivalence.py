@@ -13,6 +13,7 @@ import torch
 from builders import (
     FAMILIES,
     float64_loss,
+    item_of,
     loss_and_grads,
     made_up_rows,
     renumber,
@@ -24,8 +25,7 @@ from builders import (
     worst_difference,
 )
 
-from mmpack import VisionSpec, assemble
-from mmpack.data.encode import encode_samples
+from mmpack import Encoder, VisionSpec
 from mmpack.hf import PackCollator, patch_model
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
@@ -73,7 +73,7 @@ def packs(realset_rows, realset_samples, shared, tokenizer):
     for name, wanted in PACKS.items():
         numbers = pick(realset_rows, *wanted)
         stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
-        samples = list(encode_samples([realset_samples[n] for n in numbers], tokenizer, vision))
+        samples = list(Encoder(tokenizer, vision).encode([realset_samples[n] for n in numbers]))
         ids = {}
         if name != "images":
             samples, stock, ids = renumber(samples, stock)
@@ -172,7 +172,7 @@ def test_an_eager_model_can_be_patched(packs, expected):
 def test_packs_side_by_side_in_one_batch(packs, expected):
     # Two packs through one collator call, as per_device_train_batch_size=2 gives it.
     case = packs["mixed"]
-    batch = PackCollator()([assemble(case.samples[:4]), assemble(case.samples[4:])])
+    batch = PackCollator()([item_of(case.samples[:4]), item_of(case.samples[4:])])
     model = patch_model(model_of(torch.float64, **case.ids))
     assert_theorem(model, batch, case.num_items, expected("mixed", torch.float64, False), 1e-10)
 
@@ -221,7 +221,7 @@ def test_random_packs(seed, realset_rows, realset_samples, shared, tokenizer):
     processor = stock_processor(tokenizer, MAX_PIXELS)
     stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
     vision = VisionSpec.from_processor(processor)
-    samples = encode_samples([realset_samples[n] for n in numbers], tokenizer, vision)
+    samples = Encoder(tokenizer, vision).encode([realset_samples[n] for n in numbers])
     num_items = sum(int((inputs["labels"] != -100).sum()) for inputs in stock)
     batch = PackCollator()(list(samples))
     for dtype, tolerance in TOLERANCE.items():

@@ -109,8 +109,8 @@ def test_what_is_set_on_the_training_set_holds(tmp_path):
     """After Trainer was made, too."""
     dataset = dataset_of(40)
     trainer = trainer_of(tmp_path, dataset, None)
-    dataset.assemble = "device"
-    with pytest.raises(ValueError, match="left for the device to assemble"):
+    dataset.on_bad_image = "skip"
+    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'drop', got 'skip'"):
         trainer.train()
 
 

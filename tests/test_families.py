@@ -29,7 +29,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from mmpack import PackedDataset, VideoSpec, families, reference
+from mmpack import PackedDataset, VideoSpec, assemble, families, reference
 from mmpack.hf import PackCollator, forward_kwargs, patch_model
 from mmpack.hf.model_parts import TowerSpec
 from mmpack.hf.self_test import _differ
@@ -91,7 +91,8 @@ def test_features_are_named_in_the_order_of_the_windows():
     plain, batch = (
         collate([pack])["mmpack"] for collate in (PackCollator(), collator("qwen2_5_vl"))
     )
-    theirs, offsets = get_vision_window_index(torch.from_numpy(pack.grid_thw), 2, 56, 14)
+    grids = torch.from_numpy(assemble(pack).grid_thw)
+    theirs, offsets = get_vision_window_index(grids, 2, 56, 14)
     assert batch["window_order"].tolist() == theirs.tolist()
     assert list(batch["window_offsets"]) == offsets.tolist()
     order = batch["window_order"].long()

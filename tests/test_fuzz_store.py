@@ -67,11 +67,11 @@ def read(folder):
     """All that training and inspecting read of a store, but pixels."""
     dataset = PackedDataset.from_store(folder)
     for number in (0, len(dataset) - 1):
-        assemble(dataset.samples_of(number), pixels=False)
+        assemble(dataset[number], pixels=False)
     for number in range(0, len(dataset.samples), 8):
         assert dataset.samples[number].num_tokens >= 0
     dataset.set_epoch(1)
-    dataset.samples_of(0)
+    dataset[0]
     store = getattr(dataset.samples, "samples", dataset.samples)
     list(store.image_paths()), store.rows, store.sources, store.grids()
 

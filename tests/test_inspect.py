@@ -92,7 +92,7 @@ def test_a_row_is_found(small_set, capsys):
     dataset = PackedDataset.from_store(small_set / "packed")
     for row in range(24):
         ((pack, segment),) = inspect.find_row(dataset, f"train.json:{row}")
-        assert dataset.samples_of(pack)[segment].row == row
+        assert dataset[pack][segment].row == row
         assert inspect.find_row(dataset, str(row)) == [(pack, segment)]
     text = looked_at(small_set, capsys, "--row", 5).out
     assert re.findall("--- segment .*: row (\\d+) of", text) == ["5"]

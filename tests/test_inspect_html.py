@@ -288,7 +288,7 @@ def test_a_notebook_shows_a_pack_without_script(tmp_path):
         encoded(spec, *range(1, 9)),
         encoded(spec, 1, (2, 2, 2)),
     ]
-    pack = with_noise(assemble(samples, pixels=False))
+    pack = assemble(with_noise(samples))
     counts = "24 tokens in 3 segments, 9 supervised, 1 image, 1 video grid"
     assert repr(pack) == f"Pack({counts})"
     shown = Parsed(pack._repr_html_())
@@ -315,12 +315,12 @@ def test_a_notebook_shows_a_pack_without_script(tmp_path):
 
 def test_a_notebook_is_sent_half_a_megabyte_at_most():
     sample = encoded(small_spec(), 1, (14, 14), *range(1, 80))
-    pack = packed([sample] * 300)
+    pack = assemble(packed([sample] * 300))
     shown = pack._repr_html_()
     assert len(shown) < 2**19
     assert shown.count("<img") == 12 and "288 pictures not shown" in shown
     assert "and 200 more segments" in shown
-    tall = packed([encoded(small_spec(), 1, (2, 200))])._repr_html_()
+    tall = assemble(packed([encoded(small_spec(), 1, (2, 200))]))._repr_html_()
     assert tall.count("<img") == 1
     assert "1 token in 1 segment, 0 supervised, 0 images" in repr(
         assemble([EncodedSample.filler(1, small_spec())], pixels=False)

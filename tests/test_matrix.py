@@ -23,7 +23,6 @@ from builders import (
 )
 
 from mmpack.hf import PackCollator, patch_model
-from mmpack.packing.assemble import assemble
 from mmpack.types import IGNORE
 
 IMPLS = {
@@ -201,7 +200,7 @@ def test_padding_to_a_shape_changes_nothing(pad_to):
 
     rows = [encoded(SMALL_SPEC, 1, 2, (2, 4), 3, 4), encoded(SMALL_SPEC, range(5, 60))]
     num_items = 58
-    pack = with_noise(assemble(rows, pixels=False))
+    pack = with_noise(rows)
     plain, padded = PackCollator()([pack]), PackCollator(pad_to=pad_to)([pack])
     assert padded["input_ids"].shape[1] == -(-plain["input_ids"].shape[1] // pad_to) * pad_to
     assert (padded["labels"][0, plain["labels"].shape[1] :] == IGNORE).all()
@@ -215,7 +214,7 @@ def test_padding_to_a_shape_changes_nothing(pad_to):
 def test_the_logits_of_every_token():
     """In the places of `labels`, and the same loss."""
 
-    pack = with_noise(assemble([encoded(SMALL_SPEC, 1, (2, 4), 3, 4, 5)], pixels=False))
+    pack = with_noise([encoded(SMALL_SPEC, 1, (2, 4), 3, 4, 5)])
     model = model_of(torch.float32, "plain", "auto")
     rows, full = PackCollator()([pack]), PackCollator(full_logits=True)([pack])
     one, all_of_them = model(**rows), model(**full)

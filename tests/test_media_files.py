@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageFile
 
-from mmpack import PackedDataset, read_samples
+from mmpack import Encoder, PackedDataset, Reader, assemble
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.data import images, videos
 from mmpack.data.media_paths import open_media
 from mmpack.errors import RowError
+from mmpack.hf import PackCollator
 from mmpack.types import ImageRef, VideoRef
 
 TURNS = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This."}]
@@ -219,17 +220,15 @@ def test_a_link_that_leads_out_later_is_refused(packed, tmp_path, capsys, is_pac
         assert f"lies outside of {folder}" in capsys.readouterr().err
         assert main([*training, "--media-dir", str(tmp_path)]) == 0
         return
-    from mmpack.hf.loading import load_processor
-
-    processor = load_processor(folder / "tokenizer")
-    dataset = PackedDataset.from_files(folder / "train.json", processor, 2048)
-    assert dataset[0].pixels is not None
+    encoder = Encoder.from_folder(folder / "tokenizer")
+    dataset = PackedDataset.from_files(folder / "train.json", encoder, 2048)
+    assert assemble(dataset[0]).pixels is not None
     (folder / "charts").unlink()
     (folder / "charts").symlink_to(elsewhere)
     with pytest.raises(ValueError, match=f"row .* lies outside of {folder}"):
-        [dataset[n] for n in range(len(dataset))]
+        [assemble(item) for item in dataset]
     dataset.media_folders = [folder, elsewhere]
-    assert [dataset[n] for n in range(len(dataset))]
+    assert [assemble(item) for item in dataset]
 
 
 # -- decoded means decoded
@@ -257,7 +256,7 @@ def test_a_cut_picture_is_refused_whatever_pillow_is_set_to(tmp_path, monkeypatc
     for lenient in (False, True):
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
         with pytest.raises(ValueError, match="cannot be (decoded|opened)|is none of JPEG"):
-            list(read_samples(rows, verify="decode"))
+            list(Reader(verify="decode").read(rows))
         with pytest.raises(ValueError, match="cannot be (decoded|opened)|is none of JPEG"):
             images.load_patches(ImageRef(str(path)), _spec().image_grid(100, 100), _spec())
         assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient  # it is the process's own
@@ -285,9 +284,9 @@ def test_media_folders_travel_to_workers_and_are_checked(packed, tmp_path):
     other = pickle.loads(pickle.dumps(dataset))  # what spawned workers get
     assert other.media_folders == dataset.media_folders == [str(tmp_path / "nowhere")]
     with pytest.raises(ValueError, match="row .* lies outside of .*nowhere"):
-        other[0]
+        PackCollator()([other[0]])
     dataset.media_folders = None
-    assert dataset[0].pixels is not None
+    assert assemble(dataset[0]).pixels is not None
     from mmpack.store.encoded_store import reuse_store
 
     about = replace(dataset.samples.about, media_folders=(3,))

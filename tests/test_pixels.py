@@ -22,9 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from mmpack import assemble
+from mmpack import Encoder, assemble
 from mmpack.hf import PackCollator, patch_model, unpatch_model
-from mmpack.packing.assemble import concatenate
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
 SAMPLES = [
@@ -32,7 +31,7 @@ SAMPLES = [
     encoded(SMALL_SPEC, 5, 6, 7),
     encoded(SMALL_SPEC, 8, (4, 6), (2, 2), 9),
 ]
-PACKS = [with_noise(assemble([sample], pixels=False), n) for n, sample in enumerate(SAMPLES)]
+PACKS = [with_noise([sample], n) for n, sample in enumerate(SAMPLES)]
 NUM_ITEMS = 6
 
 
@@ -45,11 +44,11 @@ def model_of(dtype=torch.float32, spec=SMALL_SPEC, family="qwen2_vl"):
 
 def packs_of(spec):
     samples = [dataclasses.replace(sample, vision=spec) for sample in SAMPLES]
-    return [with_noise(assemble([sample], pixels=False), n) for n, sample in enumerate(samples)]
+    return [with_noise([sample], n) for n, sample in enumerate(samples)]
 
 
 def uint8_batch(model, packs=PACKS):
-    return PackCollator(model=model, pixels="uint8")([concatenate(packs)])
+    return PackCollator(model=model, pixels="uint8")(packs)
 
 
 @pytest.fixture
@@ -70,10 +69,10 @@ def calls(monkeypatch):
 
 def test_the_batch_holds_the_packs_own_bytes():
     model = patch_model(model_of())
-    batch, floats = uint8_batch(model), PackCollator()([concatenate(PACKS)])
-    pixels = batch["pixel_values"]
+    batch, floats = uint8_batch(model), PackCollator()(PACKS)
+    pixels, whole = batch["pixel_values"], assemble([s for pack in PACKS for s in pack])
     assert pixels.dtype == torch.uint8
-    assert torch.equal(pixels, torch.from_numpy(concatenate(PACKS).pixels))
+    assert torch.equal(pixels, torch.from_numpy(whole.pixels))
     assert 8 * pixels.nbytes == floats["pixel_values"].nbytes
     assert batch["mmpack"].keys() - floats["mmpack"].keys() == {"normalization"}
     assert all(torch.equal(batch[k], floats[k]) for k in ("input_ids", "labels", "position_ids"))
@@ -97,7 +96,7 @@ def test_what_cannot_read_bytes_is_told():
         PackCollator(model=model, pixels="uint8")
     with pytest.raises(ValueError, match="pixels must be 'float32' or 'uint8', got 'bf16'"):
         PackCollator(model=patch_model(model), pixels="bf16")
-    collate = PackCollator((None, SMALL_SPEC), model=model, pixels="uint8")
+    collate = PackCollator(Encoder(None, SMALL_SPEC), model=model, pixels="uint8")
     ids = torch.tensor([1, 92, 90, 93])
     feature = {"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(4, 1176)}
     with pytest.raises(ValueError, match="processor outputs hold float pixel_values"):
@@ -114,12 +113,12 @@ def exact_rows(packs):
         row = {name: alone[name] for name in ("input_ids", "labels")}
         row["mm_token_type_ids"] = (alone["input_ids"] == 90).int()
         if "pixel_values" in alone:
-            vision = pack.vision
+            vision = pack[0].vision
             mean, std = (
                 torch.tensor(x, dtype=torch.float64)[:, None]
                 for x in (vision.image_mean, vision.image_std)
             )
-            pixels = torch.from_numpy(pack.pixels).unflatten(1, (3, -1)).double()
+            pixels = torch.from_numpy(assemble(pack).pixels).unflatten(1, (3, -1)).double()
             still = ((pixels / 255 - mean) / std)[:, :, None]
             row["pixel_values"] = still.expand(-1, -1, vision.temporal_patch_size, -1).flatten(1)
             row["image_grid_thw"] = alone["image_grid_thw"]
@@ -162,7 +161,7 @@ NOT_BARE = {
 @pytest.mark.parametrize("kind", ["bare", *NOT_BARE])
 def test_a_projection_that_is_more_is_called(kind, calls):
     models = [patch_model(model_of()), patch_model(model_of())]
-    expected = loss_and_grads(models[0], [PackCollator()([concatenate(PACKS)])], NUM_ITEMS)
+    expected = loss_and_grads(models[0], [PackCollator()(PACKS)], NUM_ITEMS)
     assert calls == []
     if kind != "bare":
         NOT_BARE[kind](models[1].model.visual.patch_embed.proj)
@@ -175,7 +174,7 @@ def test_a_projection_that_is_more_is_called(kind, calls):
 
 def test_autocast_is_no_further_from_float32_than_stock():
     model = patch_model(model_of())
-    floats, pixels = PackCollator()([concatenate(PACKS)]), uint8_batch(model)
+    floats, pixels = PackCollator()(PACKS), uint8_batch(model)
     exact = loss_and_grads(model, [floats], NUM_ITEMS)
     with torch.autocast("cpu", torch.bfloat16):
         stock = loss_and_grads(model, [floats], NUM_ITEMS)

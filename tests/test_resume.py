@@ -12,7 +12,7 @@ from builders import FAMILIES, QUIET, SMALL_SPEC, encoded, small_config, small_s
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import mmpack.packing.pack_source
+import mmpack.hf.collator
 from mmpack import PackedDataset
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 from mmpack.hf.checkpoints import check_checkpoint
@@ -258,11 +258,11 @@ def test_an_order_that_undoes_the_plan_is_refused(tmp_path):
 def test_nothing_is_decoded_to_be_skipped(tmp_path, monkeypatch):
     assembled = []
 
-    def assemble_noise(samples, **options):
+    def counted(samples, **options):
         assembled.append(len(samples))
         return assemble(samples, **options)
 
-    monkeypatch.setattr(mmpack.packing.pack_source, "assemble", assemble_noise)
+    monkeypatch.setattr(mmpack.hf.collator, "assemble", counted)
     run(tmp_path, max_steps=6, save_steps=5)
     before = len(assembled)
     run(tmp_path, resume=tmp_path / "checkpoint-5", max_steps=6)

@@ -26,6 +26,7 @@ from builders import (
 from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from mmpack import assemble
 from mmpack.hf import PackCollator, attention, patch_model, unpatch_model
 from mmpack.hf.loss import PackedLoss
 
@@ -45,7 +46,7 @@ def pack_of(*samples, family="qwen2_vl"):
 
 
 PACKS = [pack_of(*SAMPLES[:2]), pack_of(*SAMPLES[1:])]
-NUM_ITEMS = len(pack_of(*SAMPLES).supervised_index)
+NUM_ITEMS = sum(sample.num_supervised for sample in SAMPLES)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -328,7 +329,7 @@ def test_neftune(tmp_path, fused_calls):
     losses = train(model, tmp_path, packs=PACKS[:1], callbacks=[Look()], **options)
     assert all(math.isfinite(loss) for loss in losses)
     assert fused_calls == []
-    limit = 5.0 / math.sqrt(len(PACKS[0].input_ids) * clean.shape[1])
+    limit = 5.0 / math.sqrt(assemble(PACKS[0]).num_tokens * clean.shape[1])
     assert len(noise) == 1
     assert 0.9 * limit <= noise[0].abs().max() <= 1.001 * limit
     assert not torch.equal(model.get_input_embeddings().weight, clean)
@@ -354,22 +355,24 @@ def test_evaluation(tmp_path):
     got = trainer_of(model, tmp_path, collate=collate, compute_metrics=metrics).evaluate()
     assert got["eval_seen"] == 1.0
     stock = make().eval()
-    longest = max(len(pack.input_ids) for pack in PACKS)
+    longest = max(assemble(pack).num_tokens for pack in PACKS)
     logits = seen[0].predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     assert logits.shape == (len(PACKS), longest, 100)
     assert seen[0].label_ids.shape == (len(PACKS), longest)
     losses = []
-    for n, pack in enumerate(PACKS):
+    for n, item in enumerate(PACKS):
+        pack = assemble(item)
         num_tokens = len(pack.input_ids)
         with torch.no_grad():
-            out = stock(**PackCollator(full_logits=True)([pack]))
+            out = stock(**PackCollator(full_logits=True)([item]))
         assert torch.allclose(torch.from_numpy(logits[n, :num_tokens]), out.logits[0], atol=1e-5)
         assert seen[0].label_ids[n, :num_tokens].tolist() == pack.labels.tolist()
         assert (seen[0].label_ids[n, num_tokens:] == -100).all()
         losses.append(out.loss.item())
     assert got["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
-    assert len(PACKS[0].supervised_index) != len(PACKS[1].supervised_index)
+    first, second = (sum(sample.num_supervised for sample in pack) for pack in PACKS)
+    assert first != second
     of_supervised_rows = trainer_of(model, tmp_path, prediction_loss_only=True).evaluate()
     assert of_supervised_rows["eval_loss"] == pytest.approx(got["eval_loss"], rel=1e-6)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from builders import encoded, tiny_model
 from PIL import Image
+from test_device_batches import assert_same
 from torch.utils.data import DataLoader
 
 from mmpack import PackedDataset, VisionSpec
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.packing.assemble import assemble
-from mmpack.types import ImageRef
+from mmpack.types import EncodedSample, ImageRef
 
 SPEC = VisionSpec(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 CAPACITY = 40
@@ -25,8 +27,6 @@ CAPACITY = 40
 
 def rows(folder, num_rows=12):
     """Rows of 17 tokens, two a pack: text, an image of 56 x 84 pixels, text."""
-    from dataclasses import replace
-
     samples = []
     for number in range(num_rows):
         path = folder / f"{number}.png"
@@ -51,7 +51,6 @@ class SharedCollator(PackCollator):
         batch = super().__call__(features)
         pixels = batch["pixel_values"]
         batch["is_shared"] = pixels.is_shared()
-        batch["is_the_packs"] = pixels.data_ptr() == features[0].pixels.ctypes.data
         return batch
 
 
@@ -64,7 +63,6 @@ def test_pixels_are_written_once_to_what_is_sent(tmp_path, pixels):
     assert not collate([dataset[0]])["is_shared"]
     batches = list(loader(dataset, collate))
     assert all(batch["is_shared"] for batch in batches)
-    assert all(batch["is_the_packs"] == (pixels == "uint8") for batch in batches)
     for batch, pack in zip(batches, dataset):
         expected = PackCollator(model=model, pixels=pixels)([pack])["pixel_values"]
         assert torch.equal(batch["pixel_values"], expected)
@@ -84,7 +82,7 @@ def test_a_bad_image_can_leave_its_pack(tmp_path, caplog):
     for number in (3, 7):
         (tmp_path / f"{number}.png").unlink()
     with caplog.at_level(logging.WARNING, "mmpack"):
-        packs = [dataset[n] for n in range(len(dataset))]
+        packs = [assemble(dataset[n]) for n in range(len(dataset))]
     assert sorted(m for m in caplog.messages) == [
         f"dropped row {n} of rows.json: image {tmp_path / f'{n}.png'} does not exist; fix the path"
         for n in (3, 7)
@@ -102,14 +100,54 @@ def test_a_bad_image_can_leave_its_pack(tmp_path, caplog):
     assert sum(len(batch["image_grid_thw"]) for batch in batches if "pixel_values" in batch) == 10
 
 
+def test_a_batch_of_packs_is_one_of_the_samples_that_stay(tmp_path):
+    """A sample goes with its first image, which decodes; a pack that loses all is a token."""
+    samples = rows(tmp_path, 6)
+    for number in (0, 1, 3):  # of packs (0, 1), (2, 3)
+        gone = ImageRef(str(tmp_path / "gone.png"), size=(56, 84))
+        two = encoded(SPEC, 1, (4, 6), (4, 6))
+        media = (*samples[number].media, gone)
+        samples[number] = replace(two, media=media, source="rows.json", row=number)
+    dataset = PackedDataset.from_samples(samples, 40)
+    dataset.on_bad_image = "drop"
+    items = list(dataset)
+    left = [[s for s in item if s.row not in (0, 1, 3)] for item in items]
+    assert [] in left
+    assert 1 in map(len, left)
+    model = patch_model(tiny_model())
+    for pixels in ("float32", "uint8"):
+        collate = PackCollator(model=model, pixels=pixels)
+        batch = collate(items)
+        kept = [s for samples in left for s in samples or [EncodedSample.filler(1, SPEC)]]
+        expected = collate(kept)
+        counts = [max(1, len(samples)) for samples in left]
+        assert batch["mmpack"].pop("items") == (0, *np.cumsum(counts))
+        del expected["mmpack"]["items"]
+        assert_same(batch, expected)
+    assert dataset.num_dropped_segments == 6
+
+
+def test_an_item_may_leave_its_worker(tmp_path):
+    """What is dropped where it is assembled counts for its data set."""
+    dataset = PackedDataset.from_samples(rows(tmp_path, 4), CAPACITY)
+    dataset.on_bad_image = "drop"
+    (tmp_path / "3.png").unlink()
+    items = [item for (item,) in loader(dataset, list)]
+    assert [repr(item) for item in items] == [repr(item) for item in dataset]
+    batches = [PackCollator()([item]) for item in items]
+    assert dataset.num_dropped_segments == 1
+    for batch, item in zip(batches, dataset):
+        assert torch.equal(batch["pixel_values"], PackCollator()([item])["pixel_values"])
+
+
 def test_a_pack_that_lost_all_its_samples_has_no_loss(tmp_path):
     dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
     dataset.on_bad_image = "drop"
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(b"nothing")
-    pack = dataset[0]
-    assert len(pack.input_ids) == pack.num_segments == 1
-    loss = patch_model(tiny_model())(**PackCollator()([pack])).loss
+    batch = PackCollator()([dataset[0]])
+    assert batch["mmpack"]["offsets"] == (0, 1)
+    loss = patch_model(tiny_model())(**batch).loss
     loss.backward()
     assert loss.item() == 0
 

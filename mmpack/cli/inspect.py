@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from mmpack.cli.tables import aligned
 from mmpack.cli.terminal import one_line, printable
 from mmpack.data import images, videos
+from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
+from mmpack.data.processor_folder import load_tokenizer
 from mmpack.pack_html import counted, frames_of
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
-from mmpack.store.build import made_from
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
 from mmpack.vision_spec import VisionSpec
 
@@ -67,7 +68,7 @@ class PackView:
     num_packs: int
     capacity: int
     pack: Pack
-    samples: list[EncodedSample]
+    samples: Sequence[EncodedSample]
     media: list[Medium]
     spans: list[Span]
     folders: MediaFolders | None  # where files of images and videos must lie
@@ -102,7 +103,7 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     num_packs = dataset.plan.num_packs
     if not 0 <= number < num_packs:
         raise ValueError(f"there is no pack {number}; there are {num_packs:,}, the first is 0")
-    samples = dataset.samples_of(number)
+    samples = dataset[number]
     pack = assemble(samples, pixels=False)
     media, medium_of, first_frame = _media(samples, pack)
     spans = _spans(pack, medium_of, first_frame)
@@ -352,8 +353,6 @@ def frames(
 def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode | None, str]:
     """(ids to text, a note to the user): the tokenizer in `folder`, or the one the data was packed with
     if it still lies where it did."""
-    from mmpack.hf.loading import load_tokenizer  # here: ids alone are shown at once
-
     about = _store_of(dataset).about
     if folder is None:
         folder = about.tokenizer
@@ -363,7 +362,7 @@ def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode |
             return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
     tokenizer = load_tokenizer(folder)
     before = about.made_from.get("the tokenizer")
-    is_same = before == made_from((), tokenizer, dataset.vision)["the tokenizer"]
+    is_same = before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
     note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
 
     def decode(ids: list[int]) -> str:

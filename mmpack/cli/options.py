@@ -175,10 +175,6 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
                 check(given, values, _name(name))
         if self.stage == "sft" and self.on_overflow == "split":
             raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
-        if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
-            raise ValueError(
-                "documents have no turns; leave out --train-on-prompt and --mask-history"
-            )
 
     @property
     def planning(self) -> Planning:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from mmpack.hf.compat import AttentionMaskInterface, sdpa_attention_forward, sdpa_mask
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.rotary import rotate_vision
 from mmpack.ops.varlen_attention import varlen_attention
 
@@ -27,7 +28,7 @@ def text_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    mmpack: dict[str, Any] | None = None,
+    mmpack: MmpackDict | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment; query (1, H, T, K) -> (1, T, H, K).
@@ -78,7 +79,7 @@ def vision_forward(
         hidden_states: torch.Tensor,
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        mmpack: dict[str, Any] | None = None,
+        mmpack: Any = None,  # a MmpackDict, whose keys are put together here
         **kwargs: Any,
     ) -> torch.Tensor:
         if mmpack is None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_patch import is_patched
 from mmpack.types import Float64
 
@@ -38,7 +39,7 @@ class AttentionShare:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def take(
-        self, layer: int, q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: dict[str, Any]
+        self, layer: int, q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: MmpackDict
     ) -> None:
         """What text attention calls, as `mmpack["watch"]`."""
         if layer in self._left:
@@ -56,7 +57,7 @@ class AttentionShare:
 
 @torch.no_grad()
 def image_share(
-    q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: dict[str, Any]
+    q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: MmpackDict
 ) -> torch.Tensor:
     """Sum over sampled supervised rows of the mass on images, mean of the heads, and how many rows: (2,).
 

@@ -24,6 +24,7 @@ from mmpack.hf.compat import callbacks_of, has_scaler
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import find_inner
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import PackCounter, TrainedCosts
@@ -120,11 +121,11 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         else:
             self._data = PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
-        self._waiting: list[dict[str, Any]] = []  # a stream's batches of a step that is not over
+        self._waiting: list[MmpackDict] = []  # a stream's batches of a step that is not over
         self._hooks: list[Any] = []
         self._is_in_step = False
         self._is_watched = False
-        self._packs: list[dict[str, Any]] = []
+        self._packs: list[MmpackDict] = []
         self._counter = PackCounter()
         self._trainer: Trainer | None = None  # that it is attached to
         self._last = LastCallback(self._before_saving)

@@ -27,6 +27,7 @@ from mmpack.hf.compat import (
     get_model_conversion_mapping,
     loads_whole_checkpoints,
 )
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.plan import plan_epoch
 
@@ -171,7 +172,7 @@ class PackKeeper:
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
-    def note_place(self, step: int, batch: int, pack: dict[str, Any]) -> None:
+    def note_place(self, step: int, batch: int, pack: MmpackDict) -> None:
         """Nothing: a step's packs follow from its number."""
 
     def forget_places(self) -> None:

@@ -1,11 +1,13 @@
-"""PackCollator: a list of packs, encoded samples or processor outputs -> forward kwargs.
+"""PackCollator: a list of packs' samples, encoded samples or processor outputs -> forward kwargs.
 
-What becomes of a pack, names transformers knows and the `mmpack` dict, is in `mmpack.hf.forward_kwargs`.
+It assembles: the samples of a batch become one pack here, in the DataLoader worker. What becomes of the pack, names
+transformers knows and the `mmpack` dict, is in `mmpack.hf.forward_kwargs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -13,15 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_samples
+from mmpack.data.encoder import Encoder
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
-from mmpack.packing.assemble import assemble, concatenate
-from mmpack.packing.compact import compact, concatenate_compact
-from mmpack.types import IGNORE, CompactPack, EncodedSample, Float32, Pack
+from mmpack.packing import worker_buffers
+from mmpack.packing.assemble import assemble, load_pixels
+from mmpack.packing.compact import compact
+from mmpack.packing.pack_samples import PackSamples
+from mmpack.types import IGNORE, EncodedSample, Float32
 from mmpack.vision_spec import VisionSpec
 
 
@@ -30,11 +33,11 @@ class PackCollator:
 
     It takes a list of
 
-    - `Pack`s, the items of a `PackedDataset` (use `per_device_train_batch_size=1`);
+    - items of a `PackedDataset` or `PackStream` (use `per_device_train_batch_size=1`);
     - `EncodedSample`s;
     - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`,
-      `pixel_values` and `image_grid_thw`; or raw rows as `read_samples` takes them (TRL hands
-      those on). Both need `processor=`.
+      `pixel_values` and `image_grid_thw`; or raw rows as `Encoder.read` takes them (TRL hands
+      those on). Both need the encoder.
 
     The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`,
     `logits_to_keep (L,)`, `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal
@@ -53,7 +56,8 @@ class PackCollator:
     or places in a table of positions. They are made here, in the worker; hence `model=` too.
 
     Args:
-        processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+        encoder: an `Encoder`, or a transformers Qwen-VL processor. A raw row that cannot be used is an error
+            whatever its `on_error` says: a batch has as many rows as were asked for.
         model: the model the batches are for, for Qwen2-VL with float32 pixels not needed; asked what
             its tower is and whether it is patched, and not kept.
         pixels: "float32" or "uint8".
@@ -64,7 +68,7 @@ class PackCollator:
             one shape (`torch.compile`); as a rule the capacity. Patches stay as many as there are.
         assemble: "host", or "device": batches are compact, `input_ids (1, n)` with one marker an image
             and `position_ids (4, 1, 0)`, and the patched model's hook lets the device expand them, to the
-            same bits. Set `assemble = "device"` on the `PackedDataset` or `PackStream` too.
+            same bits.
 
     Raises:
         ValueError: uint8 pixels or assembly on the device without a patched model, a model that is not
@@ -73,7 +77,7 @@ class PackCollator:
 
     def __init__(
         self,
-        processor: Any = None,
+        encoder: Any = None,
         *,
         model: nn.Module | None = None,
         pixels: Literal["float32", "uint8"] = "float32",
@@ -103,24 +107,25 @@ class PackCollator:
         base = None if model is None else inner_model(model)
         self.tower = TowerSpec() if base is None else tower_of(base)
         self._num_ids = None if base is None else num_ids(base)
-        if processor is None or isinstance(processor, tuple):
-            self.tokenizer, self.vision = processor or (None, None)
-        else:
-            config = None if base is None else base.config
-            self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
+        self.encoder = None
+        if encoder is not None:
+            known = Encoder.of(encoder, None if base is None else base.config)
+            self.encoder = replace(known, on_error="raise")
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        pack, values = self._join(features)
+        segments, values = self._segments(features)
+        samples = [sample for item in segments for sample in item]
         if self.pad_to is not None:
-            pack = _padded(pack, -pack.num_tokens % self.pad_to)
-        if isinstance(pack, Pack):
-            batch = batch_of(pack, values, self.tower)
+            missing = -sum(sample.num_tokens for sample in samples) % self.pad_to
+            if missing:
+                samples.append(EncodedSample.filler(missing, samples[0].vision))
+        if self.assemble == "device":
+            batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
-            batch = compact_batch_of(pack, values, self.tower)
-        segments = [_num_segments(feature) for feature in features]
-        batch["mmpack"]["items"] = (0, *accumulate(segments))  # an item's segments
+            pack = assemble(samples, pixels=False, empty=worker_buffers.empty)
+            batch = batch_of(pack, values, self.tower)
+        batch["mmpack"]["items"] = (0, *accumulate(map(len, segments)))
         if self._num_ids is not None:  # here, as a compiled model asks the host nothing
-            samples = [f for f in features if isinstance(f, EncodedSample)]
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
         resume = getattr(features[-1], "resume", None)
         if resume is not None:
@@ -129,50 +134,31 @@ class PackCollator:
             del batch["shift_labels"], batch["logits_to_keep"]
         return batch
 
-    def _join(self, features: Sequence[Any]) -> tuple[Pack | CompactPack, dict[str, torch.Tensor]]:
-        """One pack, and its pixels as the model takes them."""
-        pack: Pack | CompactPack
-        if all(isinstance(feature, Pack) for feature in features):
-            if self.assemble == "device":
-                raise ValueError(
-                    "the packs are assembled already; for PackCollator(assemble='device') set "
-                    "`assemble = 'device'` on the PackedDataset or PackStream too"
-                )
-            pack = concatenate(features)
-        elif all(isinstance(feature, CompactPack) for feature in features):
-            if self.assemble == "host":
-                raise ValueError(
-                    "the packs are left for the device to assemble, which the batch must say: "
-                    "PackCollator(model=model, assemble='device')"
-                )
-            pack = concatenate_compact(features)
-        elif all(isinstance(feature, EncodedSample) for feature in features):
-            pack = self._assemble(features)
+    def _segments(
+        self, features: Sequence[Any]
+    ) -> tuple[Sequence[Sequence[EncodedSample]], dict[str, torch.Tensor]]:
+        """The samples of each feature, and all pixels as the model takes them."""
+        if all(isinstance(feature, (PackSamples, EncodedSample)) for feature in features):
+            groups = [[f] if isinstance(f, EncodedSample) else f for f in features]
         elif not all(isinstance(feature, Mapping) for feature in features):
             kinds = sorted({type(feature).__name__ for feature in features})
             raise ValueError(
-                "PackCollator takes Packs, EncodedSamples, processor outputs or rows (dicts), all of "
-                f"one kind; got {kinds}"
+                "PackCollator takes items of a PackedDataset or PackStream and EncodedSamples, or dicts: "
+                f"processor outputs or rows; got {kinds}"
             )
-        elif self.vision is None:
+        elif self.encoder is None:
             raise ValueError(
                 "processor outputs and raw rows can be packed only with their processor: "
-                "PackCollator(processor=processor)"
+                "PackCollator(processor), or an Encoder"
             )
         elif any("input_ids" in feature for feature in features):
-            samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
-            return self._assemble(samples, pixels=False), self._processed_pixels(features)
+            samples = [_from_processor(f, n, self.encoder.vision) for n, f in enumerate(features)]
+            return [[sample] for sample in samples], self._processed_pixels(features)
         else:
-            samples = list(encode_samples(read_samples(features), self.tokenizer, self.vision))
-            pack = self._assemble(samples)
-        return pack, pixel_values_of(pack, self.pixels)
-
-    def _assemble(
-        self, samples: Sequence[EncodedSample], pixels: bool = True
-    ) -> Pack | CompactPack:
-        if self.assemble == "device":
-            return compact(samples, pixels=pixels)
-        return assemble(samples, pixels=pixels)
+            groups = [[s] for s in self.encoder.encode(self.encoder.read(features))]
+        segments, buffer = load_pixels(groups, worker_buffers.empty)
+        vision = segments[0][0].vision
+        return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)
 
     def _processed_pixels(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         parts = {
@@ -181,26 +167,10 @@ class PackCollator:
         values = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
         if values and self.pixels == "uint8":
             raise ValueError(
-                "processor outputs hold float pixel_values; pass Packs, EncodedSamples or raw rows for "
-                "pixels='uint8', or leave it away"
+                "processor outputs hold float pixel_values; pass items of a PackedDataset, EncodedSamples or raw "
+                "rows for pixels='uint8', or leave it away"
             )
         return values
-
-
-def _num_segments(feature: Any) -> int:
-    if isinstance(feature, Pack):
-        return len(feature.cu_seqlens) - 1
-    return len(feature.offsets) - 1 if isinstance(feature, CompactPack) else 1
-
-
-def _padded(pack: Pack | CompactPack, num_tokens: int) -> Pack | CompactPack:
-    """The pack with a last segment of that many tokens without labels."""
-    if not num_tokens:
-        return pack
-    filler, pixels = [EncodedSample.filler(num_tokens, pack.vision)], pack.pixels is not None
-    if isinstance(pack, CompactPack):
-        return concatenate_compact([pack, compact(filler, pixels=pixels)])
-    return concatenate([pack, assemble(filler, pixels=pixels)])
 
 
 def _has(feature: Mapping[str, Any], name: str) -> bool:

@@ -26,6 +26,8 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from mmpack.hf.mmpack_dict import MmpackDict
+
 __all__ = [
     "TRAINER_STATE_NAME",
     "AttentionMaskInterface",
@@ -120,7 +122,7 @@ WINDOW_METHOD = "permute_input_for_window_attn"  # of Qwen2.5-VL's tower
 DEEPSTACK_METHOD = "_deepstack_process"  # of Qwen3-VL's text model
 
 
-def tower_keywords(pack: dict[str, Any], has_windows: bool, has_table: bool) -> dict[str, Any]:
+def tower_keywords(pack: MmpackDict, has_windows: bool, has_table: bool) -> dict[str, Any]:
     """What a stock tower takes instead of computing it from `grid_thw`, of a batch's `mmpack` dict."""
     keywords = {
         "cu_seqlens": pack["vision_cu_seqlens"],

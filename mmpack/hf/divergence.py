@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmpack.hf.mmpack_dict import MmpackDict
+
 _NEVER = 1 << 62
 _MICRO, _RANK = 32, 16  # bits under the step in a mark: (step, batch of the step, rank)
 
@@ -106,7 +108,7 @@ class DivergenceWatch:
         if self._is_in_step and loss is not None and kwargs.get("mmpack") is not None:
             self._losses.append(loss.detach())
 
-    def note_batches(self, packs: Sequence[dict[str, Any]], step: int) -> None:
+    def note_batches(self, packs: Sequence[MmpackDict], step: int) -> None:
         """Take down a step's batches that are over; `packs` are their `mmpack` dicts."""
         assert self._first is not None
         for number, pack in enumerate(packs, self._num_batches):

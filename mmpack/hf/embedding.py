@@ -7,13 +7,14 @@ the features are inserted after. Which it is shows when it is called, not when t
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
 from mmpack import reference
 from mmpack.hf.compat import all_hooks, is_sharded
+from mmpack.hf.mmpack_dict import MmpackDict
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,7 +23,7 @@ def embed(
     embedding: nn.Module,
     input_ids_T: torch.Tensor,
     features_FD: torch.Tensor | None,
-    pack: dict[str, Any],
+    pack: MmpackDict,
     impl: str,
 ) -> torch.Tensor:
     """(T, D) embeddings in the table's dtype, features at their places; `impl` as in `patch_model`."""

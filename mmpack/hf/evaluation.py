@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from mmpack.hf.compat import forward_hooks, remainder_of
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
 
@@ -23,7 +24,7 @@ from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 class _Batch:
     loss: torch.Tensor
     num_items: Any  # what the loss was divided by; None: its own supervised tokens
-    pack: dict[str, Any]  # the batch's `mmpack` dict
+    pack: MmpackDict
     rows: tuple[torch.Tensor, torch.Tensor] | None  # logits (1, L, V), labels (1, L)
 
 

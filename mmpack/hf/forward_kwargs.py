@@ -1,9 +1,8 @@
 """A pack as the keyword arguments of a forward.
 
 Only names transformers knows are at the top, so that an unpatched model computes the same loss, only
-slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook takes.
-Host-side integers are Python ints and tuples of ints there: Trainer moves tensors to the device and
-nothing else, and torch.compile would take numpy arrays for tensors.
+slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook takes
+(`mmpack.hf.mmpack_dict`).
 
 A compact pack's batch has `input_ids (1, n)` with one marker an image, and no positions yet:
 `position_ids (4, 1, 0)`, on which a model that is not patched fails at once. `assemble_on_device`, which
@@ -24,33 +23,29 @@ from mmpack.hf.compat import (
     get_vision_window_index,
 )
 from mmpack.hf.fit import facts_of_data
+from mmpack.hf.mmpack_dict import CompactDict, MmpackDict
 from mmpack.hf.model_parts import TowerSpec
 from mmpack.packing import worker_buffers
-from mmpack.packing.compact import Outline, outline
+from mmpack.packing.compact import CompactPack
 from mmpack.packing.worker_buffers import as_ints, as_tensor
-from mmpack.types import CompactPack, Int32, Int64, Pack
+from mmpack.types import Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
 
 PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # and grids
 
 
-def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Tensor]:
-    """`pixel_values` of the images and `pixel_values_videos`, each where there are any."""
+def pixel_values_of(
+    stills: images.Patches, clips: images.Patches, vision: VisionSpec, pixels: str
+) -> dict[str, torch.Tensor]:
+    """`pixel_values` of the images' patches and `pixel_values_videos` of the videos', each where there are any."""
     values = {}
-    of_kinds = {
-        name: patches
-        for name, patches in zip(PIXELS, (pack.pixels, pack.video_pixels))
-        if patches is not None and len(patches)
-    }
-    if sum(map(len, of_kinds.values())) != pack.grid_thw.astype(np.int64).prod(axis=1).sum():
-        raise ValueError(
-            f"the pack has {len(pack.grid_thw)} images and videos but was assembled without pixels"
-        )
-    for name, patches in of_kinds.items():
+    for name, patches in zip(PIXELS, (stills, clips)):
+        if not len(patches):
+            continue
         if pixels == "float32":
-            num_values = pack.vision.patch_values * pack.vision.temporal_patch_size
+            num_values = vision.patch_values * vision.temporal_patch_size
             floats = worker_buffers.empty((len(patches), num_values), np.float32)
-            values[name] = as_tensor(images.normalize_patches(patches, pack.vision, out=floats))
+            values[name] = as_tensor(images.normalize_patches(patches, vision, out=floats))
         else:
             values[name] = as_tensor(patches)
     return values
@@ -59,7 +54,7 @@ def pixel_values_of(pack: Pack | CompactPack, pixels: str) -> dict[str, torch.Te
 def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
     """The batch of a finished pack; `values` are its pixels."""
     grid_order, grid_offsets = _grids_by_segment(pack)
-    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets, pack.input_ids)
+    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
     for name in (
@@ -87,7 +82,6 @@ def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> d
             spatial_merge_size=pack.vision.merge_size,
         )
         batch["mmpack"]["position_index"] = index.int()
-        # The floats' bits: FSDP2 and DeepSpeed cast floating inputs to bf16.
         batch["mmpack"]["position_weight_bits"] = weight.view(torch.int32)
     return batch
 
@@ -96,30 +90,29 @@ def compact_batch_of(
     pack: CompactPack, values: dict[str, torch.Tensor], tower: TowerSpec
 ) -> dict[str, Any]:
     """The batch of a compact pack, which `assemble_on_device` completes; `values` are its pixels."""
-    known = outline(pack, worker_buffers.empty)
-    batch = _batch(known, values, pack.grid_thw, pack.grid_offsets, pack.input_ids)
+    batch = _batch(pack, values, pack.marker_thw, pack.grid_offsets)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = torch.empty(4, 1, 0, dtype=torch.int64)
-    num_tokens = len(known.labels)
-    batch["mmpack"]["compact"] = {
+    compact: CompactDict = {
         "offsets": as_tensor(pack.offsets),
-        "markers": as_tensor(known.markers),
-        "grid_thw": as_tensor(pack.grid_thw),
+        "markers": as_tensor(pack.markers),
+        "grid_thw": as_tensor(pack.marker_thw),
         "temporal_step_bits": as_tensor(pack.temporal_step.view(np.int32)),
-        "sizes": (num_tokens, known.num_features, known.num_runs, known.num_tiles),
-        "num_vision_tiles": known.num_vision_tiles,
+        "sizes": (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles),
+        "num_vision_tiles": pack.num_vision_tiles,
         "video_id": pack.vision.video_token_id,
         "merge_size": pack.vision.merge_size,
     }
+    batch["mmpack"]["compact"] = compact
     if values and tower.window_side is not None:
-        order, windows = _windows(known.grid_thw, pack.vision, tower.window_side)
+        order, windows = _windows(pack.grid_thw, pack.vision, tower.window_side)
         batch["mmpack"] |= {**windows, "window_order": order}
     return batch
 
 
 def assemble_on_device(
-    batch: dict[str, Any], pack: dict[str, Any], table_side: int | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    batch: dict[str, Any], pack: MmpackDict, table_side: int | None
+) -> tuple[dict[str, Any], MmpackDict]:
     """(batch, its `mmpack` dict) as `batch_of` makes them, of a batch of `compact_batch_of` on the device.
 
     Args:
@@ -142,8 +135,8 @@ def assemble_on_device(
         "input_ids": made.pop("input_ids")[None],
         "position_ids": made.pop("position_ids")[:, None],
     }
-    pack = {**pack, **made}
-    del pack["compact"]
+    whole: Any = {**pack, **made}
+    del whole["compact"]
     grids = [batch[name] for name in PIXELS.values() if batch.get(name) is not None]
     if grids:
         grid_thw = torch.cat(grids)
@@ -154,20 +147,19 @@ def assemble_on_device(
             compact["num_vision_tiles"],
             merge_size=merge_size,
         )
-        pack |= {f"vision_{name}": tensor for name, tensor in places.items()}
-        if "window_order" in pack:
-            pack |= _in_windows(pack, pack["window_order"])
+        whole |= {f"vision_{name}": tensor for name, tensor in places.items()}
+        if "window_order" in whole:
+            whole |= _in_windows(whole, whole["window_order"])
         if table_side is not None:
-            pack |= _interpolated(pack["vision_position_ids"], grid_thw, table_side)
-    return {**batch, **tokens}, pack
+            whole |= _interpolated(whole["vision_position_ids"], grid_thw, table_side)
+    return {**batch, **tokens}, whole
 
 
 def _batch(
-    pack: Pack | Outline,
+    pack: Pack | CompactPack,
     values: dict[str, torch.Tensor],
     grid_thw: Int64 | Int32,
     grid_offsets: Any,
-    input_ids: Int64 | Int32,
 ) -> dict[str, Any]:
     """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
     rows = pack.supervised_index.astype(np.int64)
@@ -189,8 +181,8 @@ def _batch(
     if pack.num_images < len(pack.grid_thw):
         video = pack.vision.video_spec
         rule = (video.has_timestamps, video.tokens_per_second)
-    batch["mmpack"] = {
-        "offsets": as_ints(pack.cu_seqlens),  # ints: torch.compile takes arrays for tensors
+    payload: MmpackDict = {
+        "offsets": as_ints(pack.cu_seqlens),
         "max_seqlen": pack.max_seqlen,
         "supervised_offsets": as_ints(np.searchsorted(pack.supervised_index, pack.cu_seqlens)),
         "supervised_index": supervised,
@@ -200,12 +192,12 @@ def _batch(
         "video_rule": rule,
         "vision_offsets": as_ints(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
-        "id_range": _id_range(input_ids, shift_labels.numpy()),
+        "id_range": _id_range(pack.input_ids, shift_labels.numpy()),
         "facts": facts_of_data(pack.vision, len(grid_thw) > 0),
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
-        # Python floats: tensors of them would be cast to bf16 with the inputs
-        batch["mmpack"]["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
+        payload["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
+    batch["mmpack"] = payload
     return batch
 
 
@@ -234,7 +226,7 @@ def _windows(grid_thw: Int64, vision: VisionSpec, side: int) -> tuple[torch.Tens
     }
 
 
-def _in_windows(pack: dict[str, torch.Tensor], order_F: torch.Tensor) -> dict[str, torch.Tensor]:
+def _in_windows(pack: MmpackDict, order_F: torch.Tensor) -> dict[str, torch.Tensor]:
     """The features and positions of an `mmpack` dict in the order a windowed tower gives them."""
     place_F = torch.empty_like(order_F)
     place_F[order_F.long()] = torch.arange(len(order_F), dtype=torch.int32, device=order_F.device)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
 _HOOK = "_mmpack_loss_hook"
@@ -33,7 +34,7 @@ class PackedLoss:
         vocab_size: int,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
-        mmpack: dict[str, Any] | None = None,
+        mmpack: MmpackDict | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         if mmpack is None or shift_labels is None:

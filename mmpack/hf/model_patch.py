@@ -16,7 +16,6 @@ are untouched. `unpatch_model` takes everything back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -36,6 +35,7 @@ from mmpack.hf.embedding import embed
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.loss import install_loss, remove_loss
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import check_videos, family_of, inner_model, tower_of
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
@@ -146,7 +146,7 @@ def _take_pack(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook: a packed batch becomes `inputs_embeds`; anything else passes untouched."""
-    pack = kwargs.get("mmpack")
+    pack: MmpackDict | None = kwargs.get("mmpack")
     if pack is None:
         return None
     if is_replica(base):
@@ -163,8 +163,8 @@ def _take_pack(
     pack = {**pack, "impl": impl}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton":
-        pack |= rotations(base, pack, position_ids[:, 0])
-    features: Sequence[torch.Tensor | None] = [None]
+        pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
+    features: list[Any] = [None]
     nothing: torch.Tensor | None = None
     # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
@@ -204,7 +204,7 @@ def _keep_supervised(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def _check_batch(
-    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pack: dict[str, Any]
+    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pack: MmpackDict
 ) -> None:
     """Host-side checks of what a data loader may have done to the batch."""
     if args or kwargs.get("input_ids") is None:

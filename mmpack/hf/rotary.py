@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from mmpack.hf.compat import apply_rotary_pos_emb_vision, attention_of
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import family_of
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; weights, which none asks for
 
 
-def rotations(base: Any, pack: dict[str, Any], position_ids: torch.Tensor) -> dict[str, Any]:
-    """What the bound attentions of `base` ask for in the `mmpack` dict: a rotary module, its positions,
-    (3, T) of the text and (2, P) of the tower, and whether they take the frequencies by turns."""
+def rotations(
+    base: Any, pack: MmpackDict, position_ids: torch.Tensor
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """`rotary` and `vision_rotary` of the `mmpack` dict: a rotary module, its positions, (3, T) of the text
+    and (2, P) of the tower, and of the text whether it takes the frequencies by turns."""
     text = base.language_model.rotary_emb, position_ids, family_of(base).is_interleaved
-    tower = base.visual.rotary_pos_emb, pack["vision_position_ids"].T
-    return {"rotary": text, "vision_rotary": tower}
+    return text, (base.visual.rotary_pos_emb, pack["vision_position_ids"].T)
 
 
 def rotate(
@@ -48,7 +50,7 @@ def rotate(
 
 
 def rotate_vision(
-    q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], pack: dict[str, Any]
+    q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], pack: MmpackDict
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k (P, H, K) of a tower turned: in the kernel where the pack says with what, else as stock."""
     if "vision_rotary" in pack:
@@ -66,7 +68,7 @@ def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Attended:
-        pack = kwargs.get("mmpack")
+        pack: MmpackDict | None = kwargs.get("mmpack")
         if pack is None or "rotary" not in pack:
             return stock(self, hidden_states, attention_mask=attention_mask, **kwargs)
         rows = hidden_states[0]

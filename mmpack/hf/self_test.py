@@ -8,7 +8,6 @@ leak also unpatches it, or at the first packed forward.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,8 +72,8 @@ def _second_segment(
     pack = assemble([first, second], pixels=False)
     pixels = np.full((len(pack.vision_position_ids), pack.vision.patch_values), 100, dtype=np.uint8)
     pixels[: first.num_patches] = shade
-    pack = replace(pack, pixels=pixels)
-    batch = batch_of(pack, pixel_values_of(pack, "float32"), tower_of(base))
+    values = pixel_values_of(pixels, pixels[:0], pack.vision, "float32")
+    batch = batch_of(pack, values, tower_of(base))
     batch = _to_device(batch, base.device)
     batch["mmpack"]["facts"] = facts_of_model(base.config)  # whatever normalises its pixels
     for name in ("labels", "shift_labels", "logits_to_keep"):  # the outer model's

@@ -12,6 +12,7 @@ from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.checkpoint_files import KEY, STREAM_FILE, checkpoint_folder
 from mmpack.hf.compat import base_loader, take_whole
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.stream import PackStream
 
 
@@ -22,7 +23,7 @@ class StreamKeeper:
         self.stream = stream
         self._ranks = 1
         self._is_compared = False
-        self._places: dict[tuple[int, int], dict[str, Any]] = {}  # since it was last looked at
+        self._places: dict[tuple[int, int], MmpackDict] = {}  # since it was last looked at
         self._rank = 0
 
     def prepare(self, args: TrainingArguments) -> PackStream:
@@ -80,7 +81,7 @@ class StreamKeeper:
         """Leave in the state how many ranks' files belong to a checkpoint."""
         state.stateful_callbacks[KEY] = {"ranks": self._ranks, "is a stream": True}
 
-    def consume(self, batches: Iterable[dict[str, Any]]) -> None:
+    def consume(self, batches: Iterable[MmpackDict]) -> None:
         """Note the batches of a step; after the first one, compare what the ranks read.
 
         Raises:
@@ -93,7 +94,7 @@ class StreamKeeper:
             self.stream.check_ranks()
         self._is_compared = True
 
-    def note_place(self, step: int, batch: int, pack: dict[str, Any]) -> None:
+    def note_place(self, step: int, batch: int, pack: MmpackDict) -> None:
         """Keep where a batch of a step comes from until the loss was looked at."""
         self._places[step, batch] = pack
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.compat import whole_numel
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import parts_of
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
@@ -118,7 +119,7 @@ class PackCounter:
         self._seen.paused += now - self._seen.mark
         self._seen.mark = now
 
-    def count(self, packs: Sequence[dict[str, Any]]) -> None:
+    def count(self, packs: Sequence[MmpackDict]) -> None:
         """Add up batches of a step, by their `mmpack` dicts."""
         seen = self._seen
         for pack in packs:

@@ -17,6 +17,7 @@ from torch import nn
 from mmpack import reference
 from mmpack.hf import attention, uint8_pixels
 from mmpack.hf.compat import WINDOW_METHOD, is_sharded, tower_keywords
+from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import family_of
 
 Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, what makes the new one of it
@@ -37,7 +38,7 @@ def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tens
 
 
 def run_tower(
-    base: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor, pack: dict[str, Any]
+    base: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor, pack: MmpackDict
 ) -> list[torch.Tensor]:
     """Features (F, D) in the order of `pack["feature_index"]`: those of the embeddings, then deepstack's,
     one text layer each.
@@ -80,7 +81,7 @@ def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
         "segment_ids": no_int32,
         "tiles": cu_seqlens.repeat(1, 2),  # one tile, its segment's rows
     }
-    pack = {
+    pack: Any = {
         "impl": impl,
         **{f"{kind}_{name}": x for kind in ("vision", "window") for name, x in segments.items()},
         "vision_position_ids": torch.zeros(num_patches, 2, dtype=torch.long, device=device),

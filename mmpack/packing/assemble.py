@@ -12,21 +12,19 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.data import images, videos
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError
+from mmpack.packing.pack_samples import PackSamples
 from mmpack.types import (
     PACK_ARRAYS,
     TILE,
-    CompactPack,
     EncodedSample,
     Float32,
     ImageRef,
     Int32,
-    Int64,
     Pack,
 )
 from mmpack.vision_spec import VisionSpec
@@ -63,28 +61,28 @@ def assemble(
     pixels: bool = True,
     impl: Literal["native", "reference"] = "native",
     empty: Callable[..., Any] = np.empty,
-    folders: MediaFolders | None = None,
 ) -> Pack:
     """Expand, concatenate and index the samples of one pack, and decode their images and videos.
 
     Args:
-        samples: at least one; all encoded with the same `VisionSpec`.
+        samples: at least one; all encoded with the same `VisionSpec`. Of an item of a data set, its
+            `media_folders` and `on_bad_image` hold; others' files may lie anywhere and must decode.
         pixels: decode images and videos; without, `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; the packs are equal.
         empty: makes the arrays that the core and the decoder write, called as `numpy.empty`.
-        folders: where files of images and videos must lie when they are opened, links followed; None:
-            anywhere.
 
     Returns:
         The pack. Segment s is `samples[s]`; images are in marker order, then videos.
 
     Raises:
         ValueError: no samples, different specs, or a sample whose arrays contradict each other.
-        BadImageError: an image or a video cannot be decoded to its planned grid, or lies outside of
-            `folders`; names file and row.
+        BadImageError: an image or a video cannot be decoded to its planned grid, or lies outside of the
+            media folders; names file and row.
     """
     if impl not in ("native", "reference"):
         raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
+    if pixels:
+        [samples], buffer = load_pixels([samples], empty)
     joined, size = join(samples)
     if impl == "native":
         pack = _assemble_native(joined, size, samples[0].vision, empty)
@@ -92,10 +90,7 @@ def assemble(
         from mmpack import reference  # here: planning does not need torch
 
         pack = reference.assemble(samples)
-    if not pixels:
-        return pack
-    stills, clips = load_pixels(samples, size, empty, folders)
-    return replace(pack, pixels=stills, video_pixels=clips)
+    return replace(pack, pixels=buffer.stills, video_pixels=buffer.clips) if pixels else pack
 
 
 def join(samples: Sequence[EncodedSample]) -> tuple[Joined, Size]:
@@ -188,134 +183,103 @@ def _assemble_native(
 
 
 def load_pixels(
-    samples: Sequence[EncodedSample],
-    size: Size,
-    empty: Callable[..., Any],
-    folders: MediaFolders | None = None,
-) -> tuple[images.Patches, images.Patches]:
-    """Patches of the images and of the videos, decoded into what `empty` makes.
+    groups: Sequence[Sequence[EncodedSample]], empty: Callable[..., Any] = np.empty
+) -> tuple[list[Sequence[EncodedSample]], PixelBuffer]:
+    """Decode the images and videos of a pack's samples, group after group.
+
+    Args:
+        groups: items of data sets, whose own policy holds, or other samples, whose files may lie anywhere and
+            must decode.
+        empty: makes the arrays, called as `numpy.empty`.
+
+    Returns:
+        The samples that stay of each group, and the pixels of all.
 
     Raises:
-        BadImageError: as `assemble`.
+        ValueError: as `assemble`, or too many samples of an item were dropped.
     """
-    vision, num_stills = samples[0].vision, size.image_patches
-    num_clips = size.patches - num_stills
-    values = vision.patch_values
-    stills: images.Patches = empty((num_stills, values), dtype=np.uint8)
-    clips: images.Patches = empty((num_clips, vision.temporal_patch_size * values), dtype=np.uint8)
-    still = clip = 0  # the next one's first patch
-    for segment, sample in enumerate(samples):
-        grids = iter(sample.grid_thw)
+    samples = [sample for group in groups for sample in group]
+    _, size = join(samples)
+    buffer = PixelBuffer(samples[0].vision, size, empty)
+    kept: list[Sequence[EncodedSample]] = []
+    for group in groups:
+        if isinstance(group, PackSamples):
+            kept.append(group.policy.load(group, buffer))
+            continue
+        for sample in group:
+            buffer.load(sample)
+        kept.append(group)
+    return kept, buffer
+
+
+class PixelBuffer:
+    """Room for the patches of a pack's images and videos, which are decoded straight into it.
+
+    Args:
+        vision: the samples' spec.
+        size: what the samples take, as `join` says.
+        empty: makes the arrays, called as `numpy.empty`.
+    """
+
+    def __init__(
+        self, vision: VisionSpec, size: Size, empty: Callable[..., Any] = np.empty
+    ) -> None:
+        self._vision, values = vision, vision.patch_values
+        clips = (size.patches - size.image_patches, vision.temporal_patch_size * values)
+        self._stills: images.Patches = empty((size.image_patches, values), dtype=np.uint8)
+        self._clips: images.Patches = empty(clips, dtype=np.uint8)
+        self._num_stills = self._num_clips = 0  # patches that are written
+
+    def load(self, sample: EncodedSample, folders: MediaFolders | None = None) -> None:
+        """Decode the next sample's images and videos; of a sample that fails nothing stays.
+
+        Args:
+            folders: where its files must lie, links followed; None: anywhere.
+
+        Raises:
+            ValueError: the sample has not as many grids as its images and videos.
+            BadImageError: one cannot be decoded to its planned grid, or lies outside of `folders`; names
+                file and row.
+        """
+        vision, still, clip = self._vision, self._num_stills, self._num_clips
         counts = [videos.num_grids(ref, vision) for ref in sample.media]
         if sum(counts) != len(sample.grid_thw):
             raise ValueError(
                 f"{_where(sample)}: {len(sample.grid_thw)} grids but {len(sample.media)} images and "
-                "videos to decode; pass pixels=False"
+                "videos to decode; give it its `media`, or assemble with pixels=False"
             )
+        grids = iter(sample.grid_thw)
         for ref, count in zip(sample.media, counts):
             grid_thw = np.array([next(grids) for _ in range(count)])
             patches = int(grid_thw.prod(axis=1).sum())
             try:
                 if isinstance(ref, ImageRef):
-                    out = stills[still : still + patches]
+                    out = self._stills[still : still + patches]
                     images.load_patches(ref, grid_thw[0], vision, out, folders)
                     still += patches
                 else:
-                    out = clips[clip : clip + patches]
+                    out = self._clips[clip : clip + patches]
                     videos.load_patches(ref, grid_thw, vision, out, folders)
                     clip += patches
             except ValueError as error:
-                bad = BadImageError(f"{_where(sample)}: {error}")
-                bad.segment = segment
-                raise bad from None
-    return stills, clips
+                raise BadImageError(f"{_where(sample)}: {error}") from None
+        self._num_stills, self._num_clips = still, clip
+
+    @property
+    def stills(self) -> images.Patches:
+        """(P1, C * p * p) uint8 patches of the images so far, in merge order."""
+        return _begin(self._stills, self._num_stills)
+
+    @property
+    def clips(self) -> images.Patches:
+        """(P2, C * t * p * p) uint8 patches of the videos so far."""
+        return _begin(self._clips, self._num_clips)
+
+
+def _begin(array: images.Patches, length: int) -> images.Patches:
+    """Of a full array no view: `worker_buffers.as_tensor` knows what `empty` made."""
+    return array if length == len(array) else array[:length]
 
 
 def _where(sample: EncodedSample) -> str:
     return f"row {sample.row} of {sample.source}"
-
-
-def check_specs(packs: Sequence[Pack | CompactPack]) -> None:
-    """Raises:
-    ValueError: no packs, or packs with different specs.
-    """
-    if not packs:
-        raise ValueError("a batch needs at least one pack")
-    if any(pack.vision != packs[0].vision for pack in packs):
-        raise ValueError("the packs of a batch were made with different VisionSpecs")
-
-
-def concatenate(packs: Sequence[Pack]) -> Pack:
-    """Several packs as one, segments in order, images in order before videos in order.
-
-    Raises:
-        ValueError: no packs, or packs with different specs.
-    """
-    check_specs(packs)
-    if len(packs) == 1:
-        return packs[0]
-    tokens = _starts([len(pack.input_ids) for pack in packs])
-    grids = [pack.num_images for pack in packs]
-    patches = [pack.num_image_patches for pack in packs]
-    features = [n // packs[0].vision.merge_size ** 2 for n in patches]
-    frames = [int(np.searchsorted(pack.vision_cu_seqlens, n)) for pack, n in zip(packs, patches)]
-    input_ids = np.concatenate([pack.input_ids for pack in packs])
-    feature_token = _images_first(
-        [pack.feature_token + n for pack, n in zip(packs, tokens)], features
-    ).astype(np.int32)
-    feature_index = np.full(len(input_ids), -1, dtype=np.int32)
-    feature_index[feature_token] = np.arange(len(feature_token), dtype=np.int32)
-    text_order, text_id_offsets = _native.text_by_id(input_ids, feature_index)
-    cu_seqlens = _join_offsets([pack.cu_seqlens for pack in packs], tokens)
-    lengths = _images_first([np.diff(pack.vision_cu_seqlens) for pack in packs], frames)
-    vision_cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-    pixels = [pack.pixels for pack in packs if pack.pixels is not None]
-    clips = [pack.video_pixels for pack in packs if pack.video_pixels is not None]
-    return Pack(
-        input_ids=input_ids,
-        labels=np.concatenate([pack.labels for pack in packs]),
-        position_ids=np.concatenate([pack.position_ids for pack in packs], axis=1),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(pack.max_seqlen for pack in packs),
-        segment_ids=_segment_ids(cu_seqlens),
-        tiles=_native.attention_tiles(cu_seqlens, causal=True),
-        feature_index=feature_index,
-        feature_token=feature_token,
-        text_order=text_order,
-        text_id_offsets=text_id_offsets,
-        supervised_index=_shift([pack.supervised_index for pack in packs], tokens),
-        grid_thw=_images_first([pack.grid_thw for pack in packs], grids),
-        num_images=sum(grids),
-        vision_cu_seqlens=vision_cu_seqlens,
-        vision_max_seqlen=max(pack.vision_max_seqlen for pack in packs),
-        vision_segment_ids=_segment_ids(vision_cu_seqlens),
-        vision_tiles=_native.attention_tiles(vision_cu_seqlens, causal=False),
-        vision_position_ids=_images_first([pack.vision_position_ids for pack in packs], patches),
-        pixels=np.concatenate(pixels) if len(pixels) == len(packs) else None,
-        video_pixels=np.concatenate(clips) if len(clips) == len(packs) else None,
-        vision=packs[0].vision,
-    )
-
-
-def _images_first(arrays: Sequence[NDArray[Any]], num_images: Sequence[int]) -> NDArray[Any]:
-    """Arrays whose first rows are images' and whose rest are videos' as one such array."""
-    images = [array[:n] for array, n in zip(arrays, num_images)]
-    return np.concatenate([*images, *(array[n:] for array, n in zip(arrays, num_images))])
-
-
-def _starts(sizes: Sequence[int]) -> Int64:
-    return np.cumsum([0, *sizes[:-1]])
-
-
-def _shift(arrays: Sequence[Int32], by: Int64) -> Int32:
-    shifted: Int64 = np.concatenate([array + n for array, n in zip(arrays, by)])
-    return shifted.astype(np.int32)
-
-
-def _join_offsets(offsets: Sequence[Int32], starts: Int64) -> Int32:
-    rest = [array[1:] for array in offsets]
-    return np.concatenate([[0], _shift(rest, starts)]).astype(np.int32)
-
-
-def _segment_ids(offsets: Int32) -> Int32:
-    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))

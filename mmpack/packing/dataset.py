@@ -1,9 +1,9 @@
 """PackedDataset: a map-style data set whose items are packs.
 
-Item i is pack i of the epoch's plan, assembled when it is asked for; in DataLoader workers that is
-where images are decoded. Map-style on purpose: accelerate shards the items, and resuming skips them
-without decoding. Every epoch has as many packs, of other samples; its number lies in shared memory,
-because workers that live on hear of nothing else.
+Item i is the samples of pack i of the epoch's plan; the collator opens their images and assembles them, in a
+DataLoader worker where there are any. Map-style on purpose: accelerate shards the items, and resuming skips
+them. Every epoch has as many packs, of other samples; its number lies in shared memory, because workers that
+live on hear of nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,28 +22,31 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import media_folders, read_samples
+from mmpack.data.encoder import Encoder
+from mmpack.data.readers import media_folders
+from mmpack.errors import counting
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.overflow import OnOverflow
+from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.plan import plan_epoch, plan_samples
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack, PackPlan, Sample
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec
 
 _log = logging.getLogger(__name__)
 
 
-class PackedDataset(PackSource, Dataset[Pack]):
-    """Packs of encoded samples, by index.
+class PackedDataset(PackSource, Dataset[PackSamples]):
+    """Packs of encoded samples, by index: an item is the samples of one pack, for `PackCollator`.
 
     Train with `per_device_train_batch_size=1`: one item is one full row.
 
     Attributes:
         samples: the encoded samples, a list or an `EncodedStore`.
         plan: which of them share a pack in epoch 0.
+        capacity: tokens a pack may hold.
         num_empty: empty packs at the end, see `append_empty_packs`.
         on_bad_image: what becomes of a sample whose image cannot be decoded any more when its pack is
             made. "raise", the default: an error that names file and row, out of a DataLoader worker
@@ -52,14 +55,13 @@ class PackedDataset(PackSource, Dataset[Pack]):
             samples on, more are an error that counts the reasons.
         media_folders: the folders that files of images and videos must lie in when they are opened, links
             followed; None: anywhere. `from_store` and `from_files` set those the rows were read with.
-        assemble: where packs are expanded: "host", the default, or "device", where items are
-            `CompactPack`s for `PackCollator(assemble="device")`.
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
         super().__init__()
         self.samples = samples
         self.plan = plan
+        self.capacity = plan.capacity
         self.num_empty = 0
         self._truncated = set(plan.truncated.tolist())
         self._patch_capacity = plan.patch_capacity
@@ -101,51 +103,44 @@ class PackedDataset(PackSource, Dataset[Pack]):
     @classmethod
     def from_files(
         cls,
-        data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Sample],
-        processor: Any,
+        data: Any,
+        encoder: Any,
         capacity: int,
         cost: Any = None,
         *,
-        media_dir: str | os.PathLike[str] | None = None,
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
+        seed: int = 0,
     ) -> PackedDataset:
         """Read, encode and plan data files, in memory.
 
         Args:
-            data: a file, a folder or several, see `read_samples`; or the samples themselves, for
-                what `read_samples` can be told beyond `media_dir`.
-            processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+            data: a file, a folder, several, or rows, as `Encoder.read` takes them; or `Sample`s.
+            encoder: an `Encoder`, or a transformers Qwen-VL processor.
             capacity: tokens a pack may hold.
             cost: the model's config, for packs that cost the same; see `from_samples`.
-            media_dir: folder of relative image paths; by default the folder of each file.
-            patch_capacity, on_overflow: see `from_samples`.
-            train_on_prompt, mask_history: see `mmpack.data.encode.encode_samples`.
+            patch_capacity, on_overflow, seed: see `from_samples`.
 
         Raises:
-            ValueError: a row that cannot be used; names file and row.
+            ValueError: a row that cannot be used and the encoder's `on_error` is "raise"; names file and row.
+                Or too many were skipped.
         """
-        if isinstance(processor, tuple):
-            tokenizer, vision = processor
-        else:
-            config = cost if hasattr(cost, "model_type") else None  # videos of Qwen2.5-VL need it
-            tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
-        given: Any = data if isinstance(data, (str, os.PathLike)) else list(data)
+        encoder = Encoder.of(encoder, cost)
+        encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
+        given = data if isinstance(data, (str, os.PathLike)) else list(data)
         folders = None
         if isinstance(given, list) and given and isinstance(given[0], Sample):
-            samples: Iterable[Sample] = given
+            samples = iter(given)
         else:
-            samples = read_samples(given, media_dir=media_dir)
-            paths: Any = [given] if isinstance(given, (str, os.PathLike)) else given
-            if all(isinstance(path, (str, os.PathLike)) for path in paths):
-                folders = media_folders(paths, None, media_dir)
-        encoded = encode_samples(
-            samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
-        )
+            groups = list(encoder.groups(given))
+            samples, folders = encoder.read_groups(groups), media_folders(groups)
         dataset = cls.from_samples(
-            list(encoded), capacity, cost, patch_capacity=patch_capacity, on_overflow=on_overflow
+            list(encoder.encode(samples)),
+            capacity,
+            cost,
+            patch_capacity=patch_capacity,
+            on_overflow=on_overflow,
+            seed=seed,
         )
         dataset.media_folders = folders
         return dataset
@@ -215,11 +210,6 @@ class PackedDataset(PackSource, Dataset[Pack]):
         """The spec all samples were encoded with."""
         return self.samples[0].vision
 
-    @property
-    def capacity(self) -> int:
-        """Tokens a pack may hold."""
-        return self.plan.capacity
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan items come from, in workers that are already running too.
 
@@ -276,28 +266,17 @@ class PackedDataset(PackSource, Dataset[Pack]):
     def __len__(self) -> int:
         return self.plan.num_packs + self.num_empty
 
-    def __getitem__(self, index: int) -> Pack:
+    def __getitem__(self, index: int) -> PackSamples:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         index %= len(self)
         if index >= self.plan.num_packs:
             return self._empty_pack()
-        pack: Pack = self._assemble(self.samples_of(index))
-        return pack
-
-    def samples_of(self, index: int) -> list[EncodedSample]:
-        """The samples of a pack of this epoch as they are assembled, segment by segment, cut ones cut;
-        no image is opened.
-
-        Raises:
-            IndexError: there is no such pack; empty packs have none.
-        """
-        if not 0 <= index < self.plan.num_packs:
-            raise IndexError(f"pack {index} of {self.plan.num_packs}")
         epoch = int(self._epoch[0])
         if self._planned[0] != epoch:
             self._planned = (epoch, plan_epoch(self.plan, epoch))
-        return [self._sample(number) for number in self._planned[1].samples_of(index).tolist()]
+        numbers = self._planned[1].samples_of(index).tolist()
+        return self._item([self._sample(number) for number in numbers])
 
     @cached_property
     def _smallest(self) -> int:
@@ -307,11 +286,9 @@ class PackedDataset(PackSource, Dataset[Pack]):
         )
         return int(self.plan.sample_index[np.lexsort((num_tokens, num_patches))[0]])
 
-    def _empty_pack(self) -> Pack:
+    def _empty_pack(self) -> PackSamples:
         sample = self._sample(self._smallest)
-        unlabelled = replace(sample, labels=np.full_like(sample.labels, IGNORE))
-        pack: Pack = self._assemble([unlabelled])
-        return pack
+        return self._item([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
 
     def _sample(self, number: int) -> EncodedSample:
         sample = self.samples[number]
@@ -320,7 +297,7 @@ class PackedDataset(PackSource, Dataset[Pack]):
         return sample
 
 
-class EvenPacks(Dataset[Pack]):
+class EvenPacks(Dataset[PackSamples]):
     """The packs of a data set, and as few empty ones behind them as make a multiple of `multiple`: the data
     set itself stays as it is for everybody else who reads it.
 
@@ -336,7 +313,7 @@ class EvenPacks(Dataset[Pack]):
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple) * self.multiple
 
-    def __getitem__(self, index: int) -> Pack:
+    def __getitem__(self, index: int) -> PackSamples:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         index %= len(self)

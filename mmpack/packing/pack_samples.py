@@ -1,0 +1,90 @@
+"""The item of a `PackedDataset` or `PackStream`: the samples of one pack, and what becomes of images that do not decode.
+
+No image is opened for an item. Who assembles it does: `PackCollator`, in the DataLoader worker that has made it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmpack.data.media_paths import MediaFolders
+from mmpack.errors import BadImageError
+from mmpack.types import EncodedSample
+
+if TYPE_CHECKING:
+    from mmpack.packing.assemble import PixelBuffer
+    from mmpack.packing.pack_source import DroppedSegments  # which needs torch
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaPolicy:
+    """Where the images and videos of an item may lie, and what becomes of a sample whose image does not decode: the
+    attributes of its `PackedDataset` or `PackStream`."""
+
+    on_bad_image: Literal["raise", "drop"]
+    max_bad: float
+    folders: MediaFolders | None
+    dropped: DroppedSegments
+
+    def load(self, samples: Sequence[EncodedSample], buffer: PixelBuffer) -> list[EncodedSample]:
+        """Decode the images and videos of an item's samples into the buffer.
+
+        Returns:
+            The samples that stay; where none does, one token without labels.
+
+        Raises:
+            BadImageError: one does not decode, and is not to be dropped; names file and row.
+            ValueError: too many were dropped, or `max_bad` is no share.
+        """
+        if self.on_bad_image == "drop":
+            with_media = sum(bool(sample.media) for sample in samples)
+            self.dropped.came(len(samples), with_media, self.max_bad)
+        kept = []
+        for sample in samples:
+            try:
+                buffer.load(sample, self.folders)
+                kept.append(sample)
+            except BadImageError as error:
+                if self.on_bad_image == "raise":
+                    raise
+                _log.warning("dropped %s", error)
+                self.dropped.left(error, self.max_bad)
+        return kept or [EncodedSample.filler(1, samples[0].vision)]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PackSamples(Sequence[EncodedSample]):
+    """The samples of one pack, segment by segment, cut ones cut.
+
+    `PackCollator` makes the batch of one or several, `mmpack.assemble(item)` the `Pack`.
+
+    Attributes:
+        samples: at least one.
+        capacity: tokens the pack may hold.
+        policy: where its images and videos may lie, and what becomes of those that do not decode.
+        resume: where a stream stands after this pack (`mmpack.packing.stream`), else None.
+    """
+
+    samples: Sequence[EncodedSample]
+    capacity: int
+    policy: MediaPolicy
+    resume: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.samples[index]
+
+    def __repr__(self) -> str:
+        tokens = sum(sample.num_tokens for sample in self.samples)
+        media = sum(len(sample.media) for sample in self.samples)
+        return (
+            f"<PackSamples: {tokens:,} of {self.capacity:,} tokens, {len(self):,} segments, "
+            f"{media:,} images and videos>"
+        )

@@ -1,0 +1,85 @@
+"""`mmpack.hf.mmpack_dict` names what real batches hold: every key, and nothing else."""
+
+import typing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import (
+    FAMILIES,
+    SMALL_SPEC,
+    collator,
+    encoded,
+    made_up_rows,
+    packed,
+    small_config,
+    tiny_model,
+)
+
+from mmpack import PackedDataset, PackStream
+from mmpack.hf import PackCollator, PackingCallback, patch_model
+from mmpack.hf.forward_kwargs import assemble_on_device
+from mmpack.hf.mmpack_dict import CompactDict, EveryBatch, MmpackDict
+
+HINTS = {
+    kind: typing.get_type_hints(kind, include_extras=True) for kind in (MmpackDict, CompactDict)
+}
+TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
+
+
+def check(kind, pack):
+    """Keys and values are of the declared types, tensors of the declared dtypes; returns the keys."""
+    for name, value in pack.items():
+        hint = HINTS[kind][name]
+        if typing.get_origin(hint) is typing.Annotated:
+            assert value.dtype == hint.__metadata__[0], name
+        elif hint is CompactDict:
+            assert check(CompactDict, value) == HINTS[CompactDict].keys()
+        else:
+            options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+            kinds = tuple(typing.get_origin(option) or option for option in options)
+            assert isinstance(value, kinds), name
+    return set(pack)
+
+
+def from_the_collator(family):
+    """The dicts of batches of images, videos and text, as floats and bytes, assembled here, there, later."""
+    batches = [made_up_rows(family, where)[0] for where in ("host", "device")]
+    table_side = collator(family).tower.table_side
+    yield from (batch["mmpack"] for batch in batches)
+    yield assemble_on_device(batches[1], batches[1]["mmpack"], table_side)[1]
+    model = patch_model(tiny_model(small_config(family)))
+    pixels = PackCollator(model=model, pixels="uint8", pad_to=64)
+    yield pixels([packed([encoded(SMALL_SPEC, 1, (2, 4), 2)], family)])["mmpack"]
+    for item in PackStream(TEXT, None, 30):
+        yield collator(family)([item])["mmpack"]
+
+
+def in_the_model(family):
+    """The dict that text layers are given, the fused path's and a watched step's."""
+    model, seen = patch_model(tiny_model(small_config(family)), impl="triton"), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["mmpack"]), with_kwargs=True, prepend=True
+    )
+    dataset = PackedDataset.from_samples(list(packed(TEXT, family)), 30)
+    callback = PackingCallback(dataset, attention_every=1)
+    args = SimpleNamespace(device=torch.device("cpu"), process_index=0)
+    step = (args, SimpleNamespace(global_step=0), None)
+    callback.on_train_begin(*step, model=model)
+    callback.on_step_begin(*step)
+    with torch.no_grad():
+        model(**collator(family)([packed([encoded(SMALL_SPEC, 1, (2, 4), 2, 3)], family)]))
+    return seen
+
+
+def test_the_dict_is_what_batches_hold():
+    if torch.cuda.is_available():
+        pytest.skip("kernels run on the GPU here, not in the interpreter")
+    found = set()
+    for family in FAMILIES[:3]:  # the fourth has the third's tower
+        for pack in from_the_collator(family):
+            assert EveryBatch.__required_keys__ <= check(MmpackDict, pack)
+            found |= set(pack)
+    for pack in in_the_model("qwen3_vl"):
+        found |= check(MmpackDict, pack)
+    assert found == HINTS[MmpackDict].keys()
