@@ -135,7 +135,7 @@ class Sample:
         return tuple(part for part in self.media if isinstance(part, VideoRef))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EncodedSample:
     """A sample as token ids with ONE marker per image or video; not yet expanded, no pixel decoded.
 
@@ -161,6 +161,17 @@ class EncodedSample:
     source: str = ""
     row: int = -1
     temporal_step: Float32 | None = None
+
+    def __repr__(self) -> str:
+        from mmpack.pack_html import counted  # here: it needs this module
+
+        images = sum(isinstance(one, ImageRef) for one in self.media)
+        videos = len(self.media) - images
+        return (
+            f"EncodedSample(row {self.row} of {self.source!r}: {counted(self.num_tokens, 'token')}, "
+            f"{self.num_supervised:,} supervised, {counted(images, 'image')}"
+            + (f", {counted(videos, 'video')})" if videos else ")")
+        )
 
     @classmethod
     def filler(cls, num_tokens: int, vision: VisionSpec) -> EncodedSample:
@@ -219,7 +230,7 @@ def are_sized(samples: Sequence[EncodedSample]) -> TypeGuard[SizedSamples]:
     return hasattr(samples, "num_tokens")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PackPlan:
     """Which samples share a pack.
 
@@ -247,6 +258,11 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
+
+    def __repr__(self) -> str:
+        from mmpack.pack_html import plan_counts  # here: it needs this module
+
+        return f"PackPlan({plan_counts(self)})"
 
     @property
     def num_packs(self) -> int:

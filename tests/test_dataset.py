@@ -34,7 +34,7 @@ def test_an_item_is_its_samples_assembled(realset):
     assert same(assemble(dataset[1]), assemble(samples))
     media = sum(len(sample.media) for sample in samples)
     of = f"{dataset.plan.pack_tokens[1]:,} of 8,192 tokens, {len(samples)} segments, {media} images"
-    assert repr(dataset[1]) == f"<PackSamples: {of} and videos>"
+    assert repr(dataset[1]) == f"PackSamples({of} and videos)"
     with pytest.raises(IndexError):
         dataset[len(dataset)]
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="holds no finished store"):
         open_store(tmp_path)
     (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="store format 0, not 7; make it again: mmpack pack"):
+    with pytest.raises(ValueError, match="store format 0, not 8; make it again: mmpack pack"):
         open_store(tmp_path)
 
 

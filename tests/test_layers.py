@@ -51,7 +51,7 @@ ROOMS = {
         "hf",
         "cli/demo",
     },
-    "tqdm": {"cli"},
+    "tqdm": {"data/progress"},
     "transformers": {"data/processor_folder", "hf", "cli/demo"},
     "triton": {"ops"},
 }

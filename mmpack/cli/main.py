@@ -7,10 +7,11 @@ of ours and keeps its traceback.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mmpack.cli.terminal import escaped_streams, one_line, unescaped
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.processor_folder import load_config
+from mmpack.data.progress import LOGGER, row_progress
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
@@ -53,6 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             if options.quiet:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(_without_progress())
             code = _COMMANDS[command](options) or 0
         sys.stdout.flush()
         return code
@@ -74,6 +77,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"mmpack: {one_line(reason)}", file=sys.stderr)
     return 1
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    logger = logging.getLogger(LOGGER)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _encoder(
@@ -102,8 +116,6 @@ def _encoder(
 
 
 def _check(options: CheckOptions) -> int:
-    from tqdm import tqdm
-
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
     from mmpack.cli.plots import check_picture
     from mmpack.cli.tables import check_table, json_line
@@ -112,11 +124,11 @@ def _check(options: CheckOptions) -> int:
     groups = list(reader.groups(options.data))
     summary = Summary(hash_files=options.decode)
     summary.add_files(group.file for group in groups)
-    rows = check_rows(groups, reader)
-    for checked in tqdm(rows, unit=" rows", desc="checking", disable=options.quiet or None):
-        summary.add(checked)
-        if options.json:
-            print(json_line(row_line(checked)), end="")
+    with row_progress("checking", groups) as (groups, bar):
+        for checked in bar.each(check_rows(groups, reader)):
+            summary.add(checked)
+            if options.json:
+                print(json_line(row_line(checked)), end="")
     if options.bad is not None:
         lines = [json_line(bad_row_line(bad)) for bad in summary.bad_rows]
         Path(options.bad).write_text("".join(lines), encoding="utf-8")
@@ -226,8 +238,6 @@ def _reading(options: ReadingOptions) -> dict[str, Any]:
 
 
 def _train(options: TrainOptions) -> None:
-    from tqdm import tqdm
-
     from mmpack.cli.pack import cut_long
     from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
@@ -261,9 +271,9 @@ def _train(options: TrainOptions) -> None:
         skip = Skip(options.max_bad, bad_rows)
         encoder = _encoder(options, skip if options.on_error == "skip" else "raise")
         groups = list(encoder.groups(options.data))
-        encoded = encoder.encode(encoder.read_groups(groups))
-        bar = tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None)
-        samples, patch_capacity, on_overflow = cut_long(list(bar), encoder.vision, options.planning)
+        with row_progress("encoding", groups) as (groups, bar):
+            found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
+        samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, options.planning)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,

@@ -12,19 +12,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
 from mmpack.data.encoder import Encoder
-from mmpack.data.file_formats import Row, count_rows
+from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
 from mmpack.errors import BadRow, Skip
 from mmpack.packing.cost import costs_of
@@ -180,7 +178,7 @@ def _encode(
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about = replace(about, files={str(file): _stamp(file) for file in files})
-    batches = _batches(groups, encoder, about.part, options)
+    batches = _batches(groups, encoder, about.part, options.jobs)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
@@ -309,29 +307,12 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 
 
 def _batches(
-    groups: list[RowGroup], encoder: Encoder, part: Part | None, options: PackOptions
+    groups: list[RowGroup], encoder: Encoder, part: Part | None, jobs: int | None
 ) -> Iterator[bytes]:
-    """Batches for a store, a bar showing rows, rows a second and, where files know how many they
-    have, how long it will take. What becomes of its chunks is added to a part."""
+    """Batches for a store, with their progress. What becomes of its chunks is added to a part."""
     number, of = (1, 1) if part is None else (part.number, part.of)
-    counts = [count_rows(group.file) if group.file is not None else None for group in groups]
-    is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
-    is_known = all(array or count is not None for array, count in zip(is_array, counts))
-    total = sum(count or 0 for count in counts) // of if is_known else None
-    with tqdm(total=total, unit=" rows", desc="encoding", disable=options.quiet or None) as bar:
-
-        def counted(rows: Iterable[Row]) -> Iterator[Row]:
-            """An array is read whole, so that is when its length is known."""
-            rows = list(rows)
-            if is_known:
-                bar.total += len(rows) // of
-            yield from rows
-
-        groups = [
-            group._replace(rows=counted(group.rows)) if array else group
-            for group, array in zip(groups, is_array)
-        ]
-        for indexed in index_rows(groups, encoder, jobs=options.jobs, part=(number, of)):
+    with row_progress("encoding", groups, parts=of) as (groups, bar):
+        for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):
             bar.update(indexed.num_rows)
             if part is not None:
                 num_bad, has_samples = len(indexed.bad_rows), indexed.batch is not None
