@@ -197,6 +197,12 @@ class EncodedSample:
         return int((self.labels[1:] != IGNORE).sum())
 
     @property
+    def id_range(self) -> tuple[int, int]:
+        """(smallest, largest) token id, labels that count among them; (0, 0) of an empty sample."""
+        ids = np.concatenate([self.input_ids, self.labels[self.labels != IGNORE]])
+        return (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+
+    @property
     def is_supervised(self) -> bool:
         """Whether any token reaches the loss."""
         return self.num_supervised > 0

@@ -17,7 +17,7 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from mmpack import PackedDataset
+from mmpack import PackedDataset, assemble
 from mmpack.cli import pack
 from mmpack.cli.main import main
 from mmpack.cli.pack import parse_shard

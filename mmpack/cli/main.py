@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -27,7 +28,7 @@ from mmpack.cli.options import (
     TrainOptions,
     parse,
 )
-from mmpack.cli.terminal import escaped_streams, one_line, unescaped
+from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.processor_folder import load_config
@@ -59,8 +60,8 @@ def _run(arguments: Sequence[str] | None) -> int:
             code = _COMMANDS[command](options) or 0
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("mmpack: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["mmpack: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `mmpack ... | head`
         os.dup2(
@@ -135,7 +136,7 @@ def _check(options: CheckOptions) -> int:
     if options.json:
         print(json_line({"summary": summary.as_dict()}), end="")
     else:
-        print(check_table(summary))
+        say(check_table(summary))
     if options.png is not None:
         check_picture(summary, options.png)
     return 1 if summary.bad_rows else 0
@@ -183,8 +184,8 @@ def _inspect(options: InspectOptions) -> None:
     if options.json:
         print(json.dumps(inspect.as_dict(view, decode, chosen)))
         return
-    print(inspect.table(view))
-    color = sys.stdout.isatty()
+    say(inspect.table(view, width()))
+    color = is_colored(sys.stdout)
     file = unescaped(sys.stdout) if color else sys.stdout
     for segment in chosen:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
@@ -296,8 +297,33 @@ def _train(options: TrainOptions) -> None:
             print("images and videos are read from anywhere; --media-dir FOLDER confines them")
         else:
             print(f"images and videos are read from {' and '.join(folders)}")
-        result = train(model, dataset, args)
+        try:
+            result = train(model, dataset, args)
+        except KeyboardInterrupt:
+            if args.process_index:
+                raise
+            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
     print(json.dumps(result))
+
+
+def _how_to_continue(words: Sequence[str], args: Any) -> str:
+    """What a run that was interrupted can be continued with."""
+    from mmpack.hf.checkpoints import last_checkpoint
+
+    last = last_checkpoint(args.output_dir)
+    if last is None:
+        return (
+            f"no checkpoint was saved in {args.output_dir} yet; the same command starts again "
+            "(--save_steps N saves earlier)"
+        )
+    if args.world_size > 1:
+        return f"to continue from {last}: the same command with --resume_from_checkpoint last"
+    name, kept = "resume_from_checkpoint", list(words)
+    places = [n for n, word in enumerate(kept) if word.lstrip("-").replace("-", "_") == name]
+    for place in reversed(places):
+        del kept[place : place + 2]
+    command = shlex.join(["mmpack", *kept, f"--{name}", "last"])
+    return f"to continue from {last}:\n  {command}"
 
 
 def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
@@ -242,25 +243,25 @@ def report_packs(out: Path, options: PictureOptions, reused: bool, start: float)
         print(json.dumps(report))
         return
     if reused:
-        print(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
-    print(
+        say(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
+    say(
         f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
         f"{vision.max_pixels:,} pixels"
     )
-    print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
-    print("\n".join(balance_lines(report)))
+    say(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
+    say("\n".join(balance_lines(report)))
     if report.get("split"):
         cut = report["pieces"] - len(store) + report["split"]
-        print(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
+        say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     if num_bad:
-        print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
+        say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if plan.num_dropped or plan.num_truncated:
-        print(
+        say(
             f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
             f"{out / 'overflow.jsonl'}"
         )
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def _report_part(out: Path, options: PackOptions, reused: bool, start: float) -> None:
@@ -275,11 +276,11 @@ def _report_part(out: Path, options: PackOptions, reused: bool, start: float) ->
     if options.json:
         print(json.dumps(report))
         return
-    print(
+    say(
         f"part {options.shard}: {report['rows']:,} rows, {num_bad:,} of them bad, in "
         f"{report['seconds']:.1f} s; mmpack merge joins all parts"
     )
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:

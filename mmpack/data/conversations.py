@@ -65,12 +65,14 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Fields:
-    """Which column and tag means what; `kept` names LLaMA-Factory defaults a mapping left out."""
+    """Which column and tag means what. A mapping left out the tags `kept`, in words, and the columns `unnamed`;
+    they have LLaMA-Factory's defaults."""
 
     formatting: str
     columns: dict[str, str]
     tags: dict[str, str]
     kept: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
 
 
 _SHAREGPT = Fields("sharegpt", _COLUMNS, _SHAREGPT_TAGS)
@@ -84,7 +86,7 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
 
     There, a column or tag that the entry leaves out of a list it gives becomes None (so that
     `mllm_demo`, for one, refuses system turns); here it keeps its documented default, and
-    `Fields.kept` says so.
+    `Fields.kept` and `Fields.unnamed` say so.
 
     Raises:
         ValueError: a format or an option we do not read.
@@ -101,16 +103,13 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
         if mapping.get(option) or columns.get(option):
             raise ValueError(f"a dataset_info.json entry with {option!r} is not supported")
     kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
-    kept += [
-        f"{name}={base.columns[name]!r}"
-        for name in ("system", "tools")
-        if columns and name not in columns
-    ]
+    unnamed = tuple(name for name in ("system", "tools") if columns and name not in columns)
     return Fields(
         formatting,
         {**base.columns, **{name: column for name, column in columns.items() if column}},
         {**base.tags, **{name: tag for name, tag in tags.items() if tag}},
         tuple(kept),
+        unnamed,
     )
 
 

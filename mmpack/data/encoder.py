@@ -78,7 +78,9 @@ class Encoder(Reader):
     def __repr__(self) -> str:
         others = {one.name: one.default for one in fields(self) if one.kw_only}
         changed = {name: getattr(self, name) for name in others}
-        words = [f"{name}={value!r:.60}" for name, value in changed.items() if value != others[name]]
+        words = [
+            f"{name}={value!r:.60}" for name, value in changed.items() if value != others[name]
+        ]
         pixels = f"images up to {self.vision.max_pixels:,} pixels"
         return f"Encoder({', '.join([type(self.tokenizer).__name__, pixels, *words])})"
 

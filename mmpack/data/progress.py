@@ -77,7 +77,8 @@ def _bar(what: str, total: int | None, unit: str) -> Any:
         from tqdm.auto import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True)
+    shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    return tqdm(total=total, unit=f" {unit}", desc=what, bar_format=shape, dynamic_ncols=True)
 
 
 @contextmanager

@@ -312,7 +312,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         if hasattr(samples, "id_range"):
             known: tuple[int, int] | None = samples.id_range
             return known
-        ranges = [id_range_of(sample) for sample in samples]
+        ranges = [sample.id_range for sample in samples]
         return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 
     def __repr__(self) -> str:
@@ -381,17 +381,6 @@ class EvenPacks(Dataset[PackSamples]):
 
     def _pack(self, index: int) -> PackSamples:
         return self.dataset[index] if index < len(self.dataset) else self.dataset._empty_pack()
-
-
-def id_range_of(sample: EncodedSample) -> tuple[int, int]:
-    """(smallest, largest) token id of a sample, labels that count among them; (0, 0) of an empty one."""
-    ids, labels = sample.input_ids, sample.labels
-    if not len(ids):
-        return 0, 0
-    counting = labels[labels != IGNORE]
-    if not len(counting):
-        return int(ids.min()), int(ids.max())
-    return int(min(ids.min(), counting.min())), int(max(ids.max(), counting.max()))
 
 
 def _contents(samples: Any) -> dict[str, Any]:
