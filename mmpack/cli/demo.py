@@ -118,7 +118,7 @@ def run_demo(folder: str | None = None) -> dict[str, float]:
     total = time.perf_counter() - start
     say(f"\ndone in {total:.0f} s")
     if folder:
-        say(
+        print(  # not wrapped: commands are copied
             f"\nleft in {folder}; now try\n"
             f"  mmpack pack {folder}/train.json --tokenizer {folder}/tokenizer "
             f"--capacity {CAPACITY} --out {folder}/packed\n"

@@ -353,7 +353,10 @@ def _env(options: EnvOptions) -> None:
     from mmpack.cli.env import env_table, environment
 
     found = environment()
-    print(json.dumps(found) if options.json else env_table(found))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        say(env_table(found))
 
 
 _COMMANDS: dict[str, Callable[[Any], int | None]] = {
