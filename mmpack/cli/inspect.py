@@ -19,7 +19,8 @@ from mmpack.data import images, videos
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
 from mmpack.data.processor_folder import load_tokenizer
-from mmpack.pack_html import counted, frames_of
+from mmpack.errors import counted
+from mmpack.pack_html import frames_of
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack

@@ -1,4 +1,4 @@
-"""Work a chunk at a time: tokenizers and record batches are fastest on some hundred samples."""
+"""Iterate in chunks: tokenizers and record batches are fastest on a few hundred samples at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """The values in lists of `size`, the last one shorter; what follows is not read before."""
+    """The values in lists of `size`, the last one shorter. Each list is read only when it is asked for."""
     remaining = iter(values)
     while chunk := list(islice(remaining, size)):
         yield chunk
