@@ -149,7 +149,7 @@ def test_other_things_are_refused(samples):
         PackCollator()([])
     with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
         PackCollator()([{"conversations": []}])
-    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode"):
+    with pytest.raises(ValueError, match="1 grid but 0 media to decode"):
         PackCollator()([dataclasses.replace(samples[1], media=())])
 
 
