@@ -198,10 +198,10 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        resumed = checkpoint_folder(args, state)
-        if state.global_step and resumed.is_dir():
+        if state.global_step and checkpoint_folder(args, state).is_dir():
+            # the stream looks for its own file itself
             own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
-            check_checkpoint(resumed, own)  # the stream looks for its file itself
+            check_checkpoint(checkpoint_folder(args, state), own)
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
         if state.global_step:
