@@ -1,4 +1,4 @@
-"""Images and videos that are not what they seem: nothing starts a program, nothing hangs, nothing lies outside."""
+"""Disguised images and videos: nothing starts a program, hangs, or is read outside the media folders."""
 
 import json
 import os

@@ -225,7 +225,7 @@ class RowReader:
                 markers = len(listed)
             if markers != len(listed):
                 raise RowError(
-                    f"{counted(markers, f'{MARKERS[kind]} marker')} but {counted(len(listed), kind)}",
+                    f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
                     _count_advice(turns, kind, markers, len(listed)),
                 )
         remaining = {kind: iter(listed) for kind, listed in values.items()}
