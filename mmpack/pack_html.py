@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.errors import counted
-from mmpack.types import IGNORE, Pack
+from mmpack.types import IGNORE, Pack, PackPlan
 from mmpack.vision_spec import VisionSpec
 
 _MOST_SEGMENTS, _MOST_PICTURES = 100, 12  # 0.5 MB at most
@@ -30,6 +30,18 @@ def counts(pack: Pack) -> str:
         f"{len(pack.supervised_index):,} supervised",
         counted(pack.num_images, "image"),
         *([counted(videos, "video grid")] if videos else []),
+    ]
+    return ", ".join(parts)
+
+
+def plan_counts(plan: PackPlan) -> str:
+    """What a plan holds, in one line."""
+    parts = [
+        f"{counted(plan.num_packs, 'pack')} of {plan.capacity:,} tokens",
+        f"{plan.utilization:.0%}".replace("%", " % full"),
+        counted(len(plan.num_tokens), "sample"),
+        *([f"{plan.num_dropped:,} dropped"] if plan.num_dropped else []),
+        *([f"{plan.num_truncated:,} truncated"] if plan.num_truncated else []),
     ]
     return ", ".join(parts)
 

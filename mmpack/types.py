@@ -135,7 +135,7 @@ class Sample:
         return tuple(part for part in self.media if isinstance(part, VideoRef))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EncodedSample:
     """A sample as token ids with ONE marker per image or video; not expanded, no pixel decoded.
 
@@ -162,6 +162,17 @@ class EncodedSample:
     row: int = -1
     temporal_step: Float32 | None = None
 
+    def __repr__(self) -> str:
+        from mmpack.pack_html import counted  # here: it needs this module
+
+        images = sum(isinstance(one, ImageRef) for one in self.media)
+        videos = len(self.media) - images
+        return (
+            f"EncodedSample(row {self.row} of {self.source!r}: {counted(self.num_tokens, 'token')}, "
+            f"{self.num_supervised:,} supervised, {counted(images, 'image')}"
+            + (f", {counted(videos, 'video')})" if videos else ")")
+        )
+
     @classmethod
     def filler(cls, num_tokens: int, vision: VisionSpec) -> EncodedSample:
         """A padding segment: arbitrary, unlabeled tokens."""
@@ -184,6 +195,12 @@ class EncodedSample:
     def num_supervised(self) -> int:
         """Tokens that have a loss; a segment's first token has none, because nothing predicts it."""
         return int((self.labels[1:] != IGNORE).sum())
+
+    @property
+    def id_range(self) -> tuple[int, int]:
+        """(smallest, largest) token id, labels that count among them; (0, 0) of an empty sample."""
+        ids = np.concatenate([self.input_ids, self.labels[self.labels != IGNORE]])
+        return (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
 
     @property
     def is_supervised(self) -> bool:
@@ -219,7 +236,7 @@ def are_sized(samples: Sequence[EncodedSample]) -> TypeGuard[SizedSamples]:
     return hasattr(samples, "num_tokens")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PackPlan:
     """Which samples share a pack.
 
@@ -247,6 +264,11 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
+
+    def __repr__(self) -> str:
+        from mmpack.pack_html import plan_counts  # here: it needs this module
+
+        return f"PackPlan({plan_counts(self)})"
 
     @property
     def num_packs(self) -> int:

@@ -449,10 +449,17 @@ def test_dataset_info_maps_fields(tmp_path, caplog):
         {"who": "me", "says": "<image>?"},
         {"who": "it", "says": "!"},
     ]
-    write(tmp_path / "rows.json", [{"chat": chat, "pictures": ["a.png"]}])
+    rows = [{"chat": chat, "pictures": ["a.png"], "system": text} for text in ("", "Hm.", "Hm.")]
+    rows[1]["chat"] = rows[2]["chat"] = chat[1:]
+    write(tmp_path / "rows.json", rows)
     with caplog.at_level("WARNING", "mmpack"):
         by_name = list(Reader(mapping="mine").read(tmp_path))
-    assert "rows.json leaves fields out; using defaults system_tag='system', " in caplog.text
+    notes = [record.getMessage() for record in caplog.records]
+    assert notes[0].startswith(
+        "the mapping of rows.json leaves fields out; using defaults system_tag='sys"
+    )
+    name = "the mapping of rows.json does not name the column 'system'"  # said where it is read
+    assert notes[1:] == [f"{name}, which row 1 has; it is read"]
     beside = list(Reader().read(tmp_path / "rows.json"))
     explicit = list(Reader(mapping=entry).read(tmp_path / "rows.json"))
     assert by_name == beside == explicit

@@ -202,8 +202,9 @@ def _spans(pack: Pack, medium_of: list[int], first_frame: list[int]) -> list[Spa
     return spans
 
 
-def table(view: PackView) -> str:
-    """A line a segment, and one for each further image or video."""
+def table(view: PackView, width: int | None = None) -> str:
+    """A line a segment, and one for each further image or video; where that is wider than `width`, all images
+    and videos have lines of their own, below."""
     tokens, supervised = len(view.pack.input_ids), len(view.pack.supervised_index)
     lines = [
         f"pack {view.number} of {view.num_packs:,}: {tokens:,} of {view.capacity:,} tokens "
@@ -226,7 +227,14 @@ def table(view: PackView) -> str:
             )
         )
         rows += [("", "", "", "", "", other) for other in media[1:]]
-    return "\n".join(lines + [line.rstrip() for line in aligned(rows, left=(1, 5))])
+    wide = [line.rstrip() for line in aligned(rows, left=(1, 5))]
+    if width is None or max(map(len, wide)) <= width:
+        return "\n".join(lines + wide)
+    narrow = iter(aligned([row[:5] for row in rows if row[0]], left=(1,)))
+    for row in rows:
+        lines += [next(narrow)] if row[0] else []
+        lines += [f"    {row[5]}"] if row[5] and row is not rows[0] else []
+    return "\n".join(lines)
 
 
 def _described(view: PackView, medium: Medium) -> str:

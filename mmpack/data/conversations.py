@@ -65,12 +65,14 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of columns and tags; `kept` lists LLaMA-Factory defaults that a mapping left out."""
+    """The names of columns and tags. `kept` lists the tags, and `unnamed` the columns, that a mapping left out;
+    they have LLaMA-Factory's defaults."""
 
     formatting: str
     columns: dict[str, str]
     tags: dict[str, str]
     kept: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
 
 
 _SHAREGPT = Fields("sharegpt", _COLUMNS, _SHAREGPT_TAGS)
@@ -83,7 +85,7 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
     """The fields that an entry of LLaMA-Factory's `dataset_info.json` describes.
 
     If an entry gives `columns` or `tags` but leaves some out, LLaMA-Factory sets those to None (so `mllm_demo`
-    refuses system turns). Here they keep their documented defaults, and `Fields.kept` lists them.
+    refuses system turns). Here they keep their documented defaults; `Fields.kept` and `Fields.unnamed` list them.
 
     Raises:
         ValueError: an unsupported format or option.
@@ -102,16 +104,13 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
                 f"a dataset_info.json entry with {option!r} is not supported; remove it"
             )
     kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
-    kept += [
-        f"{name}={base.columns[name]!r}"
-        for name in ("system", "tools")
-        if columns and name not in columns
-    ]
+    unnamed = tuple(name for name in ("system", "tools") if columns and name not in columns)
     return Fields(
         formatting,
         {**base.columns, **{name: column for name, column in columns.items() if column}},
         {**base.tags, **{name: tag for name, tag in tags.items() if tag}},
         tuple(kept),
+        unnamed,
     )
 
 

@@ -39,7 +39,7 @@ class _Vision(NamedTuple):
     timestamps: list[list[str]]  # for each video with timestamps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoder(Reader):
     """Turns rows into token ids: a tokenizer, a `VisionSpec`, and all options for reading and encoding.
 
@@ -57,7 +57,7 @@ class Encoder(Reader):
         ValueError: an option has an invalid value, or two options contradict each other.
     """
 
-    tokenizer: Any = field(repr=False)
+    tokenizer: Any
     vision: VisionSpec
     train_on_prompt: bool = field(default=False, kw_only=True)
     mask_history: bool = field(default=False, kw_only=True)
@@ -74,6 +74,15 @@ class Encoder(Reader):
                 "documents have no turns; leave out --train-on-prompt and --mask-history "
                 "(train_on_prompt, mask_history)"
             )
+
+    def __repr__(self) -> str:
+        others = {one.name: one.default for one in fields(self) if one.kw_only}
+        changed = {name: getattr(self, name) for name in others}
+        words = [
+            f"{name}={value!r:.60}" for name, value in changed.items() if value != others[name]
+        ]
+        pixels = f"images up to {self.vision.max_pixels:,} pixels"
+        return f"Encoder({', '.join([type(self.tokenizer).__name__, pixels, *words])})"
 
     @classmethod
     def from_processor(cls, processor: Any, config: Any = None, **options: Any) -> Encoder:

@@ -161,6 +161,9 @@ class RowReader:
 
     def __init__(self, reader: Reader, group: RowGroup) -> None:
         self._fields = group.fields
+        self._unnamed = set[str]()  # columns a row may have that its mapping does not name
+        if group.fields is not None and reader.stage == "sft":
+            self._unnamed.update(group.fields.unnamed)
         self._folders = group.folders
         self._prepends = reader.missing_marker == "prepend"
         self._decode = reader.verify == "decode"
@@ -196,6 +199,14 @@ class RowReader:
                     else "remove it; conversations can only have images and videos"
                 )
                 raise RowError(f"the row has {media!r}", advice)
+        for column in {name for name in self._unnamed if content.get(columns[name])}:
+            self._unnamed.discard(column)
+            _log.warning(
+                "the mapping of %s does not name the column %r, which row %d has; it is read",
+                row.source,
+                columns[column],
+                row.number,
+            )
         if self._are_documents:
             turns: list[Turn] = [("document", document_of(content, self._fields))]
         else:

@@ -61,19 +61,9 @@ class PackingCallback(TrainerCallback):
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
       printed, in `log_history` and in every reporter (TensorBoard, W&B):
 
-    | name | unit | what |
-    | --- | --- | --- |
-    | `pack/utilization` | 0 to 1 | useful tokens over the capacity of the packs |
-    | `pack/tokens_per_second` | tokens/s | useful tokens |
-    | `pack/supervised_tokens_per_second` | tokens/s | tokens with a loss |
-    | `pack/patches_per_second` | patches/s | useful patches into the vision tower |
-    | `pack/flops_max_over_mean` | 1 or more | FLOPs of the busiest rank over the mean rank's, the steps' \
-maxima summed over their means summed: at 1.25 ranks compute 80 % of the time, if that goes as FLOPs |
-    | `pack/tflops` | 10^12 FLOP/s | a device's useful model FLOPs |
-    | `pack/mfu` | 0 to 1 | that over the device's dense bf16 peak, where it is in `mmpack.hf.throughput` |
-    | `pack/dropped_segments` | segments | left out so far because of bad images, where there were any |
-    | `pack/image_attention/layer_N` | 0 to 1 | attention mass of supervised rows on the images before \
-them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
+    `pack/utilization`, `pack/tokens_per_second`, `pack/supervised_tokens_per_second`,
+    `pack/patches_per_second`, `pack/flops_max_over_mean`, `pack/tflops`, `pack/mfu`, `pack/dropped_segments` and
+    `pack/image_attention/layer_N`; docs/trainer.md says what each one is.
 
     Useful is a segment with a supervised token: not what `PackCollator(pad_to=)` fills up and not an
     empty pack. FLOPs are `mmpack.packing.cost.sample_flops`'s: matrix products, no recomputation. A part of
@@ -131,6 +121,9 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
+
+    def __repr__(self) -> str:
+        return f"PackingCallback({self.dataset!r})"
 
     def attach(self, trainer: Trainer) -> PackingCallback:
         """Join the callbacks of a Trainer that has been made, before it trains; returns the callback.

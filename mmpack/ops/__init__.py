@@ -32,3 +32,7 @@ if find_spec("triton"):
         "dense_mask",
         "embed_features",
     ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,15 +16,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
+from mmpack.data.progress import progress, row_progress
 from mmpack.data.readers import media_folders
 from mmpack.errors import counted, counting
+from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.overflow import OnOverflow
 from mmpack.packing.pack_samples import PackSamples
@@ -32,7 +35,8 @@ from mmpack.packing.pack_source import PackSource
 from mmpack.packing.plan import plan_epoch, plan_samples
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, PackPlan, Sample
+from mmpack.store.row_checksum import contents_checksum
+from mmpack.types import IGNORE, EncodedSample, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec
 
 _log = logging.getLogger(__name__)
@@ -109,8 +113,12 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        jobs: int | None = 1,
     ) -> PackedDataset:
-        """Read, encode and plan data files, in memory.
+        """Read, encode and plan data files, in memory; `save` writes the data set to disk.
+
+        A terminal or a notebook shows a progress bar; `logging.getLogger("mmpack").setLevel(logging.ERROR)`
+        switches it off.
 
         Args:
             data: a file, a folder, a list of these, or rows, as in `Encoder.read`; or `Sample`s.
@@ -118,6 +126,9 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             capacity: the most tokens in a pack.
             cost: the model's config, for packs that cost the same; see `from_samples`.
             patch_capacity, on_overflow, seed: see `from_samples`.
+            jobs: processes that encode rows (`Sample`s are encoded in this one). None: as many as cores, where
+                the rows are more than a few seconds' work. Other processes need pyarrow, and a script an
+                `if __name__ == "__main__":`, as they import it.
 
         Raises:
             ValueError: a row cannot be used and the encoder's `on_error` is "raise"; the message gives file and
@@ -126,14 +137,22 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         encoder = Encoder.of(encoder, cost)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
         given = data if isinstance(data, (str, os.PathLike)) else list(data)
-        folders = None
+        folders, total = None, None if isinstance(given, (str, os.PathLike)) else len(given)
         if isinstance(given, list) and given and isinstance(given[0], Sample):
-            samples = iter(given)
+            with progress("encoding", total) as bar:
+                samples = list(bar.each(encoder.encode(given)))
         else:
             groups = list(encoder.groups(given))
-            samples, folders = encoder.read_groups(groups), media_folders(groups)
+            folders = media_folders(groups)
+            with row_progress("encoding", groups, total=total) as (groups, bar):
+                if jobs == 1:
+                    samples = list(bar.each(encoder.encode(encoder.read_groups(groups))))
+                else:
+                    from mmpack.store.build import encoded_rows  # here: it needs Arrow
+
+                    samples = encoded_rows(groups, encoder, jobs, bar.update)
         dataset = cls.from_samples(
-            list(encoder.encode(samples)),
+            samples,
             capacity,
             cost,
             patch_capacity=patch_capacity,
@@ -203,6 +222,39 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         dataset.media_folders = store.about.media_folders
         return dataset
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the samples and their plan, which `from_store` opens as an equal data set.
+
+        Image and video files stay where they are; images in memory are written too. `media_folders` is kept,
+        `on_bad_image` and `max_bad` are not.
+
+        Args:
+            folder: a new one, or empty. It appears complete or not at all.
+
+        Raises:
+            ValueError: there are no samples, or the folder is not empty.
+            OSError: it cannot be written.
+        """
+        from mmpack.store.atomic_folder import published  # here: only stores need Arrow
+        from mmpack.store.encoded_store import write_store
+        from mmpack.store.manifest import About
+        from mmpack.store.plan_file import save_plan
+
+        if not len(self.samples):
+            raise ValueError("there are no samples to save")
+        out = Path(folder)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is not empty; save to another folder")
+        samples, media = self.samples, self._media
+        about = About(media_folders=None if media is None else tuple(self.media_folders or ()))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with published(out, replaces=False) as partial:
+            if isinstance(samples, SplitSamples):
+                samples.save(partial)
+                samples = samples.samples
+            write_store(partial, samples, self.vision, about)
+            save_plan(self.plan, partial)
+
     @property
     def vision(self) -> VisionSpec:
         """The spec that all samples were encoded with."""
@@ -229,9 +281,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     def fingerprint(self) -> dict[str, Any]:
         """Settings, counts and checksums that determine the packs of every epoch, for JSON.
 
-        Data sets with equal fingerprints have equal packs: ids, labels, grids, temporal steps, and the recorded
-        path, size and length of images and videos (no file is opened). For a store it uses the stored checksum, so
-        a million samples take milliseconds; for a list it reads all samples.
+        Data sets with equal fingerprints have equal packs: ids, labels, grids, temporal steps, file and row of every
+        sample, paths of images and videos, and the bytes of those in memory. No file is opened. A list and the store
+        that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's checksum is
+        stored, so a million samples take milliseconds; for a list all samples are read.
         """
         plan = self.plan
         vision = json.loads(json.dumps(asdict(self.vision))) if len(self.samples) else {}
@@ -257,16 +310,24 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         if hasattr(samples, "id_range"):
             known: tuple[int, int] | None = samples.id_range
             return known
-        ranges = [id_range_of(sample) for sample in samples]
+        ranges = [sample.id_range for sample in samples]
         return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
+
+    def __repr__(self) -> str:
+        empty = f", {counted(self.num_empty, 'empty pack')} at the end" if self.num_empty else ""
+        return f"PackedDataset({plan_counts(self.plan)}{empty})"
 
     def __len__(self) -> int:
         return self.plan.num_packs + self.num_empty
 
-    def __getitem__(self, index: int) -> PackSamples:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pack {index} of {len(self)}")
-        index %= len(self)
+    @overload
+    def __getitem__(self, index: int) -> PackSamples: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PackSamples]: ...
+    def __getitem__(self, index: int | slice) -> PackSamples | list[PackSamples]:
+        return item_at(index, len(self), self._pack, "pack")  # type: ignore[no-any-return]
+
+    def _pack(self, index: int) -> PackSamples:
         if index >= self.plan.num_packs:
             return self._empty_pack()
         epoch = int(self._epoch[0])
@@ -307,55 +368,26 @@ class EvenPacks(Dataset[PackSamples]):
         self.dataset = dataset
         self.multiple = multiple
 
+    def __repr__(self) -> str:
+        return f"EvenPacks({self.dataset!r}, {counted(len(self), 'pack')} with the empty ones)"
+
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple) * self.multiple
 
-    def __getitem__(self, index: int) -> PackSamples:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pack {index} of {len(self)}")
-        index %= len(self)
+    def __getitem__(self, index: Any) -> Any:
+        return item_at(index, len(self), self._pack, "pack")
+
+    def _pack(self, index: int) -> PackSamples:
         return self.dataset[index] if index < len(self.dataset) else self.dataset._empty_pack()
 
 
-def id_range_of(sample: EncodedSample) -> tuple[int, int]:
-    """(smallest, largest) token id of a sample, including supervised labels; (0, 0) if it is empty."""
-    ids, labels = sample.input_ids, sample.labels
-    if not len(ids):
-        return 0, 0
-    counting = labels[labels != IGNORE]
-    if not len(counting):
-        return int(ids.min()), int(ids.max())
-    return int(min(ids.min(), counting.min())), int(max(ids.max(), counting.max()))
-
-
 def _contents(samples: Any) -> dict[str, Any]:
-    """Checksums of the samples' contents, and whether they are in a store or in memory."""
+    """Checksums of the samples' contents."""
     if isinstance(samples, SplitSamples):
         cuts = _checksum(samples.sample_of, samples.bounds)
         return {**_contents(samples.samples), "checksum of their cuts": cuts}
-    if hasattr(samples, "checksum"):
-        return {"samples are in": "a store", "checksum of the store": samples.checksum}
-    total = 0
-    for sample in samples:
-        step = sample.temporal_step
-        for array in (sample.input_ids, sample.labels, sample.grid_thw, step):
-            if array is not None:
-                total = zlib.crc32(np.ascontiguousarray(array).data, total)
-        media = [_identity(reference) for reference in sample.media]
-        sizes = (len(sample.input_ids), len(sample.grid_thw), step is None, media)
-        total = zlib.crc32(repr(sizes).encode(), total)
-    return {"samples are in": "memory", "checksum of the samples": total}
-
-
-def _identity(reference: Media) -> tuple[Any, ...]:
-    """The recorded properties of an image or a video; for data in memory, its length."""
-    data = reference.data
-    size = len(data) if isinstance(data, bytes) else getattr(data, "size", None)
-    known = (reference.path, reference.size, size)
-    if isinstance(reference, ImageRef):
-        return known
-    frames = tuple(_identity(frame) for frame in reference.frames)
-    return (*known, frames, reference.num_frames, reference.fps)
+    known = getattr(samples, "contents", None)  # of a store
+    return {"checksum of the samples": contents_checksum(samples) if known is None else known}
 
 
 def _checksum(*arrays: Any) -> int:

@@ -86,6 +86,6 @@ class PackSamples(Sequence[EncodedSample]):
         tokens = sum(sample.num_tokens for sample in self.samples)
         media = sum(len(sample.media) for sample in self.samples)
         return (
-            f"<PackSamples: {tokens:,} of {self.capacity:,} tokens, {counted(len(self), 'segment')}, "
-            f"{media:,} images and videos>"
+            f"PackSamples({tokens:,} of {self.capacity:,} tokens, {counted(len(self), 'segment')}, "
+            f"{media:,} images and videos)"
         )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mmpack.data.chunks import item_at
 from mmpack.errors import RowError
 from mmpack.packing.truncate import token_sizes
 from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
@@ -152,10 +153,16 @@ class SplitSamples(Sequence[EncodedSample]):
             raise damaged(Path(folder) / "pieces.json", flaw)
         return cls(samples, **arrays)
 
+    def __repr__(self) -> str:
+        return f"SplitSamples({len(self):,} pieces of {self.samples!r:.100})"
+
     def __len__(self) -> int:
         return len(self.sample_of)
 
-    def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
+    def __getitem__(self, number: Any) -> Any:
+        return item_at(number, len(self), self._piece, "piece")
+
+    def _piece(self, number: int) -> EncodedSample:
         sample = self.samples[int(self.sample_of[number])]
         start, end = self.bounds[number].tolist()
         if end > len(sample.input_ids):

@@ -120,6 +120,9 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._workers, self._next = 0, 0
         self._consumed: dict[int, dict[str, Any]] = {}  # state by worker of this rank
 
+    def __repr__(self) -> str:
+        return f"PackStream(packs of {self.capacity:,} tokens, rank {self._rank} of {self._world})"
+
     def shard(self, rank: int, num_ranks: int) -> PackStream:
         """Assign this process its part of the source; returns the stream.
 

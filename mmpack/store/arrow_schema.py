@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from mmpack.data import images
+from mmpack.store.row_checksum import files_of, row_checksum, videos_of
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
 from mmpack.vision_spec import VisionSpec
 
@@ -48,14 +48,14 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
     ids, ids_offsets = _joined([sample.input_ids for sample in samples])
     labels, _ = _joined([sample.labels for sample in samples])
     grids, grid_offsets = _joined([sample.grid_thw for sample in samples])
-    files = [_files(sample.media) for sample in samples]
+    files = [files_of(sample.media) for sample in samples]
     file_offsets = np.cumsum([0, *map(len, files)])
     refs = [file for of_sample in files for file in of_sample]
     is_supervised = labels != IGNORE
     is_supervised[ids_offsets[:-1]] = False  # nothing predicts a segment's first token
     num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
     data = [_bytes(image) for image in refs]
-    clips = [_videos(sample.media) for sample in samples]
+    clips = [videos_of(sample.media) for sample in samples]
     columns = [
         _lists(ids, ids_offsets),
         _lists(labels, ids_offsets),
@@ -70,7 +70,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
         clips,
         [sample.temporal_step for sample in samples],
         [
-            _checksum(
+            row_checksum(
                 [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step],
                 [image.path for image in refs[begin:end]],
                 data[begin:end],
@@ -99,31 +99,6 @@ def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     totals: Int64 = sums[offsets[1:]] - sums[offsets[:-1]]
     return totals
-
-
-def _files(media: Iterable[Media]) -> list[ImageRef]:
-    """The files of references: images, video files and frames."""
-    files: list[ImageRef] = []
-    for ref in media:
-        if isinstance(ref, ImageRef):
-            files.append(ref)
-        else:
-            files += ref.frames or (ImageRef(ref.path, ref.data),)
-    return files
-
-
-def _videos(media: Iterable[Media]) -> list[dict[str, Any]]:
-    videos, place = [], 0
-    for ref in media:
-        if isinstance(ref, VideoRef):
-            listed = len(ref.frames)
-            fps = None if ref.fps is None else float(ref.fps)
-            values = (place, listed, int(ref.num_frames), fps)
-            videos.append(dict(zip(_VIDEO, values)))
-            place += max(listed, 1)
-        else:
-            place += 1
-    return videos
 
 
 def _bytes(image: ImageRef) -> bytes | None:
@@ -181,7 +156,7 @@ def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSa
     clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
     step = None if step is None else step.to_numpy()
     arrays = [ids, labels, grid, step]
-    if _checksum(arrays, paths, data, source, number, clips) != checksum:
+    if row_checksum(arrays, paths, data, source, number, clips) != checksum:
         return None
     if (
         not len(ids)
@@ -202,21 +177,6 @@ def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSa
         row=number,
         temporal_step=step,
     )
-
-
-def _checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
-    """CRC-32 of a row; the same for values as written and as read."""
-    checksum = 0
-    for array in arrays:
-        if array is not None:
-            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
-    paths, data, *rest = texts
-    data = data or ()
-    lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
-    checksum = zlib.crc32(repr((lengths, paths, rest)).encode(), checksum)
-    for one in data:
-        checksum = zlib.crc32(one or b"", checksum)
-    return checksum
 
 
 def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[Media, ...]:

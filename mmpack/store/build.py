@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -30,8 +30,9 @@ from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
-from mmpack.store.arrow_schema import as_batch
+from mmpack.store.arrow_schema import as_batch, read_batch, sample_of
 from mmpack.store.encoded_store import EncodedStore
+from mmpack.types import EncodedSample
 
 _ALONE_S = 3.0  # seconds before workers are started; they take about as long to start
 
@@ -86,6 +87,22 @@ def index_rows(
             for bad in indexed.bad_rows:
                 refuse(bad, on_error)
             yield indexed
+
+
+def encoded_rows(
+    groups: Sequence[RowGroup], encoder: Encoder, jobs: int | None, tell: Callable[[int], None]
+) -> list[EncodedSample]:
+    """All samples of `index_rows`, in memory; `tell` is given the number of rows of each chunk."""
+    samples: list[EncodedSample] = []
+    for indexed in index_rows(groups, encoder, jobs=jobs):
+        tell(indexed.num_rows)
+        if indexed.batch is not None:
+            batch = read_batch(indexed.batch)
+            for row in range(batch.num_rows):
+                sample = sample_of(batch.columns, row, encoder.vision)
+                assert sample is not None  # its checksum is right
+                samples.append(sample)
+    return samples
 
 
 _Chunk = tuple[int, list[Row]] | ValueError  # rows of a group, or the error that ended its file
@@ -167,7 +184,8 @@ def _in_order(
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise ValueError(
-                "a worker process died, perhaps because memory ran out; use fewer --jobs (jobs)"
+                "a worker process died: memory ran out (fewer jobs need less), or jobs= is used in a script "
+                "without if __name__ == '__main__':"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -22,13 +22,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from mmpack.data.chunks import chunks
+from mmpack.data.chunks import chunks, item_at
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
 from mmpack.store.manifest import About, Manifest, read_manifest, write_manifest
@@ -57,13 +57,15 @@ class EncodedStore(Sequence[EncodedSample]):
         vision: the spec of all samples.
         num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
         id_range: (smallest, largest) token id, including supervised labels; None: not known.
+        contents: checksum of all samples, for `PackedDataset.fingerprint`.
         about: the `About` passed to `write_store`.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.vision, self.about = manifest.vision, manifest.about
-        self.checksum, self.id_range = manifest.checksum, manifest.id_range
+        self.checksum, self.contents = manifest.checksum, manifest.contents
+        self.id_range = manifest.id_range
         self._path = folder / "samples.arrow"
         index, _ = load_arrays(folder, "index", _INDEX)
         if flaw := _index_flaw(**index):
@@ -164,13 +166,23 @@ class EncodedStore(Sequence[EncodedSample]):
     def _damaged(self, why: Any) -> ValueError:
         return damaged(self._path, why)
 
+    def __repr__(self) -> str:
+        if "_path" not in self.__dict__:  # sent to a worker, which has not looked yet
+            return f"EncodedStore({str(self.folder)!r})"
+        tokens = int(self.num_tokens.sum())
+        return f"EncodedStore({str(self.folder)!r}, {len(self):,} samples, {tokens:,} tokens)"
+
     def __len__(self) -> int:
         return len(self.num_tokens)
 
-    def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        number = int(number) % len(self)
+    @overload
+    def __getitem__(self, number: int) -> EncodedSample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[EncodedSample]: ...
+    def __getitem__(self, number: int | slice) -> EncodedSample | list[EncodedSample]:
+        return item_at(number, len(self), self._sample, "sample")  # type: ignore[no-any-return]
+
+    def _sample(self, number: int) -> EncodedSample:
         n = bisect_right(self._starts, number) - 1
         columns, row = self._columns(n), number - self._starts[n]
         sample = sample_of(columns, row, self.vision)
@@ -213,7 +225,7 @@ def write_batches(
     if (folder / "mmpack.json").exists():
         raise ValueError(f"{folder} already holds a store; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    starts, sizes, checksum = [0], [], 0
+    starts, sizes, checksum, contents = [0], [], 0, 0
     ids: list[int] = []  # smallest and largest of each batch
     with open(folder / "samples.arrow", "wb") as file:
 
@@ -231,6 +243,7 @@ def write_batches(
             offsets.append(offsets[-1] + len(data))
             starts.append(starts[-1] + batch.num_rows)
             sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
+            contents = zlib.crc32(batch["checksum"].to_numpy().astype("<u4").tobytes(), contents)
             values = [batch[name].flatten().to_numpy() for name in ("input_ids", "labels")]
             found = np.concatenate([values[0], values[1][values[1] != IGNORE]])
             ids += [int(found.min()), int(found.max())] if len(found) else []
@@ -246,6 +259,7 @@ def write_batches(
         vision=vision,
         about=about or About(),
         checksum=checksum,
+        contents=contents,
         id_range=(min(ids), max(ids)) if ids else None,
     )
     return _finish(folder, manifest)
@@ -270,7 +284,11 @@ def reuse_store(folder: str | os.PathLike[str], store: EncodedStore, about: Abou
     return _finish(
         folder,
         Manifest(
-            vision=store.vision, about=about, checksum=store.checksum, id_range=store.id_range
+            vision=store.vision,
+            about=about,
+            checksum=store.checksum,
+            contents=store.contents,
+            id_range=store.id_range,
         ),
     )
 

@@ -22,7 +22,7 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 7
+FORMAT = 8
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
 _CAPACITY = range(1, 1 << 63)
 
@@ -94,6 +94,7 @@ class Manifest:
 
     Attributes:
         checksum: CRC-32 of `samples.arrow`.
+        contents: CRC-32 of the rows' checksums, in order.
         id_range: the smallest and the largest token id, including supervised labels; None: no samples.
     """
 
@@ -101,6 +102,7 @@ class Manifest:
     vision: VisionSpec
     about: About
     checksum: Annotated[int, range(1 << 32)]
+    contents: Annotated[int, range(1 << 32)]
     id_range: tuple[int, int] | None
 
 
