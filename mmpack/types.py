@@ -163,7 +163,7 @@ class EncodedSample:
     temporal_step: Float32 | None = None
 
     def __repr__(self) -> str:
-        from mmpack.pack_html import counted  # here: it needs this module
+        from mmpack.errors import counted  # here: it needs this module
 
         images = sum(isinstance(one, ImageRef) for one in self.media)
         videos = len(self.media) - images

@@ -370,8 +370,10 @@ def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode |
             why = "the store names no tokenizer" if folder is None else where
             return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
     tokenizer = load_tokenizer(folder)
-    before = about.made_from.get("the tokenizer")
-    is_same = before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
+    before = about.made_from.get("the tokenizer")  # None: `PackedDataset.save` does not know
+    is_same = (
+        before is None or before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
+    )
     note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
 
     def decode(ids: list[int]) -> str:

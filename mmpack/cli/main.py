@@ -32,7 +32,7 @@ from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unes
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.processor_folder import load_config
-from mmpack.data.progress import LOGGER, row_progress
+from mmpack.data.progress import row_progress
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
@@ -82,7 +82,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 @contextmanager
 def _without_progress() -> Iterator[None]:
-    logger = logging.getLogger(LOGGER)
+    logger = logging.getLogger(row_progress.__module__)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -1,7 +1,7 @@
 """Progress of work on rows, on stderr: a bar in a terminal or a notebook, elsewhere a line a minute.
 
 It is tqdm's bar, as Trainer's and `datasets`' are. `logging.getLogger("mmpack").setLevel(logging.ERROR)` switches
-bars and lines off; the command line's --quiet does it for the logger `mmpack.progress`.
+bars and lines off; the command line's --quiet does it for this file's logger alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmpack.data.file_formats import Row, count_rows
 from mmpack.data.readers import RowGroup
 
 T = TypeVar("T")
-LOGGER = "mmpack.progress"
+_log = logging.getLogger(__name__)
 _LINE_S = 60.0  # from one line to the next
 
 
@@ -28,7 +28,7 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._count = 0
         self._start = self._last_line = time.monotonic()
-        self._is_on = logging.getLogger(LOGGER).isEnabledFor(logging.WARNING)
+        self._is_on = _log.isEnabledFor(logging.WARNING)
         self._bar = _bar(what, total, unit) if self._is_on else None
 
     def update(self, count: int = 1) -> None:
