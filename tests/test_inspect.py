@@ -116,7 +116,7 @@ def test_without_the_tokenizer_there_are_ids(small_set, tmp_path, capsys):
     assert main([*pack, "--capacity", "2048", "--out", str(tmp_path / "packed"), "--quiet"]) == 0
     shutil.rmtree(tmp_path / "gone")
     shown = looked_at(tmp_path, capsys)
-    assert f"is not at {tmp_path / 'gone'} any more; these are ids, --tokenizer FOLDER" in shown.err
+    assert f"is not at {tmp_path / 'gone'}; showing token ids, --tokenizer FOLDER" in shown.err
     view = inspect.view_pack(PackedDataset.from_store(tmp_path / "packed"), 0)
     first = view.spans[0]
     ids = view.pack.input_ids[first.begin : first.end].tolist()

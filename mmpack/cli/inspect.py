@@ -18,6 +18,7 @@ from mmpack.cli.terminal import one_line, printable
 from mmpack.data import images, videos
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
+from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_tokenizer
 from mmpack.pack_html import counted, frames_of
 from mmpack.packing.assemble import assemble
@@ -350,20 +351,29 @@ def frames(
     return frames_of(patches, medium.grid_thw, vision)
 
 
-def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode | None, str]:
-    """(ids to text, a note to the user): the tokenizer in `folder`, or the one the data was packed with
-    if it still lies where it did."""
+def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | None, str]:
+    """(ids to text, a note to the user), by the tokenizer named, or else the recorded one if it is still on
+    this machine: a recorded name is not downloaded."""
     about = _store_of(dataset).about
-    if folder is None:
-        folder = about.tokenizer
-        if folder is None or not Path(folder).is_dir():
-            where = f"the tokenizer this was packed with is not at {folder} any more"
-            why = "the store names no tokenizer" if folder is None else where
-            return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
-    tokenizer = load_tokenizer(folder)
+    recorded = about.tokenizer
+    if name is not None:
+        tokenizer = load_tokenizer(local_path(name))
+    elif recorded is None:
+        return (
+            None,
+            "the store names no tokenizer; showing token ids, --tokenizer FOLDER shows text",
+        )
+    else:
+        try:
+            folder = local_path(recorded, download=False)
+        except ValueError:
+            gone = f"the tokenizer this was packed with is not at {recorded}; showing token ids"
+            what = recorded if recorded.startswith("hf:") else "FOLDER"
+            return None, f"{gone}, --tokenizer {what} shows text"
+        tokenizer = load_tokenizer(folder)
     before = about.made_from.get("the tokenizer")
     is_same = before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
-    note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
+    note = "" if is_same else f"{name or recorded} is not the tokenizer this was packed with"
 
     def decode(ids: list[int]) -> str:
         words: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)

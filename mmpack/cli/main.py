@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mmpack.cli.options import (
 from mmpack.cli.terminal import escaped_streams, one_line, unescaped
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
+from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
@@ -88,7 +90,7 @@ def _encoder(
         packing = {name: getattr(options, name) for name in names}
     return Encoder.from_folder(
         options.tokenizer,
-        None if model is None else load_config(model),
+        None if model is None else load_config(local_path(model)),
         max_pixels=options.max_pixels,
         video={
             "fps": options.video_fps,
@@ -132,6 +134,12 @@ def _check(options: CheckOptions) -> int:
 def _pack(options: PackOptions) -> None:
     from mmpack.cli.pack import run_pack
 
+    # The store records which commit these were.
+    options = replace(
+        options,
+        tokenizer=pinned(options.tokenizer),
+        config=None if options.config is None else pinned(options.config),
+    )
     config = _config(options.config, options.frozen)
     run_pack(options, _encoder(options, options.on_error), config)
 
@@ -202,16 +210,16 @@ def _inspect_html(
 def _merge(options: MergeOptions) -> None:
     from mmpack.cli.merge import run_merge
 
-    run_merge(options, lambda planning: _config(planning.config, planning.frozen))
+    run_merge(options, lambda planning: _config(planning.config, planning.frozen, download=False))
 
 
-def _config(path: str | None, frozen: Sequence[str]) -> Any:
+def _config(name: str | None, frozen: Sequence[str], download: bool = True) -> Any:
     """The config to count costs with, None where none is named."""
-    if path is None:
+    if name is None:
         if frozen:
             raise ValueError("--frozen says what a step costs; pass the model's --config too")
         return None
-    return load_config(path)
+    return load_config(local_path(name, download=download))
 
 
 def _reading(options: ReadingOptions) -> dict[str, Any]:

@@ -22,15 +22,15 @@ CHECK_EXAMPLES = """exit code: 0 every row is usable, 1 some are refused, 2 usag
 
 examples:
   mmpack check data/train.json
-  mmpack check data/train.json --tokenizer Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
+  mmpack check data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
   mmpack check data/train.json --quiet --bad refused.jsonl
 """
 PACK_EXAMPLES = """examples:
-  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out packed
-  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --config Qwen2-VL-2B-Instruct \\
+  mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out packed
+  mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --config Qwen/Qwen2-VL-2B-Instruct \\
       --capacity 8192 --out packed --json
-  mmpack pack data --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
-  mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen2-VL-2B --capacity 8192 --out packed
+  mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
+  mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen/Qwen2-VL-2B --capacity 8192 --out packed
 """
 MERGE_EXAMPLES = """Machine I of N makes a part: mmpack pack ... --shard I/N --out parts/I
 
@@ -46,7 +46,7 @@ examples:
   mmpack inspect packed --row 1843
   mmpack inspect packed --pack 17 --png pack17.png | less
   mmpack inspect packed --pack 0-19 --html packs.html
-  mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
+  mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen/Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
 --resume_from_checkpoint FOLDER continues a run; `last` is the newest whole checkpoint of --output_dir,
@@ -54,10 +54,10 @@ or the start.
 The last line printed is a JSON object; with --json the only one, and Trainer's log goes to stderr.
 
 examples:
-  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1
-  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
+  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1
+  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
       --resume_from_checkpoint last
-  mmpack train --data data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 \\
+  mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
 DEMO_EXAMPLES = """examples:
@@ -71,7 +71,7 @@ examples:
   mmpack env --json
 """
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
-TOKENIZER_HELP = "folder of tokenizer and processor"
+TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 _METAVARS = {int: "N", float: "N", str: "PATH"}
 
 
@@ -195,7 +195,7 @@ class CheckOptions(ReadingOptions, ProcessorOptions, Options):
 
     data: tuple[str, ...] = option(DATA_HELP, positional=True, nargs="+", metavar="DATA")
     tokenizer: str | None = option(f"{TOKENIZER_HELP}: count tokens too", None, metavar="FOLDER")
-    config: str | None = option("config.json, or the folder, of the model (its videos)", None)
+    config: str | None = option("config.json, folder or name of the model, for its videos", None)
     bad: str | None = option("write the refused rows and why, as JSON lines", None, metavar="FILE")
     png: str | None = option("draw lengths, images and utilization", None, metavar="FILE")
 
@@ -209,7 +209,7 @@ class PackOptions(PackingOptions, PictureOptions):
     tokenizer: str = option(TOKENIZER_HELP, metavar="FOLDER")
     capacity: int = option("tokens a pack may hold")
     config: str | None = option(
-        "config.json, or the folder, of the model to train: packs then cost the same on it", None
+        "config.json, folder or name of the model to train: balances the cost of packs", None
     )
     overwrite: bool = option("replace a packed data set in --out", False)
     jobs: int | None = option("processes (as many as cores, where the rows are many)", None)
@@ -247,7 +247,9 @@ class InspectOptions(Options):
     )
     segment: int | None = option("the text of this one alone", None)
     tokenizer: str | None = option(
-        "the tokenizer's folder, if it moved since the data was packed", None, metavar="FOLDER"
+        "tokenizer, if the recorded one has moved: a folder, or a Hugging Face name",
+        None,
+        metavar="FOLDER",
     )
     png: str | None = option("draw tokens and attention", None, either="picture", metavar="FILE")
     html: str | None = option("write packs to a web page", None, either="picture", metavar="FILE")
@@ -260,8 +262,14 @@ class TrainOptions(PackingOptions, Options):
     data: tuple[str, ...] = option(
         "what mmpack pack wrote, or rows to pack now", nargs="+", metavar="DATA"
     )
-    model: str | None = option("a model with its weights", None, metavar="FOLDER")
-    config: str | None = option("config.json of a model to start with random weights", None)
+    model: str | None = option(
+        "model with its weights: a folder, or a Hugging Face name (owner/name)",
+        None,
+        metavar="FOLDER",
+    )
+    config: str | None = option(
+        "config.json, folder or name of a model to start with random weights", None
+    )
     steps: int | None = option("optimizer steps; short for --max_steps", None)
     on_bad_image: Literal["raise", "drop"] = option(
         "an image or video that can no longer be decoded: stop, or leave its row out of its pack",

@@ -61,7 +61,7 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
         begun=begun,
         made_from=made_from(groups, encoder),
         media_folders=tuple(media_folders(groups)),  # for mmpack train, which stays inside
-        tokenizer=os.path.abspath(options.tokenizer),  # for mmpack inspect, anywhere
+        tokenizer=_recorded(options.tokenizer),
         planning=options.planning,
         part=part,
     )
@@ -96,6 +96,11 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
         report_packs(out, options, reused, start)
     else:
         _report_part(out, options, reused, start)
+
+
+def _recorded(tokenizer: str) -> str:
+    """The name that `mmpack inspect` finds it by, whatever its working directory."""
+    return tokenizer if tokenizer.startswith("hf:") else os.path.abspath(tokenizer)
 
 
 class _Found(NamedTuple):
@@ -141,9 +146,11 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
 
 
 def _settings(about: About) -> dict[str, Any]:
-    """What a store records of options that its samples do not depend on."""
+    """The options that a store records and its samples do not depend on, and a Hub tokenizer's commit."""
     planning = {} if about.planning is None else vars(about.planning)
-    return planning | ({} if about.part is None else {"max_bad": about.part.max_bad})
+    name = about.tokenizer or ""
+    hub = {"the tokenizer's commit": name if name.startswith("hf:") else None}
+    return planning | hub | ({} if about.part is None else {"max_bad": about.part.max_bad})
 
 
 def _mark(out: Path) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ import numpy as np
 from mmpack.data import images, videos
 from mmpack.data.chat_template import Clip, Fixed, Layout, Template, strings, texts_of
 from mmpack.data.chunks import chunks
+from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
@@ -104,21 +105,24 @@ class Encoder(Reader):
         video: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Encoder:
-        """An encoder with the settings in a folder as Qwen publishes them.
+        """An encoder with the settings in a folder, or model on the Hugging Face Hub, as Qwen publishes them.
 
         The processors' settings alone are needed, so this works where torchvision, which transformers' own
         processor asks for, is not installed.
 
         Args:
-            folder: with `tokenizer.json`, a chat template and `preprocessor_config.json`.
+            folder: with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on the Hub,
+                `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
             config: the model's; by default the folder's, where it holds one.
             max_pixels, resizer: the spec's, over the folder's.
             video: fields of `VideoSpec` over the folder's; None as a value leaves them.
             options: other attributes.
 
         Raises:
-            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`.
+            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`, or there
+                is no such folder or model.
         """
+        folder = local_path(folder)
         tokenizer, vision = load_processor(folder, config)
         vision = replace(vision, resizer=resizer)
         if max_pixels is not None:

@@ -1,5 +1,7 @@
-"""Folders as Qwen publishes them -> tokenizer, spec and config; transformers is imported in the functions, so
-that importing mmpack stays light.
+"""Folders as Qwen publishes them -> tokenizer, spec and config.
+
+Paths are local (`mmpack.data.model_folder`). transformers is imported in the functions, so that importing mmpack
+stays light.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from typing import Any
 from mmpack.families import family_of_processor, video_rule
 from mmpack.vision_spec import VisionSpec
 
-_NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code of the folder's
+NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # and none of the folder's code
 
 
 def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
-    """(tokenizer, VisionSpec) of a folder; arguments and errors as of `Encoder.from_folder`."""
+    """(tokenizer, VisionSpec) from a local folder; arguments and errors as in `Encoder.from_folder`."""
     from transformers import Qwen2VLImageProcessorPil
 
     tokenizer = load_tokenizer(folder)
     try:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no Qwen-VL image processor: {error}") from None
     if config is None and (Path(folder) / "config.json").is_file():
@@ -40,7 +42,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local(folder), **_NO_NETWORK)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_NETWORK)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {error}") from None
     if tokenizer.chat_template is None:
@@ -52,8 +54,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
 
 def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
-    """The settings of a folder's video processor, where transformers looks for them. None for Qwen2.5-VL
-    without its config, which says what time means."""
+    """The settings of a folder's video processor, from every file that may hold them. None for Qwen2.5-VL
+    without its config, which defines how positions follow time."""
     settings: dict[str, Any] = {}
     for name, part in {
         "preprocessor_config.json": None,
@@ -94,13 +96,6 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(_local(path), **_NO_NETWORK)
+        return AutoConfig.from_pretrained(path, **NO_NETWORK)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no model config: {error}") from None
-
-
-def _local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """A path that is there: transformers asks its hub for any other."""
-    if not Path(path).exists():
-        raise ValueError("there is no such file or folder here")
-    return path

@@ -74,7 +74,7 @@ class About:
         files: data files by path: bytes, time of change in ns, SHA-256.
         made_from: what the samples depend on, see `mmpack.store.build.made_from`.
         media_folders: what images and videos lie in; None: anywhere.
-        tokenizer: the folder it was read from.
+        tokenizer: the folder it was read from, or `hf:owner/name@commit`.
         planning: None: nobody knows.
         part: None: it is whole.
     """
