@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from mmpack import PackedDataset, assemble
 from mmpack.hf import (
@@ -373,7 +373,8 @@ def test_a_compiled_model_stays_one_graph():
     batches = [PackCollator()([dataset[n]]) for n in range(2)]
     expected = [model(**batch).loss.item() for batch in batches]
     args = SimpleNamespace(device=torch.device("cpu"), process_index=0)
-    callback, step = PackingCallback(dataset), (args, SimpleNamespace(global_step=0), None)
+    state, control = SimpleNamespace(global_step=0), TrainerControl()
+    callback, step = PackingCallback(dataset), (args, state, control)
     callback.on_train_begin(*step, model=model)
     callback.on_step_begin(*step)
     torch._dynamo.reset()

@@ -17,7 +17,7 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from mmpack import PackedDataset
+from mmpack import PackedDataset, assemble
 from mmpack.cli import pack
 from mmpack.cli.main import main
 from mmpack.cli.pack import parse_shard
@@ -499,7 +499,7 @@ def test_an_image_of_another_size_names_its_row(encoder, vision, tmp_path):
     save_plan(dataset.plan, tmp_path / "store")
     Image.new("RGB", (600, 900)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"row 0 of rows\.json: image .*a\.png"):
-        PackedDataset.from_store(tmp_path / "store")[0]
+        assemble(PackedDataset.from_store(tmp_path / "store")[0])
 
 
 # Other readers

@@ -428,7 +428,7 @@ def test_a_processor_of_time_needs_the_config(tmp_path, tokenizer, stock):
     assert PackCollator(processor, model=model).encoder.vision.video == timed
     for made in (PackedDataset.from_files, PackStream):
         (pack,) = made(samples, processor, 4096, model.config)
-        assert pack.vision.video == timed
+        assert pack[0].vision.video == timed
         with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
             list(made(samples, processor, 4096))
 

@@ -49,8 +49,7 @@ examples:
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen/Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
---resume_from_checkpoint FOLDER resumes a run; `last` is the newest complete checkpoint in --output_dir,
-or the start if there is none.
+--resume_from_checkpoint FOLDER resumes a run; `last` is the newest complete checkpoint, or the start.
 The last line printed is a JSON object. With --json it is the only one, and Trainer's log goes to stderr.
 
 examples:
@@ -123,16 +122,11 @@ class ProcessorOptions:
 
     tokenizer: str | None = option(TOKENIZER_HELP, None, metavar="FOLDER")
     config: str | None = None  # its purpose differs by command
-    max_pixels: int | None = option("maximum pixels per image (default: the processor's)", None)
-    video_fps: float | None = option(
-        "frames sampled per second of video (default: the processor's, or 2)", None
-    )
-    video_max_frames: int | None = option(
-        "maximum frames sampled per video (default: the processor's)", None
-    )
+    max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
+    video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)
+    video_max_frames: int | None = option("maximum frames per video (default: processor's)", None)
     video_max_pixels: int | None = option(
-        "maximum pixels per frame; for Qwen3-VL, of all frames together (default: the processor's)",
-        None,
+        "maximum pixels per frame; Qwen3-VL: of all frames together (default: processor's)", None
     )
 
 
@@ -192,7 +186,7 @@ class PictureOptions(Options):
     """output"""
 
     png: str | None = option(
-        "draw the shares of text and images, per pack and per file", None, metavar="FILE"
+        "draw shares of text and images per pack and file", None, metavar="FILE"
     )
 
 
@@ -215,18 +209,10 @@ class PackOptions(PackingOptions, PictureOptions):
     out: str = option("write the packed data set here", metavar="FOLDER")
     tokenizer: str = option(TOKENIZER_HELP, metavar="FOLDER")
     capacity: int = option("maximum tokens per pack")
-    config: str | None = option(
-        "config.json, folder or name of the model to train: balances the cost of packs", None
-    )
+    config: str | None = option("config.json, folder or name of the model, to balance packs", None)
     overwrite: bool = option("replace a packed data set in --out", False)
-    jobs: int | None = option(
-        "number of processes (default: one per core if there are many rows)", None
-    )
-    shard: str | None = option(
-        "encode part I of N, on one of N machines; join the parts with mmpack merge",
-        None,
-        metavar="I/N",
-    )
+    jobs: int | None = option("processes (default: one per core if there are many rows)", None)
+    shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,19 +237,14 @@ class InspectOptions(Options):
 
     data: str = option("folder that mmpack pack wrote", positional=True, metavar="PACKED")
     pack: str | None = option(
-        "pack to show (default: 0); with --html also K-L (default: the first 10)",
-        None,
-        either="which",
-        metavar="K",
+        "pack to show (0); with --html also K-L (the first 10)", None, either="which", metavar="K"
     )
     row: str | None = option(
         "show the text of this row, N or FILE:N, and its pack", None, either="which", metavar="N"
     )
     segment: int | None = option("show only the text of this segment", None)
     tokenizer: str | None = option(
-        "tokenizer, if the recorded one has moved: a folder, or a Hugging Face name",
-        None,
-        metavar="FOLDER",
+        "tokenizer, if the recorded one has moved: folder or Hub name", None, metavar="FOLDER"
     )
     png: str | None = option("draw tokens and attention", None, either="picture", metavar="FILE")
     html: str | None = option("write packs to an HTML page", None, either="picture", metavar="FILE")
@@ -277,13 +258,9 @@ class TrainOptions(PackingOptions, Options):
         "folder written by mmpack pack, or rows to pack now", nargs="+", metavar="DATA"
     )
     model: str | None = option(
-        "model with its weights: a folder, or a Hugging Face name (owner/name)",
-        None,
-        metavar="FOLDER",
+        "model with weights: a folder, or a Hugging Face name (owner/name)", None, metavar="FOLDER"
     )
-    config: str | None = option(
-        "config.json, folder or name of a model to start with random weights", None
-    )
+    config: str | None = option("config.json, folder or name, to start with random weights", None)
     steps: int | None = option("optimizer steps; short for --max_steps", None)
     on_bad_image: Literal["raise", "drop"] = option(
         "if an image or video can no longer be decoded: stop, or drop its row from the pack",
@@ -304,9 +281,7 @@ class TrainOptions(PackingOptions, Options):
 class DemoOptions(Options):
     """a complete run on synthetic data: packing, training, comparison with padding"""
 
-    write: str | None = option(
-        "keep data, tokenizer and config in this folder", None, metavar="FOLDER"
-    )
+    write: str | None = option("keep data, tokenizer and config here", None, metavar="FOLDER")
 
 
 @dataclass(frozen=True, kw_only=True)

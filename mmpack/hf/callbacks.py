@@ -171,10 +171,10 @@ class PackingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        resumed = checkpoint_folder(args, state)
-        if state.global_step and resumed.is_dir():
+        if state.global_step and checkpoint_folder(args, state).is_dir():
+            # the stream checks for its own file
             own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
-            check_checkpoint(resumed, own)  # the stream checks for its own file
+            check_checkpoint(checkpoint_folder(args, state), own)
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
         if state.global_step:
