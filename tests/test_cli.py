@@ -210,7 +210,7 @@ def test_pack_balances_by_the_models_config(demo, tmp_path, capsys):
         assert 0 < report["image_share"]["p10"] <= report["image_share"]["share"] < 1
     frozen = ["--config", str(config), "--frozen", "vision", "--frozen", "merger"]
     assert main([*arguments, *frozen, "--out", str(tmp_path / "frozen")]) == 0
-    assert "on 8 ranks a step takes 1." in capsys.readouterr().out
+    assert "on 8 ranks, the busiest rank takes 1." in capsys.readouterr().out
     assert main([*arguments, "--frozen", "vision", "--out", str(tmp_path / "none")]) == 1
     assert "pass the model's --config too" in capsys.readouterr().err
     assert main([*arguments, "--config", str(tmp_path), "--out", str(tmp_path / "none")]) == 1

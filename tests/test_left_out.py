@@ -242,7 +242,8 @@ def test_check_tells_what_is_there_twice(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert (
-        f"1 file is another one, read again ({tmp_path / 'c.json'} is {tmp_path / 'a.json'})" in out
+        f"1 file is the same as another, read twice ({tmp_path / 'c.json'} is {tmp_path / 'a.json'})"
+        in out
     )
     assert "6 rows equal an earlier one (row 3 of a.json equals row 1 of a.json)" in out
     assert main(["check", str(tmp_path / "b.json"), "--json"]) == 0

@@ -335,7 +335,7 @@ def test_wrong_parts_are_named(run, whole, tmp_path):
     cases = [
         ([*parts, "--overwrite"], "cannot write|is not empty"),
         (parts[1:2], r"2 of 3 parts are missing: 1 and 3; mmpack pack --shard 1/3 makes one"),
-        ([*parts, parts[1]], r"part 2 of 3 is there twice, .*/2 and .*/2"),
+        ([*parts, parts[1]], r"part 2 of 3 is given twice, .*/2 and .*/2"),
         ([parts[0], whole], "is a whole store, not a part"),
         ([tmp_path], "has no finished store"),
     ]

@@ -384,7 +384,7 @@ def test_videos_of_another_family_are_refused():
     sample = encoded(small_spec("qwen2_vl"), 1, (2, 2, 2), 3)
     pack = with_noise([sample])
     model = patch_model(tiny_model(small_config("qwen2_5_vl")))
-    message = "tokens_per_second=4, these were encoded with False and None"
+    message = "tokens_per_second=4, but these were encoded with False and None"
     with pytest.raises(ValueError, match=message):
         model(**PackCollator(model=model)([pack]))
     blind = dataclasses.replace(pack[0], vision=dataclasses.replace(sample.vision, video=None))
@@ -405,7 +405,7 @@ def test_processor_outputs_with_videos(family):
     assert torch.equal(ours["mmpack"]["feature_index"], expected["mmpack"]["feature_index"])
     if family == "qwen2_5_vl":
         del features[1]["second_per_grid_ts"]
-        with pytest.raises(ValueError, match="feature 1 has 1 videos and not as many second_per"):
+        with pytest.raises(ValueError, match="feature 1 has 1 video but 0 second_per"):
             collate(features)
 
 

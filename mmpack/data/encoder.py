@@ -24,6 +24,7 @@ import numpy as np
 from mmpack.data import images, videos
 from mmpack.data.chat_template import Clip, Fixed, Layout, Template, strings, texts_of
 from mmpack.data.chunks import chunks
+from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
@@ -113,21 +114,24 @@ class Encoder(Reader):
         video: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Encoder:
-        """An encoder with the settings in a model folder as Qwen publishes them.
+        """An encoder with the settings in a folder, or a model on the Hugging Face Hub, as Qwen publishes them.
 
         Reads only the processors' settings, so torchvision, which transformers' processor requires, need not be
         installed.
 
         Args:
-            folder: a folder with `tokenizer.json`, a chat template and `preprocessor_config.json`.
+            folder: a folder with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on
+                the Hub, `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
             config: the model's config; by default the folder's, if it has one.
             max_pixels, resizer: override the folder's values in the spec.
             video: `VideoSpec` fields that override the folder's; fields that are None do not.
             options: other attributes.
 
         Raises:
-            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`.
+            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`, or there
+                is no such folder or model.
         """
+        folder = local_path(folder)
         tokenizer, vision = load_processor(folder, config)
         vision = replace(vision, resizer=resizer)
         if max_pixels is not None:

@@ -1,5 +1,6 @@
-"""Model folders as Qwen publishes them -> tokenizer, spec and config. The functions import transformers, so that
-`import mmpack` does not.
+"""Model folders as Qwen publishes them -> tokenizer, spec and config.
+
+Paths are local (`mmpack.data.model_folder`). The functions import transformers, so that `import mmpack` does not.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any
 from mmpack.families import family_of_processor, video_rule
 from mmpack.vision_spec import VisionSpec
 
-_NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code from the folder
+NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code from the folder
 
 
 def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
-    """(tokenizer, VisionSpec) of a folder; arguments and errors as in `Encoder.from_folder`."""
+    """(tokenizer, VisionSpec) from a local folder; arguments and errors as in `Encoder.from_folder`."""
     from transformers import Qwen2VLImageProcessorPil
 
     tokenizer = load_tokenizer(folder)
     try:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no Qwen-VL image processor: {error}") from None
     if config is None and (Path(folder) / "config.json").is_file():
@@ -40,7 +41,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local(folder), **_NO_NETWORK)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_NETWORK)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no Qwen-VL tokenizer: {error}") from None
     if tokenizer.chat_template is None:
@@ -96,13 +97,6 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(_local(path), **_NO_NETWORK)
+        return AutoConfig.from_pretrained(path, **NO_NETWORK)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} has no model config: {error}") from None
-
-
-def _local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path, checked to exist: transformers would look up a missing one on its hub."""
-    if not Path(path).exists():
-        raise ValueError("no such file or folder; names on a hub are not downloaded")
-    return path

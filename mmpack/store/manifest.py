@@ -74,7 +74,7 @@ class About:
         files: data files by path: (bytes, modification time in ns, SHA-256).
         made_from: everything that the samples depend on, see `mmpack.store.build.made_from`.
         media_folders: folders that images and videos must be in; None: any folder.
-        tokenizer: the tokenizer's folder.
+        tokenizer: the tokenizer's folder, or `hf:owner/name@commit`.
         planning: how the samples were packed; None: unknown.
         part: which part of a store this is; None: the whole store.
     """
