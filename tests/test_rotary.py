@@ -79,7 +79,8 @@ def test_each_bound_forward_equals_stock(batch, family):
     base = model.model
     positions = batch["position_ids"][1:]
     plain = {**batch["mmpack"], "impl": "auto"}
-    pack = {**plain, **rotations(base, plain, positions[:, 0])}
+    rotary, vision_rotary = rotations(base, plain, positions[:, 0])
+    pack = {**plain, "rotary": rotary, "vision_rotary": vision_rotary}
     text = torch.randn(1, positions.shape[-1], 32)
     patches = torch.randn(len(batch["pixel_values"]), 32)
     where = pack["vision_position_ids"]

@@ -109,7 +109,7 @@ def assemble_patches(
     Args:
         grid_thw: (I, 3) int64 patches of each, in the order of the pixels.
         num_frames, num_patches: what they have together. num_tiles: tiles of attention in them
-            (`mmpack.packing.compact.outline`). None of these is checked, as that would ask the device.
+            (`mmpack.packing.compact.compact`). None of these is checked, as that would ask the device.
         merge_size: patches to a feature's side.
 
     Returns:

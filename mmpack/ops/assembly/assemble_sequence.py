@@ -337,7 +337,7 @@ def assemble_sequence(
 ) -> dict[str, Tensor]:
     """Expand samples that lie one after the other, one marker an image or video, into a packed sequence.
 
-    Nothing in the tensors is checked, as that would ask the device; `mmpack.packing.compact.outline` makes what
+    Nothing in the tensors is checked, as that would ask the device; `mmpack.packing.compact.compact` makes what
     fits together, and checks it.
 
     Args:

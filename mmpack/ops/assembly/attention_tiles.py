@@ -115,7 +115,7 @@ def attention_tiles(offsets: Tensor, num_tiles: int, *, causal: bool) -> Tensor:
 
     Args:
         offsets: (S + 1,) int32 of the segments, ascending from 0. This is not checked.
-        num_tiles: n, which the host knows from the same offsets (`mmpack.packing.compact.outline`). Another
+        num_tiles: n, which the host knows from the same offsets (`mmpack.packing.compact.compact`). Another
             number than theirs is not checked either, and writes past the end.
         causal: work is the keys before the end of a tile, not those of its segment.
 
