@@ -21,8 +21,8 @@ from benchmarks.harness import CEILING, compare, kernel_launches, measure, time_
 from benchmarks.peer_collators import veomni_pack
 from benchmarks.peers import rope_index_model, rope_index_pack
 from mmpack import VisionSpec, assemble
-from mmpack.hf.families import TowerSpec
 from mmpack.hf.forward_kwargs import assemble_on_device, batch_of, compact_batch_of
+from mmpack.hf.model_parts import TowerSpec
 from mmpack.ops import assemble_sequence
 from mmpack.packing.compact import compact
 from mmpack.types import IGNORE, EncodedSample, Pack

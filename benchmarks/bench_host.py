@@ -24,7 +24,7 @@ from benchmarks.peer_collators import (
     transformers_collator,
     veomni_collator,
 )
-from mmpack import PackedDataset, encode_samples, read_samples
+from mmpack import Encoder, PackedDataset
 from mmpack.hf import PackCollator, patch_model
 
 CAPACITY, MAX_PIXELS = 8192, 28 * 28 * 1280
@@ -38,10 +38,9 @@ PEERS = [
 ]
 
 
-def rows_and_processor():
-    """(samples, tokenizer, spec, which)"""
+def rows_and_encoder():
+    """(samples, encoder, which)"""
     from mmpack.cli.demo import NUM_ROWS, write_data
-    from mmpack.hf import load_processor
 
     if SHARED.is_dir():
         rows, tokenizer = SHARED / "realset" / "realset_sft.json", SHARED / "tokenizer" / "qwen2_vl"
@@ -50,15 +49,16 @@ def rows_and_processor():
         folder = Path(tempfile.mkdtemp())
         write_data(folder, NUM_ROWS)
         rows, tokenizer, which = folder / "train.json", folder / "tokenizer", "demo rows"
-    return list(read_samples(rows)), *load_processor(tokenizer, MAX_PIXELS), which
+    encoder = Encoder.from_folder(tokenizer, max_pixels=MAX_PIXELS)
+    return list(encoder.read(rows)), encoder, which
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("peer", PEERS)
 def test_collate(peer, benchmark, recorder, quick):
-    samples, tokenizer, spec, which = rows_and_processor()
+    samples, encoder, which = rows_and_encoder()
     samples = samples[: 200 if quick else None]
-    encoded = list(encode_samples(samples, tokenizer, spec))
+    encoded = list(encoder.encode(samples))
     dataset = PackedDataset.from_samples(encoded, CAPACITY)
     full = np.flatnonzero(
         dataset.plan.pack_tokens > CAPACITY / 2
@@ -69,7 +69,7 @@ def test_collate(peer, benchmark, recorder, quick):
     tokens = sum(encoded[n].num_tokens for n in numbers)
     pictures = [in_memory(image) for n in numbers for image in encoded[n].media]
 
-    processor, model = processor_of(tokenizer, spec), tiny_model()
+    processor, model = processor_of(encoder.tokenizer, encoder.vision), tiny_model()
     if peer == "transformers":
         collate, rows = transformers_collator(processor), samples
     elif peer == "LLaMA-Factory":
@@ -88,7 +88,7 @@ def test_collate(peer, benchmark, recorder, quick):
         "mmpack": partial(packed, floats),
         "mmpack uint8": partial(packed, in_bytes),
         "mmpack uint8 by torch": partial(packed, in_bytes, by_torch),
-        CEILING: lambda: [decode_and_resize(picture, spec) for picture in pictures],
+        CEILING: lambda: [decode_and_resize(picture, encoder.vision) for picture in pictures],
     }
     config = f"{which}: {len(numbers)} rows, {len(pictures)} images, {tokens} tokens"
     medians = measure(

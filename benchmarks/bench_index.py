@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import pytest
 
 from benchmarks.harness import CEILING, SHARED, measure, time_ms
 from benchmarks.peer_collators import chat_of
+from mmpack import Encoder
 
 pytestmark = pytest.mark.cpu
 
@@ -31,38 +33,33 @@ MAX_PIXELS = 28 * 28 * 1280
 
 
 @pytest.fixture(scope="module")
-def parts():
+def encoder():
     if not REALSET.is_file():
         pytest.skip("needs the real rows, which are not here")
-    from mmpack.hf import load_processor
-
-    return load_processor(SHARED / "tokenizer" / "qwen2_vl", MAX_PIXELS)
+    return Encoder.from_folder(SHARED / "tokenizer" / "qwen2_vl", max_pixels=MAX_PIXELS)
 
 
 @pytest.fixture(scope="module")
-def samples(parts, quick):
-    from mmpack import read_samples
-
-    return list(read_samples(REALSET))[: 200 if quick else None]
+def samples(encoder, quick):
+    return list(encoder.read(REALSET))[: 200 if quick else None]
 
 
-def index(path, parts, folder, jobs=None):
+def index(path, encoder, folder, jobs=None):
     """Index a file into a store."""
-    from mmpack.data.readers import row_groups
     from mmpack.store.build import index_rows
     from mmpack.store.encoded_store import write_batches
 
-    tokenizer, vision = parts
-    rows = index_rows(list(row_groups(path, None, REALSET.parent)), tokenizer, vision, jobs=jobs)
+    encoder = replace(encoder, media_dir=REALSET.parent)
+    rows = index_rows(list(encoder.groups(path)), encoder, jobs=jobs)
     batches = (indexed.batch for indexed in rows if indexed.batch)
-    return write_batches(folder, batches, vision)
+    return write_batches(folder, batches, encoder.vision)
 
 
-def test_build(parts, samples, tmp_path, benchmark, recorder, quick):
+def test_build(encoder, samples, tmp_path, benchmark, recorder, quick):
     from PIL import Image
     from transformers import Qwen2VLImageProcessorPil
 
-    tokenizer, vision = parts
+    tokenizer, vision = encoder.tokenizer, encoder.vision
     rows = json.loads(REALSET.read_text(encoding="utf-8"))[: len(samples)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -88,7 +85,7 @@ def test_build(parts, samples, tmp_path, benchmark, recorder, quick):
 
     rounds = 1 if quick else 7
     candidates = {
-        "mmpack": lambda: index(path, parts, next(names)),
+        "mmpack": lambda: index(path, encoder, next(names)),
         CEILING: lambda: tokenize(conversations),
     }
     x, config = ("rows", len(samples)), f"rows={len(samples)} images={sum(map(len, files))}"
@@ -108,7 +105,7 @@ def test_build(parts, samples, tmp_path, benchmark, recorder, quick):
     benchmark.pedantic(candidates["mmpack"], rounds=1)
 
 
-def test_headers(parts, benchmark, recorder, quick):
+def test_headers(encoder, benchmark, recorder, quick):
     from mmpack.data import images
     from mmpack.types import ImageRef
 
@@ -129,11 +126,10 @@ def test_headers(parts, benchmark, recorder, quick):
     benchmark.pedantic(candidates["mmpack"], rounds=1)
 
 
-def test_samples_of_a_store(parts, samples, tmp_path, benchmark, recorder, quick):
-    from mmpack import encode_samples
+def test_samples_of_a_store(encoder, samples, tmp_path, benchmark, recorder, quick):
     from mmpack.store.encoded_store import write_store
 
-    store = write_store(tmp_path / "store", encode_samples(samples, *parts), parts[1])
+    store = write_store(tmp_path / "store", encoder.encode(samples), encoder.vision)
     numbers = np.random.default_rng(0).integers(0, len(store), 50).tolist()
 
     def fetch():
@@ -187,20 +183,18 @@ def watch_memory(peaks: list[float], done: threading.Event) -> None:
 
 def main() -> None:
     """Index ROWS synthetic rows in FOLDER."""
-    from mmpack.hf import load_processor
-
     num_rows, folder = int(sys.argv[1]), Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{num_rows}.jsonl"
     if not path.exists():
         write_rows(path, num_rows)
-    parts = load_processor(SHARED / "tokenizer" / "qwen2_vl", MAX_PIXELS)
+    encoder = Encoder.from_folder(SHARED / "tokenizer" / "qwen2_vl", max_pixels=MAX_PIXELS)
     peaks, done = [0.0], threading.Event()
     watcher = threading.Thread(target=watch_memory, args=(peaks, done), daemon=True)
     watcher.start()
     jobs = int(sys.argv[3]) if len(sys.argv) > 3 else None
     start = time.perf_counter()
-    store = index(path, parts, folder / f"store{time.time_ns()}", jobs)
+    store = index(path, encoder, folder / f"store{time.time_ns()}", jobs)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()

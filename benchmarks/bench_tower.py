@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from benchmarks.harness import compare, device, measure
 from mmpack import VisionSpec, assemble
 from mmpack.hf import patch_model
-from mmpack.hf.families import tower_of
 from mmpack.hf.forward_kwargs import batch_of
+from mmpack.hf.model_parts import tower_of
 from mmpack.hf.tower import run_tower
 from mmpack.types import EncodedSample
 

@@ -13,11 +13,8 @@ MODULES = [
     "mmpack.hf",
     "mmpack.ops",
     "mmpack.packing.cost",
-    "mmpack.data.encode",
-    "mmpack.hf.loading",
     "mmpack.store.build",
     "mmpack.packing.pack_stats",
-    "mmpack.data.readers",
 ]
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ except ImportError as error:
         "mmpack's C++ core is not built; run: pip install --no-build-isolation --no-deps -e ."
     ) from error
 
-from mmpack.data.encode import encode_sample, encode_samples
-from mmpack.data.readers import read_documents, read_samples
+from mmpack.data.encoder import Encoder
+from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, RowError, Skip
 from mmpack.packing.assemble import assemble
 from mmpack.packing.cost import costs_of
@@ -38,12 +38,14 @@ if TYPE_CHECKING:
 __all__ = [
     "BadRow",
     "EncodedSample",
+    "Encoder",
     "ImageRef",
     "Message",
     "Pack",
     "PackPlan",
     "PackStream",
     "PackedDataset",
+    "Reader",
     "RowError",
     "Sample",
     "Skip",
@@ -54,12 +56,8 @@ __all__ = [
     "busiest",
     "cost_floor",
     "costs_of",
-    "encode_sample",
-    "encode_samples",
     "plan_packs",
     "rank_imbalance",
-    "read_documents",
-    "read_samples",
     "render_prompt",
 ]
 __version__ = "0.1.0"

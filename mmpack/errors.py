@@ -121,18 +121,14 @@ def counting(on_error: OnError) -> OnError:
 
 
 def refuse(bad: BadRow, on_error: OnError) -> None:
-    """Deal with a bad row as `on_error` says: "raise" a `ValueError`; "skip" it with a warning; append it to a
-    list; or count it (`Skip`)."""
+    """Deal with a bad row as `counting(on_error)` says: "raise" a `ValueError`, append it to a list, or count it
+    (`Skip`)."""
     if isinstance(on_error, list):
         on_error.append(bad)
     elif isinstance(on_error, Skip):
         on_error.leave_out(bad)
-    elif on_error == "skip":
-        warnings.warn(f"left out {bad}", stacklevel=3)
-    elif on_error == "raise":
-        raise ValueError(str(bad))
     else:
-        raise ValueError(f"on_error must be 'raise', 'skip', a Skip or a list, got {on_error!r}")
+        raise ValueError(str(bad))
 
 
 def check_max_bad(max_bad: float) -> None:

@@ -333,6 +333,17 @@ class Pack:
     video_pixels: NDArray[np.uint8] | None
     vision: VisionSpec
 
+    def __repr__(self) -> str:
+        from mmpack.pack_html import counts  # here: it needs a Pack
+
+        return f"Pack({counts(self)})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: lengths, counts and small pictures, at most 0.5 MB."""
+        from mmpack.pack_html import pack_html
+
+        return pack_html(self)
+
     @property
     def num_image_patches(self) -> int:
         """P1: patches of the images, which come before those of the videos."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.errors import RowError
+from mmpack.families import video_rule
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
@@ -58,7 +59,7 @@ class VideoSpec:
         knows how Qwen2.5-VL's positions follow time.
 
         Raises:
-            ValueError: the processor does something that mmpack does not.
+            ValueError: the processor does something that mmpack does not, or is of no family it knows.
         """
         expected = {
             "do_resize": True,
@@ -78,16 +79,16 @@ class VideoSpec:
         size = video_processor.size
         tower = getattr(config, "vision_config", None)
         name = getattr(video_processor, "video_processor_type", type(video_processor).__name__)
-        is_third = name.startswith("Qwen3")
+        rule = video_rule(name)
         return cls(
             min_pixels=int(size["shortest_edge"]),
             max_pixels=int(size["longest_edge"]),
             fps=float(getattr(video_processor, "fps", None) or cls.fps),
             min_frames=int(video_processor.min_frames),
             max_frames=int(video_processor.max_frames),
-            budgets_clip=is_third,
+            budgets_clip=rule.budgets_clip,
             tokens_per_second=getattr(tower, "tokens_per_second", None),
-            has_timestamps=is_third,
+            has_timestamps=rule.has_timestamps,
         )
 
     def sample(self, num_frames: int, fps: float, multiple: int) -> NDArray[np.int64]:

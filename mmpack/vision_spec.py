@@ -176,7 +176,7 @@ class VisionSpec:
             raise RowError(
                 "the VisionSpec knows no videos",
                 "make it of a processor with a video processor, and for Qwen2.5-VL of the model's config "
-                "too: VisionSpec.from_processor(processor, model.config)",
+                "too: Encoder.from_processor(processor, model.config)",
             )
         return self.video
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Qwen2_5_VLModel
 
-from mmpack import VideoSpec, VisionSpec
+from mmpack import Encoder, VideoSpec, VisionSpec
 from mmpack.errors import MAX_BAD
 from mmpack.hf import PackCollator, patch_model
 from mmpack.packing.pack_samples import MediaPolicy, PackSamples
@@ -314,6 +314,12 @@ def encoded(vision, *pieces, supervised=True):
         vision,
         temporal_step=np.array(steps, dtype=np.float32) if set(steps) - {1} else None,
     )
+
+
+def encode_one(sample, tokenizer, vision, **options):
+    """A `Sample` encoded."""
+    (one,) = Encoder(tokenizer, vision, **options).encode([sample])
+    return one
 
 
 def made_up_rows(family="qwen2_vl", assemble_on="host"):

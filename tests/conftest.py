@@ -52,11 +52,19 @@ def tokenizer(shared):
 
 
 @pytest.fixture(scope="session")
-def vision(shared, tokenizer):
+def vision(shared):
     """The real processor's spec with the budget most of the real data was measured with."""
-    from mmpack.hf.loading import load_processor
+    from mmpack import Encoder
 
-    return load_processor(shared / "tokenizer" / "qwen2_vl", max_pixels=28 * 28 * 1280)[1]
+    folder = shared / "tokenizer" / "qwen2_vl"
+    return Encoder.from_folder(folder, max_pixels=28 * 28 * 1280).vision
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer, vision):
+    from mmpack import Encoder
+
+    return Encoder(tokenizer, vision)
 
 
 @pytest.fixture(scope="session")
@@ -66,17 +74,15 @@ def realset_rows(shared):
 
 @pytest.fixture(scope="session")
 def realset_samples(shared):
-    from mmpack import read_samples
+    from mmpack import Reader
 
-    return list(read_samples(shared / "realset" / "realset_sft.json"))
+    return list(Reader().read(shared / "realset" / "realset_sft.json"))
 
 
 @pytest.fixture(scope="session")
-def realset(realset_samples, tokenizer, vision):
+def realset(realset_samples, encoder):
     """Every row of the real set, encoded."""
-    from mmpack.data.encode import encode_samples
-
-    return list(encode_samples(realset_samples, tokenizer, vision))
+    return list(encoder.encode(realset_samples))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,10 +18,11 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
+from mmpack import Reader
 from mmpack.cli.main import main
 from mmpack.data import images
 from mmpack.data.file_formats import count_rows
-from mmpack.data.readers import RowReader, row_groups
+from mmpack.data.readers import RowReader
 from mmpack.store import build
 from mmpack.store.build import index_rows
 from mmpack.store.encoded_store import open_store
@@ -45,22 +47,23 @@ def rows(tmp_path):
     return [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
 
 
-def indexed(files, tokenizer, vision, **options):
+def indexed(files, encoder, jobs, on_error="raise"):
     """(batches, what ended it)"""
+    encoder = replace(encoder, on_error=on_error)
     done = []
     try:
-        for one in index_rows(list(row_groups(files, None, None)), tokenizer, vision, **options):
+        for one in index_rows(list(encoder.groups(files)), encoder, jobs=jobs):
             done.append(one.batch)
     except ValueError as error:
         return done, str(error)
     return done, None
 
 
-def test_any_number_of_processes_does_the_same(rows, tokenizer, vision):
+def test_any_number_of_processes_does_the_same(rows, encoder):
     outcomes = []
     for jobs in (1, 2, None):
         bad_rows = []
-        batches, error = indexed(rows, tokenizer, vision, jobs=jobs, on_error=bad_rows)
+        batches, error = indexed(rows, encoder, jobs, bad_rows)
         assert error is None
         outcomes.append((batches, [(bad.source, str(bad), bad.content) for bad in bad_rows]))
     assert outcomes[0] == outcomes[1] == outcomes[2]
@@ -71,20 +74,17 @@ def test_any_number_of_processes_does_the_same(rows, tokenizer, vision):
     assert numbers == sorted(numbers)
 
     # The first bad row ends it, and a file that is none ends it after the rows before it.
-    raised = [indexed(rows, tokenizer, vision, jobs=jobs)[1] for jobs in (1, 2)]
+    raised = [indexed(rows, encoder, jobs)[1] for jobs in (1, 2)]
     assert raised[0] == raised[1] == bad_rows[0][1]
     broken = rows[0].with_name("broken.json")
     broken.write_text("[")
-    ended = [
-        indexed([*rows, broken, rows[0]], tokenizer, vision, jobs=jobs, on_error=[])
-        for jobs in (1, 2)
-    ]
+    ended = [indexed([*rows, broken, rows[0]], encoder, jobs, []) for jobs in (1, 2)]
     assert ended[0] == ended[1]
     assert ended[0][0] == batches
     assert ended[0][1].startswith("broken.json is not a JSON array")
 
 
-def test_a_worker_that_dies_is_told(rows, tokenizer, vision, monkeypatch):
+def test_a_worker_that_dies_is_told(rows, encoder, monkeypatch):
     chunks = build._chunks
 
     def killed(groups):
@@ -100,16 +100,16 @@ def test_a_worker_that_dies_is_told(rows, tokenizer, vision, monkeypatch):
         return str(_forkserver._forkserver_pid)
 
     monkeypatch.setattr(build, "_chunks", killed)
-    _, error = indexed(rows, tokenizer, vision, jobs=2, on_error=[])
+    _, error = indexed(rows, encoder, 2, [])
     assert error.startswith("a worker process died")
 
 
-def test_skipped_rows_warn(rows, tokenizer, vision):
+def test_skipped_rows_warn(rows, encoder):
     with pytest.warns(UserWarning, match="left out row 5 of b.jsonl") as warned:
-        indexed(rows[1], tokenizer, vision, jobs=1, on_error="skip")
+        indexed(rows[1], encoder, 1, "skip")
     assert len(warned) == 7
     with pytest.raises(ValueError, match="jobs must be positive, got 0"):
-        next(index_rows([], tokenizer, vision, jobs=0))
+        next(index_rows([], encoder, jobs=0))
 
 
 @pytest.fixture
@@ -207,8 +207,9 @@ def test_data_uris_are_not_remembered(tmp_path):
     from base64 import b64encode
 
     uri = "data:image/png;base64," + b64encode((tmp_path / "a.png").read_bytes()).decode()
-    (group,) = row_groups([{}], None, [tmp_path, "data:"])
-    reader = RowReader(None, group.folders)
+    how = Reader(media_dir=[tmp_path, "data:"])
+    (group,) = how.groups([{}])
+    reader = RowReader(how, group)
     turns = [("user", ["?"])]
     for value in (uri, "a.png"):
         from mmpack.data.conversations import MediaPart

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from mmpack import PackedDataset, assemble
 from mmpack.hf import (
     PackCollator,
     PackingCallback,
     attention_share,
-    callbacks,
     patch_model,
     throughput,
 )
@@ -63,7 +62,7 @@ class Reporter(TrainerCallback):
         self.seen.append((state.global_step, dict(logs)))
 
 
-def trained(model, folder, callbacks=(), collate=None, dataset=None, **options):
+def trained(model, folder, attached=(), collate=None, dataset=None, callbacks=(), **options):
     arguments = {**QUIET, "output_dir": str(folder), "num_train_epochs": 1}
     arguments |= {"per_device_eval_batch_size": 8, **options}
     trainer = Trainer(
@@ -74,6 +73,8 @@ def trained(model, folder, callbacks=(), collate=None, dataset=None, **options):
         data_collator=collate or PackCollator(),
         callbacks=list(callbacks),
     )
+    for callback in attached:
+        callback.attach(trainer)
     trainer.train()
     return trainer
 
@@ -112,8 +113,7 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
     """Batches of 2 packs, accumulated by 2, logged every 2 steps; a step takes 4 s, and an evaluation,
     which is not counted, 100 s a batch. One pack is empty, and rows are filled up to 64 tokens."""
     clock = SimpleNamespace(now=0.0)
-    for module in (callbacks, throughput):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -132,8 +132,7 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
     }
     model = patch_model(tiny_model(CONFIG))
     hooks = len(model._forward_pre_hooks)
-    monkeypatch.setattr(callbacks, "peak_tflops", lambda device: 1e-6)
-    added = [before, PackingCallback(dataset), Clock(), after]
+    monkeypatch.setattr(throughput, "peak_tflops", lambda device: 1e-6)
     evaluated = SimpleNamespace(batches=[])
 
     class NoEvaluation(TrainerCallback):
@@ -146,7 +145,8 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
             evaluated.batches += collate.batches[evaluated.start :]
             del collate.batches[evaluated.start :]
 
-    trainer = trained(model, tmp_path, [*added, NoEvaluation()], collate, dataset, **options)
+    options["callbacks"] = [before, Clock(), after, NoEvaluation()]
+    trainer = trained(model, tmp_path, [PackingCallback(dataset)], collate, dataset, **options)
     assert len(dataset) == 5
     assert len(trainer.train_dataset) == 6
     assert len(evaluated.batches) == 2  # of up to 8 packs, once a log
@@ -176,6 +176,21 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
         assert len(others) == 3
         assert not any("pack/" in name for logs in others for name in logs)
     assert len(model._forward_pre_hooks) == hooks
+
+
+def test_a_callback_that_is_not_attached_says_what_it_lacks(tmp_path, caplog):
+    before, after, dataset = Reporter(), Reporter(), dataset_of()
+    callbacks = [before, PackingCallback(dataset), after]
+    model = patch_model(tiny_model(CONFIG))
+    trainer = trained(model, tmp_path, (), None, dataset, callbacks, per_device_train_batch_size=2)
+    assert sum("get no pack/ values" in message for message in caplog.messages) == 1
+    values = logged(trainer)
+    assert len(values) == 3 and all("pack/tflops" in entry for entry in values)
+    assert not any("pack/" in name for _, logs in before.seen for name in logs)
+    assert [logs for _, logs in after.seen if "loss" in logs][0].items() >= values[0].items()
+    assert len(dataset) == 6  # with the empty pack
+    with pytest.raises(ValueError, match="has a PackingCallback; attach one"):
+        PackingCallback(dataset).attach(trainer)
 
 
 def test_training_is_the_same_to_the_bit(tmp_path):
@@ -358,7 +373,8 @@ def test_a_compiled_model_stays_one_graph():
     batches = [PackCollator()([dataset[n]]) for n in range(2)]
     expected = [model(**batch).loss.item() for batch in batches]
     args = SimpleNamespace(device=torch.device("cpu"), process_index=0)
-    callback, step = PackingCallback(dataset), (args, SimpleNamespace(global_step=0), None)
+    state, control = SimpleNamespace(global_step=0), TrainerControl()
+    callback, step = PackingCallback(dataset), (args, state, control)
     callback.on_train_begin(*step, model=model)
     callback.on_step_begin(*step)
     torch._dynamo.reset()
@@ -369,7 +385,7 @@ def test_a_compiled_model_stays_one_graph():
         assert compiled(**batch).loss.item() == pytest.approx(loss, rel=1e-6)
         assert [float(x) for x in callback._divergence._losses] == [pytest.approx(loss, rel=1e-6)]
         after(*step)
-    seen = callback._seen
+    seen = callback._counter._seen
     packs = [dataset[0], dataset[1]]
     counted = (seen.tokens, seen.supervised, seen.patches, seen.useful_flops, seen.flops[-1])
     assert counted == sizes(packs)
@@ -394,9 +410,7 @@ def train_a_rank(folder):
 
 def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
     """Two ranks that take turns at the heavy pack wait as long as if it were always the same one."""
-    dataset = dataset_of()
-    callback = PackingCallback(dataset)
-    callback._costs = object()
+    counter = throughput.PackCounter(costs=object())
     seen = [
         throughput.Seen(1, 40, 10, 8, 7 * 10**12, flops=flops, start=0.0)
         for flops in ([6, 2], [2, 6])
@@ -408,10 +422,10 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
 
     group = {"is_available": lambda: True, "is_initialized": lambda: True}
     group |= {"get_world_size": lambda: 2, "all_gather_object": gather}
-    monkeypatch.setattr(callbacks, "dist", SimpleNamespace(**group))
+    monkeypatch.setattr(throughput, "dist", SimpleNamespace(**group))
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: 2.0))
-    callback._seen = seen[0]
-    assert callback._values(CAPACITY, torch.device("cpu")) == {
+    counter._seen = seen[0]
+    assert counter.pop(CAPACITY, 0, torch.device("cpu")) == {
         "pack/utilization": 80 / (2 * CAPACITY),
         "pack/tokens_per_second": 40.0,
         "pack/supervised_tokens_per_second": 10.0,

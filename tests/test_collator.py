@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,7 @@ import transformers
 from builders import item_of, stock_inputs, stock_processor
 from PIL import Image
 
-from mmpack import VisionSpec, assemble
-from mmpack.data.encode import encode_samples
+from mmpack import Encoder, VisionSpec, assemble
 from mmpack.hf import PackCollator
 
 MAX_PIXELS = 28 * 28 * 16
@@ -41,7 +41,7 @@ def turns(row):
 @pytest.fixture(scope="module")
 def samples(rows, realset_samples, tokenizer, processor):
     vision = VisionSpec.from_processor(processor)
-    return list(encode_samples([realset_samples[n] for n in rows], tokenizer, vision))
+    return list(Encoder(tokenizer, vision).encode([realset_samples[n] for n in rows]))
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_supervised_rows(samples):
 def test_packs_samples_and_processor_outputs_give_one_batch(samples, features, processor):
     expected = PackCollator()(samples)
     same_batch(PackCollator()([item_of(samples[:2]), item_of(samples[2:])]), expected)
-    same_batch(PackCollator(processor=processor)(features), expected)
-    parts = (processor.tokenizer, VisionSpec.from_processor(processor))
-    same_batch(PackCollator(processor=parts)(features), expected)
+    same_batch(PackCollator(processor)(features), expected)
+    parts = Encoder(processor.tokenizer, VisionSpec.from_processor(processor))
+    same_batch(PackCollator(parts)(features), expected)
 
 
 def test_padding_of_processor_outputs_is_left_out(features, processor):
@@ -108,7 +108,7 @@ def test_padding_of_processor_outputs_is_left_out(features, processor):
     padded["attention_mask"] = torch.nn.functional.pad(
         torch.ones_like(features[1]["labels"]), (3, 2)
     )
-    collate = PackCollator(processor=processor)
+    collate = PackCollator(processor)
     same_batch(collate([padded]), collate([features[1]]))
 
 
@@ -120,7 +120,7 @@ def test_text_only_packs_have_no_vision_keys(samples):
 
 
 def test_what_is_missing_or_cut_is_named(features, processor):
-    collate = PackCollator(processor=processor)
+    collate = PackCollator(processor)
     whole = features[1]
     n = whole["input_ids"].shape[1]
     in_image = int((whole["input_ids"][0] == processor.image_token_id).int().argmax()) + 2
@@ -136,7 +136,7 @@ def test_what_is_missing_or_cut_is_named(features, processor):
     for feature, message in cases:
         with pytest.raises(ValueError, match=message):
             collate([feature])
-    with pytest.raises(ValueError, match=r"PackCollator\(processor=processor\)"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
         PackCollator()([whole])
 
 
@@ -147,14 +147,14 @@ def test_other_things_are_refused(samples):
         PackCollator()([samples[0], {"conversations": []}])
     with pytest.raises(ValueError, match="at least one sample"):
         PackCollator()([])
-    with pytest.raises(ValueError, match=r"PackCollator\(processor=processor\)"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
         PackCollator()([{"conversations": []}])
     with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode"):
         PackCollator()([dataclasses.replace(samples[1], media=())])
 
 
 def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor, monkeypatch):
-    collate = PackCollator(processor=processor)
+    collate = PackCollator(processor)
     monkeypatch.chdir(shared / "realset")  # rows in memory: paths from the current folder
     raw = [realset_rows[n] for n in rows]
     same_batch(collate(raw), PackCollator()(samples))
@@ -162,5 +162,7 @@ def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor,
     same_batch(collate(pictures), PackCollator()(samples))
     with pytest.raises(ValueError, match="row 1 of rows: .*no field 'conversations'"):
         collate([raw[0], {"text": "?"}])
+    with pytest.raises(ValueError, match="row 1 of rows"):  # a batch is not made smaller
+        PackCollator(replace(Encoder.of(processor), on_error="skip"))([raw[0], {"text": "?"}])
     with pytest.raises(ValueError, match="feature 1 has no input_ids, others have"):
         collate([{"input_ids": [1, 2], "labels": [1, 2]}, raw[0]])

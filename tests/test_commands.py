@@ -196,8 +196,8 @@ def test_defaults_that_follow_from_others():
     assert given.planning == expected
     with pytest.raises(FrozenInstanceError):
         given.capacity = 9
-    with pytest.raises(ValueError, match="documents have no turns"):
-        replace(given, mask_history=True)
+    with pytest.raises(ValueError, match="a conversation cannot be split"):
+        replace(given, stage="sft")
 
 
 def test_an_option_is_a_field(monkeypatch, capsys):

@@ -14,7 +14,7 @@ import zoneinfo
 import pytest
 from PIL import Image
 
-from mmpack import read_samples
+from mmpack import Reader
 from mmpack.cli.main import main
 from mmpack.cli.terminal import escaped_streams, printable
 from mmpack.data import columnar_files, file_formats, limits
@@ -28,7 +28,7 @@ ROW = {"instruction": "Hi", "output": "Ho"}
 def read(path, **options):
     """(rows that can be used, errors of the others)"""
     bad_rows = []
-    samples = list(read_samples(path, on_error=bad_rows, **options))
+    samples = list(Reader(on_error=bad_rows, **options).read(path))
     return [sample.row for sample in samples], [bad.error for bad in bad_rows]
 
 
@@ -453,7 +453,7 @@ def test_a_data_set_whose_image_is_missing(tmp_path):
     with pytest.raises(
         ValueError, match=r"row 1 of rows: the data set cannot give it: .*gone\.png"
     ):
-        list(read_samples(rows))
+        list(Reader().read(rows))
 
 
 def test_an_error_of_a_users_generator_stays_the_users():
@@ -462,7 +462,7 @@ def test_an_error_of_a_users_generator_stays_the_users():
         raise FileNotFoundError("mine")
 
     with pytest.raises(FileNotFoundError, match="mine"):
-        list(read_samples(rows(), on_error=[]))
+        list(Reader(on_error=[]).read(rows()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def test_tracebacks_and_warnings_send_a_terminal_nothing(tmp_path):
 import logging, sys, warnings
 from mmpack.cli import main
 nasty = sys.argv[1]
-def bug(options, rest):
+def bug(options):
     warnings.warn(nasty)
     logging.getLogger("mmpack").warning("log %s", nasty)
     sys.stderr.write("\\rhalf a bar"); sys.stderr.write("\\n\\x1b[A")

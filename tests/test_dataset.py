@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("datasets")
 
-from mmpack import PackedDataset, VisionSpec, assemble, read_samples
+from mmpack import Encoder, PackedDataset, VisionSpec, assemble
 from mmpack.hf import PackCollator
 from mmpack.packing.cost import sizes_of
 from mmpack.store.encoded_store import open_store, write_store
@@ -111,17 +112,17 @@ def test_workers_assemble_the_same_packs(realset):
         assert batch["mmpack"]["num_patches"] == len(pack.pixels) == len(batch["pixel_values"])
 
 
-def test_an_image_that_breaks_after_planning_names_its_row(tokenizer, vision, tmp_path):
+def test_an_image_that_breaks_after_planning_names_its_row(encoder, tmp_path):
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "images": ["a.png"]}]))
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
-    dataset = PackedDataset.from_files(tmp_path / "rows.json", (tokenizer, vision), 1000)
+    dataset = PackedDataset.from_files(tmp_path / "rows.json", encoder, 1000)
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match=r"row 0 of rows.json: image .*a\.png does not exist"):
         PackCollator()([dataset[0]])
 
 
-def test_from_files_reads_several(tokenizer, vision, tmp_path):
+def test_from_files_reads_several(encoder, vision, tmp_path):
     for name in ("a.json", "b.jsonl"):
         row = {
             "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": name}]
@@ -129,16 +130,35 @@ def test_from_files_reads_several(tokenizer, vision, tmp_path):
         text = json.dumps([row]) if name.endswith("json") else json.dumps(row)
         (tmp_path / name).write_text(text)
     paths = [tmp_path / "a.json", tmp_path / "b.jsonl"]
-    dataset = PackedDataset.from_files(paths, (tokenizer, vision), 1000, mask_history=True)
+    dataset = PackedDataset.from_files(paths, replace(encoder, mask_history=True), 1000)
     assert [sample.source for sample in dataset.samples] == ["a.json", "b.jsonl"]
     assert dataset.vision == vision
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_from_files_leaves_bad_rows_out_and_plans_by_seed(encoder):
+    """Rows that cannot be read and rows that cannot be encoded count together."""
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    pictured = [{"from": "human", "value": "<image>q"}, turns[1]]
+    narrow = {"conversations": pictured, "images": [Image.new("RGB", (900, 3))]}
+    rows = [{"text": "?"}] * 30 + [narrow] * 30 + [{"conversations": turns}] * 940
+    with pytest.raises(ValueError, match="row 0 of rows: "):
+        PackedDataset.from_files(rows, encoder, 200)
+    with pytest.raises(ValueError, match="60 of 1,000 rows were left out, at most 5.0% may be"):
+        PackedDataset.from_files(rows, replace(encoder, on_error="skip"), 200)
+    bad_rows = []
+    collecting = replace(encoder, on_error=bad_rows)
+    datasets = [PackedDataset.from_files(rows[20:90], collecting, 99, seed=n) for n in (3, 4)]
+    assert [len(dataset.samples) for dataset in datasets] == [30, 30]
+    assert [bad.row for bad in bad_rows] == [*range(40)] * 2
+    assert [dataset.plan.seed for dataset in datasets] == [3, 4]
 
 
 def test_from_files_takes_transformers_own_processor(shared, tokenizer):
     processor = stock_processor(tokenizer, max_pixels=28 * 28 * 16)
     path = shared / "realset" / "realset_messages_200.jsonl"
     by_processor = PackedDataset.from_files(path, processor, 4096)
-    parts = (tokenizer, VisionSpec.from_processor(processor))
+    parts = Encoder(tokenizer, VisionSpec.from_processor(processor))
     by_parts = PackedDataset.from_files(path, parts, 4096)
     assert len(by_processor.samples) == 200
     for one, other in zip(by_processor.samples, by_parts.samples):
@@ -146,14 +166,14 @@ def test_from_files_takes_transformers_own_processor(shared, tokenizer):
         assert one.vision == other.vision
 
 
-def test_images_in_no_file_are_in_the_store(tokenizer, vision, tmp_path):
+def test_images_in_no_file_are_in_the_store(encoder, vision, tmp_path):
     picture = Image.new("RGB", (60, 90), "red")
     turns = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "!"}]
     picture.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").unlink()
-    samples = read_samples([{"conversations": turns, "images": [picture, data]}])
-    dataset = PackedDataset.from_files(samples, (tokenizer, vision), 1000)
+    rows = [{"conversations": turns, "images": [picture, data]}]
+    dataset = PackedDataset.from_files(rows, encoder, 1000)
     write_store(tmp_path / "store", dataset.samples, vision)
     save_plan(dataset.plan, tmp_path / "store")
     again = PackedDataset.from_store(tmp_path / "store")

@@ -19,7 +19,7 @@ from builders import (
 )
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, PackStream
+from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.hf.forward_kwargs import assemble_on_device
 
@@ -124,8 +124,8 @@ def test_a_stock_trainer(tmp_path, device):
         model = patch_model(tiny_model(small_config()))
         collate = PackCollator(model=model, assemble=assemble)
         args = TrainingArguments(output_dir=tmp_path, max_steps=4, **{**QUIET, **options})
-        callbacks = [PackingCallback(dataset)]
-        trainer = Trainer(model, args, collate, dataset, callbacks=callbacks)
+        trainer = Trainer(model, args, collate, dataset)
+        PackingCallback(dataset).attach(trainer)
         trainer.train()
         assert trainer.state.log_history[0]["pack/utilization"] > 0.5
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -161,9 +161,9 @@ def test_encoded_samples_and_processor_outputs_are_left_to_the_device_too():
     batch = device(TEXT)
     assert batch["input_ids"].dtype == torch.int32
     assert_same(completed(batch), without_patches(host(TEXT)))
-    model, processor = patch_model(tiny_model(small_config())), (None, SMALL_SPEC)
-    expected = without_patches(PackCollator(processor)([row]))
-    batch = PackCollator(processor, model=model, assemble="device")([row])
+    model, encoder = patch_model(tiny_model(small_config())), Encoder(None, SMALL_SPEC)
+    expected = without_patches(PackCollator(encoder)([row]))
+    batch = PackCollator(encoder, model=model, assemble="device")([row])
     assert_same(completed(batch), expected)
 
 

@@ -41,14 +41,17 @@ def poisoned_model():
     return model
 
 
-def trainer_of(folder, dataset, model=None, callbacks=(), **options):
-    return Trainer(
+def trainer_of(folder, dataset, model=None, callbacks=None, is_attached=True, **options):
+    trainer = Trainer(
         model or poisoned_model(),
         TrainingArguments(str(folder), **{**QUIET, "max_steps": 12, "save_steps": 2, **options}),
         train_dataset=dataset,
         data_collator=PackCollator(),
-        callbacks=[*callbacks, PackingCallback(dataset)],
+        callbacks=callbacks,
     )
+    if is_attached:
+        PackingCallback(dataset).attach(trainer)
+    return trainer
 
 
 def place_of(dataset, row):
@@ -88,6 +91,15 @@ def test_the_batch_of_an_accumulated_step_is_named(tmp_path):
         match=rf"in step {(first - 1) // 4 + 1} \(packs {pair}, {pair + 1} of epoch 0: rows ",
     ):
         trainer_of(tmp_path, dataset, **options).train()
+
+
+def test_a_callback_that_is_not_attached_ends_it_too(tmp_path):
+    dataset = dataset_of(poisoned=[BAD])
+    step, _ = place_of(dataset, BAD)
+    trainer = trainer_of(tmp_path, dataset, callbacks=[PackingCallback(dataset)], is_attached=False)
+    with pytest.raises(ValueError, match=f"in step {step} "):
+        trainer.train()
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == step - 1
 
 
 @pytest.mark.parametrize("what", ["gradient", "weights"])
@@ -163,7 +175,14 @@ def test_the_command_line_fails(tmp_path, capsys):
     save_plan(PackedDataset.from_samples(store, 40).plan, tmp_path / "packed")
     tiny_config(100, vision=SMALL_SPEC).to_json_file(tmp_path / "config.json")
     arguments = ["train", "--data", tmp_path / "packed", "--config", tmp_path / "config.json"]
-    arguments += ["--use_cpu", "--output_dir", tmp_path / "run", "--learning_rate", "1e30"]
+    arguments += [
+        "--use_cpu",
+        "--output_dir",
+        tmp_path / "run",
+        "--learning_rate",
+        "1e30",
+        "--quiet",
+    ]
     arguments += ["--max_grad_norm", 0, "--steps", 6, "--save_steps", 6, "--logging_steps", 100]
     assert main(list(map(str, arguments))) == 1
     message = capsys.readouterr().err.splitlines()[-1]

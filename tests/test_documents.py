@@ -23,11 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, VisionSpec
+from mmpack import Encoder, PackedDataset, Reader, VisionSpec
 from mmpack.cli.check import check_rows
 from mmpack.cli.main import main
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_documents, row_groups
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.packing.cost import costs_of
 from mmpack.packing.split_documents import image_capacity, piece_of, split_bounds, split_samples
@@ -47,12 +45,12 @@ def folder(tmp_path):
 @pytest.fixture(scope="session")
 def documents(shared, tokenizer, vision):
     """Every real document, encoded."""
-    samples = read_documents(shared / "realset" / "realset_pretrain.jsonl")
-    return list(encode_samples(samples, tokenizer, vision))
+    encoder = Encoder(tokenizer, vision, stage="pretrain")
+    return list(encoder.encode(encoder.read(shared / "realset" / "realset_pretrain.jsonl")))
 
 
 def content_of(row, folder, **options):
-    (sample,) = read_documents([row], media_dir=folder, **options)
+    (sample,) = Reader(stage="pretrain", media_dir=folder, **options).read([row])
     (message,) = sample.messages
     assert message.role == "document"
     return [p if isinstance(p, str) else p.path[-5:] for p in message.content]
@@ -102,19 +100,20 @@ def test_the_shapes_a_document_comes_in(folder):
 )
 def test_rows_that_are_no_documents(row, error):
     with pytest.raises(ValueError, match=error):
-        list(read_documents([row]))
+        list(Reader(stage="pretrain").read([row]))
 
 
 def test_instructions_are_no_documents():
     mapping = {"columns": {"prompt": "text", "response": "answer"}}
     with pytest.raises(ValueError, match=r"the row has \['answer'\] beside the document in 'text'"):
-        list(read_documents([{"text": "a", "answer": "b"}], mapping=mapping))
+        list(Reader(stage="pretrain", mapping=mapping).read([{"text": "a", "answer": "b"}]))
 
 
 def test_ids_and_labels_of_a_document(folder, tokenizer, vision):
     typed = "One <image> two <|im_end|><image>\n"
     row = {"text": typed, "images": ["a.png", "b.png"]}
-    (sample,) = encode_samples(read_documents([row], media_dir=folder), tokenizer, vision)
+    encoder = Encoder(tokenizer, vision, stage="pretrain", media_dir=folder)
+    (sample,) = encoder.encode(encoder.read([row]))
     run = "<|vision_start|><|image_pad|><|vision_end|>"
     text, middle, last = typed.split("<image>")
     plain = tokenizer(middle, split_special_tokens=True).input_ids  # a typed control token is text
@@ -133,8 +132,9 @@ def test_every_real_document_is_as_long_as_transformers_says(shared, documents):
 
 
 def test_check_reads_documents(shared):
-    groups = row_groups(shared / "realset" / "realset_pretrain.jsonl", None, None)
-    checked = list(check_rows(groups, stage="pretrain"))
+    reader = Reader(stage="pretrain")
+    groups = reader.groups(shared / "realset" / "realset_pretrain.jsonl")
+    checked = list(check_rows(groups, reader))
     assert len(checked) == 244
     assert not any(row.bad for row in checked)
 
@@ -304,8 +304,8 @@ def test_pack_and_train_on_documents(command, tmp_path, capsys):
     assert 0 < features.max() <= 12
     args = TrainingArguments(str(tmp_path / "run"), max_steps=3, **QUIET)
     model = patch_model(tiny_model(tiny_config()))
-    options = {"train_dataset": dataset, "callbacks": [PackingCallback(dataset)]}
-    trainer = Trainer(model, args, data_collator=PackCollator(), **options)
+    trainer = Trainer(model, args, PackCollator(), dataset)
+    PackingCallback(dataset).attach(trainer)
     assert trainer.train().global_step == 3
     assert all(np.isfinite(e["loss"]) for e in trainer.state.log_history if "loss" in e)
 
@@ -329,8 +329,8 @@ def test_real_documents_train_for_20_steps(shared, documents, tmp_path):
     dataset = PackedDataset.from_samples(documents, 4096, on_overflow="split")
     model = patch_model(tiny_model(tiny_config()))
     args = TrainingArguments(str(tmp_path), max_steps=20, **QUIET)
-    options = {"train_dataset": dataset, "callbacks": [PackingCallback(dataset)]}
-    trainer = Trainer(model, args, data_collator=PackCollator(), **options)
+    trainer = Trainer(model, args, PackCollator(), dataset)
+    PackingCallback(dataset).attach(trainer)
     trainer.train()
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert len(losses) == 20

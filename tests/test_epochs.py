@@ -176,8 +176,8 @@ def train_numbered(folder, epochs=2):
         ),
         train_dataset=dataset,
         data_collator=Recorder(f"{folder}/rank{rank}.jsonl"),
-        callbacks=[PackingCallback(dataset)],
     )
+    PackingCallback(dataset).attach(trainer)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.isfinite([float(loss) for loss in losses]).all()

@@ -25,8 +25,7 @@ from builders import (
     worst_difference,
 )
 
-from mmpack import VisionSpec
-from mmpack.data.encode import encode_samples
+from mmpack import Encoder, VisionSpec
 from mmpack.hf import PackCollator, patch_model
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
@@ -74,7 +73,7 @@ def packs(realset_rows, realset_samples, shared, tokenizer):
     for name, wanted in PACKS.items():
         numbers = pick(realset_rows, *wanted)
         stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
-        samples = list(encode_samples([realset_samples[n] for n in numbers], tokenizer, vision))
+        samples = list(Encoder(tokenizer, vision).encode([realset_samples[n] for n in numbers]))
         ids = {}
         if name != "images":
             samples, stock, ids = renumber(samples, stock)
@@ -222,7 +221,7 @@ def test_random_packs(seed, realset_rows, realset_samples, shared, tokenizer):
     processor = stock_processor(tokenizer, MAX_PIXELS)
     stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in numbers]
     vision = VisionSpec.from_processor(processor)
-    samples = encode_samples([realset_samples[n] for n in numbers], tokenizer, vision)
+    samples = Encoder(tokenizer, vision).encode([realset_samples[n] for n in numbers])
     num_items = sum(int((inputs["labels"] != -100).sum()) for inputs in stock)
     batch = PackCollator()(list(samples))
     for dtype, tolerance in TOLERANCE.items():

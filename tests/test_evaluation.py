@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import PackedDataset
 from mmpack.hf import PackCollator, PackingCallback, patch_model, unpatch_model
@@ -44,16 +44,18 @@ def mean_loss(model, samples):
     return total / tokens
 
 
-def trainer_of(folder, train, evaluated, model=None, collate=None, **options):
+def trainer_of(folder, train, evaluated, model=None, collate=None, callbacks=None, **options):
     arguments = {**QUIET, "max_steps": 2, "learning_rate": 0.0, **options}
-    return Trainer(
+    trainer = Trainer(
         patch_model(tiny_model(small_config())) if model is None else model,
         TrainingArguments(str(folder), **arguments),
         train_dataset=train,
         eval_dataset=evaluated,
         data_collator=collate or PackCollator(),
-        callbacks=[PackingCallback(train)],
+        callbacks=callbacks,
     )
+    PackingCallback(train).attach(trainer)
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,19 @@ def test_the_mean_is_over_tokens(tmp_path, expected, capacity, size):
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert logged == [pytest.approx(expected, rel=1e-5)] * 3
     assert trainer.predict(evaluated).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_reporters_see_it_before_any_training(tmp_path, expected):
+    class Reporter(TrainerCallback):
+        seen = ()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen = (*self.seen, logs["eval_loss"])
+
+    reporter = Reporter()
+    trainer = trainer_of(tmp_path, dataset_of(64), dataset_of(40), callbacks=[reporter])
+    trainer.evaluate()
+    assert reporter.seen == (pytest.approx(expected, rel=1e-5),)
 
 
 def test_the_training_set_is_evaluated_without_empty_packs(tmp_path, expected):

@@ -1,6 +1,11 @@
 """What Qwen2.5-VL and Qwen3-VL add: windows, a table of positions, deepstack, experts."""
 
+import ast
 import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,11 +29,13 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from mmpack import PackedDataset, assemble, reference
-from mmpack.hf import PackCollator, families, forward_kwargs, patch_model
+from mmpack import PackedDataset, VideoSpec, assemble, families, reference
+from mmpack.hf import PackCollator, forward_kwargs, patch_model
+from mmpack.hf.model_parts import TowerSpec
 from mmpack.hf.self_test import _differ
 from mmpack.hf.tower import run_tower
 from mmpack.hf.training import parse_training_arguments, train
+from mmpack.packing.cost import sample_flops
 
 pytestmark = pytest.mark.smoke
 SAMPLES = [
@@ -169,9 +176,9 @@ def test_what_the_collator_knows_of_a_tower():
             setattr(config.vision_config, name, value)
         return PackCollator(model=tiny_model(config)).tower
 
-    assert tower("qwen2_vl") == families.TowerSpec()
-    assert tower("qwen2_5_vl", window_size=112) == families.TowerSpec(window_side=4)
-    assert tower("qwen3_vl", num_position_embeddings=2304) == families.TowerSpec(table_side=48)
+    assert tower("qwen2_vl") == TowerSpec()
+    assert tower("qwen2_5_vl", window_size=112) == TowerSpec(window_side=4)
+    assert tower("qwen3_vl", num_position_embeddings=2304) == TowerSpec(table_side=48)
 
 
 def test_the_routers_auxiliary_loss_stays_transformers():
@@ -200,6 +207,55 @@ def test_the_self_test_of_experts_looks_at_half_the_digits():
     assert _differ(states, rounded, False) and not _differ(states, rounded, True)
     assert _differ(states, states + 0.01, True)
     assert _differ(states.bfloat16(), (states + 0.2).bfloat16(), True)
+
+
+def test_a_new_family_is_one_record(monkeypatch):
+    """Its costs, its videos and what is hung on its model follow from the record."""
+    row = ([100], [10], [(1, 8, 12)], [0, 1])
+    third = families.FAMILIES["qwen3_vl"]
+    video = replace(third.video, processor="NewVideoProcessor", max_frames=9)
+    new = replace(third, processor="NewProcessor", video=video, mlp_products=3, has_deepstack=False)
+    monkeypatch.setitem(families.FAMILIES, "new", new)
+    config = copy.deepcopy(small_config("qwen3_vl"))
+    cost = sample_flops(config, *row)[0]
+    config.model_type = "new"
+    # A gate more in each of 2 blocks, mergers of 2 levels less: 96 patches, 24 features.
+    merger = (4 * 32) * (4 * 32 + config.text_config.hidden_size)
+    assert sample_flops(config, *row)[0] == cost + 6 * (96 * 2 * 32 * 48 - 24 * 2 * merger)
+
+    assert families.family_of_processor("NewProcessor") is new
+    size = {"shortest_edge": 1, "longest_edge": 2}
+    processor = SimpleNamespace(
+        video_processor_type="NewVideoProcessor", size=size, min_frames=4, max_frames=9
+    )
+    assert VideoSpec.from_parts(processor).has_timestamps
+    processor.video_processor_type = "OtherVideoProcessor"
+    with pytest.raises(
+        ValueError, match="is a OtherVideoProcessor; read are Qwen2VLVideo.*, NewVideoProcessor$"
+    ):
+        VideoSpec.from_parts(processor)
+
+    model = tiny_model(small_config("qwen3_vl"))
+    model.model.config.model_type = "new"
+    text = patch_model(model).model.language_model
+    assert PackCollator(model=model).tower == TowerSpec(table_side=6)
+    assert "_deepstack_process" not in vars(text) and not text._forward_pre_hooks
+
+
+def test_names_of_families_are_in_one_file():
+    """And names of their processors; prose is free."""
+    package = Path(families.__file__).parent
+    name = re.compile(r"qwen\d_?\d*_vl|Qwen[\d_]+VL\w*Processor\b")
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        prose = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        found = [
+            (n.lineno, n.value)
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in prose
+            if name.search(n.value)
+        ]
+        assert bool(found) == (path.name == "families.py"), (path, found)
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])

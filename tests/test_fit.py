@@ -134,8 +134,8 @@ def test_a_trainer_is_refused_before_it_begins(tmp_path):
         TrainingArguments(str(tmp_path), **QUIET, max_steps=1),
         train_dataset=dataset,
         data_collator=PackCollator(),
-        callbacks=[PackingCallback(dataset)],
     )
+    PackingCallback(dataset).attach(trainer)
     with pytest.raises(ValueError, match="row 6 of train.json has the token id 120"):
         trainer.train()
     assert torch.isfinite(model.lm_head.weight).all()

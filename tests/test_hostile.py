@@ -10,9 +10,8 @@ import sys
 import pytest
 from PIL import Image
 
-from mmpack import read_samples
+from mmpack import Encoder, Reader
 from mmpack.cli.main import main
-from mmpack.data.encode import encode_samples
 from mmpack.data.media_paths import MediaFolders
 
 # How the rows that are a matter of policy end, as docs/data.md says.
@@ -81,9 +80,9 @@ def usable(outcomes):
     return [number for number, (_, expect) in enumerate(outcomes) if expect == "accept"]
 
 
-def test_read_samples_ends_every_row_as_the_table_says(folder, outcomes):
+def test_reading_ends_every_row_as_the_table_says(folder, outcomes):
     bad_rows = []
-    samples = list(read_samples(folder / "rows.json", on_error=bad_rows, verify="decode"))
+    samples = list(Reader(on_error=bad_rows, verify="decode").read(folder / "rows.json"))
     assert [sample.row for sample in samples] == usable(outcomes)
     assert sorted([*usable(outcomes), *(bad.row for bad in bad_rows)]) == list(range(74))
     for bad in bad_rows:
@@ -142,7 +141,7 @@ def test_files_end_as_the_table_says(folder, capsys):
         expect = POLICY[name] if entry["expect"] == "policy" else entry["expect"]
         bad_rows = []
         try:
-            samples = list(read_samples(folder / name, media_dir=folder, on_error=bad_rows))
+            samples = list(Reader(media_dir=folder, on_error=bad_rows).read(folder / name))
         except ValueError as error:
             assert expect == "reject", name
             assert name.split("/")[1] in str(error)
@@ -168,10 +167,10 @@ def test_no_row_opens_a_file_outside_or_a_socket(folder, tmp_path):
     code = """
 import os, sys
 import json
-from mmpack import read_samples
+from mmpack import Reader
 folder, extra = sys.argv[1:]
 rows = json.load(open(folder + "/rows.json"))
-list(read_samples(rows[:3], media_dir=folder, on_error=[], verify="decode"))  # imports what it needs
+list(Reader(media_dir=folder, on_error=[], verify="decode").read(rows[:3]))  # imports what it needs
 rows += [{"conversations": rows[0]["conversations"], "images": [path]} for path in (
     "..\\\\..\\\\etc\\\\passwd", "images/../../../etc/hostname", "//etc/passwd", "~/.bashrc", "/dev/zero",
     "FILE:///etc/passwd", "ftp://localhost/a.png", "\\\\\\\\server\\\\share\\\\a.png")]
@@ -189,7 +188,7 @@ def audit(event, arguments):
             opened.append(path)
 sys.addaudithook(audit)
 bad = []
-samples = list(read_samples(rows, media_dir=[folder, extra], on_error=bad, verify="decode"))
+samples = list(Reader(media_dir=[folder, extra], on_error=bad, verify="decode").read(rows))
 assert len(samples) + len(bad) == len(rows)
 print(json.dumps(opened))
 """
@@ -313,8 +312,8 @@ def test_mutated_rows_end_in_samples_or_reasons(count, tmp_path, tokenizer, visi
             row = mutate(rng, row)
         rows.append(row)
     bad_rows = []
-    samples = list(read_samples(rows, media_dir=tmp_path, on_error=bad_rows, verify="decode"))
-    encoded = list(encode_samples(samples, tokenizer, vision, on_error=bad_rows))
+    samples = list(Reader(media_dir=tmp_path, on_error=bad_rows, verify="decode").read(rows))
+    encoded = list(Encoder(tokenizer, vision, on_error=bad_rows).encode(samples))
     assert {sample.row for sample in encoded} | {bad.row for bad in bad_rows} == set(range(count))
     assert 0.02 * count < len(encoded) < 0.9 * count  # both ends are met
     assert all(bad.error and len(str(bad)) < 1000 for bad in bad_rows)
@@ -349,7 +348,7 @@ def test_mutated_files_end_in_samples_or_reasons(count, tmp_path):
             (tmp_path / name).write_bytes(bytes(data))
             bad_rows = []
             try:
-                list(read_samples(tmp_path / name, on_error=bad_rows))
+                list(Reader(on_error=bad_rows).read(tmp_path / name))
             except ValueError as error:
                 assert name in str(error)
             assert all(len(str(bad)) < 1000 for bad in bad_rows)

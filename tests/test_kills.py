@@ -99,8 +99,8 @@ def train_stream(folder, data, seen):
         args,
         train_dataset=stream,
         data_collator=PackCollator(),
-        callbacks=[PackingCallback(stream)],
     )
+    PackingCallback(stream).attach(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     os._exit(0)
 

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from mmpack import PackedDataset, read_samples
+from mmpack import Encoder, PackedDataset, Reader
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
-from mmpack.data.encode import encode_samples
 from mmpack.errors import Skip, count_reason
 from mmpack.hf import PackCollator
 from mmpack.types import ImageRef
@@ -40,14 +40,14 @@ def folder(tmp_path_factory):
 def test_reading_stops_where_too_many_are_skipped(folder):
     rows = folder / "rows.json"
     with pytest.raises(ValueError, match="100 of 1,000 " + TOO_MANY) as info:
-        list(read_samples(rows, on_error="skip"))
+        list(Reader(on_error="skip").read(rows))
     assert "for example row 0 of rows.json: image" in str(info.value)
     assert "--max-bad (max_bad)" in str(info.value)
-    assert len(list(read_samples(rows, on_error=Skip(max_bad=0.12)))) == 1080
-    assert len(list(read_samples(folder / "short.json", on_error="skip"))) == 810
+    assert len(list(Reader(on_error=Skip(max_bad=0.12)).read(rows))) == 1080
+    assert len(list(Reader(on_error="skip").read(folder / "short.json"))) == 810
     bad_rows = []
     assert (
-        len(list(read_samples(rows, on_error=bad_rows))) == 1080
+        len(list(Reader(on_error=bad_rows).read(rows))) == 1080
     )  # a list is the caller's to judge
     assert len(bad_rows) == 120
     for wrong in (-0.1, 1.1, float("nan")):
@@ -59,25 +59,24 @@ def test_reading_stops_where_too_many_are_skipped(folder):
 def test_the_last_bad_row_may_come_before_the_first_that_counts(folder):
     rows = [{"conversations": TURNS}] * 100 + [{"conversations": TEXT}] * 1000
     with pytest.raises(ValueError, match=r"100 of 1,000 rows .*100 x \.\.\. <image> markers but"):
-        list(read_samples(rows, on_error="skip"))
+        list(Reader(on_error="skip").read(rows))
 
 
 @pytest.mark.filterwarnings("ignore:left out")
 def test_encoding_stops_by_the_same_rule(folder):
-    from mmpack.hf.loading import load_processor
-
-    tokenizer, vision = load_processor(folder / "tokenizer")
-    samples = list(read_samples([{"conversations": TEXT}] * 1200))
+    encoder = Encoder.from_folder(folder / "tokenizer", on_error="skip")
+    samples = list(Reader().read([{"conversations": TEXT}] * 1200))
     gone = [{"conversations": TURNS, "images": [Image.new("RGB", (60, 60))]}]
-    (picture,) = read_samples(gone)
+    (picture,) = Reader().read(gone)
     question, answer = picture.messages
     lost = type(question)("user", (ImageRef(str(folder / "gone.png")), "What?"))
     samples[:100] = [type(picture)((lost, answer), "x", n) for n in range(100)]
     with pytest.raises(ValueError, match=r"100 of 1,\d+ " + TOO_MANY):
-        list(encode_samples(samples, tokenizer, vision, on_error="skip"))
+        list(encoder.encode(samples))
     shared = Skip()
-    rows = read_samples([{"conversations": TEXT}] * 600, on_error=shared)
-    assert len(list(encode_samples(rows, tokenizer, vision, on_error=shared))) == 600
+    encoder = replace(encoder, on_error=shared)
+    rows = encoder.read([{"conversations": TEXT}] * 600)
+    assert len(list(encoder.encode(rows))) == 600
     assert max(shared._seen.values()) == 600  # a row counts once, though two stations see it
 
 
@@ -221,7 +220,7 @@ def test_a_loop_of_links_in_a_folder_is_refused(folder, tmp_path, capsys):
     assert "c.json: Too many levels" in capsys.readouterr().err
     (tmp_path / "c.json").unlink()
     os.symlink(tmp_path / "nothing", tmp_path / "README")  # not named like data: left alone
-    assert len(list(read_samples(tmp_path, media_dir=folder, on_error=[]))) == 810
+    assert len(list(Reader(media_dir=folder, on_error=[]).read(tmp_path))) == 810
 
 
 def test_a_file_that_may_not_be_read_is_refused(folder, tmp_path, monkeypatch, capsys):
@@ -250,13 +249,13 @@ def test_check_tells_what_is_there_twice(tmp_path, capsys):
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]
     assert (summary["rows_again"], summary["files_twice"]) == (0, 0)
     picture = Image.new("RGB", (40, 40))
+    from mmpack import Reader
     from mmpack.cli.check import Summary, check_rows
-    from mmpack.data.readers import row_groups
 
     seen = Summary()
     in_memory = [{"conversations": TURNS, "images": [p]} for p in (picture, picture.copy())]
     in_memory.append({"conversations": TURNS, "images": [Image.new("RGB", (40, 40), "red")]})
     in_memory.append({"conversations": TEXT, 1: 2})
-    for checked in check_rows(row_groups(in_memory, None, None)):
+    for checked in check_rows(Reader().groups(in_memory), Reader()):
         seen.add(checked)
     assert seen.num_again == 1

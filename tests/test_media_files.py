@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageFile
 
-from mmpack import PackedDataset, assemble, read_samples
+from mmpack import Encoder, PackedDataset, Reader, assemble
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.data import images, videos
@@ -220,10 +220,8 @@ def test_a_link_that_leads_out_later_is_refused(packed, tmp_path, capsys, is_pac
         assert f"lies outside of {folder}" in capsys.readouterr().err
         assert main([*training, "--media-dir", str(tmp_path)]) == 0
         return
-    from mmpack.hf.loading import load_processor
-
-    processor = load_processor(folder / "tokenizer")
-    dataset = PackedDataset.from_files(folder / "train.json", processor, 2048)
+    encoder = Encoder.from_folder(folder / "tokenizer")
+    dataset = PackedDataset.from_files(folder / "train.json", encoder, 2048)
     assert assemble(dataset[0]).pixels is not None
     (folder / "charts").unlink()
     (folder / "charts").symlink_to(elsewhere)
@@ -258,7 +256,7 @@ def test_a_cut_picture_is_refused_whatever_pillow_is_set_to(tmp_path, monkeypatc
     for lenient in (False, True):
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
         with pytest.raises(ValueError, match="cannot be (decoded|opened)|is none of JPEG"):
-            list(read_samples(rows, verify="decode"))
+            list(Reader(verify="decode").read(rows))
         with pytest.raises(ValueError, match="cannot be (decoded|opened)|is none of JPEG"):
             images.load_patches(ImageRef(str(path)), _spec().image_grid(100, 100), _spec())
         assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient  # it is the process's own

@@ -351,7 +351,8 @@ def test_the_embedding_is_fused_only_where_it_is_a_lookup(kind, batch, fused_cal
 def test_a_sharded_table_is_not_plain(model):
     from torch.distributed.tensor import DTensor
 
-    from mmpack.hf.embedding import is_plain, is_sharded
+    from mmpack.hf.compat import is_sharded
+    from mmpack.hf.embedding import is_plain
 
     embedding = model.get_input_embeddings()
     assert is_plain(embedding)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from mmpack import assemble
+from mmpack import Encoder, assemble
 from mmpack.hf import PackCollator, patch_model, unpatch_model
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
@@ -96,7 +96,7 @@ def test_what_cannot_read_bytes_is_told():
         PackCollator(model=model, pixels="uint8")
     with pytest.raises(ValueError, match="pixels must be 'float32' or 'uint8', got 'bf16'"):
         PackCollator(model=patch_model(model), pixels="bf16")
-    collate = PackCollator((None, SMALL_SPEC), model=model, pixels="uint8")
+    collate = PackCollator(Encoder(None, SMALL_SPEC), model=model, pixels="uint8")
     ids = torch.tensor([1, 92, 90, 93])
     feature = {"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(4, 1176)}
     with pytest.raises(ValueError, match="processor outputs hold float pixel_values"):

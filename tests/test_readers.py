@@ -5,7 +5,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from mmpack import read_samples
+from mmpack import Reader
 from mmpack.data import images
 from mmpack.types import ImageRef, Message
 
@@ -32,7 +32,7 @@ def write(path, rows):
 
 
 def read_one(tmp_path, row, **options):
-    (sample,) = read_samples(write(tmp_path / "train.json", [row]), **options)
+    (sample,) = Reader(**options).read(write(tmp_path / "train.json", [row]))
     return sample
 
 
@@ -200,7 +200,7 @@ def test_images_inside_the_row(tmp_path):
         {"image": picture},
     ]
     for row in spec_rows:
-        (sample,) = read_samples([{"conversations": TURNS, **row}])
+        (sample,) = Reader().read([{"conversations": TURNS, **row}])
         assert sample.images[0].size == SIZE
         pixels = images.load_patches(sample.images[0], *grid_of(sample.images[0]))
         assert (pixels == 0).all()
@@ -240,7 +240,7 @@ def test_file_types_give_the_same_samples(tmp_path, name, compression):
         data = pyarrow.compress(data, codec="zstd", asbytes=True)
     name += compression
     (tmp_path / name).write_bytes(data)
-    samples = list(read_samples(tmp_path / name))
+    samples = list(Reader().read(tmp_path / name))
     assert [s.row for s in samples] == [0, 1, 2]
     assert [s.images[0].path for s in samples] == [str(tmp_path / f"{n}.png") for n in range(3)]
 
@@ -253,23 +253,23 @@ def test_folders_and_lists_of_files(tmp_path):
         write(folder / name, [row, row])
     (folder / "dataset_info.json").write_text("{}")
     (folder / "notes.txt").write_text("not data")
-    by_folder = list(read_samples(folder, media_dir=tmp_path))
+    by_folder = list(Reader(media_dir=tmp_path).read(folder))
     assert [(s.source, s.row) for s in by_folder] == [
         ("a.jsonl", 0),
         ("a.jsonl", 1),
         ("b.jsonl", 0),
         ("b.jsonl", 1),
     ]
-    by_list = list(read_samples([folder / "a.jsonl", folder / "b.jsonl"], media_dir=tmp_path))
+    by_list = list(Reader(media_dir=tmp_path).read([folder / "a.jsonl", folder / "b.jsonl"]))
     assert by_list == by_folder
     write(folder / "c.json", [row])
     with pytest.raises(ValueError, match=r"files of several types \['.json', '.jsonl'\]; name"):
-        list(read_samples(folder))
+        list(Reader().read(folder))
 
 
 def test_a_nested_row_is_several_samples(tmp_path):
     row = {"conversations": TURNS, "image": "a.png"}
-    samples = list(read_samples(write(tmp_path / "t.json", [row, [row, row]])))
+    samples = list(Reader().read(write(tmp_path / "t.json", [row, [row, row]])))
     assert [sample.row for sample in samples] == [0, 1, 1]
 
 
@@ -332,16 +332,16 @@ def test_a_bad_row_is_named_counted_and_advised(tmp_path, row, message):
     good = {"conversations": TURNS, "images": ["a.png"]}
     path = write(tmp_path / "train.json", [good, row, good])
     with pytest.raises(ValueError, match=r"^row 1 of train\.json: ") as error:
-        list(read_samples(path))
+        list(Reader().read(path))
     assert error.match(message)
     bad_rows = []
-    assert [s.row for s in read_samples(path, on_error=bad_rows)] == [0, 2]
+    assert [s.row for s in Reader(on_error=bad_rows).read(path)] == [0, 2]
     (bad,) = bad_rows
     assert (bad.source, bad.row, bad.content) == ("train.json", 1, row)
     assert bad.error
     assert bad.advice
     with pytest.warns(UserWarning, match=r"left out row 1 of train\.json"):
-        assert len(list(read_samples(path, on_error="skip"))) == 2
+        assert len(list(Reader(on_error="skip").read(path))) == 2
 
 
 @pytest.mark.parametrize(
@@ -363,14 +363,14 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):  # a row can be skipped, a broken file cannot
-        list(read_samples(path, on_error=[]))
+        list(Reader(on_error=[]).read(path))
 
 
 def test_a_bad_line_is_a_bad_row(tmp_path):
     good = json.dumps({"conversations": TURNS, "images": ["a.png"]})
     (tmp_path / "a.jsonl").write_text(f"{good}\n\n{good[:20]}\n{good}\n")
     bad_rows = []
-    assert [s.row for s in read_samples(tmp_path / "a.jsonl", on_error=bad_rows)] == [0, 2]
+    assert [s.row for s in Reader(on_error=bad_rows).read(tmp_path / "a.jsonl")] == [0, 2]
     assert str(bad_rows[0]).startswith("row 1 of a.jsonl: line 3 is not JSON")
 
 
@@ -380,7 +380,7 @@ def test_compressed_csv(tmp_path, compression):
     data = 'instruction,output\n"Hi, you",Ho\n'.encode("utf-8-sig")
     codec = {"gz": "gzip", "zst": "zstd"}[compression]
     (tmp_path / f"a.csv.{compression}").write_bytes(pyarrow.compress(data, codec, asbytes=True))
-    (sample,) = read_samples(tmp_path / f"a.csv.{compression}")
+    (sample,) = Reader().read(tmp_path / f"a.csv.{compression}")
     assert [m.content for m in sample.messages] == [("Hi, you",), ("Ho",)]
 
 
@@ -388,13 +388,13 @@ def test_compressed_csv(tmp_path, compression):
 def test_what_is_not_compressed_is_named(tmp_path, name):
     (tmp_path / name).write_text('{"instruction": "a", "output": "b"}\n')
     with pytest.raises(ValueError, match=name):
-        list(read_samples(tmp_path / name))
+        list(Reader().read(tmp_path / name))
 
 
 def test_csv_rows_of_another_width_are_bad(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,output\nHi,Ho\nHi,Ho,Hu\nHi\nHi,Ho\n")
     bad_rows = []
-    assert [s.row for s in read_samples(tmp_path / "a.csv", on_error=bad_rows)] == [0, 3]
+    assert [s.row for s in Reader(on_error=bad_rows).read(tmp_path / "a.csv")] == [0, 3]
     assert [bad.error for bad in bad_rows] == [
         "line 3 has not the 2 fields of the first line",
         "line 4 has not the 2 fields of the first line",
@@ -403,14 +403,14 @@ def test_csv_rows_of_another_width_are_bad(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*nothing.json"):
-        list(read_samples(tmp_path / "nothing.json"))
+        list(Reader().read(tmp_path / "nothing.json"))
 
 
 def test_options_are_checked(tmp_path):
     path = write(tmp_path / "t.json", [{"conversations": TURNS[1:]}])
     for option in ("on_error", "missing_marker", "verify"):
         with pytest.raises(ValueError, match=f"{option} must be"):
-            list(read_samples(path, **{option: "maybe"}))
+            list(Reader(**{option: "maybe"}).read(path))
 
 
 def test_a_missing_marker_is_put_in_front_if_asked(tmp_path):
@@ -445,16 +445,16 @@ def test_dataset_info_maps_fields(tmp_path, caplog):
     ]
     write(tmp_path / "rows.json", [{"chat": chat, "pictures": ["a.png"]}])
     with caplog.at_level("WARNING", "mmpack"):
-        by_name = list(read_samples(tmp_path, mapping="mine"))
+        by_name = list(Reader(mapping="mine").read(tmp_path))
     assert "rows.json leaves fields out; kept system_tag='system', " in caplog.text
-    beside = list(read_samples(tmp_path / "rows.json"))
-    explicit = list(read_samples(tmp_path / "rows.json", mapping=entry))
+    beside = list(Reader().read(tmp_path / "rows.json"))
+    explicit = list(Reader(mapping=entry).read(tmp_path / "rows.json"))
     assert by_name == beside == explicit
     assert by_name[0].messages[1] == Message("user", (ref(tmp_path, "a.png"), "?"))
     with pytest.raises(ValueError, match=r"no dataset 'yours' in .*; it has \['mine', 'other'\]"):
-        list(read_samples(tmp_path, mapping="yours"))
+        list(Reader(mapping="yours").read(tmp_path))
     with pytest.raises(ValueError, match="no dataset 'other'|no file_name"):
-        list(read_samples(tmp_path, mapping="other"))
+        list(Reader(mapping="other").read(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -467,10 +467,10 @@ def test_dataset_info_maps_fields(tmp_path, caplog):
 def test_what_a_dataset_info_asks_too_much(tmp_path, entry, message):
     path = write(tmp_path / "rows.json", [{"instruction": "a", "output": "b"}])
     with pytest.raises(ValueError, match=message):
-        list(read_samples(path, mapping=entry))
+        list(Reader(mapping=entry).read(path))
 
 
 def test_the_dataset_info_of_datasets_is_not_mistaken(tmp_path):
     (tmp_path / "dataset_info.json").write_text('{"features": {}, "citation": ""}')
     path = write(tmp_path / "rows.json", [{"instruction": "a", "output": "b"}])
-    assert len(list(read_samples(path))) == 1
+    assert len(list(Reader().read(path))) == 1

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mmpack import read_samples
+from mmpack import Reader
 from mmpack.data import images
 
 ANSWER = {"from": "gpt", "value": "This."}
@@ -17,7 +17,7 @@ def test_the_real_set_reads_whole_and_in_both_forms(shared, realset_rows, realse
     for row, sample in zip(realset_rows, realset_samples):
         folder = str(shared / "realset") + "/"
         assert [image.path.removeprefix(folder) for image in sample.images] == row["images"]
-    messages = list(read_samples(shared / "realset" / "realset_messages_200.jsonl"))
+    messages = list(Reader().read(shared / "realset" / "realset_messages_200.jsonl"))
     ids = {row["id"]: n for n, row in enumerate(realset_rows)}
     lines = (shared / "realset" / "realset_messages_200.jsonl").read_text().splitlines()
     for line, sample in zip(lines, messages, strict=True):
@@ -25,13 +25,11 @@ def test_the_real_set_reads_whole_and_in_both_forms(shared, realset_rows, realse
 
 
 def test_llama_factorys_demo_reads_in_both_forms(shared, tmp_path):
-    samples = list(read_samples(shared / "mllm_demo", mapping="mllm_demo"))
+    samples = list(Reader(mapping="mllm_demo").read(shared / "mllm_demo"))
     assert [len(sample.images) for sample in samples] == [2, 1, 1, 2, 1, 1]
     (tmp_path / "data").mkdir()  # the newer form's paths begin there
     shutil.copytree(shared / "mllm_demo" / "mllm_demo_data", tmp_path / "data" / "mllm_demo_data")
-    parts = list(
-        read_samples(shared / "mllm_demo" / "v1_multimodal_demo.jsonl", media_dir=tmp_path)
-    )
+    parts = list(Reader(media_dir=tmp_path).read(shared / "mllm_demo" / "v1_multimodal_demo.jsonl"))
     assert len(parts) > 0
     assert all(sample.images for sample in parts)
     first, other = samples[0].messages, parts[0].messages
@@ -40,14 +38,14 @@ def test_llama_factorys_demo_reads_in_both_forms(shared, tmp_path):
 
 def test_qwens_own_demo(shared, tmp_path):
     folder = shared / "qwen_finetune_demo"
-    samples = list(read_samples(folder / "readme_examples.json"))
+    samples = list(Reader().read(folder / "readme_examples.json"))
     assert [(s.row, len(s.images)) for s in samples] == [(0, 1), (1, 2), (2, 1), (2, 1)]
     with pytest.raises(
         ValueError, match="demo/images/10095.png does not exist; mend the path or the"
     ):
-        list(read_samples(folder / "single_images.json"))
+        list(Reader().read(folder / "single_images.json"))
     shutil.copytree(folder / "images", tmp_path / "demo" / "images")
-    shipped = list(read_samples(folder / "single_images.json", media_dir=tmp_path))
+    shipped = list(Reader(media_dir=tmp_path).read(folder / "single_images.json"))
     assert [s.messages[0].content[-1].path for s in shipped][0].endswith("demo/images/10095.png")
 
 
@@ -79,9 +77,9 @@ def test_the_real_set_converted(shared, realset_rows, realset_samples, tmp_path)
     (tmp_path / "alpaca.json").write_text(json.dumps([alpaca(row) for row in rows]))
 
     for name in ("rows.csv", "rows.parquet", "stream.arrow", "file.arrow", "saved", "alpaca.json"):
-        samples = list(read_samples(tmp_path / name, media_dir=folder))
+        samples = list(Reader(media_dir=folder).read(tmp_path / name))
         assert [sample.messages for sample in samples] == expected, name
-    in_memory = list(read_samples(datasets.Dataset.from_list(rows), media_dir=folder))
+    in_memory = list(Reader(media_dir=folder).read(datasets.Dataset.from_list(rows)))
     assert [sample.messages for sample in in_memory] == expected
 
 
@@ -115,7 +113,7 @@ def test_images_of_a_datasets_set_give_the_same_pixels(shared, realset_samples, 
             "images": datasets.List(datasets.Image()),
         }
     )
-    (decoded,) = read_samples(datasets.Dataset.from_list([row], features=features))
+    (decoded,) = Reader().read(datasets.Dataset.from_list([row], features=features))
     for image, expected in zip(decoded.images, sample.images):
         assert image.size == expected.size
         grid = vision.image_grid(*image.size)

@@ -63,8 +63,9 @@ def run(folder, model=None, dataset=None, resume=None, callbacks=(), **options):
         TrainingArguments(str(folder), **{**QUIET, **SAVING, **options}),
         train_dataset=dataset,
         data_collator=PackCollator(model=model),
-        callbacks=[PackingCallback(dataset), keeper, *callbacks],
+        callbacks=[keeper, *callbacks],
     )
+    PackingCallback(dataset).attach(trainer)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     hook.remove()
     return trainer, seen, keeper.weights
@@ -115,8 +116,9 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
         train_dataset=dataset,
         eval_dataset=dataset_of(8),
         data_collator=PackCollator(model=model),
-        callbacks=[PackingCallback(dataset), keeper],
+        callbacks=[keeper],
     )
+    PackingCallback(dataset).attach(trainer)
     trainer.train()
     best = trainer.state.best_global_step
     assert best < 4
@@ -244,7 +246,7 @@ def test_a_late_callback_is_refused(tmp_path):
         data_collator=PackCollator(),
     )
     trainer.add_callback(PackingCallback(dataset_of()))
-    with pytest.raises(ValueError, match=r"pass Trainer\(callbacks=\[\.\.\.\]\)"):
+    with pytest.raises(ValueError, match=r"by hand; PackingCallback\(dataset\)\.attach"):
         trainer.train()
 
 

@@ -16,7 +16,7 @@ import warnings
 
 import pytest
 
-from mmpack import read_samples
+from mmpack import Reader
 from mmpack.data.file_formats import count_rows
 
 pa = pytest.importorskip("pyarrow")
@@ -117,7 +117,7 @@ def outcome(path):
     bad_rows = []
     try:
         count_rows(path)  # for a progress bar: None where it cannot
-        count = len(list(read_samples(path, on_error=bad_rows)))
+        count = len(list(Reader(on_error=bad_rows).read(path)))
     except ValueError as error:
         return (
             "refused" if 0 < len(str(error)) < 3000 else f"an error of {len(str(error))} characters"
@@ -181,7 +181,7 @@ def test_mutated_files_end_in_rows_or_reasons(kind, is_long, tmp_path):
     count = num_bytes // 2 if is_long else 40
     (tmp_path / kind).write_bytes(SEEDS[kind])
     assert outcome(tmp_path / kind) == "rows"
-    assert len(list(read_samples(tmp_path / kind))) >= 12  # unharmed, every one is good
+    assert len(list(Reader().read(tmp_path / kind))) >= 12  # unharmed, every one is good
     found = outcomes(kind, count, tmp_path)
     wrong = {n: what for n, what in found.items() if what not in ("rows", "refused")}
     assert wrong == {}

@@ -17,11 +17,11 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from mmpack import PackedDataset
+from mmpack import PackedDataset, assemble
 from mmpack.cli import pack
 from mmpack.cli.main import main
 from mmpack.cli.pack import parse_shard
-from mmpack.hf.loading import load_processor
+from mmpack.data.processor_folder import load_processor
 from mmpack.store import build
 from mmpack.store.atomic_folder import others, published, turn
 from mmpack.store.encoded_store import open_store, write_store
@@ -58,7 +58,7 @@ def processor(data):
 @pytest.fixture
 def run(data, processor, capsys, monkeypatch):
     """A command in this process: its report, or its error."""
-    monkeypatch.setattr("mmpack.hf.loading.load_processor", lambda *options: processor)
+    monkeypatch.setattr("mmpack.data.encoder.load_processor", lambda *options: processor)
 
     def run(*arguments, fails=False):
         arguments = [*(data if arguments[0] == "pack" else ["merge"]), *map(str, arguments[1:])]
@@ -82,9 +82,9 @@ FORK = """
 import json, mmap, os, sys, time
 from mmpack.cli import main as cli, merge, pack
 from mmpack.store import atomic_folder, build
-from mmpack.hf import loading
-processor = loading.load_processor(sys.argv[2])
-loading.load_processor = lambda *options: processor
+from mmpack.data import encoder
+processor = encoder.load_processor(sys.argv[2])
+encoder.load_processor = lambda *options: processor
 def kill(*args, **options): os.kill(os.getpid(), 9)
 waiting = mmap.mmap(-1, 3)  # forks share it: who has said that it waits
 def told(n): return lambda *args, **options: (print(*args, **options), waiting.__setitem__(n, 1))
@@ -116,7 +116,7 @@ def start(code, *arguments, **options):
 # What becomes of mmpack in a process before it packs: SIGKILL with nothing written, after the samples,
 # before the plan and before the rename; files that cannot grow, as on a full disk.
 MOMENTS = {
-    "nothing": "pack.row_groups = pack.index_rows = kill",
+    "nothing": "pack.media_folders = pack.index_rows = kill",
     "samples": "from mmpack.store import encoded_store; encoded_store.save_arrays = kill",
     "plan": "pack.plan_samples = kill",
     "rename": "import pathlib; pathlib.Path.rename = kill",
@@ -473,7 +473,7 @@ def test_changed_data_is_named_before_training(whole, data, tmp_path, caplog):
 
 
 def test_data_that_changes_while_it_is_read(data, processor, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mmpack.hf.loading.load_processor", lambda *options: processor)
+    monkeypatch.setattr("mmpack.data.encoder.load_processor", lambda *options: processor)
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(open(data[1], "rb").read())
     work = build._Work.__call__
@@ -490,16 +490,16 @@ def test_data_that_changes_while_it_is_read(data, processor, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_of_another_size_names_its_row(tokenizer, vision, tmp_path):
+def test_an_image_of_another_size_names_its_row(encoder, vision, tmp_path):
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "images": ["a.png"]}]))
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
-    dataset = PackedDataset.from_files(tmp_path / "rows.json", (tokenizer, vision), 1000)
+    dataset = PackedDataset.from_files(tmp_path / "rows.json", encoder, 1000)
     write_store(tmp_path / "store", dataset.samples, vision)
     save_plan(dataset.plan, tmp_path / "store")
     Image.new("RGB", (600, 900)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"row 0 of rows\.json: image .*a\.png"):
-        PackedDataset.from_store(tmp_path / "store")[0]
+        assemble(PackedDataset.from_store(tmp_path / "store")[0])
 
 
 # Other readers

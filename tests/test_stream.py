@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import mmpack.packing.stream
-from mmpack import PackStream, VisionSpec, assemble
+from mmpack import Encoder, PackStream, VisionSpec, assemble
 from mmpack.hf import PackCollator
 from mmpack.packing.cost import sample_flops
 from mmpack.packing.pack_stats import rank_imbalance
@@ -199,7 +200,7 @@ def test_a_stream_continues_identically_from_any_point(data):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("num_shards", [1, 4])
-def test_a_datasets_stream_continues_in_a_dataloader(tmp_path, processor, workers, num_shards):
+def test_a_datasets_stream_continues_in_a_dataloader(tmp_path, encoder, workers, num_shards):
     """Real workers, prefetching; rows with images; files read by the workers that own them."""
     datasets = pytest.importorskip("datasets")
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
@@ -218,11 +219,11 @@ def test_a_datasets_stream_continues_in_a_dataloader(tmp_path, processor, worker
             "json", data_files=files, split="train", streaming=True, features=features,
             cache_dir=str(tmp_path / "cache"),
         )  # fmt: skip
-        stream = PackStream(source, processor, 200, buffer=10, media_dir=tmp_path)
+        stream = PackStream(source, replace(encoder, media_dir=tmp_path), 200, buffer=10)
         return DataLoader(stream, batch_size=1, num_workers=workers, collate_fn=PackCollator())
 
     whole = [(b["input_ids"].tolist(), b["mmpack"]["resume"]) for b in make()]
-    turn = processor[0].convert_tokens_to_ids("<|im_start|>")
+    turn = encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert sum(ids[0].count(turn) for ids, _ in whole) == 3 * 300  # system, user, assistant
     assert {json.loads(resume)["worker"] for _, resume in whole} == set(range(max(1, workers)))
     for after in (1, len(whole) // 2, len(whole) - 1):
@@ -235,19 +236,37 @@ def test_a_datasets_stream_continues_in_a_dataloader(tmp_path, processor, worker
         assert [b["input_ids"].tolist() for b in second] == [ids for ids, _ in whole[after:]]
 
 
+def test_bad_rows_are_skipped_and_the_rows_after_them_keep_their_numbers(encoder):
+    """One that cannot be read, one that cannot be encoded, one of two samples, documents."""
+    picture = Image.new("RGB", (900, 3))
+    narrow = {**sharegpt(2, has_image=True), "images": [picture]}
+    rows = [sharegpt(0, False), {"text": "q"}, narrow, [sharegpt(3, False)] * 2, sharegpt(4, False)]
+    with pytest.raises(ValueError, match="row 1 of the stream: .*'conversations'"):
+        list(PackStream(rows, encoder, 200))
+    skipping = replace(encoder, on_error="skip")
+    with pytest.warns(UserWarning, match="left out row [12] of the stream") as warned:
+        packs = list(PackStream(rows, skipping, 200, buffer=1))
+    assert len(warned) == 2
+    entered = [json.loads(pack.resume)["next"][0] for pack in packs]
+    assert entered == [0, 3, 3, 4]
+    with pytest.raises(ValueError, match="a list of bad rows stays there; on_error='skip' warns"):
+        PackStream(rows, replace(encoder, on_error=[]), 200)
+    (pack,) = PackStream([{"text": "q w"}], replace(encoder, stage="pretrain"), 200)
+    assert "".join(encoder.tokenizer.decode(assemble(pack).input_ids).split()) == "qw<|endoftext|>"
+
+
 TEXTS = ["q w a"] * 3
 
 
 @pytest.fixture(scope="module")
-def processor():
+def encoder():
     from mmpack.cli.demo import _tokenizer
 
     tokenizer = _tokenizer(TEXTS)
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL]
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return tokenizer, VisionSpec(
-        min_pixels=28 * 28, max_pixels=28 * 28 * 16, **dict(zip(names, ids))
-    )
+    spec = VisionSpec(min_pixels=28 * 28, max_pixels=28 * 28 * 16, **dict(zip(names, ids)))
+    return Encoder(tokenizer, spec)
 
 
 SPECIAL = ("image_pad", "video_pad", "vision_start", "vision_end")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmpack import PackStream, VisionSpec
+from mmpack import Encoder, PackStream, VisionSpec
 from mmpack.cli.demo import _tokenizer
 from mmpack.packing.stream_source import SourceRows
 
@@ -34,10 +34,11 @@ def turns(number):
 
 
 @pytest.fixture(scope="module")
-def processor():
+def encoder():
     tokenizer = _tokenizer(["0 1 2 3"])
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL]
-    return tokenizer, VisionSpec(min_pixels=784, max_pixels=7840, **dict(zip(NAMES, ids)))
+    spec = VisionSpec(min_pixels=784, max_pixels=7840, **dict(zip(NAMES, ids)))
+    return Encoder(tokenizer, spec)
 
 
 class Plain(IterableDataset):
@@ -146,16 +147,16 @@ def number_of(row):
     return int(row["conversations"][0]["value"].strip("#"))
 
 
-def packs_of(make, processor, workers, ranks=1):
+def packs_of(make, encoder, workers, ranks=1):
     """(row numbers, resume) of the packs of all ranks, one rank after the other."""
-    tokenizer = processor[0]
+    tokenizer = encoder.tokenizer
 
     def collate(pack):
         text = "".join(tokenizer.decode(sample.input_ids) for sample in pack)
         return re.findall("#([0-9]+)#", text), pack.resume
 
     for rank in range(ranks):
-        stream = PackStream(make(), processor, 100, buffer=7).shard(rank, ranks)
+        stream = PackStream(make(), encoder, 100, buffer=7).shard(rank, ranks)
         loader = DataLoader(stream, None, num_workers=workers, collate_fn=collate)
         for numbers, resume in loader:
             stream.consume(resume)
@@ -178,12 +179,12 @@ MATRIX = [
 
 @pytest.mark.parametrize(("kind", "workers", "ranks"), MATRIX)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-def test_every_row_of_every_kind_of_source_once(kind, workers, ranks, processor):
+def test_every_row_of_every_kind_of_source_once(kind, workers, ranks, encoder):
     source = SOURCES[kind]()
     rows = source() if callable(source) else source
     expected = collections.Counter(map(number_of, rows))
     assert kind.startswith("datasets") or expected == collections.Counter(range(COUNT))
-    packs = list(packs_of(SOURCES[kind], processor, workers, ranks))
+    packs = list(packs_of(SOURCES[kind], encoder, workers, ranks))
     assert counted(packs) == expected
     assert len({resume["rows"] for _, resume in packs}) == 1  # what ranks compare
 
@@ -218,7 +219,7 @@ def lines_of(file):
         yield json.loads(line)
 
 
-def test_workers_that_read_other_rows_are_refused(processor, tmp_path):
+def test_workers_that_read_other_rows_are_refused(encoder, tmp_path):
     """A shuffle without a seed, and one open file that forked workers share."""
 
     def shuffled():
@@ -226,22 +227,22 @@ def test_workers_that_read_other_rows_are_refused(processor, tmp_path):
 
     words = "worker . reads other rows of the source than worker ..*seed its shuffle"
     with pytest.raises(ValueError, match=words):
-        list(packs_of(lambda: shuffled, processor, 2))
+        list(packs_of(lambda: shuffled, encoder, 2))
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps(row(number)).ljust(127) + "\n" for number in range(400)]
     path.write_text("".join(lines))  # none is cut at the end of a buffer
     with open(path) as file, pytest.raises(ValueError, match=words):
-        list(packs_of(lambda: lines_of(file), processor, 2))
-    assert counted(packs_of(lambda: shuffled, processor, 0)) == collections.Counter(range(COUNT))
+        list(packs_of(lambda: lines_of(file), encoder, 2))
+    assert counted(packs_of(lambda: shuffled, encoder, 0)) == collections.Counter(range(COUNT))
 
 
-def test_what_ranks_compare_differs_where_they_read_other_rows(processor, monkeypatch):
+def test_what_ranks_compare_differs_where_they_read_other_rows(encoder, monkeypatch):
     """Split by the rank or shuffled without a seed. What comes of it: test_stream_trainer.py."""
 
     def read_first(make, rank):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        stream = PackStream(make(), processor, 100).shard(rank, 2)
+        stream = PackStream(make(), encoder, 100).shard(rank, 2)
         return json.loads(next(iter(stream)).resume)["rows"]
 
     splitting = [
@@ -258,11 +259,11 @@ def test_what_ranks_compare_differs_where_they_read_other_rows(processor, monkey
     ("workers", "num_shards"),
     [(0, 4), (2, 5), *(pytest.param(2, n, marks=pytest.mark.slow) for n in (1, 2, 4, 8))],
 )
-def test_a_source_split_by_node_is_split_by_it_alone(processor, workers, num_shards):
+def test_a_source_split_by_node_is_split_by_it_alone(encoder, workers, num_shards):
     def part(rank):
         return split_dataset_by_node(hugging_face(num_shards), rank, 2)
 
     with pytest.raises(ValueError, match="part of rank 1 of 2.*leave split_dataset_by_node out"):
-        list(packs_of(lambda: part(1), processor, workers, ranks=2))
-    found = [counted(packs_of(lambda r=r: part(r), processor, workers)) for r in range(2)]
+        list(packs_of(lambda: part(1), encoder, workers, ranks=2))
+    found = [counted(packs_of(lambda r=r: part(r), encoder, workers)) for r in range(2)]
     assert found[0] + found[1] == collections.Counter(range(COUNT))

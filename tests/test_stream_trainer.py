@@ -54,10 +54,9 @@ def trainer_of(folder, data, seen, **options):
     )
     settings = {**QUIET, "accelerator_config": {"dispatch_batches": False}, **options}
     args = TrainingArguments(str(folder), **settings)
-    callbacks = [PackingCallback(data)]
-    return Trainer(
-        model, args, train_dataset=data, data_collator=PackCollator(), callbacks=callbacks
-    )
+    trainer = Trainer(model, args, PackCollator(), data)
+    PackingCallback(data).attach(trainer)
+    return trainer
 
 
 def rows_trained_on(folder, data, **options):

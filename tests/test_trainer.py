@@ -15,8 +15,7 @@ from builders import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import PackedDataset, VisionSpec
-from mmpack.data.encode import encode_samples
+from mmpack import Encoder, PackedDataset, VisionSpec
 from mmpack.hf import PackCollator, patch_model
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
@@ -40,7 +39,7 @@ def numbered(rows, realset_rows, realset_samples, shared, tokenizer):
     """(samples, stock inputs of each row), with the tokenizer's ids."""
     processor = stock_processor(tokenizer, MAX_PIXELS)
     vision = VisionSpec.from_processor(processor)
-    samples = encode_samples([realset_samples[n] for n in rows], tokenizer, vision)
+    samples = Encoder(tokenizer, vision).encode([realset_samples[n] for n in rows])
     stock = [stock_inputs(realset_rows[n], shared / "realset", processor) for n in rows]
     return list(samples), stock
 

@@ -18,6 +18,7 @@ from builders import (
     CUTS_SECONDS,
     FAMILIES,
     collator,
+    encode_one,
     encoded,
     item_of,
     loss_and_grads,
@@ -32,11 +33,9 @@ from builders import (
 from PIL import Image
 from test_assemble import same
 
-from mmpack import VideoSpec, VisionSpec, assemble, read_samples
+from mmpack import Encoder, PackedDataset, PackStream, Reader, VideoSpec, VisionSpec, assemble
 from mmpack.data import videos
-from mmpack.data.encode import encode_sample, encode_samples
 from mmpack.hf import PackCollator, patch_model
-from mmpack.hf.loading import load_processor
 from mmpack.packing.prompt import render_prompt
 from mmpack.packing.truncate import truncate_sample
 from mmpack.store.encoded_store import open_store, write_store
@@ -137,23 +136,25 @@ def test_the_spec_is_read_off_processor_and_config(stock, tmp_path, shared):
         VideoSpec.from_parts(processor)
 
     folder = shared / "tokenizer" / "qwen2_vl"
-    video = load_processor(folder)[1].video  # published with one file for both
+    video = Encoder.from_folder(folder).vision.video  # published with one file for both
     assert (video.min_pixels, video.max_pixels) == (3136, 12845056)
-    _, spec = load_processor(folder, video={"fps": 1.0, "max_frames": 8, "max_pixels": None})
-    assert spec.video == dataclasses.replace(video, fps=1.0, max_frames=8)
+    options = {"video": {"fps": 1.0, "max_frames": 8, "max_pixels": None}}
+    assert Encoder.from_folder(folder, **options).vision.video == dataclasses.replace(
+        video, fps=1.0, max_frames=8
+    )
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     settings["processor_class"] = "Qwen2_5_VLProcessor"
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert load_processor(tmp_path)[1].video is None  # the config says what time means
+    assert Encoder.from_folder(tmp_path).vision.video is None  # the config says what time means
     with pytest.raises(ValueError, match="need the model's config; pass --config"):
-        load_processor(tmp_path, video={"fps": 1.0})
-    assert load_processor(tmp_path, config=config)[1].video.tokens_per_second == 4
+        Encoder.from_folder(tmp_path, video={"fps": 1.0})
+    assert Encoder.from_folder(tmp_path, config=config).vision.video.tokens_per_second == 4
     size = {"shortest_edge": 4096, "longest_edge": 25165824}
     third = {"video_processor_type": "Qwen3VLVideoProcessor", "size": size, "fps": 2}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(third))
-    video = load_processor(tmp_path)[1].video
+    video = Encoder.from_folder(tmp_path).vision.video
     assert video == dataclasses.replace(THIRD, min_pixels=4096, max_pixels=25165824)
 
 
@@ -209,7 +210,7 @@ def sample_of(folder, *, fps=None):
     """A row with two lists of frames and an image between them."""
     second = {"frames": pictures(folder, 3), "fps": fps} if fps else pictures(folder, 3)
     row = {**ROW, "videos": [pictures(folder, 4), second], "images": pictures(folder, 1)}
-    return next(iter(read_samples([row], media_dir=folder)))
+    return next(iter(Reader(media_dir=folder).read([row])))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,7 +223,7 @@ def test_a_row_is_what_transformers_makes_of_it(tmp_path, tokenizer, family, sto
     )
     spec = spec_of(video, config.vision_config.patch_size)
     sample = sample_of(tmp_path, fps=FPS)
-    ours = encode_sample(sample, tokenizer, spec)
+    ours = encode_one(sample, tokenizer, spec)
     pack = assemble([ours], pixels=False)
     assert same(pack, assemble([ours], pixels=False, impl="reference"))
 
@@ -257,9 +258,8 @@ def test_a_row_is_what_transformers_makes_of_it(tmp_path, tokenizer, family, sto
     assert learned == "Yes.<|im_end|>"
     prompt = render_prompt(
         [{"role": "user", "content": "<video>?"}],
+        Encoder(tokenizer, spec),
         videos=[[str(tmp_path / f"4_{n}.png") for n in range(4)]],
-        tokenizer=tokenizer,
-        vision=spec,
     )
     assert prompt.video_grid_thw[:, 0].sum() == 2 and not len(prompt.image_grid_thw)
 
@@ -293,7 +293,7 @@ def test_a_store_keeps_videos(tmp_path, tokenizer, third):
     ))  # fmt: skip
     user = Message("user", (inside, "?"))
     samples = list(
-        encode_samples([sample, text, Sample((user, sample.messages[1]), "y", 2)], tokenizer, spec)
+        Encoder(tokenizer, spec).encode([sample, text, Sample((user, sample.messages[1]), "y", 2)])
     )
     store = write_store(tmp_path / "store", samples, spec)
     assert store.vision == spec
@@ -312,7 +312,7 @@ def test_a_store_keeps_videos(tmp_path, tokenizer, third):
 
 @pytest.mark.parametrize("third", [False, True])
 def test_a_video_is_never_cut(tmp_path, tokenizer, third):
-    sample = encode_sample(sample_of(tmp_path), tokenizer, spec_of(THIRD if third else SECOND))
+    sample = encode_one(sample_of(tmp_path), tokenizer, spec_of(THIRD if third else SECOND))
     vision, lengths = sample.vision, set()
     for capacity in range(1, sample.num_tokens + 1):
         cut = truncate_sample(sample, capacity)
@@ -398,7 +398,7 @@ def test_processor_outputs_with_videos(family):
     rows = [encoded(spec, 1, (2, 4, 4), 2, (2, 4), 3), encoded(spec, 4, (2, 2, 2), 5)]
     packs = [with_noise([row], seed) for seed, row in enumerate(rows)]
     features = [stock_of(collator(family)([pack]), spec) for pack in packs]
-    collate = PackCollator((None, spec), model=tiny_model(small_config(family)))
+    collate = PackCollator(Encoder(None, spec), model=tiny_model(small_config(family)))
     ours, expected = collate(features), collator(family)(packs)
     for name in ("input_ids", "labels", "position_ids", "pixel_values_videos", "video_grid_thw"):
         assert torch.equal(ours[name], expected[name]), name
@@ -409,7 +409,7 @@ def test_processor_outputs_with_videos(family):
             collate(features)
 
 
-def test_a_processor_of_time_needs_the_config(tokenizer, stock):
+def test_a_processor_of_time_needs_the_config(tmp_path, tokenizer, stock):
     """Qwen2.5-VL's processor does not know how many positions a second has; the model does."""
     from transformers import Qwen2VLImageProcessorPil
 
@@ -417,14 +417,20 @@ def test_a_processor_of_time_needs_the_config(tokenizer, stock):
         image_processor=Qwen2VLImageProcessorPil(),
         video_processor=processor_of(2, stock[0]),
         tokenizer=tokenizer,
+        apply_chat_template=tokenizer.apply_chat_template,
         model_input_names=["input_ids", "second_per_grid_ts"],
     )
     assert VisionSpec.from_processor(processor).video is None
     assert VisionSpec.from_processor(types.SimpleNamespace(**vars(processor) | {
         "model_input_names": ["input_ids"]})).video == SECOND  # fmt: skip
-    model = tiny_model(tiny_config(family="qwen2_5_vl"))
-    collate = PackCollator(processor, model=model)
-    assert collate.vision.video == dataclasses.replace(SECOND, tokens_per_second=4)
+    model, samples = tiny_model(tiny_config(family="qwen2_5_vl")), [sample_of(tmp_path)]
+    timed = dataclasses.replace(SECOND, tokens_per_second=4)
+    assert PackCollator(processor, model=model).encoder.vision.video == timed
+    for made in (PackedDataset.from_files, PackStream):
+        (pack,) = made(samples, processor, 4096, model.config)
+        assert pack[0].vision.video == timed
+        with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
+            list(made(samples, processor, 4096))
 
 
 TURNS = ROW["conversations"]
@@ -466,7 +472,7 @@ def test_wrong_rows_are_refused(tmp_path, case):
     Image.new("RGB", (90, 44)).save(tmp_path / "wide.png")
     row, message = WRONG[case]
     with pytest.raises(ValueError, match=f"row 0 of rows: .*{message}"):
-        list(read_samples([row], media_dir=tmp_path))
+        list(Reader(media_dir=tmp_path).read([row]))
 
 
 def test_markers_parts_and_prepending(tmp_path):
@@ -479,7 +485,7 @@ def test_markers_parts_and_prepending(tmp_path):
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "?"}, TURNS[1]], "videos": [names]},
     ]
-    one, other = read_samples(rows, media_dir=tmp_path, missing_marker="prepend")
+    one, other = Reader(media_dir=tmp_path, missing_marker="prepend").read(rows)
     assert one.messages[0].content[0] == "<video> as text"
     assert (one.videos[0].fps, one.videos[0].num_frames) == (5.0, 4)
     assert isinstance(other.messages[0].content[0], VideoRef) and not other.images
@@ -491,10 +497,10 @@ def test_what_is_no_video_says_so(tmp_path, tokenizer):
     content = Message("user", (single, "?"))
     alone = Sample((content, sample.messages[1]), "f", 3)
     with pytest.raises(ValueError, match="row 3 of f: .* a video of 1 frames, .* as an image"):
-        encode_sample(alone, tokenizer, spec_of(SECOND))
+        encode_one(alone, tokenizer, spec_of(SECOND))
     with pytest.raises(ValueError, match="list of 4 frames, at most 2 are taken"):
-        encode_sample(
+        encode_one(
             sample, tokenizer, spec_of(dataclasses.replace(SECOND, min_frames=1, max_frames=2))
         )
     with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
-        encode_sample(sample, tokenizer, spec_of(None))
+        encode_one(sample, tokenizer, spec_of(None))

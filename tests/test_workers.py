@@ -164,8 +164,8 @@ def test_the_log_counts_what_was_dropped(tmp_path):
         args=TrainingArguments(**QUIET, output_dir=tmp_path, num_train_epochs=1),
         train_dataset=dataset,
         data_collator=PackCollator(),
-        callbacks=[PackingCallback(dataset)],
     )
+    PackingCallback(dataset).attach(trainer)
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert last["pack/dropped_segments"] == 1

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from mmpack.data.chunks import chunks
-from mmpack.data.encode import encode_samples
+from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.media_paths import open_media
-from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.readers import Reader, RowGroup, RowReader
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.plan import padded_utilization, plan_packs
 from mmpack.types import EncodedSample, ImageRef, Sample
@@ -39,26 +39,18 @@ class CheckedRow:
     digest: bytes | None = None  # of what it holds; None: it could not be read
 
 
-def check_rows(
-    groups: Iterable[RowGroup],
-    *,
-    missing_marker: str = "refuse",
-    verify: str = "header",
-    stage: str = "sft",
-    tokenizer: Any = None,
-    vision: Any = None,
-) -> Iterator[CheckedRow]:
-    """Every row of every file, read and, with a tokenizer and a `VisionSpec`, encoded.
+def check_rows(groups: Iterable[RowGroup], reader: Reader) -> Iterator[CheckedRow]:
+    """Every row of every file, read and, by an `Encoder`, encoded.
 
     A file that cannot be read is one `CheckedRow` without a number; the next file is read all the
     same.
     """
     for group in groups:
-        reader = RowReader(group.fields, group.folders, missing_marker, verify, stage)
+        row_reader = RowReader(reader, group)
         for chunk in chunks(rows_or_error(group.rows)):
-            checked = [_read(row, reader) for row in chunk]
-            if tokenizer is not None:
-                _encode(checked, tokenizer, vision)
+            checked = [_read(row, row_reader) for row in chunk]
+            if isinstance(reader, Encoder):
+                _encode(checked, reader)
             yield from checked
 
 
@@ -97,11 +89,11 @@ def _in_digest(value: Any) -> str:
     return repr(value)
 
 
-def _encode(checked: list[CheckedRow], tokenizer: Any, vision: Any) -> None:
+def _encode(checked: list[CheckedRow], encoder: Encoder) -> None:
     by_row = {row.row: row for row in checked}
     bad_rows: list[BadRow] = []
     samples = [sample for row in checked for sample in row.samples]
-    for encoded in encode_samples(samples, tokenizer, vision, on_error=bad_rows):
+    for _, encoded in encoder.encode_chunk(samples, bad_rows):
         by_row[encoded.row].encoded.append(encoded)
     for bad in bad_rows:
         by_row[bad.row].bad = bad

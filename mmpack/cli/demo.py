@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from mmpack.data import images
+from mmpack.data.encoder import Encoder
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.loading import load_processor
 from mmpack.hf.model_patch import patch_model
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
@@ -81,8 +81,8 @@ def run_demo(folder: str | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(folder or scratch)
         write_data(root, NUM_ROWS)
-        tokenizer, vision = load_processor(root / "tokenizer")
-        dataset = PackedDataset.from_files(root / "train.json", (tokenizer, vision), CAPACITY)
+        encoder = Encoder.from_folder(root / "tokenizer")
+        dataset = PackedDataset.from_files(root / "train.json", encoder, CAPACITY)
         config = Qwen2VLConfig.from_pretrained(root / "config.json")
         samples = dataset.samples
         lengths = np.array([sample.num_tokens for sample in samples])

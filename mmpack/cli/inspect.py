@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from mmpack.cli.tables import aligned
 from mmpack.cli.terminal import one_line, printable
 from mmpack.data import images, videos
+from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
+from mmpack.data.processor_folder import load_tokenizer
+from mmpack.pack_html import counted, frames_of
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
-from mmpack.store.build import made_from
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
 from mmpack.vision_spec import VisionSpec
 
@@ -110,6 +112,21 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
     return PackView(number, num_packs, dataset.capacity, pack, samples, media, spans, folders)
 
 
+def pack_range(packs: str) -> range:
+    """The packs that `--pack` names: K, or K-L with L included.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    first, dash, last = packs.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError(f"--pack takes a pack K, or packs K-L with --html, got {packs!r}")
+    found = range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError(f"--pack {packs} names no pack; the first comes first")
+    return found
+
+
 def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
     """(pack, segment) of a row of the data, several where it is a document in pieces. `row` is its number,
     or FILE:NUMBER.
@@ -189,7 +206,7 @@ def table(view: PackView) -> str:
     tokens, supervised = len(view.pack.input_ids), len(view.pack.supervised_index)
     lines = [
         f"pack {view.number} of {view.num_packs:,}: {tokens:,} of {view.capacity:,} tokens "
-        f"({tokens / view.capacity:.1%}), {len(view.samples)} segments, {supervised:,} supervised, "
+        f"({tokens / view.capacity:.1%}), {counted(len(view.samples), 'segment')}, {supervised:,} supervised, "
         f"{len(view.media)} images and videos in {len(view.pack.feature_token):,} tokens",
         "",
     ]
@@ -215,12 +232,12 @@ def _described(view: PackView, medium: Medium) -> str:
     _, height, width = medium.grid_thw
     p = view.pack.vision.patch_size
     return (
-        f"{medium.name}: {_size(medium)} patches of {p} ({width * p} x {height * p} pixels), "
+        f"{medium.name}: {size_in_patches(medium)} patches of {p} ({width * p} x {height * p} pixels), "
         f"{view.num_tokens(medium):,} tokens, {one_line(Path(medium.ref.path).name)}"
     )
 
 
-def _size(medium: Medium) -> str:
+def size_in_patches(medium: Medium) -> str:
     """As 24x32; of a video with its temporal patches, as 4x24x32."""
     is_image = isinstance(medium.ref, ImageRef)
     return "x".join(map(str, medium.grid_thw[1:] if is_image else medium.grid_thw))
@@ -239,7 +256,7 @@ def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> st
             folded = _folded(view, span)
             parts.append(f"{_FOLDED}{folded}{_PLAIN}" if color else folded)
             continue
-        written = _written(view, span, decode)
+        written = span_text(view, span, decode)
         if decode is None:
             written += " "
         if span.is_supervised and color:  # a line at a time, its end to be seen too
@@ -254,7 +271,8 @@ def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> st
     return f"--- segment {segment}: {place}\n{''.join(parts)}"
 
 
-def _written(view: PackView, span: Span, decode: Decode | None) -> str:
+def span_text(view: PackView, span: Span, decode: Decode | None) -> str:
+    """The text of a span as it may be shown, control and format characters as escapes; or its ids."""
     ids = view.pack.input_ids[span.begin : span.end].tolist()
     return " ".join(map(str, ids)) if decode is None else printable(decode(ids))
 
@@ -262,7 +280,9 @@ def _written(view: PackView, span: Span, decode: Decode | None) -> str:
 def _folded(view: PackView, span: Span) -> str:
     medium = view.media[span.medium]
     if len(medium.grids) == 1:
-        return f"<{medium.name}: {_size(medium)} patches, {span.end - span.begin:,} tokens>"
+        return (
+            f"<{medium.name}: {size_in_patches(medium)} patches, {span.end - span.begin:,} tokens>"
+        )
     frames, height, width = medium.grid_thw
     place = f"{medium.name}, part {span.first_frame + 1} of {frames}"
     return f"<{place}: {height}x{width} patches, {span.end - span.begin:,} tokens>"
@@ -327,19 +347,12 @@ def frames(
         patches = images.load_patches(medium.ref, medium.grids[0], vision, folders=folders)
     else:
         patches = videos.load_patches(medium.ref, medium.grids, vision, folders=folders)
-    (t, h, w), p, m = medium.grid_thw, vision.patch_size, vision.merge_size
-    channels = len(vision.image_mean)
-    by_frame = patches.reshape(t * h * w, channels, -1, p * p)[:, :, 0]
-    blocks = by_frame.reshape(t, h // m, w // m, m, m, channels, p, p)
-    pixels: NDArray[np.uint8] = blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5)
-    return pixels.reshape(t, h * p, w * p, channels)
+    return frames_of(patches, medium.grid_thw, vision)
 
 
 def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode | None, str]:
     """(ids to text, a note to the user): the tokenizer in `folder`, or the one the data was packed with
     if it still lies where it did."""
-    from mmpack.hf.loading import load_tokenizer  # here: ids alone are shown at once
-
     about = _store_of(dataset).about
     if folder is None:
         folder = about.tokenizer
@@ -349,7 +362,7 @@ def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode |
             return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
     tokenizer = load_tokenizer(folder)
     before = about.made_from.get("the tokenizer")
-    is_same = before == made_from((), tokenizer, dataset.vision)["the tokenizer"]
+    is_same = before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
     note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
 
     def decode(ids: list[int]) -> str:

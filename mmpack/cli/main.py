@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from mmpack.cli.options import (
     EnvOptions,
     InspectOptions,
     MergeOptions,
+    PackingOptions,
     PackOptions,
-    ProcessorOptions,
     ReadingOptions,
     TrainOptions,
     parse,
 )
 from mmpack.cli.terminal import escaped_streams, one_line, unescaped
+from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
+from mmpack.data.processor_folder import load_config
+from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
 
@@ -73,24 +76,28 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 1
 
 
-def _processor(
-    options: ProcessorOptions, resizer: str = "pillow", model: str | None = None
-) -> tuple[Any, Any]:
-    """(tokenizer, VisionSpec) as the options say; `model` has the config where none is named."""
-    from mmpack.hf.loading import load_config, load_processor
-
+def _encoder(
+    options: CheckOptions | PackOptions | TrainOptions, on_error: OnError = "raise"
+) -> Encoder:
+    """How rows are read and encoded, as the options say."""
     assert options.tokenizer is not None
-    model = options.config or model
-    return load_processor(
+    model = options.config or getattr(options, "model", None)
+    packing: dict[str, Any] = {}
+    if isinstance(options, PackingOptions):
+        names = ("resizer", "train_on_prompt", "mask_history")
+        packing = {name: getattr(options, name) for name in names}
+    return Encoder.from_folder(
         options.tokenizer,
-        options.max_pixels,
-        resizer,
         None if model is None else load_config(model),
-        {
+        max_pixels=options.max_pixels,
+        video={
             "fps": options.video_fps,
             "max_frames": options.video_max_frames,
             "max_pixels": options.video_max_pixels,
         },
+        on_error=on_error,
+        **_reading(options),
+        **packing,
     )
 
 
@@ -100,16 +107,12 @@ def _check(options: CheckOptions) -> int:
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
     from mmpack.cli.plots import check_picture
     from mmpack.cli.tables import check_table, json_line
-    from mmpack.data.readers import row_groups
 
-    reading = _reading(options)
-    groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
-    if options.tokenizer is not None:
-        tokenizer, vision = _processor(options)
-        reading.update(tokenizer=tokenizer, vision=vision)
+    reader = Reader(**_reading(options)) if options.tokenizer is None else _encoder(options)
+    groups = list(reader.groups(options.data))
     summary = Summary(hash_files=options.decode)
     summary.add_files(group.file for group in groups)
-    rows = check_rows(groups, **reading)
+    rows = check_rows(groups, reader)
     for checked in tqdm(rows, unit=" rows", desc="checking", disable=options.quiet or None):
         summary.add(checked)
         if options.json:
@@ -130,7 +133,7 @@ def _pack(options: PackOptions) -> None:
     from mmpack.cli.pack import run_pack
 
     config = _config(options.config, options.frozen)
-    run_pack(options, _reading(options), _processor(options, options.resizer), config)
+    run_pack(options, _encoder(options, options.on_error), config)
 
 
 def _inspect(options: InspectOptions) -> None:
@@ -139,11 +142,16 @@ def _inspect(options: InspectOptions) -> None:
     from mmpack.packing.dataset import PackedDataset
 
     dataset = PackedDataset.from_store(options.data, "warn")
-    number, segment = options.pack, options.segment
+    packs = None if options.pack is None else inspect.pack_range(options.pack)
+    segment = options.segment
     if options.row is not None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
+        packs = range(number, number + 1)
         for pack, piece in others:
             print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+    number, *more = packs or [0]
+    if more and options.html is None:
+        raise ValueError(f"--pack {number}-{more[-1]} is for --html FILE; else one pack is shown")
     view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
     if segment is not None:
@@ -155,6 +163,9 @@ def _inspect(options: InspectOptions) -> None:
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
     if note:
         print(f"mmpack: {note}", file=sys.stderr)
+    if options.html is not None:
+        _inspect_html(options, dataset, packs, segment, decode)
+        return
     if options.png is not None:
         inspect_picture(view, options.png)
     if options.json:
@@ -167,35 +178,31 @@ def _inspect(options: InspectOptions) -> None:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
 
 
+def _inspect_html(
+    options: InspectOptions, dataset: Any, packs: range | None, segment: int | None, decode: Any
+) -> None:
+    from mmpack.cli.inspect_html import write_page
+
+    name, path = Path(options.data).resolve().name, str(options.html)
+    page = write_page(dataset, packs, decode, path, name=name, segment=segment)
+    for problem in page["problems"]:
+        print(f"mmpack: {problem}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(page))
+        return
+    first, last = page["packs"][0], page["packs"][-1]
+    which = f"pack {first}" if first == last else f"packs {first} to {last}"
+    following = f"; --pack {page['next']} has the next" if page["next"] else ""
+    print(
+        f"{path}: {which} of {dataset.plan.num_packs:,}, {page['images']:,} images and videos, "
+        f"{page['bytes'] / 1000:,.0f} kB{following}"
+    )
+
+
 def _merge(options: MergeOptions) -> None:
     from mmpack.cli.merge import run_merge
 
     run_merge(options, lambda planning: _config(planning.config, planning.frozen))
-
-
-def _encode(options: TrainOptions, bad_rows: list[BadRow]) -> tuple[Iterable[Any], Any]:
-    """(encoded samples with a progress bar, VisionSpec)"""
-    from tqdm import tqdm
-
-    from mmpack.data.encode import encode_samples
-    from mmpack.data.readers import read_documents, read_samples
-
-    reading = _reading(options)
-    read = read_documents if reading.pop("stage") == "pretrain" else read_samples
-    on_error: OnError = "raise"
-    if options.on_error == "skip":
-        on_error = Skip(options.max_bad, bad_rows)
-    tokenizer, vision = _processor(options, options.resizer, options.model)
-    samples = read(options.data, on_error=on_error, **reading)
-    encoded = encode_samples(
-        samples,
-        tokenizer,
-        vision,
-        train_on_prompt=options.train_on_prompt,
-        mask_history=options.mask_history,
-        on_error=on_error,
-    )
-    return tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None), vision
 
 
 def _config(path: str | None, frozen: Sequence[str]) -> Any:
@@ -204,13 +211,11 @@ def _config(path: str | None, frozen: Sequence[str]) -> Any:
         if frozen:
             raise ValueError("--frozen says what a step costs; pass the model's --config too")
         return None
-    from mmpack.hf.loading import load_config
-
     return load_config(path)
 
 
 def _reading(options: ReadingOptions) -> dict[str, Any]:
-    """The options of `read_samples`, but for `on_error`."""
+    """The options of `Reader`, but for `on_error`."""
     return {
         "mapping": options.dataset,
         "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
@@ -221,11 +226,12 @@ def _reading(options: ReadingOptions) -> dict[str, Any]:
 
 
 def _train(options: TrainOptions) -> None:
+    from tqdm import tqdm
+
     from mmpack.cli.pack import cut_long
-    from mmpack.data.readers import media_folders
     from mmpack.hf.checkpoints import last_checkpoint
-    from mmpack.hf.families import freeze
     from mmpack.hf.loading import load_model
+    from mmpack.hf.model_parts import freeze
     from mmpack.hf.training import parse_training_arguments, train
     from mmpack.packing.cost import costs_of
     from mmpack.packing.dataset import PackedDataset
@@ -252,8 +258,12 @@ def _train(options: TrainOptions) -> None:
     else:
         bad_rows: list[BadRow] = []
         config = _config(options.model or options.config, options.frozen)
-        encoded, vision = _encode(options, bad_rows)
-        samples, patch_capacity, on_overflow = cut_long(list(encoded), vision, options.planning)
+        skip = Skip(options.max_bad, bad_rows)
+        encoder = _encoder(options, skip if options.on_error == "skip" else "raise")
+        groups = list(encoder.groups(options.data))
+        encoded = encoder.encode(encoder.read_groups(groups))
+        bar = tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None)
+        samples, patch_capacity, on_overflow = cut_long(list(bar), encoder.vision, options.planning)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
@@ -262,7 +272,7 @@ def _train(options: TrainOptions) -> None:
             on_overflow=on_overflow,
             seed=options.plan_seed,
         )
-        dataset.media_folders = media_folders(options.data, options.dataset, options.media_dir)
+        dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
     dataset.on_bad_image, dataset.max_bad = options.on_bad_image, options.max_bad

@@ -45,6 +45,7 @@ examples:
   mmpack inspect packed
   mmpack inspect packed --row 1843
   mmpack inspect packed --pack 17 --png pack17.png | less
+  mmpack inspect packed --pack 0-19 --html packs.html
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
@@ -174,10 +175,6 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
                 check(given, values, _name(name))
         if self.stage == "sft" and self.on_overflow == "split":
             raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
-        if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
-            raise ValueError(
-                "documents have no turns; leave out --train-on-prompt and --mask-history"
-            )
 
     @property
     def planning(self) -> Planning:
@@ -242,20 +239,18 @@ class InspectOptions(Options):
     """show a pack: segments, text, images, what is supervised"""
 
     data: str = option("folder that mmpack pack wrote", positional=True, metavar="PACKED")
-    pack: int = option("which one (0)", 0, either="which", metavar="K")
+    pack: str | None = option(
+        "which one (0); with --html also K-L (the first 10)", None, either="which", metavar="K"
+    )
     row: str | None = option(
-        "the one with this row of the data, N or FILE:N, and its text alone",
-        None,
-        either="which",
-        metavar="N",
+        "the one with this row, N or FILE:N, and its text alone", None, either="which", metavar="N"
     )
     segment: int | None = option("the text of this one alone", None)
     tokenizer: str | None = option(
-        "folder of the tokenizer, if it is no longer where it was when the data was packed",
-        None,
-        metavar="FOLDER",
+        "the tokenizer's folder, if it moved since the data was packed", None, metavar="FOLDER"
     )
-    png: str | None = option("draw its tokens, images and attention blocks", None, metavar="FILE")
+    png: str | None = option("draw tokens and attention", None, either="picture", metavar="FILE")
+    html: str | None = option("write packs to a web page", None, either="picture", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)

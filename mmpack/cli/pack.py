@@ -23,10 +23,10 @@ from tqdm import tqdm
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, count_rows
-from mmpack.data.media_paths import DATA_URIS
-from mmpack.data.readers import RowGroup, row_groups
-from mmpack.errors import BadRow, OnError, Skip
+from mmpack.data.readers import RowGroup, media_folders
+from mmpack.errors import BadRow, Skip
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples
@@ -47,14 +47,8 @@ from mmpack.store.plan_file import save_plan
 from mmpack.vision_spec import VisionSpec
 
 
-def run_pack(
-    options: PackOptions,
-    reading: dict[str, Any],
-    processor: tuple[Any, VisionSpec],
-    config: Any,
-) -> None:
-    """Encode, plan, write and report. `reading` are the options of `read_samples`, `config` is the
-    model's, for costs, or None."""
+def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
+    """Encode, plan, write and report. `config` is the model's, for costs, or None."""
     start = time.perf_counter()
     out = Path(options.out)
     part = None
@@ -62,18 +56,11 @@ def run_pack(
         number, of = parse_shard(options.shard)
         part = Part(number=number, of=of, max_bad=options.max_bad)
     begun = time.time_ns()
-    groups = list(row_groups(options.data, reading.pop("mapping"), reading.pop("media_dir")))
-    named = (name for group in groups for name in group.folders.names if name != DATA_URIS)
-    tokenizer, vision = processor
-    encoding = {
-        "train_on_prompt": options.train_on_prompt,
-        "mask_history": options.mask_history,
-    }
-    settings = {**reading, **encoding, "on_error": options.on_error}
+    groups = list(encoder.groups(options.data))
     about = About(
         begun=begun,
-        made_from=made_from(groups, tokenizer, vision, **settings),
-        media_folders=tuple(dict.fromkeys(named)),  # for mmpack train, which stays inside
+        made_from=made_from(groups, encoder),
+        media_folders=tuple(media_folders(groups)),  # for mmpack train, which stays inside
         tokenizer=os.path.abspath(options.tokenizer),  # for mmpack inspect, anywhere
         planning=options.planning,
         part=part,
@@ -101,8 +88,7 @@ def run_pack(
                         if (out / "bad_rows.jsonl").exists():
                             shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
                     else:
-                        ways = {"reading": reading, "encoding": encoding}
-                        store = _encode(partial, groups, processor, about, options, ways)
+                        store = _encode(partial, groups, encoder, about, options)
                     if part is None:
                         write_plan(partial, store, options.planning, config)
     reused = found.store is not None
@@ -184,22 +170,19 @@ def build(out: Path, replaces: bool) -> Iterator[Path]:
 def _encode(
     partial: Path,
     groups: list[RowGroup],
-    processor: tuple[Any, VisionSpec],
+    encoder: Encoder,
     about: About,
     options: PackOptions,
-    ways: dict[str, Any],
 ) -> EncodedStore:
     """Read and encode the rows, or a part of them, into a store."""
     bad_rows: list[BadRow] = []
-    on_error: OnError = "raise"
-    if options.on_error == "skip":
-        on_error = Skip(options.max_bad, bad_rows)
+    if encoder.on_error == "skip":
+        encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about = replace(about, files={str(file): _stamp(file) for file in files})
-    tokenizer, vision = processor
-    ways |= {"on_error": on_error, "jobs": options.jobs}
-    batches = _batches(groups, tokenizer, vision, about.part, options.quiet, **ways)
-    store = write_batches(partial, batches, vision, about, may_be_empty=about.part is not None)
+    batches = _batches(groups, encoder, about.part, options)
+    may_be_empty = about.part is not None
+    store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
         raise ValueError(f"{changed[0]} changed while it was read; pack again")
     names = [field.name for field in fields(BadRow)]
@@ -326,12 +309,7 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 
 
 def _batches(
-    groups: list[RowGroup],
-    tokenizer: Any,
-    vision: VisionSpec,
-    part: Part | None,
-    quiet: bool,
-    **options: Any,
+    groups: list[RowGroup], encoder: Encoder, part: Part | None, options: PackOptions
 ) -> Iterator[bytes]:
     """Batches for a store, a bar showing rows, rows a second and, where files know how many they
     have, how long it will take. What becomes of its chunks is added to a part."""
@@ -340,7 +318,7 @@ def _batches(
     is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
     is_known = all(array or count is not None for array, count in zip(is_array, counts))
     total = sum(count or 0 for count in counts) // of if is_known else None
-    with tqdm(total=total, unit=" rows", desc="encoding", disable=quiet or None) as bar:
+    with tqdm(total=total, unit=" rows", desc="encoding", disable=options.quiet or None) as bar:
 
         def counted(rows: Iterable[Row]) -> Iterator[Row]:
             """An array is read whole, so that is when its length is known."""
@@ -353,7 +331,7 @@ def _batches(
             group._replace(rows=counted(group.rows)) if array else group
             for group, array in zip(groups, is_array)
         ]
-        for indexed in index_rows(groups, tokenizer, vision, part=(number, of), **options):
+        for indexed in index_rows(groups, encoder, jobs=options.jobs, part=(number, of)):
             bar.update(indexed.num_rows)
             if part is not None:
                 num_bad, has_samples = len(indexed.bad_rows), indexed.batch is not None

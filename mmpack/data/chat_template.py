@@ -60,7 +60,7 @@ class _Piece(NamedTuple):
 
 class Template:
     """What many conversations share: the special tokens, and the layout of every shape. Options are
-    those of `mmpack.data.encode.encode_samples`; `is_prompt` ends where the assistant is to speak."""
+    those of `mmpack.Encoder`; `is_prompt` ends where the assistant is to speak."""
 
     def __init__(
         self,

@@ -39,9 +39,9 @@ _WEBP_HEADER = 30  # bytes up to the size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# glibc gives what Pillow frees back to the system, some MiB an image, and gets it anew for the next one, page fault by
-# page fault, until as much as this (its most is 32 MiB) has been freed once. Nothing is written here. Batches of packs
-# of 4,096 tokens in a worker: 9,400 faults a pack become 2,000, and 136 ms become 120, as bytes 97 become 81.
+# glibc returns to the system what Pillow frees, some MiB per image, and the next image pays page faults for it, until
+# this much (its most is 32 MiB) has been freed once; nothing is written here. Packs of 4,096 tokens in a worker: 9,400
+# faults become 2,000; 136 ms become 120 as floats, 97 ms become 81 as bytes.
 np.empty(31 << 20, dtype=np.uint8)
 
 
@@ -152,6 +152,22 @@ def encoded_bytes(image: ImageRef) -> bytes:
         return image.data
     buffer = io.BytesIO()
     _to_rgb(image.data).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def thumbnail(picture: Image | NDArray[np.uint8], side: int) -> bytes:
+    """A picture as a JPEG of at most `side` x `side` pixels, of pixels alone: no EXIF, comment or profile.
+
+    Args:
+        picture: an image, decoded, or (height, width, 3) uint8.
+    """
+    from PIL import Image
+
+    pixels = picture if isinstance(picture, np.ndarray) else np.asarray(_to_rgb(picture))
+    small = Image.fromarray(pixels)  # a new one, of no file
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=80)
     return buffer.getvalue()
 
 

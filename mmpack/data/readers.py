@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,23 +44,25 @@ _log = logging.getLogger("mmpack")
 _PathLike = str | os.PathLike[str]
 
 
-def read_samples(
-    data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]],
-    *,
-    mapping: str | dict[str, Any] | None = None,
-    media_dir: _PathLike | Sequence[_PathLike] | None = None,
-    on_error: OnError = "raise",
-    missing_marker: Literal["refuse", "prepend"] = "refuse",
-    verify: Literal["header", "decode"] = "header",
-) -> Iterator[Sample]:
-    """Read the samples of data files, or of rows in memory.
+class RowGroup(NamedTuple):
+    """The rows of one file, how their fields are named, and where their images may lie."""
 
-    Args:
-        data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also .gz or .zst), a
-            folder of files of one type, several of these, or any iterable of rows (dicts; a
-            `datasets.Dataset` is one).
+    rows: Iterable[Row]
+    fields: Fields | None  # None: each row tells
+    folders: MediaFolders
+    file: Path | None = None  # None: rows in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How rows become samples: `read`. `Encoder` is one that has a tokenizer too.
+
+    Attributes:
+        stage: "sft": rows are conversations. "pretrain": rows are documents, which have `text` with `<image>`
+            markers and `images`; a mapping names the text as LLaMA-Factory does, `"columns": {"prompt":
+            "text"}`, and a conversation with all in the assistant's turn is a document too.
         mapping: how fields are named: an entry of LLaMA-Factory's `dataset_info.json`
-            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or the name of one, `data` then
+            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or the name of one, the data then
             being the folder with that file. Without it, the entry of a `dataset_info.json` beside
             the file that names the file; else each row's own fields decide: `conversations` of
             `from`/`value`, `messages` of `role`/`content`, or `instruction`/`input`/`output`.
@@ -69,93 +71,102 @@ def read_samples(
             admits data URIs.
         on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning, as long as
             at most 5 % of 1,000 rows or more are bad (`mmpack.Skip(max_bad=...)`: another share); a
-            list: leave it out and append it there, however many.
+            list: leave it out and append it there, however many. Reading and encoding share a `Skip`.
         missing_marker: images but no `<image>` anywhere in the row: "refuse" it, or "prepend" as
             many markers to the first turn as there are images (what LLaMA-Factory's inference
             engines do); the same for videos and `<video>`.
         verify: how images and videos are looked at: their "header", and that an image is not cut; or
             "decode" them whole.
 
-    Yields:
-        One `Sample` per usable row, in order. Rows count from 0 in each file.
-
     Raises:
-        ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot be
-            read. The message names file, row and counts, and says what to do.
+        ValueError: an option has none of these values.
     """
-    on_error = counting(on_error)
-    for group in row_groups(data, mapping, media_dir):
-        reader = RowReader(group.fields, group.folders, missing_marker, verify)
-        yield from _usable(group, reader, on_error)
 
+    stage: Literal["sft", "pretrain"] = "sft"
+    mapping: str | dict[str, Any] | None = None
+    media_dir: _PathLike | Sequence[_PathLike] | None = None
+    on_error: OnError = "raise"
+    missing_marker: Literal["refuse", "prepend"] = "refuse"
+    verify: Literal["header", "decode"] = "header"
 
-def read_documents(
-    data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]],
-    *,
-    mapping: str | dict[str, Any] | None = None,
-    media_dir: _PathLike | Sequence[_PathLike] | None = None,
-    on_error: OnError = "raise",
-    missing_marker: Literal["refuse", "prepend"] = "refuse",
-    verify: Literal["header", "decode"] = "header",
-) -> Iterator[Sample]:
-    """Read pretraining documents: `read_samples` for rows that are no conversations.
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("stage", ("sft", "pretrain")),
+            ("missing_marker", ("refuse", "prepend")),
+            ("verify", ("header", "decode")),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+        if not isinstance(self.on_error, (list, Skip)) and self.on_error not in ("raise", "skip"):
+            raise ValueError(
+                f"on_error must be 'raise', 'skip', a Skip or a list, got {self.on_error!r}"
+            )
 
-    A row has `text` with `<image>` markers and `images`; a mapping names the text as LLaMA-Factory
-    does, `"columns": {"prompt": "text"}`. A conversation with all in the assistant's turn is a
-    document too.
+    def read(
+        self, data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]]
+    ) -> Iterator[Sample]:
+        """Read the samples of data files, or of rows in memory.
 
-    Args:
-        data, mapping, media_dir, on_error, missing_marker, verify: as in `read_samples`.
+        Args:
+            data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also .gz or .zst), a
+                folder of files of one type, several of these, or any iterable of rows (dicts; a
+                `datasets.Dataset` is one).
 
-    Yields:
-        One `Sample` per usable document, in order: one message, whose role is "document".
+        Yields:
+            One `Sample` per usable row, in order. Rows count from 0 in each file. A document is one message,
+            whose role is "document".
 
-    Raises:
-        ValueError: as `read_samples`.
-    """
-    on_error = counting(on_error)
-    for group in row_groups(data, mapping, media_dir):
-        reader = RowReader(group.fields, group.folders, missing_marker, verify, "pretrain")
-        yield from _usable(group, reader, on_error)
+        Raises:
+            ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot
+                be read. The message names file, row and counts, and says what to do.
+        """
+        return self.read_groups(self.groups(data))
 
+    def groups(self, data: Any) -> Iterator[RowGroup]:
+        """What `read` reads, file by file; no row is read yet."""
+        given = self.media_dir
+        folders = [given] if isinstance(given, (str, os.PathLike)) else list(given or [])
+        if isinstance(data, (str, os.PathLike)):
+            data = [data]
+        elif not isinstance(data, (list, tuple)) or not all(
+            isinstance(d, (str, os.PathLike)) for d in data
+        ):
+            fields = _fields(self.mapping, None)
+            yield RowGroup(memory_rows(data), fields, _media_folders(folders, "."))
+            return
+        files, mapping = _files(data, self.mapping)
+        for file in files:
+            yield RowGroup(
+                read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent), file
+            )
 
-def _usable(group: RowGroup, reader: RowReader, on_error: OnError) -> Iterator[Sample]:
-    for row in group.rows:
-        if isinstance(on_error, Skip):
-            on_error.saw("reading")
-        try:
-            samples = reader.samples(row)
-        except RowError as error:
-            bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
-            refuse(bad, on_error)
-            continue
-        yield from samples
+    def read_groups(self, groups: Iterable[RowGroup]) -> Iterator[Sample]:
+        """`read` for who looks at the groups too."""
+        on_error = counting(self.on_error)
+        for group in groups:
+            reader = RowReader(self, group)
+            for row in group.rows:
+                if isinstance(on_error, Skip):
+                    on_error.saw("reading")
+                try:
+                    samples = reader.samples(row)
+                except RowError as error:
+                    bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+                    refuse(bad, on_error)
+                    continue
+                yield from samples
 
 
 class RowReader:
     """What the rows of one file share: their fields, where images lie, the policies."""
 
-    def __init__(
-        self,
-        fields: Fields | None,
-        folders: MediaFolders,
-        missing_marker: str = "refuse",
-        verify: str = "header",
-        stage: str = "sft",
-    ) -> None:
-        if missing_marker not in ("refuse", "prepend"):
-            raise ValueError(
-                f"missing_marker must be 'refuse' or 'prepend', got {missing_marker!r}"
-            )
-        if verify not in ("header", "decode"):
-            raise ValueError(f"verify must be 'header' or 'decode', got {verify!r}")
-        if stage not in ("sft", "pretrain"):
-            raise ValueError(f"stage must be 'sft' or 'pretrain', got {stage!r}")
-        self._fields = fields
-        self._folders = folders
-        self._prepends = missing_marker == "prepend"
-        self._decode = verify == "decode"
-        self._are_documents = stage == "pretrain"
+    def __init__(self, reader: Reader, group: RowGroup) -> None:
+        self._fields = group.fields
+        self._folders = group.folders
+        self._prepends = reader.missing_marker == "prepend"
+        self._decode = reader.verify == "decode"
+        self._are_documents = reader.stage == "pretrain"
         self._file = lru_cache(maxsize=1 << 16)(self._locate)  # rows share pictures
 
     def samples(self, row: Row) -> list[Sample]:
@@ -271,37 +282,6 @@ def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: in
     )
 
 
-class RowGroup(NamedTuple):
-    """The rows of one file, how their fields are named, and where their images may lie."""
-
-    rows: Iterable[Row]
-    fields: Fields | None  # None: each row tells
-    folders: MediaFolders
-    file: Path | None = None  # None: rows in memory
-
-
-def row_groups(
-    data: Any,
-    mapping: str | dict[str, Any] | None,
-    media_dir: _PathLike | Sequence[_PathLike] | None,
-) -> Iterator[RowGroup]:
-    """What `read_samples` reads, file by file; its arguments are described there."""
-    folders = [media_dir] if isinstance(media_dir, (str, os.PathLike)) else list(media_dir or [])
-    if isinstance(data, (str, os.PathLike)):
-        data = [data]
-    elif not isinstance(data, (list, tuple)) or not all(
-        isinstance(d, (str, os.PathLike)) for d in data
-    ):
-        fields = _fields(mapping, None)
-        yield RowGroup(memory_rows(data), fields, _media_folders(folders, "."))
-        return
-    files, mapping = _files(data, mapping)
-    for file in files:
-        yield RowGroup(
-            read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent), file
-        )
-
-
 def _files(
     data: Sequence[_PathLike], mapping: str | dict[str, Any] | None
 ) -> tuple[list[Path], dict[str, Any] | None]:
@@ -316,17 +296,10 @@ def _files(
     return [file for path in data for file in data_files(path)], mapping
 
 
-def media_folders(
-    data: _PathLike | Sequence[_PathLike],
-    mapping: str | dict[str, Any] | None = None,
-    media_dir: _PathLike | Sequence[_PathLike] | None = None,
-) -> list[str]:
-    """Where images and videos of data files may lie, all files together; arguments as of `read_samples`. No
-    file is read."""
-    folders = [media_dir] if isinstance(media_dir, (str, os.PathLike)) else list(media_dir or [])
-    paths = [data] if isinstance(data, (str, os.PathLike)) else data
-    found = [_media_folders(folders, file.parent) for file in _files(paths, mapping)[0]]
-    return list(dict.fromkeys(name for one in found for name in one.names))
+def media_folders(groups: Iterable[RowGroup]) -> list[str]:
+    """Where the images and videos of groups may lie, all together."""
+    found = (name for group in groups for name in group.folders.names if name != DATA_URIS)
+    return list(dict.fromkeys(found))
 
 
 def _media_folders(folders: Sequence[_PathLike], default: _PathLike) -> MediaFolders:

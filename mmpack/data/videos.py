@@ -10,8 +10,8 @@ an image pattern would name other files), and no protocol at all. FFmpeg's libra
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,24 @@ def load_patches(
     return out
 
 
-def _pictures(video: VideoRef, index: Int64, folders: MediaFolders | None) -> Iterator[Any]:
+def thumbnail(
+    video: VideoRef, vision: VisionSpec, side: int, folders: MediaFolders | None = None
+) -> bytes:
+    """The first sampled frame of a probed video, as `images.thumbnail`; no other is decoded.
+
+    Raises:
+        ValueError: it cannot be decoded, or lies outside of `folders`.
+    """
+    index, _ = sampled(video, vision)
+    with closing(_pictures(video, index[:1], folders)) as pictures:
+        for picture in pictures:
+            return images.thumbnail(picture, side)
+    raise RowError(f"video {video.path} has no frames", "replace it")
+
+
+def _pictures(
+    video: VideoRef, index: Int64, folders: MediaFolders | None
+) -> Generator[Any, None, None]:
     """The frames at `index`, as PIL images, in order."""
     if video.frames:
         for frame in video.frames:

@@ -1,16 +1,14 @@
-"""The only folder that knows transformers."""
+"""mmpack in models and Trainer of transformers."""
 
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import last_checkpoint
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.loading import load_processor
 from mmpack.hf.model_patch import patch_model, unpatch_model
 
 __all__ = [
     "PackCollator",
     "PackingCallback",
     "last_checkpoint",
-    "load_processor",
     "patch_model",
     "unpatch_model",
 ]

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mmpack.hf.compat import AttentionMaskInterface, sdpa_attention_forward, sdpa_mask
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.rotary import rotate_vision
 from mmpack.ops.varlen_attention import varlen_attention

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import (
     PreTrainedModel,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from mmpack.families import FAMILIES
 from mmpack.hf.attention_share import AttentionShare, chosen_layers
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
-from mmpack.hf.divergence import DivergenceWatch
+from mmpack.hf.compat import callbacks_of, has_scaler
+from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
-from mmpack.hf.families import find_inner
 from mmpack.hf.fit import check_fit
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.model_parts import find_inner
 from mmpack.hf.stream_state import StreamKeeper
-from mmpack.hf.throughput import Seen, TrainedCosts, peak_tflops
-from mmpack.hf.trainer_frames import LastCallback, callers, take_places
-from mmpack.packing.cost import FAMILIES
+from mmpack.hf.throughput import PackCounter, TrainedCosts
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.stream import PackStream
+
+_log = logging.getLogger(__name__)
 
 
 class PackingCallback(TrainerCallback):
     """Other packs every epoch, as many on every rank, and what they do in the Trainer's log:
-    `Trainer(callbacks=[PackingCallback(train)])`.
+    `PackingCallback(dataset).attach(trainer)`, before it trains.
+
+    `Trainer(callbacks=[PackingCallback(dataset)])` does the same but for this, of which it warns once: reporters,
+    which Trainer calls before, get no `pack/` values (they are printed and in `log_history`); a log or checkpoint
+    that a later callback asks for is not checked for divergence; empty packs are put into `dataset` itself.
 
     - Trainer trains on the data set with empty packs behind it, a multiple of the ranks times the packs of
       a batch (`mmpack.packing.dataset.EvenPacks` takes its place in Trainer; itself it stays as it is). Else
@@ -55,8 +59,7 @@ class PackingCallback(TrainerCallback):
     - `eval_loss` is the mean over the supervised tokens of the whole set, whatever the packs, the batches and
       the ranks (`mmpack.hf.evaluation`); Trainer's is a mean over batches.
     - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
-      printed, in `log_history` and in every reporter (TensorBoard, W&B), before which the callback steps
-      in Trainer's list as training begins:
+      printed, in `log_history` and in every reporter (TensorBoard, W&B):
 
     | name | unit | what |
     | --- | --- | --- |
@@ -118,17 +121,38 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         else:
             self._data = PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
-        self._waiting: list[MmpackDict] = []  # batches of a step that is not over
+        self._waiting: list[MmpackDict] = []  # a stream's batches of a step that is not over
         self._hooks: list[Any] = []
-        self._share: AttentionShare | None = None
         self._is_in_step = False
         self._is_watched = False
-        self._costs: TrainedCosts | None = None
         self._packs: list[MmpackDict] = []
-        self._seen = Seen()
+        self._counter = PackCounter()
+        self._trainer: Trainer | None = None  # that it is attached to
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
+
+    def attach(self, trainer: Trainer) -> PackingCallback:
+        """Join the callbacks of a Trainer that has been made, before it trains; returns the callback.
+
+        Where `trainer.train_dataset` is the callback's data set, an `EvenPacks` of it takes its place; where it is
+        something around it, the data set itself gets the empty packs.
+
+        Raises:
+            ValueError: the Trainer has a `PackingCallback`; see the class.
+        """
+        if any(isinstance(one, PackingCallback) for one in callbacks_of(trainer)):
+            raise ValueError(
+                "the Trainer has a PackingCallback; attach one, and pass none in Trainer(callbacks=[...])"
+            )
+        even = self._prepare(trainer.args, trainer.model)
+        if trainer.train_dataset is self.dataset:
+            trainer.train_dataset = even
+        elif isinstance(even, EvenPacks):
+            even.dataset.append_empty_packs(even.multiple)
+        self._trainer = trainer
+        self._take_places()
+        return self
 
     def on_init_end(
         self,
@@ -138,17 +162,32 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        args.logging_nan_inf_filter = False
-        even = self._data.on_init_end(args)
-        trainer = callers(self)[1]
-        if getattr(trainer, "train_dataset", None) is self.dataset:
-            trainer.train_dataset = even
-        elif isinstance(even, EvenPacks):  # in something of the user's
+        """Called by Trainer for those of its `callbacks` alone, so the callback is not attached."""
+        even = self._prepare(args, model)
+        if isinstance(even, EvenPacks):
             even.dataset.append_empty_packs(even.multiple)
+        if args.should_log:
+            _log.warning(
+                "PackingCallback in Trainer(callbacks=[...]) is called after the reporters, which get no pack/ values, "
+                "and has put empty packs into the data set itself; PackingCallback(dataset).attach(trainer)"
+            )
+
+    def _prepare(self, args: TrainingArguments, model: nn.Module | None) -> EvenPacks | PackStream:
+        """Set what a Trainer reads when it trains; returns what it is to train on."""
+        args.logging_nan_inf_filter = False
         if model is not None:
             self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
             self._weights = WeightKeeper(model)
+        return self._data.prepare(args)
+
+    def _take_places(self) -> None:
+        """Stand first in the Trainer's list, where reporters come later, and have one that stands last, when all
+        others have asked for logs, evaluations and checkpoints."""
+        if self._trainer is not None:
+            callbacks = callbacks_of(self._trainer)
+            others = [one for one in callbacks if one not in (self, self._last)]
+            callbacks[:] = [self, *others, self._last]
 
     def on_train_begin(
         self,
@@ -159,32 +198,33 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        resumed = callers(self, "resume_from_checkpoint")[2]
-        if isinstance(resumed, str):
+        if state.global_step and checkpoint_folder(args, state).is_dir():
+            # the stream looks for its own file itself
             own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
-            check_checkpoint(resumed, own)  # the stream looks for its file itself
+            check_checkpoint(checkpoint_folder(args, state), own)
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
         self._waiting.clear()
         if state.global_step:
             if self._weights is not None:
                 self._weights.check(model)
             check_unfinished(state)
-        take_places(self, self._last)
+        self._take_places()
         self._remove_hooks()
         base = find_inner(model)
+        share = None
         if self.attention_every is not None:
-            self._share = AttentionShare(chosen_layers(model, base, self.attention_layers))
+            share = AttentionShare(chosen_layers(model, base, self.attention_layers))
         is_costed = base is not None and base.config.model_type in FAMILIES
         if is_costed and isinstance(self.dataset, PackedDataset):
             check_fit(base, self.dataset)
-        self._costs = TrainedCosts(model, base) if is_costed else None
+        costs = TrainedCosts(model, base) if is_costed else None
+        self._counter = PackCounter(costs, share)
         self._hooks = [
             model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True),
             self._divergence.begin(model, args),
         ]
         self._is_in_step = False
         self._packs.clear()
-        self._seen = Seen()
 
     def on_train_end(
         self,
@@ -215,17 +255,13 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         self._is_watched = every is not None and (state.global_step + 1) % every == 0
         self._is_in_step = True
         self._divergence.begin_step()
-        self._seen.flops.append(0)
-        if self._share is not None:
-            self._share.begin()
+        self._counter.begin_step()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._divergence.note_batches(self._packs, state.global_step + 1)
         self._count()
-        if self._share is not None:
-            self._share.begin()
 
     def on_pre_optimizer_step(
         self,
@@ -237,20 +273,38 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        if getattr(optimizer, "scaler", None) is None:  # float16's leaves a step that overflows out
+        if not has_scaler(optimizer):
             self._divergence.note_gradients(model, state.global_step + 1)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         self._is_in_step = False
         self._divergence.note_batches(self._packs, state.global_step)
         self._divergence.end_step()
         self._count()
-        self._seen.mark = time.perf_counter()
+        self._counter.end_step()
         if self._stream is not None:
             self._stream.consume(self._waiting)
             self._waiting.clear()
+        if self._trainer is None:
+            self._before_saving(args, state, control, model)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._trainer is None:
+            self._before_saving(args, state, control, model)
 
     def on_prediction_step(
         self,
@@ -277,7 +331,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seen.pause()
+        self._counter.pause()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -285,7 +339,7 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if self._stream is not None:
             self._stream.on_save(args, state)
         write_list(checkpoint_folder(args, state), args.should_save)
-        self._seen.pause()
+        self._counter.pause()
 
     def on_log(
         self,
@@ -299,10 +353,10 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
             return
         if self._evaluation is not None:
             self._evaluation.correct(logs, *state.log_history[-1:])
-        if "loss" not in logs or not self._seen.num_batches:
+        if "loss" not in logs or not self._counter.num_batches:
             return  # an evaluation's log, a summary's, or no pack was seen
         capacity = self.dataset.capacity * state.train_batch_size  # padded: every batch is full
-        values = self._values(capacity, args.device)
+        values = self._counter.pop(capacity, self.dataset.num_dropped_segments, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # a copy, made before callbacks are called
@@ -330,64 +384,16 @@ them, mean over heads and sampled rows (`mmpack.hf.attention_share`) |
         if pack is None or not self._is_in_step:
             return None
         self._packs.append(pack)
-        if self._share is None or not self._is_watched:
+        if not self._is_watched or self._counter.share is None:
             return None
-        return args, {**kwargs, "mmpack": {**pack, "watch": self._share.take}}
+        return args, {**kwargs, "mmpack": {**pack, "watch": self._counter.share.take}}
 
     def _count(self) -> None:
         """Add up the batches the hook kept."""
-        seen = self._seen
         if self._stream is not None:
             self._waiting += self._packs
-        for pack in self._packs:
-            tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
-            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
-            images = np.array(pack["grid_offsets"])
-            patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
-            is_useful = supervised > 0
-            seen.num_batches += 1
-            seen.tokens += int(tokens[is_useful].sum())
-            seen.supervised += int(supervised.sum())
-            seen.patches += int(patches[is_useful].sum())
-            if self._costs is not None:
-                flops = self._costs.of(tokens, supervised, grids, images)
-                seen.useful_flops += int(flops[is_useful].sum())
-                seen.flops[-1] += int(flops.sum())
+        self._counter.count(self._packs)
         self._packs.clear()
-
-    def _values(self, capacity: int, device: torch.device) -> dict[str, float]:
-        seen, self._seen = self._seen, Seen()
-        seconds = self._seen.start - seen.start - seen.paused
-        seen.dropped = self.dataset.num_dropped_segments
-        mine = (seen, self._share.pop() if self._share is not None else None)
-        ranks: list[Any] = [mine]
-        if dist.is_available() and dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
-        every = [rank for rank, _ in ranks]
-        room = capacity * sum(rank.num_batches for rank in every)
-        values = {
-            "utilization": sum(rank.tokens for rank in every) / room,
-            "tokens_per_second": sum(rank.tokens for rank in every) / seconds,
-            "supervised_tokens_per_second": sum(rank.supervised for rank in every) / seconds,
-            "patches_per_second": sum(rank.patches for rank in every) / seconds,
-        }
-        if self._costs is not None:
-            steps = np.array([rank.flops for rank in every])  # (ranks, steps)
-            values["flops_max_over_mean"] = steps.max(axis=0).sum() / steps.mean(axis=0).sum()
-            tflops = sum(rank.useful_flops for rank in every) / seconds / len(every) / 1e12
-            values["tflops"] = tflops
-            peak = peak_tflops(device)
-            if peak is not None:
-                values["mfu"] = tflops / peak
-        if self._share is not None:
-            for layer, (mass, rows) in zip(self._share.layers, sum(share for _, share in ranks)):
-                if rows:
-                    values[f"image_attention/layer_{layer}"] = mass / rows
-        dropped = sum(rank.dropped for rank in every)
-        if dropped:
-            values["dropped_segments"] = dropped
-        return {f"pack/{name}": float(value) for name, value in values.items()}
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

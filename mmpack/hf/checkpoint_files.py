@@ -15,7 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+
+from mmpack.hf.compat import TRAINER_STATE_NAME
 
 KEY = "mmpack"  # in `TrainerState.stateful_callbacks`, which is saved in trainer_state.json
 STREAM_FILE = "mmpack_stream_{rank}.json"  # in a checkpoint: where a rank stands in its stream

@@ -18,13 +18,15 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from mmpack.hf.checkpoint_files import KEY, lacking
+from mmpack.hf.compat import (
+    WeightRenaming,
+    get_model_conversion_mapping,
+    loads_whole_checkpoints,
+)
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.plan import plan_epoch
@@ -73,7 +75,7 @@ class WeightKeeper:
         Raises:
             ValueError: weights of the checkpoint have no place in the model, or the other way round.
         """
-        if AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED"):
+        if loads_whole_checkpoints():
             return
         parameters = dict(model.named_parameters(remove_duplicate=False))
         came = {id(parameters[name]) for name in self._came if name in parameters}  # tied ones: one
@@ -97,7 +99,7 @@ class PackKeeper:
         self._record: dict[str, Any] | None = None
         self._packs: EvenPacks | None = None
 
-    def on_init_end(self, args: TrainingArguments) -> EvenPacks:
+    def prepare(self, args: TrainingArguments) -> EvenPacks:
         """Keep the packs' order, which is random, different in every epoch, and the same for any number of
         ranks. Trainer's own depends on them and on torch's seed.
 
@@ -135,7 +137,7 @@ class PackKeeper:
             raise ValueError(
                 "the checkpoint was saved without PackingCallback, so its packs are not known"
                 if then is None
-                else "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
+                else "PackingCallback was added to a Trainer by hand; PackingCallback(dataset).attach(trainer)"
             )
         changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
@@ -164,7 +166,7 @@ class PackKeeper:
         """
         if self._record is None:
             raise ValueError(
-                "PackingCallback came after Trainer was made; pass Trainer(callbacks=[...])"
+                "PackingCallback was added to a Trainer by hand; PackingCallback(dataset).attach(trainer)"
             )
         state.stateful_callbacks[KEY] = self._record
         # A run resumed within an epoch begins with its fraction; a finished one is a whole number.

@@ -7,6 +7,7 @@ transformers knows and the `mmpack` dict, is in `mmpack.hf.forward_kwargs`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -14,11 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import read_samples
-from mmpack.hf.families import TowerSpec, inner_model, tower_of
+from mmpack.data.encoder import Encoder
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
+from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
@@ -36,8 +36,8 @@ class PackCollator:
     - items of a `PackedDataset` or `PackStream` (use `per_device_train_batch_size=1`);
     - `EncodedSample`s;
     - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`,
-      `pixel_values` and `image_grid_thw`; or raw rows as `read_samples` takes them (TRL hands
-      those on). Both need `processor=`.
+      `pixel_values` and `image_grid_thw`; or raw rows as `Encoder.read` takes them (TRL hands
+      those on). Both need the encoder.
 
     The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`,
     `logits_to_keep (L,)`, `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal
@@ -56,7 +56,8 @@ class PackCollator:
     or places in a table of positions. They are made here, in the worker; hence `model=` too.
 
     Args:
-        processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+        encoder: an `Encoder`, or a transformers Qwen-VL processor. A raw row that cannot be used is an error
+            whatever its `on_error` says: a batch has as many rows as were asked for.
         model: the model the batches are for, for Qwen2-VL with float32 pixels not needed; asked what
             its tower is and whether it is patched, and not kept.
         pixels: "float32" or "uint8".
@@ -76,7 +77,7 @@ class PackCollator:
 
     def __init__(
         self,
-        processor: Any = None,
+        encoder: Any = None,
         *,
         model: nn.Module | None = None,
         pixels: Literal["float32", "uint8"] = "float32",
@@ -106,11 +107,10 @@ class PackCollator:
         base = None if model is None else inner_model(model)
         self.tower = TowerSpec() if base is None else tower_of(base)
         self._num_ids = None if base is None else num_ids(base)
-        if processor is None or isinstance(processor, tuple):
-            self.tokenizer, self.vision = processor or (None, None)
-        else:
-            config = None if base is None else base.config
-            self.tokenizer, self.vision = processor, VisionSpec.from_processor(processor, config)
+        self.encoder = None
+        if encoder is not None:
+            known = Encoder.of(encoder, None if base is None else base.config)
+            self.encoder = replace(known, on_error="raise")
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         segments, values = self._segments(features)
@@ -146,17 +146,16 @@ class PackCollator:
                 "PackCollator takes items of a PackedDataset or PackStream and EncodedSamples, or dicts: "
                 f"processor outputs or rows; got {kinds}"
             )
-        elif self.vision is None:
+        elif self.encoder is None:
             raise ValueError(
                 "processor outputs and raw rows can be packed only with their processor: "
-                "PackCollator(processor=processor)"
+                "PackCollator(processor), or an Encoder"
             )
         elif any("input_ids" in feature for feature in features):
-            samples = [_from_processor(f, n, self.vision) for n, f in enumerate(features)]
+            samples = [_from_processor(f, n, self.encoder.vision) for n, f in enumerate(features)]
             return [[sample] for sample in samples], self._processed_pixels(features)
         else:
-            rows = read_samples(features)
-            groups = [[s] for s in encode_samples(rows, self.tokenizer, self.vision)]
+            groups = [[s] for s in self.encoder.encode(self.encoder.read(features))]
         segments, buffer = load_pixels(groups, worker_buffers.empty)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)

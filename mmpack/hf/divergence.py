@@ -6,7 +6,7 @@ and leaves one that is not out of the log: a run whose weights are all NaN logs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmpack.hf.mmpack_dict import MmpackDict
 
@@ -142,3 +142,22 @@ class DivergenceWatch:
                 "--resume_from_checkpoint last"
             )
         self._data.forget_places()
+
+
+class LastCallback(TrainerCallback):
+    """Stands last in Trainer's list, where all others have said whether to log, evaluate and save."""
+
+    def __init__(self, check: Callable[..., None]) -> None:
+        self._check = check
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._check(args, state, control, model)
+
+    on_epoch_end = on_step_end

@@ -11,9 +11,9 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from mmpack import reference
+from mmpack.hf.compat import all_hooks, is_sharded
 from mmpack.hf.mmpack_dict import MmpackDict
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -63,20 +63,10 @@ def is_plain(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
 
 def is_bare(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
     """Whether a module is of this class with nothing hung on it but DeepSpeed's gathering."""
-    tables = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    hooks = [hook for table in tables for hook in table.values()]
     return (
         type(module) is cls
         and "forward" not in vars(module)
-        and all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
+        and all(
+            getattr(hook, "__module__", "").startswith("deepspeed.") for hook in all_hooks(module)
+        )
     )
-
-
-def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is one rank's part: FSDP2's or ZeRO-3's."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
+from mmpack.hf.compat import forward_hooks, remainder_of
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
@@ -59,7 +60,7 @@ class EvalHook:
 
 def _hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
     """The model's hook, registered where it has none: Trainers of one model share it."""
-    for hook in model._forward_hooks.values():
+    for hook in forward_hooks(model):
         if isinstance(hook, EvalHook):
             hook.keeps_rows |= keeps_rows
             return hook
@@ -112,12 +113,8 @@ class Evaluation:
 
     def _num_real(self, loader: Any, num_items: int) -> int:
         """How many of a batch's items are not repeated from the start of the set to even out ranks."""
-        remainder = getattr(loader, "remainder", -1)
-        if (
-            self._num_ranks == 1
-            or remainder <= 0
-            or not getattr(loader, "end_of_dataloader", False)
-        ):
+        remainder = remainder_of(loader)
+        if self._num_ranks == 1 or remainder is None:
             return num_items
         mine: int = remainder - self._rank * self._batch_size
         return min(max(mine, 0), num_items)

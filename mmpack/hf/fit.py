@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmpack.hf.compat import folder_of, whole_rows
 from mmpack.packing.dataset import PackedDataset, id_range_of
 from mmpack.types import EncodedSample
 from mmpack.vision_spec import VisionSpec
@@ -28,7 +29,7 @@ def facts_of_data(vision: VisionSpec, has_pixels: bool = True) -> dict[str, Any]
 def facts_of_model(config: Any) -> dict[str, Any]:
     """The same as a model's config says it, and where the model came from a folder, its image processor;
     None is not said."""
-    tower, folder = config.vision_config, getattr(config, "_name_or_path", None)
+    tower, folder = config.vision_config, folder_of(config)
     mean, std = _normalization(folder) if folder else (None, None)
     return {
         **{name: getattr(config, name, None) for name in _IDS},
@@ -56,9 +57,8 @@ def num_ids(base: Any) -> int:
     """Rows of an inner model's token embedding, whole where ranks hold parts of it."""
     embedding = base.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
-    if rows is None:  # a wrapper's; ZeRO-3 leaves an empty shell
-        weight = embedding.weight
-        rows = getattr(weight, "ds_shape", weight.shape)[0]
+    if rows is None:  # a wrapper's
+        rows = whole_rows(embedding.weight)
     return int(rows)
 
 

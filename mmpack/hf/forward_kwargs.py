@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_window_index,
-)
 
 from mmpack import _native, reference
 from mmpack.data import images
-from mmpack.hf.families import TowerSpec
+from mmpack.hf.compat import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_window_index,
+)
 from mmpack.hf.fit import facts_of_data
 from mmpack.hf.mmpack_dict import CompactDict, MmpackDict
+from mmpack.hf.model_parts import TowerSpec
 from mmpack.packing import worker_buffers
 from mmpack.packing.compact import CompactPack
 from mmpack.packing.worker_buffers import as_ints, as_tensor

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
@@ -61,7 +62,7 @@ def install_loss(base: nn.Module, model: nn.Module) -> None:
     Qwen3-VL have it False).
     """
     for head in _heads(base, model):
-        if "_loss_function" not in vars(head):
+        if own_loss(head) is None:
             head.loss_function = PackedLoss(head.loss_function)
         head.accepts_loss_kwargs = True
         hook = head.register_forward_pre_hook(_refuse_lost_labels, with_kwargs=True)
@@ -71,12 +72,10 @@ def install_loss(base: nn.Module, model: nn.Module) -> None:
 def remove_loss(base: nn.Module, model: nn.Module) -> None:
     """Take `install_loss` back; a loss the user has set since stays."""
     for head in _heads(base, model):
-        if isinstance(vars(head).get("_loss_function"), PackedLoss):
-            del head._loss_function
+        if isinstance(own_loss(head), PackedLoss):
+            remove_own_loss(head)
         vars(head).pop("accepts_loss_kwargs", None)
-        hook_id = vars(head).pop(_HOOK, None)
-        head._forward_pre_hooks.pop(hook_id, None)
-        head._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        remove_hook(head, vars(head).pop(_HOOK, None))
 
 
 def _heads(base: nn.Module, model: nn.Module) -> list[Any]:

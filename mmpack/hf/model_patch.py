@@ -8,7 +8,7 @@ Nothing of transformers is replaced. On the one model instance given, patching
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
 - binds a forward on each vision attention and on the patch embedding;
 - Qwen2.5-VL: leaves the features in the order of the windows; Qwen3-VL: adds deepstack's features by
-  index (`mmpack.hf.tower`). What a family needs is in `mmpack.hf.families`.
+  index (`mmpack.hf.tower`). What families differ in is in `mmpack.families`.
 
 A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
 are untouched. `unpatch_model` takes everything back.
@@ -24,12 +24,19 @@ import torch
 from torch import nn
 
 from mmpack.hf import attention, tower
-from mmpack.hf.embedding import embed, is_sharded
-from mmpack.hf.families import check_videos, family_of, inner_model, tower_of
+from mmpack.hf.compat import (
+    DEEPSTACK_METHOD,
+    attention_name,
+    is_replica,
+    is_sharded,
+    remove_hook,
+)
+from mmpack.hf.embedding import embed
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.model_parts import check_videos, family_of, inner_model, tower_of
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
@@ -89,7 +96,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
             )
     for module, method, over in bindings:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
-    text_attention = base.language_model.config._attn_implementation
+    text_attention = attention_name(base.language_model.config)
     facts = facts_of_model(base.config)
     setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl, facts))
     _set_text_attention(base, attention.NAME)
@@ -119,10 +126,7 @@ def unpatch_model(model: Model) -> Model:
     if patch is None:
         return model
     for name, hook_id in patch.hooks:
-        module = base.get_submodule(name)
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            getattr(module, kind).pop(hook_id, None)
-            getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
+        remove_hook(base.get_submodule(name), hook_id)
     for module, method, _ in _bindings(base):
         delattr(module, method)
     vars(base.visual.patch_embed).pop("normalization", None)
@@ -145,7 +149,7 @@ def _take_pack(
     pack: MmpackDict | None = kwargs.get("mmpack")
     if pack is None:
         return None
-    if getattr(base, "_is_replica", False):
+    if is_replica(base):
         raise ValueError(
             "nn.DataParallel cuts batches along their first dimension, which a packed row does not have; "
             "start one process a GPU: torchrun --nproc_per_node N, or accelerate launch"
@@ -256,9 +260,9 @@ def _has_weights(base: Any) -> bool:
 def _set_text_attention(base: Any, name: str) -> None:
     base.set_attn_implementation(
         {
-            "": base.config._attn_implementation,
+            "": attention_name(base.config),
             "text_config": name,
-            "vision_config": base.visual.config._attn_implementation,
+            "vision_config": attention_name(base.visual.config),
         }
     )
 
@@ -270,7 +274,7 @@ def _bindings(base: Any) -> list[tower.Binding]:
         (layer.self_attn, "forward", text_forward) for layer in text.layers
     ]
     if family_of(base).has_deepstack:
-        bound.append((text, "_deepstack_process", tower.deepstack_by_index))
+        bound.append((text, DEEPSTACK_METHOD, tower.deepstack_by_index))
     return [*tower.bindings(base), *bound]
 
 

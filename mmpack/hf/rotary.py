@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from mmpack.hf.families import family_of
+from mmpack.hf.compat import apply_rotary_pos_emb_vision, attention_of
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.model_parts import family_of
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; weights, which none asks for
 
@@ -78,8 +77,7 @@ def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
         if hasattr(self, "q_norm"):  # Qwen3-VL
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, k, *pack["rotary"])
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, weights = attend(
+        out, weights = attention_of(self.config)(
             self,
             *(x.transpose(0, 1)[None] for x in (q, k, v)),
             attention_mask,

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpack.hf.families import family_of, tower_of
 from mmpack.hf.fit import facts_of_model
 from mmpack.hf.forward_kwargs import batch_of, pixel_values_of
+from mmpack.hf.model_parts import family_of, tower_of
 from mmpack.packing.assemble import assemble
 from mmpack.types import EncodedSample
 from mmpack.vision_spec import VisionSpec

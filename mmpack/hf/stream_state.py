@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.checkpoint_files import KEY, STREAM_FILE, checkpoint_folder
+from mmpack.hf.compat import base_loader, take_whole
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.stream import PackStream
 
@@ -25,7 +26,7 @@ class StreamKeeper:
         self._places: dict[tuple[int, int], MmpackDict] = {}  # since it was last looked at
         self._rank = 0
 
-    def on_init_end(self, args: TrainingArguments) -> PackStream:
+    def prepare(self, args: TrainingArguments) -> PackStream:
         """Give the rank its part. The state replaces Trainer's way to resume, which is to make all
         packs again and throw them away.
 
@@ -56,10 +57,9 @@ class StreamKeeper:
                 raise ValueError(
                     "the training data set is not the stream PackingCallback was given"
                 )
-            shard.num_processes, shard.process_index = 1, 0
+            take_whole(shard)
         # A DataLoader that begins takes a number from torch's generator; a resumed run begins one more.
-        loader = getattr(dataloader, "base_dataloader", dataloader)
-        loader.generator = torch.Generator().manual_seed(args.seed)
+        base_loader(dataloader).generator = torch.Generator().manual_seed(args.seed)
         if not state.global_step:
             return
         ranks = state.stateful_callbacks.get(KEY, {}).get("ranks", args.world_size)

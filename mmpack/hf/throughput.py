@@ -1,16 +1,21 @@
-"""What `PackingCallback` counts: tokens, seconds and FLOPs, and what a device could do."""
+"""What `PackingCallback` counts and logs: tokens, seconds and FLOPs, and what a device could do."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mmpack.hf.families import parts_of
+from mmpack.hf.attention_share import AttentionShare
+from mmpack.hf.compat import whole_numel
+from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.model_parts import parts_of
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
 
@@ -48,12 +53,6 @@ class Seen:
     paused: float = 0.0
     mark: float = field(default_factory=lambda: time.perf_counter())  # training's last sign of life
 
-    def pause(self) -> None:
-        """What has passed since the mark was no training."""
-        now = time.perf_counter()
-        self.paused += now - self.mark
-        self.mark = now
-
 
 class TrainedCosts:
     """FLOPs of segments in a model as it is being trained."""
@@ -66,8 +65,8 @@ class TrainedCosts:
         ]
         self.frozen_for_text = self.frozen
         language = parts["language"]
-        trained = sum(_numel(p) for p in language if p.requires_grad)
-        if 0 < trained < sum(map(_numel, language)) / 2:
+        trained = sum(whole_numel(p) for p in language if p.requires_grad)
+        if 0 < trained < sum(map(whole_numel, language)) / 2:
             # Adapters: gradients pass, as they would to a trained merger below.
             self.frozen_for_text = ["vision", "language"]
 
@@ -84,9 +83,102 @@ class TrainedCosts:
         )
 
 
-def _numel(parameter: Any) -> int:
-    numel: int = getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3: an empty shell
-    return numel
+class PackCounter:
+    """Counts a rank's packs, and makes of all ranks' counts what is logged.
+
+    Args:
+        costs: what segments cost; None: no FLOPs are counted.
+        share: what looks at attention; None: none is looked at.
+    """
+
+    def __init__(
+        self, costs: TrainedCosts | None = None, share: AttentionShare | None = None
+    ) -> None:
+        self.costs = costs
+        self.share = share
+        self._seen = Seen()
+
+    @property
+    def num_batches(self) -> int:
+        """Batches since the last log."""
+        return self._seen.num_batches
+
+    def begin_step(self) -> None:
+        """A step's batches come."""
+        self._seen.flops.append(0)
+        if self.share is not None:
+            self.share.begin()
+
+    def end_step(self) -> None:
+        """Until now it was training."""
+        self._seen.mark = time.perf_counter()
+
+    def pause(self) -> None:
+        """What has passed since the end of the step was no training."""
+        now = time.perf_counter()
+        self._seen.paused += now - self._seen.mark
+        self._seen.mark = now
+
+    def count(self, packs: Sequence[MmpackDict]) -> None:
+        """Add up batches of a step, by their `mmpack` dicts."""
+        seen = self._seen
+        for pack in packs:
+            tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
+            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
+            images = np.array(pack["grid_offsets"])
+            patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
+            is_useful = supervised > 0
+            seen.num_batches += 1
+            seen.tokens += int(tokens[is_useful].sum())
+            seen.supervised += int(supervised.sum())
+            seen.patches += int(patches[is_useful].sum())
+            if self.costs is not None:
+                flops = self.costs.of(tokens, supervised, grids, images)
+                seen.useful_flops += int(flops[is_useful].sum())
+                seen.flops[-1] += int(flops.sum())
+        if self.share is not None:
+            self.share.begin()
+
+    def pop(self, capacity: int, dropped: int, device: torch.device) -> dict[str, float]:
+        """What is logged of all ranks, which must all ask, since the last time.
+
+        Args:
+            capacity: tokens a batch may hold.
+            dropped: segments left out so far on this rank.
+            device: whose peak `pack/mfu` is over.
+        """
+        seen, self._seen = self._seen, Seen()
+        seconds = self._seen.start - seen.start - seen.paused
+        seen.dropped = dropped
+        mine = (seen, self.share.pop() if self.share is not None else None)
+        ranks: list[Any] = [mine]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        every = [rank for rank, _ in ranks]
+        room = capacity * sum(rank.num_batches for rank in every)
+        values = {
+            "utilization": sum(rank.tokens for rank in every) / room,
+            "tokens_per_second": sum(rank.tokens for rank in every) / seconds,
+            "supervised_tokens_per_second": sum(rank.supervised for rank in every) / seconds,
+            "patches_per_second": sum(rank.patches for rank in every) / seconds,
+        }
+        if self.costs is not None:
+            steps = np.array([rank.flops for rank in every])  # (ranks, steps)
+            values["flops_max_over_mean"] = steps.max(axis=0).sum() / steps.mean(axis=0).sum()
+            tflops = sum(rank.useful_flops for rank in every) / seconds / len(every) / 1e12
+            values["tflops"] = tflops
+            peak = peak_tflops(device)
+            if peak is not None:
+                values["mfu"] = tflops / peak
+        if self.share is not None:
+            for layer, (mass, rows) in zip(self.share.layers, sum(share for _, share in ranks)):
+                if rows:
+                    values[f"image_attention/layer_{layer}"] = mass / rows
+        dropped = sum(rank.dropped for rank in every)
+        if dropped:
+            values["dropped_segments"] = dropped
+        return {f"pack/{name}": float(value) for name, value in values.items()}
 
 
 def peak_tflops(device: torch.device) -> float | None:

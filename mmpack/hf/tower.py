@@ -16,9 +16,9 @@ from torch import nn
 
 from mmpack import reference
 from mmpack.hf import attention, uint8_pixels
-from mmpack.hf.embedding import is_sharded
-from mmpack.hf.families import family_of
+from mmpack.hf.compat import WINDOW_METHOD, is_sharded, tower_keywords
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.model_parts import family_of
 
 Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, what makes the new one of it
 
@@ -54,27 +54,15 @@ def run_tower(
         tower.patch_embed.normalization = pack["normalization"]
     else:
         pixel_values = pixel_values.type(tower.dtype)
-    indices = {}
     if family.has_windows:
         order = pack["window_order"]
         features = pixel_values.unflatten(0, (-1, tower.spatial_merge_unit))
         pixel_values = features.index_select(0, order).flatten(0, 1)
-        indices = {
-            "window_index": order[:0],  # nothing to permute, nothing to take back
-            "cu_window_seqlens": pack["window_cu_seqlens"],
-            "max_window_seqlen": pack["window_max_seqlen"],
-        }
-    if family.has_position_table:
-        weights = pack["position_weight_bits"].view(torch.float32)
-        indices = {"interp_indices": pack["position_index"], "interp_weights": weights}
     output = tower(
         pixel_values,
         grid_thw=grid_thw,
-        cu_seqlens=pack["vision_cu_seqlens"],
-        max_seqlen=pack["vision_max_seqlen"],
-        position_ids=pack["vision_position_ids"],
         mmpack=pack,
-        **indices,
+        **tower_keywords(pack, family.has_windows, family.has_position_table),
     )
     return [output.pooler_output, *getattr(output, "deepstack_features", [])]
 
@@ -127,7 +115,7 @@ def bindings(base: Any) -> list[Binding]:
         segments = "vision" if is_whole else "window"
         bound.append((block.attn, "forward", partial(attention.vision_forward, segments=segments)))
     if has_windows:
-        bound.append((tower, "permute_input_for_window_attn", _stay_in_order))
+        bound.append((tower, WINDOW_METHOD, _stay_in_order))
     return bound
 
 

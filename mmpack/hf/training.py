@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import FinishedError, check_checkpoint
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.families import inner_model
 from mmpack.hf.fit import check_fit
+from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import patch_model
 from mmpack.packing.dataset import PackedDataset
 
@@ -39,7 +40,7 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
         [*defaults, *options], return_remaining_strings=True
     )
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
+        known = [f"--{field.name}" for field in dataclasses.fields(TrainingArguments)]
         close = get_close_matches(unknown[0].split("=")[0], known, 1)
         guess = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"{unknown[0]} is no option of it or of TrainingArguments{guess}")
@@ -78,8 +79,8 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         args=args,
         train_dataset=dataset,
         data_collator=PackCollator(model=model),
-        callbacks=[PackingCallback(dataset)],
     )
+    PackingCallback(dataset).attach(trainer)
     if args.resume_from_checkpoint is not None:
         check_checkpoint(args.resume_from_checkpoint)
     start = time.perf_counter()

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mmpack.families import FAMILIES, Family
 from mmpack.types import EncodedSample, Int64, are_sized
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PARTS = ("vision", "merger", "language")
 
 
@@ -59,9 +59,12 @@ def sample_flops(
     unknown = sorted(set(frozen) - set(PARTS))
     if unknown:
         raise ValueError(f"frozen holds {unknown}; the parts are {', '.join(PARTS)}")
-    family = _value(config, "model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"no costs for model_type {family!r}; there are for {', '.join(FAMILIES)}")
+    model_type = _value(config, "model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"no costs for model_type {model_type!r}; there are for {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
     n = np.asarray(num_tokens, dtype=np.int64)
     supervised = np.asarray(num_supervised, dtype=np.int64)
     grids = np.asarray(grid_thw, dtype=np.int64).reshape(-1, 3)
@@ -161,21 +164,20 @@ def _experts(text: Any) -> tuple[int, int]:
     return sum(layer not in dense and (layer + 1) % step == 0 for layer in layers), experts
 
 
-def _vision_sizes(family: str, vision: Any) -> tuple[int, int, int, int, int, int]:
+def _vision_sizes(family: Family, vision: Any) -> tuple[int, int, int, int, int, int]:
     """Multiply-adds a patch of the patch embedding and of a block's linears, a feature of the mergers;
     patches of a feature, number of blocks, width."""
     merged = _value(vision, "spatial_merge_size") ** 2
     depth = _value(vision, "depth")
-    mergers = 1
-    if family == "qwen2_vl":
-        width, out = _value(vision, "embed_dim"), _value(vision, "hidden_size")
-        block = 2 * width * int(width * _value(vision, "mlp_ratio"))
+    width, out = _value(vision, family.tower_width), _value(vision, family.feature_width)
+    if family.mlp_width is None:
+        inner = int(width * _value(vision, "mlp_ratio"))
     else:
-        width, out = _value(vision, "hidden_size"), _value(vision, "out_hidden_size")
-        gated = family == "qwen2_5_vl"
-        block = (3 if gated else 2) * width * _value(vision, "intermediate_size")
-        if family.startswith("qwen3_vl"):
-            mergers += len(_value(vision, "deepstack_visual_indexes"))
+        inner = _value(vision, family.mlp_width)
+    block = family.mlp_products * width * inner
+    mergers = 1
+    if family.has_deepstack:
+        mergers += len(_value(vision, "deepstack_visual_indexes"))
     channels = _value(vision, "in_channels", default=None) or _value(vision, "in_chans")
     patch_values = (
         channels * _value(vision, "temporal_patch_size") * _value(vision, "patch_size") ** 2
@@ -184,12 +186,12 @@ def _vision_sizes(family: str, vision: Any) -> tuple[int, int, int, int, int, in
     return patch_values * width, block + 4 * width**2, merge, merged, depth, width
 
 
-def _vision_pairs(family: str, vision: Any, grids: Int64) -> Int64:
-    """(I,) pairs of patches that attend to each other, over all blocks. Frames are apart."""
+def _vision_pairs(family: Family, vision: Any, grids: Int64) -> Int64:
+    """(I,) pairs of patches that attend to each other, over all blocks; none across frames."""
     frames, height, width = grids.T
     whole: Int64 = frames * (height * width) ** 2
     depth = int(_value(vision, "depth"))
-    if family != "qwen2_5_vl":
+    if not family.has_windows:
         return depth * whole
     merge = int(_value(vision, "spatial_merge_size"))
     side = _value(vision, "window_size") // merge // _value(vision, "patch_size")  # in features

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmpack.data.encode import encode_samples
-from mmpack.data.readers import media_folders, read_samples
+from mmpack.data.encoder import Encoder
+from mmpack.data.readers import media_folders
+from mmpack.errors import counting
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.overflow import OnOverflow
 from mmpack.packing.pack_samples import PackSamples
@@ -102,51 +103,44 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     @classmethod
     def from_files(
         cls,
-        data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Sample],
-        processor: Any,
+        data: Any,
+        encoder: Any,
         capacity: int,
         cost: Any = None,
         *,
-        media_dir: str | os.PathLike[str] | None = None,
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
+        seed: int = 0,
     ) -> PackedDataset:
         """Read, encode and plan data files, in memory.
 
         Args:
-            data: a file, a folder or several, see `read_samples`; or the samples themselves, for
-                what `read_samples` can be told beyond `media_dir`.
-            processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec).
+            data: a file, a folder, several, or rows, as `Encoder.read` takes them; or `Sample`s.
+            encoder: an `Encoder`, or a transformers Qwen-VL processor.
             capacity: tokens a pack may hold.
             cost: the model's config, for packs that cost the same; see `from_samples`.
-            media_dir: folder of relative image paths; by default the folder of each file.
-            patch_capacity, on_overflow: see `from_samples`.
-            train_on_prompt, mask_history: see `mmpack.data.encode.encode_samples`.
+            patch_capacity, on_overflow, seed: see `from_samples`.
 
         Raises:
-            ValueError: a row that cannot be used; names file and row.
+            ValueError: a row that cannot be used and the encoder's `on_error` is "raise"; names file and row.
+                Or too many were skipped.
         """
-        if isinstance(processor, tuple):
-            tokenizer, vision = processor
-        else:
-            config = cost if hasattr(cost, "model_type") else None  # videos of Qwen2.5-VL need it
-            tokenizer, vision = processor, VisionSpec.from_processor(processor, config)
-        given: Any = data if isinstance(data, (str, os.PathLike)) else list(data)
+        encoder = Encoder.of(encoder, cost)
+        encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
+        given = data if isinstance(data, (str, os.PathLike)) else list(data)
         folders = None
         if isinstance(given, list) and given and isinstance(given[0], Sample):
-            samples: Iterable[Sample] = given
+            samples = iter(given)
         else:
-            samples = read_samples(given, media_dir=media_dir)
-            paths: Any = [given] if isinstance(given, (str, os.PathLike)) else given
-            if all(isinstance(path, (str, os.PathLike)) for path in paths):
-                folders = media_folders(paths, None, media_dir)
-        encoded = encode_samples(
-            samples, tokenizer, vision, train_on_prompt=train_on_prompt, mask_history=mask_history
-        )
+            groups = list(encoder.groups(given))
+            samples, folders = encoder.read_groups(groups), media_folders(groups)
         dataset = cls.from_samples(
-            list(encoded), capacity, cost, patch_capacity=patch_capacity, on_overflow=on_overflow
+            list(encoder.encode(samples)),
+            capacity,
+            cost,
+            patch_capacity=patch_capacity,
+            on_overflow=on_overflow,
+            seed=seed,
         )
         dataset.media_folders = folders
         return dataset

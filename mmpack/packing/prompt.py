@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmpack.data.conversations import detect_fields, turns_of
-from mmpack.data.encode import encode_prompt
+from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
-from mmpack.data.readers import RowReader
+from mmpack.data.readers import RowGroup, RowReader
 from mmpack.packing.assemble import assemble
 from mmpack.types import Int64
-from mmpack.vision_spec import VisionSpec
 
 
 class Prompt(NamedTuple):
@@ -32,12 +31,9 @@ class Prompt(NamedTuple):
 
 def render_prompt(
     messages: Sequence[dict[str, Any]],
+    encoder: Any,
     images: Sequence[Any] = (),
     videos: Sequence[Any] = (),
-    *,
-    tokenizer: Any,
-    vision: VisionSpec,
-    missing_marker: Literal["refuse", "prepend"] = "refuse",
 ) -> Prompt:
     """The ids of a conversation up to the assistant's turn, placeholders expanded.
 
@@ -47,12 +43,10 @@ def render_prompt(
     Args:
         messages: `role`/`content` turns that end with the user's; `content` holds one `<image>` per
             image, or OpenAI content parts.
+        encoder: the `Encoder` of the training, or a transformers Qwen-VL processor. Its `missing_marker` and
+            `verify` hold here too; `media_dir` does not, a caller's own paths are trusted.
         images: paths, bytes or PIL images, in the order of their markers.
         videos: paths, bytes or lists of frames, the same.
-        tokenizer: a transformers fast tokenizer with a chat template, or a processor holding one.
-        vision: pixel budget and ids, as in training.
-        missing_marker: images but no marker anywhere: "refuse", or "prepend" the markers to the
-            first turn, as LLaMA-Factory's inference engines do.
 
     Returns:
         What `generate` is given but the pixels: `input_ids` (T,), `image_grid_thw` (images, 3),
@@ -61,11 +55,11 @@ def render_prompt(
     Raises:
         ValueError: counts, roles or an image are wrong; says what to do.
     """
+    encoder = Encoder.of(encoder)
     row = {"messages": list(messages)}
     turns = turns_of(row, detect_fields(row), is_prompt=True)
-    anywhere = MediaFolders([".", os.sep])  # a caller's own paths are trusted, a row's are not
-    reader = RowReader(None, anywhere, missing_marker)
+    reader = RowReader(encoder, RowGroup((), None, MediaFolders([".", os.sep])))
     messages_in_place = reader.place_media(turns, {"image": list(images), "video": list(videos)})
-    pack = assemble([encode_prompt(messages_in_place, tokenizer, vision)], pixels=False)
+    pack = assemble([encoder.encode_prompt(messages_in_place)], pixels=False)
     grids = np.split(pack.grid_thw, [pack.num_images])
     return Prompt(pack.input_ids, grids[0], pack.position_ids, grids[1])

@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmpack.data.chunks import chunks
-from mmpack.data.encode import encoder
+from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
-from mmpack.data.readers import RowReader, row_groups
-from mmpack.errors import RowError
+from mmpack.data.readers import RowReader
+from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.packing.cost import costs_of
 from mmpack.packing.overflow import OnOverflow, fit_sample, is_too_long
 from mmpack.packing.pack_samples import PackSamples
@@ -37,7 +37,6 @@ from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_select import choose, hashed
 from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Sample
-from mmpack.vision_spec import VisionSpec
 
 _CHUNK = 16  # rows encoded in one call: small, so that no pack waits for many
 _ADVICE = (
@@ -51,29 +50,28 @@ _log = logging.getLogger(__name__)
 class PackStream(PackSource, IterableDataset[PackSamples]):
     """Packs of a source, in the order it gives rows: an item is the samples of one, for `PackCollator`.
 
-    Under Trainer: `Trainer(train_dataset=stream, callbacks=[PackingCallback(stream)], ...)` with
+    Under Trainer: `Trainer(train_dataset=stream, ...)` and `PackingCallback(stream).attach(trainer)`, with
     `TrainingArguments(max_steps=..., accelerator_config={"dispatch_batches": False})`; the callback
     gives every rank its shard, passes over the source without end, and keeps the stream's state in
     the checkpoints. Elsewhere, in a `DataLoader` say, pass each consumed batch's `resume` to `consume`.
 
     Args:
-        source: an iterable of rows as `read_samples` takes them, of `Sample`s (`lambda:
-            read_documents(path)`) or of `EncodedSample`s; or a function that returns one. A
+        source: an iterable of rows as `Encoder.read` takes them, of `Sample`s (`lambda:
+            encoder.read(path)`) or of `EncodedSample`s; or a function that returns one. A
             `datasets.IterableDataset` is one. An iterator can be passed over once.
-        processor: a transformers Qwen-VL processor, or (tokenizer, VisionSpec); None for
-            `EncodedSample`s.
+        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Rows that its
+            `on_error` skips are counted by each worker.
         capacity: tokens a pack may hold.
         cost: the config of the model to train: packs then cost the same, as far as the buffer allows.
         buffer: samples to choose from.
         patch_capacity: vision patches a pack may hold.
-        media_dir: the folders images of rows may lie in, see `read_samples`.
         on_overflow: what becomes of a sample longer than a pack: "error"; "drop" it with a warning in
             the log; "truncate"; "split", for documents.
         seed: decides between samples where several would do.
 
     Attributes:
-        on_bad_image, max_bad, media_folders: as of `PackedDataset`; `media_folders` is `media_dir` where that
-            is given.
+        on_bad_image, max_bad, media_folders: as of `PackedDataset`; `media_folders` is the encoder's `media_dir`
+            where that is given.
         endless: begin another pass over the source where one ends; `PackingCallback` sets it.
 
     Raises:
@@ -83,13 +81,12 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     def __init__(
         self,
         source: Iterable[Any] | Callable[[], Iterable[Any]],
-        processor: Any,
+        encoder: Any,
         capacity: int,
         cost: Any = None,
         *,
         buffer: int = 200,
         patch_capacity: int | None = None,
-        media_dir: str | os.PathLike[str] | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
     ) -> None:
@@ -106,14 +103,17 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self.source, self.capacity, self.buffer, self.seed = source, capacity, buffer, seed
         self.patch_capacity, self.on_overflow = patch_capacity, on_overflow
         self._config = cost
-        if processor is None or isinstance(processor, tuple):
-            self._processor = processor
-        else:
-            self._processor = (processor, VisionSpec.from_processor(processor))
-        group = next(iter(row_groups(iter(()), None, media_dir)))
-        self._folders = group.folders
-        if media_dir is not None:
-            self._media = group.folders
+        self._encoder = None if encoder is None else Encoder.of(encoder, cost)
+        if self._encoder is not None:
+            how = self._encoder.on_error
+            if isinstance(how, list) or (isinstance(how, Skip) and how.into is not None):
+                raise ValueError(
+                    "the rows of a stream are read in workers, and a list of bad rows stays there; "
+                    "on_error='skip' warns of each"
+                )
+            (self._group,) = self._encoder.groups(iter(()))  # where images of rows may lie
+            if self._encoder.media_dir is not None:
+                self._media = self._group.folders
         self.endless = False
         self._rank, self._world = 0, 1
         self._first_pass = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -250,10 +250,10 @@ class _Shard:
         self._stream = stream
         self._index, self._num_shards = index, num_shards
         self._tokens = self._cost = 0  # of all samples so far, in every pass
-        processor = stream._processor
-        if processor is not None:
-            self._reader = RowReader(None, stream._folders)
-            self._encode = encoder(*processor)
+        self._encoder = stream._encoder
+        if self._encoder is not None:
+            self._reader = RowReader(self._encoder, stream._group)
+            self._on_error = counting(self._encoder.on_error)
 
     def begin(self, number_of_pass: int, place: dict[str, Any] | None) -> bool:
         """Stand at the start of a pass, or at a place in it."""
@@ -351,25 +351,27 @@ class _Shard:
 
     def _encoded(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, EncodedSample]]:
         for chunk in chunks(rows, _CHUNK):
-            numbers, samples = [], []
+            samples: list[tuple[int, Sample]] = []
             for number, item in chunk:
                 if isinstance(item, EncodedSample):
                     yield number, item
                     continue
-                if self._stream._processor is None:
-                    raise ValueError(
-                        "rows and samples need a processor, or (tokenizer, VisionSpec)"
-                    )
+                if self._encoder is None:
+                    raise ValueError("rows and samples need an Encoder, or a processor")
+                if isinstance(self._on_error, Skip):
+                    self._on_error.saw("reading")
                 found = [item] if isinstance(item, Sample) else self._samples(number, item)
-                numbers += [number] * len(found)
-                samples += found
-            yield from zip(numbers, self._encode(samples, "raise") if samples else ())
+                samples += [(number, sample) for sample in found]
+            if self._encoder is not None:
+                encoded = self._encoder.encode_chunk([s for _, s in samples], self._on_error)
+                yield from ((samples[place][0], sample) for place, sample in encoded)
 
     def _samples(self, number: int, row: Any) -> list[Sample]:
         try:
             return self._reader.samples(Row("the stream", number, row))
         except RowError as error:
-            raise ValueError(f"row {number} of the stream: {error}") from None
+            refuse(BadRow("the stream", number, error.error, error.advice, row), self._on_error)
+            return []
 
     def _fitted(self, number: int, sample: EncodedSample) -> list[EncodedSample]:
         """The sample as it can be packed: itself, cut, in pieces, or nothing."""

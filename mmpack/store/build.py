@@ -8,7 +8,6 @@ and errors are the same for any number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import multiprocessing
 import os
@@ -22,19 +21,18 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 from mmpack.data.chunks import chunks
-from mmpack.data.encode import encoder
+from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
-from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
+from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import as_batch
 from mmpack.store.encoded_store import EncodedStore
-from mmpack.vision_spec import VisionSpec
 
 _ALONE_S = 3.0  # seconds this process works alone, as long as workers take to start
 
@@ -50,24 +48,16 @@ class Indexed:
 
 def index_rows(
     groups: Sequence[RowGroup],
-    tokenizer: Any,
-    vision: VisionSpec,
+    encoder: Encoder,
     *,
-    reading: Mapping[str, Any] | None = None,
-    encoding: Mapping[str, Any] | None = None,
-    on_error: OnError = "raise",
     jobs: int | None = None,
     part: tuple[int, int] = (1, 1),
 ) -> Iterator[Indexed]:
     """Read and encode all rows, a chunk at a time and in order.
 
     Args:
-        groups: what `mmpack.data.readers.row_groups` made of the data files.
-        tokenizer, vision: see `mmpack.data.encode.encode_samples`.
-        reading: options of `RowReader`, `missing_marker` and `verify`.
-        encoding: options of `encode_samples`, `train_on_prompt` and `mask_history`.
-        on_error: "raise" on the first bad row, "skip" it with a warning, a `Skip`, or a list to append it to;
-            see `mmpack.data.readers.read_samples`.
+        groups: what `encoder.groups` made of the data files.
+        encoder: how rows are read and encoded, and what becomes of bad ones.
         jobs: processes; by default as many as this one has cores, started where the rows are more
             than a few seconds' work. 1: none but this one.
         part: (i, n): of every n chunks the i-th, from 1; all rows are read, its own are encoded.
@@ -76,19 +66,14 @@ def index_rows(
         One `Indexed` per chunk: its samples as an Arrow batch.
 
     Raises:
-        ValueError: a bad row and `on_error` is "raise", too many skipped, a file that cannot be read, or a
-            worker that died.
+        ValueError: a bad row and the encoder's `on_error` is "raise", too many skipped, a file that cannot be
+            read, or a worker that died.
     """
-    on_error = counting(on_error)
+    on_error = counting(encoder.on_error)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be positive, got {jobs}")
-    work = _Work(
-        [group._replace(rows=()) for group in groups],
-        tokenizer,
-        vision,
-        dict(reading or {}),
-        dict(encoding or {}),
-    )
+    # Bad rows of a chunk come back with it, so what becomes of them does not travel.
+    work = _Work([group._replace(rows=()) for group in groups], replace(encoder, on_error="raise"))
     number, of = part
     chunks = (
         chunk
@@ -121,20 +106,12 @@ def _chunks(groups: Iterable[RowGroup]) -> Iterator[_Chunk]:
 class _Work:
     """What becomes of a chunk; travels to the workers once."""
 
-    def __init__(
-        self,
-        groups: list[RowGroup],
-        tokenizer: Any,
-        vision: VisionSpec,
-        reading: dict[str, Any],
-        encoding: dict[str, Any],
-    ) -> None:
-        self._parts = (groups, tokenizer, vision, reading, encoding)
-        self._readers = [RowReader(group.fields, group.folders, **reading) for group in groups]
-        self._encode = encoder(tokenizer, vision, **encoding)
+    def __init__(self, groups: list[RowGroup], encoder: Encoder) -> None:
+        self._groups, self._encoder = groups, encoder
+        self._readers = [RowReader(encoder, group) for group in groups]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Work, self._parts
+        return _Work, (self._groups, self._encoder)
 
     def context(self) -> multiprocessing.context.BaseContext:
         """How workers start: never as a fork of this process, whose threads (torch's, Arrow's,
@@ -142,7 +119,7 @@ class _Work:
         if "forkserver" not in multiprocessing.get_all_start_methods():
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, type(self._parts[1]).__module__])
+        context.set_forkserver_preload([__name__, type(self._encoder.tokenizer).__module__])
         return context
 
     def __call__(self, chunk: _Chunk) -> Indexed:
@@ -157,7 +134,7 @@ class _Work:
             except RowError as error:
                 bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
                 bad_rows.append(bad)
-        encoded = list(self._encode(samples, bad_rows))
+        encoded = [one for _, one in self._encoder.encode_chunk(samples, bad_rows)]
         bad_rows.sort(key=lambda bad: bad.row)
         return Indexed(len(rows), as_batch(encoded) if encoded else None, bad_rows)
 
@@ -227,12 +204,7 @@ def _worked(chunk: _Chunk) -> Indexed:
     return _work(chunk)
 
 
-def made_from(
-    groups: Iterable[RowGroup],
-    tokenizer: Any,
-    vision: VisionSpec,
-    **settings: Any,
-) -> dict[str, str]:
+def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
     """What the samples of a store depend on, as JSON holds it: two stores with the same are equal.
 
     Data files count by size and time of change, as make does it; the tokenizer by its content.
@@ -245,11 +217,7 @@ def made_from(
             name = str(group.file.resolve())
             parts[name] = f"{found.st_size} bytes, {found.st_mtime_ns} ns, {group.fields}"
             parts[f"media folders of {name}"] = repr(group.folders.names)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    content = tokenizer.backend_tokenizer.to_str() + repr(tokenizer.chat_template)
-    parts["the tokenizer"] = hashlib.sha256(content.encode()).hexdigest()
-    settings |= asdict(vision)
-    return parts | {name: repr(value) for name, value in sorted(settings.items())}
+    return parts | encoder.settings()
 
 
 def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The supported model families: one code path, their differences as data."""
+"""What a model is made of: its inner model, the family it is of, its tower, its parameters by part."""
 
 from __future__ import annotations
 
@@ -8,42 +8,7 @@ from typing import Any
 
 from torch import nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What a family does that Qwen2-VL does not.
-
-    Attributes:
-        has_windows: most of the tower's blocks attend within windows, and its features come out
-            window by window.
-        has_position_table: the tower adds learned positions, interpolated to each image's grid.
-        has_deepstack: features of inner blocks are added after the first text layers.
-        is_interleaved: t, h and w take the rotary frequencies by turns, not one after the other.
-        has_timestamps: a video's temporal patches are runs of placeholders of their own, behind their
-            times.
-        has_experts: text tokens are routed to experts, whose products are as long as their tokens.
-    """
-
-    has_windows: bool = False
-    has_position_table: bool = False
-    has_deepstack: bool = False
-    is_interleaved: bool = False
-    has_timestamps: bool = False
-    has_experts: bool = False
-
-
-_QWEN3 = {
-    "has_position_table": True,
-    "has_deepstack": True,
-    "is_interleaved": True,
-    "has_timestamps": True,
-}
-FAMILIES = {  # by config.model_type of the inner model
-    "qwen2_vl": Family(),
-    "qwen2_5_vl": Family(has_windows=True),
-    "qwen3_vl": Family(**_QWEN3),
-    "qwen3_vl_moe": Family(**_QWEN3, has_experts=True),
-}
+from mmpack.families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -114,7 +79,7 @@ def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:
         ValueError: the model's differ; names both.
     """
     per_second = getattr(base.config.vision_config, "tokens_per_second", None)
-    ours = (family_of(base).has_timestamps, per_second)
+    ours = (family_of(base).video.has_timestamps, per_second)
     if ours != rule:
         raise ValueError(
             f"the model takes videos with has_timestamps={ours[0]} and tokens_per_second={ours[1]}, these "

@@ -1,0 +1,241 @@
+"""`mmpack inspect --html`: packs on one page that needs nothing else, for a browser.
+
+What rows say is data here. It is in the page as JSON that cannot end its element, and the script makes text
+nodes of it. The page's policy allows this script and this style sheet, by hash, and images inside the page;
+nothing else. Images are decoded and encoded anew, small.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmpack.cli.inspect import (
+    Decode,
+    Medium,
+    PackView,
+    Span,
+    frames,
+    size_in_patches,
+    span_text,
+    view_pack,
+)
+from mmpack.cli.terminal import one_line
+from mmpack.data import images, videos
+from mmpack.pack_html import counted
+from mmpack.packing.dataset import PackedDataset
+from mmpack.types import ImageRef
+
+_PACKS = 10  # of a page where none are named
+_SIDE = 192  # pixels of a thumbnail, at most: 6 kB of a photograph
+# Of all packs of a page: 15 MB of English and images, 35 of Chinese.
+_MOST_CHARACTERS, _MOST_IMAGE_BYTES = 4_000_000, 8_000_000
+_SPAN = 50  # characters that a span costs besides its text
+_HERE = Path(__file__)
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{name}: packs</title>
+<style>{style}</style>
+</head>
+<body>
+<noscript>The packs are drawn by this page's script; without it, mmpack inspect prints the same.</noscript>
+<script type="application/json" id="packs">{packs}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+@dataclass
+class Page:
+    """Packs of a page, and what is on it and is not.
+
+    Attributes:
+        packs: each as JSON. numbers: which they are.
+        num_media: images and videos that are shown.
+        num_unread, num_left: that cannot be read, and that there was no room for.
+        num_cut: characters that there was no room for.
+        characters, image_bytes: room that is left.
+    """
+
+    packs: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    num_media: int = 0
+    num_unread: int = 0
+    num_left: int = 0
+    num_cut: int = 0
+    characters: int = _MOST_CHARACTERS
+    image_bytes: int = _MOST_IMAGE_BYTES
+
+    def add(self, view: PackView, decode: Decode | None) -> None:
+        """Put a pack on the page, as much of its text and images as there is room for."""
+        data = {
+            "number": view.number,
+            "capacity": view.capacity,
+            "tokens": view.pack.num_tokens,
+            "supervised": len(view.pack.supervised_index),
+            "media": [self._medium(view, medium) for medium in view.media],
+            "segments": [self._segment(view, n, decode) for n in range(len(view.samples))],
+        }
+        self.packs.append(_json(data))
+        self.numbers.append(view.number)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another pack."""
+        return self.characters <= 0 or self.image_bytes <= 0
+
+    def problems(self) -> list[str]:
+        """What of its packs the page does not show, a line each."""
+        limits = f"a page holds {_MOST_CHARACTERS:,} characters and {_MOST_IMAGE_BYTES:,} bytes of images"
+        problems = {
+            f"{self.num_unread:,} of the images and videos cannot be read; the page says why": self.num_unread,
+            f"{self.num_left:,} of the images and videos had no room: {limits}": self.num_left,
+            f"{counted(self.num_cut, 'character')} of text had no room: {limits}": self.num_cut,
+        }
+        return [problem for problem, number in problems.items() if number]
+
+    def _medium(self, view: PackView, medium: Medium) -> dict[str, Any]:
+        num_frames, rows, columns = medium.grid_thw
+        height, width = (n * view.pack.vision.patch_size for n in (rows, columns))
+        shrink = min(1, _SIDE / max(height, width))
+        return {
+            "name": medium.name,
+            "video": not isinstance(medium.ref, ImageRef),
+            "segment": medium.segment,
+            "frames": num_frames,
+            "patches": rows * columns,  # of a frame
+            "size": f"{size_in_patches(medium)} patches, {width:,} x {height:,} pixels",
+            "width": max(1, round(width * shrink)),  # of the thumbnail
+            "height": max(1, round(height * shrink)),
+            "tokens": view.num_tokens(medium),
+            "file": one_line(Path(medium.ref.path).name),
+            **self._thumbnail(view, medium),
+        }
+
+    def _thumbnail(self, view: PackView, medium: Medium) -> dict[str, str]:
+        if self.image_bytes <= 0:
+            self.num_left += 1
+            return {"why": f"no room: a page holds {_MOST_IMAGE_BYTES:,} bytes of images"}
+        vision, ref = view.pack.vision, medium.ref
+        try:
+            if isinstance(ref, ImageRef):
+                data = images.thumbnail(frames(medium, vision, view.folders)[0], _SIDE)
+            else:
+                data = videos.thumbnail(ref, vision, _SIDE, view.folders)
+        except ValueError as error:
+            self.num_unread += 1
+            return {"why": one_line(error)[:300]}
+        self.num_media += 1
+        self.image_bytes -= len(data)
+        return {"jpeg": base64.b64encode(data).decode()}
+
+    def _segment(self, view: PackView, segment: int, decode: Decode | None) -> dict[str, Any]:
+        sample, (begin, end) = view.samples[segment], view.bounds(segment)
+        return {
+            "row": sample.row,
+            "source": one_line(sample.source),
+            "begin": begin,
+            "end": end,
+            "supervised": view.num_supervised(segment),
+            "spans": [self._span(view, span, decode) for span in view.spans_of(segment)],
+        }
+
+    def _span(self, view: PackView, span: Span, decode: Decode | None) -> dict[str, Any]:
+        self.characters -= _SPAN
+        what: dict[str, Any] = {"begin": span.begin, "end": span.end}
+        if span.medium >= 0:
+            return what | {"medium": span.medium, "frame": span.first_frame}
+        written = span_text(view, span, decode) + (" " if decode is None else "")
+        shown = written[: max(self.characters, 0)]
+        self.characters -= len(shown)
+        cut = len(written) - len(shown)
+        self.num_cut += cut
+        return what | {"text": shown, "supervised": span.is_supervised, "cut": cut}
+
+
+def write_page(
+    dataset: PackedDataset,
+    packs: range | None,
+    decode: Decode | None,
+    path: str,
+    *,
+    name: str,
+    segment: int | None = None,
+) -> dict[str, Any]:
+    """Write a page with packs of a packed data set, as many as have room.
+
+    Args:
+        packs: which; None: the first 10.
+        decode: ids to text; None: ids are written.
+        name: what the page calls the data set.
+        segment: of the first pack, where the page opens; None: at its top.
+
+    Returns:
+        `packs` on the page, `images` shown there, its `bytes`, `next` packs as `--pack` takes them (None after
+        the last) and `problems`, a line each.
+
+    Raises:
+        ValueError: there is no such pack.
+    """
+    num_packs = dataset.plan.num_packs
+    asked = range(min(_PACKS, num_packs)) if packs is None else packs
+    view_pack(dataset, asked[-1])  # an error before the work, not after it
+    page = Page()
+    for number in asked:
+        if page.is_full:
+            break
+        page.add(view_pack(dataset, number), decode)
+    last = page.numbers[-1]
+    problems = page.problems()
+    if last < asked[-1]:
+        rest = counted(asked[-1] - last, "pack")
+        problems.append(f"{rest} of --pack {asked[0]}-{asked[-1]} had no room")
+    end = min(last + max(len(page.numbers), 2), num_packs - 1)
+    following = None if last + 1 == num_packs else f"{last + 1}-{end}"
+    about = {"packs": num_packs, "next": following, "segment": segment, "problems": problems}
+    written = _html(name, about, page.packs)
+    Path(path).write_text(written, encoding="ascii")
+    return {
+        "packs": page.numbers,
+        "images": page.num_media,
+        "bytes": len(written),
+        "next": following,
+        "problems": problems,
+    }
+
+
+def _html(name: str, about: dict[str, Any], packs: Iterable[str]) -> str:
+    style, script = (
+        _HERE.with_name(f"inspect_page.{kind}").read_text("ascii") for kind in ("css", "js")
+    )
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    title = html.escape(one_line(name)).encode("ascii", "xmlcharrefreplace").decode()
+    data = f'{{"name": {_json(one_line(name))}, "about": {_json(about)}, "packs": [{", ".join(packs)}]}}'
+    return _PAGE.format(policy=policy, name=title, style=style, script=script, packs=data)
+
+
+def _json(data: Any) -> str:
+    """ASCII, so U+2028 and U+2029 too are escapes, and no character that HTML knows."""
+    text = json.dumps(data)
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

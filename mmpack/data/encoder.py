@@ -1,0 +1,317 @@
+"""Encoder: rows -> Sample -> EncodedSample. Chat template, label mask, one marker per image or video.
+
+The tokenizer's own chat template is rendered once with the row's text and once with stand-ins for
+it, which tells which characters the template wrote. Only special tokens *the template* wrote
+become special tokens; everything between two of them (role, newline and content together) is
+tokenised in one piece with `split_special_tokens=True`. So the ids equal those of the rendered
+text, and a control token typed by a user stays text and opens no turn.
+
+Where videos have timestamps, their marker becomes as many as the video has temporal patches, each behind
+its time and between vision tokens of its own, all within those the template wrote: the expansion of
+transformers' `Qwen3VLProcessor`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmpack.data import images, videos
+from mmpack.data.chat_template import Clip, Fixed, Layout, Template, strings, texts_of
+from mmpack.data.chunks import chunks
+from mmpack.data.processor_folder import load_processor
+from mmpack.data.readers import Reader
+from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
+from mmpack.vision_spec import VisionSpec
+
+
+class _Vision(NamedTuple):
+    """What the images and videos of a sample are in a pack."""
+
+    grids: list[tuple[int, int, int]]
+    steps: list[float]  # M-RoPE positions a temporal patch
+    timestamps: list[list[str]]  # of each video that has them
+
+
+@dataclass(frozen=True)
+class Encoder(Reader):
+    """How rows become token ids: a tokenizer, a `VisionSpec`, and all options of reading and encoding.
+
+    Made by `from_processor` or `from_folder`, changed by `dataclasses.replace`, sent to workers by pickle.
+
+    Attributes:
+        tokenizer: a transformers fast tokenizer with a chat template, or a processor holding one. None for
+            a spec alone, which processor outputs need.
+        vision: pixel budget and ids.
+        train_on_prompt: supervise all text, but no vision token.
+        mask_history: supervise the last answer only.
+        stage, mapping, media_dir, on_error, missing_marker, verify: as of `Reader`.
+
+    Raises:
+        ValueError: an option has a value it cannot have, or two contradict each other.
+    """
+
+    tokenizer: Any = field(repr=False)
+    vision: VisionSpec
+    train_on_prompt: bool = field(default=False, kw_only=True)
+    mask_history: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_on_prompt and self.mask_history:
+            raise ValueError(
+                "train_on_prompt supervises every turn and mask_history the last; pick one"
+            )
+        if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
+            raise ValueError(
+                "documents have no turns; leave out --train-on-prompt and --mask-history "
+                "(train_on_prompt, mask_history)"
+            )
+
+    @classmethod
+    def from_processor(cls, processor: Any, config: Any = None, **options: Any) -> Encoder:
+        """An encoder with the settings of a transformers Qwen-VL processor.
+
+        Args:
+            config: the model's; for videos of a Qwen2.5-VL, whose positions follow time as it says.
+            options: other attributes.
+
+        Raises:
+            ValueError: it is no such processor, or does something to pixels that mmpack does not.
+        """
+        if not hasattr(processor, "image_processor"):
+            raise ValueError(
+                f"an Encoder or a transformers Qwen-VL processor is needed, got a "
+                f"{type(processor).__name__}; Encoder(tokenizer, vision) makes one of its parts"
+            )
+        return cls(processor, VisionSpec.from_processor(processor, config), **options)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        config: Any = None,
+        *,
+        max_pixels: int | None = None,
+        resizer: str = "pillow",
+        video: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Encoder:
+        """An encoder with the settings in a folder as Qwen publishes them.
+
+        The processors' settings alone are needed, so this works where torchvision, which transformers' own
+        processor asks for, is not installed.
+
+        Args:
+            folder: with `tokenizer.json`, a chat template and `preprocessor_config.json`.
+            config: the model's; by default the folder's, where it holds one.
+            max_pixels, resizer: the spec's, over the folder's.
+            video: fields of `VideoSpec` over the folder's; None as a value leaves them.
+            options: other attributes.
+
+        Raises:
+            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`.
+        """
+        tokenizer, vision = load_processor(folder, config)
+        vision = replace(vision, resizer=resizer)
+        if max_pixels is not None:
+            vision = replace(vision, max_pixels=max_pixels)
+        chosen = {name: value for name, value in (video or {}).items() if value is not None}
+        if chosen:
+            if vision.video is None:
+                raise ValueError(
+                    f"{folder} is of a Qwen2.5-VL, whose videos need the model's config; pass --config too"
+                )
+            vision = replace(vision, video=replace(vision.video, **chosen))
+        return cls(tokenizer, vision, **options)
+
+    @classmethod
+    def of(cls, encoder: Any, config: Any = None) -> Encoder:
+        """An encoder as it is, a transformers Qwen-VL processor by `from_processor`; what takes an encoder
+        takes either. `config` may be costs that are no config."""
+        if isinstance(encoder, Encoder):
+            return encoder
+        return cls.from_processor(encoder, config if hasattr(config, "model_type") else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes alone, without what was learnt of the template."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def settings(self) -> dict[str, str]:
+        """What the ids of a row depend on, as JSON holds it; the tokenizer is in it by its content."""
+        inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        content = inner.backend_tokenizer.to_str() + repr(self.tokenizer.chat_template)
+        names = ("stage", "missing_marker", "verify", "train_on_prompt", "mask_history")
+        values = {name: getattr(self, name) for name in names} | asdict(self.vision)
+        values["on_error"] = "raise" if self.on_error == "raise" else "skip"
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return {"the tokenizer": digest} | {n: repr(v) for n, v in sorted(values.items())}
+
+    def encode(self, samples: Iterable[Sample]) -> Iterator[EncodedSample]:
+        """Encode samples: ids with one marker per image or video, labels, grids from the headers.
+
+        Supervised are the assistant's text and the token that ends its turn (`<|im_end|>`), not the
+        newline after it. A token that the tokenizer makes from template text and answer together
+        (an answer that opens with a newline) counts as answer. A document (`stage="pretrain"`)
+        has no template: its texts, its images as `<|vision_start|>` marker `<|vision_end|>`, and
+        `<|endoftext|>`; supervised is all but the images.
+
+        Args:
+            samples: conversations or documents, as `read` gives them.
+
+        Yields:
+            One `EncodedSample` per usable sample, in order: (n,) ids and labels, (I, 3) grids; no pixel is
+            decoded.
+
+        Raises:
+            ValueError: a sample cannot be used and `on_error` is "raise": no supervised token, an image
+                or video that cannot be read, a template that rewrites its text. Names file and row. Or too
+                many were skipped.
+        """
+        on_error = counting(self.on_error)
+        for chunk in chunks(samples):
+            if isinstance(on_error, Skip):
+                on_error.saw("encoding", len(chunk))
+            for _, encoded in self.encode_chunk(chunk, on_error):
+                yield encoded
+
+    def encode_chunk(
+        self, samples: Sequence[Sample], on_error: OnError
+    ) -> Iterator[tuple[int, EncodedSample]]:
+        """`encode` for who has samples a chunk at a time: (place in the chunk, encoded sample)."""
+        return self._encode(self._template, samples, on_error)
+
+    def encode_prompt(self, messages: tuple[Message, ...]) -> EncodedSample:
+        """Encode a conversation up to where the assistant is to speak; nothing is supervised."""
+        sample = Sample(messages, source="prompt", row=0)
+        ((_, encoded),) = self._encode(self._prompt_template, [sample], "raise")
+        return encoded
+
+    @cached_property
+    def _template(self) -> Template:
+        return Template(
+            self.tokenizer,
+            self.vision,
+            train_on_prompt=self.train_on_prompt,
+            mask_history=self.mask_history,
+        )
+
+    @cached_property
+    def _prompt_template(self) -> Template:
+        return Template(self.tokenizer, self.vision, is_prompt=True)
+
+    @cached_property
+    def _timestamp_ids(self) -> Callable[[str], tuple[int, ...]]:
+        return cache(lambda text: tuple(self._template.tokenize([text])[0]))
+
+    def _encode(
+        self, template: Template, samples: Sequence[Sample], on_error: OnError
+    ) -> Iterator[tuple[int, EncodedSample]]:
+        laid_out = []
+        to_tokenize: list[str] = []
+        for place, sample in enumerate(samples):
+            try:
+                layout = template.layout(sample.messages)
+                media = self._place(sample)
+            except ValueError as error:
+                _report(sample, error, on_error)
+                continue
+            to_tokenize += strings(layout, texts_of(sample.messages))
+            laid_out.append((place, sample, layout, media))
+        ids = iter(template.tokenize(to_tokenize))
+        for place, sample, layout, media in laid_out:
+            encoded = self._finish(sample, layout, media, ids)
+            if encoded.is_supervised or template.is_prompt:
+                yield place, encoded
+            else:
+                unsupervised = RowError(
+                    "no token of the row is supervised", "it has no answer to learn"
+                )
+                _report(sample, unsupervised, on_error)
+
+    def _place(self, sample: Sample) -> _Vision:
+        spec = self.vision
+        placed = _Vision([], [], [])
+        for ref in sample.media:
+            if isinstance(ref, ImageRef):
+                placed.grids.append(spec.image_grid(*(ref.size or images.probe(ref))))
+                placed.steps.append(1.0)
+                continue
+            video = videos.probe(ref) if ref.size is None else ref
+            assert video.size is not None
+            index, fps = videos.sampled(video, spec)
+            patches, height, width = spec.video_grid(len(index), *video.size)
+            if spec.video_spec.has_timestamps:
+                placed.grids.extend([(1, height, width)] * patches)
+                placed.steps.extend([1.0] * patches)
+                times = spec.video_spec.timestamps(index, fps, spec.temporal_patch_size)
+                placed.timestamps.append(times)
+            else:
+                placed.grids.append((patches, height, width))
+                placed.steps.append(spec.temporal_step(index, video.num_frames, fps))
+        return placed
+
+    def _finish(
+        self,
+        sample: Sample,
+        layout: Layout,
+        media: _Vision,
+        tokenized: Iterator[list[int]],
+    ) -> EncodedSample:
+        input_ids: list[int] = []
+        labels: list[int] = []
+        timestamps = iter(media.timestamps)
+        spec = self.vision
+        for item in layout:
+            if isinstance(item, Clip):
+                for text in next(timestamps):
+                    clip = (
+                        spec.vision_start_token_id,
+                        spec.video_token_id,
+                        spec.vision_end_token_id,
+                    )
+                    input_ids += (*self._timestamp_ids(text), *clip)
+                labels += [IGNORE] * (len(input_ids) - len(labels))
+                continue
+            if isinstance(item, Fixed):
+                input_ids += item.ids
+                labels += item.labels
+                continue
+            ids = next(tokenized)
+            input_ids += ids
+            # An answer is from the first token that differs from those of the template's text alone
+            # to the first that differs from those of template text and answer.
+            start = _common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
+            stop = _common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
+            labels += [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - max(start, stop))
+        return EncodedSample(
+            input_ids=np.array(input_ids, dtype=np.int32),
+            labels=np.array(labels, dtype=np.int32),
+            grid_thw=np.array(media.grids, dtype=np.int32).reshape(-1, 3),
+            media=sample.media,
+            vision=self.vision,
+            source=sample.source,
+            row=sample.row,
+            temporal_step=np.array(media.steps, dtype=np.float32)
+            if set(media.steps) - {1}
+            else None,
+        )
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for n, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
+
+
+def _report(sample: Sample, error: ValueError, on_error: OnError) -> None:
+    text, advice = (error.error, error.advice) if isinstance(error, RowError) else (str(error), "")
+    refuse(BadRow(sample.source, sample.row, text, advice), on_error)

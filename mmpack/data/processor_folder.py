@@ -1,0 +1,106 @@
+"""Folders as Qwen publishes them -> tokenizer, spec and config; transformers is imported in the functions, so
+that importing mmpack stays light.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mmpack.families import family_of_processor, video_rule
+from mmpack.vision_spec import VisionSpec
+
+_NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code of the folder's
+
+
+def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
+    """(tokenizer, VisionSpec) of a folder; arguments and errors as of `Encoder.from_folder`."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    tokenizer = load_tokenizer(folder)
+    try:
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no Qwen-VL image processor: {error}") from None
+    if config is None and (Path(folder) / "config.json").is_file():
+        config = load_config(folder)
+    video_processor = _video_processor(Path(folder), config)
+    return tokenizer, VisionSpec.from_parts(image_processor, tokenizer, video_processor, config)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder, with its chat template.
+
+    Raises:
+        ValueError: the folder lacks one of them.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_local(folder), **_NO_NETWORK)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {error}") from None
+    if tokenizer.chat_template is None:
+        template = Path(folder) / "chat_template.json"  # where Qwen2-VL was published with it
+        if not template.is_file():
+            raise ValueError(f"{folder} has no chat template")
+        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
+
+
+def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
+    """The settings of a folder's video processor, where transformers looks for them. None for Qwen2.5-VL
+    without its config, which says what time means."""
+    settings: dict[str, Any] = {}
+    for name, part in {
+        "preprocessor_config.json": None,
+        "video_preprocessor_config.json": None,
+        "processor_config.json": "video_processor",
+    }.items():
+        if (folder / name).is_file():
+            saved = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = saved if part is None else saved.get(part)
+            settings = (
+                found | {"processor_class": saved.get("processor_class")} if found else settings
+            )
+    family = family_of_processor(settings.get("processor_class"))
+    if config is None and family.has_timed_positions:
+        return None
+    kind = settings.get("video_processor_type") or family.video.processor
+    try:
+        rule = video_rule(kind)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    defaults = {
+        "size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
+        "min_frames": rule.min_frames,
+        "max_frames": rule.max_frames,
+    }
+    merged = {**defaults, **settings, "video_processor_type": kind}
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # the older names
+    given = {edges[name]: merged[name] for name in edges if merged.get(name) is not None}
+    return SimpleNamespace(**{**merged, "size": {**merged["size"], **given}})
+
+
+def load_config(path: str | os.PathLike[str]) -> Any:
+    """A model's config from its folder or `config.json`, with transformers' defaults.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(_local(path), **_NO_NETWORK)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no model config: {error}") from None
+
+
+def _local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """A path that is there: transformers asks its hub for any other."""
+    if not Path(path).exists():
+        raise ValueError("there is no such file or folder here")
+    return path
