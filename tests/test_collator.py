@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import inspect
 from dataclasses import replace
@@ -6,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from builders import item_of, stock_inputs, stock_processor
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from mmpack import Encoder, VisionSpec, assemble
 from mmpack.hf import PackCollator
+from mmpack.hf.collator import Batch
 
 MAX_PIXELS = 28 * 28 * 16
 
@@ -48,6 +52,35 @@ def samples(rows, realset_samples, tokenizer, processor):
 def features(rows, realset_rows, shared, processor):
     """The same rows as outputs of transformers' processor."""
     return [stock_inputs(realset_rows[n], shared / "realset", processor) for n in rows]
+
+
+def test_a_batch_moves_as_one(samples, monkeypatch):
+    """By its own `to` and `pin_memory`, which accelerate and torch's DataLoader call."""
+    batch = PackCollator()([item_of(samples)])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    for one, device in (
+        (batch.to("meta"), "meta"),
+        (send_to_device(batch, torch.device("meta"), non_blocking=True), "meta"),
+        (pin_memory(batch), "cpu"),
+        (copy.deepcopy(batch), "cpu"),
+    ):
+        assert type(one) is type(batch) is Batch
+        for before, after in ((batch, one), (batch["mmpack"], one["mmpack"])):
+            assert before.keys() == after.keys()
+            for name, value in before.items():
+                if isinstance(value, torch.Tensor):
+                    assert (before[name].device.type, after[name].device.type) == ("cpu", device), (
+                        name
+                    )
+                elif name != "mmpack":
+                    assert after[name] == value, name
+    same_batch(batch, pin_memory(batch))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def both(batch):
+        return batch["input_ids"].sum(), batch["mmpack"]["cu_seqlens"].sum()
+
+    assert both(batch) == (batch["input_ids"].sum(), batch["mmpack"]["cu_seqlens"].sum())
 
 
 def same_batch(one, other):
@@ -127,8 +160,11 @@ def test_what_is_missing_or_cut_is_named(features, processor):
     cut = {**whole, **{name: whole[name][:, :in_image] for name in ("input_ids", "labels")}}
     cases = [
         ({k: v for k, v in whole.items() if k != "labels"}, "feature 0 has no labels"),
-        (cut, "image placeholders but its 1 images have .* features; was it truncated"),
-        ({**whole, "pixel_values": whole["pixel_values"][:1]}, "has 1 patches in pixel_values but"),
+        (cut, "image placeholders?, but .* features from 1 image; was it truncated"),
+        (
+            {**whole, "pixel_values": whole["pixel_values"][:1]},
+            "number of patches is 1 in pixel_values, but",
+        ),
         ({**whole, "labels": whole["labels"][:, 1:]}, f"has {n} input_ids but {n - 1} labels"),
         ({**whole, "input_ids": whole["input_ids"].expand(2, n)}, "must be one sample"),
         ({**whole, "pixel_values_videos": torch.zeros(4, 1176)}, "but no video_grid_thw"),
@@ -136,7 +172,7 @@ def test_what_is_missing_or_cut_is_named(features, processor):
     for feature, message in cases:
         with pytest.raises(ValueError, match=message):
             collate([feature])
-    with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor\) or PackCollator\(encoder\)"):
         PackCollator()([whole])
 
 
@@ -147,9 +183,9 @@ def test_other_things_are_refused(samples):
         PackCollator()([samples[0], {"conversations": []}])
     with pytest.raises(ValueError, match="at least one sample"):
         PackCollator()([])
-    with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor\) or PackCollator\(encoder\)"):
         PackCollator()([{"conversations": []}])
-    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode"):
+    with pytest.raises(ValueError, match="1 grid but 0 media to decode"):
         PackCollator()([dataclasses.replace(samples[1], media=())])
 
 
@@ -164,5 +200,5 @@ def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor,
         collate([raw[0], {"text": "?"}])
     with pytest.raises(ValueError, match="row 1 of rows"):  # a batch is not made smaller
         PackCollator(replace(Encoder.of(processor), on_error="skip"))([raw[0], {"text": "?"}])
-    with pytest.raises(ValueError, match="feature 1 has no input_ids, others have"):
+    with pytest.raises(ValueError, match="feature 1 has no input_ids, but others do"):
         collate([{"input_ids": [1, 2], "labels": [1, 2]}, raw[0]])

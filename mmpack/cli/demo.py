@@ -1,9 +1,9 @@
-"""`mmpack demo`: data, tokenizer, model and training on the machine at hand, nothing downloaded.
+"""`mmpack demo`: a complete run on this machine, without downloads.
 
-Draws a small data set of bar charts with questions about them, trains a tokenizer
-with Qwen2-VL's special tokens on it, and trains the same tiny Qwen2-VL on the same rows twice in a
-stock Hugging Face Trainer: padded batches of 8 through stock transformers, and packs through
-mmpack. Then it checks the theorem: loss and gradients of a pack against those of its rows alone.
+Draws a small data set of bar charts with questions, trains a tokenizer with Qwen2-VL's special tokens on it, and
+trains the same tiny Qwen2-VL twice on the same rows in a stock Hugging Face Trainer: on padded batches of 8 with
+stock transformers, and on packs with mmpack. Then it compares loss and gradients of a pack with those of its rows
+alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from transformers import (
     logging,
 )
 
+from mmpack.cli.terminal import say
 from mmpack.data import images
 from mmpack.data.encoder import Encoder
+from mmpack.data.progress import Progress, progress
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
 from mmpack.packing.assemble import assemble
@@ -54,7 +56,7 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-# Qwen2-VL's conversation format, without videos and numbered pictures.
+# Qwen2-VL's chat format, without videos and image numbers.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message.role != 'system' %}"
@@ -72,7 +74,7 @@ COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
 
 
 def run_demo(folder: str | None = None) -> dict[str, float]:
-    """Run it, print what it finds and return the figures; `folder` keeps data set, tokenizer and config."""
+    """Run the demo, print and return its figures; `folder` keeps the data set, tokenizer and config."""
     logging.set_verbosity_error()
     torch.set_num_threads(
         1
@@ -86,36 +88,37 @@ def run_demo(folder: str | None = None) -> dict[str, float]:
         config = Qwen2VLConfig.from_pretrained(root / "config.json")
         samples = dataset.samples
         lengths = np.array([sample.num_tokens for sample in samples])
-        print(
+        say(
             f"{len(samples)} rows with {sum(len(s.grid_thw) for s in samples)} charts, "
             f"{lengths.sum():,} tokens, from {lengths.min()} to {lengths.max()} a row"
         )
-        print(
+        say(
             f"padded batches of {PADDED_BATCH}: {-(-len(samples) // PADDED_BATCH)} steps, "
             f"{padded_utilization(lengths, PADDED_BATCH):.0%} of the computed tokens are data"
         )
-        print(
+        say(
             f"packs of {CAPACITY:,}: {len(dataset)} steps, "
             f"{dataset.plan.utilization:.0%} of each pack is data"
         )
 
-        print("\ntraining one epoch of each in a Hugging Face Trainer on the CPU ...")
-        padded = _train(tiny_model(config), samples, pad_samples, PADDED_BATCH, scratch)
-        packed = _train(patch_model(tiny_model(config)), dataset, PackCollator(), 1, scratch)
+        say("\ntraining one epoch of each in a Hugging Face Trainer, in CPU seconds of one core:")
+        padded = _train("padded", tiny_model(config), samples, pad_samples, PADDED_BATCH, scratch)
+        model = patch_model(tiny_model(config))
+        packed = _train("packed", model, dataset, PackCollator(), 1, scratch)
         for name, seconds in {"padded": padded, "packed": packed}.items():
-            print(f"  {name}  {lengths.sum() / seconds:8,.0f} useful tokens/s  {seconds:5.1f} s")
-        print(f"  packed is {padded / packed:.1f} x as fast on the same rows")
+            say(f"  {name}  {lengths.sum() / seconds:8,.0f} useful tokens/s  {seconds:5.1f} s")
+        say(f"  packed is {padded / packed:.1f} x as fast on the same rows")
 
         loss, gradient, num_rows = _compare(config, dataset)
-        print(
+        say(
             f"\none pack against its {num_rows} rows alone, in stock transformers, float32:\n"
             f"  token-weighted loss   relative difference {loss:.1e}\n"
             f"  gradients             largest relative difference of a parameter {gradient:.1e}"
         )
     total = time.perf_counter() - start
-    print(f"\ndone in {total:.0f} s")
+    say(f"\ndone in {total:.0f} s")
     if folder:
-        print(
+        print(  # not wrapped: commands are copied
             f"\nleft in {folder}; now try\n"
             f"  mmpack pack {folder}/train.json --tokenizer {folder}/tokenizer "
             f"--capacity {CAPACITY} --out {folder}/packed\n"
@@ -150,8 +153,8 @@ def write_data(root: Path, num_rows: int) -> None:
 
 
 def _row(rng: random.Random, root: Path, number: int) -> dict[str, Any]:
-    """Up to six charts, then one to three questions: many short rows and a few long ones, as in
-    real data."""
+    """A row with up to six charts and one to three questions: like real data, many short rows and a few long
+    ones."""
     paths, charts = [], []
     for chart in range(rng.choice([0, 0, 1, 1, 1, 1, 1, 2, 2, 6])):
         values = {thing: rng.randint(1, 60) for thing in rng.sample(THINGS, rng.randint(3, 6))}
@@ -275,7 +278,7 @@ def tiny_model(config: Qwen2VLConfig) -> Qwen2VLForConditionalGeneration:
 
 
 def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
-    """What scripts do without packing: samples side by side, padded to the longest."""
+    """A batch without packing: samples padded to the longest."""
     packs = [assemble([sample]) for sample in samples]
     width = max(len(pack.input_ids) for pack in packs)
     batch = {
@@ -299,8 +302,8 @@ def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _train(model: Any, data: Any, collator: Any, batch_size: int, scratch: str) -> float:
-    """Seconds of one epoch, loading and decoding included."""
+def _train(name: str, model: Any, data: Any, collator: Any, batch_size: int, scratch: str) -> float:
+    """CPU seconds of one epoch, loading and decoding included: other programs on a busy machine do not count."""
     args = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=1,
@@ -313,20 +316,28 @@ def _train(model: Any, data: Any, collator: Any, batch_size: int, scratch: str) 
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = _QuietTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
-    seconds: float = trainer.train().metrics["train_runtime"]
-    return seconds
+    steps = -(-len(data) // batch_size)
+    with progress(name, steps, "steps") as bar:
+        trainer = _BarTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
+        trainer.bar = bar
+        start = time.process_time()
+        trainer.train()
+        return time.process_time() - start
 
 
-class _QuietTrainer(Trainer):
-    """Keeps its log, prints nothing."""
+class _BarTrainer(Trainer):
+    """Prints no log, but moves a bar."""
+
+    bar: Progress
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        self.state.log_history.append({**logs, "step": self.state.global_step})
+        if "loss" in logs:
+            self.bar.update()
 
 
 def _compare(config: Qwen2VLConfig, dataset: PackedDataset) -> tuple[float, float, int]:
-    """Relative difference of loss and of the worst parameter's gradient, and rows in the pack."""
+    """Relative difference of the loss and of the worst parameter's gradient, and the number of rows in the
+    pack."""
     samples = [dataset.samples[n] for n in dataset.plan.samples_of(0)]
     batch = PackCollator()([dataset[0]])
     num_items = batch["shift_labels"].numel()

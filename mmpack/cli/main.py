@@ -1,16 +1,19 @@
 """The command line: mmpack check | pack | merge | inspect | train | demo | env.
 
-`ValueError`, `OSError` and a missing extra print one line and exit with 1. Every other exception is a bug
-of ours and keeps its traceback.
+`ValueError`, `OSError` and a missing extra print one line and exit with 1. Any other exception is a bug in mmpack
+and shows its traceback.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +29,20 @@ from mmpack.cli.options import (
     TrainOptions,
     parse,
 )
-from mmpack.cli.terminal import escaped_streams, one_line, unescaped
+from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
+from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
+from mmpack.data.progress import row_progress
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141
-    nobody reads what it prints any more."""
+    """Run a command; returns the exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 broken
+    pipe."""
     with escaped_streams():
         return _run(arguments)
 
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # text a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # text that the terminal cannot encode
     command = ""
     try:
         command, options = parse(arguments)
@@ -53,11 +58,12 @@ def _run(arguments: Sequence[str] | None) -> int:
             if options.quiet:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(_without_progress())
             code = _COMMANDS[command](options) or 0
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("mmpack: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["mmpack: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `mmpack ... | head`
         os.dup2(
@@ -76,10 +82,21 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 1
 
 
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    logger = logging.getLogger(row_progress.__module__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _encoder(
     options: CheckOptions | PackOptions | TrainOptions, on_error: OnError = "raise"
 ) -> Encoder:
-    """How rows are read and encoded, as the options say."""
+    """The encoder described by the options."""
     assert options.tokenizer is not None
     model = options.config or getattr(options, "model", None)
     packing: dict[str, Any] = {}
@@ -88,7 +105,7 @@ def _encoder(
         packing = {name: getattr(options, name) for name in names}
     return Encoder.from_folder(
         options.tokenizer,
-        None if model is None else load_config(model),
+        None if model is None else load_config(local_path(model)),
         max_pixels=options.max_pixels,
         video={
             "fps": options.video_fps,
@@ -102,8 +119,6 @@ def _encoder(
 
 
 def _check(options: CheckOptions) -> int:
-    from tqdm import tqdm
-
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
     from mmpack.cli.plots import check_picture
     from mmpack.cli.tables import check_table, json_line
@@ -112,18 +127,18 @@ def _check(options: CheckOptions) -> int:
     groups = list(reader.groups(options.data))
     summary = Summary(hash_files=options.decode)
     summary.add_files(group.file for group in groups)
-    rows = check_rows(groups, reader)
-    for checked in tqdm(rows, unit=" rows", desc="checking", disable=options.quiet or None):
-        summary.add(checked)
-        if options.json:
-            print(json_line(row_line(checked)), end="")
+    with row_progress("checking", groups) as (groups, bar):
+        for checked in bar.each(check_rows(groups, reader)):
+            summary.add(checked)
+            if options.json:
+                print(json_line(row_line(checked)), end="")
     if options.bad is not None:
         lines = [json_line(bad_row_line(bad)) for bad in summary.bad_rows]
         Path(options.bad).write_text("".join(lines), encoding="utf-8")
     if options.json:
         print(json_line({"summary": summary.as_dict()}), end="")
     else:
-        print(check_table(summary))
+        say(check_table(summary))
     if options.png is not None:
         check_picture(summary, options.png)
     return 1 if summary.bad_rows else 0
@@ -132,6 +147,12 @@ def _check(options: CheckOptions) -> int:
 def _pack(options: PackOptions) -> None:
     from mmpack.cli.pack import run_pack
 
+    # The store records which commit these were.
+    options = replace(
+        options,
+        tokenizer=pinned(options.tokenizer),
+        config=None if options.config is None else pinned(options.config),
+    )
     config = _config(options.config, options.frozen)
     run_pack(options, _encoder(options, options.on_error), config)
 
@@ -148,16 +169,16 @@ def _inspect(options: InspectOptions) -> None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
         packs = range(number, number + 1)
         for pack, piece in others:
-            print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+            print(f"mmpack: continued in pack {pack}, segment {piece}", file=sys.stderr)
     number, *more = packs or [0]
     if more and options.html is None:
-        raise ValueError(f"--pack {number}-{more[-1]} is for --html FILE; else one pack is shown")
+        raise ValueError(f"--pack {number}-{more[-1]} needs --html FILE; without it, pass one pack")
     view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
     if segment is not None:
         if segment not in chosen:
             raise ValueError(
-                f"pack {number} has no segment {segment}; its {len(chosen)} count from 0"
+                f"pack {number} has no segment {segment}; its segments are 0 to {len(chosen) - 1}"
             )
         chosen = range(segment, segment + 1)
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
@@ -171,8 +192,8 @@ def _inspect(options: InspectOptions) -> None:
     if options.json:
         print(json.dumps(inspect.as_dict(view, decode, chosen)))
         return
-    print(inspect.table(view))
-    color = sys.stdout.isatty()
+    say(inspect.table(view, width()))
+    color = is_colored(sys.stdout)
     file = unescaped(sys.stdout) if color else sys.stdout
     for segment in chosen:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
@@ -202,20 +223,20 @@ def _inspect_html(
 def _merge(options: MergeOptions) -> None:
     from mmpack.cli.merge import run_merge
 
-    run_merge(options, lambda planning: _config(planning.config, planning.frozen))
+    run_merge(options, lambda planning: _config(planning.config, planning.frozen, download=False))
 
 
-def _config(path: str | None, frozen: Sequence[str]) -> Any:
-    """The config to count costs with, None where none is named."""
-    if path is None:
+def _config(name: str | None, frozen: Sequence[str], download: bool = True) -> Any:
+    """The model's config for costs; None if no name is given."""
+    if name is None:
         if frozen:
-            raise ValueError("--frozen says what a step costs; pass the model's --config too")
+            raise ValueError("--frozen affects costs, which need the model; pass --config too")
         return None
-    return load_config(path)
+    return load_config(local_path(name, download=download))
 
 
 def _reading(options: ReadingOptions) -> dict[str, Any]:
-    """The options of `Reader`, but for `on_error`."""
+    """The options of `Reader`, except `on_error`."""
     return {
         "mapping": options.dataset,
         "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
@@ -226,8 +247,6 @@ def _reading(options: ReadingOptions) -> dict[str, Any]:
 
 
 def _train(options: TrainOptions) -> None:
-    from tqdm import tqdm
-
     from mmpack.cli.pack import cut_long
     from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
@@ -252,8 +271,8 @@ def _train(options: TrainOptions) -> None:
         _tell_other_costs(store.about.planning, options.frozen)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
-            f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
-            "--capacity"
+            f"{' '.join(options.data)} is not a folder written by mmpack pack; to pack rows now, pass "
+            "--tokenizer and --capacity"
         )
     else:
         bad_rows: list[BadRow] = []
@@ -261,9 +280,9 @@ def _train(options: TrainOptions) -> None:
         skip = Skip(options.max_bad, bad_rows)
         encoder = _encoder(options, skip if options.on_error == "skip" else "raise")
         groups = list(encoder.groups(options.data))
-        encoded = encoder.encode(encoder.read_groups(groups))
-        bar = tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None)
-        samples, patch_capacity, on_overflow = cut_long(list(bar), encoder.vision, options.planning)
+        with row_progress("encoding", groups) as (groups, bar):
+            found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
+        samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, options.planning)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
@@ -286,20 +305,45 @@ def _train(options: TrainOptions) -> None:
             print("images and videos are read from anywhere; --media-dir FOLDER confines them")
         else:
             print(f"images and videos are read from {' and '.join(folders)}")
-        result = train(model, dataset, args)
+        try:
+            result = train(model, dataset, args)
+        except KeyboardInterrupt:
+            if args.process_index:
+                raise
+            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
     print(json.dumps(result))
 
 
+def _how_to_continue(words: Sequence[str], args: Any) -> str:
+    """What a run that was interrupted can be continued with."""
+    from mmpack.hf.checkpoints import last_checkpoint
+
+    last = last_checkpoint(args.output_dir)
+    if last is None:
+        return (
+            f"no checkpoint was saved in {args.output_dir} yet; the same command starts again "
+            "(--save_steps N saves earlier)"
+        )
+    if args.world_size > 1:
+        return f"to continue from {last}: the same command with --resume_from_checkpoint last"
+    name, kept = "resume_from_checkpoint", list(words)
+    places = [n for n, word in enumerate(kept) if word.lstrip("-").replace("-", "_") == name]
+    for place in reversed(places):
+        del kept[place : place + 2]
+    command = shlex.join(["mmpack", *kept, f"--{name}", "last"])
+    return f"to continue from {last}:\n  {command}"
+
+
 def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
-    """Say where a store's packs were planned to cost the same with other parts frozen."""
+    """Warn if a store's packs were balanced for other frozen parts."""
     if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
-            f"--frozen {' --frozen '.join(p)}" if p else "all parts"
+            f"--frozen {' --frozen '.join(p)}" if p else "no --frozen"
             for p in (planning.frozen, frozen)
         ]
         print(
-            f"mmpack: the packs were planned for {words[0]}, trained are {words[1]}, so they cost the same no "
-            "more and ranks wait; pack again with the options of the training",
+            f"mmpack: the packs were planned for {words[0]}, but this run has {words[1]}: their costs are not "
+            "balanced, and ranks will wait for each other; pack again with the same --frozen options",
             file=sys.stderr,
         )
 
@@ -317,7 +361,10 @@ def _env(options: EnvOptions) -> None:
     from mmpack.cli.env import env_table, environment
 
     found = environment()
-    print(json.dumps(found) if options.json else env_table(found))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        say(env_table(found))
 
 
 _COMMANDS: dict[str, Callable[[Any], int | None]] = {

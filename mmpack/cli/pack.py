@@ -1,6 +1,6 @@
-"""`mmpack pack`: data files -> a folder of encoded samples and their plan, made or used again.
+"""`mmpack pack`: data files -> a folder of encoded samples and their plan, built or reused.
 
-A store that fits is used without a lock; else one process builds (`mmpack.store.atomic_folder`). A process
+An up-to-date store is reused without a lock; else one process builds (`mmpack.store.atomic_folder`). A process
 that waited for a build that failed also fails: the rows are bad for it, too. If the builder was killed, the
 next process builds.
 """
@@ -12,19 +12,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
-from mmpack.data.file_formats import Row, count_rows
+from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
 from mmpack.errors import BadRow, Skip
 from mmpack.packing.cost import costs_of
@@ -48,7 +47,7 @@ from mmpack.vision_spec import VisionSpec
 
 
 def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
-    """Encode, plan, write and report. `config` is the model's, for costs, or None."""
+    """Encode, plan, write and report. `config` is the model's, for costs; None: packs are not balanced."""
     start = time.perf_counter()
     out = Path(options.out)
     part = None
@@ -60,8 +59,8 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
     about = About(
         begun=begun,
         made_from=made_from(groups, encoder),
-        media_folders=tuple(media_folders(groups)),  # for mmpack train, which stays inside
-        tokenizer=os.path.abspath(options.tokenizer),  # for mmpack inspect, anywhere
+        media_folders=tuple(media_folders(groups)),  # mmpack train opens no file outside of them
+        tokenizer=_recorded(options.tokenizer),
         planning=options.planning,
         part=part,
     )
@@ -69,7 +68,7 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
     found = _look(out, about, options.overwrite)
     if not found.is_done:
         with turn(out) as mine:
-            if _mark(out) != found.mark:  # just made, it needs no second look at its images
+            if _mark(out) != found.mark:  # just built: its images need no second check
                 found = _look(out, about, options.overwrite, look_at_images=False)
             elif mine.waited_for and not mine.was_killed:
                 raise ValueError(
@@ -98,25 +97,30 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
         _report_part(out, options, reused, start)
 
 
-class _Found(NamedTuple):
-    """What is at --out before anything is written."""
+def _recorded(tokenizer: str) -> str:
+    """The tokenizer's name for the manifest, independent of the working directory."""
+    return tokenizer if tokenizer.startswith("hf:") else os.path.abspath(tokenizer)
 
-    store: EncodedStore | None  # its samples are what would be made now
-    is_done: bool  # and so is its plan
-    why: str  # its samples are not
-    mark: tuple[int, int] | None  # which store it is; None: there is none
+
+class _Found(NamedTuple):
+    """The state of --out before anything is written."""
+
+    store: EncodedStore | None  # None: its samples are not up to date
+    is_done: bool  # samples and plan are up to date
+    why: str  # why samples are not up to date
+    mark: tuple[int, int] | None  # `_mark` of the store; None: there is none
 
 
 def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True) -> _Found:
-    """
+    """Compare what is at `out` with what would be built now.
+
     Raises:
-        ValueError: there is something that is no store, or another one and `overwrite` is not asked
-            for.
+        ValueError: there is something other than a store, or a store that differs, without `overwrite`.
     """
     mark = _mark(out)
     if mark is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            torn = " (a store that was never finished)" if (out / "samples.arrow").exists() else ""
+            torn = " (an unfinished store)" if (out / "samples.arrow").exists() else ""
             raise ValueError(
                 f"{out} is not empty{torn}; choose another --out, or --overwrite a packed set"
             )
@@ -141,13 +145,15 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
 
 
 def _settings(about: About) -> dict[str, Any]:
-    """What a store records of options that its samples do not depend on."""
+    """The options that a store records and its samples do not depend on, and a Hub tokenizer's commit."""
     planning = {} if about.planning is None else vars(about.planning)
-    return planning | ({} if about.part is None else {"max_bad": about.part.max_bad})
+    name = about.tokenizer or ""
+    hub = {"the tokenizer's commit": name if name.startswith("hf:") else None}
+    return planning | hub | ({} if about.part is None else {"max_bad": about.part.max_bad})
 
 
 def _mark(out: Path) -> tuple[int, int] | None:
-    """Which store is at a path: the one that replaces it has another mark. None: there is none."""
+    """An identifier of the store at a path, which changes when it is replaced. None: there is no store."""
     try:
         stat = os.stat(out / "mmpack.json")
     except OSError:
@@ -157,13 +163,13 @@ def _mark(out: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def build(out: Path, replaces: bool) -> Iterator[Path]:
-    """`published`, what the disk refuses being an error of the user's."""
+    """Like `published`, but reports disk errors as ValueError."""
     try:
         with published(out, replaces) as partial:
             yield partial
     except OSError as error:
         reason = error.strerror or str(error)
-        what = f"{out} stays as it was" if replaces else "nothing is left of it"
+        what = f"{out} is unchanged" if replaces else "nothing was left behind"
         raise ValueError(f"cannot write {out}: {reason}; {what}") from None
 
 
@@ -174,13 +180,13 @@ def _encode(
     about: About,
     options: PackOptions,
 ) -> EncodedStore:
-    """Read and encode the rows, or a part of them, into a store."""
+    """Read and encode the rows, or one part of them, into a store."""
     bad_rows: list[BadRow] = []
     if encoder.on_error == "skip":
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about = replace(about, files={str(file): _stamp(file) for file in files})
-    batches = _batches(groups, encoder, about.part, options)
+    batches = _batches(groups, encoder, about.part, options.jobs)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
@@ -197,7 +203,7 @@ def _stamp(file: Path) -> tuple[int, int, str]:
 
 
 def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: Any) -> None:
-    """The plan of a store, and lists of the rows that are longer than a pack."""
+    """Plan a store's packs; write the plan and the list of rows longer than a pack."""
     samples, patch_capacity, on_overflow = cut_long(store, store.vision, planning)
     if samples is not store:
         samples.save(folder)
@@ -215,7 +221,7 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
 
 
 def report_packs(out: Path, options: PictureOptions, reused: bool, start: float) -> None:
-    """Print what is at `out`."""
+    """Print a summary of the packs at `out`."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
@@ -244,25 +250,25 @@ def report_packs(out: Path, options: PictureOptions, reused: bool, start: float)
         print(json.dumps(report))
         return
     if reused:
-        print(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
-    print(
+        say(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
+    say(
         f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
         f"{vision.max_pixels:,} pixels"
     )
-    print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
-    print("\n".join(balance_lines(report)))
+    say(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
+    say("\n".join(balance_lines(report)))
     if report.get("split"):
         cut = report["pieces"] - len(store) + report["split"]
-        print(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
+        say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     if num_bad:
-        print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
+        say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if plan.num_dropped or plan.num_truncated:
-        print(
+        say(
             f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
             f"{out / 'overflow.jsonl'}"
         )
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def _report_part(out: Path, options: PackOptions, reused: bool, start: float) -> None:
@@ -277,28 +283,28 @@ def _report_part(out: Path, options: PackOptions, reused: bool, start: float) ->
     if options.json:
         print(json.dumps(report))
         return
-    print(
+    say(
         f"part {options.shard}: {report['rows']:,} rows, {num_bad:,} of them bad, in "
         f"{report['seconds']:.1f} s; mmpack merge joins all parts"
     )
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "2/8" as (2, 8).
+    """Parse a --shard such as "2/8" into (2, 8).
 
     Raises:
-        ValueError: it is not that, or there is no such part.
+        ValueError: it is malformed, or there is no such part.
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     number, of = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= of:
-        raise ValueError(f"--shard is I/N, part I of N from 1/N to N/N, got {text}")
+        raise ValueError(f"--shard takes I/N, part I of N from 1/N to N/N, got {text}")
     return number, of
 
 
 def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any, Any, Any]:
-    """(samples, long documents in pieces, patch capacity, on_overflow), as there is to plan."""
+    """Split long documents if asked to; returns (samples, patch capacity, on_overflow) for planning."""
     patch_capacity = planning.patch_capacity
     if planning.max_image_share is not None:
         most = image_capacity(planning.max_image_share, planning.capacity, vision)
@@ -309,29 +315,12 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 
 
 def _batches(
-    groups: list[RowGroup], encoder: Encoder, part: Part | None, options: PackOptions
+    groups: list[RowGroup], encoder: Encoder, part: Part | None, jobs: int | None
 ) -> Iterator[bytes]:
-    """Batches for a store, a bar showing rows, rows a second and, where files know how many they
-    have, how long it will take. What becomes of its chunks is added to a part."""
+    """Batches for a store, with their progress. What becomes of its chunks is added to a part."""
     number, of = (1, 1) if part is None else (part.number, part.of)
-    counts = [count_rows(group.file) if group.file is not None else None for group in groups]
-    is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
-    is_known = all(array or count is not None for array, count in zip(is_array, counts))
-    total = sum(count or 0 for count in counts) // of if is_known else None
-    with tqdm(total=total, unit=" rows", desc="encoding", disable=options.quiet or None) as bar:
-
-        def counted(rows: Iterable[Row]) -> Iterator[Row]:
-            """An array is read whole, so that is when its length is known."""
-            rows = list(rows)
-            if is_known:
-                bar.total += len(rows) // of
-            yield from rows
-
-        groups = [
-            group._replace(rows=counted(group.rows)) if array else group
-            for group, array in zip(groups, is_array)
-        ]
-        for indexed in index_rows(groups, encoder, jobs=options.jobs, part=(number, of)):
+    with row_progress("encoding", groups, parts=of) as (groups, bar):
+        for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):
             bar.update(indexed.num_rows)
             if part is not None:
                 num_bad, has_samples = len(indexed.bad_rows), indexed.batch is not None

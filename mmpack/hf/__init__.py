@@ -1,4 +1,4 @@
-"""mmpack in models and Trainer of transformers."""
+"""Packs in transformers' models and Trainer."""
 
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import last_checkpoint
@@ -12,3 +12,7 @@ __all__ = [
     "patch_model",
     "unpatch_model",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
