@@ -189,7 +189,7 @@ def test_a_callback_that_is_not_attached_says_what_it_lacks(tmp_path, caplog):
     assert not any("pack/" in name for _, logs in before.seen for name in logs)
     assert [logs for _, logs in after.seen if "loss" in logs][0].items() >= values[0].items()
     assert len(dataset) == 6  # with the empty pack
-    with pytest.raises(ValueError, match="has a PackingCallback; attach one"):
+    with pytest.raises(ValueError, match="already has a PackingCallback; attach one"):
         PackingCallback(dataset).attach(trainer)
 
 

@@ -70,7 +70,7 @@ def test_a_torn_file_is_named_and_passed_over(finished, tmp_path, caplog):
         if name == "trainer_state.json" and what in ("cut", "longer"):
             continue  # users edit it: it may have any length, but must be JSON
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2"), (name, what)
-        assert f"passed over {tmp_path / 'checkpoint-4'}: " in caplog.messages[-1]
+        assert f"skipped incomplete checkpoint {tmp_path / 'checkpoint-4'}: " in caplog.messages[-1]
         assert name in caplog.messages[-1]
         with pytest.raises(ValueError, match=f"not a complete checkpoint: .*{name}"):
             check_checkpoint(tmp_path / "checkpoint-4")
@@ -105,17 +105,17 @@ def test_a_sharded_model(finished, tmp_path):
     }
     (run_of / "model.safetensors.index.json").write_text(json.dumps(index))
     (run_of / LIST).unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is not there"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is missing"):
         check_checkpoint(run_of)
 
 
 def test_the_command_line(finished, tmp_path, capsys):
-    """A checkpoint named by hand is refused with the file's name; `last` says what it passed over."""
+    """A checkpoint named by hand is refused with the file's name; `last` says what it skipped."""
     output = copy_of(finished / "run", tmp_path / "run")
     (output / "checkpoint-4" / "optimizer.pt").unlink()
     resume = ["--resume_from_checkpoint", output / "checkpoint-4", "--max_steps", 6]
     assert train(finished, output, *resume) == 1
-    assert "is not a complete checkpoint: optimizer.pt is not there" in capsys.readouterr().err
+    assert "is not a complete checkpoint: optimizer.pt is missing" in capsys.readouterr().err
     assert train(finished, output, "--resume_from_checkpoint", "last") == 0
     assert f"continuing from {output / 'checkpoint-2'}" in capsys.readouterr().err
 
@@ -124,7 +124,7 @@ def test_a_trainer_is_refused_too(tmp_path):
     """transformers begins with a new optimizer where the file is missing, and says nothing."""
     run(tmp_path)
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"not a complete checkpoint: optimizer\.pt is not there"):
+    with pytest.raises(ValueError, match=r"not a complete checkpoint: optimizer\.pt is missing"):
         run(tmp_path, resume=tmp_path / "checkpoint-2")
 
 

@@ -160,8 +160,11 @@ def test_what_is_missing_or_cut_is_named(features, processor):
     cut = {**whole, **{name: whole[name][:, :in_image] for name in ("input_ids", "labels")}}
     cases = [
         ({k: v for k, v in whole.items() if k != "labels"}, "feature 0 has no labels"),
-        (cut, "image placeholders but its 1 images have .* features; was it truncated"),
-        ({**whole, "pixel_values": whole["pixel_values"][:1]}, "has 1 patches in pixel_values but"),
+        (cut, "image placeholders?, but .* features from 1 image; was it truncated"),
+        (
+            {**whole, "pixel_values": whole["pixel_values"][:1]},
+            "number of patches is 1 in pixel_values, but",
+        ),
         ({**whole, "labels": whole["labels"][:, 1:]}, f"has {n} input_ids but {n - 1} labels"),
         ({**whole, "input_ids": whole["input_ids"].expand(2, n)}, "must be one sample"),
         ({**whole, "pixel_values_videos": torch.zeros(4, 1176)}, "but no video_grid_thw"),
@@ -169,7 +172,7 @@ def test_what_is_missing_or_cut_is_named(features, processor):
     for feature, message in cases:
         with pytest.raises(ValueError, match=message):
             collate([feature])
-    with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor\) or PackCollator\(encoder\)"):
         PackCollator()([whole])
 
 
@@ -180,9 +183,9 @@ def test_other_things_are_refused(samples):
         PackCollator()([samples[0], {"conversations": []}])
     with pytest.raises(ValueError, match="at least one sample"):
         PackCollator()([])
-    with pytest.raises(ValueError, match=r"PackCollator\(processor\), or an Encoder"):
+    with pytest.raises(ValueError, match=r"PackCollator\(processor\) or PackCollator\(encoder\)"):
         PackCollator()([{"conversations": []}])
-    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode"):
+    with pytest.raises(ValueError, match="1 grid but 0 media to decode"):
         PackCollator()([dataclasses.replace(samples[1], media=())])
 
 
@@ -197,5 +200,5 @@ def test_raw_rows_are_packed_too(samples, rows, realset_rows, shared, processor,
         collate([raw[0], {"text": "?"}])
     with pytest.raises(ValueError, match="row 1 of rows"):  # a batch is not made smaller
         PackCollator(replace(Encoder.of(processor), on_error="skip"))([raw[0], {"text": "?"}])
-    with pytest.raises(ValueError, match="feature 1 has no input_ids, others have"):
+    with pytest.raises(ValueError, match="feature 1 has no input_ids, but others do"):
         collate([{"input_ids": [1, 2], "labels": [1, 2]}, raw[0]])

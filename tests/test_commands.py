@@ -50,7 +50,7 @@ def test_json_is_all_there_is_on_stdout(command, works, capfd):
     assert main([*works[command], "--json"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert all(isinstance(json.loads(line), dict) for line in lines)
-    assert len(lines) == (25 if command == "check" else 1)  # a line a row, and the summary
+    assert len(lines) == (25 if command == "check" else 1)  # one line per row, and the summary
 
 
 @every_command
@@ -115,19 +115,19 @@ def broken(works, small_set, tmp_path):
         return ["train", "--data", str(small_set / "packed"), *map(str, options)]
 
     return {
-        "no data": (["check", nowhere], 1, "there is no such file"),
+        "no data": (["check", nowhere], 1, "no such file"),
         "no folder for --png": ([*works["check"], "--png", nowhere], 1, no_folder),
         "--bad is a folder": ([*works["check"], "--bad", str(tmp_path)], 1, "Is a directory"),
-        "no tokenizer": ([*works["check"], "--tokenizer", nowhere], 1, "holds no Qwen-VL tokenizer"),
+        "no tokenizer": ([*works["check"], "--tokenizer", nowhere], 1, "no such file or folder"),
         "--out under a file": ([*works["pack"], "--out", under_file], 1, "cannot write"),
-        "no workers": ([*works["pack"], "--jobs", "0"], 1, "jobs must be positive"),
-        "no store": (["inspect", str(tmp_path)], 1, "holds no finished store; make one with"),
-        "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; there are "),
+        "no workers": ([*works["pack"], "--jobs", "0"], 1, "--jobs (jobs) must be positive"),
+        "no store": (["inspect", str(tmp_path)], 1, "has no finished store; make one with"),
+        "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; packs are 0 to "),
         "no row": ([*works["inspect"], "--row", "99"], 1, "row 99 is in no pack; was it refused"),
         "no row's number": ([*works["inspect"], "--row", "x"], 1, "a row is a number or FILE:NUM"),
-        "no segment": ([*works["inspect"], "--segment", "-1"], 1, "has no segment -1; its "),
+        "no segment": ([*works["inspect"], "--segment", "-1"], 1, "has no segment -1; its segments are 0 to "),
         "no PNG": ([*works["inspect"], "--png", str(tmp_path / "a.xyz")], 1, "'xyz' is not"),
-        "no model": (train("--model", nowhere), 1, "holds no model config: there is no such"),
+        "no model": (train("--model", nowhere), 1, ": there is no such file"),
         "two models": (train("--model", "a", "--config", "b"), 1, "pass --model FOLDER, or"),
         "other model": (train("--config", tmp_path / "other.json"), 1, "the model has image_token"),
         "no Qwen-VL": (train("--config", tmp_path / "llama"), 1, "model_type 'llama'; supported: "),
@@ -136,7 +136,7 @@ def broken(works, small_set, tmp_path):
         "no capacity": ([*works["pack"], "--capacity", "0"], 1, "--capacity is 0, not an integer"),
         "no seed": ([*works["pack"], "--plan_seed", "-1"], 1, "--plan-seed is -1, not an integer"),
         "no share": ([*works["pack"], "--max-image-share", "nan"], 1, "--max-image-share is nan"),
-        "no share of rows": ([*works["pack"], "--max-bad", "nan"], 1, "is a share from 0 to 1"),
+        "no share of rows": ([*works["pack"], "--max-bad", "nan"], 1, "must be a share from 0 to 1"),
         "split turns": ([*works["pack"], "--on-overflow", "split"], 1, "cannot be split"),
         "typo": ([*works["train"], "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
         "no number": ([*works["train"], "--learning_rate", "x"], 2, "invalid float value: 'x'"),

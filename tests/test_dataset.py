@@ -95,7 +95,8 @@ def test_the_vision_budget_is_kept(realset):
 
 def test_long_rows_stop_the_plan_with_their_place(realset):
     with pytest.raises(
-        ValueError, match=r"of 2109 samples are too long for a pack of 4,096 tokens; row "
+        ValueError,
+        match=r"too long for a pack of 4,096 tokens: .* of 2,109 samples; the longest, row ",
     ):
         PackedDataset.from_samples(realset, 4096)
 
@@ -134,20 +135,20 @@ def test_a_store_gives_back_what_it_was_given(realset, vision, tmp_path):
     assert [sizes.tolist() for sizes in sizes_of(reopened)] == [
         s.tolist() for s in sizes_of(samples)
     ]
-    with pytest.raises(ValueError, match="holds a store already"):
+    with pytest.raises(ValueError, match="already holds a store"):
         write_store(tmp_path / "store", iter(samples), vision)
 
 
 def test_an_empty_store_is_refused(vision, tmp_path):
-    with pytest.raises(ValueError, match="no samples to store"):
+    with pytest.raises(ValueError, match="no row of the data is usable"):
         write_store(tmp_path / "store", [], vision)
 
 
 def test_a_folder_that_is_no_store(tmp_path):
-    with pytest.raises(ValueError, match="holds no finished store"):
+    with pytest.raises(ValueError, match="has no finished store"):
         open_store(tmp_path)
     (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="store format 0, not 8; make it again: mmpack pack"):
+    with pytest.raises(ValueError, match="store format 0, not 8; pack again: mmpack pack"):
         open_store(tmp_path)
 
 

@@ -140,8 +140,13 @@ def test_a_model_that_is_not_patched_refuses():
     batch = collator("qwen2_vl", "device")(TEXT)
     with pytest.raises((IndexError, RuntimeError)):
         tiny_model(small_config())(**batch)
-    for model, told in ((None, "none was passed"), (tiny_model(small_config()), "is not patched")):
-        with pytest.raises(ValueError, match=f"assemble='device' needs a patched model .*{told}"):
+    for model, told in (
+        (None, "no model was passed"),
+        (tiny_model(small_config()), "is not patched"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"assemble='device' needs a patched model, but .*{told}"
+        ):
             PackCollator(model=model, assemble="device")
 
     with pytest.raises(ValueError, match="assemble must be 'host' or 'device', got 'gpu'"):
@@ -151,7 +156,7 @@ def test_a_model_that_is_not_patched_refuses():
 def test_a_cut_batch_is_noticed():
     batch = collator("qwen2_vl", "device")(TEXT)
     batch["input_ids"] = batch["input_ids"][:, :-1]
-    with pytest.raises(ValueError, match=r"the pack has \(1, 5\); nothing may cut"):
+    with pytest.raises(ValueError, match=r"the pack has \(1, 5\); do not slice"):
         patch_model(tiny_model(small_config()))(**batch)
 
 

@@ -143,7 +143,7 @@ def test_a_stream_names_the_step(tmp_path):
     stream = PackStream(samples_of(24, [BAD]), None, 40, buffer=4)
     options = {"accelerator_config": {"dispatch_batches": False}}
     with pytest.raises(
-        ValueError, match=r"in step \d \(pack \d of pass 0, of rows before \d+; rank 0"
+        ValueError, match=r"in step \d \(pack \d of pass 0, from rows before \d+; rank 0"
     ):
         trainer_of(tmp_path, stream, **options).train()
 

@@ -35,7 +35,7 @@ def model():
 def test_an_id_outside_the_table_is_refused(model, assemble_on):
     """By the hook, and by a collator that knows the model, where a compiled model asks nothing. Negative
     ones assembly refuses."""
-    bad, reason = sample(1, 100, 3), "token id 100, the model's table has 100 rows"
+    bad, reason = sample(1, 100, 3), "token id 100, but the model's embedding has 100 rows"
     with pytest.raises(ValueError, match=rf"row 1 of train\.json.*{reason}"):
         PackCollator(model=model, assemble=assemble_on)([bad])
     if assemble_on == "host":
@@ -46,7 +46,9 @@ def test_an_id_outside_the_table_is_refused(model, assemble_on):
 @pytest.mark.parametrize("wrong", [100, -7])
 def test_a_label_outside_the_table_is_refused(model, wrong):
     labels = replace(sample(1, 2, 3), labels=np.array([-100, wrong, 3], dtype=np.int32))
-    with pytest.raises(ValueError, match=f"token id {wrong}, the model's table has 100 rows"):
+    with pytest.raises(
+        ValueError, match=f"token id {wrong}, but the model's embedding has 100 rows"
+    ):
         model(**PackCollator()([labels]))
 
 
@@ -75,7 +77,9 @@ def test_the_table_may_have_grown():
 def test_data_of_another_model_is_refused(model, other):
     [(name, value)] = other.items()
     batch = PackCollator()([with_image(replace(SMALL_SPEC, **other))])
-    with pytest.raises(ValueError, match=rf"the model has {name} \d+, the data .* with {value};"):
+    with pytest.raises(
+        ValueError, match=rf"the model has {name} \d+, but the data .* with {value};"
+    ):
         model(**batch)
 
 
@@ -88,7 +92,7 @@ def test_another_normalisation_is_refused(tmp_path, file):
     config = small_config()
     config._name_or_path = str(tmp_path)
     model = patch_model(tiny_model(config))
-    with pytest.raises(ValueError, match=r"has image_mean \(0\.5, 0\.5, 0\.5\), the data"):
+    with pytest.raises(ValueError, match=r"has image_mean \(0\.5, 0\.5, 0\.5\), but the data"):
         model(**PackCollator()([with_image(SMALL_SPEC)]))
     spec = replace(SMALL_SPEC, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     assert model(**PackCollator()([with_image(spec)])).loss.isfinite()
@@ -123,7 +127,7 @@ def test_training_is_refused_before_it_begins(tmp_path, capsys):
     packed_folder(tmp_path, [sample(5, 7), sample(6, 120), sample(7, 3)])
     assert trained(tmp_path) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "row 6 of train.json has the token id 120, the model's table has 100 rows" in message
+    assert "row 6 of train.json has token id 120, but the model's embedding has 100 rows" in message
 
 
 def test_a_trainer_is_refused_before_it_begins(tmp_path):
@@ -136,6 +140,6 @@ def test_a_trainer_is_refused_before_it_begins(tmp_path):
         data_collator=PackCollator(),
     )
     PackingCallback(dataset).attach(trainer)
-    with pytest.raises(ValueError, match="row 6 of train.json has the token id 120"):
+    with pytest.raises(ValueError, match="row 6 of train.json has token id 120"):
         trainer.train()
     assert torch.isfinite(model.lm_head.weight).all()

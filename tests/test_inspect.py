@@ -106,7 +106,7 @@ def test_rows_of_several_files(small_set, tmp_path, capsys):
     arguments += ["--tokenizer", str(small_set / "tokenizer"), "--out", str(tmp_path / "packed")]
     assert main([*arguments, "--on-overflow", "truncate", "--quiet"]) == 0
     assert main(["inspect", str(tmp_path / "packed"), "--row", "1"]) == 1
-    assert "row 1 is in a.json and b.json; say --row a.json:1" in capsys.readouterr().err
+    assert "row 1 is in a.json and b.json; pass --row a.json:1" in capsys.readouterr().err
     assert ": row 1 of b.json" in looked_at(tmp_path, capsys, "--row", "b.json:1").out
 
 
@@ -116,7 +116,7 @@ def test_without_the_tokenizer_there_are_ids(small_set, tmp_path, capsys):
     assert main([*pack, "--capacity", "2048", "--out", str(tmp_path / "packed"), "--quiet"]) == 0
     shutil.rmtree(tmp_path / "gone")
     shown = looked_at(tmp_path, capsys)
-    assert f"is not at {tmp_path / 'gone'} any more; these are ids, --tokenizer FOLDER" in shown.err
+    assert f"is not at {tmp_path / 'gone'}; showing token ids, --tokenizer FOLDER" in shown.err
     view = inspect.view_pack(PackedDataset.from_store(tmp_path / "packed"), 0)
     first = view.spans[0]
     ids = view.pack.input_ids[first.begin : first.end].tolist()
@@ -192,7 +192,7 @@ def test_cut_rows_and_pieces_of_documents_are_shown_as_trained(small_set, tmp_pa
     num_packs = dataset.plan.num_packs
     assert num_packs > 1
     assert sorted(inspect.find_row(dataset, "0")) == [(pack, 0) for pack in range(num_packs)]
-    assert "it goes on in pack" in looked_at(tmp_path, capsys, "--row", 0).err
+    assert "continued in pack" in looked_at(tmp_path, capsys, "--row", 0).err
     text = ""
     for pack in range(num_packs):
         found = json.loads(looked_at(tmp_path, capsys, "--pack", pack, "--json").out)

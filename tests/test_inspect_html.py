@@ -177,9 +177,9 @@ def test_which_packs(small_set, capsys):
     assert data["about"]["segment"] == segment
     assert json.loads(printed.out)["packs"] == [number]
     for options, code, error in [
-        (["--pack", "0-1"], 1, "--pack 0-1 is for --html FILE"),
-        (["--pack", "0-9", "--html", "x"], 1, "there is no pack 9; there are 3"),
-        (["--pack", "2-1", "--html", "x"], 1, "--pack 2-1 names no pack"),
+        (["--pack", "0-1"], 1, "--pack 0-1 needs --html FILE"),
+        (["--pack", "0-9", "--html", "x"], 1, "there is no pack 9; packs are 0 to 2"),
+        (["--pack", "2-1", "--html", "x"], 1, "--pack 2-1 is empty"),
         (["--pack", "1-", "--html", "x"], 1, "takes a pack K, or packs K-L with --html, got '1-'"),
         (["--segment", "99", "--html", "x"], 1, "pack 0 has no segment 99"),
         (["--png", "x", "--html", "x"], 2, "not allowed with argument"),
@@ -208,7 +208,7 @@ def test_a_page_is_bounded(small_set, monkeypatch):
     assert [("jpeg" in medium) for medium in shown["media"]] == [True] + [False] * page.num_left
     cut = sum(span.get("cut", 0) for segment in shown["segments"] for span in segment["spans"])
     assert page.num_cut == cut > 0
-    assert [problem.split(" had no room")[0] for problem in page.problems()] == [
+    assert [problem.split(" did not fit")[0] for problem in page.problems()] == [
         f"{page.num_left:,} of the images and videos", f"{cut:,} characters of text",
     ]  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_a_page_is_bounded(small_set, monkeypatch):
         dataset, range(3), decode, str(small_set / "bounded.html"), name="x"
     )
     assert written["packs"] == [0] and written["next"] == "1-2"
-    assert written["problems"][-1] == "2 packs of --pack 0-2 had no room"
+    assert written["problems"][-1] == "2 packs of --pack 0-2 did not fit"
 
 
 def test_images_that_cannot_be_shown(small_set, tmp_path, tmp_path_factory, capsys):
@@ -245,7 +245,7 @@ def test_images_that_cannot_be_shown(small_set, tmp_path, tmp_path_factory, caps
     assert all(key.startswith("jfif") for key in picture.info)
     assert picture.size == (shown["width"], shown["height"])
     assert picture.height == 192
-    assert "lies outside of" in link["why"] and "jpeg" not in link
+    assert "is outside" in link["why"] and "jpeg" not in link
     assert "c.png does not exist" in gone["why"] and "jpeg" not in gone
     problem = "2 of the images and videos cannot be read; the page says why"
     assert data["about"]["problems"] == [problem]

@@ -30,6 +30,7 @@ ROOMS = {
     "filelock": {"store/atomic_folder"},
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
+    "huggingface_hub": {"data/model_folder"},
     "matplotlib": {"cli/plots"},
     "pyarrow": {
         "data/columnar_files",

@@ -262,7 +262,7 @@ def test_what_a_loader_does_to_a_batch_is_told(model, batch):
     patch_model(model)
     cases = [
         ({"pixel_values": batch["pixel_values"][:1]}, "'dispatch_batches': False"),
-        ({"input_ids": batch["input_ids"][:, 1:]}, "nothing may cut or stack"),
+        ({"input_ids": batch["input_ids"][:, 1:]}, "do not slice or stack"),
         ({"attention_mask": torch.ones(1, 3)}, "remove attention_mask"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 1, 32)}, "with input_ids"),
     ]
@@ -275,7 +275,7 @@ def test_dropout_and_sliding_windows_are_refused(batch):
     config = copy.deepcopy(CONFIG)
     config.text_config.attention_dropout = 0.1
     model = patch_model(tiny_model(config)).train()
-    with pytest.raises(ValueError, match="no dropout"):
+    with pytest.raises(ValueError, match="not support dropout"):
         model(**batch)
     model.eval()(**batch)
 
@@ -283,7 +283,7 @@ def test_dropout_and_sliding_windows_are_refused(batch):
     config["text_config"].update(use_sliding_window=True, sliding_window=4, max_window_layers=0)
     config["text_config"].pop("layer_types")
     model = tiny_model(type(CONFIG)(**config))
-    with pytest.raises(ValueError, match="no sliding window"):
+    with pytest.raises(ValueError, match="not support a sliding window"):
         patch_model(model)
 
 

@@ -88,9 +88,7 @@ def test_the_collator_keeps_the_flag_and_not_the_model():
 
 def test_what_cannot_read_bytes_is_told():
     model = model_of()
-    with pytest.raises(
-        ValueError, match="needs a patched model to take the batches, none was passed"
-    ):
+    with pytest.raises(ValueError, match="needs a patched model, but no model was passed"):
         PackCollator(pixels="uint8")
     with pytest.raises(ValueError, match="Qwen2VLForConditionalGeneration is not patched"):
         PackCollator(model=model, pixels="uint8")
@@ -99,7 +97,7 @@ def test_what_cannot_read_bytes_is_told():
     collate = PackCollator(Encoder(None, SMALL_SPEC), model=model, pixels="uint8")
     ids = torch.tensor([1, 92, 90, 93])
     feature = {"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(4, 1176)}
-    with pytest.raises(ValueError, match="processor outputs hold float pixel_values"):
+    with pytest.raises(ValueError, match="processor outputs have float pixel_values"):
         collate([{**feature, "image_grid_thw": torch.tensor([[1, 2, 2]])}])
     unpatch_model(model)
     with pytest.raises(ValueError, match="Qwen2VLForConditionalGeneration is not patched"):

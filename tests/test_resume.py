@@ -148,7 +148,7 @@ def test_a_weight_that_does_not_come_is_an_error(finished, tmp_path):
     (checkpoint / "mmpack_files.json").unlink()  # else its size tells
     with pytest.raises(
         ValueError,
-        match=r"1 of 58 weights are not in it \(model.language_model.norm.weight\), 1 in it have no place "
+        match=r"1 of 58 weights missing \(model.language_model.norm.weight\), 1 unknown "
         r"\(model.language_model.other.weight\); resume with the model",
     ):
         run(tmp_path, resume=checkpoint)
@@ -158,7 +158,7 @@ def test_a_weight_that_does_not_come_is_an_error(finished, tmp_path):
     "step", [1, 4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 11))]
 )
 def test_the_next_packs_come_next(tmp_path, step):
-    """7 batches an epoch make 4 steps of up to 2; over three epochs, within one and where one ends."""
+    """7 batches per epoch make 4 steps of up to 2; over three epochs, within one and where one ends."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     options |= {"max_steps": 12, "save_steps": 1, "dataloader_num_workers": step % 2}
     whole, order, _ = run(tmp_path, dataset=dataset_of(43), **options)
@@ -201,11 +201,11 @@ def test_ranks_batches_and_accumulated_batches_may_change(tmp_path):
         ({"capacity": 48}, {}, r"other packs: capacity was 40 and is 48, packs was"),
         ({"count": 23}, {}, "other packs: samples was 24 and is 23"),
         ({"seed": 1}, {}, r"seed of the plan was 0 and is 1.*from_pretrained"),
-        ({"shift": 1}, {}, r"other packs: checksum of the samples was \d+ and is \d+\. To go"),
-        ({"mask": True}, {}, r"other packs: checksum of the samples was \d+ and is \d+\. To go"),
+        ({"shift": 1}, {}, r"other packs: checksum of the samples was \d+ and is \d+; to train"),
+        ({"mask": True}, {}, r"other packs: checksum of the samples was \d+ and is \d+; to train"),
         ({"spec": OTHER_MEAN}, {}, r"other packs: the spec's image_mean was \[0\.48.* is \[0\.5, "),
-        ({}, {"gradient_accumulation_steps": 2}, r"steps were 1 packs, 1 ranks x 1 a batch x 1 acc.*2, 1"),
-        ({}, {"ignore_data_skip": True}, "ignore_data_skip would train on this epoch's packs again"),
+        ({}, {"gradient_accumulation_steps": 2}, r"had 1 pack in the checkpoint \(1 rank x 1 per batch x 1 acc.*has 2 now \(1"),
+        ({}, {"ignore_data_skip": True}, "ignore_data_skip would repeat this epoch's packs"),
     ],
     ids=str,
 )  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_checkpoint_without_the_callback_is_refused(finished, tmp_path):
 
 def test_a_finished_run_makes_no_step_more(finished):
     with pytest.raises(
-        ValueError, match="has made its 4 steps; raise max_steps or num_train_epochs"
+        ValueError, match="has finished its 4 steps; raise max_steps or num_train_epochs"
     ):
         run(finished, resume=finished / "checkpoint-4")
 
@@ -246,12 +246,14 @@ def test_a_late_callback_is_refused(tmp_path):
         data_collator=PackCollator(),
     )
     trainer.add_callback(PackingCallback(dataset_of()))
-    with pytest.raises(ValueError, match=r"by hand; PackingCallback\(dataset\)\.attach"):
+    with pytest.raises(
+        ValueError, match=r"was not attached; use PackingCallback\(dataset\)\.attach"
+    ):
         trainer.train()
 
 
 def test_an_order_that_undoes_the_plan_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'group_by_length' would undo it"):
+    with pytest.raises(ValueError, match="'group_by_length' would reorder planned packs"):
         run(tmp_path, train_sampling_strategy="group_by_length")
 
 
@@ -296,9 +298,9 @@ def test_a_torn_checkpoint_is_passed_over(finished, tmp_path, caplog):
                 (folder / "checkpoint-4" / name).write_bytes(content[: len(content) // 2])
             assert last_checkpoint(folder) == str(folder / "checkpoint-2")
             message = caplog.messages[-1]
-            assert message.startswith(f"passed over {folder / 'checkpoint-4'}: ")
+            assert message.startswith(f"skipped incomplete checkpoint {folder / 'checkpoint-4'}: ")
             with pytest.raises(
-                ValueError, match="is not a complete checkpoint: .*Name another one"
+                ValueError, match="is not a complete checkpoint: .*pass another one"
             ):
                 check_checkpoint(folder / "checkpoint-4")
     assert last_checkpoint(tmp_path / "nothing") is None

@@ -101,7 +101,7 @@ def test_a_resumed_run_continues_with_the_next_packs(tmp_path, workers):
     log = [entry for entry in resumed.state.log_history if "pack/utilization" in entry]
     assert len(log) > 0
     (checkpoint / "mmpack_stream_0.json").unlink()
-    with pytest.raises(ValueError, match=r"mmpack_stream_0.json is not there.*load_state_dict"):
+    with pytest.raises(ValueError, match=r"mmpack_stream_0.json is missing.*load_state_dict"):
         other = trainer_of(tmp_path, stream(), [], max_steps=12, **options)
         other.train(resume_from_checkpoint=str(checkpoint))
 
@@ -135,7 +135,7 @@ def test_two_ranks_have_parts_of_their_own_and_resume(tmp_path, workers):
     for *_, refusal in ranks:
         assert "rank 1 reads other rows of the source than rank 0: rows are dealt" in refusal
     alone = trainer_of(tmp_path / "run", stream(), [], max_steps=8)
-    with pytest.raises(ValueError, match="state is of 2 ranks, there are 1.*resume on 2"):
+    with pytest.raises(ValueError, match="state was saved on 2 ranks, this run has 1.*resume on 2"):
         alone.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
 
 

@@ -379,7 +379,7 @@ def test_evaluation(tmp_path):
 
 @pytest.mark.smoke
 def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor .* supervised tokens alone"):
+    with pytest.raises(ValueError, match="label_smoothing_factor .* supervised tokens only"):
         train(patch_model(make()), tmp_path, label_smoothing_factor=0.1)
 
 
@@ -512,7 +512,7 @@ def test_data_parallel_is_refused(batch):
     model = patch_model(make())
     replica = model._replicate_for_data_parallel()
     replica.model = model.model._replicate_for_data_parallel()
-    with pytest.raises(ValueError, match=r"nn\.DataParallel cuts batches .* torchrun"):
+    with pytest.raises(ValueError, match=r"nn\.DataParallel splits batches .* torchrun"):
         replica(**batch)
     assert model(**batch).loss.isfinite()
 

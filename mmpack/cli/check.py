@@ -1,4 +1,4 @@
-"""`mmpack check`: read a data set as training would, and count what is in it."""
+"""`mmpack check`: reads a data set as training would, and counts its contents."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ CAPACITIES = (2048, 4096, 8192, 16384, 32768)
 
 @dataclass
 class CheckedRow:
-    """One row and what became of it."""
+    """The result of checking one row."""
 
     source: str
     row: int | None  # None: the file itself
     group: str  # the row's own `source` field, or its file
-    fields: tuple[str, ...] = ()  # those it has, null and empty ones aside
+    fields: tuple[str, ...] = ()  # names, without null and empty fields
     samples: list[Sample] = field(default_factory=list)
     encoded: list[EncodedSample] = field(default_factory=list)
     bad: BadRow | None = None
-    digest: bytes | None = None  # of what it holds; None: it could not be read
+    digest: bytes | None = None  # of its content; None: unknown
 
 
 def check_rows(groups: Iterable[RowGroup], reader: Reader) -> Iterator[CheckedRow]:
-    """Every row of every file, read and, by an `Encoder`, encoded.
+    """Read every row of every file and, given an `Encoder`, encode it.
 
-    A file that cannot be read is one `CheckedRow` without a number; the next file is read all the
-    same.
+    A file that cannot be read yields one `CheckedRow` without a number; reading continues with the next file.
     """
     for group in groups:
         row_reader = RowReader(reader, group)
@@ -72,8 +71,8 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
 
 
 def _digest(content: Any) -> bytes | None:
-    """Of a row: equal for rows with equal fields, in any order. None: it cannot be told, of a row that is nested
-    too deeply or has a picture in memory that does not decode."""
+    """A digest of a row, equal for equal fields in any order. None: the row is nested too deeply, or an image in
+    memory cannot be decoded."""
     try:
         text = json.dumps(content, sort_keys=True, default=_in_digest)
     except (TypeError, ValueError, RecursionError, OSError, SyntaxError):
@@ -82,7 +81,7 @@ def _digest(content: Any) -> bytes | None:
 
 
 def _in_digest(value: Any) -> str:
-    """What JSON has no word for: bytes and pictures by their content, dates and the like as Python shows them."""
+    """Values without a JSON type: bytes and images by a digest of their content, others by repr."""
     if isinstance(value, (bytes, bytearray)) or hasattr(value, "tobytes"):
         data = value if isinstance(value, (bytes, bytearray)) else value.tobytes()
         return hashlib.blake2b(data, digest_size=12).hexdigest()
@@ -100,20 +99,20 @@ def _encode(checked: list[CheckedRow], encoder: Encoder) -> None:
 
 
 class Summary:
-    """What a data set holds, counted row by row.
+    """Statistics of a data set, counted row by row.
 
     Attributes:
-        num_rows, bad_rows: all rows, and those refused.
-        groups: per source, `rows`, `refused`, `images` and the `tokens` of each usable row.
-        fields: rows by the fields they have (that are not null or empty).
-        roles, turns: turns by role; rows by number of user turns.
-        images_per_row: rows by number of images.
-        num_videos, video_frames: all videos, and the frames of each before sampling.
-        image_uses: path -> times used; images in memory are not in it.
+        num_rows, bad_rows: number of rows, and the refused rows.
+        groups: per source: `rows`, `refused`, `images`, and the `tokens` of each usable row.
+        fields: number of rows per field (not null or empty).
+        roles, turns: number of turns per role; number of rows per number of user turns.
+        images_per_row: number of rows per number of images.
+        num_videos, video_frames: number of videos, and the frames of each before sampling.
+        image_uses: path -> number of uses, without images in memory.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
-        same_content: file names of equal content (with `hash_files`).
-        num_again: rows that hold what an earlier one holds. again: the first of them and the earlier one.
-        twice: data files that are one, named twice or linked.
+        same_content: names of files with equal content (with `hash_files`).
+        num_again: number of rows equal to an earlier row. again: the first of them, and the earlier row.
+        twice: data files that are the same file, named twice or linked.
     """
 
     def __init__(self, hash_files: bool = False) -> None:
@@ -136,7 +135,7 @@ class Summary:
         self.num_again = 0
         self.again: tuple[str, str] | None = None
         self.twice: list[tuple[str, str]] = []
-        self._seen: dict[bytes, int] = {}  # digest of a row -> its file's number << 40 | its own
+        self._seen: dict[bytes, int] = {}  # digest of a row -> file number << 40 | row number
         self._files: dict[str, int] = {}
         self._hash_files = hash_files
         self._by_content: dict[bytes, set[str]] = defaultdict(set)
@@ -177,12 +176,12 @@ class Summary:
                 self.lengths.append((characters, sample.source, sample.row))
 
     def add_files(self, files: Iterable[Path | None]) -> None:
-        """Note data files that are one and the same; None: rows in memory."""
+        """Find data files that are the same file; None: rows in memory."""
         first: dict[tuple[int, int], str] = {}
         for file in files:
             try:
                 found = None if file is None else os.stat(file)
-            except OSError:  # reading it says so
+            except OSError:  # reading will report it
                 continue
             if found is None:
                 continue
@@ -232,12 +231,12 @@ class Summary:
         return sorted(self.lengths, reverse=True)[:count]
 
     def histogram(self) -> dict[int, int]:
-        """Rows by length, in powers of two: upper end -> rows."""
+        """Number of rows by length, in powers of two: upper bound -> rows."""
         counts = Counter(max(16, 1 << (length - 1).bit_length()) for length, _, _ in self.lengths)
         return dict(sorted(counts.items()))
 
     def by_capacity(self) -> list[dict[str, Any]]:
-        """For usual capacities: packs, their utilization, and how many rows are longer."""
+        """For common capacities: number of packs, utilization, and rows that are too long."""
         tokens = np.array([length for length, _, _ in self.lengths], dtype=np.int64)
         table = []
         for capacity in CAPACITIES:
@@ -253,7 +252,7 @@ class Summary:
         return table
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures of the table, for machines."""
+        """The figures of the table, for JSON."""
         used = self.image_uses.values()
         figures: dict[str, Any] = {
             "rows": self.num_rows,
@@ -284,7 +283,7 @@ class Summary:
 
 
 def bad_row_line(bad: BadRow) -> dict[str, Any]:
-    """A refused row as `--bad` writes it."""
+    """A refused row for `--bad`."""
     return {
         "file": bad.source,
         "row": bad.row if bad.row >= 0 else None,
@@ -295,7 +294,7 @@ def bad_row_line(bad: BadRow) -> dict[str, Any]:
 
 
 def row_line(checked: CheckedRow) -> dict[str, Any]:
-    """A row as `--json` prints it."""
+    """A row for `--json`."""
     bad = checked.bad
     line: dict[str, Any] = {"file": checked.source, "row": checked.row, "ok": bad is None}
     line["error"], line["advice"] = (None, None) if bad is None else (bad.error, bad.advice)

@@ -1,9 +1,9 @@
-"""`mmpack demo`: data, tokenizer, model and training on the machine at hand, nothing downloaded.
+"""`mmpack demo`: a complete run on this machine, without downloads.
 
-Draws a small data set of bar charts with questions about them, trains a tokenizer
-with Qwen2-VL's special tokens on it, and trains the same tiny Qwen2-VL on the same rows twice in a
-stock Hugging Face Trainer: padded batches of 8 through stock transformers, and packs through
-mmpack. Then it checks the theorem: loss and gradients of a pack against those of its rows alone.
+Draws a small data set of bar charts with questions, trains a tokenizer with Qwen2-VL's special tokens on it, and
+trains the same tiny Qwen2-VL twice on the same rows in a stock Hugging Face Trainer: on padded batches of 8 with
+stock transformers, and on packs with mmpack. Then it compares loss and gradients of a pack with those of its rows
+alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-# Qwen2-VL's conversation format, without videos and numbered pictures.
+# Qwen2-VL's chat format, without videos and image numbers.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message.role != 'system' %}"
@@ -74,7 +74,7 @@ COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
 
 
 def run_demo(folder: str | None = None) -> dict[str, float]:
-    """Run it, print what it finds and return the figures; `folder` keeps data set, tokenizer and config."""
+    """Run the demo, print and return its figures; `folder` keeps the data set, tokenizer and config."""
     logging.set_verbosity_error()
     torch.set_num_threads(
         1
@@ -153,8 +153,8 @@ def write_data(root: Path, num_rows: int) -> None:
 
 
 def _row(rng: random.Random, root: Path, number: int) -> dict[str, Any]:
-    """Up to six charts, then one to three questions: many short rows and a few long ones, as in
-    real data."""
+    """A row with up to six charts and one to three questions: like real data, many short rows and a few long
+    ones."""
     paths, charts = [], []
     for chart in range(rng.choice([0, 0, 1, 1, 1, 1, 1, 2, 2, 6])):
         values = {thing: rng.randint(1, 60) for thing in rng.sample(THINGS, rng.randint(3, 6))}
@@ -278,7 +278,7 @@ def tiny_model(config: Qwen2VLConfig) -> Qwen2VLForConditionalGeneration:
 
 
 def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
-    """What scripts do without packing: samples side by side, padded to the longest."""
+    """A batch without packing: samples padded to the longest."""
     packs = [assemble([sample]) for sample in samples]
     width = max(len(pack.input_ids) for pack in packs)
     batch = {
@@ -336,7 +336,8 @@ class _BarTrainer(Trainer):
 
 
 def _compare(config: Qwen2VLConfig, dataset: PackedDataset) -> tuple[float, float, int]:
-    """Relative difference of loss and of the worst parameter's gradient, and rows in the pack."""
+    """Relative difference of the loss and of the worst parameter's gradient, and the number of rows in the
+    pack."""
     samples = [dataset.samples[n] for n in dataset.plan.samples_of(0)]
     batch = PackCollator()([dataset[0]])
     num_items = batch["shift_labels"].numel()

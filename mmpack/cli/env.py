@@ -1,7 +1,7 @@
-"""`mmpack env`: what is installed here, and which implementations can be had; for bug reports.
+"""`mmpack env`: installed packages and available implementations, for bug reports.
 
-Nothing here may fail: a package that is missing or breaks when it is imported is what this is to tell.
-Packages are imported by name, one after the other, each behind `_reason`.
+Must never raise: reporting missing and broken packages is its purpose. Each package is imported by name under
+`_reason`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from mmpack.cli.tables import aligned
 
-# Name of the package -> of its module; "": only looked up, as nothing of ours imports it.
+# Package -> module to import; "": only its version is looked up, because mmpack does not import it.
 PACKAGES = {
     "torch": "torch",
     "triton": "triton",
@@ -38,7 +38,7 @@ PACKAGES = {
     "deepspeed": "",
     "liger-kernel": "",
 }
-# Ops of `mmpack.ops`: kernels alone, or with what does the work without them; and those without kernels.
+# Ops with kernels in `mmpack.ops`, and their fallback (None: there is none).
 KERNELS = {
     "embed_features": "the embedding and an index",
     "accumulate_embedding_grad": None,
@@ -52,7 +52,7 @@ PLAIN = ("block_mask", "patch_embed", "supervised_cross_entropy")
 
 
 def environment() -> dict[str, Any]:
-    """All of it, as JSON holds it. A reason is why not; None: it can be had."""
+    """The environment, for JSON. Implementations map to a reason why they are not available; None: available."""
     packages = {name: _package(name, module) for name, module in PACKAGES.items()}
     gpus: list[str] = []
     why_no_gpu = _reason(lambda: gpus.extend(_gpus()))
@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
 
 
 def env_table(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """The environment as text."""
     rows: list[tuple[str, ...]] = [
         (name, str(found[name])) for name in ("mmpack", "python", "platform", "cores")
     ]
@@ -85,20 +85,20 @@ def env_table(found: dict[str, Any]) -> str:
     rows += [("GPU", gpu) for gpu in gpus]
     lines = [*aligned(rows, left=(0, 1)), ""]
     if found["why_no_ops"]:
-        lines.append(f"mmpack.ops cannot be looked at: {found['why_no_ops']}")
+        lines.append(f"mmpack.ops cannot be inspected: {found['why_no_ops']}")
     rows = [("op", "implementation", "")]
     for op, implementations in found["ops"].items():
         for name, reason in implementations.items():
             state = "available" if reason is None else f"no: {reason}"
             if op == "varlen_attention" and name == found["auto"]:
-                state += "; what impl='auto' means"
+                state += "; the choice of impl='auto'"
             rows.append((op, name, state))
     lines += aligned(rows, left=(0, 1, 2)) if found["ops"] else []
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _reason(call: Callable[[], Any]) -> str | None:
-    """Why a call does not work, in a line; None if it does."""
+    """Why a call fails, in one line; None if it succeeds."""
     try:
         call()
     except Exception as error:  # whatever a broken package raises
@@ -112,7 +112,7 @@ def _package(name: str, module: str) -> dict[str, str | None]:
         found: str | None = version(name)
     except PackageNotFoundError:
         found = None
-    except Exception as error:  # its metadata cannot be read
+    except Exception as error:  # unreadable metadata
         return {"version": None, "error": f"{type(error).__name__}: {error}"}
     broken = _reason(lambda: import_module(module)) if module and found else None
     return {"version": found, "error": broken}
@@ -121,8 +121,8 @@ def _package(name: str, module: str) -> dict[str, str | None]:
 def _gpus() -> list[str]:
     torch = import_module("torch")
     if not (torch.version.cuda or torch.version.hip):
-        raise ValueError(f"torch {torch.__version__} is built for the CPU alone")
-    torch.cuda.init()  # which says why there is none
+        raise ValueError(f"torch {torch.__version__} is built for the CPU only")
+    torch.cuda.init()  # raises with the reason if there is none
     gpus = []
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
@@ -132,12 +132,12 @@ def _gpus() -> list[str]:
             f"{about.total_memory / 2**30:.0f} GiB, {toolkit}"
         )
     if not gpus:
-        raise RuntimeError("torch finds none")
+        raise RuntimeError("torch finds no GPU")
     return gpus
 
 
 def _look_at_ops(ops: dict[str, dict[str, str | None]], auto: list[str], device: str) -> None:
-    """Every op's implementations and why each cannot be had, for bf16 on `device`, trained."""
+    """Fill in every op's implementations and why each is not available, for training in bf16 on `device`."""
     torch = import_module("torch")
     door = import_module("mmpack.ops.varlen_attention")
     q_THK = torch.empty(1, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)

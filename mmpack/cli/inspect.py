@@ -1,6 +1,6 @@
-"""`mmpack inspect`: one pack as training gets it, for people: what is where, and what is supervised.
+"""`mmpack inspect`: shows one pack as training gets it: segments, text, images, supervision.
 
-Everything is read off the assembled `Pack`, not off the rows: what this shows is what the model is given.
+Everything is taken from the assembled `Pack`, not from the rows, so this shows what the model gets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from mmpack.cli.terminal import one_line, printable
 from mmpack.data import images, videos
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
+from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_tokenizer
-from mmpack.pack_html import counted, frames_of
+from mmpack.errors import counted
+from mmpack.pack_html import frames_of
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
@@ -30,39 +32,39 @@ _SUPERVISED, _FOLDED, _PLAIN = (
     "\x1b[30;42m",
     "\x1b[36m",
     "\x1b[0m",
-)  # black on green, cyan, as before
+)  # black on green, cyan, reset
 
 
 @dataclass(frozen=True)
 class Medium:
-    """An image or a video of a pack."""
+    """An image or a video in a pack."""
 
-    name: str  # "image 1": its place among those of its segment
+    name: str  # such as "image 1", counted within its segment
     segment: int
     ref: Media
-    grids: NDArray[np.int64]  # (G, 3); of a video with timestamps one a temporal patch
+    grids: NDArray[np.int64]  # (G, 3); for a video with timestamps, one per temporal patch
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """(t, h, w) in patches, all grids together."""
+        """(t, h, w) in patches, over all grids."""
         return int(self.grids[:, 0].sum()), int(self.grids[0, 1]), int(self.grids[0, 2])
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `begin` to `end` of a pack: text that is supervised or is not, or placeholders."""
+    """Tokens `begin` to `end` of a pack: supervised text, unsupervised text, or placeholders."""
 
     begin: int
     end: int
     segment: int
     is_supervised: bool
-    medium: int  # whose placeholders they are; -1: text
-    first_frame: int  # temporal patch of the medium that the first of them is of
+    medium: int  # index of the placeholders' medium; -1: text
+    first_frame: int  # the medium's temporal patch at `begin`
 
 
 @dataclass(frozen=True)
 class PackView:
-    """A pack and what its tokens are."""
+    """A pack with its media and spans."""
 
     number: int
     num_packs: int
@@ -71,7 +73,7 @@ class PackView:
     samples: Sequence[EncodedSample]
     media: list[Medium]
     spans: list[Span]
-    folders: MediaFolders | None  # where files of images and videos must lie
+    folders: MediaFolders | None  # where image and video files must be
 
     def bounds(self, segment: int) -> tuple[int, int]:
         """First and last (excluded) token of a segment."""
@@ -79,7 +81,7 @@ class PackView:
         return begin, end
 
     def num_supervised(self, segment: int) -> int:
-        """Tokens of a segment that have a loss."""
+        """The number of supervised tokens in a segment."""
         begin, end = self.bounds(segment)
         return int((self.pack.labels[begin:end] != IGNORE).sum())
 
@@ -90,19 +92,19 @@ class PackView:
         return [medium for medium in self.media if medium.segment == segment]
 
     def num_tokens(self, medium: Medium) -> int:
-        """Placeholders of an image or a video."""
+        """The number of placeholders of an image or video."""
         return int(self.pack.vision.num_features(medium.grids).sum())
 
 
 def view_pack(dataset: PackedDataset, number: int) -> PackView:
-    """Pack `number` of a packed data set, no image opened.
+    """View pack `number` of a packed data set without opening images.
 
     Raises:
         ValueError: there is no such pack.
     """
     num_packs = dataset.plan.num_packs
     if not 0 <= number < num_packs:
-        raise ValueError(f"there is no pack {number}; there are {num_packs:,}, the first is 0")
+        raise ValueError(f"there is no pack {number}; packs are 0 to {num_packs - 1:,}")
     samples = dataset[number]
     pack = assemble(samples, pixels=False)
     media, medium_of, first_frame = _media(samples, pack)
@@ -113,30 +115,29 @@ def view_pack(dataset: PackedDataset, number: int) -> PackView:
 
 
 def pack_range(packs: str) -> range:
-    """The packs that `--pack` names: K, or K-L with L included.
+    """The packs that `--pack` names: K, or K-L including L.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is malformed or empty.
     """
     first, dash, last = packs.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise ValueError(f"--pack takes a pack K, or packs K-L with --html, got {packs!r}")
+        raise ValueError(f"--pack takes K, or K-L with --html, got {packs!r}")
     found = range(int(first), int(last or first) + 1)
     if not found:
-        raise ValueError(f"--pack {packs} names no pack; the first comes first")
+        raise ValueError(f"--pack {packs} is empty; put the smaller number first")
     return found
 
 
 def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
-    """(pack, segment) of a row of the data, several where it is a document in pieces. `row` is its number,
-    or FILE:NUMBER.
+    """(pack, segment) of a row, several if it is a document in pieces. `row` is a number or FILE:NUMBER.
 
     Raises:
-        ValueError: it is in no pack, or several files have a row of that number.
+        ValueError: the row is in no pack, or several files have a row with this number.
     """
     file, _, number = row.rpartition(":")
     if not number.isdecimal():
-        raise ValueError(f"a row is a number or FILE:NUMBER, got {row!r}")
+        raise ValueError(f"--row takes N or FILE:N, got {row!r}")
     store, plan, sources = _store_of(dataset), dataset.plan, dataset.samples.sources  # type: ignore[attr-defined]
     rows = store.rows
     if store is not dataset.samples:
@@ -146,7 +147,9 @@ def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
         is_it &= sources == file
     names = sorted(set(sources[is_it]))
     if len(names) > 1:
-        raise ValueError(f"row {number} is in {' and '.join(names)}; say --row {names[0]}:{number}")
+        raise ValueError(
+            f"row {number} is in {' and '.join(names)}; pass --row {names[0]}:{number}"
+        )
     places = np.flatnonzero(is_it[plan.sample_index])
     if not len(places):
         raise ValueError(
@@ -157,15 +160,15 @@ def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
 
 
 def _store_of(dataset: PackedDataset) -> Any:
-    """The store under a data set, whose samples may be in pieces."""
+    """The store under a data set, also if its documents are split."""
     return getattr(dataset.samples, "samples", dataset.samples)
 
 
 def _media(
     samples: Sequence[EncodedSample], pack: Pack
 ) -> tuple[list[Medium], list[int], list[int]]:
-    """The media of a pack, images first as its grids are; and of every grid the medium it is of and
-    its first temporal patch there."""
+    """A pack's media, images first like its grids; and for every grid, its medium and its first temporal patch in
+    that medium."""
     media: list[Medium] = []
     medium_of: list[int] = []
     first_frame: list[int] = []
@@ -180,8 +183,8 @@ def _media(
                 media.append(Medium(f"{kind} {place}", segment, ref, grids))
     if len(medium_of) != len(pack.grid_thw):
         raise ValueError(
-            f"the pack has the placeholders of {len(pack.grid_thw)} images or parts of videos, "
-            f"its rows name {len(medium_of)}; pack again with --overwrite"
+            f"the pack has placeholders for {len(pack.grid_thw)} grids, but its rows have {len(medium_of)}; pack "
+            "again with --overwrite"
         )
     return media, medium_of, first_frame
 
@@ -246,17 +249,17 @@ def _described(view: PackView, medium: Medium) -> str:
 
 
 def size_in_patches(medium: Medium) -> str:
-    """As 24x32; of a video with its temporal patches, as 4x24x32."""
+    """Such as "24x32"; for a video with temporal patches, such as "4x24x32"."""
     is_image = isinstance(medium.ref, ImageRef)
     return "x".join(map(str, medium.grid_thw[1:] if is_image else medium.grid_thw))
 
 
 def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> str:
-    """A segment's text, the placeholders of an image in one word, supervised tokens on green or, without
-    colour, between [[ and ]].
+    """A segment's text, with an image's placeholders as one word. Supervised tokens are green or, without color,
+    between [[ and ]].
 
     Args:
-        decode: ids to text; None: ids are written.
+        decode: ids to text; None: show ids.
     """
     parts = []
     for span in view.spans_of(segment):
@@ -267,7 +270,7 @@ def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> st
         written = span_text(view, span, decode)
         if decode is None:
             written += " "
-        if span.is_supervised and color:  # a line at a time, its end to be seen too
+        if span.is_supervised and color:  # line by line, with visible line ends
             lines = written.replace("\n", "\u21b5\n").split("\n")
             written = "\n".join(f"{_SUPERVISED}{line}{_PLAIN}" if line else "" for line in lines)
         elif span.is_supervised:
@@ -280,7 +283,7 @@ def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> st
 
 
 def span_text(view: PackView, span: Span, decode: Decode | None) -> str:
-    """The text of a span as it may be shown, control and format characters as escapes; or its ids."""
+    """A span's text with control and format characters escaped, or its ids."""
     ids = view.pack.input_ids[span.begin : span.end].tolist()
     return " ".join(map(str, ids)) if decode is None else printable(decode(ids))
 
@@ -297,7 +300,7 @@ def _folded(view: PackView, span: Span) -> str:
 
 
 def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dict[str, Any]:
-    """The pack and the segments `chosen` for machines; `begin` and `end` are tokens of the pack."""
+    """The pack and its segments `chosen` for JSON; `begin` and `end` are positions in the pack."""
     segments = []
     for segment in chosen:
         sample = view.samples[segment]
@@ -345,11 +348,11 @@ def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dic
 def frames(
     medium: Medium, vision: VisionSpec, folders: MediaFolders | None = None
 ) -> NDArray[np.uint8]:
-    """(t, height, width, C) uint8: an image or a video in the pixels the model is given, the first frame
-    of each temporal patch.
+    """(t, height, width, C) uint8 pixels of an image or video as the model gets them: the first frame of each
+    temporal patch.
 
     Raises:
-        ValueError: it cannot be decoded any more, or lies outside of `folders`.
+        ValueError: it can no longer be decoded, or is outside of `folders`.
     """
     if isinstance(medium.ref, ImageRef):
         patches = images.load_patches(medium.ref, medium.grids[0], vision, folders=folders)
@@ -358,22 +361,31 @@ def frames(
     return frames_of(patches, medium.grid_thw, vision)
 
 
-def find_tokenizer(dataset: PackedDataset, folder: str | None) -> tuple[Decode | None, str]:
-    """(ids to text, a note to the user): the tokenizer in `folder`, or the one the data was packed with
-    if it still lies where it did."""
+def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | None, str]:
+    """(ids to text, a note to the user), by the tokenizer named, or else the recorded one if it is still on
+    this machine: a recorded name is not downloaded."""
     about = _store_of(dataset).about
-    if folder is None:
-        folder = about.tokenizer
-        if folder is None or not Path(folder).is_dir():
-            where = f"the tokenizer this was packed with is not at {folder} any more"
-            why = "the store names no tokenizer" if folder is None else where
-            return None, f"{why}; these are ids, --tokenizer FOLDER shows text"
-    tokenizer = load_tokenizer(folder)
+    recorded = about.tokenizer
+    if name is not None:
+        tokenizer = load_tokenizer(local_path(name))
+    elif recorded is None:
+        return (
+            None,
+            "the store names no tokenizer; showing token ids, --tokenizer FOLDER shows text",
+        )
+    else:
+        try:
+            folder = local_path(recorded, download=False)
+        except ValueError:
+            gone = f"the tokenizer this was packed with is not at {recorded}; showing token ids"
+            what = recorded if recorded.startswith("hf:") else "FOLDER"
+            return None, f"{gone}, --tokenizer {what} shows text"
+        tokenizer = load_tokenizer(folder)
     before = about.made_from.get("the tokenizer")  # None: `PackedDataset.save` does not know
     is_same = (
         before is None or before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
     )
-    note = "" if is_same else f"{folder} is not the tokenizer this was packed with"
+    note = "" if is_same else f"{name or recorded} is not the tokenizer this was packed with"
 
     def decode(ids: list[int]) -> str:
         words: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -1,8 +1,8 @@
-"""`mmpack inspect --html`: packs on one page that needs nothing else, for a browser.
+"""`mmpack inspect --html`: packs on one self-contained HTML page.
 
-What rows say is data here. It is in the page as JSON that cannot end its element, and the script makes text
-nodes of it. The page's policy allows this script and this style sheet, by hash, and images inside the page;
-nothing else. Images are decoded and encoded anew, small.
+Text from rows is data: it is embedded as JSON that cannot close its element, and the script creates text nodes
+from it. The page's security policy allows only this script and style sheet, by hash, and embedded images. Images
+are decoded and re-encoded as thumbnails.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mmpack.cli.inspect import (
 )
 from mmpack.cli.terminal import one_line
 from mmpack.data import images, videos
-from mmpack.pack_html import counted
+from mmpack.errors import counted
 from mmpack.packing.dataset import PackedDataset
 from mmpack.types import ImageRef
 
-_PACKS = 10  # of a page where none are named
-_SIDE = 192  # pixels of a thumbnail, at most: 6 kB of a photograph
-# Of all packs of a page: 15 MB of English and images, 35 of Chinese.
+_PACKS = 10  # on a page, by default
+_SIDE = 192  # maximum pixels of a thumbnail's side: 6 kB for a photograph
+# Per page: 15 MB with English text and images, 35 MB with Chinese.
 _MOST_CHARACTERS, _MOST_IMAGE_BYTES = 4_000_000, 8_000_000
-_SPAN = 50  # characters that a span costs besides its text
+_SPAN = 50  # characters per span besides its text
 _HERE = Path(__file__)
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -59,14 +59,14 @@ _PAGE = """<!doctype html>
 
 @dataclass
 class Page:
-    """Packs of a page, and what is on it and is not.
+    """The packs on a page, and what was left out.
 
     Attributes:
-        packs: each as JSON. numbers: which they are.
-        num_media: images and videos that are shown.
-        num_unread, num_left: that cannot be read, and that there was no room for.
-        num_cut: characters that there was no room for.
-        characters, image_bytes: room that is left.
+        packs: each as JSON. numbers: their numbers.
+        num_media: images and videos shown.
+        num_unread, num_left: images and videos that cannot be read, and that did not fit.
+        num_cut: characters that did not fit.
+        characters, image_bytes: remaining room.
     """
 
     packs: list[str] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Page:
     image_bytes: int = _MOST_IMAGE_BYTES
 
     def add(self, view: PackView, decode: Decode | None) -> None:
-        """Put a pack on the page, as much of its text and images as there is room for."""
+        """Add a pack to the page, with as much text and as many images as fit."""
         data = {
             "number": view.number,
             "capacity": view.capacity,
@@ -93,16 +93,16 @@ class Page:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for another pack."""
+        """Whether no further pack fits."""
         return self.characters <= 0 or self.image_bytes <= 0
 
     def problems(self) -> list[str]:
-        """What of its packs the page does not show, a line each."""
+        """What the page leaves out, one line each."""
         limits = f"a page holds {_MOST_CHARACTERS:,} characters and {_MOST_IMAGE_BYTES:,} bytes of images"
         problems = {
             f"{self.num_unread:,} of the images and videos cannot be read; the page says why": self.num_unread,
-            f"{self.num_left:,} of the images and videos had no room: {limits}": self.num_left,
-            f"{counted(self.num_cut, 'character')} of text had no room: {limits}": self.num_cut,
+            f"{self.num_left:,} of the images and videos did not fit: {limits}": self.num_left,
+            f"{counted(self.num_cut, 'character')} of text did not fit: {limits}": self.num_cut,
         }
         return [problem for problem, number in problems.items() if number]
 
@@ -127,7 +127,7 @@ class Page:
     def _thumbnail(self, view: PackView, medium: Medium) -> dict[str, str]:
         if self.image_bytes <= 0:
             self.num_left += 1
-            return {"why": f"no room: a page holds {_MOST_IMAGE_BYTES:,} bytes of images"}
+            return {"why": f"did not fit: a page holds {_MOST_IMAGE_BYTES:,} bytes of images"}
         vision, ref = view.pack.vision, medium.ref
         try:
             if isinstance(ref, ImageRef):
@@ -174,24 +174,24 @@ def write_page(
     name: str,
     segment: int | None = None,
 ) -> dict[str, Any]:
-    """Write a page with packs of a packed data set, as many as have room.
+    """Write a page with packs of a packed data set, as many as fit.
 
     Args:
-        packs: which; None: the first 10.
-        decode: ids to text; None: ids are written.
-        name: what the page calls the data set.
-        segment: of the first pack, where the page opens; None: at its top.
+        packs: which packs; None: the first 10.
+        decode: ids to text; None: show ids.
+        name: of the data set, for the title.
+        segment: of the first pack, to scroll to; None: the top.
 
     Returns:
-        `packs` on the page, `images` shown there, its `bytes`, `next` packs as `--pack` takes them (None after
-        the last) and `problems`, a line each.
+        `packs` on the page, `images` shown, its `bytes`, the `next` packs for `--pack` (None after the last) and
+        `problems`, one line each.
 
     Raises:
         ValueError: there is no such pack.
     """
     num_packs = dataset.plan.num_packs
     asked = range(min(_PACKS, num_packs)) if packs is None else packs
-    view_pack(dataset, asked[-1])  # an error before the work, not after it
+    view_pack(dataset, asked[-1])  # fail before the work
     page = Page()
     for number in asked:
         if page.is_full:
@@ -201,7 +201,7 @@ def write_page(
     problems = page.problems()
     if last < asked[-1]:
         rest = counted(asked[-1] - last, "pack")
-        problems.append(f"{rest} of --pack {asked[0]}-{asked[-1]} had no room")
+        problems.append(f"{rest} of --pack {asked[0]}-{asked[-1]} did not fit")
     end = min(last + max(len(page.numbers), 2), num_packs - 1)
     following = None if last + 1 == num_packs else f"{last + 1}-{end}"
     about = {"packs": num_packs, "next": following, "segment": segment, "problems": problems}
@@ -230,7 +230,7 @@ def _html(name: str, about: dict[str, Any], packs: Iterable[str]) -> str:
 
 
 def _json(data: Any) -> str:
-    """ASCII, so U+2028 and U+2029 too are escapes, and no character that HTML knows."""
+    """JSON in ASCII without HTML's special characters; U+2028 and U+2029 are escaped, too."""
     text = json.dumps(data)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")

@@ -1,6 +1,6 @@
 
 "use strict";
-// Text of rows becomes text nodes and nothing else: no markup is made of strings here.
+// Text from rows only becomes text nodes; no markup is built from strings.
 const { name, about, packs } = JSON.parse(document.getElementById("packs").textContent);
 const number = (n) => n.toLocaleString("en-US");
 const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
@@ -33,7 +33,7 @@ function titled(shape, title) {
 const rowOf = (segment) => `row ${segment.row} of ${segment.source}`;
 const spansOf = (pack) => pack.segments.flatMap((segment) => segment.spans);
 
-// The pack as a strip: its segments, and below them what of it is images and what is supervised.
+// The pack as a strip: segments, and below them images and supervised tokens.
 function strip(pack) {
   const lane = (className, label, shapes) => [element("span", "", label), drawing("svg", {
     viewBox: `0 0 ${pack.capacity} 1`, preserveAspectRatio: "none", class: className, role: "img",
@@ -87,7 +87,7 @@ function tower(pack) {
     `${number(end)} patches: each sees those of its image or frame, at most.`);
 }
 
-// An image or a video at its place: small, with its size, or why it cannot be shown.
+// A thumbnail of an image or video with its size, or why it cannot be shown.
 function medium(pack, span) {
   const { name, video, size, frames, tokens, file, jpeg, width, height, why } = pack.media[span.medium];
   const isPart = span.end - span.begin < tokens;
@@ -98,7 +98,7 @@ function medium(pack, span) {
   const box = element("span", "medium");
   if (jpeg !== undefined) {
     const image = element("img");
-    [image.width, image.height] = [width, height]; // known before it is decoded: nothing moves
+    [image.width, image.height] = [width, height]; // set before decoding, so that the layout does not move
     image.alt = `${name}: ${file}`;
     image.src = `data:image/jpeg;base64,${jpeg}`;
     box.append(image);
@@ -112,7 +112,7 @@ function medium(pack, span) {
   return box;
 }
 
-// Ends of supervised lines are supervised too, and seen.
+// Line ends in supervised text are supervised too, so show them.
 function marked(text) {
   const parts = text.split("\n").flatMap((line, n) => n ? [element("span", "newline", "\u21b5"), "\n", line] : [line]);
   return element("mark", "", ...parts);
@@ -122,7 +122,7 @@ function body(pack, segment) {
   return element("div", "text", ...segment.spans.flatMap((span) => {
     if (span.medium !== undefined) return [medium(pack, span)];
     const text = span.supervised ? marked(span.text) : element("span", "off", span.text);
-    return span.cut ? [text, element("span", "cut", ` [${counted(span.cut, "character")} had no room] `)] : [text];
+    return span.cut ? [text, element("span", "cut", ` [${counted(span.cut, "character")} did not fit] `)] : [text];
   }));
 }
 
@@ -194,7 +194,7 @@ function goTo(segment) {
   cards[segment].scrollIntoView({ block: "start" });
 }
 
-// Rows of several files have the same number, and a document in pieces has several segments.
+// Several files may have the same row number, and a split document has several segments.
 let hits = 0;
 function find() {
   const [, file, row] = /^(?:(.*):)?\s*([\d,]+)$/.exec(wanted.value.trim()) || [];

@@ -1,7 +1,7 @@
 """The command line: mmpack check | pack | merge | inspect | train | demo | env.
 
-`ValueError`, `OSError` and a missing extra print one line and exit with 1. Every other exception is a bug
-of ours and keeps its traceback.
+`ValueError`, `OSError` and a missing extra print one line and exit with 1. Any other exception is a bug in mmpack
+and shows its traceback.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mmpack.cli.options import (
 from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
+from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import Reader, media_folders
@@ -39,8 +41,8 @@ from mmpack.store.manifest import Planning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141
-    nobody reads what it prints any more."""
+    """Run a command; returns the exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 broken
+    pipe."""
     with escaped_streams():
         return _run(arguments)
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # text a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # text that the terminal cannot encode
     command = ""
     try:
         command, options = parse(arguments)
@@ -94,7 +96,7 @@ def _without_progress() -> Iterator[None]:
 def _encoder(
     options: CheckOptions | PackOptions | TrainOptions, on_error: OnError = "raise"
 ) -> Encoder:
-    """How rows are read and encoded, as the options say."""
+    """The encoder described by the options."""
     assert options.tokenizer is not None
     model = options.config or getattr(options, "model", None)
     packing: dict[str, Any] = {}
@@ -103,7 +105,7 @@ def _encoder(
         packing = {name: getattr(options, name) for name in names}
     return Encoder.from_folder(
         options.tokenizer,
-        None if model is None else load_config(model),
+        None if model is None else load_config(local_path(model)),
         max_pixels=options.max_pixels,
         video={
             "fps": options.video_fps,
@@ -145,6 +147,12 @@ def _check(options: CheckOptions) -> int:
 def _pack(options: PackOptions) -> None:
     from mmpack.cli.pack import run_pack
 
+    # The store records which commit these were.
+    options = replace(
+        options,
+        tokenizer=pinned(options.tokenizer),
+        config=None if options.config is None else pinned(options.config),
+    )
     config = _config(options.config, options.frozen)
     run_pack(options, _encoder(options, options.on_error), config)
 
@@ -161,16 +169,16 @@ def _inspect(options: InspectOptions) -> None:
         (number, segment), *others = inspect.find_row(dataset, options.row)
         packs = range(number, number + 1)
         for pack, piece in others:
-            print(f"mmpack: it goes on in pack {pack}, segment {piece}", file=sys.stderr)
+            print(f"mmpack: continued in pack {pack}, segment {piece}", file=sys.stderr)
     number, *more = packs or [0]
     if more and options.html is None:
-        raise ValueError(f"--pack {number}-{more[-1]} is for --html FILE; else one pack is shown")
+        raise ValueError(f"--pack {number}-{more[-1]} needs --html FILE; without it, pass one pack")
     view = inspect.view_pack(dataset, number)
     chosen = range(len(view.samples))
     if segment is not None:
         if segment not in chosen:
             raise ValueError(
-                f"pack {number} has no segment {segment}; its {len(chosen)} count from 0"
+                f"pack {number} has no segment {segment}; its segments are 0 to {len(chosen) - 1}"
             )
         chosen = range(segment, segment + 1)
     decode, note = inspect.find_tokenizer(dataset, options.tokenizer)
@@ -215,20 +223,20 @@ def _inspect_html(
 def _merge(options: MergeOptions) -> None:
     from mmpack.cli.merge import run_merge
 
-    run_merge(options, lambda planning: _config(planning.config, planning.frozen))
+    run_merge(options, lambda planning: _config(planning.config, planning.frozen, download=False))
 
 
-def _config(path: str | None, frozen: Sequence[str]) -> Any:
-    """The config to count costs with, None where none is named."""
-    if path is None:
+def _config(name: str | None, frozen: Sequence[str], download: bool = True) -> Any:
+    """The model's config for costs; None if no name is given."""
+    if name is None:
         if frozen:
-            raise ValueError("--frozen says what a step costs; pass the model's --config too")
+            raise ValueError("--frozen affects costs, which need the model; pass --config too")
         return None
-    return load_config(path)
+    return load_config(local_path(name, download=download))
 
 
 def _reading(options: ReadingOptions) -> dict[str, Any]:
-    """The options of `Reader`, but for `on_error`."""
+    """The options of `Reader`, except `on_error`."""
     return {
         "mapping": options.dataset,
         "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
@@ -263,8 +271,8 @@ def _train(options: TrainOptions) -> None:
         _tell_other_costs(store.about.planning, options.frozen)
     elif options.tokenizer is None or options.capacity is None:
         raise ValueError(
-            f"{' '.join(options.data)} is not what mmpack pack writes; to pack rows now, pass --tokenizer and "
-            "--capacity"
+            f"{' '.join(options.data)} is not a folder written by mmpack pack; to pack rows now, pass "
+            "--tokenizer and --capacity"
         )
     else:
         bad_rows: list[BadRow] = []
@@ -327,15 +335,15 @@ def _how_to_continue(words: Sequence[str], args: Any) -> str:
 
 
 def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
-    """Say where a store's packs were planned to cost the same with other parts frozen."""
+    """Warn if a store's packs were balanced for other frozen parts."""
     if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
-            f"--frozen {' --frozen '.join(p)}" if p else "all parts"
+            f"--frozen {' --frozen '.join(p)}" if p else "no --frozen"
             for p in (planning.frozen, frozen)
         ]
         print(
-            f"mmpack: the packs were planned for {words[0]}, trained are {words[1]}, so they cost the same no "
-            "more and ranks wait; pack again with the options of the training",
+            f"mmpack: the packs were planned for {words[0]}, but this run has {words[1]}: their costs are not "
+            "balanced, and ranks will wait for each other; pack again with the same --frozen options",
             file=sys.stderr,
         )
 

@@ -1,8 +1,8 @@
-"""`mmpack merge`: the parts of a data set, encoded on several machines -> the store one would have made.
+"""`mmpack merge`: parts of a data set, encoded on several machines -> the store that one machine would write.
 
-Part i of n has every n-th chunk of rows from the i-th on, so that long files and long rows fall on all
-parts alike and nobody need count rows first. Taking a chunk from each part in turn gives the very
-file that one process writes. Bad rows are counted in the same order, against `--max-bad` of all parts together.
+Part i of n holds every n-th chunk of rows, starting with the i-th, so that all parts get a similar amount of work
+and rows need not be counted first. Taking one chunk from each part in turn gives the file that one process would
+write. Bad rows are counted in the same order, against `--max-bad` for all parts together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mmpack.store.records import damaged
 
 
 def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> None:
-    """Join, plan as the parts were told to, write and report. `config_of` gives the config of the
-    model to count costs with."""
+    """Join the parts, plan with their options, write and report. `config_of` returns the model's config for
+    costs."""
     start = time.perf_counter()
     out = Path(options.out)
     parts = _in_order([Path(path) for path in options.parts])
@@ -53,20 +53,22 @@ def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> No
 
 
 def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
-    """The parts opened, from the first to the last.
+    """Open the parts and order them by number.
 
     Raises:
-        ValueError: one is no part, is damaged or was made otherwise than the first; or some are
-            missing, or there twice.
+        ValueError: a folder is not a part, is damaged or was packed with other options than the first; or parts
+            are missing or given twice.
     """
     found: dict[int, EncodedStore] = {}
     first = None
     for folder in folders:
         store = open_store(folder)
         if store.about.part is None:
-            raise ValueError(f"{folder} is a whole store, not a part that mmpack pack --shard made")
+            raise ValueError(
+                f"{folder} is a whole store, not a part written by mmpack pack --shard"
+            )
         if store.about.planning is None:
-            raise damaged(folder / "mmpack.json", "it does not say how to plan")
+            raise damaged(folder / "mmpack.json", "it has no planning options")
         number, of = store.about.part.number, store.about.part.of
         if first is None:
             first, num_parts = store, of
@@ -81,7 +83,7 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             )
         if number in found:
             raise ValueError(
-                f"part {number} of {of} is there twice, {found[number].folder} and {folder}"
+                f"part {number} of {of} is given twice, {found[number].folder} and {folder}; leave one out"
             )
         found[number] = store
     missing = [number for number in range(1, num_parts + 1) if number not in found]
@@ -89,7 +91,7 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
         listed = " and ".join(map(str, missing[:8])) + (" and more" if missing[8:] else "")
         raise ValueError(
             f"{len(missing)} of {num_parts} parts are missing: {listed}; "
-            f"mmpack pack --shard {missing[0]}/{num_parts} makes one"
+            f"write them with mmpack pack --shard {missing[0]}/{num_parts}"
         )
     stores = [found[number] for number in sorted(found)]
     num_chunks = sum(len(_part(store).chunks) for store in stores)
@@ -108,7 +110,7 @@ def _part(store: EncodedStore) -> Part:
 
 
 def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
-    """The batches of all parts, a chunk of each in turn."""
+    """The batches of all parts, one chunk from each in turn."""
     for store in parts:
         store.verify()
     batches = [store.batches() for store in parts]
@@ -121,7 +123,7 @@ def _joined_bad_rows(parts: Sequence[EncodedStore], skip: Skip) -> Iterator[byte
     """Lines of `bad_rows.jsonl`, counted as `mmpack pack` would have counted the rows.
 
     Raises:
-        ValueError: too many of the rows of all parts are bad; a part has other lines than were written.
+        ValueError: too many rows of all parts are bad, or a part's list is damaged.
     """
     lines: list[Iterator[bytes]] = []
     for store in parts:
@@ -131,7 +133,7 @@ def _joined_bad_rows(parts: Sequence[EncodedStore], skip: Skip) -> Iterator[byte
             with open_regular(path) as file:
                 content = file.readlines()
         if len(content) != (written := sum(num_bad for _, num_bad, _ in _part(store).chunks)):
-            raise damaged(path, f"it has {len(content):,} lines, {written:,} were written")
+            raise damaged(path, f"it has {len(content):,} lines, but {written:,} were written")
         lines.append(iter(content))
     for part, num_rows, num_bad, _ in _chunks(parts):
         skip.saw("merging", num_rows)
@@ -149,11 +151,11 @@ def _bad_row(line: bytes, path: Path) -> BadRow:
     match saved:
         case {"source": str(source), "row": int(row), "error": str(error), "advice": str(advice)}:
             return BadRow(source, row, error, advice)
-    raise damaged(path, f"{line!a:.60} is no bad row")
+    raise damaged(path, f"{line!a:.60} is not a bad row")
 
 
 def _chunks(parts: Sequence[EncodedStore]) -> Iterator[tuple[int, int, int, bool]]:
-    """(part, from 0; rows, bad rows, whether it has samples) of every chunk of the data."""
+    """(part from 0, rows, bad rows, whether it has samples) for every chunk of the data."""
     for place in range(sum(len(_part(store).chunks) for store in parts)):
         part, row = place % len(parts), place // len(parts)
         yield (part, *_part(parts[part]).chunks[row])

@@ -1,6 +1,6 @@
-"""What the command line takes: for each command a dataclass of its options, and examples.
+"""Options and help of the command line: a dataclass of options for each command, and examples.
 
-A field is an option, with its help: the parser is made of the fields, so an option is added in one place.
+The parser is built from the fields, each of which is an option with its help text.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
 
-CODES = "exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 nobody reads on"
+CODES = "exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 broken pipe"
 CHECK_EXAMPLES = """exit code: 0 every row is usable, 1 some are refused, 2 usage
 
 examples:
   mmpack check data/train.json
-  mmpack check data/train.json --tokenizer Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
+  mmpack check data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
   mmpack check data/train.json --quiet --bad refused.jsonl
 """
 PACK_EXAMPLES = """examples:
-  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out packed
-  mmpack pack data/train.json --tokenizer Qwen2-VL-2B-Instruct --config Qwen2-VL-2B-Instruct \\
+  mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out packed
+  mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --config Qwen/Qwen2-VL-2B-Instruct \\
       --capacity 8192 --out packed --json
-  mmpack pack data --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
-  mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen2-VL-2B --capacity 8192 --out packed
+  mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
+  mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen/Qwen2-VL-2B --capacity 8192 --out packed
 """
 MERGE_EXAMPLES = """Machine I of N makes a part: mmpack pack ... --shard I/N --out parts/I
 
@@ -38,50 +38,49 @@ examples:
   mmpack merge packed parts/1 parts/2 parts/3
   mmpack merge packed parts/* --overwrite
 """
-INSPECT_EXAMPLES = """Supervised tokens are green, or between [[ and ]] where the output is no terminal; an image's
-placeholders are one word. --json has every token's place exactly.
+INSPECT_EXAMPLES = """Supervised tokens are green, or between [[ and ]] if the output is not a terminal. The placeholders
+of an image are shown as one word; --json has the exact positions.
 
 examples:
   mmpack inspect packed
   mmpack inspect packed --row 1843
   mmpack inspect packed --pack 17 --png pack17.png | less
   mmpack inspect packed --pack 0-19 --html packs.html
-  mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen2-VL-2B-Instruct
+  mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen/Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
---resume_from_checkpoint FOLDER continues a run; `last` is the newest whole checkpoint of --output_dir,
-or the start.
-The last line printed is a JSON object; with --json the only one, and Trainer's log goes to stderr.
+--resume_from_checkpoint FOLDER resumes a run; `last` is the newest complete checkpoint, or the start.
+The last line printed is a JSON object. With --json it is the only one, and Trainer's log goes to stderr.
 
 examples:
-  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1
-  mmpack train --data packed --model Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
+  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1
+  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
       --resume_from_checkpoint last
-  mmpack train --data data/train.json --tokenizer Qwen2-VL-2B-Instruct --capacity 8192 \\
+  mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
 DEMO_EXAMPLES = """examples:
   mmpack demo
   mmpack demo --write demo_data
 """
-ENV_EXAMPLES = """Paste it into a bug report. It never fails: what is missing or broken is named.
+ENV_EXAMPLES = """Paste the output into bug reports. Missing and broken packages are listed; the command never fails.
 
 examples:
   mmpack env
   mmpack env --json
 """
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
-TOKENIZER_HELP = "folder of tokenizer and processor"
+TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 _METAVARS = {int: "N", float: "N", str: "PATH"}
 
 
 def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
-    """A field that is an option: `max_pixels` is `--max-pixels`; its type says what it takes (`_taken`), and
-    without a default it is required.
+    """A dataclass field that is an option: `max_pixels` is `--max-pixels`. Its type determines its values
+    (`_taken`), and without a default it is required.
 
     Args:
-        argument: what argparse is told besides; `positional=True`: it has no name, only a place;
-            `either="a"`: of those with the same one may be given.
+        argument: further arguments of `add_argument`; `positional=True` makes it a positional argument, and
+            options with the same `either` exclude each other.
     """
     return field(default=default, metadata={"help": help, **argument})
 
@@ -99,19 +98,19 @@ class ReadingOptions:
     """reading rows"""
 
     stage: Literal["sft", "pretrain"] = option(
-        "rows are conversations (sft), or documents (pretrain): text with images, without a template",
+        "rows are conversations (sft) or documents (pretrain): text with images, without a chat template",
         "sft",
     )
-    dataset: str | None = option("entry of the dataset_info.json in DATA", None, metavar="NAME")
+    dataset: str | None = option("entry of dataset_info.json in DATA", None, metavar="NAME")
     media_dir: tuple[str, ...] = option(
-        "folder images and videos may lie in, repeatable; relative paths are looked up in the first "
-        "(default: the data file's folder); training on packs: instead of those recorded there",
+        "folder that images and videos must be in, repeatable; relative paths start from the first "
+        "(default: the data file's folder; training on packs: the recorded folders)",
         (),
         metavar="FOLDER",
     )
-    allow_data_uri: bool = option("take images that stand in the row as data URIs", False)
+    allow_data_uri: bool = option("accept images given as data URIs in the row", False)
     missing_marker: Literal["refuse", "prepend"] = option(
-        "images but no <image> in a row, or videos but no <video>: refuse it, or put them in front",
+        "for a row with images but no <image>, or videos but no <video>: refuse it, or put them first",
         "refuse",
     )
     decode: bool = option("decode every image and video to find damaged ones (slower)", False)
@@ -122,12 +121,12 @@ class ProcessorOptions:
     """tokens and pixels"""
 
     tokenizer: str | None = option(TOKENIZER_HELP, None, metavar="FOLDER")
-    config: str | None = None  # what it is for differs by command
-    max_pixels: int | None = option("pixel budget of an image (the processor's)", None)
-    video_fps: float | None = option("frames sampled a second (the processor's, or 2)", None)
-    video_max_frames: int | None = option("most frames sampled (the processor's)", None)
+    config: str | None = None  # its purpose differs by command
+    max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
+    video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)
+    video_max_frames: int | None = option("maximum frames per video (default: processor's)", None)
     video_max_pixels: int | None = option(
-        "pixel budget of a frame, for Qwen3-VL of all frames together (the processor's)", None
+        "maximum pixels per frame; Qwen3-VL: of all frames together (default: processor's)", None
     )
 
 
@@ -136,34 +135,34 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
     """packing
 
     Raises:
-        ValueError: they contradict each other, or no store could record them.
+        ValueError: options contradict each other or are out of range.
     """
 
-    capacity: int | None = option("tokens a pack may hold", None)
-    patch_capacity: int | None = option("vision patches a pack may hold", None)
+    capacity: int | None = option("maximum tokens per pack", None)
+    patch_capacity: int | None = option("maximum vision patches per pack", None)
     max_image_share: float | None = option(
-        "most of a pack's capacity that image tokens may take, 0 to 1", None, metavar="SHARE"
+        "maximum share of a pack's capacity for image tokens, 0 to 1", None, metavar="SHARE"
     )
     resizer: Literal["pillow", "torch"] = option(
-        "pillow resizes bit for bit as transformers' PIL processor, torch faster", "pillow"
+        "pillow: bit-identical to transformers' PIL processor; torch: faster", "pillow"
     )
     on_error: Literal["raise", "skip"] = option("what to do with a bad row", "raise")
     max_bad: float = option(
-        "most rows that may be skipped, or dropped for their images, 0 to 1; judged from 1,000 rows on "
-        f"({MAX_BAD})",
+        "maximum share of rows skipped, or dropped for their images, 0 to 1; checked from 1,000 rows on "
+        f"(default: {MAX_BAD})",
         MAX_BAD,
         metavar="SHARE",
     )
     on_overflow: Literal["error", "drop", "truncate", "split"] | None = option(
-        "what to do with a row longer than a pack (error; documents: split)", None
+        "what to do with a row longer than a pack (default: error; for documents: split)", None
     )
     train_on_prompt: bool = option("supervise all text", False)
     mask_history: bool = option("supervise the last answer only", False)
     frozen: tuple[Literal["vision", "merger", "language"], ...] = option(
-        "part that is not trained, repeatable: packing counts its cost, mmpack train freezes it",
+        "part of the model that is frozen, repeatable: lowers the cost of packs; mmpack train freezes it",
         (),
     )
-    plan_seed: int = option("seed of the plan (0)", 0)
+    plan_seed: int = option("seed of the plan (default: 0)", 0)
 
     def __post_init__(self) -> None:
         if self.on_overflow is None:
@@ -178,7 +177,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
 
     @property
     def planning(self) -> Planning:
-        """Those of them that say which samples share a pack, as a store records them."""
+        """The options that determine which samples share a pack, as a store records them."""
         return Planning(**{one.name: getattr(self, one.name) for one in fields(Planning)})
 
 
@@ -186,18 +185,20 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
 class PictureOptions(Options):
     """output"""
 
-    png: str | None = option("draw how text and images share packs and files", None, metavar="FILE")
+    png: str | None = option(
+        "draw shares of text and images per pack and file", None, metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ReadingOptions, ProcessorOptions, Options):
-    """read a data set as training would and say what is wrong with it"""
+    """check a data set: read it as training would, and report what is wrong"""
 
     data: tuple[str, ...] = option(DATA_HELP, positional=True, nargs="+", metavar="DATA")
     tokenizer: str | None = option(f"{TOKENIZER_HELP}: count tokens too", None, metavar="FOLDER")
-    config: str | None = option("config.json, or the folder, of the model (its videos)", None)
-    bad: str | None = option("write the refused rows and why, as JSON lines", None, metavar="FILE")
-    png: str | None = option("draw lengths, images and utilization", None, metavar="FILE")
+    config: str | None = option("config.json, folder or name of the model, for its videos", None)
+    bad: str | None = option("write refused rows with reasons, as JSON lines", None, metavar="FILE")
+    png: str | None = option("draw lengths, images per row and utilization", None, metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,20 +208,16 @@ class PackOptions(PackingOptions, PictureOptions):
     data: tuple[str, ...] = option(DATA_HELP, positional=True, nargs="+", metavar="DATA")
     out: str = option("write the packed data set here", metavar="FOLDER")
     tokenizer: str = option(TOKENIZER_HELP, metavar="FOLDER")
-    capacity: int = option("tokens a pack may hold")
-    config: str | None = option(
-        "config.json, or the folder, of the model to train: packs then cost the same on it", None
-    )
+    capacity: int = option("maximum tokens per pack")
+    config: str | None = option("config.json, folder or name of the model, to balance packs", None)
     overwrite: bool = option("replace a packed data set in --out", False)
-    jobs: int | None = option("processes (as many as cores, where the rows are many)", None)
-    shard: str | None = option(
-        "encode part I of N, as one of N machines; then mmpack merge", None, metavar="I/N"
-    )
+    jobs: int | None = option("processes (default: one per core if there are many rows)", None)
+    shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(PictureOptions):
-    """join what mmpack pack --shard wrote, and plan"""
+    """join the parts that mmpack pack --shard wrote, and plan packs"""
 
     out: str = option("folder to write the packed data set to", positional=True, metavar="OUT")
     parts: tuple[str, ...] = option(
@@ -228,7 +225,7 @@ class MergeOptions(PictureOptions):
     )
     overwrite: bool = option("replace a packed data set in OUT", False)
     max_bad: float | None = option(
-        "most rows of all parts that may have been skipped, 0 to 1 (the least of the parts')",
+        "maximum share of rows skipped in all parts, 0 to 1 (default: the smallest of the parts')",
         None,
         metavar="SHARE",
     )
@@ -236,21 +233,21 @@ class MergeOptions(PictureOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(Options):
-    """show a pack: segments, text, images, what is supervised"""
+    """show a pack: segments, text, images, supervision"""
 
     data: str = option("folder that mmpack pack wrote", positional=True, metavar="PACKED")
     pack: str | None = option(
-        "which one (0); with --html also K-L (the first 10)", None, either="which", metavar="K"
+        "pack to show (0); with --html also K-L (the first 10)", None, either="which", metavar="K"
     )
     row: str | None = option(
-        "the one with this row, N or FILE:N, and its text alone", None, either="which", metavar="N"
+        "show the text of this row, N or FILE:N, and its pack", None, either="which", metavar="N"
     )
-    segment: int | None = option("the text of this one alone", None)
+    segment: int | None = option("show only the text of this segment", None)
     tokenizer: str | None = option(
-        "the tokenizer's folder, if it moved since the data was packed", None, metavar="FOLDER"
+        "tokenizer, if the recorded one has moved: folder or Hub name", None, metavar="FOLDER"
     )
     png: str | None = option("draw tokens and attention", None, either="picture", metavar="FILE")
-    html: str | None = option("write packs to a web page", None, either="picture", metavar="FILE")
+    html: str | None = option("write packs to an HTML page", None, either="picture", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,40 +255,42 @@ class TrainOptions(PackingOptions, Options):
     """train on packs with a Hugging Face Trainer"""
 
     data: tuple[str, ...] = option(
-        "what mmpack pack wrote, or rows to pack now", nargs="+", metavar="DATA"
+        "folder written by mmpack pack, or rows to pack now", nargs="+", metavar="DATA"
     )
-    model: str | None = option("a model with its weights", None, metavar="FOLDER")
-    config: str | None = option("config.json of a model to start with random weights", None)
+    model: str | None = option(
+        "model with weights: a folder, or a Hugging Face name (owner/name)", None, metavar="FOLDER"
+    )
+    config: str | None = option("config.json, folder or name, to start with random weights", None)
     steps: int | None = option("optimizer steps; short for --max_steps", None)
     on_bad_image: Literal["raise", "drop"] = option(
-        "an image or video that can no longer be decoded: stop, or leave its row out of its pack",
+        "if an image or video can no longer be decoded: stop, or drop its row from the pack",
         "raise",
     )
     on_changed_data: Literal["raise", "warn"] = option(
-        "data files that changed after they were packed: stop, or train on the rows as they were",
+        "if data files changed after packing: stop, or train on the packed rows",
         "raise",
     )
     weights_dtype: Literal["float32", "bfloat16"] = option(
-        "what weights are kept and saved in, with --bf16 too; small updates are lost in bfloat16",
+        "dtype of the stored weights, also with --bf16; in bfloat16, small updates are lost",
         "float32",
     )
-    training: tuple[str, ...] = ()  # words that are no option of ours: TrainingArguments'
-    words: tuple[str, ...] = ()  # all of them, to say how a run goes on
+    training: tuple[str, ...] = ()  # other words, for TrainingArguments
+    words: tuple[str, ...] = ()  # all words, to print the command that continues the run
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(Options):
-    """see it work: data, model and training, nothing needed"""
+    """a complete run on synthetic data: packing, training, comparison with padding"""
 
-    write: str | None = option("leave data, tokenizer and config here", None, metavar="FOLDER")
+    write: str | None = option("keep data, tokenizer and config here", None, metavar="FOLDER")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvOptions(Options):
-    """versions, GPUs, and which implementations are available here"""
+    """versions, GPUs and available implementations, for bug reports"""
 
 
-COMMANDS: dict[str, tuple[type[Options], str]] = {  # their options, and examples
+COMMANDS: dict[str, tuple[type[Options], str]] = {  # options, examples
     "check": (CheckOptions, CHECK_EXAMPLES),
     "pack": (PackOptions, PACK_EXAMPLES),
     "merge": (MergeOptions, MERGE_EXAMPLES),
@@ -303,11 +302,11 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {  # their options, and example
 
 
 def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
-    """(command, its options); a dash and an underscore in an option's name are alike.
+    """Parse words into (command, options). Dashes and underscores in option names are equivalent.
 
     Raises:
         ValueError: options contradict each other.
-        SystemExit: there are no such options, or help was asked for.
+        SystemExit: an option is unknown or malformed, or help was requested.
     """
     parser = command_line()
     known = {_name(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
@@ -330,7 +329,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of `mmpack`, made of `COMMANDS`; `command` names the one chosen."""
+    """The parser of `mmpack`, built from `COMMANDS`; it stores the chosen command in `command`."""
     package = sys.modules["mmpack"]
     parser = argparse.ArgumentParser(
         prog="mmpack",
@@ -349,14 +348,14 @@ def command_line() -> argparse.ArgumentParser:
             epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,  # the defaults are the dataclass's
+            argument_default=argparse.SUPPRESS,  # defaults come from the dataclass
         )
         _add_options(added, kind)
     return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
-    """A command's own options first, then a group for each class that brings some, named by its docstring."""
+    """Add a command's own options, then a group for each base class with options, named by its docstring."""
     hints = get_type_hints(kind)
     left = {one.name: one for one in fields(kind) if one.metadata}
     groups: dict[str, Any] = {str(kind.__doc__): parser}
@@ -373,7 +372,7 @@ def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
                 if which not in either:
                     either[which] = place.add_mutually_exclusive_group()
                 place = either[which]
-            if "nargs" in argument:  # all at once, not one each time
+            if "nargs" in argument:  # all values at once, not one per use
                 del argument["action"]
             if argument.pop("positional", False):
                 place.add_argument(name, **argument)
@@ -386,7 +385,7 @@ def _name(name: str) -> str:
 
 
 def _taken(kind: Any) -> dict[str, Any]:
-    """What argparse is told of a field's type: bool is a flag, a tuple an option that is repeated."""
+    """Arguments of `add_argument` for a field's type: a bool is a flag, a tuple a repeatable option."""
     if kind is bool:
         return {"action": "store_true"}
     inner = [one for one in get_args(kind) if one is not NoneType]

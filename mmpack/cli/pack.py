@@ -1,6 +1,6 @@
-"""`mmpack pack`: data files -> a folder of encoded samples and their plan, made or used again.
+"""`mmpack pack`: data files -> a folder of encoded samples and their plan, built or reused.
 
-A store that fits is used without a lock; else one process builds (`mmpack.store.atomic_folder`). A process
+An up-to-date store is reused without a lock; else one process builds (`mmpack.store.atomic_folder`). A process
 that waited for a build that failed also fails: the rows are bad for it, too. If the builder was killed, the
 next process builds.
 """
@@ -47,7 +47,7 @@ from mmpack.vision_spec import VisionSpec
 
 
 def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
-    """Encode, plan, write and report. `config` is the model's, for costs, or None."""
+    """Encode, plan, write and report. `config` is the model's, for costs; None: packs are not balanced."""
     start = time.perf_counter()
     out = Path(options.out)
     part = None
@@ -59,8 +59,8 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
     about = About(
         begun=begun,
         made_from=made_from(groups, encoder),
-        media_folders=tuple(media_folders(groups)),  # for mmpack train, which stays inside
-        tokenizer=os.path.abspath(options.tokenizer),  # for mmpack inspect, anywhere
+        media_folders=tuple(media_folders(groups)),  # mmpack train opens no file outside of them
+        tokenizer=_recorded(options.tokenizer),
         planning=options.planning,
         part=part,
     )
@@ -68,7 +68,7 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
     found = _look(out, about, options.overwrite)
     if not found.is_done:
         with turn(out) as mine:
-            if _mark(out) != found.mark:  # just made, it needs no second look at its images
+            if _mark(out) != found.mark:  # just built: its images need no second check
                 found = _look(out, about, options.overwrite, look_at_images=False)
             elif mine.waited_for and not mine.was_killed:
                 raise ValueError(
@@ -97,25 +97,30 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
         _report_part(out, options, reused, start)
 
 
-class _Found(NamedTuple):
-    """What is at --out before anything is written."""
+def _recorded(tokenizer: str) -> str:
+    """The tokenizer's name for the manifest, independent of the working directory."""
+    return tokenizer if tokenizer.startswith("hf:") else os.path.abspath(tokenizer)
 
-    store: EncodedStore | None  # its samples are what would be made now
-    is_done: bool  # and so is its plan
-    why: str  # its samples are not
-    mark: tuple[int, int] | None  # which store it is; None: there is none
+
+class _Found(NamedTuple):
+    """The state of --out before anything is written."""
+
+    store: EncodedStore | None  # None: its samples are not up to date
+    is_done: bool  # samples and plan are up to date
+    why: str  # why samples are not up to date
+    mark: tuple[int, int] | None  # `_mark` of the store; None: there is none
 
 
 def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True) -> _Found:
-    """
+    """Compare what is at `out` with what would be built now.
+
     Raises:
-        ValueError: there is something that is no store, or another one and `overwrite` is not asked
-            for.
+        ValueError: there is something other than a store, or a store that differs, without `overwrite`.
     """
     mark = _mark(out)
     if mark is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            torn = " (a store that was never finished)" if (out / "samples.arrow").exists() else ""
+            torn = " (an unfinished store)" if (out / "samples.arrow").exists() else ""
             raise ValueError(
                 f"{out} is not empty{torn}; choose another --out, or --overwrite a packed set"
             )
@@ -140,13 +145,15 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
 
 
 def _settings(about: About) -> dict[str, Any]:
-    """What a store records of options that its samples do not depend on."""
+    """The options that a store records and its samples do not depend on, and a Hub tokenizer's commit."""
     planning = {} if about.planning is None else vars(about.planning)
-    return planning | ({} if about.part is None else {"max_bad": about.part.max_bad})
+    name = about.tokenizer or ""
+    hub = {"the tokenizer's commit": name if name.startswith("hf:") else None}
+    return planning | hub | ({} if about.part is None else {"max_bad": about.part.max_bad})
 
 
 def _mark(out: Path) -> tuple[int, int] | None:
-    """Which store is at a path: the one that replaces it has another mark. None: there is none."""
+    """An identifier of the store at a path, which changes when it is replaced. None: there is no store."""
     try:
         stat = os.stat(out / "mmpack.json")
     except OSError:
@@ -156,13 +163,13 @@ def _mark(out: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def build(out: Path, replaces: bool) -> Iterator[Path]:
-    """`published`, what the disk refuses being an error of the user's."""
+    """Like `published`, but reports disk errors as ValueError."""
     try:
         with published(out, replaces) as partial:
             yield partial
     except OSError as error:
         reason = error.strerror or str(error)
-        what = f"{out} stays as it was" if replaces else "nothing is left of it"
+        what = f"{out} is unchanged" if replaces else "nothing was left behind"
         raise ValueError(f"cannot write {out}: {reason}; {what}") from None
 
 
@@ -173,7 +180,7 @@ def _encode(
     about: About,
     options: PackOptions,
 ) -> EncodedStore:
-    """Read and encode the rows, or a part of them, into a store."""
+    """Read and encode the rows, or one part of them, into a store."""
     bad_rows: list[BadRow] = []
     if encoder.on_error == "skip":
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
@@ -196,7 +203,7 @@ def _stamp(file: Path) -> tuple[int, int, str]:
 
 
 def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: Any) -> None:
-    """The plan of a store, and lists of the rows that are longer than a pack."""
+    """Plan a store's packs; write the plan and the list of rows longer than a pack."""
     samples, patch_capacity, on_overflow = cut_long(store, store.vision, planning)
     if samples is not store:
         samples.save(folder)
@@ -214,7 +221,7 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
 
 
 def report_packs(out: Path, options: PictureOptions, reused: bool, start: float) -> None:
-    """Print what is at `out`."""
+    """Print a summary of the packs at `out`."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
@@ -284,20 +291,20 @@ def _report_part(out: Path, options: PackOptions, reused: bool, start: float) ->
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "2/8" as (2, 8).
+    """Parse a --shard such as "2/8" into (2, 8).
 
     Raises:
-        ValueError: it is not that, or there is no such part.
+        ValueError: it is malformed, or there is no such part.
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     number, of = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= of:
-        raise ValueError(f"--shard is I/N, part I of N from 1/N to N/N, got {text}")
+        raise ValueError(f"--shard takes I/N, part I of N from 1/N to N/N, got {text}")
     return number, of
 
 
 def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any, Any, Any]:
-    """(samples, long documents in pieces, patch capacity, on_overflow), as there is to plan."""
+    """Split long documents if asked to; returns (samples, patch capacity, on_overflow) for planning."""
     patch_capacity = planning.patch_capacity
     if planning.max_image_share is not None:
         most = image_capacity(planning.max_image_share, planning.capacity, vision)

@@ -1,6 +1,6 @@
-"""The only file that draws: pictures of a data set, of its packs and of one pack, as PNG.
+"""Draws PNG files of a data set, of its packs and of one pack; the only file that uses matplotlib.
 
-A white ground of their own makes them readable on light and dark pages.
+A white background makes them readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from mmpack.cli.tables import SHOWN_SOURCES, balance_report
 from mmpack.types import PackPlan
 
 _SEGMENTS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright
-_LINES, _LINE_STEP = 8, 8  # a pack is folded into so many lines, of a multiple of so many tokens
+_LINES, _LINE_STEP = 8, 8  # maximum lines per pack; tokens per line are a multiple of the step
 _BAND_IN, _LINE_IN, _SQUARE_IN = (
     10.0,
     1.0,
     3.3,
 )  # inches: width and height of a line, attention's side
-_LABEL, _BAND, _STRIP = (0.02, 0.18), (0.2, 0.84), (0.87, 0.95)  # of a line's height, from its top
-_GLYPH_IN = 0.066  # width of a letter of a label, size 7.5
+_LABEL, _BAND, _STRIP = (
+    (0.02, 0.18),
+    (0.2, 0.84),
+    (0.87, 0.95),
+)  # fractions of a line's height, from the top
+_GLYPH_IN = 0.066  # width of a letter at font size 7.5
 _INK, _FREE = "#222222", "#999999"
 
 
 def check_picture(summary: Summary, path: str) -> None:
-    """Lengths, images a row and utilization by capacity, as a PNG.
+    """Draw lengths, images per row and utilization by capacity.
 
     Raises:
-        ValueError: nothing to draw, or matplotlib is not installed.
+        ValueError: there is no usable row, or matplotlib is not installed.
     """
     if not summary.lengths:
         raise ValueError("there is no usable row to draw")
@@ -46,14 +50,14 @@ def check_picture(summary: Summary, path: str) -> None:
     left.hist(
         lengths, bins=np.geomspace(max(1, lengths.min()), lengths.max() + 1, 40), color="#4477aa"
     )
-    left.set(xscale="log", xlabel=f"{unit} of a row", ylabel="rows", title="lengths")
+    left.set(xscale="log", xlabel=f"{unit} per row", ylabel="rows", title="lengths")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:,.0f}")
     left.xaxis.set_minor_formatter(NullFormatter())
     left.tick_params(axis="x", rotation=30)
     counts = sorted(summary.images_per_row.items())
     middle.bar([str(n) for n, _ in counts], [count for _, count in counts], color="#228833")
-    middle.set(xlabel="images of a row", ylabel="rows", title="images")
+    middle.set(xlabel="images per row", ylabel="rows", title="images")
     if summary.has_tokens:
         table = summary.by_capacity()
         names = [f"{line['capacity']:,}" for line in table]
@@ -81,13 +85,13 @@ def check_picture(summary: Summary, path: str) -> None:
 def pack_picture(
     plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any], path: str
 ) -> None:
-    """Images' share of each pack, and text and images of each source, as a PNG.
+    """Draw the share of images in each pack, and the shares of text and images in each source.
 
     Args:
-        sources, image_tokens: (N,) file of every sample, and tokens of its images.
+        sources, image_tokens: (N,) each sample's file and its number of image tokens.
 
     Raises:
-        ValueError: no packs, or matplotlib is not installed.
+        ValueError: there are no packs, or matplotlib is not installed.
     """
     if not plan.num_packs:
         raise ValueError("there is no pack to draw")
@@ -116,11 +120,10 @@ def pack_picture(
 
 
 def inspect_picture(view: PackView, path: str) -> None:
-    """A pack as a PNG: its tokens folded into lines, segments in colours, images in the pixels the model is
-    given at their places, supervised tokens as a dark strip below; and beside it who sees whom, in the
-    text and in the vision tower.
+    """Draw a pack: its tokens folded into lines, segments in colors, images at their positions in the model's
+    pixels, supervised tokens as a dark strip; and beside it the attention masks of the text and the vision tower.
 
-    An image that cannot be decoded any more is said to be so in its place.
+    An image that can no longer be decoded is labeled as such.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -157,7 +160,7 @@ def _title(view: PackView) -> str:
 
 def _draw_tokens(axes: Any, view: PackView, width: int, lines: int) -> None:
     def parts(begin: int, end: int) -> list[tuple[int, int, int]]:
-        """(line, first, last (excluded) column) of tokens, line by line."""
+        """(line, first column, last column + 1) of tokens, per line."""
         numbers = range(begin // width, (end - 1) // width + 1)
         return [(n, max(begin - n * width, 0), min(end - n * width, width)) for n in numbers]
 
@@ -175,7 +178,7 @@ def _draw_tokens(axes: Any, view: PackView, width: int, lines: int) -> None:
         fill(begin, end, _STRIP, color="#e4e4e4")
         line, first, last = max(parts(begin, end), key=lambda part: part[2] - part[1])
         row = f" {segment}: row {sample.row}"
-        source = ascii(sample.source)[1:-1]  # the font has no glyphs for all there is
+        source = ascii(sample.source)[1:-1]  # the font lacks many glyphs
         for label in (f"{row} of {source}", row, f" {segment}"):
             if (len(label) + 1) * letter <= last - first:
                 style = {"fontsize": 7.5, "color": _INK, "va": "center_baseline"}
@@ -201,7 +204,7 @@ def _draw_tokens(axes: Any, view: PackView, width: int, lines: int) -> None:
 
 
 def _frame_pieces(view: PackView, span: Span) -> list[tuple[int, int, int]]:
-    """(temporal patch, begin, end): the tokens of each picture of a span."""
+    """(temporal patch, begin, end) of each frame in a span."""
     _, height, width = view.media[span.medium].grid_thw
     step = height * width // view.pack.vision.merge_size**2
     begins = range(span.begin, span.end, step)
@@ -218,7 +221,7 @@ def _decoded(medium: Medium, view: PackView) -> NDArray[np.uint8] | None:
 def _put_picture(
     axes: Any, pictures: Any, frame: int, part: tuple[int, int, int], width: int
 ) -> None:
-    """A picture in the middle of a part of a line, as large as fits."""
+    """Draw an image centered in a part of a line, as large as fits."""
     line, first, last = part
     middle = (first + last) / 2
     room, high = last - first, (_BAND[1] - _BAND[0]) * _LINE_IN  # tokens, inches
@@ -295,7 +298,7 @@ def _finish_square(axes: Any, end: int, title: str) -> None:
 
 
 def _mixed(color: str, share: float) -> tuple[float, float, float]:
-    """A colour on white."""
+    """A color blended with white."""
     parts = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
     red, green, blue = (1 - share + share * part for part in parts)
     return red, green, blue

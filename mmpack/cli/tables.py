@@ -1,4 +1,4 @@
-"""Tables of what `mmpack.cli.check` counted, and what `mmpack pack` says of its packs."""
+"""Terminal tables of `mmpack check`, and the statistics of packs that `mmpack pack` prints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RANKS = (8, 64)
 
 
 def check_table(summary: Summary) -> str:
-    """The data set in a terminal."""
+    """A data set's summary as text."""
     refused = summary.num_rows - summary.num_usable
     lines = [f"{summary.num_rows:,} rows: {summary.num_usable:,} usable, {refused:,} refused"]
     lines += _bad_lines(summary)
@@ -38,7 +38,7 @@ def check_table(summary: Summary) -> str:
         name, earlier = summary.twice[0]
         files = "file is" if len(summary.twice) == 1 else "files are"
         lines.append(
-            f"{len(summary.twice):,} {files} another one, read again ({name} is {earlier})"
+            f"{len(summary.twice):,} {files} the same as another, read twice ({name} is {earlier})"
         )
     if summary.again is not None:
         row, earlier = summary.again
@@ -74,8 +74,8 @@ def check_table(summary: Summary) -> str:
         )
     lines += [
         "rows by images  " + _counts(dict(sorted(summary.images_per_row.items()))),
-        f"{unit}  {lengths.sum():,} in all; a row: median {int(np.median(lengths)):,}, "
-        f"99 % {int(np.percentile(lengths, 99)):,}, longest {lengths.max():,}",
+        f"{unit}  {lengths.sum():,} in total; per row: median {int(np.median(lengths)):,}, "
+        f"p99 {int(np.percentile(lengths, 99)):,}, longest {lengths.max():,}",
         f"rows by {unit}  "
         + ", ".join(f"<= {end:,}: {count:,}" for end, count in summary.histogram().items()),
         "longest rows  "
@@ -88,7 +88,7 @@ def check_table(summary: Summary) -> str:
     if summary.has_tokens:
         lines += ["", *_capacity_table(summary, lengths)]
     else:
-        lines += ["", "pass --tokenizer DIR to count tokens and to see which capacity fits"]
+        lines += ["", "pass --tokenizer FOLDER to count tokens and compare capacities"]
     return "\n".join(lines)
 
 
@@ -127,8 +127,8 @@ def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Rows of cells as lines; columns are aligned to the right, but for those in `left`. Cells are shown
-    in one line, whatever they hold."""
+    """Rows of cells as lines. Columns are right-aligned, except those in `left`; each cell is printed on one
+    line."""
     rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
@@ -143,13 +143,12 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
 def balance_report(
     plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any]
 ) -> dict[str, Any]:
-    """How packs compare with the data set and with each other, for JSON.
+    """Composition and balance of packs, for JSON.
 
-    `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over
-    the packs, and of each source `images`, the share of images in its tokens. Where costs were planned,
-    `imbalance` and `imbalance_floor`: by number of ranks, the mean over steps of the costliest over the
-    mean pack, and what no plan of these packs goes below; `busiest` and `busiest_floor`, the same of the
-    costliest pack of all.
+    `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over packs; for
+    each source also `images`, the share of images in its tokens. With planned costs: `imbalance` and
+    `imbalance_floor`, by number of ranks, the mean over steps of the costliest pack over the mean pack, and its
+    lower bound for any plan; `busiest` and `busiest_floor`, the same for the costliest pack overall.
     """
     image_tokens = np.minimum(image_tokens, plan.num_tokens)
     report: dict[str, Any] = {
@@ -169,37 +168,37 @@ def balance_report(
 
 
 def balance_lines(report: dict[str, Any]) -> list[str]:
-    """The same in a terminal."""
+    """The same as text."""
     parts = [("images", report["image_share"])]
     if len(report["sources"]) > 1:
         parts += list(report["sources"].items())[:SHOWN_SOURCES]
     lines = [
-        f"{one_line(name)}: {part['share']:.0%} of all tokens, {part['p10']:.0%} to {part['p90']:.0%} of a "
-        "pack's (10th to 90th percentile)"
+        f"{one_line(name)}: {part['share']:.0%} of all tokens; per pack {part['p10']:.0%} to "
+        f"{part['p90']:.0%} (p10 to p90)"
         + (f"; {part['images']:.0%} of them images" if "images" in part else "")
         for name, part in parts
     ]
     for ranks, imbalance in report.get("imbalance", {}).items():
         floor = report["imbalance_floor"][ranks]
         lines.append(
-            f"on {ranks} ranks a step takes {imbalance:.3f} x its mean pack; {floor:.3f} is the least "
-            "its samples allow"
+            f"on {ranks} ranks, the busiest rank takes {imbalance:.3f}x the mean per step (lower bound for "
+            f"these samples: {floor:.3f}x)"
         )
     if "busiest" in report:
         lines.append(
-            f"the costliest pack takes {report['busiest']:.3f} x the mean; "
-            f"{report['busiest_floor']:.3f} is the least, its costliest sample or the mean"
+            f"the costliest pack takes {report['busiest']:.3f}x the mean (lower bound: "
+            f"{report['busiest_floor']:.3f}x)"
         )
     return lines
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """Any row as a line: bytes and pictures abridged, half characters escaped, numbers that JSON has not
-    (NaN, infinity) as their names."""
+    """A row as one line of JSON: bytes and images abridged, lone surrogates escaped, NaN and infinity as
+    strings."""
     try:
         try:
             return json.dumps(value, default=_abridged, allow_nan=False) + "\n"
-        except ValueError:  # such a number
+        except ValueError:  # NaN or infinity
             return json.dumps(_finite(value), default=_abridged) + "\n"
     except RecursionError:
         return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
@@ -207,7 +206,7 @@ def json_line(value: dict[str, Any]) -> str:
 
 def _abridged(value: Any) -> str:
     if isinstance(value, (bytes, bytearray)):
-        value = bytes(value[:100])  # whose text alone is made
+        value = bytes(value[:100])  # so that repr is short
     return f"{value!r:.100}"
 
 

@@ -1,9 +1,8 @@
-"""Text on a terminal: somebody's is shown, not sent; ours is as wide as the terminal.
+"""Output to a terminal: escapes control characters in text from rows and paths, and wraps our own lines.
 
-Rows, paths and errors that quote them come from anywhere, and a terminal obeys what it is sent: it moves the
-cursor over what was said, hides text, changes its title, writes to the clipboard. So everything the command
-line prints passes `escaped_streams`; what should be one line, such as an error or the cell of a table, passes
-`printable` besides.
+A terminal obeys control characters: they can move the cursor, hide text, change the title or write to the
+clipboard. So everything the command line prints passes through `escaped_streams`. Text that must stay on one line,
+such as an error or a table cell, also passes through `one_line`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ _UNSEEN = (
     "Cn",
     "Zl",
     "Zp",
-)  # control, format, half characters, line separators
+)  # control, format, surrogates, line separators
 _PLAIN = re.compile(r"[\x20-\x7e\n\t]*")
 _CURSOR_UP = re.compile(r"\n*(?:\x1b\[A)*")  # between several progress bars
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Text that does nothing to a terminal and hides nothing: control and format characters but `keep`
-    as escapes."""
+    """Escape control and format characters except `keep`, so that text neither controls a terminal nor hides."""
     if _PLAIN.fullmatch(text) and "\n" in keep:
         return text
     return "".join(
@@ -43,19 +41,19 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 def one_line(text: Any) -> str:
-    """The same in one line."""
+    """Like `printable`, on one line."""
     return printable(str(text), keep="")
 
 
 def _escape(char: str) -> str:
     if char == "\x7f":
-        return "\\u007f"  # which JSON, that may hold it, takes too
+        return "\\u007f"  # also valid in JSON, which may contain it
     return char.encode("unicode_escape", "surrogatepass").decode()
 
 
 class _Escaped:
-    """A text stream that is written printable text alone; of progress bars, which go to stderr, the
-    way back to the start of the line and to the line above."""
+    """A text stream that escapes what is written to it. For progress bars, on stderr, it passes on carriage
+    returns and cursor-up sequences."""
 
     def __init__(self, stream: Any, has_bars: bool) -> None:
         self.raw = stream
@@ -80,8 +78,7 @@ class _Escaped:
 
 @contextmanager
 def escaped_streams() -> Iterator[None]:
-    """`sys.stdout` and `sys.stderr` escape what is written to them; of a program that ends in a bug
-    of ours, the traceback too."""
+    """Make `sys.stdout` and `sys.stderr` escape what is written to them, including the traceback of a bug."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Escaped(out, False), _Escaped(err, True)
     try:
@@ -123,6 +120,6 @@ def say(text: str) -> None:
 
 
 def unescaped(stream: TextIO) -> TextIO:
-    """The stream below, for text that is printable but for colours of our own."""
+    """The underlying stream, for printable text with color codes of our own."""
     raw: TextIO = getattr(stream, "raw", stream)
     return raw

@@ -1,4 +1,4 @@
-"""Many values: a chunk at a time, and by number or slice as a list."""
+"""Values in chunks, and indexing by number or slice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """The values in lists of `size`, the last one shorter; what follows is not read before."""
+    """The values in lists of `size`, the last one shorter. Each list is read only when it is asked for."""
     remaining = iter(values)
     while chunk := list(islice(remaining, size)):
         yield chunk

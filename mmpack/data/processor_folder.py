@@ -1,5 +1,6 @@
-"""Folders as Qwen publishes them -> tokenizer, spec and config; transformers is imported in the functions, so
-that importing mmpack stays light.
+"""Model folders as Qwen publishes them -> tokenizer, spec and config.
+
+Paths are local (`mmpack.data.model_folder`). The functions import transformers, so that `import mmpack` does not.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 from mmpack.families import family_of_processor, video_rule
 from mmpack.vision_spec import VisionSpec
 
-_NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code of the folder's
+NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code from the folder
 
 
 def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
-    """(tokenizer, VisionSpec) of a folder; arguments and errors as of `Encoder.from_folder`."""
+    """(tokenizer, VisionSpec) from a local folder; arguments and errors as in `Encoder.from_folder`."""
     from transformers import Qwen2VLImageProcessorPil
 
     tokenizer = load_tokenizer(folder)
     try:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no Qwen-VL image processor: {error}") from None
+        raise ValueError(f"{folder} has no Qwen-VL image processor: {error}") from None
     if config is None and (Path(folder) / "config.json").is_file():
         config = load_config(folder)
     video_processor = _video_processor(Path(folder), config)
@@ -40,20 +41,22 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local(folder), **_NO_NETWORK)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_NETWORK)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {error}") from None
+        raise ValueError(f"{folder} has no Qwen-VL tokenizer: {error}") from None
     if tokenizer.chat_template is None:
-        template = Path(folder) / "chat_template.json"  # where Qwen2-VL was published with it
+        template = Path(folder) / "chat_template.json"  # as in Qwen2-VL's repositories
         if not template.is_file():
-            raise ValueError(f"{folder} has no chat template")
+            raise ValueError(
+                f"{folder} has no chat template; use an Instruct model's folder, or add chat_template.json"
+            )
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
 
 
 def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
-    """The settings of a folder's video processor, where transformers looks for them. None for Qwen2.5-VL
-    without its config, which says what time means."""
+    """The settings of a folder's video processor, from the files where transformers looks for them. None for
+    Qwen2.5-VL without its config, which defines positions in time."""
     settings: dict[str, Any] = {}
     for name, part in {
         "preprocessor_config.json": None,
@@ -80,7 +83,7 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
         "max_frames": rule.max_frames,
     }
     merged = {**defaults, **settings, "video_processor_type": kind}
-    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # the older names
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # older names
     given = {edges[name]: merged[name] for name in edges if merged.get(name) is not None}
     return SimpleNamespace(**{**merged, "size": {**merged["size"], **given}})
 
@@ -89,18 +92,11 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     """A model's config from its folder or `config.json`, with transformers' defaults.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no config.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(_local(path), **_NO_NETWORK)
+        return AutoConfig.from_pretrained(path, **NO_NETWORK)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no model config: {error}") from None
-
-
-def _local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """A path that is there: transformers asks its hub for any other."""
-    if not Path(path).exists():
-        raise ValueError("there is no such file or folder here")
-    return path
+        raise ValueError(f"{path} has no model config: {error}") from None

@@ -1,4 +1,4 @@
-"""mmpack in models and Trainer of transformers."""
+"""Packs in transformers' models and Trainer."""
 
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import last_checkpoint

@@ -1,8 +1,7 @@
-"""Attention over segments: registered with transformers for text, bound on instances for vision.
+"""Attention within segments: registered with transformers for text, bound on instances for vision.
 
-Text layers reach a registered function through transformers' AttentionInterface. The vision tower
-has no such seam: without flash attention it calls the interface once an image in a Python loop, so
-its attention gets a forward of its own.
+Text layers call a registered function through transformers' AttentionInterface. The vision tower does not: without
+flash attention, it calls the interface once per image in a Python loop, so its attention gets its own forward.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ def text_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment; query (1, H, T, K) -> (1, T, H, K).
 
-    Without packed metadata (`generate`, padded evaluation) it is transformers' sdpa.
+    Without an `mmpack` dict (`generate`, padded evaluation), calls transformers' sdpa.
 
     Raises:
-        ValueError: attention dropout or a sliding window is asked for.
+        ValueError: attention dropout or a sliding window is enabled.
     """
     if mmpack is None:
         attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -45,10 +44,12 @@ def text_attention(
         return attended
     if kwargs.get("dropout"):
         raise ValueError(
-            "packed attention has no dropout; set attention_dropout to 0 in the config"
+            "packed attention does not support dropout; set attention_dropout to 0 in the config"
         )
     if kwargs.get("sliding_window") is not None:
-        raise ValueError("packed attention has no sliding window; set use_sliding_window to False")
+        raise ValueError(
+            "packed attention does not support a sliding window; set use_sliding_window to False in the config"
+        )
     if "watch" in mmpack:
         mmpack["watch"](module.layer_idx, query[0], key[0], kwargs["scaling"], mmpack)
     dtype = _compute_dtype(value)
@@ -71,15 +72,15 @@ def text_attention(
 def vision_forward(
     stock: Callable[..., torch.Tensor], segments: str = "vision"
 ) -> Callable[..., torch.Tensor]:
-    """The forward to bind on a vision attention whose class's own forward is `stock`; within whole
-    images ("vision") or windows ("window")."""
+    """The forward to bind on a vision attention, given its class's forward `stock`. `segments` is "vision" for
+    attention within whole images, "window" within windows."""
 
     def forward(
         self: Any,
         hidden_states: torch.Tensor,
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        mmpack: Any = None,  # a MmpackDict, whose keys are put together here
+        mmpack: Any = None,  # a MmpackDict; its keys are built from `segments`
         **kwargs: Any,
     ) -> torch.Tensor:
         if mmpack is None:
@@ -109,7 +110,7 @@ def vision_forward(
 
 
 def _compute_dtype(value: torch.Tensor) -> torch.dtype:
-    """Under autocast q and k arrive in float32 (rope) and v in the autocast dtype."""
+    """The dtype to attend in: under autocast, q and k arrive in float32 (rope), v in the autocast dtype."""
     device = value.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -1,8 +1,8 @@
-"""How much supervised text looks at images: attention mass, from a sample of rows.
+"""How much supervised text attends to images: attention mass, from a sample of rows.
 
-A model may learn to answer from the text alone, and a loss does not tell. What does is the attention
-that supervised tokens put on image placeholders; a layer's is computed here from the very q and k the
-layer attends with, for at most ROWS rows of a pack: ROWS x T scores a head, never T x T.
+A model may learn to answer from the text alone, which the loss does not show. The attention of supervised tokens
+to image placeholders does. It is computed here from a layer's own q and k, for at most ROWS rows per pack: ROWS x
+T scores per head, never T x T.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_patch import is_patched
 from mmpack.types import Float64
 
-ROWS = 64  # evenly spaced over a pack's supervised rows; scores of 8,192 tokens: 2 MiB a head
+ROWS = 64  # evenly spaced supervised rows of a pack; with 8,192 tokens, 2 MiB of scores per head
 
 
 class AttentionShare:
-    """Sums of attention mass on images, by text layer, left on the device until they are asked for.
+    """Sums of attention mass on images per text layer, kept on the device until `pop`.
 
     Args:
-        layers: numbers of the text layers to watch.
+        layers: indices of the text layers to record.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -34,20 +34,20 @@ class AttentionShare:
         self._sums: dict[int, list[torch.Tensor]] = {layer: [] for layer in self.layers}
 
     def begin(self) -> None:
-        """A batch comes: each layer is to be taken once, though gradient checkpointing runs it twice."""
+        """Start a batch: record each layer once, even if gradient checkpointing runs it twice."""
         self._left = set(self.layers)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def take(
         self, layer: int, q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: MmpackDict
     ) -> None:
-        """What text attention calls, as `mmpack["watch"]`."""
+        """Record a layer; text attention calls this as `mmpack["watch"]`."""
         if layer in self._left:
             self._left.remove(layer)
             self._sums[layer].append(image_share(q_HTK, k, scale, pack))
 
     def pop(self) -> Float64:
-        """(layers, 2) mass and rows summed since the last call. Waits for the device."""
+        """(layers, 2) float64 sums of mass and rows since the last call. Waits for the device."""
         rows = []
         for sums in self._sums.values():
             rows.append(torch.stack(sums).sum(0).cpu().numpy() if sums else np.zeros(2))
@@ -59,14 +59,14 @@ class AttentionShare:
 def image_share(
     q_HTK: torch.Tensor, k: torch.Tensor, scale: float, pack: MmpackDict
 ) -> torch.Tensor:
-    """Sum over sampled supervised rows of the mass on images, mean of the heads, and how many rows: (2,).
+    """(2,) sum of the mass on images over sampled supervised rows, averaged over heads, and the number of rows.
 
-    A row is one whose prediction is supervised. One with no image before it in its segment cannot look
-    at any, and is not counted. Softmax is in float32, or float64 if q is; no random number is drawn.
+    A row is a token whose prediction is supervised. Rows without an image before them in their segment are not
+    counted. Softmax is computed in float32, or in float64 if q is float64.
 
     Args:
-        q_HTK, k: rotated queries (H, T, K) and keys, of as many heads or a divisor of H.
-        scale: of the scores.
+        q_HTK, k: rotated queries (H, T, K) and keys, whose number of heads divides H.
+        scale: factor of the scores.
         pack: a batch's `mmpack` dict.
     """
     device, supervised = q_HTK.device, pack["supervised_index"]
@@ -83,8 +83,8 @@ def image_share(
     is_image = pack["feature_index"] >= 0
     sees_image = (is_image & ~is_hidden).any(1)
     mass = torch.zeros(n, dtype=dtype, device=device)
-    for q, k_TK in zip(q_HTK.chunk(len(k)), k):  # heads that share keys
-        # autocast, which would round products to bf16, is off where it can be on
+    for q, k_TK in zip(q_HTK.chunk(len(k)), k):  # query heads that share one key head
+        # autocast would round products to bf16
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             scores = q[:, rows].to(dtype) @ k_TK.to(dtype).T * scale
         weights = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1)
@@ -93,15 +93,14 @@ def image_share(
 
 
 def chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
-    """The text layers to look at, those asked for or the middle and the last one.
+    """The text layers to record: `layers`, or by default the middle and the last one.
 
     Raises:
-        ValueError: the model is not patched, or has no such layers.
+        ValueError: the model is not patched, or lacks a layer.
     """
     if not is_patched(model):
         raise ValueError(
-            "attention_every needs a patched model, whose attention calls back; "
-            "patch_model(model) before training"
+            "attention_every needs a patched model; call patch_model(model) before training"
         )
     num_layers = len(base.language_model.layers)
     if layers is None:

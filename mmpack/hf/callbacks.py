@@ -1,4 +1,4 @@
-"""PackingCallback: what a stock Trainer does not tell a packed data set, and what it does not log."""
+"""PackingCallback: epochs, resuming, checks and log values that a stock Trainer lacks for packs."""
 
 from __future__ import annotations
 
@@ -35,61 +35,43 @@ _log = logging.getLogger(__name__)
 
 
 class PackingCallback(TrainerCallback):
-    """Other packs every epoch, as many on every rank, and what they do in the Trainer's log:
-    `PackingCallback(dataset).attach(trainer)`, before it trains.
+    """Connects a packed data set or stream to a stock Trainer: `PackingCallback(dataset).attach(trainer)`.
 
-    `Trainer(callbacks=[PackingCallback(dataset)])` does the same but for this, of which it warns once: reporters,
-    which Trainer calls before, get no `pack/` values (they are printed and in `log_history`); a log or checkpoint
-    that a later callback asks for is not checked for divergence; empty packs are put into `dataset` itself.
+    - Trains on a new plan every epoch and on equally many packs on every rank: in Trainer, an `EvenPacks` with
+      empty packs at its end replaces the data set. accelerate would repeat packs from the start instead.
+    - Sets the epoch where every DataLoader worker reads it; accelerate's `set_epoch` does not reach persistent
+      workers.
+    - Resumes with the packs that would have come next and with the checkpoint's weights
+      (`mmpack.hf.checkpoints`).
+    - Ends a run whose loss, gradients or weights are not finite, naming the step and its rows, before anything
+      is logged or saved (`mmpack.hf.divergence`). Disables `logging_nan_inf_filter`, which hides such losses.
+    - Refuses data that was encoded for another model (token ids, patches, normalization).
+    - Lists a checkpoint's files and sizes last, so that incomplete ones are detected
+      (`mmpack.hf.checkpoint_files`).
+    - Makes `eval_loss` the mean over all supervised tokens (`mmpack.hf.evaluation`).
+    - Adds `pack/` values to the log beside the loss: utilization, tokens/s, imbalance, TFLOP/s, MFU, attention
+      to images. "What the log says" in docs/trainer.md defines them.
 
-    - Trainer trains on the data set with empty packs behind it, a multiple of the ranks times the packs of
-      a batch (`mmpack.packing.dataset.EvenPacks` takes its place in Trainer; itself it stays as it is). Else
-      accelerate repeats packs of the epoch's start, which are then trained on twice.
-    - At an epoch's start its number is written where every worker reads it. accelerate calls
-      `set_epoch` only where a sampler does not have one, and workers that live on
-      (`dataloader_persistent_workers`) never hear of it.
-    - A resumed run continues with the packs that would have come next, whose order is the plan's, and with
-      the checkpoint's weights (`mmpack.hf.checkpoints`).
-    - A run whose loss, gradients or weights are no numbers any more ends with an error that names the step
-      and its rows, before it is logged or saved (`mmpack.hf.divergence`). `logging_nan_inf_filter`, which
-      hides it and asks the device in every batch, is switched off.
-    - Data of another model (token ids, patches, normalisation) is refused as training begins.
-    - Where it saves, a list of the checkpoint's files and their sizes is written last, so that a torn one is
-      told (`mmpack.hf.checkpoint_files`).
-    - `eval_loss` is the mean over the supervised tokens of the whole set, whatever the packs, the batches and
-      the ranks (`mmpack.hf.evaluation`); Trainer's is a mean over batches.
-    - Where Trainer logs the loss, these stand beside it, over the steps since the last time and all ranks;
-      printed, in `log_history` and in every reporter (TensorBoard, W&B):
+    It does not synchronize with the device and draws no random numbers; ranks communicate only when they log or
+    save. A compiled model stays one graph, except in steps whose attention is recorded.
 
-    `pack/utilization`, `pack/tokens_per_second`, `pack/supervised_tokens_per_second`,
-    `pack/patches_per_second`, `pack/flops_max_over_mean`, `pack/tflops`, `pack/mfu`, `pack/dropped_segments` and
-    `pack/image_attention/layer_N`; docs/trainer.md says what each one is.
+    A `PackStream` is sharded over ranks and repeated until `max_steps`; Trainer's epochs do not apply. Checkpoints
+    hold each rank's position, as of the last optimizer step, in `mmpack_stream_RANK.json`.
 
-    Useful is a segment with a supervised token: not what `PackCollator(pad_to=)` fills up and not an
-    empty pack. FLOPs are `mmpack.packing.cost.sample_flops`'s: matrix products, no recomputation. A part of
-    the model without a trained parameter counts as frozen; a language model that is trained through
-    adapters (LoRA) counts no gradients of weights, a vision tower so trained is counted whole.
-    Seconds are wall clock, waiting for data too, but without evaluation and saving.
-
-    A step costs the callback some arithmetic on host integers that come with the batch, and one pass over
-    the gradients: no question to the device, no random number. Ranks exchange a few numbers at logging and saving alone. A compiled
-    model stays one graph, except in steps whose attention is looked at.
-
-    Of a `PackStream` every rank gets its own part, which is passed over without end until `max_steps`
-    (Trainer's epochs mean nothing here), and checkpoints hold where each rank stands, in
-    `mmpack_stream_RANK.json`: `trainer.train(resume_from_checkpoint=True)` continues with the packs that
-    would have come next. What is consumed is noted at the end of each optimizer step.
+    `Trainer(callbacks=[PackingCallback(dataset)])` also works, with a warning: reporters get no `pack/` values
+    (the console and `log_history` do), logs and checkpoints that a later callback requests are not checked for
+    divergence, and empty packs are appended to `dataset` itself.
 
     Args:
         dataset: the training data.
-        attention_every: log `pack/image_attention` from every so many optimizer steps' packs, at the
-            next log; None: not at all. It needs a patched model.
-        attention_layers: text layers to look at, from 0; by default the middle and the last one.
+        attention_every: record `pack/image_attention` every this many optimizer steps, for the next log; None:
+            never. Needs a patched model.
+        attention_layers: text layers to record, from 0; by default the middle and the last one.
 
     Raises:
-        ValueError: `attention_every` is below 1; as training begins: the model is not patched or has no
-            such layers; the data is of another model; the run is resumed from a checkpoint that is not whole,
-            of other packs or weights, or is finished; while it runs: it has diverged.
+        ValueError: `attention_every` is below 1. When training begins: the model is not patched or lacks a layer,
+            the data was encoded for another model, or the checkpoint to resume from is incomplete, finished, or
+            has other packs or weights. During training: the run has diverged.
     """
 
     def __init__(
@@ -111,13 +93,13 @@ class PackingCallback(TrainerCallback):
         else:
             self._data = PackKeeper(dataset)
         self._weights: WeightKeeper | None = None
-        self._waiting: list[MmpackDict] = []  # a stream's batches of a step that is not over
+        self._waiting: list[MmpackDict] = []  # a stream's batches in the current step
         self._hooks: list[Any] = []
         self._is_in_step = False
         self._is_watched = False
         self._packs: list[MmpackDict] = []
         self._counter = PackCounter()
-        self._trainer: Trainer | None = None  # that it is attached to
+        self._trainer: Trainer | None = None  # the one it is attached to
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
@@ -126,17 +108,18 @@ class PackingCallback(TrainerCallback):
         return f"PackingCallback({self.dataset!r})"
 
     def attach(self, trainer: Trainer) -> PackingCallback:
-        """Join the callbacks of a Trainer that has been made, before it trains; returns the callback.
+        """Add the callback to a Trainer before it trains; returns the callback.
 
-        Where `trainer.train_dataset` is the callback's data set, an `EvenPacks` of it takes its place; where it is
-        something around it, the data set itself gets the empty packs.
+        If `trainer.train_dataset` is the callback's data set, an `EvenPacks` replaces it; if it wraps the data
+        set, the empty packs are appended to the data set itself.
 
         Raises:
-            ValueError: the Trainer has a `PackingCallback`; see the class.
+            ValueError: the Trainer already has a `PackingCallback`, or see the class.
         """
         if any(isinstance(one, PackingCallback) for one in callbacks_of(trainer)):
             raise ValueError(
-                "the Trainer has a PackingCallback; attach one, and pass none in Trainer(callbacks=[...])"
+                "the Trainer already has a PackingCallback; attach one, and pass none in "
+                "Trainer(callbacks=[...])"
             )
         even = self._prepare(trainer.args, trainer.model)
         if trainer.train_dataset is self.dataset:
@@ -155,28 +138,28 @@ class PackingCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by Trainer for those of its `callbacks` alone, so the callback is not attached."""
+        """Trainer calls this only for its `callbacks` argument, so the callback is not attached."""
         even = self._prepare(args, model)
         if isinstance(even, EvenPacks):
             even.dataset.append_empty_packs(even.multiple)
         if args.should_log:
             _log.warning(
-                "PackingCallback in Trainer(callbacks=[...]) is called after the reporters, which get no pack/ values, "
-                "and has put empty packs into the data set itself; PackingCallback(dataset).attach(trainer)"
+                "PackingCallback in Trainer(callbacks=[...]) runs after the reporters, which get no pack/ values, "
+                "and appended empty packs to the data set; use PackingCallback(dataset).attach(trainer)"
             )
 
     def _prepare(self, args: TrainingArguments, model: nn.Module | None) -> EvenPacks | PackStream:
-        """Set what a Trainer reads when it trains; returns what it is to train on."""
+        """Set the arguments that Trainer reads when it trains; returns the data to train on."""
         args.logging_nan_inf_filter = False
         if model is not None:
             self._evaluation = Evaluation(model, args)
-        if isinstance(model, PreTrainedModel):  # adapters around one (PEFT) have files of their own
+        if isinstance(model, PreTrainedModel):  # PEFT adapters have their own files
             self._weights = WeightKeeper(model)
         return self._data.prepare(args)
 
     def _take_places(self) -> None:
-        """Stand first in the Trainer's list, where reporters come later, and have one that stands last, when all
-        others have asked for logs, evaluations and checkpoints."""
+        """Put the callback first in Trainer's list, before reporters, and `LastCallback` last, after all others
+        have requested logs, evaluations and checkpoints."""
         if self._trainer is not None:
             callbacks = callbacks_of(self._trainer)
             others = [one for one in callbacks if one not in (self, self._last)]
@@ -192,7 +175,7 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         if state.global_step and checkpoint_folder(args, state).is_dir():
-            # the stream looks for its own file itself
+            # the stream checks for its own file
             own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
             check_checkpoint(checkpoint_folder(args, state), own)
         self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
@@ -347,20 +330,20 @@ class PackingCallback(TrainerCallback):
         if self._evaluation is not None:
             self._evaluation.correct(logs, *state.log_history[-1:])
         if "loss" not in logs or not self._counter.num_batches:
-            return  # an evaluation's log, a summary's, or no pack was seen
-        capacity = self.dataset.capacity * state.train_batch_size  # padded: every batch is full
+            return  # the log of an evaluation or the summary, or no pack was counted
+        capacity = self.dataset.capacity * state.train_batch_size  # every batch is full
         values = self._counter.pop(capacity, self.dataset.num_dropped_segments, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(values)  # a copy, made before callbacks are called
+            state.log_history[-1].update(values)  # Trainer copies the log before it calls callbacks
 
     def _before_saving(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
     ) -> None:
-        """End a run that has diverged, before it is logged, evaluated or saved; ranks agree on these.
+        """End a diverged run before it logs, evaluates or saves, which all ranks do in the same step.
 
         Raises:
-            DivergedError: it has.
+            DivergedError: the run has diverged.
         """
         is_last = control.should_save or control.should_training_stop
         if is_last or control.should_log or control.should_evaluate:
@@ -371,8 +354,8 @@ class PackingCallback(TrainerCallback):
     def _take(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The hook: keeps a training batch's dict, and asks attention to call back. torch.compile traces
-        it; reading the integers here would tie a graph to them."""
+        """Pre-hook: keep a training batch's dict, and pass attention a callback in steps that record it.
+        torch.compile traces this; reading the integers here would make them constants of the graph."""
         pack = kwargs.get("mmpack")
         if pack is None or not self._is_in_step:
             return None
@@ -382,7 +365,7 @@ class PackingCallback(TrainerCallback):
         return args, {**kwargs, "mmpack": {**pack, "watch": self._counter.share.take}}
 
     def _count(self) -> None:
-        """Add up the batches the hook kept."""
+        """Count the batches that the hook kept."""
         if self._stream is not None:
             self._waiting += self._packs
         self._counter.count(self._packs)

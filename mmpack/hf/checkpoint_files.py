@@ -1,8 +1,8 @@
-"""A checkpoint's files: which belong to it, and whether they are there and whole.
+"""A checkpoint's files: which belong to it, and whether all of them are complete.
 
-When all ranks have written theirs, rank 0 writes `mmpack_files.json`, the names and sizes of all, last. A
-checkpoint without it (written without `PackingCallback`, or killed in the moment before) is judged by its
-parts: weights, optimizer, scheduler, random states, a stream's state, each of which shows where it is cut off.
+After all ranks have written their files, rank 0 writes `mmpack_files.json`, with all names and sizes. A checkpoint
+without it (saved without `PackingCallback`, or interrupted just before) is checked part by part: weights,
+optimizer, scheduler, random states and a stream's state, whose formats show truncation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import TrainerState, TrainingArguments
 from mmpack.hf.compat import TRAINER_STATE_NAME
 
 KEY = "mmpack"  # in `TrainerState.stateful_callbacks`, which is saved in trainer_state.json
-STREAM_FILE = "mmpack_stream_{rank}.json"  # in a checkpoint: where a rank stands in its stream
+STREAM_FILE = "mmpack_stream_{rank}.json"  # a rank's position in its stream
 LIST = "mmpack_files.json"
 _WEIGHTS = (  # of transformers, PEFT, FSDP and DeepSpeed
     "model.safetensors",
@@ -37,21 +37,21 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata", "global
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder of the checkpoint of a step, which need not be there."""
+    """The checkpoint folder of the current step, which need not exist."""
     assert args.output_dir is not None
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def begin_writing(folder: Path) -> None:
-    """Take away what says that a checkpoint is whole, where another run has left one that is now overwritten."""
+    """Remove the markers of completeness from a checkpoint of an earlier run, which is now overwritten."""
     for name in (LIST, TRAINER_STATE_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
 def write_list(folder: Path, is_writer: bool) -> None:
-    """List a checkpoint's files once every rank, all of which must call this, has written its own.
+    """List a checkpoint's files after every rank has written its own. A collective: all ranks call it.
 
-    A rank is asked for all it sees: on a network's file system another one may not see them yet.
+    Every rank reports all files it sees, because on a network file system others may not see them yet.
     """
     sizes = _sizes(folder)
     ranks: list[Any] = [sizes]
@@ -81,13 +81,13 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def lacking(folder: Path, ignored: str = "") -> str | None:
-    """What a checkpoint lacks to be resumed, in words; None: nothing. A file that is `ignored` may lack."""
+    """Why a checkpoint cannot be resumed, in words; None: it is complete. The file `ignored` may be missing."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # Trainer writes it after all else of its rank
-        return f"there is no {TRAINER_STATE_NAME}, saving was interrupted"
+    except FileNotFoundError:  # a rank writes it last
+        return f"{TRAINER_STATE_NAME} is missing, saving was interrupted"
     except (OSError, ValueError):
-        return f"{TRAINER_STATE_NAME} is cut off, saving was interrupted"
+        return f"{TRAINER_STATE_NAME} is truncated, saving was interrupted"
     return _wrong_size(folder, ignored) or _missing_part(folder, state, ignored)
 
 
@@ -98,16 +98,16 @@ def _wrong_size(folder: Path, ignored: str) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{LIST} is not what was written"
+        return f"{LIST} is damaged"
     for name, size in files.items():
         if name in (TRAINER_STATE_NAME, ignored):
             continue
         try:
             found = (folder / name).stat().st_size
         except OSError:
-            return f"{name} is not there"
+            return f"{name} is missing"
         if found != size:
-            return f"{name} has {found:,} bytes, {size:,} were written"
+            return f"{name} has {found:,} bytes, but {size:,} were written"
     return None
 
 
@@ -115,31 +115,31 @@ def _missing_part(folder: Path, state: dict[str, Any], ignored: str) -> str | No
     record = (state.get("stateful_callbacks") or {}).get(KEY, {})
     ranks = record.get("ranks", 1)
     names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    if not any(folder.glob("global_step*")):  # DeepSpeed's, which has its scheduler in it
+    if not any(folder.glob("global_step*")):  # DeepSpeed's holds the scheduler
         names.append("scheduler.pt")
     names += [name for name in ("optimizer.pt", "optimizer.bin") if (folder / name).exists()]
     for name in names:
         if not zipfile.is_zipfile(folder / name):
-            return f"{name} is not there or cut off"
+            return f"{name} is missing or truncated"
     if record.get("is a stream"):
         for name in (STREAM_FILE.format(rank=rank) for rank in range(ranks)):
             if name != ignored and not (folder / name).is_file():
-                return f"{name} is not there"
+                return f"{name} is missing"
     for part, patterns in (("optimizer.pt", _OPTIMIZERS), ("model.safetensors", _WEIGHTS)):
         if not any(any(folder.glob(pattern)) for pattern in patterns):
-            return f"{part} is not there"
+            return f"{part} is missing"
     try:
         shards = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         for name in set(shards["weight_map"].values()):
             if not (folder / name).is_file():
-                return f"{name} is not there"
+                return f"{name} is missing"
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, AttributeError):
-        return "model.safetensors.index.json is not what was written"
+        return "model.safetensors.index.json is damaged"
     for path in sorted(folder.glob("*.safetensors")):
         if not _is_whole(path):
-            return f"{path.name} is cut off"
+            return f"{path.name} is truncated"
     return None
 
 

@@ -1,12 +1,12 @@
-"""Resuming in a stock Trainer: the weights it does not load, and packs it cannot know are others.
+"""Resuming in a stock Trainer: restores weights that it does not load, and refuses to continue on other packs.
 
-Trainer's checkpoint holds weights, optimizer, scheduler, random states and, in `trainer_state.json`, the
-step. It loads weights by name with `strict=False`; Qwen2-VL and Qwen2.5-VL save theirs under the names
-of their first release, so nothing is restored and a warning is all one sees (transformers issue 43701).
+Trainer's checkpoint holds weights, optimizer, scheduler, random states and, in `trainer_state.json`, the step. It
+loads weights by name with `strict=False`; Qwen2-VL and Qwen2.5-VL save theirs under the names of their first
+release, so nothing is restored and only a warning is logged (transformers issue 43701).
 
-Which packs come next follows from the step alone: under `PackingCallback` step s of epoch e trains on the
-packs from s * n to (s + 1) * n of `plan_epoch(plan, e)`, n being ranks x packs of a batch x accumulated
-batches, however these share n. Trainer skips by number, so no pack is made to be thrown away.
+The next packs follow from the step alone: under `PackingCallback`, step s of epoch e trains on packs s * n to
+(s + 1) * n of `plan_epoch(plan, e)`, where n = ranks x packs per batch x accumulated batches. Only the product n
+matters. Trainer skips by index, so skipped packs are never assembled.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+from mmpack.errors import counted
 from mmpack.hf.checkpoint_files import KEY, lacking
 from mmpack.hf.compat import (
     WeightRenaming,
@@ -31,18 +32,19 @@ from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.plan import plan_epoch
 
+_BY_HAND = "PackingCallback was not attached; use PackingCallback(dataset).attach(trainer)"
 _log = logging.getLogger(__name__)
 
 
 class FinishedError(ValueError):
-    """A run that has made all its steps was resumed; Trainer would make one more."""
+    """A finished run was resumed; Trainer would train one more step."""
 
 
 class WeightKeeper:
-    """Lets a model load checkpoints under the names they are saved with, and knows what came.
+    """Maps the names of a checkpoint's weights to the model's, and records which weights were loaded.
 
-    It is a hook of `load_state_dict`, and so in all of Trainer's ways to load: on resuming, shard by
-    shard, and of the best model at the end. Names are mapped by `from_pretrained`'s own rules.
+    It is a hook of `load_state_dict`, so it covers every way Trainer loads: on resuming, shard by shard, and for
+    the best model at the end. Names are mapped by the rules of `from_pretrained`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -68,31 +70,31 @@ class WeightKeeper:
             (self._came if found in own else self._unknown).add(found)
 
     def check(self, model: nn.Module) -> None:
-        """See that what was loaded since the last time is the whole model; nothing loaded is nothing.
-
-        FSDP and DeepSpeed load what they saved, all of it and under its own names.
+        """Check that all weights were loaded since the last call. FSDP and DeepSpeed are not checked: they load
+        what they saved, under the same names.
 
         Raises:
-            ValueError: weights of the checkpoint have no place in the model, or the other way round.
+            ValueError: the checkpoint lacks weights of the model, or has others.
         """
         if loads_whole_checkpoints():
             return
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        came = {id(parameters[name]) for name in self._came if name in parameters}  # tied ones: one
+        came = {
+            id(parameters[name]) for name in self._came if name in parameters
+        }  # tied weights count once
         missing = [name for name, p in model.named_parameters() if id(p) not in came]
         unknown = sorted(self._unknown)
         self._came, self._unknown = set(), set()
         if missing or unknown:
             raise ValueError(
-                f"the checkpoint is of another model: {len(missing)} of {len(parameters)} weights are not "
-                f"in it ({', '.join(missing[:3]) or '-'}), {len(unknown)} in it have no place "
-                f"({', '.join(unknown[:3]) or '-'}); resume with the model it was saved from, given to "
-                "Trainer as `model`"
+                f"the checkpoint belongs to another model: {len(missing)} of {len(parameters)} weights missing "
+                f"({', '.join(missing[:3]) or '-'}), {len(unknown)} unknown ({', '.join(unknown[:3]) or '-'}); "
+                "resume with the model it was saved from, passed to Trainer as `model`"
             )
 
 
 class PackKeeper:
-    """`PackingCallback`'s part for a `PackedDataset`: which packs a step trains on, also of a resumed run."""
+    """`PackingCallback`'s part for a `PackedDataset`: which packs a step trains on, also in a resumed run."""
 
     def __init__(self, dataset: PackedDataset) -> None:
         self.dataset = dataset
@@ -100,19 +102,19 @@ class PackKeeper:
         self._packs: EvenPacks | None = None
 
     def prepare(self, args: TrainingArguments) -> EvenPacks:
-        """Keep the packs' order, which is random, different in every epoch, and the same for any number of
-        ranks. Trainer's own depends on them and on torch's seed.
+        """Make Trainer keep the plan's order, which is random, differs in every epoch and does not depend on the
+        number of ranks. Trainer's own order depends on ranks and torch's seed.
 
         Returns:
-            What to train on: equally many packs on every rank.
+            The data to train on, with equally many packs on every rank.
 
         Raises:
-            ValueError: an order was asked for that packs do not have.
+            ValueError: `train_sampling_strategy` asks for another order.
         """
         if args.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"packs are planned, train_sampling_strategy={args.train_sampling_strategy!r} would undo it; "
-                "leave it out"
+                f"train_sampling_strategy={args.train_sampling_strategy!r} would reorder planned packs; leave "
+                "it out"
             )
         args.train_sampling_strategy = "sequential"
         self._record = {
@@ -125,61 +127,59 @@ class PackKeeper:
         return self._packs
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
-        """See that a resumed run continues with the packs that would have come next.
+        """Check that a resumed run continues with the packs that would have come next.
 
         Raises:
-            ValueError: it would not; says what differs.
+            ValueError: it would not; names what differs.
         """
         if not state.global_step:
             return
         then = state.stateful_callbacks.get(KEY)
         if self._record is None or then is None:
             raise ValueError(
-                "the checkpoint was saved without PackingCallback, so its packs are not known"
+                "the checkpoint was saved without PackingCallback, so its packs are unknown; start from its "
+                "weights (from_pretrained) instead of resuming"
                 if then is None
-                else "PackingCallback was added to a Trainer by hand; PackingCallback(dataset).attach(trainer)"
+                else _BY_HAND
             )
         changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
             raise ValueError(
-                f"the checkpoint is of other packs: {changed}. To go on with these, start from its weights "
-                "(from_pretrained) instead of resuming"
+                f"the checkpoint was trained on other packs: {changed}; to train on these, start from its "
+                "weights (from_pretrained) instead of resuming"
             )
         steps = [_packs_of_a_step(record) for record in (then, self._record)]
         if steps[0] != steps[1]:
             raise ValueError(
-                f"the checkpoint's steps were {steps[0]} packs, {_product(then)}, these would be "
-                f"{steps[1]}, {_product(self._record)}, and packs would be lost or trained on twice; choose "
-                f"gradient_accumulation_steps so that the product is {steps[0]} again"
+                f"a step had {counted(steps[0], 'pack')} in the checkpoint ({_product(then)}) and has {steps[1]} now "
+                f"({_product(self._record)}), so packs would be skipped or repeated; set "
+                f"gradient_accumulation_steps so that the product is {steps[0]}"
             )
         if args.ignore_data_skip and state.global_step % -(-then["made of"]["packs"] // steps[0]):
             raise ValueError(
-                "ignore_data_skip would train on this epoch's packs again; leave it out, no pack is made "
-                "to be skipped"
+                "ignore_data_skip would repeat this epoch's packs; leave it out: skipping packs costs nothing"
             )
 
     def on_epoch_begin(self, state: TrainerState) -> None:
-        """Choose the epoch's packs, and leave in the state what they are made of.
+        """Choose the epoch's packs, and record in the state what they are made of.
 
         Raises:
-            ValueError: the callback does not know what Trainer was made with.
+            ValueError: the callback was not attached to the Trainer.
         """
         if self._record is None:
-            raise ValueError(
-                "PackingCallback was added to a Trainer by hand; PackingCallback(dataset).attach(trainer)"
-            )
+            raise ValueError(_BY_HAND)
         state.stateful_callbacks[KEY] = self._record
-        # A run resumed within an epoch begins with its fraction; a finished one is a whole number.
+        # The epoch is a fraction in a run resumed within an epoch, and a whole number after a finished one.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def note_place(self, step: int, batch: int, pack: MmpackDict) -> None:
-        """Nothing: a step's packs follow from its number."""
+        """Do nothing: a step's packs follow from its number."""
 
     def forget_places(self) -> None:
-        """Nothing, too."""
+        """Do nothing."""
 
     def place_of(self, step: int, batch: int | None, rank: int | None) -> str:
-        """The packs and rows of a step, from 1, in words: of a rank's batch of it where that is known."""
+        """The packs and rows of a step (from 1) in words; only those of one rank's batch where it is known."""
         assert self._record is not None and self._packs is not None
         ranks, size = self._record["ranks"], self._record["batch size"]
         accumulated, num_packs = self._record["accumulated"], len(self._packs)
@@ -197,12 +197,12 @@ class PackKeeper:
                 sample = self.dataset.samples[number]
                 rows.setdefault(sample.source, []).append(sample.row)
         words = [f"rows {_first(found)} of {source}" for source, found in rows.items()]
-        name = f"pack{'s' if len(full) > 1 else ''} {_first(full)} of epoch {epoch}"
+        name = f"pack{'' if len(full) == 1 else 's'} {_first(full)} of epoch {epoch}"
         return f"{name}: {', '.join(words[:4])}{', ...' if len(words) > 4 else ''}"
 
 
 def _first(numbers: Sequence[int], most: int = 12) -> str:
-    """Numbers in words, many of them counted."""
+    """The first numbers in words, and how many follow."""
     words = ", ".join(map(str, numbers[:most]))
     return words if len(numbers) <= most else f"{words} and {len(numbers) - most} more"
 
@@ -213,22 +213,21 @@ def check_unfinished(state: TrainerState) -> None:
     """
     if state.global_step >= state.max_steps:
         raise FinishedError(
-            f"the checkpoint is of a run that has made its {state.max_steps} steps; raise max_steps or "
-            "num_train_epochs to go on"
+            f"the run has finished its {state.max_steps} steps; raise max_steps or num_train_epochs to continue"
         )
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint of a run: `trainer.train(resume_from_checkpoint=...)`.
+    """Find the newest complete checkpoint of a run, for `trainer.train(resume_from_checkpoint=...)`.
 
-    A run that was killed while it saved leaves a torn folder, which `resume_from_checkpoint=True` would
-    take. It is passed over with a warning in the log that says what is missing.
+    A run that was killed while saving leaves an incomplete folder, which `resume_from_checkpoint=True` would load.
+    It is skipped, and a warning says what is missing.
 
     Args:
-        output_dir: the run's, with its `checkpoint-STEP` folders; it need not exist.
+        output_dir: the run's folder, with its `checkpoint-STEP` folders; it need not exist.
 
     Returns:
-        Its folder, or None where there is none (yet).
+        The checkpoint's folder, or None if there is none.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -243,25 +242,26 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         why = lacking(path)
         if why is None:
             return str(path)
-        _log.warning("passed over %s: %s", path, why)
+        _log.warning("skipped incomplete checkpoint %s: %s", path, why)
     return None
 
 
 def check_checkpoint(folder: str | os.PathLike[str], ignored: str = "") -> None:
-    """See that a checkpoint is whole; a file that is `ignored` may lack.
+    """Check that a checkpoint is complete; the file `ignored` may be missing.
 
     Raises:
-        ValueError: the folder is no complete checkpoint; says what is missing.
+        ValueError: it is not; says what is missing.
     """
     why = lacking(Path(folder), ignored)
     if why is not None:
         raise ValueError(
-            f"{folder} is not a complete checkpoint: {why}. Name another one, or `last` for the newest that is"
+            f"{folder} is not a complete checkpoint: {why}; pass another one, or `last` for the newest complete "
+            "one"
         )
 
 
 def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two records, in words; empty if nothing does."""
+    """The differences between two records in words; empty if there are none."""
     names = [name for name in now if now[name] != then.get(name)]
     return ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in names)
 
@@ -273,6 +273,6 @@ def _packs_of_a_step(record: dict[str, Any]) -> int:
 
 def _product(record: dict[str, Any]) -> str:
     return (
-        f"{record['ranks']} ranks x {record['batch size']} a batch x "
+        f"{counted(record['ranks'], 'rank')} x {record['batch size']} per batch x "
         f"{record['accumulated']} accumulated"
     )

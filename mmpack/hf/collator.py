@@ -1,7 +1,7 @@
 """PackCollator: a list of packs' samples, encoded samples or processor outputs -> forward kwargs.
 
-It assembles: the samples of a batch become one pack here, in the DataLoader worker. What becomes of the pack, names
-transformers knows and the `mmpack` dict, is in `mmpack.hf.forward_kwargs`.
+It assembles the samples of a batch into one pack, in the DataLoader worker. `mmpack.hf.forward_kwargs` turns the
+pack into keyword arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mmpack.data.encoder import Encoder
+from mmpack.errors import counted
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
@@ -55,50 +56,44 @@ def _mapped(values: Mapping[str, Any], move: Callable[[torch.Tensor], torch.Tens
 
 
 class PackCollator:
-    """Data collator for a Hugging Face Trainer; whatever it gets becomes one packed row.
-
-    It takes a list of
+    """Data collator for a Hugging Face Trainer: makes one packed row of a list of
 
     - items of a `PackedDataset` or `PackStream` (use `per_device_train_batch_size=1`);
     - `EncodedSample`s;
-    - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`,
-      `pixel_values` and `image_grid_thw`; or raw rows as `Encoder.read` takes them (TRL hands
-      those on). Both need the encoder.
+    - outputs of a Qwen-VL processor, one sample each: dicts with `input_ids`, `labels`, `pixel_values` and
+      `image_grid_thw`; or raw rows as `Encoder.read` takes them (TRL passes those). Both need `encoder`.
 
-    The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`,
-    `logits_to_keep (L,)`, `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal
-    to transformers' image processor, `image_grid_thw (I, 3)`, `use_cache=False` (a stock Trainer
-    leaves the cache on, and with a cache transformers mixes packed samples without a word) and
-    `mmpack={...}`. T tokens, L supervised tokens, P patches, I images.
+    The batch holds `input_ids (1, T)`, `labels (1, T)`, `shift_labels (1, L)`, `logits_to_keep (L,)`,
+    `position_ids (4, 1, T)`, `pixel_values (P, C * t * p * p)` float32 equal to transformers' image processor,
+    `image_grid_thw (I, 3)`, `use_cache=False` (Trainer leaves the cache on, and with a cache transformers silently
+    mixes packed samples) and `mmpack={...}`. T tokens, L supervised tokens, P patches, I images.
 
-    Videos are `pixel_values_videos` and `video_grid_thw`, as transformers has them; with timestamps a grid
-    is one temporal patch.
+    Videos are `pixel_values_videos` and `video_grid_thw`, as in transformers; with timestamps, each temporal patch
+    has its own grid.
 
-    With `pixels="uint8"` the `pixel_values` are the pack's own bytes, (P, C * p * p) uint8: an eighth
-    of what float32 takes from the worker to the device; a video's, (P, C * t * p * p), are a quarter. The
-    patched model's patch embedding normalises them, an unpatched model cannot read them; hence `model=`.
+    With `pixels="uint8"`, `pixel_values` are (P, C * p * p) uint8, an eighth of the bytes of float32, and
+    `pixel_values_videos` (P, C * t * p * p), a quarter. The patched model's patch embedding normalizes them.
 
-    Qwen2.5-VL's and Qwen3-VL's towers need more indices than a pack has, which differ by model: windows,
-    or places in a table of positions. They are made here, in the worker; hence `model=` too.
+    Qwen2.5-VL's and Qwen3-VL's towers need extra indices that depend on the model (attention windows, rows of a
+    position table). The worker computes them, given `model`.
 
     Args:
-        encoder: an `Encoder`, or a transformers Qwen-VL processor. A raw row that cannot be used is an error
-            whatever its `on_error` says: a batch has as many rows as were asked for.
-        model: the model the batches are for, for Qwen2-VL with float32 pixels not needed; asked what
-            its tower is and whether it is patched, and not kept.
-        pixels: "float32" or "uint8".
-        full_logits: leave `logits_to_keep` and `shift_labels` away, so that the model returns the logits
-            of every token, in the places of `labels`: for `compute_metrics`, `compute_loss_func`. It
-            costs the memory of (1, T, V) logits.
-        pad_to: fill T up to a multiple of this with a last segment without labels, so that text has
-            one shape (`torch.compile`); as a rule the capacity. Patches stay as many as there are.
-        assemble: "host", or "device": batches are compact, `input_ids (1, n)` with one marker an image
-            and `position_ids (4, 1, 0)`, and the patched model's hook lets the device expand them, to the
-            same bits.
+        encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
+            whatever `on_error` says, because a batch must have all rows requested.
+        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels. It is inspected, not
+            kept.
+        pixels: "float32" or "uint8"; "uint8" needs a patched `model`.
+        full_logits: leave out `logits_to_keep` and `shift_labels`, so that the model returns the logits of every
+            token: for `compute_metrics` and `compute_loss_func`. Costs the memory of (1, T, V) logits.
+        pad_to: pad T to a multiple of this with an unlabeled segment, so that text has one shape
+            (`torch.compile`); usually the capacity. Patches are not padded.
+        assemble: "host" or "device". "device" needs a patched `model`: batches are compact (`input_ids (1, n)`
+            with one marker per image, `position_ids (4, 1, 0)`), and the model's hook expands them on the device,
+            to the same bits.
 
     Raises:
-        ValueError: uint8 pixels or assembly on the device without a patched model, a model that is not
-            supported, or `pad_to` below 1; in a call, items that make no batch, each counted and named.
+        ValueError: uint8 pixels or assembly on the device without a patched model, an unsupported model, or
+            `pad_to` below 1. In a call: items that cannot form a batch; names the item.
     """
 
     def __init__(
@@ -119,10 +114,12 @@ class PackCollator:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
         asked = "pixels='uint8'" if pixels == "uint8" else "assemble='device'"
         if (pixels == "uint8" or assemble == "device") and (model is None or not is_patched(model)):
-            told = "none was passed" if model is None else f"{type(model).__name__} is not patched"
+            found = (
+                "no model was passed" if model is None else f"{type(model).__name__} is not patched"
+            )
             raise ValueError(
-                f"{asked} needs a patched model to take the batches, {told}; "
-                f"PackCollator(model=patch_model(model), {asked})"
+                f"{asked} needs a patched model, but {found}; "
+                f"pass PackCollator(model=patch_model(model), {asked})"
             )
         if pad_to is not None and pad_to < 1:
             raise ValueError(f"pad_to must be positive, got {pad_to}")
@@ -159,11 +156,11 @@ class PackCollator:
             pack = assemble(samples, pixels=False, empty=worker_buffers.empty)
             batch = batch_of(pack, values, self.tower)
         batch["mmpack"]["items"] = (0, *accumulate(map(len, segments)))
-        if self._num_ids is not None:  # here, as a compiled model asks the host nothing
+        if self._num_ids is not None:  # here, because a compiled model runs no host checks
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
         resume = getattr(features[-1], "resume", None)
         if resume is not None:
-            batch["mmpack"]["resume"] = resume  # of a stream: after its last pack
+            batch["mmpack"]["resume"] = resume  # a stream's state after its last pack
         if self.full_logits:
             del batch["shift_labels"], batch["logits_to_keep"]
         return Batch(batch)
@@ -171,7 +168,7 @@ class PackCollator:
     def _segments(
         self, features: Sequence[Any]
     ) -> tuple[Sequence[Sequence[EncodedSample]], dict[str, torch.Tensor]]:
-        """The samples of each feature, and all pixels as the model takes them."""
+        """The samples of each feature, and all pixels in the model's format."""
         if all(isinstance(feature, (PackSamples, EncodedSample)) for feature in features):
             groups = [[f] if isinstance(f, EncodedSample) else f for f in features]
         elif not all(isinstance(feature, Mapping) for feature in features):
@@ -182,8 +179,8 @@ class PackCollator:
             )
         elif self.encoder is None:
             raise ValueError(
-                "processor outputs and raw rows can be packed only with their processor: "
-                "PackCollator(processor), or an Encoder"
+                "processor outputs and raw rows need an encoder; pass PackCollator(processor) or "
+                "PackCollator(encoder)"
             )
         elif any("input_ids" in feature for feature in features):
             samples = [_from_processor(f, n, self.encoder.vision) for n, f in enumerate(features)]
@@ -201,8 +198,8 @@ class PackCollator:
         values = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
         if values and self.pixels == "uint8":
             raise ValueError(
-                "processor outputs hold float pixel_values; pass items of a PackedDataset, EncodedSamples or raw "
-                "rows for pixels='uint8', or leave it away"
+                "processor outputs have float pixel_values, not the bytes of pixels='uint8'; leave it out, or pass "
+                "items of a PackedDataset, EncodedSamples or raw rows"
             )
         return values
 
@@ -212,10 +209,10 @@ def _has(feature: Mapping[str, Any], name: str) -> bool:
 
 
 def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec) -> EncodedSample:
-    """A processor's output back to one marker per image; pixels are left where they are."""
+    """Collapse a processor's output to one marker per image; its pixels are not touched."""
     if feature.get("input_ids") is None:
         raise ValueError(
-            f"feature {number} has no input_ids, others have; batch one kind at a time"
+            f"feature {number} has no input_ids, but others do; do not mix kinds in a batch"
         )
     if feature.get("labels") is None:
         raise ValueError(f"feature {number} has no labels; mask the prompt with -100 and pass them")
@@ -224,7 +221,7 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         raise ValueError(
             f"feature {number} has {len(input_ids)} input_ids but {len(labels)} labels"
         )
-    if feature.get("attention_mask") is not None:  # padding needs no place in a pack
+    if feature.get("attention_mask") is not None:  # drop padding
         real = _row(feature["attention_mask"], "attention_mask", number) != 0
         input_ids, labels = input_ids[real], labels[real]
     grids, markers = [], []
@@ -234,13 +231,12 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         grid_thw = np.empty((0, 3), dtype=np.int32)
         if _has(feature, pixels):
             if feature.get(name) is None:
-                raise ValueError(f"feature {number} has {pixels} but no {name}; pass both on")
+                raise ValueError(f"feature {number} has {pixels} but no {name}; pass both")
             grid_thw = np.asarray(feature[name], dtype=np.int32).reshape(-1, 3)
         patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
         if len(grid_thw) and len(feature[pixels]) != patches:
             raise ValueError(
-                f"feature {number} has {len(feature[pixels])} patches in {pixels} but its "
-                f"grids have {patches}"
+                f"feature {number}: number of patches is {len(feature[pixels])} in {pixels}, but {patches} in {name}"
             )
         if kind == "video" and len(grid_thw) and vision.video_spec.has_timestamps:
             grid_thw = np.insert(grid_thw[:, 1:].repeat(grid_thw[:, 0], axis=0), 0, 1, axis=1)
@@ -248,8 +244,8 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         placeholders = np.flatnonzero(input_ids == token_id)
         if len(placeholders) != num_features.sum():
             raise ValueError(
-                f"feature {number} has {len(placeholders)} {kind} placeholders but its {len(grid_thw)} "
-                f"{kind}s have {num_features.sum()} features; was it truncated?"
+                f"feature {number} has {counted(len(placeholders), f'{kind} placeholder')}, but "
+                f"{num_features.sum()} features from {counted(len(grid_thw), kind)}; was it truncated?"
             )
         grids.append(grid_thw)
         markers.append(placeholders[np.cumsum(num_features) - num_features])
@@ -272,15 +268,16 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
 def _steps(
     feature: Mapping[str, Any], num_grids: Sequence[int], number: int, vision: VisionSpec
 ) -> Float32:
-    """M-RoPE positions a temporal patch, of the images and then the videos."""
+    """M-RoPE positions per temporal patch, of the images and then the videos."""
     steps = np.ones(sum(num_grids), dtype=np.float32)
     per_second = vision.video_spec.tokens_per_second if num_grids[1] else None
     if per_second is not None:
         seconds = feature.get("second_per_grid_ts")
-        if seconds is None or len(seconds) != num_grids[1]:
+        num_seconds = 0 if seconds is None else len(seconds)
+        if num_seconds != num_grids[1]:
             raise ValueError(
-                f"feature {number} has {num_grids[1]} videos and not as many second_per_grid_ts; pass on "
-                "what the processor gives"
+                f"feature {number} has {counted(num_grids[1], 'video')} but {num_seconds} second_per_grid_ts; "
+                "pass all outputs of the processor"
             )
         steps[num_grids[0] :] = np.float32(per_second) * np.asarray(seconds, dtype=np.float32)
     return steps

@@ -1,8 +1,8 @@
-"""What mmpack takes of transformers, accelerate, torch's modules and DeepSpeed that they do not promise.
+"""Private interfaces of transformers, accelerate, torch and DeepSpeed that mmpack relies on.
 
-No other file has a private name of theirs, or imports from inside transformers and accelerate. CONTRACTS says of
-each name what breaks when it changes, also of keywords and attributes that other files of `mmpack/hf` use by their
-plain names; `tests/test_compat.py` checks them on a new version of transformers.
+Only this file uses their private names or imports from inside transformers and accelerate. CONTRACTS says what
+breaks if a name changes, including keywords and attributes that other files of `mmpack/hf` use directly;
+`tests/test_compat.py` checks each of them on a new version of transformers.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ __all__ = [
     "sdpa_mask",
 ]
 
-CONTRACTS = {  # what is leaned on -> what breaks without it; checked one by one in tests/test_compat.py
+CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py checks each
     # The vision tower
     "tower: cu_seqlens, position_ids":
-        "images of a pack would see each other, or stand at other places",
+        "images of a pack would see each other, or have other positions",
     "tower: max_seqlen":
-        "flash attention would ask the device for the longest image in every step",
+        "flash attention would synchronize with the device for the longest image in every step",
     "tower: window_index, cu_window_seqlens, max_window_seqlen":
-        "Qwen2.5-VL's windows would be stock's, on pixels that are permuted already",
+        "Qwen2.5-VL's pixels, already permuted, would be permuted into windows again",
     "tower: interp_indices, interp_weights":
-        "Qwen3-VL's learned positions would be computed twice, by loops that ask the device",
+        "Qwen3-VL's learned positions would be computed twice, in loops that synchronize with the device",
     "tower: permute_input_for_window_attn":
-        "Qwen2.5-VL's features would be permuted twice; it must get its index as window_index",
+        "Qwen2.5-VL's features would be permuted twice; its index must be named window_index",
     "tower: other keywords reach the attention":
-        "the attention bound on the tower would not get the pack",
+        "the tower's attention would not get the pack",
     "tower: pooler_output, deepstack_features":
         "features would not be found in the tower's output",
     "tower: patch_embed, blocks, attn, merger, fullatt_block_indexes":
@@ -61,16 +61,16 @@ CONTRACTS = {  # what is leaned on -> what breaks without it; checked one by one
     "vision attention: qkv, proj, num_heads, scaling":
         "the forward bound on vision attention would fail",
     "vision attention: apply_rotary_pos_emb_vision":
-        "patches would stand at other places than in the stock tower",
+        "patches would have other positions than in the stock tower",
     "vision: get_vision_window_index":
-        "windows would not be those of the stock tower",
+        "windows would differ from the stock tower's",
     "vision: get_vision_interpolation_indices_and_weights":
-        "learned positions would not be those of the stock tower",
+        "learned positions would differ from the stock tower's",
     # The text model
     "text: the registered attention gets scaling, dropout and mmpack":
-        "text attention would see over segments",
+        "text attention would cross segments",
     "text: sdpa_attention_forward, sdpa_mask":
-        "generation with a patched model would not be stock's",
+        "generation with a patched model would differ from stock",
     "text: q_proj, k_proj, v_proj, o_proj, head_dim, scaling, attention_dropout":
         "impl='triton' would fail in text attention",
     "text: rotary_emb.inv_freq, attention_scaling, mrope_section":
@@ -78,52 +78,52 @@ CONTRACTS = {  # what is leaned on -> what breaks without it; checked one by one
     "text: visual_pos_masks, deepstack_visual_embeds":
         "deepstack's features would not reach Qwen3-VL's text layers",
     "text: _deepstack_process":
-        "deepstack's features would be added by a mask, which asks the device",
+        "deepstack's features would be added by a mask, which synchronizes with the device",
     "config: _attn_implementation":
-        "patch_model could not put the attention back",
+        "unpatch_model could not restore the attention",
     "config: _name_or_path":
-        "the normalisation of the model's folder would not be compared with the data's",
+        "the model's and the data's normalization would not be compared",
     # The model with the head
     "inner model: visual, language_model, layers, self_attn":
         "patch_model would not find what it patches",
     "head: loss_function, _loss_function":
-        "a packed batch would get the stock loss, and unpatching not find ours",
+        "a packed batch would get the stock loss, and unpatching would not find ours",
     "head: accepts_loss_kwargs":
-        "Trainer would weigh micro-batches alike, whatever their supervised tokens",
+        "Trainer would weight micro-batches equally, whatever their supervised tokens",
     "torch: hook tables":
-        "hooks would stay on an unpatched model, and a module with hooks be taken for a bare one",
+        "hooks would stay on an unpatched model, and modules with hooks would count as plain",
     "torch: _is_replica":
-        "nn.DataParallel would cut packs instead of being refused",
+        "nn.DataParallel would split packs instead of being refused",
     # Loading
     "checkpoints: get_model_conversion_mapping, rename_source_key":
         "Qwen2-VL's and Qwen2.5-VL's weights would not be restored (transformers issue 43701)",
     "checkpoints: TRAINER_STATE_NAME":
-        "every checkpoint would be taken for a torn one",
+        "every checkpoint would count as incomplete",
     # Trainer and accelerate
     "Trainer: callback_handler.callbacks":
         "reporters would not get the pack/ values",
     "Trainer: train_dataset is read when it trains":
-        "accelerate would repeat packs where ranks have unequally many",
+        "accelerate would repeat packs when ranks have different numbers of them",
     "Trainer: arguments are read when it trains":
-        "the order of packs would be Trainer's, and a run that diverges log 0.0",
+        "packs would be in Trainer's order, and a diverged run would log 0.0",
     "accelerate: remainder, end_of_dataloader":
-        "eval_loss would count the packs twice that accelerate repeats",
+        "eval_loss would count packs that accelerate repeats twice",
     "accelerate: base_dataloader":
-        "a resumed stream would draw other random numbers",
+        "a resumed stream would draw different random numbers",
     "accelerate: IterableDatasetShard.num_processes, process_index":
-        "every rank would leave out most of its stream",
+        "every rank would skip most of its stream",
     "accelerate: AcceleratedOptimizer.scaler":
-        "float16's overflows would end a run as divergence",
+        "float16 overflows would end a run as divergence",
     "accelerate: AcceleratorState.distributed_type":
-        "weights that FSDP or DeepSpeed load would be called missing",
+        "weights that FSDP or DeepSpeed load would be reported missing",
 }  # fmt: skip
 
-WINDOW_METHOD = "permute_input_for_window_attn"  # of Qwen2.5-VL's tower
-DEEPSTACK_METHOD = "_deepstack_process"  # of Qwen3-VL's text model
+WINDOW_METHOD = "permute_input_for_window_attn"  # Qwen2.5-VL's tower
+DEEPSTACK_METHOD = "_deepstack_process"  # Qwen3-VL's text model
 
 
 def tower_keywords(pack: MmpackDict, has_windows: bool, has_table: bool) -> dict[str, Any]:
-    """What a stock tower takes instead of computing it from `grid_thw`, of a batch's `mmpack` dict."""
+    """Keywords, from a batch's `mmpack` dict, that a stock tower would otherwise compute from `grid_thw`."""
     keywords = {
         "cu_seqlens": pack["vision_cu_seqlens"],
         "max_seqlen": pack["vision_max_seqlen"],
@@ -131,7 +131,7 @@ def tower_keywords(pack: MmpackDict, has_windows: bool, has_table: bool) -> dict
     }
     if has_windows:
         keywords |= {
-            "window_index": pack["window_order"][:0],  # nothing to permute, nothing to take back
+            "window_index": pack["window_order"][:0],  # no permutation
             "cu_window_seqlens": pack["window_cu_seqlens"],
             "max_window_seqlen": pack["window_max_seqlen"],
         }
@@ -154,32 +154,32 @@ def attention_of(config: Any) -> Callable[..., Any]:
 
 
 def folder_of(config: Any) -> str | None:
-    """The folder, or the name, that a config was loaded from; None where it was not."""
+    """The folder or name that a config was loaded from; None if it was not loaded."""
     return getattr(config, "_name_or_path", None) or None
 
 
 def own_loss(head: nn.Module) -> Any:
-    """The loss that was set on a model through its `loss_function`; None: it has its class's."""
+    """The loss set on a model through its `loss_function`; None: it has its class's."""
     return vars(head).get("_loss_function")
 
 
 def remove_own_loss(head: Any) -> None:
-    """Take back what was set through `loss_function`."""
+    """Remove the loss set through `loss_function`."""
     del head._loss_function
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether a module is a copy that `nn.DataParallel` has made."""
+    """Whether a module is a replica made by `nn.DataParallel`."""
     return getattr(module, "_is_replica", False)
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks of a module."""
+    """A module's forward hooks."""
     return list(module._forward_hooks.values())
 
 
 def all_hooks(module: nn.Module) -> list[Any]:
-    """Hooks of a module's forward and backward."""
+    """A module's forward and backward hooks."""
     tables = (
         module._forward_pre_hooks,
         module._forward_hooks,
@@ -190,7 +190,7 @@ def all_hooks(module: nn.Module) -> list[Any]:
 
 
 def remove_hook(module: nn.Module, hook_id: Any) -> None:
-    """Take a forward hook or pre-hook away, by its handle's id, which a copy of the module has too."""
+    """Remove a forward hook or pre-hook by its handle's id, which copies of the module share."""
     for table in (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
@@ -201,49 +201,49 @@ def remove_hook(module: nn.Module, hook_id: Any) -> None:
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is one rank's part: FSDP2's or ZeRO-3's."""
+    """Whether a parameter is sharded over ranks, by FSDP2 or ZeRO-3."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 def whole_numel(parameter: Any) -> int:
-    """Numbers in a parameter, also where ZeRO-3 has left an empty shell."""
+    """The unsharded size of a parameter, also under ZeRO-3, which leaves an empty one."""
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
 def whole_rows(parameter: Any) -> int:
-    """Rows of a parameter, also where ZeRO-3 has left an empty shell."""
+    """The unsharded number of rows of a parameter, also under ZeRO-3."""
     return int(getattr(parameter, "ds_shape", parameter.shape)[0])
 
 
 def loads_whole_checkpoints() -> bool:
-    """Whether FSDP or DeepSpeed loads weights, all that it has saved and under its own names."""
+    """Whether FSDP or DeepSpeed loads the weights, which it saved completely and under the same names."""
     return AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED")
 
 
 def callbacks_of(trainer: Any) -> list[Any]:
-    """A Trainer's callbacks, in the order they are called; the list itself."""
+    """A Trainer's own list of callbacks, in calling order."""
     callbacks: list[Any] = trainer.callback_handler.callbacks
     return callbacks
 
 
 def has_scaler(optimizer: Any) -> bool:
-    """Whether a step whose gradients overflow is left out, as with float16."""
+    """Whether steps with overflowing gradients are skipped, as with float16."""
     return getattr(optimizer, "scaler", None) is not None
 
 
 def remainder_of(loader: Any) -> int | None:
-    """Of the last batch of all ranks, how many items are not repeated from the start of the set; None: this is
-    not the last batch, or none are."""
+    """The number of items in the last batch, over all ranks, that are not repeated from the start of the set.
+    None: this is not the last batch, or nothing is repeated."""
     remainder: int = getattr(loader, "remainder", -1)
     is_last = getattr(loader, "end_of_dataloader", False)
     return remainder if is_last and remainder > 0 else None
 
 
 def base_loader(loader: Any) -> Any:
-    """The DataLoader in accelerate's."""
+    """The DataLoader inside accelerate's wrapper."""
     return getattr(loader, "base_dataloader", loader)
 
 
 def take_whole(shard: Any) -> None:
-    """Make accelerate's `IterableDatasetShard` give all that it reads to this rank."""
+    """Make accelerate's `IterableDatasetShard` pass everything it reads to this rank."""
     shard.num_processes, shard.process_index = 1, 0

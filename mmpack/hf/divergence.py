@@ -1,7 +1,7 @@
-"""A run whose loss is no number any more: noted on the device in every step, read where Trainer logs or saves.
+"""Ends a diverged run: checks on the device in every step, reads the result when Trainer logs or saves.
 
-Trainer's own filter (`logging_nan_inf_filter`) asks the device in every batch whether the loss is a number,
-and leaves one that is not out of the log: a run whose weights are all NaN logs 0.0 and ends well.
+Trainer's `logging_nan_inf_filter` synchronizes with the device in every batch and drops losses that are not finite
+from the log: a run whose weights are all NaN logs 0.0 and ends successfully.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ class DivergedError(ValueError):
 
 
 class Divergence:
-    """The first step of a run whose loss, gradients or weights were NaN or infinite.
+    """Records on the device the first step whose loss, gradients or weights were NaN or infinite.
 
-    Noting costs a few small kernels and, of gradients, one pass over them; nothing is asked.
+    Recording launches a few small kernels and reads the gradients once, without synchronization.
 
     Args:
-        device: where the marks lie.
-        rank: this process's.
+        device: of the marks.
+        rank: of this process.
     """
 
     def __init__(self, device: torch.device, rank: int) -> None:
-        # Of a loss, and of gradients or weights. Smaller is earlier.
+        # One mark for losses, one for gradients and weights. Smaller is earlier.
         self._marks = torch.full((2,), _NEVER, dtype=torch.int64, device=device)
         self._rank = rank
 
     def note_loss(self, loss: torch.Tensor, step: int, batch: int) -> None:
-        """Take down the loss of a step's batch, a scalar on any device."""
+        """Record the loss of a step's batch, a scalar on any device."""
         self._mark(0, loss, step << _MICRO | batch << _RANK | self._rank)
 
     def note(self, tensors: Iterable[torch.Tensor], step: int) -> None:
-        """Take down a step's gradients, or the weights after it; of shards each rank its own."""
+        """Record a step's gradients, or the weights after it; each rank records its own shards."""
         local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         local = [t.detach() for t in local if t.is_floating_point() and t.numel()]
         if local:
@@ -58,8 +58,8 @@ class Divergence:
         mine.masked_fill_(is_bad & (mine == _NEVER), mark)
 
     def first(self) -> tuple[int, int | None, int | None] | None:
-        """(step, batch of the step, rank) of the first one over all ranks, which must all ask; batch and rank
-        are None where no loss shows it. None: there is none. It waits for the device."""
+        """(step, batch in the step, rank) of the first mark over all ranks, or None. Batch and rank are None if
+        no loss showed it. A collective; waits for the device."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._marks, dist.ReduceOp.MIN)
         loss, other = (int(mark) for mark in self._marks.cpu())
@@ -72,44 +72,44 @@ class Divergence:
 
 
 class DivergenceWatch:
-    """`PackingCallback`'s part: notes every batch and step of a run, and ends one that has diverged.
+    """`PackingCallback`'s part: records every batch and step of a run, and ends a diverged run.
 
     Args:
-        data: says where a step's packs come from (`PackKeeper`, `StreamKeeper`).
+        data: describes a step's packs for the error (`PackKeeper`, `StreamKeeper`).
     """
 
     def __init__(self, data: Any) -> None:
         self._data = data
         self._first: Divergence | None = None
         self._losses: list[torch.Tensor] = []
-        self._num_batches = 0  # of the step, those noted
+        self._num_batches = 0  # recorded in this step
         self._is_in_step = False
 
     def begin(self, model: nn.Module, args: TrainingArguments) -> Any:
-        """Begin a run; returns the handle of its hook on the model."""
+        """Begin a run; returns the handle of the hook on the model."""
         self._first = Divergence(args.device, args.process_index)
         self._is_in_step = False
         return model.register_forward_hook(self._take, with_kwargs=True)
 
     def begin_step(self) -> None:
-        """Batches that come now are of a step."""
+        """Treat the following batches as training batches."""
         self._losses.clear()
         self._num_batches, self._is_in_step = 0, True
 
     def end_step(self) -> None:
-        """Batches that come now are none of training's."""
+        """Ignore the following batches, which are not training's."""
         self._is_in_step = False
 
     def _take(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """The hook; torch.compile traces it."""
+        """Forward hook; torch.compile traces it."""
         loss = getattr(output, "loss", None)
         if self._is_in_step and loss is not None and kwargs.get("mmpack") is not None:
             self._losses.append(loss.detach())
 
     def note_batches(self, packs: Sequence[MmpackDict], step: int) -> None:
-        """Take down a step's batches that are over; `packs` are their `mmpack` dicts."""
+        """Record a step's finished batches; `packs` are their `mmpack` dicts."""
         assert self._first is not None
         for number, pack in enumerate(packs, self._num_batches):
             self._data.note_place(step, number, pack)
@@ -119,13 +119,13 @@ class DivergenceWatch:
         self._losses.clear()
 
     def note_gradients(self, model: nn.Module, step: int) -> None:
-        """Take down the gradients an optimizer is about to see."""
+        """Record the gradients that the optimizer is about to use."""
         assert self._first is not None
         self._first.note([p.grad for p in model.parameters() if p.grad is not None], step)
 
     def check(self, model: nn.Module | None, step: int) -> None:
-        """Look at what was noted, on all ranks; with a model at its weights too, which an update may have
-        broken without a loss that has seen it.
+        """Read the marks of all ranks. Given a model, check its weights too, which the last update may have
+        broken after the last loss.
 
         Raises:
             DivergedError: training has diverged; names the step and its rows.
@@ -137,15 +137,15 @@ class DivergenceWatch:
         if found is not None:
             raise DivergedError(
                 "training has diverged: the loss, a gradient or a weight is NaN or infinite, first in step "
-                f"{found[0]} ({self._data.place_of(*found)}); no checkpoint was written since. Look at the rows "
-                "(mmpack inspect), lower learning_rate or lengthen warmup_steps, and go on from the last checkpoint: "
+                f"{found[0]} ({self._data.place_of(*found)}); no checkpoint was written since. Inspect the rows "
+                "(mmpack inspect), lower learning_rate or raise warmup_steps, and resume from the last checkpoint: "
                 "--resume_from_checkpoint last"
             )
         self._data.forget_places()
 
 
 class LastCallback(TrainerCallback):
-    """Stands last in Trainer's list, where all others have said whether to log, evaluate and save."""
+    """The last callback in Trainer's list, called after all others have requested logs, evaluations and saves."""
 
     def __init__(self, check: Callable[..., None]) -> None:
         self._check = check

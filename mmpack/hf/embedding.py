@@ -1,8 +1,8 @@
-"""Embed the tokens of a pack and put its features in: fused where the table is plain, else in two steps.
+"""Embeds a pack's tokens and inserts its features: in one kernel if the embedding is plain, else in two steps.
 
-An embedding module may be more than a table lookup: LoRA, NEFTune and `enable_input_require_grads`
-hang hooks on it, FSDP2 and ZeRO-3 keep its weight in shards. Then it is called as the module it is, and
-the features are inserted after. Which it is shows when it is called, not when the model is patched.
+An embedding module may be more than a table lookup: LoRA, NEFTune and `enable_input_require_grads` add hooks,
+FSDP2 and ZeRO-3 shard its weight. Then the module itself is called, and features are inserted afterwards. This is
+decided at call time, not at patch time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def embed(
     pack: MmpackDict,
     impl: str,
 ) -> torch.Tensor:
-    """(T, D) embeddings in the table's dtype, features at their places; `impl` as in `patch_model`."""
+    """(T, D) embeddings in the table's dtype, with features inserted; `impl` as in `patch_model`."""
     if impl == "triton" and is_plain(embedding):
         from mmpack.ops import embed_features
 
@@ -51,7 +51,7 @@ def embed(
 
 
 def is_plain(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
-    """Whether calling the module is reading rows of its weight, and nothing else."""
+    """Whether calling the module only reads rows of its weight."""
     return (
         is_bare(embedding, nn.Embedding)
         and embedding.max_norm is None
@@ -62,7 +62,7 @@ def is_plain(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
 
 
 def is_bare(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
-    """Whether a module is of this class with nothing hung on it but DeepSpeed's gathering."""
+    """Whether a module is exactly of this class, without hooks other than DeepSpeed's gathering."""
     return (
         type(module) is cls
         and "forward" not in vars(module)

@@ -1,8 +1,8 @@
-"""`eval_loss`: the mean over the supervised tokens of the whole set, each counted once.
+"""`eval_loss`: the mean over all supervised tokens of the set, each counted once.
 
-Trainer's is a mean over batches, each the mean over its tokens: it depends on how packs are cut, batched
-and dealt to ranks, an empty pack counts as much as a full one, and where the set does not divide among ranks
-accelerate repeats packs of its start.
+Trainer's `eval_loss` is a mean over batches of means over tokens. It depends on how samples are packed, batched
+and distributed over ranks, an empty pack counts as much as a full one, and accelerate repeats packs from the start
+of the set if ranks would have different numbers of them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 @dataclass
 class _Batch:
     loss: torch.Tensor
-    num_items: Any  # what the loss was divided by; None: its own supervised tokens
+    num_items: Any  # the loss's divisor; None: the batch's supervised tokens
     pack: MmpackDict
     rows: tuple[torch.Tensor, torch.Tensor] | None  # logits (1, L, V), labels (1, L)
 
 
 class EvalHook:
-    """A forward hook that keeps the last packed batch of a model in evaluation mode.
+    """A forward hook that keeps a model's last packed batch in evaluation mode.
 
     Args:
-        keeps_rows: keep its logits too, to leave out repeated packs of a batch.
+        keeps_rows: keep its logits too, so that repeated packs of a batch can be left out.
     """
 
     def __init__(self, keeps_rows: bool) -> None:
@@ -49,17 +49,17 @@ class EvalHook:
         kept = (
             (rows, labels) if self.keeps_rows and rows is not None and labels is not None else None
         )
-        own = loss.detach().clone()  # Trainer multiplies it by the ranks where it is
+        own = loss.detach().clone()  # Trainer multiplies the loss in place by the number of ranks
         self._last = _Batch(own, kwargs.get("num_items_in_batch"), pack, kept)
 
     def take(self) -> _Batch | None:
-        """The batch, which is then forgotten."""
+        """Return the batch and forget it."""
         last, self._last = self._last, None
         return last
 
 
 def _hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
-    """The model's hook, registered where it has none: Trainers of one model share it."""
+    """The model's hook, registered if it has none; all Trainers of a model share it."""
     for hook in forward_hooks(model):
         if isinstance(hook, EvalHook):
             hook.keeps_rows |= keeps_rows
@@ -70,7 +70,7 @@ def _hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
 
 
 class Evaluation:
-    """`PackingCallback`'s part: the sums of one evaluation after the other, on one rank."""
+    """`PackingCallback`'s part: sums the losses of an evaluation on one rank."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
         self._rank, self._num_ranks = args.process_index, args.world_size
@@ -81,15 +81,15 @@ class Evaluation:
         self._tokens = 0
 
     def count(self, loader: Any) -> None:
-        """Count the batch that the loader has just given, and the model taken.
+        """Count the batch that the loader just yielded and the model just evaluated.
 
         Raises:
-            ValueError: some of its packs are repeated, and which share of the loss is theirs is not known.
+            ValueError: some of its packs are repeats, whose share of the loss is unknown.
         """
         batch = self._hook.take()
         if batch is None:
             return
-        if loader is not self._loader:  # another one's, or the rest of one that was broken off
+        if loader is not self._loader:  # a new evaluation; the last one may have been interrupted
             self._loader, self._sums, self._tokens = loader, [], 0
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
         num_items = self._num_real(loader, len(ends) - 1)
@@ -106,13 +106,13 @@ class Evaluation:
             )
         else:
             raise ValueError(
-                "accelerate repeats packs in the last batch, and a batch with every token's logits does not say "
-                "which share of the loss is theirs; choose per_device_eval_batch_size=1"
+                "accelerate repeats packs in the last batch, and with full_logits their share of the loss is "
+                "unknown; set per_device_eval_batch_size=1"
             )
         self._tokens += tokens
 
     def _num_real(self, loader: Any, num_items: int) -> int:
-        """How many of a batch's items are not repeated from the start of the set to even out ranks."""
+        """The number of a batch's items that accelerate did not repeat from the start of the set."""
         remainder = remainder_of(loader)
         if self._num_ranks == 1 or remainder is None:
             return num_items
@@ -120,8 +120,8 @@ class Evaluation:
         return min(max(mine, 0), num_items)
 
     def correct(self, *metrics: dict[str, Any]) -> None:
-        """Put the mean over all ranks, which must all ask, where an evaluation's metrics have Trainer's, and
-        begin anew. Metrics of something else, and of no supervised token, stay."""
+        """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, and reset the sums. A
+        collective. Other metrics, and those of a set without supervised tokens, are unchanged."""
         name = _loss_name(metrics[0])
         loss = None if name is None else self._pop()
         for one in metrics if loss is not None else ():
@@ -141,7 +141,7 @@ class Evaluation:
 
 
 def _loss_name(logs: dict[str, Any]) -> str | None:
-    """The name of an evaluation's loss among its metrics; None: these are of no evaluation."""
+    """The name of the loss in an evaluation's metrics; None: these are not an evaluation's."""
     for name in logs:
         if name.endswith("_loss") and f"{name.removesuffix('_loss')}_runtime" in logs:
             return name if name != "train_loss" else None

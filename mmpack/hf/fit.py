@@ -1,7 +1,7 @@
-"""Whether data fits a model: token ids inside its table, its special ids, its patches, its normalisation.
+"""Checks that data fits a model: range of token ids, special ids, patch sizes, normalization.
 
-All on the host, of integers that come with a batch: a kernel would read and write the memory behind the
-table, and torch on a GPU would end the process with an assertion that names nothing.
+On the host, from integers in the batch: with ids out of range, a kernel would access memory behind the table, and
+torch on a GPU would abort with an assertion that does not name the row.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "im
 
 
 def facts_of_data(vision: VisionSpec, has_pixels: bool = True) -> dict[str, Any]:
-    """What data was encoded with, by a `VisionSpec`'s names; of text alone the special ids."""
+    """What data was encoded with, by the names in `VisionSpec`; for text without images, only the special ids."""
     names = (*_IDS, *_PATCHES) if has_pixels else _IDS
     return {name: getattr(vision, name) for name in names}
 
 
 def facts_of_model(config: Any) -> dict[str, Any]:
-    """The same as a model's config says it, and where the model came from a folder, its image processor;
-    None is not said."""
+    """The same facts from a model's config and, if the model was loaded from a folder, its image processor's
+    normalization. None: unknown."""
     tower, folder = config.vision_config, folder_of(config)
     mean, std = _normalization(folder) if folder else (None, None)
     return {
@@ -42,7 +42,7 @@ def facts_of_model(config: Any) -> dict[str, Any]:
 
 
 def _normalization(folder: str) -> tuple[Any, Any]:
-    """(mean, standard deviation) of the image processor in a folder, None where it says nothing."""
+    """(mean, standard deviation) of the image processor in a folder; None: unknown."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         try:
             saved = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
@@ -54,10 +54,10 @@ def _normalization(folder: str) -> tuple[Any, Any]:
 
 
 def num_ids(base: Any) -> int:
-    """Rows of an inner model's token embedding, whole where ranks hold parts of it."""
+    """The number of rows in an inner model's token embedding, also if it is sharded."""
     embedding = base.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
-    if rows is None:  # a wrapper's
+    if rows is None:  # wrapped
         rows = whole_rows(embedding.weight)
     return int(rows)
 
@@ -66,47 +66,47 @@ def check_facts(model: dict[str, Any], data: dict[str, Any]) -> None:
     """Refuse to train a model on data encoded for another one.
 
     Args:
-        model, data: what `facts_of_model` and `facts_of_data` gave.
+        model, data: results of `facts_of_model` and `facts_of_data`.
 
     Raises:
-        ValueError: a special id, a patch size or the normalisation differs; names both values.
+        ValueError: a special id, a patch size or the normalization differs; names both values.
     """
     for name, of_data in data.items():
         if model[name] is not None and model[name] != of_data:
             raise ValueError(
-                f"the model has {name} {model[name]}, the data was packed with {of_data}; pack it with "
-                "the tokenizer and processor of this model"
+                f"the model has {name} {model[name]}, but the data was packed with {of_data}; pack it with "
+                "this model's tokenizer and processor"
             )
 
 
 def check_ids(rows: int, ids: tuple[int, int], samples: Iterable[EncodedSample] = ()) -> None:
-    """Refuse token ids that the model's table has no row for.
+    """Refuse token ids that the model's embedding has no row for.
 
     Args:
-        rows: of the table.
-        ids: (smallest, largest), labels that count among them.
-        samples: which have them, to name one in the error.
+        rows: of the embedding.
+        ids: (smallest, largest), including supervised labels.
+        samples: those with the ids, to name one in the error.
 
     Raises:
-        ValueError: one is outside; names it.
+        ValueError: an id is out of range; names it and its row.
     """
     smallest, largest = ids
     if 0 <= smallest and largest < rows:
         return
     wrong = smallest if smallest < 0 else largest
-    advice = "encode it with the tokenizer of this model"
+    advice = "encode it with this model's tokenizer"
     if wrong > 0:
-        advice += f", or give the model the tokenizer's tokens: model.resize_token_embeddings({wrong + 1})"
+        advice += f", or enlarge the embedding: model.resize_token_embeddings({wrong + 1})"
     raise ValueError(
-        f"{_row_outside(samples, rows)} has the token id {wrong}, the model's table has {rows} rows; {advice}"
+        f"{_row_outside(samples, rows)} has token id {wrong}, but the model's embedding has {rows} rows; {advice}"
     )
 
 
 def check_fit(base: Any, dataset: PackedDataset) -> None:
-    """Both checks before training, of a whole data set.
+    """Check a whole data set before training.
 
     Raises:
-        ValueError: the data is of another model; names file and row of an id that is outside.
+        ValueError: the data was encoded for another model; names file and row of an id out of range.
     """
     check_facts(facts_of_model(base.config), facts_of_data(dataset.vision))
     ids = dataset.id_range()
@@ -115,7 +115,7 @@ def check_fit(base: Any, dataset: PackedDataset) -> None:
 
 
 def _row_outside(samples: Iterable[EncodedSample], rows: int) -> str:
-    """The first sample with an id the table has no row for, in words."""
+    """The first sample with an id out of range, in words."""
     for sample in samples:
         smallest, largest = sample.id_range
         if smallest < 0 or largest >= rows:

@@ -1,12 +1,10 @@
-"""A pack as the keyword arguments of a forward.
+"""A pack -> keyword arguments of a forward.
 
-Only names transformers knows are at the top, so that an unpatched model computes the same loss, only
-slower; all the rest travels in one nested dict, `mmpack`, which the patched model's hook takes
-(`mmpack.hf.mmpack_dict`).
+The top level has only names that transformers knows, so an unpatched model computes the same loss, only slower.
+All else is in one nested dict, `mmpack`, for the patched model's hook (`mmpack.hf.mmpack_dict`).
 
-A compact pack's batch has `input_ids (1, n)` with one marker an image, and no positions yet:
-`position_ids (4, 1, 0)`, on which a model that is not patched fails at once. `assemble_on_device`, which
-the hook calls, makes the rest.
+A compact pack's batch has `input_ids (1, n)` with one marker per image and empty `position_ids (4, 1, 0)`, on
+which an unpatched model fails at once. The hook calls `assemble_on_device` to expand it.
 """
 
 from __future__ import annotations
@@ -31,13 +29,16 @@ from mmpack.packing.worker_buffers import as_ints, as_tensor
 from mmpack.types import Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
 
-PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # and grids
+PIXELS = {
+    "pixel_values": "image_grid_thw",
+    "pixel_values_videos": "video_grid_thw",
+}  # pixels -> grids
 
 
 def pixel_values_of(
     stills: images.Patches, clips: images.Patches, vision: VisionSpec, pixels: str
 ) -> dict[str, torch.Tensor]:
-    """`pixel_values` of the images' patches and `pixel_values_videos` of the videos', each where there are any."""
+    """`pixel_values` from patches of images and `pixel_values_videos` from patches of videos, if there are any."""
     values = {}
     for name, patches in zip(PIXELS, (stills, clips)):
         if not len(patches):
@@ -52,7 +53,7 @@ def pixel_values_of(
 
 
 def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
-    """The batch of a finished pack; `values` are its pixels."""
+    """The batch of an assembled pack; `values` are its pixels."""
     grid_order, grid_offsets = _grids_by_segment(pack)
     batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
@@ -89,7 +90,7 @@ def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> d
 def compact_batch_of(
     pack: CompactPack, values: dict[str, torch.Tensor], tower: TowerSpec
 ) -> dict[str, Any]:
-    """The batch of a compact pack, which `assemble_on_device` completes; `values` are its pixels."""
+    """The batch of a compact pack, for `assemble_on_device`; `values` are its pixels."""
     batch = _batch(pack, values, pack.marker_thw, pack.grid_offsets)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = torch.empty(4, 1, 0, dtype=torch.int64)
@@ -113,12 +114,12 @@ def compact_batch_of(
 def assemble_on_device(
     batch: dict[str, Any], pack: MmpackDict, table_side: int | None
 ) -> tuple[dict[str, Any], MmpackDict]:
-    """(batch, its `mmpack` dict) as `batch_of` makes them, of a batch of `compact_batch_of` on the device.
+    """Expand a batch of `compact_batch_of` on the device; returns (batch, `mmpack` dict) equal to `batch_of`'s.
 
     Args:
-        table_side: side of the tower's table of positions, if it has one.
+        table_side: side of the tower's position table, if it has one.
     """
-    from mmpack.ops import assemble_patches, assemble_sequence  # here: Triton is not everywhere
+    from mmpack.ops import assemble_patches, assemble_sequence  # late: Triton may be missing
 
     compact, merge_size = pack["compact"], pack["compact"]["merge_size"]
     made = assemble_sequence(
@@ -161,12 +162,12 @@ def _batch(
     grid_thw: Int64 | Int32,
     grid_offsets: Any,
 ) -> dict[str, Any]:
-    """What the host knows either way; `grid_thw` (I, 3) is by segment, `grid_offsets` (S + 1,)."""
+    """The part of the batch that both kinds share; `grid_thw` (I, 3) by segment, `grid_offsets` (S + 1,)."""
     rows = pack.supervised_index.astype(np.int64)
     shift_labels = torch.from_numpy(pack.labels[rows + 1])
     supervised = torch.from_numpy(rows)
     batch: dict[str, Any] = {
-        "input_ids": None,  # first: Trainer reads its size
+        "input_ids": None,  # first, because Trainer reads its size
         "labels": as_tensor(pack.labels)[None],
         "shift_labels": shift_labels[None],
         "logits_to_keep": supervised,
@@ -202,13 +203,13 @@ def _batch(
 
 
 def _id_range(*arrays: Int64 | Int32) -> tuple[int, int]:
-    """(smallest, largest) of token ids and of labels that count."""
+    """(smallest, largest) of token ids and supervised labels."""
     some = [array for array in arrays if len(array)]
     return min(int(array.min()) for array in some), max(int(array.max()) for array in some)
 
 
 def _windows(grid_thw: Int64, vision: VisionSpec, side: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The order of the features window by window (F,) int32, and what a windowed tower takes."""
+    """(F,) int32 order of the features window by window, and the `mmpack` entries of a windowed tower."""
     window_size = side * vision.merge_size * vision.patch_size
     order, offsets = get_vision_window_index(
         torch.from_numpy(grid_thw), vision.merge_size, window_size, vision.patch_size
@@ -227,7 +228,7 @@ def _windows(grid_thw: Int64, vision: VisionSpec, side: int) -> tuple[torch.Tens
 
 
 def _in_windows(pack: MmpackDict, order_F: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The features and positions of an `mmpack` dict in the order a windowed tower gives them."""
+    """The feature and position entries of an `mmpack` dict, in a windowed tower's order."""
     place_F = torch.empty_like(order_F)
     place_F[order_F.long()] = torch.arange(len(order_F), dtype=torch.int32, device=order_F.device)
     feature_T = pack["feature_index"]
@@ -245,7 +246,7 @@ def _interpolated(
     place_P2: torch.Tensor, grid_thw: torch.Tensor, side: int
 ) -> dict[str, torch.Tensor]:
     """transformers' `get_vision_interpolation_indices_and_weights` for patches at rows and columns `place_P2`,
-    rounding by rounding; by hand, as that one synchronizes with the device twice."""
+    with the same roundings. Reimplemented because that function synchronizes with the device twice."""
     sizes_P2 = grid_thw[:, 1:].repeat_interleave(grid_thw.prod(1), dim=0, output_size=len(place_P2))
     at = place_P2.float() * (side - 1) / (sizes_P2 - 1).clamp_min(1).float()
     taps = at.floor()[..., None] + torch.arange(2, dtype=torch.float32, device=at.device)
@@ -260,8 +261,7 @@ def _interpolated(
 
 
 def _grids_by_segment(pack: Pack) -> tuple[Int64, Int64]:
-    """(order (I,), offsets (S + 1,)): the grids segment by segment, which feature order, images before
-    videos, is not."""
+    """(order (I,), offsets (S + 1,)) of the grids by segment; the pack has images before videos."""
     ends = pack.vision.num_features(pack.grid_thw).cumsum()
     last_token = pack.feature_token[ends - 1]
     order: Int64 = np.argsort(last_token)

@@ -1,4 +1,4 @@
-"""A folder or a config -> the model to train."""
+"""A folder, a name on the Hugging Face Hub or a config -> the model to train."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, set_seed
 
-from mmpack.data.processor_folder import load_config
+from mmpack.data.model_folder import local_path
+from mmpack.data.processor_folder import NO_NETWORK, load_config
 from mmpack.families import FAMILIES
 
 
 def load_model(
     model: str | None, config: str | None, seed: int, dtype: str = "float32"
 ) -> nn.Module:
-    """A model from a folder, or with random weights from a config file.
+    """Load a model from a folder or the Hub, or make one with random weights from a config.
 
-    Its weights are of `dtype`, whatever the folder has: in bfloat16, as models are published, 8 bits of a
-    weight's value are kept, and at a learning rate of 1e-5 nearly every update rounds to nothing.
+    Its weights have `dtype`, whatever the folder holds: bfloat16, in which models are published, keeps 8 bits of
+    a weight, and at a learning rate of 1e-5 nearly every update rounds to nothing.
+
+    Args:
+        model, config: one of them: a path or a name, see `mmpack.data.model_folder.local_path`.
+
+    Raises:
+        ValueError: both or neither are given, there is no such model, or its family is not supported.
     """
     if (model is None) == (config is None):
         raise ValueError("pass --model FOLDER, or --config FILE for random weights")
-    path = str(model or config)
+    path = local_path(str(model or config), weights=model is not None)
     loaded = load_config(path)
     if loaded.model_type not in FAMILIES:
         raise ValueError(
@@ -28,7 +35,7 @@ def load_model(
         )
     if model is not None:
         pretrained: nn.Module = AutoModelForImageTextToText.from_pretrained(
-            model, dtype=getattr(torch, dtype)
+            path, dtype=getattr(torch, dtype), **NO_NETWORK
         )
         return pretrained
     set_seed(seed)

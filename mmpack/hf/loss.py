@@ -1,9 +1,8 @@
-"""The loss of a packed batch, put where transformers asks for it: the model's `loss_function`.
+"""The loss of a packed batch, installed as the model's `loss_function`.
 
-A packed batch brings the rows whose prediction counts (`logits_to_keep`) and what they predict
-(`shift_labels`), so logits are (1, L, V) and the loss is a sum over L rows divided by the supervised
-tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks. Any other batch
-gets the loss the model had.
+A packed batch holds the supervised rows (`logits_to_keep`) and their targets (`shift_labels`). Logits are (1, L,
+V), and the loss is a sum over L rows divided by the supervised tokens of the whole optimizer step, which Trainer
+counts over micro-batches and ranks. Other batches get the model's own loss.
 """
 
 from __future__ import annotations
@@ -54,12 +53,11 @@ class PackedLoss:
 
 
 def install_loss(base: nn.Module, model: nn.Module) -> None:
-    """Give every model of `model` that has a head over `base` the packed loss. One whose loss a user
-    has set keeps it.
+    """Install the packed loss on every module of `model` with a head over `base`, unless a user has set its loss.
 
-    It says `accepts_loss_kwargs` too: without, Trainer averages micro-batches as if they held equally
-    many supervised tokens (it reads the attribute before the forward's signature; Qwen2.5-VL and
-    Qwen3-VL have it False).
+    Also sets `accepts_loss_kwargs`; otherwise Trainer averages micro-batches as if they had equally many
+    supervised tokens. It reads the attribute before the forward's signature, and Qwen2.5-VL and Qwen3-VL set it to
+    False.
     """
     for head in _heads(base, model):
         if own_loss(head) is None:
@@ -70,7 +68,7 @@ def install_loss(base: nn.Module, model: nn.Module) -> None:
 
 
 def remove_loss(base: nn.Module, model: nn.Module) -> None:
-    """Take `install_loss` back; a loss the user has set since stays."""
+    """Undo `install_loss`; a loss that the user has set since is kept."""
     for head in _heads(base, model):
         if isinstance(own_loss(head), PackedLoss):
             remove_own_loss(head)
@@ -87,14 +85,13 @@ def _heads(base: nn.Module, model: nn.Module) -> list[Any]:
 
 
 def _refuse_lost_labels(head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Trainer's label smoothing and `compute_loss_func` take the labels out of the batch and expect the
-    logits of every token; on the supervised rows' logits they would fail, or be wrong."""
+    """Refuse Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of
+    every token: with logits of supervised rows they would fail or be wrong."""
     if kwargs.get("mmpack") is None or "shift_labels" not in kwargs or not head.training:
         return
     if kwargs.get("labels") is None:
         raise ValueError(
-            "the batch's labels were taken out of it: label_smoothing_factor and compute_loss_func do "
-            "that, and a packed batch has the logits of supervised tokens alone. Leave label smoothing "
-            "(transformers does not shift these models' labels for it), and give compute_loss_func "
-            "every token's logits: PackCollator(full_logits=True)"
+            "the batch has no labels: label_smoothing_factor or compute_loss_func removed them, but a packed "
+            "batch has logits of supervised tokens only. Leave out label_smoothing_factor (transformers does not "
+            "shift these models' labels for it); for compute_loss_func, pass PackCollator(full_logits=True)"
         )

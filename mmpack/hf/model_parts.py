@@ -1,4 +1,4 @@
-"""What a model is made of: its inner model, the family it is of, its tower, its parameters by part."""
+"""The parts of a model: inner model, family, vision tower, parameters by part."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mmpack.families import FAMILIES, Family
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """What the collator makes indices for, beyond what Qwen2-VL's tower needs.
+    """Which indices the collator computes for a tower, beyond those of Qwen2-VL.
 
     Attributes:
         window_side: side of an attention window in features; None: no windows.
-        table_side: side of the learned table of positions; None: no table.
+        table_side: side of the learned position table; None: no table.
     """
 
     window_side: int | None = None
@@ -25,12 +25,12 @@ class TowerSpec:
 
 
 def family_of(base: Any) -> Family:
-    """The family of an inner model that `inner_model` has found."""
+    """The family of an inner model found by `inner_model`."""
     return FAMILIES[base.config.model_type]
 
 
 def tower_of(base: Any) -> TowerSpec:
-    """What the collator must know of an inner model's tower."""
+    """The `TowerSpec` of an inner model."""
     family, config = family_of(base), base.config.vision_config
     window_side = table_side = None
     if family.has_windows:
@@ -41,8 +41,8 @@ def tower_of(base: Any) -> TowerSpec:
 
 
 def parts_of(model: nn.Module, base: Any) -> dict[str, list[nn.Parameter]]:
-    """The parameters of a model by the parts that `mmpack.packing.cost.sample_flops` knows: "vision", the tower but
-    for what merges its patches; "merger"; "language", all else, heads and adapters too."""
+    """A model's parameters by the parts of `mmpack.packing.cost.sample_flops`: "vision", the tower without its
+    mergers; "merger"; "language", all else, including heads and adapters."""
     tower = dict(base.visual.named_parameters())
     of_tower = {id(parameter) for parameter in tower.values()}
     return {
@@ -53,7 +53,7 @@ def parts_of(model: nn.Module, base: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Take gradients from parts of a model, named as in `parts_of`.
+    """Freeze parts of a model, named as in `parts_of`.
 
     Raises:
         ValueError: no parameter is left to train.
@@ -64,7 +64,7 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"nothing is left to train: --frozen {' --frozen '.join(parts)}; leave one of them out"
+            f"--frozen {' --frozen '.join(parts)} leaves nothing to train; leave one of them out"
         )
 
 
@@ -73,7 +73,7 @@ def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:
 
     Args:
         base: an inner model.
-        rule: of the data, `has_timestamps` and `tokens_per_second` (`mmpack.video_spec.VideoSpec`).
+        rule: the data's `has_timestamps` and `tokens_per_second` (`mmpack.video_spec.VideoSpec`).
 
     Raises:
         ValueError: the model's differ; names both.
@@ -82,24 +82,24 @@ def check_videos(base: Any, rule: tuple[bool, float | None]) -> None:
     ours = (family_of(base).video.has_timestamps, per_second)
     if ours != rule:
         raise ValueError(
-            f"the model takes videos with has_timestamps={ours[0]} and tokens_per_second={ours[1]}, these "
-            f"were encoded with {rule[0]} and {rule[1]}; encode them with the model's own processor and "
-            "config: VisionSpec.from_processor(processor, model.config)"
+            f"the model takes videos with has_timestamps={ours[0]} and tokens_per_second={ours[1]}, but these "
+            f"were encoded with {rule[0]} and {rule[1]}; encode them with the model's processor and config: "
+            "VisionSpec.from_processor(processor, model.config)"
         )
 
 
 def find_inner(model: nn.Module) -> Any:
-    """The module that holds `visual` and `language_model`, wherever it is wrapped; None without."""
+    """The module with `visual` and `language_model`, under any wrappers; None if there is none."""
     found = [m for m in model.modules() if hasattr(m, "visual") and hasattr(m, "language_model")]
     # transformers gives the outer model properties of the same names; the inner one comes last.
     return found[-1] if found else None
 
 
 def inner_model(model: nn.Module) -> Any:
-    """`find_inner`, of a supported family.
+    """`find_inner`, which must belong to a supported family.
 
     Raises:
-        ValueError: there is none, or it is of another family; lists those supported.
+        ValueError: there is none, or it belongs to another family; lists those supported.
     """
     base = find_inner(model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)

@@ -1,17 +1,17 @@
-"""patch_model / unpatch_model: a transformers Qwen-VL model learns to take packs.
+"""patch_model / unpatch_model: make a transformers Qwen-VL model accept packs.
 
-Nothing of transformers is replaced. On the one model instance given, patching
+Nothing in transformers is replaced. On one model instance, patching
 
-- puts a forward pre-hook on the inner model: it runs the vision tower, embeds the tokens, puts the
-  features at their places and passes `inputs_embeds` on; and a hook that cuts its output to the
-  supervised rows where an outer forward leaves that to it;
+- registers a forward pre-hook on the inner model, which runs the vision tower, embeds the tokens, inserts the
+  features and passes `inputs_embeds` on; and a forward hook, which selects the supervised rows for outer forwards
+  that do not;
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
 - binds a forward on each vision attention and on the patch embedding;
-- Qwen2.5-VL: leaves the features in the order of the windows; Qwen3-VL: adds deepstack's features by
-  index (`mmpack.hf.tower`). What families differ in is in `mmpack.families`.
+- Qwen2.5-VL: keeps the features in window order; Qwen3-VL: adds deepstack features by index (`mmpack.hf.tower`).
+  `mmpack.families` says how families differ.
 
-A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving
-are untouched. `unpatch_model` takes everything back.
+A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving are unchanged.
+`unpatch_model` undoes everything.
 """
 
 from __future__ import annotations
@@ -48,36 +48,35 @@ _STATE = "_mmpack_patch"
 
 @dataclass
 class _Patch:
-    """What `patch_model` did to an inner model; lives on it as an attribute."""
+    """The state of a patched inner model, stored as its attribute."""
 
-    hooks: list[tuple[str, int]]  # (submodule's name, id): handles would not survive a deep copy
-    text_attention: str  # the implementation before
+    hooks: list[tuple[str, int]]  # (submodule's name, id); handles do not survive a deep copy
+    text_attention: str  # the implementation to restore
     impl: str
-    facts: dict[str, Any]  # what data must have been encoded with, as `mmpack.hf.fit` has it
+    facts: dict[str, Any]  # what data must be encoded with (`mmpack.hf.fit`)
     is_isolated: bool = False
 
 
 def patch_model(model: Model, impl: str = "auto") -> Model:
-    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, in place, to train on packs; returns it.
-    Patching twice is one patch.
+    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE in place to train on packs; returns the model.
+    Patching a patched model only changes `impl`.
 
-    A self-test follows: a small pack is run twice with another first segment, and the second
-    segment's hidden states must not change by a bit (behind experts: by rounding only). Where it cannot
-    run yet (weights on the meta device or sharded, kernels without their GPU) it runs at the first packed
-    forward. Mode, gradients and random state are as before.
+    A self-test follows: it runs a small pack twice with different first segments, and the second segment's hidden
+    states must be equal to the bit (with experts: up to rounding). If it cannot run yet (weights on the meta
+    device or sharded, kernels without their GPU), it runs at the first packed forward. It does not change training
+    mode, gradients or random state.
 
     Args:
-        model: a `Qwen2VLForConditionalGeneration`, or another family's, its inner `Qwen2VLModel`, or a
-            wrapper that holds one (PEFT).
-        impl: which ops do the work. "auto": libraries' (torch, flash-attn); "triton": mmpack's own
-            kernels (attention, rotary embedding, token embedding with feature insertion), on a CUDA
-            device or in Triton's interpreter; "auto" will mean them once they are measured on a GPU.
-            Or one of `mmpack.ops.varlen_attention`'s implementations, for attention alone. What is
-            asked for by name is used or refused.
+        model: a `Qwen2VLForConditionalGeneration` or another family's, its inner model, or a wrapper around one
+            (PEFT).
+        impl: which ops to use. "auto": those of libraries (torch, flash-attn). "triton": mmpack's kernels
+            (attention, rotary embedding, token embedding with feature insertion), on a CUDA device or in Triton's
+            interpreter; "auto" will choose them once they are measured on a GPU. Or an implementation of
+            `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or refused.
 
     Raises:
-        ValueError: the model is not supported, or something else has replaced what mmpack binds.
-        RuntimeError: the self-test found that segments see each other.
+        ValueError: the model is not supported, or something else has replaced a method that mmpack binds.
+        RuntimeError: the self-test found that segments attend to each other.
     """
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
@@ -92,7 +91,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         if method in vars(module):
             raise ValueError(
                 f"{type(module).__name__} already has a replaced {method} (accelerate's offload to "
-                "several devices does that); patch the model before, or load it on one device"
+                "several devices does that); patch the model before that, or load it on one device"
             )
     for module, method, over in bindings:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
@@ -101,7 +100,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl, facts))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
-    # A model that Trainer is still to move to its GPU cannot run kernels yet.
+    # A model that Trainer has not yet moved to its GPU cannot run kernels.
     needs_gpu = impl not in ("auto", "sdpa", "reference", "flex")
     if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
         try:
@@ -113,13 +112,13 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
 
 
 def unpatch_model(model: Model) -> Model:
-    """Take `patch_model` back; returns the model. A model that is not patched stays as it is.
+    """Undo `patch_model`; returns the model. An unpatched model is left unchanged.
 
     Args:
-        model: what `patch_model` was given, or its inner model.
+        model: the model passed to `patch_model`, or its inner model.
 
     Raises:
-        ValueError: no model of a supported family is in it.
+        ValueError: it holds no model of a supported family.
     """
     base = inner_model(model)
     patch = vars(base).get(_STATE)
@@ -138,23 +137,23 @@ def unpatch_model(model: Model) -> Model:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_model` has patched the model, or what it wraps."""
+    """Whether the model, or one that it wraps, is patched."""
     return any(_STATE in vars(module) for module in model.modules())
 
 
 def _take_pack(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The hook: a packed batch becomes `inputs_embeds`; anything else passes untouched."""
+    """Forward pre-hook: replaces the ids of a packed batch by `inputs_embeds`; other batches pass unchanged."""
     pack: MmpackDict | None = kwargs.get("mmpack")
     if pack is None:
         return None
     if is_replica(base):
         raise ValueError(
-            "nn.DataParallel cuts batches along their first dimension, which a packed row does not have; "
-            "start one process a GPU: torchrun --nproc_per_node N, or accelerate launch"
+            "nn.DataParallel splits batches along the first dimension, which a packed row does not have; "
+            "start one process per GPU: torchrun --nproc_per_node N, or accelerate launch"
         )
-    if not torch.compiler.is_compiling():  # host-side questions, asked of every eager batch
+    if not torch.compiler.is_compiling():  # host-side checks, skipped in a compiled graph
         _check_once(base)
         _check_batch(base, args, kwargs, pack)
     impl = getattr(base, _STATE).impl
@@ -166,7 +165,7 @@ def _take_pack(
         pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
     features: list[Any] = [None]
     nothing: torch.Tensor | None = None
-    # Before the embedding, and recorded or not, with images or without: sharded ranks gather in one order.
+    # Always run the tower before the embedding, on every rank, so that sharded ranks gather in the same order.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
         if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
             features = tower.run_tower(base, *tower.pixels_and_grids(kwargs), pack)
@@ -192,8 +191,8 @@ def _take_pack(
 
 
 def _keep_supervised(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """The hook on the output, for outer forwards that are not transformers' (Liger's, TRL's): they pass
-    `logits_to_keep` down and compare all hidden states with `shift_labels`, so it is done here."""
+    """Forward hook that selects the supervised rows, for outer forwards of Liger and TRL: they pass
+    `logits_to_keep` down and compare all hidden states with `shift_labels`."""
     if kwargs.get("mmpack") is None or kwargs.get("logits_to_keep") is None:
         return None
     index = kwargs["logits_to_keep"]
@@ -206,26 +205,26 @@ def _keep_supervised(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 def _check_batch(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pack: MmpackDict
 ) -> None:
-    """Host-side checks of what a data loader may have done to the batch."""
+    """Host-side checks that the batch is complete and fits the model."""
     if args or kwargs.get("input_ids") is None:
         raise ValueError("a packed batch must be passed by keyword, with input_ids: model(**batch)")
     if kwargs.get("attention_mask") is not None:
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
     num_tokens = pack["offsets"][-1]
     if "compact" in pack:
-        num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # features not yet there
+        num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # not yet expanded
     if kwargs["input_ids"].shape != (1, num_tokens):
         raise ValueError(
             f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
-            f"(1, {num_tokens}); nothing may cut or stack a PackCollator's batch"
+            f"(1, {num_tokens}); do not slice or stack the batches of PackCollator"
         )
     family = family_of(base)
     pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
     num_patches = sum(len(values) for values in pixels if values is not None)
     if num_patches != pack["num_patches"]:
         raise ValueError(
-            f"pixel_values have {num_patches} patches, the pack has {pack['num_patches']}; an "
-            "IterableDataset under Trainer is cut by accelerate unless TrainingArguments has "
+            f"pixel_values have {num_patches} patches, the pack has {pack['num_patches']}; accelerate splits "
+            "the batches of an IterableDataset unless TrainingArguments has "
             "accelerator_config={'dispatch_batches': False}"
         )
     needed = {"window_order": family.has_windows, "position_index": family.has_position_table}
@@ -233,8 +232,8 @@ def _check_batch(
         del needed["position_index"]  # made on the device
     if num_patches and any(is_needed and name not in pack for name, is_needed in needed.items()):
         raise ValueError(
-            f"the batch was collated without knowing a {base.config.model_type}'s vision tower; pass the "
-            "model to the collator: PackCollator(model=model)"
+            f"the batch lacks indices for the vision tower of {base.config.model_type}; pass the model to the "
+            "collator: PackCollator(model=model)"
         )
     if pack["video_rule"] is not None:
         check_videos(base, pack["video_rule"])
@@ -245,7 +244,7 @@ def _check_batch(
 def _check_once(base: Any) -> None:
     patch = getattr(base, _STATE)
     if not patch.is_isolated:
-        patch.is_isolated = True  # before the test, whose forwards come here too
+        patch.is_isolated = True  # set first, because the test's forwards come here too
         try:
             check_isolation(base)
         except BaseException:
@@ -268,7 +267,7 @@ def _set_text_attention(base: Any, name: str) -> None:
 
 
 def _bindings(base: Any) -> list[tower.Binding]:
-    """What to bind on the model: the tower's, and the text attentions' forwards."""
+    """The methods to bind on the model's tower and text layers."""
     text = base.language_model
     bound: list[tower.Binding] = [
         (layer.self_attn, "forward", text_forward) for layer in text.layers

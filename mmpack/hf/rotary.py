@@ -1,7 +1,7 @@
-"""Rotary embedding in mmpack's kernel: the forward bound on text attention, and what vision's calls.
+"""Rotary embedding by mmpack's kernel: the forward bound on text attention, and a function for vision attention.
 
-transformers hands every layer cos and sin made once; the kernel makes its angles from integer positions
-and the rotary module's own `inv_freq`, read when it is called (dynamic ropes change it).
+transformers computes cos and sin once for all layers. The kernel computes angles from integer positions and the
+rotary module's `inv_freq`, which is read at call time because dynamic ropes change it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from mmpack.hf.compat import apply_rotary_pos_emb_vision, attention_of
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import family_of
 
-Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; weights, which none asks for
+Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; attention weights
 
 
 def rotations(
     base: Any, pack: MmpackDict, position_ids: torch.Tensor
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """`rotary` and `vision_rotary` of the `mmpack` dict: a rotary module, its positions, (3, T) of the text
-    and (2, P) of the tower, and of the text whether it takes the frequencies by turns."""
+    """`rotary` and `vision_rotary` of the `mmpack` dict: a rotary module and its positions, (3, T) for the text
+    and (2, P) for the tower; for the text also whether its sections are interleaved."""
     text = base.language_model.rotary_emb, position_ids, family_of(base).is_interleaved
     return text, (base.visual.rotary_pos_emb, pack["vision_position_ids"].T)
 
@@ -34,8 +34,8 @@ def rotate(
     position_ids: torch.Tensor,
     is_interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k turned as `rotary` would have them: contiguous, in one launch."""
-    from mmpack.ops import apply_mrope  # here: Triton is not everywhere
+    """q and k rotated as by the module `rotary`: contiguous, in one launch."""
+    from mmpack.ops import apply_mrope  # late: Triton may be missing
 
     one_each = [len(rotary.inv_freq)] * len(position_ids)  # a tower's sections share frequencies
     return apply_mrope(
@@ -52,7 +52,7 @@ def rotate(
 def rotate_vision(
     q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], pack: MmpackDict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k (P, H, K) of a tower turned: in the kernel where the pack says with what, else as stock."""
+    """A tower's q and k (P, H, K), rotated by the kernel if the pack has `vision_rotary`, else as in stock."""
     if "vision_rotary" in pack:
         return rotate(q, k, *pack["vision_rotary"])
     rotated: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb_vision(q, k, *cos_sin)
@@ -60,7 +60,7 @@ def rotate_vision(
 
 
 def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
-    """The forward to bind on a text attention whose class's own forward is `stock`."""
+    """The forward to bind on a text attention, given its class's forward `stock`."""
 
     def forward(
         self: Any,

@@ -1,8 +1,8 @@
-"""The self-test of isolation: another first segment must not change the second by a bit.
+"""The self-test of isolation: changing the first segment must not change the second by a bit.
 
-Packing that leaks trains on nonsense without a warning (a cache left on, a mask lost, an attention
-implementation replaced afterwards), so a patched model is tested once, on itself: at patch time, where a
-leak also unpatches it, or at the first packed forward.
+If segments leak (a cache left on, a lost mask, an attention implementation replaced later), training is silently
+wrong. So each patched model is tested once: at patch time, where a leak also unpatches it, or at the first packed
+forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmpack.vision_spec import VisionSpec
 
 
 def check_isolation(base: Any) -> None:
-    """Run two small packs that differ in their first segment only, text and image.
+    """Run two small packs that differ only in their first segment, in text and image.
 
     Args:
         base: a patched inner model with its weights in place.
@@ -51,15 +51,15 @@ def check_isolation(base: Any) -> None:
             module.training = training
     if _differ(one, other, family_of(base).has_experts):
         raise RuntimeError(
-            "packed segments see each other: another first segment changed the second one's hidden "
+            "packed segments see each other: changing the first segment changed the second one's hidden "
             f"states by up to {(one - other).abs().max():.1e}. Was an attention implementation or a "
-            "module's forward replaced? Patch the model last, and leave its attention alone"
+            "module's forward replaced? Patch the model last, and do not change its attention afterwards"
         )
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor, has_experts: bool) -> bool:
-    """By a bit. Behind experts by more than half the digits, in the norm: their products are as long as
-    their tokens, in which the other segment has a say, and a product may round by its length."""
+    """Whether hidden states differ by a bit; with experts, by more than half the digits in the norm. The number of
+    tokens per expert depends on the other segment, and matrix products may round differently by size."""
     if not has_experts:
         return not torch.equal(one, other)
     one, other, eps = one.float(), other.float(), torch.finfo(one.dtype).eps
@@ -75,15 +75,15 @@ def _second_segment(
     values = pixel_values_of(pixels, pixels[:0], pack.vision, "float32")
     batch = batch_of(pack, values, tower_of(base))
     batch = _to_device(batch, base.device)
-    batch["mmpack"]["facts"] = facts_of_model(base.config)  # whatever normalises its pixels
-    for name in ("labels", "shift_labels", "logits_to_keep"):  # the outer model's
+    batch["mmpack"]["facts"] = facts_of_model(base.config)  # the test's normalization is arbitrary
+    for name in ("labels", "shift_labels", "logits_to_keep"):  # for the outer model
         del batch[name]
     hidden: torch.Tensor = base(**batch).last_hidden_state
     return hidden[0, int(pack.cu_seqlens[1]) :].nan_to_num()
 
 
 def _sample(text_ids: list[int], vision: VisionSpec) -> EncodedSample:
-    """Text, an image of one feature, text."""
+    """A sample of text, an image with one feature, text."""
     image = [vision.vision_start_token_id, vision.image_token_id, vision.vision_end_token_id]
     input_ids = np.array([*text_ids[:3], *image, *text_ids[3:]], dtype=np.int32)
     grid = np.array([[1, vision.merge_size, vision.merge_size]], dtype=np.int32)

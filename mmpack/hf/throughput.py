@@ -1,4 +1,4 @@
-"""What `PackingCallback` counts and logs: tokens, seconds and FLOPs, and what a device could do."""
+"""What `PackingCallback` logs: tokens, seconds, FLOPs, and the peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmpack.hf.model_parts import parts_of
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
 
-# Dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets (which print sparse ones, twice as
-# many, since Hopper). The first entry whose words are all in the device's name.
+# Dense bf16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets (which since Hopper print sparse figures,
+# twice as high). The first entry whose words are all in the device's name applies.
 PEAK_TFLOPS = {
     "H200 NVL": 835,
     "H200": 989,
@@ -40,22 +40,26 @@ PEAK_TFLOPS = {
 
 @dataclass
 class Seen:
-    """What one rank has seen since the last log."""
+    """One rank's counts since the last log."""
 
     num_batches: int = 0
     tokens: int = 0
     supervised: int = 0
     patches: int = 0
     useful_flops: int = 0
-    dropped: int = 0  # since the data set was made
-    flops: list[int] = field(default_factory=list)  # of each step, all it computes
+    dropped: int = 0  # since the data set was created
+    flops: list[int] = field(default_factory=list)  # of each step, useful or not
     start: float = field(default_factory=lambda: time.perf_counter())
     paused: float = 0.0
-    mark: float = field(default_factory=lambda: time.perf_counter())  # training's last sign of life
+    mark: float = field(default_factory=lambda: time.perf_counter())  # end of the last step
 
 
 class TrainedCosts:
-    """FLOPs of segments in a model as it is being trained."""
+    """FLOPs of segments in a model, given which parameters are trained (`mmpack.packing.cost.sample_flops`).
+
+    A part without trained parameters counts as frozen. For a language model trained through adapters (LoRA),
+    gradients of weights do not count; a vision tower trained through adapters counts as fully trained.
+    """
 
     def __init__(self, model: nn.Module, base: Any) -> None:
         self.config = base.config
@@ -67,7 +71,7 @@ class TrainedCosts:
         language = parts["language"]
         trained = sum(whole_numel(p) for p in language if p.requires_grad)
         if 0 < trained < sum(map(whole_numel, language)) / 2:
-            # Adapters: gradients pass, as they would to a trained merger below.
+            # Adapters: gradients of activations, but not of weights.
             self.frozen_for_text = ["vision", "language"]
 
     def of(
@@ -84,11 +88,11 @@ class TrainedCosts:
 
 
 class PackCounter:
-    """Counts a rank's packs, and makes of all ranks' counts what is logged.
+    """Counts a rank's packs, and computes the log values over all ranks.
 
     Args:
-        costs: what segments cost; None: no FLOPs are counted.
-        share: what looks at attention; None: none is looked at.
+        costs: FLOPs of segments; None: FLOPs are not counted.
+        share: records attention to images; None: not recorded.
     """
 
     def __init__(
@@ -100,27 +104,27 @@ class PackCounter:
 
     @property
     def num_batches(self) -> int:
-        """Batches since the last log."""
+        """The number of batches since the last log."""
         return self._seen.num_batches
 
     def begin_step(self) -> None:
-        """A step's batches come."""
+        """Start counting a step."""
         self._seen.flops.append(0)
         if self.share is not None:
             self.share.begin()
 
     def end_step(self) -> None:
-        """Until now it was training."""
+        """Mark the end of a step."""
         self._seen.mark = time.perf_counter()
 
     def pause(self) -> None:
-        """What has passed since the end of the step was no training."""
+        """Exclude the time since the end of the step."""
         now = time.perf_counter()
         self._seen.paused += now - self._seen.mark
         self._seen.mark = now
 
     def count(self, packs: Sequence[MmpackDict]) -> None:
-        """Add up batches of a step, by their `mmpack` dicts."""
+        """Count batches of a step by their `mmpack` dicts."""
         seen = self._seen
         for pack in packs:
             tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
@@ -140,12 +144,12 @@ class PackCounter:
             self.share.begin()
 
     def pop(self, capacity: int, dropped: int, device: torch.device) -> dict[str, float]:
-        """What is logged of all ranks, which must all ask, since the last time.
+        """The log values over all ranks since the last call, then reset the counts. A collective.
 
         Args:
-            capacity: tokens a batch may hold.
-            dropped: segments left out so far on this rank.
-            device: whose peak `pack/mfu` is over.
+            capacity: of a batch, in tokens.
+            dropped: segments dropped so far on this rank.
+            device: for `pack/mfu`, by its peak.
         """
         seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused
@@ -182,7 +186,7 @@ class PackCounter:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Dense bf16 TFLOP/s of a device; None if it is not known, as of a CPU or a part of a GPU (MIG)."""
+    """Dense bf16 peak of a device in TFLOP/s; None if unknown, as for a CPU or a MIG slice."""
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()

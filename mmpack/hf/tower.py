@@ -1,8 +1,8 @@
-"""The vision tower on a pack: called with indices made on the host, its features in the pack's order.
+"""Runs the vision tower on a pack, with indices computed on the host.
 
-Qwen2.5-VL's tower permutes its hidden states into windows and its features back. Packed, the pixels are
-permuted instead, which have no gradient, positions arrive permuted, and the features stay as they come:
-`feature_index` names them in that order.
+Qwen2.5-VL's tower permutes its hidden states into windows and its features back. For a pack, the pixels are
+permuted instead, which need no gradient, and positions come permuted. The features stay in window order, in which
+`feature_index` counts them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mmpack.hf.compat import WINDOW_METHOD, is_sharded, tower_keywords
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import family_of
 
-Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, what makes the new one of it
+Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, stock method -> new one
 
 
 def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch's pixels (P, values) and grids (I, 3), images before videos, which one call takes. Bytes of
-    stills beside those of videos are repeated in every frame, as floats are in the worker."""
+    """A batch's pixels (P, values) and grids (I, 3), images before videos, for one call of the tower. If uint8
+    images and videos are mixed, the images are repeated in every frame, as the worker does for floats."""
     names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
     parts = [(batch[a], batch[b]) for a, b in names if batch.get(a) is not None]
     if len(parts) == 1:
@@ -40,8 +40,8 @@ def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tens
 def run_tower(
     base: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor, pack: MmpackDict
 ) -> list[torch.Tensor]:
-    """Features (F, D) in the order of `pack["feature_index"]`: those of the embeddings, then deepstack's,
-    one text layer each.
+    """Features (F, D) in the order of `pack["feature_index"]`: first those for the embeddings, then deepstack's,
+    one per text layer.
 
     Args:
         base: a patched inner model.
@@ -68,7 +68,8 @@ def run_tower(
 
 
 def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
-    """The sum of every output for one feature's patches of zeros, made on the device: a scalar."""
+    """Run the tower on zeros, one feature's patches made on the device; returns the sum of all outputs, a
+    scalar."""
     config, device = base.visual.config, base.visual.device
     num_patches = config.spatial_merge_size**2
     patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -79,7 +80,7 @@ def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
         "cu_seqlens": cu_seqlens,
         "max_seqlen": num_patches,
         "segment_ids": no_int32,
-        "tiles": cu_seqlens.repeat(1, 2),  # one tile, its segment's rows
+        "tiles": cu_seqlens.repeat(1, 2),  # one tile: the rows of its segment
     }
     pack: Any = {
         "impl": impl,
@@ -95,19 +96,19 @@ def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
 
 
 def is_trained(tower: nn.Module) -> bool:
-    """A frozen tower saves nothing for a backward. (`enable_input_require_grads` makes the outputs of
-    embeddings require gradients, the tower's among them.)"""
+    """Whether the tower needs gradients; a frozen one must save nothing for the backward pass, although
+    `enable_input_require_grads` makes the outputs of its embedding require gradients."""
     return any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def must_run(tower: nn.Module) -> bool:
-    """Without images the tower still runs where another rank may wait for it: for its gradients
-    (DDP) or its shards (FSDP, ZeRO-3)."""
+    """Whether the tower must run without images, because other ranks wait for its gradients (DDP) or its shards
+    (FSDP, ZeRO-3)."""
     return is_trained(tower) or any(is_sharded(parameter) for parameter in tower.parameters())
 
 
 def bindings(base: Any) -> list[Binding]:
-    """What to bind on the tower."""
+    """The methods to bind on the tower."""
     tower, has_windows = base.visual, family_of(base).has_windows
     bound: list[Binding] = [(tower.patch_embed, "forward", uint8_pixels.patch_embed_forward)]
     for number, block in enumerate(tower.blocks):
@@ -120,7 +121,7 @@ def bindings(base: Any) -> list[Binding]:
 
 
 def _stay_in_order(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The permutation to bind: none where `run_tower` has done it."""
+    """The permutation to bind: does nothing if `run_tower` has already permuted."""
 
     def permute(
         self: nn.Module, input_tensor: torch.Tensor, window_index: torch.Tensor, seq_len: int
@@ -133,15 +134,15 @@ def _stay_in_order(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 def keep_merged(merger: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    """The hook on a windowed tower's merger: its output, before the tower permutes it back."""
+    """Forward hook on a windowed tower's merger: keeps its output before the tower permutes it back."""
     merger.merged = [output]
 
 
 def give_merged(
     tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any | None:
-    """The hook on a windowed tower: what its merger gave takes the place of the permuted features, here
-    so that wrappers of the tower (FSDP2 over it) see it go out."""
+    """Forward hook on a windowed tower: returns the merger's output instead of the permuted features. Done here so
+    that wrappers of the tower (FSDP2) see it as the output."""
     merged = tower.merger.merged.pop()
     if kwargs.get("mmpack") is None:
         return None
@@ -152,18 +153,18 @@ def give_merged(
 def add_deepstack(
     text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The pre-hook on the text model: deepstack's features, and the tokens they are added to."""
+    """Forward pre-hook on the text model: passes deepstack's features and the tokens they are added to."""
     pack = kwargs.get("mmpack")
     if pack is None or "deepstack" not in pack:
         return None
     pack = dict(pack)
-    features = pack.pop("deepstack")  # layers need not see them
+    features = pack.pop("deepstack")  # layers do not need them
     where = {"visual_pos_masks": pack["feature_token"], "deepstack_visual_embeds": features}
     return args, {**kwargs, **where, "mmpack": pack}
 
 
 def deepstack_by_index(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`_deepstack_process` to bind: tokens named by an index are added to, a mask is stock's."""
+    """The `_deepstack_process` to bind: adds features by index; calls the stock method for a mask."""
 
     def process(
         self: nn.Module,

@@ -1,4 +1,4 @@
-"""What `mmpack train` runs: a stock Trainer on packs, and what its errors mean."""
+"""Training for `mmpack train`: a stock Trainer on packs, with readable errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _USAGE = "mmpack train --data PACKED --model FOLDER [options]; see mmpack train 
 def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
     """`TrainingArguments` from command line options; every option of transformers works.
 
-    One pack a step is the default, as a pack is a full batch already.
+    The default batch is one pack, because a pack is already a full batch.
     """
     defaults = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--report_to", "none"]
     defaults += ["--output_dir", "mmpack-output"]
@@ -57,7 +57,7 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
         known = [f"--{field.name}" for field in dataclasses.fields(TrainingArguments)]
         close = get_close_matches(unknown[0].split("=")[0], known, 1)
         guess = f"; did you mean {close[0]}?" if close else ""
-        parser.error(f"{unknown[0]} is no option of it or of TrainingArguments{guess}")
+        parser.error(f"{unknown[0]} is not an option of mmpack train or TrainingArguments{guess}")
     if args.disable_tqdm:
         logging.disable_progress_bar()  # of weights that are read and written
     return args
@@ -115,29 +115,31 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
 
 
 def _machine_failure(error: Exception, args: TrainingArguments) -> str | None:
-    """What to do about an error that is the machine's, None for others. torch names a full disk by a
-    position in a file, so the disk is asked."""
+    """The cause of an error of the machine and what to do; None for other errors. torch reports a full disk as a
+    position in a file, so the disk is checked here."""
     if "DataLoader worker" in str(error):
         return (
-            f"{str(error).strip(' .')}. Most often memory is short, the machine's or /dev/shm's: fewer "
-            "dataloader_num_workers need less"
+            f"{str(error).strip(' .')}. The machine or /dev/shm is probably out of memory; lower "
+            "dataloader_num_workers"
         )
     folder = Path(args.output_dir or ".")
     if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
-        return f"the disk of {folder} is full; make room (save_total_limit keeps fewer checkpoints)"
+        return (
+            f"the disk of {folder} is full; free space (save_total_limit keeps fewer checkpoints)"
+        )
     return None
 
 
 def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> dict[str, Any]:
-    """Patch the model, train it on the packs in a stock Trainer and save it. `resume_from_checkpoint` of
-    the arguments is a folder that training continues from.
+    """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
+    folder to resume from.
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`.
 
     Raises:
-        ValueError: the model is not the data's; the folder is no complete checkpoint, or of another run; a
-            DataLoader worker was killed; the disk is full.
+        ValueError: the data was encoded for another model; the folder is not a complete checkpoint, or belongs to
+            another run; a DataLoader worker was killed; the disk is full.
     """
     check_fit(inner_model(model), dataset)
     patch_model(model)
@@ -155,21 +157,21 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         check_checkpoint(args.resume_from_checkpoint)
     start = time.perf_counter()
     try:
-        with contextlib.suppress(FinishedError):  # its weights are loaded, and saved below
+        with contextlib.suppress(FinishedError):  # the weights are loaded, and saved below
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         seconds = time.perf_counter() - start
         if args.save_strategy != "no":
             trainer.save_model()
     except ValueError as error:
         last = str(error).strip().rpartition("\n")[2]
-        if "Original Traceback" not in str(error):  # of a DataLoader worker
+        if "Original Traceback" not in str(error):  # not from a DataLoader worker
             raise
         raise ValueError(last.partition(": ")[2]) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = _machine_failure(error, args)
         if reason is None:
             raise
-        raise ValueError(f"{reason}; then --resume_from_checkpoint last continues") from error
+        raise ValueError(f"{reason}; then pass --resume_from_checkpoint last") from error
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
