@@ -84,7 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 @contextmanager
 def _without_progress() -> Iterator[None]:
-    logger = logging.getLogger(row_progress.__module__)
+    logger = logging.getLogger("mmpack.data.progress")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
