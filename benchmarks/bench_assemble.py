@@ -1,10 +1,10 @@
-"""How long does a pack take to assemble, pixels aside, and what of it can the device take over?
+"""How long does it take to assemble a pack, excluding pixels, and how much of it can the device do?
 
-The peer is what a collator without mmpack does: `get_rope_index` on each sample with images, whose
-placeholders are expanded already, then everything joined with `torch.cat` and the segments' offsets; it
-makes none of the indices that mmpack's pack holds besides. The ceiling is a copy of the finished pack's
-arrays. `test_batch`: host time and bytes of a batch assembled by the C++ core, and of a compact one; on a
-GPU the launches and the time there. `test_veomni`: the same beside VeOmni, whose collator packs.
+The peer does the work of a collator without mmpack: `get_rope_index` on each sample with images, with placeholders
+already expanded, then `torch.cat` of everything, and the segments' offsets. It does not make the other indices of
+mmpack's pack. The ceiling is a copy of the finished pack's arrays. `test_batch`: host time and bytes of a batch
+assembled by the C++ core and of a compact batch; on a GPU also the launches and time there. `test_veomni`: the
+same against VeOmni, whose collator packs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CASES = [  # capacity, segments, images
 
 
 def made_up(capacity: int, segments: int, images: int) -> list[EncodedSample]:
-    """Samples that fill a pack to its last token: images of 16 x 16 to 40 x 40 patches, each after some
-    text, and an answer of a third of the text."""
+    """Samples that fill a pack exactly: images of 16 x 16 to 40 x 40 patches, each after some text, and an answer
+    that is a third of the text."""
     rng = np.random.default_rng(0)
     grids = np.ones((images, 3), dtype=np.int32)
     grids[:, 1:] = 2 * rng.integers(8, 21, (images, 2))
@@ -54,7 +54,7 @@ def made_up(capacity: int, segments: int, images: int) -> list[EncodedSample]:
 
 
 def expand(pack: Pack, samples: list[EncodedSample]) -> list[tuple[torch.Tensor, ...]]:
-    """(input_ids, labels, image_grid_thw) of each sample, placeholders expanded: what peers begin with."""
+    """(input_ids, labels, image_grid_thw) of each sample, with placeholders expanded: the peers' input."""
     return [
         (
             *(torch.from_numpy(x[begin:end]) for x in (pack.input_ids, pack.labels)),
@@ -100,11 +100,9 @@ def test_assemble(capacity, segments, images, model, benchmark, recorder, quick)
 
 
 def ours(samples: list[EncodedSample]) -> dict[str, Callable[[], dict[str, Any]]]:
-    """From samples to a batch, pixels aside: left to the device, or assembled by the host."""
+    """From samples to a batch without pixels, assembled on the device or on the host."""
     has_images = any(len(sample.grid_thw) for sample in samples)
-    values = (
-        {"pixel_values": torch.empty(0)} if has_images else {}
-    )  # grids are sent where pixels are
+    values = {"pixel_values": torch.empty(0)} if has_images else {}  # grids are sent with pixels
     tower = TowerSpec()
     return {
         "device": lambda: compact_batch_of(compact(samples), values, tower),
@@ -113,7 +111,7 @@ def ours(samples: list[EncodedSample]) -> dict[str, Callable[[], dict[str, Any]]
 
 
 def num_bytes(batch: dict[str, Any]) -> int:
-    """Bytes of a batch's tensors, which go from the worker to the device."""
+    """Bytes of a batch's tensors, sent from the worker to the device."""
     values = [*batch.values(), *batch["mmpack"].values()]
     values += batch["mmpack"].get("compact", {}).values()
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
@@ -174,7 +172,7 @@ def test_veomni(capacity, segments, images, model, benchmark, recorder, quick):
 def on_the_gpu(
     batch: dict[str, Any], quick: bool
 ) -> list[tuple[str, str, str, dict[str, list[float]]]]:
-    """What the device does for a compact batch: the whole of it, and the sequence alone."""
+    """The device's work for a compact batch: all of it, and only the sequence."""
     batch = to_gpu(batch)
     pack = batch["mmpack"]
     tensors = (

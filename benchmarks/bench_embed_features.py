@@ -1,8 +1,9 @@
-"""How fast are tokens embedded and features put in, against transformers and against a copy?
+"""How fast are token embedding and feature insertion, compared with transformers and with a copy?
 
-Peers: transformers' `masked_scatter`, plain torch by index, the definition compiled. GB/s are the fewest
-bytes of the task (each row read once and written once) over the time taken, so a candidate that moves more
-shows less; the ceiling is a large copy. On a machine without a GPU the kernel is not measured.
+Peers: transformers' `masked_scatter`, plain torch by index, and the compiled definition. GB/s are the minimum
+    bytes of
+the task (each row read once and written once) divided by the time, so a candidate that moves more bytes shows
+less; the ceiling is a large copy. Without a GPU, the kernel is not measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ON_GPU = torch.cuda.is_available()
 VOCAB = 151_936 if ON_GPU else 8_192
 IMAGE_TOKEN = VOCAB - 1
 FEATURES_AN_IMAGE = 1024
-COMPILED = torch.compile(reference.embed_features, dynamic=True)  # compiled where it is called
+COMPILED = torch.compile(reference.embed_features, dynamic=True)  # compiled on first call
 
 CASES = [  # tokens, hidden size, share of image tokens
     *[(T, 3584, 0.7) for T in (2048, 8192, 32768, 65536)],
@@ -31,7 +32,7 @@ CPU_CASES = [(2048, 1536, 0.7), (8192, 1536, 0.7), (8192, 1536, 0.3)]
 
 
 class Case:
-    """Inputs of one size, made before anything is timed."""
+    """Inputs of one size, made before timing."""
 
     def __init__(self, T: int, D: int, share: float) -> None:
         rng = np.random.default_rng(0)
@@ -43,7 +44,7 @@ class Case:
         for image in range(num_images):  # images in a row, text between
             start = gap + image * (per_image + gap)
             feature_index[start : start + per_image] = np.arange(per_image) + image * per_image
-        ids = rng.zipf(1.3, T) % (VOCAB - 1)  # words as text has them: few often, most rarely
+        ids = rng.zipf(1.3, T) % (VOCAB - 1)  # word frequencies as in text
         ids[feature_index >= 0] = IMAGE_TOKEN
         text_order, text_id_offsets = reference.text_by_id(ids, feature_index)
         place = device()
@@ -64,7 +65,7 @@ class Case:
         self.dout = torch.randn(T, D, device=place, dtype=dtype)
 
     def forwards(self) -> dict:
-        """Every candidate's forward."""
+        """The forward of each candidate."""
         token = self.indices["feature_token"]
         made = {
             "transformers": lambda: transformers_insertion(
@@ -84,7 +85,7 @@ class Case:
         return made
 
     def backwards(self) -> dict:
-        """Every candidate's backward with a fresh gradient, its forward done."""
+        """The backward of each candidate, with a new gradient, after its forward."""
         made = {}
         for name, forward in self.forwards().items():
             out = forward()
@@ -98,7 +99,7 @@ class Case:
         return made
 
     def accumulations(self) -> dict:
-        """Backward into a gradient that is there: autograd's way, and ours that touches used rows."""
+        """The backward into an existing gradient: with autograd, and ours, which only touches used rows."""
         grad = torch.zeros_like(self.weight)
         made = {}
         for name, backward in self.backwards().items():
@@ -115,7 +116,7 @@ class Case:
         return made
 
     def bytes(self, mode: str) -> int:
-        """The fewest bytes the task moves, in two-byte elements."""
+        """The minimum bytes of the task, for two-byte elements."""
         rows = {
             "forward": 2 * self.T,
             "backward": self.T + self.F + self.num_ids + VOCAB,

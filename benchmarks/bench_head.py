@@ -1,10 +1,10 @@
-"""What do logits and loss cost over the share of supervised tokens?
+"""What do logits and loss cost, by the share of supervised tokens?
 
-The last hidden states of a pack to the loss, and back to their gradient and the head's. Peers: transformers'
-way, logits of all tokens in float32 and its `ForCausalLMLoss`; Liger's fused linear cross entropy on a GPU.
-Ours: supervised rows alone, the gradient written over their logits. Memory is what a call allocates at its
-highest; on a CPU torch's own allocations are summed. The ceiling, of memory, is the supervised rows' logits
-once and the head's gradient.
+From a pack's last hidden states to the loss, and back to their gradient and the head's. Peers: transformers, with
+logits of all tokens in float32 and its `ForCausalLMLoss`; Liger's fused linear cross entropy on a GPU. Ours:
+supervised rows
+only, with the gradient written over their logits. Memory is the peak allocation of a call; on a CPU, torch's
+allocations are summed. The memory's ceiling is one copy of the supervised rows' logits plus the head's gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARES = (0.05, 0.15, 0.3, 0.6, 1.0)
 
 
 class Case:
-    """Inputs of one share, made before anything is timed."""
+    """Inputs of one share, made before timing."""
 
     def __init__(self, share: float) -> None:
         torch.manual_seed(0)
@@ -69,7 +69,7 @@ def test_liger(share, benchmark, recorder, quick):
 
 
 def run(share, names, benchmark, recorder, quick):
-    """Time the candidates of a share and look at what they allocate; the gradients agree."""
+    """Time the candidates of a share and measure their allocations; checks that gradients agree."""
     if quick and share not in (0.15, 0.6):
         pytest.skip("not among the quick cases")
     case, config = Case(share), f"T={T} D={D} V={V} bf16"

@@ -1,9 +1,10 @@
-"""What does a batch cost on the host, images decoded: whole packs against padded batches of eight?
+"""What does a batch cost on the host, including image decoding: full packs compared with padded batches of eight?
 
-The same rows: those of some packs of real rows where they lie beside the checkout, of the demo's else.
-Peers: transformers' processor with padding; LLaMA-Factory's collator, whose rows come tokenised, as its
-preprocessing leaves them; VeOmni's transform and collator, which pack, given our packs. Ours with float and with byte pixels, by Pillow and by torch's resize. The ceiling
-is Pillow's decoding and resizing of the same images, which nobody who resizes by Pillow gets around.
+All use the same rows, from a few packs of real rows if they are beside the checkout, else of the demo's. Peers:
+transformers' processor with padding; LLaMA-Factory's collator, on rows tokenized by its preprocessing; VeOmni's
+transform and collator, which pack, with our packs. Ours with float and with byte pixels, resized by Pillow and by
+torch. The ceiling is Pillow's decoding and resizing of the same images, the minimum for anything that resizes with
+Pillow.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mmpack import Encoder, PackedDataset
 from mmpack.hf import PackCollator, patch_model
 
 CAPACITY, MAX_PIXELS = 8192, 28 * 28 * 1280
-# Their packages need others of ours in other versions: they are put on the path without them.
+# Their dependencies conflict with ours, so they are put on the path without them.
 FACTORY = pytest.mark.peer("--no-deps llamafactory", "llamafactory")
 VEOMNI = pytest.mark.peer("--no-deps veomni", "veomni")
 PEERS = [
@@ -39,7 +40,7 @@ PEERS = [
 
 
 def rows_and_encoder():
-    """(samples, encoder, which)"""
+    """(samples, encoder, description of the rows)"""
     from mmpack.cli.demo import NUM_ROWS, write_data
 
     if SHARED.is_dir():
@@ -62,7 +63,7 @@ def test_collate(peer, benchmark, recorder, quick):
     dataset = PackedDataset.from_samples(encoded, CAPACITY)
     full = np.flatnonzero(
         dataset.plan.pack_tokens > CAPACITY / 2
-    )  # the last one may be all but empty
+    )  # the last one may be nearly empty
     packs = full[: 1 if quick else 6].tolist()
     numbers = [n for pack in packs for n in dataset.plan.samples_of(pack).tolist()]
     batches = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
@@ -100,17 +101,18 @@ def test_collate(peer, benchmark, recorder, quick):
 
 
 def in_memory(image):
-    """An image whose file has been read."""
+    """The image with its file's bytes in memory."""
     return image if image.data is not None else replace(image, data=Path(image.path).read_bytes())
 
 
 def with_torch(sample):
-    """The sample, resized by torch."""
+    """The sample, to be resized by torch."""
     return replace(sample, vision=replace(sample.vision, resizer="torch"))
 
 
 def tiny_model():
-    """A patched collator asks for a model, LLaMA-Factory's and VeOmni's for its positions; none runs it."""
+    """A model for the collators: ours needs a patched model, LLaMA-Factory's and VeOmni's use its positions; none
+    runs it."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -1,12 +1,11 @@
-"""What does it cost to index rows, against only tokenising them and against transformers' processor?
+"""What does it cost to index rows, compared with only tokenizing them and with transformers' processor?
 
-Rows are the real ones, and skipped where they do not lie beside the checkout. Indexing is all of it:
-reading the file, checking rows, image headers, template, ids, labels, batches on disk. The peer is
-transformers' processor; the ceiling its chat template and one batched call of its tokenizer on conversations
-at hand.
+Uses the real rows, and is skipped if they are not beside the checkout. Indexing includes reading the file,
+checking rows, image headers, template, ids, labels and batches on disk. The peer is transformers' processor; the
+ceiling is the chat template and one batched call of the tokenizer on conversations in memory.
 
-`python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines, texts as long as the real ones,
-and says what memory the whole process tree took.
+`python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines with texts of realistic lengths, and
+prints the memory of the whole process tree.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def test_build(encoder, samples, tmp_path, benchmark, recorder, quick):
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
 
     def process():
-        """The processor's way over a part of the rows: pixels are made to know their grids."""
+        """The processor on a part of the rows, which computes pixels to know their grids."""
         part = slice(None, None, 10)
         for paths in files[part]:
             if paths:
@@ -143,7 +142,7 @@ def test_samples_of_a_store(encoder, samples, tmp_path, benchmark, recorder, qui
 
 
 def write_rows(path: Path, num_rows: int) -> None:
-    """JSON lines, text only: words of the real rows, as many tokens a row as real rows have."""
+    """JSON lines, text only: words of the real rows, with their number of tokens per row."""
     words = " ".join(
         turn["value"]
         for row in json.loads(REALSET.read_text(encoding="utf-8"))
@@ -152,7 +151,7 @@ def write_rows(path: Path, num_rows: int) -> None:
     data = np.load(SHARED / "lengths" / "sft_mix.npz")
     rng = np.random.default_rng(0)
     tokens = rng.choice(data["text_tokens"][~data["imputed"]], num_rows)
-    # 1.3 tokens a word, and 22 of the template; the log states what came of it
+    # 1.3 tokens per word, plus 22 of the template; the log states the result
     lengths = np.maximum(2, (tokens - 22) / 1.3).astype(int)
     starts = rng.integers(0, len(words) - lengths.max() - 1, num_rows)
     with path.open("w", encoding="utf-8") as file:
@@ -167,7 +166,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def watch_memory(peaks: list[float], done: threading.Event) -> None:
-    """Appends, twice a second, the MiB this process group has: PSS, shared pages counted once."""
+    """Append this process group's memory in MiB twice per second: PSS, which counts shared pages once."""
     while not done.wait(0.5):
         kib = 0
         for process in Path("/proc").glob("[0-9]*"):

@@ -1,8 +1,8 @@
-"""How fast are q and k rotated, against transformers, Liger and a copy?
+"""How fast are q and k rotated, compared with transformers, Liger and a copy?
 
-What one layer pays: its peers' cos and sin are made before (once a step, for all layers), mmpack's kernel
-makes its angles every time. GB/s count the fewest bytes of the task, q and k read and written once; the
-ceiling is a large copy. On a machine without a GPU the kernel is not measured.
+The cost of one layer: peers compute cos and sin before (once per step for all layers), mmpack's kernel computes
+its angles every time. GB/s count the minimum bytes of the task, q and k read and written once; the ceiling is a
+large copy. Without a GPU, the kernel is not measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmpack import reference
 from mmpack.ops import apply_mrope
 
 ON_GPU = torch.cuda.is_available()
-COMPILED = torch.compile(transformers_rope, dynamic=True)  # compiled where it is called
+COMPILED = torch.compile(transformers_rope, dynamic=True)  # compiled on first call
 TEXT, VISION = (16, 24, 24), (20, 20)
 CASES = [  # tokens, heads, key-value heads, head dim, sections
     *[(T, H, HK, 128, TEXT) for H, HK in ((12, 2), (28, 4)) for T in (8192, 32768)],
@@ -26,7 +26,7 @@ CPU_CASES = [(2048, 12, 2, 128, TEXT), (2048, 16, 16, 80, VISION)]
 
 
 class Case:
-    """Inputs of one size, made before anything is timed."""
+    """Inputs of one size, made before timing."""
 
     def __init__(self, T: int, H: int, HK: int, K: int, sections: tuple[int, ...]) -> None:
         place, dtype = device(), torch.bfloat16
@@ -42,11 +42,11 @@ class Case:
         rows = torch.tensor(reference.rotary_axes(sections, False), device=place)
         half = angles[rows, :, torch.arange(len(rows), device=place) % num_freqs].T.repeat(1, 2)
         self.cos, self.sin = half.cos(), half.sin()
-        if sections == TEXT:  # its tables are cast, the tower's stay float32
+        if sections == TEXT:  # text tables are cast, the tower's stay float32
             self.cos, self.sin = self.cos.to(dtype), self.sin.to(dtype)
 
     def forwards(self) -> dict:
-        """Every candidate's forward."""
+        """The forward of each candidate."""
         stock = transformers_rope if self.sections == TEXT else transformers_vision_rope
         made = {"transformers": lambda: stock(self.q, self.k, self.cos, self.sin)}
         if ON_GPU:
@@ -58,13 +58,13 @@ class Case:
         return made
 
     def with_liger(self) -> dict:
-        """Liger's forward beside ours."""
+        """The forward of Liger and of mmpack."""
         cos, sin = (x.to(self.q.dtype) for x in self.all_axes)
         made = {"liger": lambda: liger_mrope(self.q, self.k, cos, sin, list(TEXT))}
         return made | {"mmpack": self.forwards()["mmpack"]}
 
     def backwards(self, forwards: dict) -> dict:
-        """Every candidate's backward, its forward done."""
+        """The backward of each candidate, after its forward."""
         made = {}
         for name, forward in forwards.items():
             out = forward()
@@ -77,7 +77,7 @@ class Case:
         return made
 
     def bytes(self) -> int:
-        """The fewest bytes the task moves, of two-byte elements; positions are a thousandth."""
+        """The minimum bytes of the task, for two-byte elements; without positions, a thousandth of it."""
         return 2 * 2 * self.T * (self.H + self.HK) * self.K + self.position_ids.nbytes
 
 

@@ -1,9 +1,9 @@
 """How fast do pixels become vision hidden states: bytes in a folded product, or floats in a Conv3d?
 
-Forward, and forward with the weight's gradient, from pixels that lie on the device; and the copy from
-pinned host memory to the device, where there is one. Peers: transformers' Conv3d on floats, and the same
-floats in one linear product. GB/s count the fewest bytes of the task: each patch's bytes read once, its
-hidden state written once (and read once backward); the ceiling is a large copy.
+Forward, and forward with the weight's gradient, from pixels on the device; and on a GPU the copy from pinned host
+memory. Peers: transformers' Conv3d on floats, and the same floats in one linear product. GB/s count the minimum
+bytes of the task: each patch's bytes read once, its hidden state written once (and read once in the backward); the
+ceiling is a large copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CPU_CASES = [(512, 14, 1280), (2048, 14, 1280), (2048, 16, 1152)]
 
 
 class Case:
-    """Inputs of one size, made before anything is timed."""
+    """Inputs of one size, made before timing."""
 
     def __init__(self, P: int, p: int, E: int) -> None:
         spec = VisionSpec(min_pixels=1, max_pixels=1, patch_size=p)
@@ -44,7 +44,7 @@ class Case:
         self.dout = torch.randn(P, E, generator=generator).to(place, dtype)
 
     def forwards(self) -> dict:
-        """Every candidate's forward."""
+        """The forward of each candidate."""
         return {
             "transformers": lambda: conv3d_patch_embed(self.pixel_values, self.weight),
             "linear": lambda: linear_patch_embed(self.pixel_values, self.weight),
@@ -54,7 +54,7 @@ class Case:
         }
 
     def steps(self) -> dict:
-        """Every candidate's forward and backward."""
+        """The forward and backward of each candidate."""
 
         def step(forward):
             return torch.autograd.grad(forward(), self.weight, self.dout)
@@ -64,7 +64,7 @@ class Case:
         }
 
     def copies(self) -> dict:
-        """Host to device, by what is copied."""
+        """Copies from host to device, by pixel format."""
         place = device()
         return {
             "transformers": lambda: self.host["float32"].to(place, non_blocking=True),
@@ -72,7 +72,7 @@ class Case:
         }
 
     def bytes(self, mode: str) -> int:
-        """The fewest bytes the task moves."""
+        """The minimum bytes of the task."""
         hidden = 2 * self.E
         per_patch = {
             "forward": self.values + hidden,

@@ -1,9 +1,8 @@
-"""What does an image cost between its file and the pack's buffer?
+"""What does an image cost from its file to the pack's buffer?
 
-Of real images where they lie beside the checkout, of made-up photographs else: all of it
-(`images.load_patches`), by Pillow's and by torch's resize; the ceiling is Pillow's decoding and resizing,
-which nobody who resizes by Pillow gets around. Of three sizes in memory the peer is transformers' PIL image
-processor.
+For real images if they are beside the checkout, else synthetic photographs: all of `images.load_patches`, with
+Pillow's and with torch's resize. The ceiling is Pillow's decoding and resizing, the minimum for anything that
+resizes with Pillow. For three sizes of images in memory, the peer is transformers' PIL image processor.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ REALSET = SHARED / "realset"
 
 
 def photograph(height: int, width: int) -> Image.Image:
-    """Smooth colours with noise on top, which compresses like a photograph."""
+    """Smooth colors with noise, which compress like a photograph."""
     rng = np.random.default_rng(height)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), resample=BICUBIC), dtype=np.int16)
@@ -38,7 +37,7 @@ def photograph(height: int, width: int) -> Image.Image:
 
 
 def encoded_images(number: int) -> list[ImageRef]:
-    """Bytes, so that no disk is measured."""
+    """The image's encoded bytes, so that the disk is not measured."""
     if REALSET.is_dir():
         lines = (REALSET / "image_meta.jsonl").read_text(encoding="utf-8").splitlines()
         paths = [REALSET / json.loads(line)["path"] for line in lines]
@@ -52,7 +51,7 @@ def encoded_images(number: int) -> list[ImageRef]:
 
 
 def decode_and_resize(image: ImageRef, spec: VisionSpec) -> Image.Image:
-    """What a processor by Pillow cannot do without: RGB of the planned size."""
+    """The minimum for a processor that uses Pillow: RGB of the planned size."""
     opened = Image.open(io.BytesIO(image.data))
     height, width = spec.smart_resize(opened.height, opened.width)
     return images._to_rgb(opened).resize((width, height), resample=BICUBIC)
@@ -60,7 +59,7 @@ def decode_and_resize(image: ImageRef, spec: VisionSpec) -> Image.Image:
 
 @pytest.mark.cpu
 def test_files(benchmark, recorder, quick):
-    """All images one after the other; per-image milliseconds."""
+    """Milliseconds per image, over all images."""
     refs = encoded_images(24 if quick else 400)
     grids = [SPEC.image_grid(*images.probe(ref)) for ref in refs]
     buffer = np.empty((max(h * w for _, h, w in grids), SPEC.patch_values), dtype=np.uint8)
@@ -97,7 +96,7 @@ def test_files(benchmark, recorder, quick):
 @pytest.mark.cpu
 @pytest.mark.parametrize(("height", "width"), [(448, 448), (768, 1024), (1080, 1920)])
 def test_a_picture(height, width, benchmark, recorder, quick):
-    """Of a decoded image: transformers' `pixel_values`, and ours as bytes and as floats."""
+    """From a decoded image to transformers' `pixel_values`, and to ours as bytes and as floats."""
     from transformers import Qwen2VLImageProcessorPil
 
     picture = photograph(height, width)

@@ -1,11 +1,11 @@
-"""How long do ranks wait for each other, and how full are packs, against what others plan with?
+"""How long do ranks wait for each other, and how full are packs, compared with other planners?
 
-Cost is a training step's operations on Qwen2-VL-2B (`mmpack.packing.cost`). Imbalance is the mean over steps
-of the dearest rank's cost over the mean rank's, packs dealt in random order; its floor is that of the
-same plan if every pack cost the mean, or its dearest sample where that is more: its ceiling. Seconds are CPU
-time of one thread. Peers: the planners of TRL, LLaMA-Factory, axolotl and ms-swift (binpacking). Rows are
-the real lengths where they lie beside the checkout, in random order, and a synthetic million. `test_ranks`
-keeps what each rank has to do in each step.
+Cost is the FLOPs of a training step on Qwen2-VL-2B (`mmpack.packing.cost`). Imbalance is the busiest rank's cost
+divided by the mean rank's, averaged over steps, with packs dealt in random order. Its floor, which is the ceiling
+of this benchmark, is the imbalance of the same plan if each pack cost the larger of the mean and its costliest
+sample. Seconds are CPU time of one thread. Peers: the planners of TRL, LLaMA-Factory, axolotl and ms-swift
+(binpacking). Rows are the real lengths in random order, if they are beside the checkout, and a synthetic million.
+`test_ranks` records the cost of each rank in each step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAPACITIES = (4096, 8192, 32768)
 RANKS = (8, 64)
 LENGTHS = SHARED / "lengths" / "sft_mix.npz"
 STEPS, RANKS_SHOWN = 40, 16
-PEERS = [  # their packages need others of ours in other versions
+PEERS = [  # their dependencies conflict with ours
     pytest.param(name, marks=pytest.mark.peer(f"--no-deps {name}", name))
     for name in ("trl", "llamafactory", "axolotl", "binpacking")
 ]
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.cpu
 
 
 def real_rows() -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, operations) of the rows with their own images, NLVR's many small ones left out."""
+    """(tokens, FLOPs) of the rows with their own images, without NLVR's many small ones."""
     data = np.load(LENGTHS)
     tokens = data["text_tokens"].astype(np.int64) + data["image_tokens"]
     grids = np.stack([np.ones_like(data["grid_h"]), data["grid_h"], data["grid_w"]], axis=1)
@@ -46,8 +46,8 @@ def real_rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 def synthetic_rows(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, operations): two thirds text only, the others with one to six images of 56 to 1008
-    pixels a side; log-normal texts, a third to all of a text supervised."""
+    """(tokens, FLOPs): two thirds text only, the others with one to six images of 56 to 1008 pixels per side;
+    log-normal text lengths, of which a third to all is supervised."""
     rng = np.random.default_rng(0)
     text = np.minimum(20 + rng.lognormal(4.6, 0.9, num_rows), 4000).astype(np.int64)
     supervised = (text * rng.uniform(1 / 3, 1, num_rows)).astype(np.int64)
@@ -63,7 +63,7 @@ def synthetic_rows(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_plan(bins: list[list[int]], tokens: np.ndarray, capacity: int) -> PackPlan:
-    """A peer's bins as a plan, every sample found once and no capacity exceeded."""
+    """A peer's bins as a plan, checked to have each sample once and to exceed no capacity."""
     order = np.concatenate([np.array(bin, dtype=np.int64) for bin in bins])
     assert np.array_equal(np.sort(order), np.arange(len(tokens)))
     offsets = np.cumsum([0, *map(len, bins)])
@@ -75,7 +75,7 @@ def as_plan(bins: list[list[int]], tokens: np.ndarray, capacity: int) -> PackPla
 
 
 def figures(plan: PackPlan, flops: np.ndarray) -> dict[str, tuple[str, float]]:
-    """Every figure of a plan but its time: metric -> (unit, value)."""
+    """All metrics of a plan except its time: metric -> (unit, value)."""
     found = {"packs": ("1", float(plan.num_packs)), "utilization": ("1", plan.utilization)}
     packs, floor = plan.totals(flops.astype(np.float64)), cost_floor(plan, flops)
     for ranks in RANKS:
@@ -94,7 +94,7 @@ def rows(request, quick):
 
 
 def compare_plans(planners, capacity, rows, recorder, rounds):
-    """Record time and every figure of plans of the rows that fit."""
+    """Record time and metrics of plans for the rows that fit."""
     name, tokens, flops = rows
     keep = tokens <= capacity
     tokens, flops = tokens[keep], flops[keep]
@@ -150,7 +150,7 @@ def test_peer(peer, capacity, rows, recorder, quick):
 
 
 def ranks(planners, recorder):
-    """Record the cost of the ranks in each of some steps, packs dealt at random; 1 is the mean pack's."""
+    """Record the cost of each rank in some steps, with packs dealt at random; 1 is the mean pack's cost."""
     capacity = 8192
     is_real = LENGTHS.is_file()
     tokens, flops = real_rows() if is_real else synthetic_rows(150_000)
@@ -166,7 +166,7 @@ def ranks(planners, recorder):
             "config": f"{'real' if is_real else 'synthetic'} rows, capacity={capacity} ranks={RANKS_SHOWN}",
         }
         for step, costs in enumerate(dealt.reshape(STEPS, RANKS_SHOWN)):
-            for metric, values in (("cost", costs), ("dearest", [costs.max()])):
+            for metric, values in (("cost", costs), ("busiest", [costs.max()])):
                 recorder.add(
                     "ranks", impl, "step", metric=metric, values=values, x=("step", step), **common
                 )  # fmt: skip

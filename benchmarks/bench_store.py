@@ -1,11 +1,11 @@
-"""What does a rank pay for a store before its first pack, and for how many rows?
+"""What does a store cost a rank before its first pack, by the number of rows?
 
-A store is written straight from lengths, the real ones where they lie beside the checkout; opened, its plan
-loaded, packs of it assembled, each time in a fresh process, whose memory is asked for. It has no peer: others
-read every row. The ceiling is reading the store's index and plan, as bytes.
+A store is written from lengths, the real ones if they are beside the checkout. Then it is opened, its plan loaded
+and packs assembled, each time in a new process, whose memory is measured. There is no peer: others read every row.
+The ceiling is reading the bytes of the store's index and plan.
 
-`python -m benchmarks.bench_store FOLDER [ROWS ...]` does it with 10,000 and 1,000,000 rows, or others, in
-FOLDER, and leaves the stores there for the next run.
+`python -m benchmarks.bench_store FOLDER [ROWS ...]` uses 10,000 and 1,000,000 rows, or the given numbers, in
+FOLDER, and keeps the stores there for the next run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_PACKS = 50
 
 
 def made_up_samples(num_rows: int, vision: Any) -> Iterator[Any]:
-    """Samples as long as real ones, image paths and all; ids mean nothing."""
+    """Samples with realistic lengths and image paths; ids are arbitrary."""
     from mmpack.types import EncodedSample, ImageRef
 
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def made_up_samples(num_rows: int, vision: Any) -> Iterator[Any]:
 
 
 def write(folder: Path, num_rows: int) -> None:
-    """A store and its plan, with costs, in a folder."""
+    """Write a store and its plan, with costs, into a folder."""
     from mmpack import VisionSpec
     from mmpack.packing.plan import plan_samples
     from mmpack.store.encoded_store import write_store
@@ -109,7 +109,7 @@ print(json.dumps(found))
 
 
 def look(folder: Path, num_packs: int) -> dict[str, Any]:
-    """What a fresh process finds: milliseconds, and MiB of its own and with the pages of files."""
+    """Measurements of a new process: milliseconds, and memory in MiB, its own and with the pages of files."""
     command = [sys.executable, "-c", LOOK, str(folder), str(num_packs)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -149,7 +149,7 @@ def main() -> None:
         print(
             f"{rows:,} rows, {size:,.0f} MB: opened in {of['open ms']:.0f} ms, the plan in "
             f"{of['plan ms']:.0f}, both and their checks {of['both ms']:.0f}; "
-            f"{of['packs ms'] / NUM_PACKS:.1f} ms a pack without pixels, {of['again ms']:.1f} us a sample "
+            f"{of['packs ms'] / NUM_PACKS:.1f} ms per pack without pixels, {of['again ms']:.1f} us per sample "
             f"seen before, {of['epoch ms']:.0f} ms to plan an epoch; MiB of its own, and with the files' pages: "
             + ", ".join(
                 f"{name} {of[name][0]:.0f}, {of[name][1]:.0f}"

@@ -1,10 +1,11 @@
-"""How full and how alike are the packs of a stream, how evenly do they come, and what is a buffer worth?
+"""How full and how similar are the packs of a stream, how regularly do they come, and what does a larger buffer
+gain?
 
-A stream sees a buffer of rows, so its packs cannot be as alike as planned ones: the plan of all a rank's
-rows, which knows them before the first pack, is the ceiling. Ranks take packs in the order they come; cost
-is as in `bench_plan`. Jitter is what lies between two packs, in rows read: a packer that fills a window and
-empties it at once reads none, and then hundreds. Peers, as they are described: next-fit, which closes a pack
-when a row does not fit (torchtune, most collators), and first-fit over a window of rows, emptied at once.
+A stream only sees a buffer of rows, so its packs cannot be as similar as planned ones; the ceiling is a plan of
+all of a rank's rows, known before the first pack. Ranks take packs in order; cost is as in `bench_plan`. Jitter is
+the number of rows read between two packs: a packer that fills a window and empties it at once reads none, then
+hundreds. Peers, implemented from their descriptions: next-fit, which closes a pack when a row does not fit
+(torchtune, most collators), and first-fit over a window of rows that is emptied at once.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from mmpack.packing.stream_select import choose_packs
 
 CAPACITIES = (4096, 8192, 32768)
 BUFFERS = (25, 50, 100, 200, 400)
-RANKS, BUFFER, PACKS = 8, 200, 100  # packs of a rank
+RANKS, BUFFER, PACKS = 8, 200, 100  # PACKS per rank
 WHICH = "real" if LENGTHS.is_file() else "synthetic"
 
-Packs = Iterator[tuple[list[int], int]]  # rows of a pack, and rows read until it came
+Packs = Iterator[tuple[list[int], int]]  # rows of a pack, and rows read so far
 
 pytestmark = pytest.mark.cpu
 
@@ -62,7 +63,7 @@ def mmpack(tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int) -> 
 
 
 def planned(tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int) -> Packs:
-    """Knows all rows before the first pack; its last is left out, as of all."""
+    """The ceiling: knows all rows before the first pack. As for all packers, the last pack is left out."""
     plan = plan_packs(tokens, capacity, cost=cost)
     for pack in range(plan.num_packs):
         is_end = pack >= plan.num_packs - 1
@@ -78,7 +79,7 @@ IMPLS: dict[str, Callable[..., Packs]] = {
 
 
 def rows_for(capacity: int, packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, operations) of as many rows as fill that many packs on every rank."""
+    """(tokens, FLOPs) of enough rows to fill that many packs on each rank."""
     tokens, cost = real_rows() if WHICH == "real" else synthetic_rows(150_000)
     keep = tokens <= capacity
     count = int(RANKS * packs * capacity / tokens[keep].mean())
@@ -88,7 +89,7 @@ def rows_for(capacity: int, packs: int) -> tuple[np.ndarray, np.ndarray]:
 def measured(
     impl: str, tokens: np.ndarray, cost: np.ndarray, capacity: int, buffer: int
 ) -> dict[str, float]:
-    """Every figure of a packer; the last packs, when no more rows come, are left out of all."""
+    """All metrics of a packer, without the last packs, for which no more rows arrive."""
     used, costs, read, first = [], [], [], []
     start = time.process_time()
     made = 0
@@ -133,7 +134,7 @@ def test_stream(capacity, benchmark, recorder, quick):
 
 @pytest.mark.parametrize("buffer", BUFFERS)
 def test_buffer(buffer, recorder, quick):
-    """Utilization and imbalance by rows held, at a capacity of 8,192."""
+    """Utilization and imbalance by buffer size, at a capacity of 8,192."""
     if quick and buffer not in (50, 200):
         pytest.skip("not among the quick cases")
     tokens, cost = rows_for(8192, 12 if quick else PACKS)
@@ -147,7 +148,7 @@ def test_buffer(buffer, recorder, quick):
 
 
 def test_jitter(recorder):
-    """Rows read before each of the first 50 packs of a rank."""
+    """Rows read before each of a rank's first 50 packs."""
     tokens, cost = rows_for(8192, 60)
     for impl in ("mmpack", "first-fit", "next-fit"):
         packs = IMPLS[impl](tokens[::RANKS], cost[::RANKS], 8192, BUFFER)

@@ -1,8 +1,8 @@
 """What does a vision tower gain from indices made on the host: Qwen2.5-VL's windows, Qwen3-VL's positions?
 
-The tower forward and backward on the same float pixels; the peer is stock's own forward, which makes its
-indices on the device, permutes and loops over images. Attention is the library's on both sides, so the
-products, which both have, are most of it. There is no ceiling but the time without indices, which is nothing.
+Forward and backward of the tower on the same float pixels. The peer is transformers' forward, which makes its
+indices on the device, permutes, and loops over images. Both use the library's attention, so most of the time is
+products that both compute. There is no ceiling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GRIDS = {  # images of a pack: many small ones, few large ones
     "small": [(1, 16, 16)] * (64 if ON_GPU else 4),
     "large": [(1, 62, 82)] * 6 if ON_GPU else [(1, 24, 32)],
 }
-# On a GPU as wide as published, and a quarter as deep.
+# On a GPU: the published width, and a quarter of the depth.
 WIDTH, DEPTH, HEADS, OUT = (1280, 8, 16, 2048) if ON_GPU else (64, 4, 4, 64)
 TOWERS = {
     "qwen2_5_vl": {"fullatt_block_indexes": list(range(DEPTH // 4 - 1, DEPTH, DEPTH // 4))[-4:]},
@@ -37,7 +37,7 @@ TOWERS = {
 
 
 def model_of(family: str) -> torch.nn.Module:
-    """A real tower on a GPU, a narrow one on a CPU; hardly any text model."""
+    """A config with a real tower on a GPU, a narrow one on a CPU, and a tiny text model."""
     text = {
         "vocab_size": 151_680, "hidden_size": OUT, "intermediate_size": 8, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": OUT // 2,
@@ -55,7 +55,7 @@ def model_of(family: str) -> torch.nn.Module:
 
 
 class Case:
-    """A pack of images alone, and the tower with and without the patch."""
+    """A pack of images only, and the tower with and without the patch."""
 
     def __init__(self, family: str, grids: list[tuple[int, int, int]]) -> None:
         self.family, self.grid_thw = family, torch.tensor(grids)
@@ -65,7 +65,7 @@ class Case:
         self.P = len(self.pack.vision_position_ids)
 
     def steps(self) -> dict:
-        """Every candidate's forward and backward."""
+        """The forward and backward of each candidate."""
         stock = model_of(self.family)
         model = patch_model(copy.deepcopy(stock))
         values = torch.randn(self.P, 2 * SPEC.patch_values).to(device(), stock.dtype)

@@ -1,10 +1,10 @@
-"""How many useful tokens a second does a whole training step make: forward, backward, optimizer?
+"""How many useful tokens per second does a whole training step process: forward, backward, optimizer?
 
-The same rows in the same model. Peers: padded batches of eight, padded and grouped by length, transformers'
-own packing (four rows of positions, sdpa with a mask); ours: the same packs through a patched model, by
-libraries' ops and by our kernels. Useful tokens are the rows' own; padding is not among them. The ceiling is
-a step whose operations (`mmpack.packing.cost`) all run at the rate of a large product. On a GPU the model is
-Qwen2-VL-2B with random weights in bf16, elsewhere a tiny one in float32.
+The same rows in the same model. Peers: padded batches of eight, padded and grouped by length, transformers' own
+packing (four rows of positions, sdpa with a mask). Ours: the same packs through a patched model, with library ops
+and with our kernels. Useful tokens are the rows' tokens, without padding. The ceiling is a step whose FLOPs
+(`mmpack.packing.cost`) all run at the rate of a large product. On a GPU the model is Qwen2-VL-2B with random
+weights in bf16, elsewhere a tiny model in float32.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TINY_TEXT = {
 
 
 def samples_of(num_rows: int) -> list[EncodedSample]:
-    """Rows of those lengths: random text, images of noise first, an answer last."""
+    """Rows of these lengths: images of noise first, then random text, an answer last."""
     rng, noise = (np.random.default_rng(seed) for seed in (0, 1))
     samples = []
     for row in ROWS.replace("\n", " ").split(";")[:num_rows]:
@@ -89,7 +89,7 @@ def pixel_values(num_patches: int) -> torch.Tensor | None:
 
 
 def padded_batches(samples: list[EncodedSample], order: np.ndarray) -> list[dict]:
-    """Batches of eight rows as a processor with `padding=True` makes them."""
+    """Batches of eight rows, as made by a processor with `padding=True`."""
     batches = []
     for numbers in np.split(order, range(8, len(order), 8)):
         packs = [assemble([samples[n]], pixels=False) for n in numbers]
@@ -115,14 +115,14 @@ def padded_batches(samples: list[EncodedSample], order: np.ndarray) -> list[dict
 def packed_batches(
     samples: list[EncodedSample], capacity: int, collator: PackCollator
 ) -> list[dict]:
-    """A collator's batches of a plan."""
+    """A collator's batches for a plan."""
     plan = plan_packs([sample.num_tokens for sample in samples], capacity)
     packs = (plan.samples_of(pack) for pack in range(plan.num_packs))
     return [collator([samples[n] for n in numbers]) for numbers in packs]
 
 
 def stock(batch: dict) -> dict:
-    """What an unpatched model sees of a packed batch: transformers' own packing."""
+    """The inputs of an unpatched model for a packed batch: transformers' own packing."""
     hidden = ("mmpack", "logits_to_keep", "shift_labels")
     return {name: value for name, value in batch.items() if name not in hidden}
 
@@ -137,7 +137,7 @@ def to_device(value):
 
 
 class Run:
-    """One model and optimizer for every candidate; a candidate is a way to patch and a list of batches."""
+    """One model and optimizer for all candidates; a candidate is a way to patch and a list of batches."""
 
     def __init__(self, num_rows: int, capacity: int) -> None:
         self.samples = samples_of(num_rows)
@@ -175,7 +175,7 @@ class Run:
         self.batches = {name: len(batches) for name, (_, batches) in self.candidates.items()}
 
     def flops(self) -> int:
-        """Operations of an epoch's steps."""
+        """FLOPs of an epoch's steps."""
         grids = [sample.grid_thw for sample in self.samples]
         return sample_flops(
             self.model.config,
@@ -230,8 +230,8 @@ def test_step(capacity, benchmark, recorder, gemm_ceiling, quick):
         run.prepare(name)
         for metric, unit, probe in (
             ("peak memory", "MiB", peak_mib),
-            ("syncs a step", "1", host_syncs),
-            ("launches a step", "1", kernel_launches),
+            ("syncs per step", "1", host_syncs),
+            ("launches per step", "1", kernel_launches),
         ):
             value = probe(lambda name=name: run.epoch(name, limit=1))
             if value is not None:

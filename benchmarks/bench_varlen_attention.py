@@ -1,10 +1,11 @@
-"""How fast is attention within segments, against every library that can do it?
+"""How fast is attention within segments, compared with all libraries that support it?
 
-TFLOP/s are the FLOPs of the segments alone over the time taken, so what computes more (a dense mask)
-shows less: 4 K H a score forward, 2.5 times that backward, n (n + 1) / 2 scores of a causal segment
-of n rows, n^2 of a full one. The ceiling is a large product. Peers: flash-attn 2, 3 and 4, torch's varlen
-and flex attention, transformers' dense mask and loop over images. Without a GPU only what runs there is
-measured, on small cases.
+TFLOP/s are the FLOPs within segments divided by the time, so a candidate that computes more (a dense mask) shows
+less: 4 K H per score forward, 2.5 times that backward, n (n + 1) / 2 scores for a causal segment of n rows, n^2
+    for a full one.
+The ceiling is a large product. Peers: flash-attn 2, 3 and 4, torch's varlen and flex attention, transformers'
+dense mask and loop over images. Without a GPU, only implementations that run on a CPU are measured, on small
+cases.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TEXT_2B, TEXT_7B, VISION = (12, 2, 128), (28, 4, 128), (16, 16, 80)  # heads, ke
 
 
 def real_mix(quantiles: list[int], total: int) -> list[int]:
-    """Lengths drawn from the quantiles until they fill `total`; the last is cut."""
+    """Lengths drawn from the quantiles until they fill `total`; the last one is cut."""
     rng = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < total:
@@ -75,7 +76,7 @@ SEGMENTS = {
     "real rows, 32k": real_mix(ROWS, 32768),
     "real rows under 1k, 32k": real_mix([n for n in ROWS if n < 1024], 32768),
 }
-LENGTHS = (64, 256, 1024)  # of a CPU's segments
+LENGTHS = (64, 256, 1024)  # segments on a CPU
 CASES = [
     *[
         Case(f"{name}, {heads[0]}/{heads[1]} heads", tuple(lengths), heads, True)
@@ -101,7 +102,7 @@ FLASH = {
 
 
 def candidates_of(case: Case, mode: str, impls: tuple[str, ...]) -> dict:
-    """name -> a call of one forward, or of one backward whose forward is done; of what can run here."""
+    """name -> a function that runs one forward, or one backward after its forward, if it can run here."""
     place, dtype = device(), torch.bfloat16 if ON_GPU else torch.float32
     H, Hk, K = case.heads
     offsets = np.cumsum([0, *case.lengths])
@@ -158,9 +159,9 @@ def _without_grad(run):
 
 
 def impls_of(case: Case) -> tuple[str, ...]:
-    """Who takes part, beside flash-attn."""
+    """The candidates besides flash-attn."""
     impls = ["triton", "torch_varlen", "flex"]
-    if not (ON_GPU and case.causal):  # a loop over a thousand rows is nobody's choice on a GPU
+    if not (ON_GPU and case.causal):  # on a GPU, nobody would loop over a thousand rows
         impls.append("sdpa")
     if case.causal and case.heads == TEXT_2B:  # takes 50 ms on an H200, whatever the segments
         impls.append("dense mask")
@@ -197,7 +198,7 @@ def run(case, mode, impls, benchmark, recorder, gemm_ceiling, quick):
         "varlen_attention",
         mode,
         candidates,
-        x=("rows a segment", sum(case.lengths) / len(case.lengths)),
+        x=("rows per segment", sum(case.lengths) / len(case.lengths)),
         config=case.name,
         rate=("rate", "TFLOP/s", case.flops(mode)),
         rounds=2 if quick else 10 if ON_GPU else 3,

@@ -1,4 +1,4 @@
-"""The kernels of mmpack as GPU runs would launch them, and what each may cost: for compile_report."""
+"""The kernels of mmpack as launched in GPU runs, with the limits of each, for compile_report."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ masks = sys.modules["mmpack.ops.assembly.dense_mask"]
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as one GPU run would launch it, and what it may cost.
+    """A kernel as launched in a GPU run, and its limits.
 
-    `arguments` are Triton types, ":16" marking divisibility by 16, which an argument that the kernel does
-    not specialise must not have; `needs` are instructions that must be there, `lacks` those that must not.
+    `arguments` are Triton types; ":16" marks divisibility by 16, which arguments that the kernel does not
+    specialize must not have. `needs` are required instructions, `lacks` forbidden ones.
     """
 
     name: str
@@ -118,7 +118,7 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
 
 def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
     D0, D1 = varlen.split_head_dim(K)
-    at_the_limit = K == 128 or dtype == "fp32"  # there dk and dv are held to spill nothing
+    at_the_limit = K == 128 or dtype == "fp32"  # where dk and dv must not spill
     registers = {"fwd": 250, "bwd_dq": 222, "bwd_dkv": 255 if at_the_limit else 230}
     cases = []
     for name, kernel in (
@@ -158,7 +158,7 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
                 max_registers=registers[name],
                 needs=("UTMALDG",) if dtype == "fp32" else ("FFMA", "HGMMA", "UTMALDG", "STG.128"),
                 lacks=("ATOM",) if dtype == "fp32" else ("LDL", "STL", "ATOM"),
-                # Exact float32 products use no tensor core; Triton 3.6 spills a little at K = 128.
+                # Exact float32 products use no tensor cores; Triton 3.6 spills a little at K = 128.
                 max_spill_bytes=512 if dtype == "fp32" else 0,
             )
         )
@@ -172,12 +172,12 @@ _PARTIAL = {"sections": (11, 11, 10), "interleaved": True, "num_freqs": 32}
 
 
 def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, Any]) -> Case:
-    """Of both directions the inverse, which negates more. Vision positions are a transposed view."""
+    """Only the inverse direction, which negates more. Vision positions are a transposed view."""
     strides = ("q_stride_t", "q_stride_h", "k_stride_t", "k_stride_h")
     constants = mrope.mrope_constants(H, HK, K, **rope, inverse=True, dtype=None)
     arguments = {
         **dict.fromkeys(("q_out_ptr", "k_out_ptr", "q_ptr", "k_ptr"), f"*{dtype}:16"),
-        "position_ids_ptr": "*i64",  # rows of T numbers, of which the first is left out
+        "position_ids_ptr": "*i64",  # rows of T numbers, without the first row
         "inv_freq_ptr": "*fp32:16",
         **dict.fromkeys(strides, "i32:16"),
         "position_stride": "i32",
@@ -197,18 +197,18 @@ def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, 
 
 
 def _index_case(name: str, kernel: Any, constants: dict[str, Any], registers: int) -> Case:
-    """Of a kernel that writes indices: pointers are int32, but where the name says more."""
+    """Cases of a kernel that writes indices: pointers are int32, unless the name says otherwise."""
     types = {
         "input_ids_out_ptr": "*i64:16",
         "position_ids_ptr": "*i64:16",
         "sorted_places_ptr": "*i64",
-        "sorted_ids_ptr": "*i32",  # views that begin behind the markers
+        "sorted_ids_ptr": "*i32",  # views that begin after the markers
         "temporal_step_ptr": "*fp32:16",
         "mask_ptr": "*u8:16" if constants.get("HIDDEN") == 0 else "*bf16:16",
     }
     if "HIDDEN" in constants:
         types["T"] = (
-            "i32:16"  # as capacities are; rows of another length are written by the element
+            "i32:16"  # like capacities; rows of other lengths are written element by element
         )
     arguments = {
         argument: types.get(argument, "*i32:16" if argument.endswith("_ptr") else "i32")

@@ -1,12 +1,12 @@
-"""Compile every kernel of mmpack for sm_90a (H100, H200), without a GPU, and hold it to a budget.
+"""Compile all kernels of mmpack for sm_90a (H100, H200), without a GPU, and check their resource limits.
 
     python -m benchmarks.compile_report [--json] [--only NAME]
 
-Triton's own ptxas does the work; nothing is loaded or run. Each kernel is compiled as a GPU run would
-specialise it: pointers and strides divisible by 16, a model's sizes as constants, a pack's sizes as any
-numbers. Reported are registers, spills, shared memory and the instructions that tell whether the loads
-are as wide as meant. The exit code is 1 if a kernel spills, exceeds its registers or lacks an instruction
-it needs.
+Uses Triton's ptxas; nothing is loaded or run. Each kernel is compiled with the specialization of a GPU run:
+pointers and
+strides divisible by 16, a model's sizes as constants, a pack's sizes as arbitrary numbers. Reports registers,
+spills, shared memory and instructions, which show the width of loads. The exit code is 1 if a kernel spills,
+exceeds its registers or lacks a required instruction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it replaces the compiler
+os.environ.pop(
+    "TRITON_INTERPRET", None
+)  # before triton is imported, because it replaces the compiler
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -51,7 +53,7 @@ _INSTRUCTIONS = {
 
 @dataclass
 class Result:
-    """What the compiler made of a case."""
+    """The compiler's result for a case."""
 
     name: str
     target: str
@@ -64,7 +66,7 @@ class Result:
 
 
 def compile_case(case: Case) -> Result:
-    """Compile, disassemble, judge."""
+    """Compile and disassemble a case, and check its limits."""
     signature, attributes, constants = {}, {}, {}
     for place, name in enumerate(case.kernel.arg_names):
         if name in case.constants:
@@ -76,7 +78,7 @@ def compile_case(case: Case) -> Result:
             if divisible:
                 parameter = case.kernel.params[place]
                 fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-                assert not fixed, f"{case.name}: a launch knows nothing of what divides {name}"
+                assert not fixed, f"{case.name}: a launch does not know what divides {name}"
                 attributes[(place,)] = [["tt.divisibility", int(divisible)]]
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=case.options)
@@ -120,7 +122,7 @@ def _run(tool: str, *arguments: Any) -> str:
 
 
 def _spills(ptx: Path, target: str) -> int:
-    """Bytes ptxas stores to and loads from spills. Newer Tritons assemble with a second ptxas."""
+    """Bytes that ptxas stores to and loads from spills. Newer versions of Triton have a second ptxas."""
     for tool in ("ptxas", "ptxas-blackwell"):
         command = [str(_TOOLS / tool), "-v", f"--gpu-name={target}", str(ptx), "-o", "/dev/null"]
         try:
@@ -136,7 +138,7 @@ def _spills(ptx: Path, target: str) -> int:
 
 
 def kernels_of_the_package() -> set[str]:
-    """Names of every `_*_kernel` in mmpack.ops."""
+    """Names of all `_*_kernel` functions in mmpack.ops."""
     modules = [module for name, module in sys.modules.items() if name.startswith("mmpack.ops.")]
     return {
         name
@@ -147,7 +149,7 @@ def kernels_of_the_package() -> set[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 1 if a kernel is over budget or has no case."""
+    """Print the report; returns 1 if a kernel exceeds a limit or has no case."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -157,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="cases whose name holds this")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if options.only is None or options.only in case.name]
-    with multiprocessing.get_context("fork").Pool() as pool:  # kernels do not pickle, places do
+    with multiprocessing.get_context(
+        "fork"
+    ).Pool() as pool:  # kernels cannot be pickled, indices can
         results = pool.map(_compile_numbered, map(CASES.index, cases), chunksize=1)
     missing = kernels_of_the_package() - {case.kernel.__name__ for case in CASES}
     if options.json:

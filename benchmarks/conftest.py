@@ -1,4 +1,4 @@
-"""`pytest benchmarks [--quick] [--csv FILE]`: pytest-benchmark's table, and every figure as CSV."""
+"""`pytest benchmarks [--quick] [--csv FILE]`: pytest-benchmark's table, and all measurements as CSV."""
 
 import importlib.util
 from pathlib import Path
@@ -22,17 +22,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """`pytest benchmarks` runs all of them: what pyproject.toml leaves out by -m is meant for tests."""
+    """Make `pytest benchmarks` run all benchmarks: the -m in pyproject.toml is for tests."""
     here = Path(__file__).resolve().parent
     paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     if all(path.is_relative_to(here) for path in paths):
         if config.option.markexpr in config.getini("addopts"):
             config.option.markexpr = ""
-        config.option.reportchars += "s"  # why what is skipped is skipped
+        config.option.reportchars += "s"  # show the reasons of skipped benchmarks
 
 
 def pytest_collection_modifyitems(items):
-    """Every benchmark says where it runs; what cannot run here is skipped, with what it needs."""
+    """Check that each benchmark is marked with where it runs, and skip those that cannot run here."""
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("cpu", "gpu")):
             raise pytest.UsageError(f"{item.nodeid} must be marked cpu, gpu or both")
@@ -66,7 +66,7 @@ def session_recorder(request):
 
 @pytest.fixture
 def recorder(request, session_recorder):
-    """Rows of the run, on disk after every test: a run that is cut short keeps what it has."""
+    """Rows of the run, written to disk after every test, so that an interrupted run keeps them."""
     session_recorder.test = request.node.name
     yield session_recorder
     if session_recorder.rows:

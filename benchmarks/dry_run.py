@@ -1,12 +1,12 @@
-"""A pytest plugin: everything a GPU run would select is selected, and nothing of it is run.
+"""A pytest plugin that selects everything a GPU run would select, but runs none of it.
 
     python -m pytest -p benchmarks.dry_run ...
 
-Files are imported and tests are parametrised as on a machine with a GPU, with torch told that there is one.
-Each test then ends at once, as "dry", which no report takes for green; one of a peer that is not installed is
-skipped as it would be. Benchmarks leave a figure each of a machine that is called "dry run", which cannot be
-published. So a dry run shows that files import, what is selected and in which order, that limits hold and
-what is left on disk. It shows nothing about kernels: none is compiled or run.
+Files are imported and tests parametrized as on a machine with a GPU; torch reports one. Each test then ends
+immediately with the outcome "dry", which no report counts as passed; tests with a peer that is not installed are
+skipped as usual. Each benchmark records one measurement on a machine called "dry run", which cannot be published.
+So a dry run shows that files can be imported, what is selected and in which order, that time limits work, and what
+is written to disk. It shows nothing about kernels: none is compiled or run.
 """
 
 import time

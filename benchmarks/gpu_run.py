@@ -1,21 +1,21 @@
-"""The stages of `benchmarks/gpu.sh`: what a GPU is asked in nine minutes, most wanted first.
+"""The stages of `benchmarks/gpu.sh`: nine minutes of tests and benchmarks on a GPU, the most important first.
 
     python -m benchmarks.gpu_run [--dry-run] FOLDER [COMMIT]
 
-Each stage is a process group of its own with a limit: SIGINT, GRACE seconds later SIGKILL. A CUDA error that
-sticks to its process therefore ends with its stage, and the summary says so. All of it ends at DEADLINE. In
-FOLDER, every line as it comes, so that a run that is killed loses only what it had not done:
+Each stage is a separate process group with a time limit: SIGINT, then SIGKILL after GRACE seconds. So a sticky
+CUDA error only affects its stage, and the summary reports it. Everything ends at DEADLINE. Files in FOLDER are
+written line by line, so that a killed run only loses what it had not done:
 
-    summary.txt      what ran, failed, hung, was left out; written anew after every stage. Read it first
-    tests.txt        pytest's output, tracebacks as they happen
-    tests.csv        every test: selected, started, how it ended (`benchmarks.outcomes`)
+    summary.txt      what ran, failed, hung or was left out; rewritten after every stage. Read it first
+    tests.txt        pytest's output, with tracebacks as they happen
+    tests.csv        every test: selected, started, outcome (`benchmarks.outcomes`)
     benchmarks.txt   output of the benchmarks
-    latest.csv       their figures
+    latest.csv       their measurements
     environment.txt  build, `mmpack env`, nvidia-smi
 
-To publish: latest.csv as benchmarks/results/MACHINE/published.csv, tests.csv beside it, and `python -m
-benchmarks.report`. A dry run (`benchmarks.dry_run`) selects all of it, runs none and cannot be published.
-Standard library and pytest only: mmpack is not built yet when this starts.
+To publish: copy latest.csv to benchmarks/results/MACHINE/published.csv and tests.csv beside it, then run `python
+-m benchmarks.report`. A dry run (`benchmarks.dry_run`) selects everything, runs nothing and cannot be published.
+Uses the standard library and pytest only, because mmpack is not built yet.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 525  # seconds for everything
 LEAST = 15  # with less time left a stage is not started
 GRACE = 15  # from SIGINT to SIGKILL
-TEST_LIMIT = 60  # seconds of a test, the compilation of its kernels included
+TEST_LIMIT = 60  # seconds per test, including the compilation of its kernels
 FILES = (
     "summary.txt", "tests.txt", "tests.csv", "benchmarks.txt", "latest.csv", "environment.txt",
 )  # fmt: skip
-# After one of these nothing works any more in the process it happened in.
+# After one of these errors, nothing works in the process.
 STICKY = (
     "illegal memory access", "unspecified launch failure", "device-side assert", "misaligned address",
     "illegal instruction", "uncorrectable ECC", "invalid device context", "launch timed out",
@@ -57,18 +57,18 @@ class Stage:
     limit: float  # seconds
     log: str  # its output, in FOLDER
     command: tuple[str, ...]  # of python; {folder}, {commit} and {workers} are filled in
-    selects: bool = True  # by pytest with benchmarks.outcomes: to select no test is a failure
-    kept: float = 0  # seconds that the stages before it leave to it
+    selects: bool = True  # runs pytest with benchmarks.outcomes; selecting no test is a failure
+    kept: float = 0  # seconds reserved for it by the stages before
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a stage ended: "ok", or what was wrong."""
+    """The result of a stage: "ok", or what went wrong."""
 
     stage: Stage
     seconds: float
     end: str
-    sticky: str = ""  # the error after which its process was of no use
+    sticky: str = ""  # the sticky error, if one occurred
 
 
 def _tests(name: str, limit: float, *files: str) -> Stage:
@@ -82,7 +82,7 @@ def _bench(name: str, limit: float, kept: float = 0) -> Stage:
     chosen = ("-m", "gpu", "-s", "--tb=no", "-ra", "--benchmark-disable-gc")
     events = ("--outcomes", "{folder}/tests.csv", "--stage", f"bench {name}")
     figures = ("--csv", "{folder}/latest.csv", "--commit", "{commit}")
-    hang = ("-o", "faulthandler_timeout=40")  # a traceback of what takes longer
+    hang = ("-o", "faulthandler_timeout=40")  # print a traceback after 40 s
     path = f"benchmarks/bench_{name}.py"
     arguments = (*_PYTEST, path, *chosen, *events, *figures, *hang)
     return Stage(f"bench {name}", limit, "benchmarks.txt", arguments, kept=kept)
@@ -92,8 +92,8 @@ _PYTEST = ("-m", "pytest", "-p", "benchmarks.outcomes")
 _PIP = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
 _ENV = "from mmpack.cli.main import main; main(['env'])"
 BUILD = Stage("build", 120, "environment.txt", _PIP, selects=False)
-# A limit is for what hangs: together they are more than the deadline. What a slow machine loses is the end,
-# but not the training step.
+# Limits are for stages that hang; their sum exceeds the deadline. A slow machine skips the last stages, but not
+# the training step.
 STAGES = (
     Stage("environment", 30, "environment.txt", ("-c", _ENV), selects=False),
     _tests("attention", 90, "varlen_attention"),
@@ -122,7 +122,7 @@ def run(
     least: float = LEAST,
     dry: bool = False,
 ) -> list[Done]:
-    """Run the stages one after the other; `deadline`, `grace` and `least` in seconds."""
+    """Run the stages in order; `deadline`, `grace` and `least` are in seconds."""
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -158,7 +158,7 @@ def run(
 
 
 def _commit(given: str) -> str:
-    """What the figures will say too: git's word where there is a .git, else the caller's."""
+    """The commit for the measurements: from git if there is a .git, else from the caller."""
     if (ROOT / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -192,7 +192,7 @@ def _run_stage(stage: Stage, command: list[str], folder: Path, limit: float, gra
             except subprocess.TimeoutExpired:
                 end += ", killed"
         finally:
-            _signal(process, signal.SIGKILL)  # its workers, whatever became of it
+            _signal(process, signal.SIGKILL)  # also its workers
             process.wait()
     with path.open("rb") as log:
         log.seek(at)
@@ -202,7 +202,7 @@ def _run_stage(stage: Stage, command: list[str], folder: Path, limit: float, gra
     if stage.selects and not selected:
         end = f"no test selected ({end})"
     elif stage.selects and end == "ok" and all(o.event == "skipped" for o in selected):
-        end = "all skipped"  # as where torch finds no GPU
+        end = "all skipped"  # for example if torch finds no GPU
     return Done(stage, time.monotonic() - begin, end, sticky)
 
 
@@ -230,7 +230,7 @@ def _line(done: Done, outcomes: Sequence[Outcome]) -> str:
     took = f"{done.seconds:4.0f} of {done.stage.limit:3.0f} s"
     told = [done.end, *([_counts(of)] if of else [])]
     if done.sticky:
-        told.append(f"'{done.sticky}': what failed after it in this stage says nothing")
+        told.append(f"'{done.sticky}': failures after it in this stage are not meaningful")
     return f"{done.stage.name:32} {took}  {'; '.join(told)}"
 
 
@@ -274,7 +274,7 @@ def _interrupted(number: int, frame: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if every stage ended well; 1; 130 if the run was ended from outside."""
+    """Exit code: 0 if every stage is ok, else 1; 130 if the run was interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,

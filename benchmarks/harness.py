@@ -1,8 +1,8 @@
-"""Time candidates side by side, count their bytes, keep every row.
+"""Times candidates side by side and records all measurements.
 
-A benchmark is a question with a peer and a ceiling: all candidates of a case run interleaved in one
-process, the medians are compared, and the ceiling, the best seen in the same run, is a row beside them. On a
-GPU times are CUDA events with a cold L2 cache, elsewhere the wall clock.
+A benchmark answers a question with a peer and a ceiling. All candidates of a case run interleaved in one process
+and their medians are compared; the ceiling, the best rate in the same run, is recorded as another row. Times are
+from CUDA events with a cold L2 cache on a GPU, else from the wall clock.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHARED = ROOT.parent / "shared" / "data"  # real rows, where they lie there
-CEILING = "ceiling"  # what a ceiling's rows have for impl
-_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU meant here
+SHARED = ROOT.parent / "shared" / "data"  # real rows, if they exist
+CEILING = "ceiling"  # `impl` in the rows of a ceiling
+_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of one candidate in one case, as the CSV holds it."""
+    """One measurement of one candidate in one case: a row of the CSV."""
 
     bench: str
     impl: str
@@ -45,7 +45,7 @@ class Row:
     p20: float
     p80: float
     config: str
-    test: str  # whose candidates took turns
+    test: str  # the test that interleaved the candidates
     machine: str
     versions: str
     commit: str
@@ -53,7 +53,7 @@ class Row:
 
 
 class Recorder:
-    """Collects the rows of a run, `test` by test; `commit` is what they say where there is no .git."""
+    """Collects the rows of a run, by `test`; `commit` is recorded if there is no .git."""
 
     def __init__(self, commit: str = "") -> None:
         self.rows: list[Row] = []
@@ -74,7 +74,7 @@ class Recorder:
         values: Sequence[float],
         config: str = "",
     ) -> None:
-        """Add a figure measured once or several times."""
+        """Add a value measured once or several times."""
         p20, p50, p80 = (float(f"{p:.6g}") for p in np.percentile(values, [20, 50, 80]))
         self.rows.append(
             Row(
@@ -98,7 +98,7 @@ class Recorder:
         )
 
     def write(self, path: str | Path) -> None:
-        """Put the rows into a CSV; what it has of the same benchmarks is of an older run, and goes."""
+        """Write the rows to a CSV, replacing its older rows of the same benchmarks."""
         path = Path(path)
         again = {row.bench for row in self.rows}
         kept = [row for row in read_rows(path) if row.bench not in again] if path.exists() else []
@@ -110,7 +110,7 @@ class Recorder:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a CSV that a run left."""
+    """Read the rows of a CSV."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = ("x", "p50", "p20", "p80")
@@ -118,12 +118,12 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def device() -> torch.device:
-    """Where benchmarks run."""
+    """The device for benchmarks."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
-    """The machine in words."""
+    """A description of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -131,12 +131,12 @@ def machine() -> str:
 
 
 def kind_of(machine: str) -> str:
-    """A machine's folder in `results`: cpu, or its GPU's name."""
+    """A machine's folder in `results`: cpu, or the name of its GPU."""
     return "cpu" if machine.startswith("CPU") else machine.lower().replace(" ", "-")
 
 
 def versions() -> str:
-    """What the figures depend on."""
+    """The versions that measurements depend on."""
     import transformers
     import triton
 
@@ -150,8 +150,8 @@ def time_ms(
     warmup: int = 3,
     on_host: bool = False,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every round of every candidate, candidates taking turns; `on_host`: by the wall
-    clock where there is a GPU too, which has no part in it."""
+    """Milliseconds of each round of each candidate, interleaved; `on_host`: by the wall clock even if there is a
+    GPU, for host work."""
     for run in candidates.values():
         for _ in range(warmup):
             run()
@@ -178,11 +178,11 @@ def measure(
     ceiling: float | None = None,
     on_host: bool = False,
 ) -> dict[str, float]:
-    """Time the candidates of a case in turn, keep what is found, print it; their median times.
+    """Time the candidates of a case, interleaved; record and print the results; return the median times.
 
-    `per` is (unit, number): a call does that many, and the time of one is kept, in ms or us. `rate` is
-    (metric, unit, amount): the amount of work over the seconds taken stands beside the times, in the unit's
-    billions (GB/s) or trillions (TFLOP/s), and so does the ceiling, which is in that unit.
+    `per` is (unit, number): a call processes that many items, and the time per item is recorded, in ms or us.
+    `rate` is (metric, unit, amount): the amount of work per second is also recorded, in the unit's billions (GB/s)
+    or trillions (TFLOP/s), and so is the ceiling, which is in that unit.
     """
     unit, number = per
     factor = {"ms": 1, "us": 1000}[unit] / number
@@ -218,7 +218,7 @@ def measure(
 
 
 def compare(benchmark: Any, medians: dict[str, float], ours: str, **extra: Any) -> None:
-    """What pytest-benchmark's table says beside our time: how many times as long the others take."""
+    """Add the others' times relative to ours to pytest-benchmark's table."""
     ratios = {f"{name} x": round(median / medians[ours], 2) for name, median in medians.items()}
     benchmark.extra_info.update(ratios, **extra)
 
@@ -250,7 +250,7 @@ def _cuda_timer() -> Callable[[Callable[[], Any]], float]:
 
 
 def peak_extra_mib(run: Callable[[], Any]) -> float | None:
-    """Device memory a call needs beyond what was there, its results included; None without a GPU."""
+    """Additional device memory of a call at its peak, including its results; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     gc.collect()
@@ -263,7 +263,7 @@ def peak_extra_mib(run: Callable[[], Any]) -> float | None:
 
 
 def peak_tensor_mib(run: Callable[[], Any]) -> float:
-    """The same wherever it runs: on a CPU the bytes of torch's own allocations, summed as they come and go."""
+    """Like `peak_mib`, but on a CPU from torch's allocations and frees."""
     on_device = peak_extra_mib(run)
     if on_device is not None:
         return on_device
@@ -277,7 +277,7 @@ def peak_tensor_mib(run: Callable[[], Any]) -> float:
 
 
 def peak_mib(run: Callable[[], Any]) -> float | None:
-    """Device memory at its highest during a call, all that is there included; None without a GPU."""
+    """Peak device memory during a call, including everything allocated before; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     extra = peak_extra_mib(run)
@@ -286,7 +286,7 @@ def peak_mib(run: Callable[[], Any]) -> float | None:
 
 
 def kernel_launches(run: Callable[[], Any]) -> int | None:
-    """Kernels and copies a call puts on the device; None without a GPU."""
+    """Number of kernels and copies that a call launches; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -298,7 +298,7 @@ def kernel_launches(run: Callable[[], Any]) -> int | None:
 
 
 def host_syncs(run: Callable[[], Any]) -> int | None:
-    """How often a call makes the host wait for the device; None without a GPU."""
+    """Number of host synchronizations with the device in a call; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.set_sync_debug_mode("warn")
@@ -312,14 +312,14 @@ def host_syncs(run: Callable[[], Any]) -> int | None:
 
 
 def gemm_tflops() -> float:
-    """Best rate of a large square product: the ceiling of whatever multiplies. bf16 on a GPU, else float32."""
+    """Best rate of a large square product, the ceiling of matrix products; bf16 on a GPU, else float32."""
     size, dtype = (8192, torch.bfloat16) if torch.cuda.is_available() else (512, torch.float32)
     left, right = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
     return 2 * size**3 / _best_ms(lambda: left @ right) / 1e9
 
 
 def copy_gb_per_s() -> float:
-    """Best bandwidth of a large copy, read and write counted: the ceiling of whatever moves bytes."""
+    """Best bandwidth of a large copy, counting reads and writes: the ceiling of memory-bound ops."""
     size = (1 << 30) if torch.cuda.is_available() else (64 << 20)
     source = torch.empty(size, dtype=torch.int8, device=device())
     target = torch.empty_like(source)
@@ -327,7 +327,7 @@ def copy_gb_per_s() -> float:
 
 
 def _best_ms(run: Callable[[], Any]) -> float:
-    """The fastest of many rounds: what else a machine does can only make it look less able."""
+    """The fastest of many rounds, because other load can only slow a machine down."""
     return min(time_ms({"": run}, rounds=50)[""])
 
 

@@ -1,4 +1,4 @@
-"""Published configurations that several benchmarks count or build."""
+"""Published configurations used by several benchmarks."""
 
 QWEN2_VL_2B = {
     "model_type": "qwen2_vl",

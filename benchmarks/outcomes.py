@@ -1,12 +1,12 @@
-"""What became of every test, on disk as it comes: a pytest plugin, and what reads its file.
+"""A pytest plugin that writes the outcome of every test to disk immediately, and a reader of its file.
 
     python -m pytest -p benchmarks.outcomes --outcomes FILE [--stage NAME] [--test-limit SECONDS] ...
 
-A line of the CSV is an event: a test is selected, started, then passed, failed, error or skipped ("dry" where
-nothing ran: `benchmarks.dry_run`). So a run that is killed leaves what it knew: selected without an end is a
-test that did not run, started without an end one that hung or was cut off. A failure's traceback goes to
-stderr at once. Under xdist the controller writes; `--test-limit` ends the worker whose test takes longer, with
-its traceback, and xdist goes on with another. Standard library and pytest only.
+A line of the CSV is an event: a test is selected, started, then passed, failed, error or skipped ("dry" if nothing
+ran, see `benchmarks.dry_run`). So a killed run is still useful: a test that was only selected did not run, and a
+test that started without an end hung or was cut off. A failure's traceback goes to stderr immediately. Under
+xdist, the controller writes; `--test-limit` ends the worker of a test that takes longer, with its traceback, and
+xdist continues with a new worker. Uses the standard library and pytest only.
 """
 
 import csv
@@ -21,12 +21,12 @@ import pytest
 
 FIELDS = ("stage", "test", "event", "seconds", "message")
 ENDS = ("passed", "failed", "error", "skipped", "crashed", "dry")
-_STDERR = os.dup(2)  # as it is before pytest captures it
+_STDERR = os.dup(2)  # before pytest captures it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The last that is known of a test: an event of ENDS, "started" or "selected"."""
+    """The last known event of a test: one of ENDS, "started" or "selected"."""
 
     stage: str
     test: str  # its node id
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:
-    """The tests of a CSV in the order they were selected in; a line cut short is none."""
+    """The tests of a CSV in order of selection; incomplete lines are ignored."""
     last: dict[tuple[str, str], Outcome] = {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for line in csv.DictReader(file):
@@ -74,7 +74,7 @@ def pytest_runtest_protocol(item) -> Iterator[None]:
 
 
 class _Writer:
-    """Appends events, each on disk before the next."""
+    """Appends events, writing each to disk immediately."""
 
     def __init__(self, config):
         self.stage = config.getoption("--stage")
@@ -126,7 +126,7 @@ class _Writer:
 
 
 def _last(report):
-    """What a failure or a skip comes down to."""
+    """A failure's or a skip's reason in one line."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)

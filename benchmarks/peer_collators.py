@@ -1,4 +1,4 @@
-"""Rows to a batch as others do it: decoding and processing in the collator, then padding or joining."""
+"""Collators of other packages: rows to a batch, decoding and processing, then padding or joining."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmpack.vision_spec import VisionSpec
 
 
 def processor_of(tokenizer: Any, spec: VisionSpec) -> Any:
-    """transformers' Qwen2-VL processor by Pillow; its video half needs torchvision and is left out."""
+    """transformers' Qwen2-VL processor with Pillow, without its video part, which needs torchvision."""
     import transformers
 
     class WithoutVideo(transformers.Qwen2VLProcessor):
@@ -41,7 +41,7 @@ def processor_of(tokenizer: Any, spec: VisionSpec) -> Any:
 
 
 def chat_of(sample: Sample) -> list[dict[str, Any]]:
-    """A conversation as transformers' chat templates take it."""
+    """A conversation in the form of transformers' chat templates."""
     return [
         {
             "role": message.role,
@@ -55,8 +55,8 @@ def chat_of(sample: Sample) -> list[dict[str, Any]]:
 
 
 def transformers_collator(processor: Any) -> Callable[[Sequence[Sample]], dict[str, Any]]:
-    """The training script of transformers' documentation: chat template, processor, padding, labels
-    without padding and images."""
+    """As in the training script of transformers' documentation: chat template, processor, padding, labels without
+    padding and images."""
     tokenizer = processor.tokenizer
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
@@ -76,16 +76,16 @@ def transformers_collator(processor: Any) -> Callable[[Sequence[Sample]], dict[s
 def llamafactory_collator(
     processor: Any, model: Any
 ) -> Callable[[Sequence[EncodedSample]], dict[str, Any]]:
-    """`MultiModalDataCollatorForSeq2Seq`, which gets tokenised rows and the paths of their images."""
+    """`MultiModalDataCollatorForSeq2Seq`, on tokenized rows and the paths of their images."""
     os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
-    audio = types.ModuleType("torchaudio")  # it is imported, and not used for images
+    audio = types.ModuleType("torchaudio")  # imported, but not used for images
     audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules.setdefault("torchaudio", audio)
     from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
     from llamafactory.data.template import TEMPLATES
 
-    processor.video_processor = processor.image_processor  # it is asked for, and not used either
-    # It would resize by itself before the processor does, to other grids than ours: left out.
+    processor.video_processor = processor.image_processor  # required, but not used either
+    # Disable its own resize before the processor's, which would give other grids than ours.
     pixels = {"image_max_pixels": 1 << 40, "image_min_pixels": 1}
     for name, value in {**pixels, "crop_to_patches": False, "image_do_pan_and_scan": False}.items():
         setattr(processor, name, value)
@@ -101,7 +101,9 @@ def llamafactory_collator(
     def collate_rows(samples: Sequence[EncodedSample]) -> dict[str, Any]:
         features = []
         for sample in samples:
-            alone = assemble([sample], pixels=False)  # what its preprocessing leaves: ids, expanded
+            alone = assemble(
+                [sample], pixels=False
+            )  # the output of its preprocessing: expanded ids
             features.append(
                 {
                     "input_ids": alone.input_ids.tolist(),
@@ -119,8 +121,8 @@ Row = dict[str, torch.Tensor]
 
 
 def veomni_alone() -> None:
-    """VeOmni's data modules without its package, whose kernels want one version of transformers and much
-    else: its `__init__` files do not run, and what only videos and addresses need is left out."""
+    """Import VeOmni's data modules without running its `__init__` files, whose kernels need one version of
+    transformers and other packages; parts for videos and URLs are replaced by stand-ins."""
     if "veomni" in sys.modules:
         return
     for name in ("veomni", "veomni.data", "veomni.ops"):
@@ -128,7 +130,7 @@ def veomni_alone() -> None:
         assert spec is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
     videos: Any = types.ModuleType("veomni.data.multimodal.video_utils")
-    # They are imported beside the images', and not called for images.
+    # Imported by the image modules, but not called for images.
     videos.fetch_videos = videos.fetch_videos_metadata = None
     sys.modules[videos.__name__] = videos
     sys.modules.setdefault("requests", types.ModuleType("requests"))
@@ -137,8 +139,8 @@ def veomni_alone() -> None:
 def veomni_pack(
     model: Any,
 ) -> Callable[[Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]], Row]:
-    """A packed row of expanded samples (input_ids, labels, image_grid_thw): what `process_sample_qwen_vl`
-    does to ids, then `MainCollator`. The hook that lists the tower's segments is left out."""
+    """A packed row of expanded samples (input_ids, labels, image_grid_thw): the part of `process_sample_qwen_vl`
+    that handles ids, then `MainCollator`, without the hook that lists the tower's segments."""
     veomni_alone()
     from veomni.data.data_collator import MainCollator
 
@@ -171,9 +173,9 @@ def veomni_pack(
 
 
 def veomni_collator(processor: Any, model: Any) -> Callable[[Sequence[Sample]], Row]:
-    """Rows to a packed row: `process_sample_qwen_vl` on each, then `MainCollator`. The only peer here that
-    packs images. Which rows are packed is told: its own loader fills packs as it reads. A row with a system
-    message has a second one, its template's."""
+    """Rows to a packed row: `process_sample_qwen_vl` on each, then `MainCollator`. The only peer here that packs
+    images. The caller chooses the rows; VeOmni's own loader fills packs as it reads. Its template adds a second
+    system message to a row that has one."""
     veomni_alone()
     from veomni.data.chat_template import Qwen2VLChatTemplate
     from veomni.data.data_collator import MainCollator
@@ -181,14 +183,14 @@ def veomni_collator(processor: Any, model: Any) -> Callable[[Sequence[Sample]], 
     from veomni.data.multimodal import PREPROCESSOR_REGISTRY
 
     def parts_of(messages: Any, **_: Any) -> list[list[Any]]:
-        """Its built-in ones keep one image a message."""
+        """A template that keeps all images; its built-in ones keep one image per message."""
         return [
             [m.role, *(("text", p) if isinstance(p, str) else ("image", None) for p in m.content)]
             for m in messages
         ]
 
     def positions(**row: Any) -> Row:
-        """What the model's `get_position_id_func` gives."""
+        """The result of the model's `get_position_id_func`."""
         return {"position_ids": model.model.get_rope_index(**row)[0].squeeze(1)}
 
     PREPROCESSOR_REGISTRY.register("samples", parts_of)

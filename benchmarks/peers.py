@@ -1,4 +1,4 @@
-"""What others do, each behind one function. A peer that is not installed is skipped, never faked."""
+"""Operations of other packages, one function each. A peer that is not installed is skipped, never imitated."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def transformers_insertion(
     features: list[torch.Tensor],
     image_token_id: int,
 ) -> torch.Tensor:
-    """Token embedding and feature insertion as `Qwen2VLModel.forward` does it (transformers 5.23): the
-    features of every image joined, placeholders counted and checked, `masked_scatter`."""
+    """Token embedding and feature insertion as in `Qwen2VLModel.forward` (transformers 5.23): features of all
+    images are joined, placeholders counted and checked, then `masked_scatter`."""
     embeds = F.embedding(input_ids_T[None], weight_VD)
     joined = torch.cat(features, dim=0).to(embeds.device, embeds.dtype)
     mask = input_ids_T[None] == image_token_id
@@ -33,7 +33,7 @@ def index_copy_insertion(
     features_FD: torch.Tensor,
     feature_token: torch.Tensor,
 ) -> torch.Tensor:
-    """The best of plain torch: embedding, then the rows by index. What `patch_model` does by itself."""
+    """The best plain torch version: embedding, then the rows by index, as in `patch_model` by default."""
     embeds = F.embedding(input_ids_T, weight_VD)
     return embeds.index_copy(0, feature_token.long(), features_FD)
 
@@ -41,8 +41,8 @@ def index_copy_insertion(
 def dense_mask_attention(
     q_THK: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_TT: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """Packing as transformers does it with sdpa: one (T, T) mask, keys repeated for every query head
-    (`sdpa_attention_forward` repeats them where a mask is given)."""
+    """Packing with sdpa in transformers: one (T, T) mask, and keys repeated for each query head
+    (`sdpa_attention_forward` repeats them if there is a mask)."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT[None, None], scale=scale)
@@ -52,7 +52,7 @@ def dense_mask_attention(
 def per_image_attention(
     q_PHK: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """`VisionAttention.forward` without flash attention: lengths asked of the device, one sdpa an
+    """`VisionAttention.forward` without flash attention: reads lengths from the device and calls sdpa once per
     image, in every layer."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     parts = [
@@ -63,7 +63,7 @@ def per_image_attention(
 
 
 def rope_index_model(vision: VisionSpec) -> Any:
-    """A `Qwen2VLModel` that knows where its ids are and is otherwise as small as can be."""
+    """A minimal `Qwen2VLModel` with the right special ids."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
@@ -91,12 +91,12 @@ def rope_index_model(vision: VisionSpec) -> Any:
 def rope_index_pack(
     model: Any, samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """A packed row of expanded samples (input_ids, labels, image_grid_thw) as a collator makes it of
-    transformers' parts (5.23): `get_rope_index` on each sample with images, all of it joined."""
+    """A packed row of expanded samples (input_ids, labels, image_grid_thw), as a collator can make it with
+    transformers (5.23): `get_rope_index` on each sample with images, then everything joined."""
     positions = []
     for ids, _, grids in samples:
         places = torch.arange(len(ids)).expand(4, -1)
-        if len(grids):  # of text alone all four rows are the same
+        if len(grids):  # for text, all four rows are the same
             is_image = (ids == model.config.image_token_id).int()[None]
             rope, _ = model.get_rope_index(ids[None], is_image, image_grid_thw=grids)
             places = torch.cat([places[:1], rope[:, 0]])
@@ -112,21 +112,21 @@ def rope_index_pack(
 
 
 def conv3d_patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Patch embedding as `PatchEmbed.forward` does it (transformers 5.23): a Conv3d of one step over
-    float32 `pixel_values` cast to its weight."""
+    """Patch embedding as in `PatchEmbed.forward` (transformers 5.23): a Conv3d with a single step over float32
+    `pixel_values` cast to its weight's dtype."""
     patches = pixel_values.view(-1, *weight.shape[1:]).to(weight.dtype)
     return F.conv3d(patches, weight, stride=weight.shape[2:]).view(-1, len(weight))
 
 
 def linear_patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same as one product, which is what a convolution without overlap is."""
+    """The same as one product, which equals a convolution without overlap."""
     return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
 
 
 def transformers_rope(
     q_THK: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`apply_rotary_pos_emb` on what a layer's projections leave, given cos and sin (T, K)."""
+    """`apply_rotary_pos_emb` on the output of a layer's projections, given cos and sin (T, K)."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
     heads_first = [x[None].transpose(1, 2) for x in (q_THK, k)]
@@ -137,7 +137,7 @@ def transformers_rope(
 def transformers_vision_rope(
     q_THK: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`apply_rotary_pos_emb_vision`: in float32 and back."""
+    """`apply_rotary_pos_emb_vision`, which casts to float32 and back."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
     return apply_rotary_pos_emb_vision(q_THK, k, cos, sin)
@@ -150,8 +150,8 @@ def liger_mrope(
     sin: torch.Tensor,
     sections: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Liger's on the same, given cos and sin of all three axes (3, 1, T, K). Some versions write into q
-    and k, so that timed again and again they turn further; the time is the same."""
+    """Liger's op on the same, given cos and sin of all three axes (3, 1, T, K). Some versions write into q and k,
+    so repeated calls rotate further; this does not change the time."""
     from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as rope
 
     heads_first = [x[None].transpose(1, 2) for x in (q_THK, k)]

@@ -1,8 +1,8 @@
-"""Others' planners, each as (tokens, capacity) -> bins of sample numbers, taken from their packages.
+"""Planners of other packages, each as (tokens, capacity) -> bins of sample numbers, loaded from their packages.
 
-A package whose dependencies clash with mmpack's can be put on the path without them
-(`pip install --no-deps --target FOLDER trl llamafactory axolotl binpacking numba llvmlite`): the one
-file with the planner is loaded by itself, with stand-ins for what it logs and reduces with.
+A package whose dependencies conflict with mmpack's can be put on the path without them (`pip install --no-deps
+--target FOLDER trl llamafactory axolotl binpacking numba llvmlite`): only the file with the planner is loaded,
+with stand-ins for its logging and reductions.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 
 Planner = Callable[[np.ndarray, int], list[list[int]]]
 
-WINDOW = 1000  # rows LLaMA-Factory and ms-swift hand to their planner at a time, by default
+WINDOW = 1000  # rows per call of the planner in LLaMA-Factory and ms-swift, by default
 
 
 def planners_of(package: str) -> dict[str, Planner]:
-    """A package's planners, by its name and version and how they are called.
+    """A package's planners, by package name, version and mode.
 
     Raises:
-        ImportError, OSError: the package is not here, or keeps its planner elsewhere.
+        ImportError, OSError: the package is not installed, or its planner is in another file.
     """
     make = {
         "trl": _trl,
@@ -39,7 +39,7 @@ def planners_of(package: str) -> dict[str, Planner]:
 
 
 def _file(package: str, path: str) -> ModuleType:
-    """A module by its file, without the packages around it."""
+    """Import a module from its file, without its parent packages."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"no package {package}")
@@ -58,7 +58,7 @@ def _trl() -> dict[str, Planner]:
     pack_bfd = _file("trl", "data_utils.py")._pack_bfd
 
     def plan(tokens: np.ndarray, capacity: int) -> list[list[int]]:
-        # One byte a token: what it plans with is the length of a list, and it moves the tokens too.
+        # One byte per token: it plans by the length of a list, and moves the tokens, too.
         offsets = np.concatenate([[0], tokens.cumsum()])
         values = pa.array(np.zeros(offsets[-1], dtype=np.int8))
         rows = pa.LargeListArray.from_arrays(offsets, values)
@@ -106,7 +106,7 @@ def _axolotl() -> dict[str, Planner]:
     pack_parallel(np.array([1, 2]), 4, 100_000, 200, num_processes=1)  # numba compiles here
 
     def plan(tokens: np.ndarray, capacity: int) -> list[list[int]]:
-        # Its defaults: groups of 100,000 rows, at most 200 rows a bin.
+        # Its defaults: groups of 100,000 rows, at most 200 rows per bin.
         return pack_parallel(tokens, capacity, 100_000, 200, num_processes=1)
 
     return {"multipack": plan}
@@ -135,7 +135,7 @@ def _windowed(plan: Planner) -> Planner:
 
 
 def _samples_of_lengths(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Numbers of samples with these lengths, each once: planners that return lengths mean any."""
+    """Assign sample numbers to bins of lengths, each once, for planners that return lengths."""
     of_length = defaultdict(list)
     for number, length in enumerate(tokens.tolist()):
         of_length[length].append(number)

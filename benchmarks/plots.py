@@ -1,7 +1,7 @@
-"""One picture a question, of results: each of one machine, a GPU where it was measured there.
+"""Plots of results, one per question, each of one machine: a GPU if it was measured there.
 
-No ground of their own: lines, letters and colours have a contrast of 4 to 1 on white and on #0d1117, so
-they are readable on light and dark pages.
+Backgrounds are transparent: lines, text and colors have a contrast of 4 to 1 on white and on #0d1117, so they are
+readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INK, FAINT = "#7b7b7b", "#7b7b7b55"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, str]]:
-    """Draw what the rows tell into a folder: the name of every picture, and why one is not drawn."""
+    """Draw all plots of the rows into a folder; yields (name, why it is not drawn, or "")."""
     for name, (bench, picture) in PLOTS.items():
         found = [row for row in rows if row.bench == bench]
         kinds = sorted({kind_of(row.machine) for row in found}, key=lambda kind: kind == "cpu")
@@ -40,7 +40,7 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def throughput(rows: Sequence[Row]) -> Any:
-    """Useful tokens a second of a whole step, over those of padded batches."""
+    """Useful tokens per second of a whole step, relative to padded batches."""
     found = {row.impl: row.p50 for row in rows if row.metric == "useful tokens"}
     found.pop(CEILING, None)
     padded = found.get("padded, 8 rows")
@@ -55,12 +55,12 @@ def throughput(rows: Sequence[Row]) -> Any:
     axes.invert_yaxis()
     axes.grid(False)
     axes.set_xlim(0, 1.45 * max(found.values()) / padded)
-    axes.set_xlabel("useful tokens a second of a training step, padded batches of 8 = 1")
+    axes.set_xlabel("useful tokens per second of a training step, padded batches of 8 = 1")
     return figure
 
 
 def attention(rows: Sequence[Row]) -> Any:
-    """TFLOP/s over the length of segments, all alike, forward and backward."""
+    """TFLOP/s by segment length, for equal segments, forward and backward."""
     heads = ", 12/2 heads"
     found = [r for r in rows if r.metric == "rate" and re.match(rf"\d+ x \w+{heads}$", r.config)]
     if len({row.x for row in found}) < 2:
@@ -75,14 +75,14 @@ def attention(rows: Sequence[Row]) -> Any:
         axes.set(xscale="log", title=f"{mode}, causal, 12 + 2 heads of 128", ylim=(0, None))
         axes.set_xticks(sorted({row.x for row in found}), [f"{x:,.0f}" for x in sorted(of)])
         axes.minorticks_off()
-        axes.set_xlabel("tokens a segment")
+        axes.set_xlabel("tokens per segment")
     panels[0].set_ylabel(f"{unit} of the segments' own scores")
     _legend(figure, panels[0], 4)
     return figure
 
 
 def insertion(rows: Sequence[Row]) -> Any:
-    """GB/s of embedding and insertion, by mode, at the largest pack measured of each."""
+    """GB/s of embedding and insertion, by mode, for the largest pack measured."""
     found = [row for row in rows if row.metric == "bandwidth" and "share=0.7" in row.config]
     if not found:
         return None
@@ -124,7 +124,7 @@ _MODES = {
 
 
 def balance(rows: Sequence[Row]) -> Any:
-    """What each rank has to do in each step."""
+    """The cost of each rank in each step."""
     impls = list(dict.fromkeys(row.impl for row in rows))
     theirs = next((impl for impl in impls if impl.startswith("llamafactory")), "mmpack")
     if not {theirs, "mmpack by cost"} <= set(impls):
@@ -135,25 +135,25 @@ def balance(rows: Sequence[Row]) -> Any:
     figure, panels = _figure(2, 3.4, sharey=True)
     for axes, (impl, title), color in zip(panels, titles.items(), (PEERS[0], OURS)):
         of = [row for row in rows if row.impl == impl]
-        cost, dearest = ([row for row in of if row.metric == m] for m in ("cost", "dearest"))
+        cost, busiest = ([row for row in of if row.metric == m] for m in ("cost", "busiest"))
         steps = [row.x for row in cost]
         low, high = [row.p20 for row in cost], [row.p80 for row in cost]
         axes.vlines(steps, low, high, color=NAIVE, linewidth=4, alpha=0.55)
         axes.plot(steps, [row.p50 for row in cost], ".", color=INK, markersize=4)
-        axes.plot(steps, [row.p50 for row in dearest], "_", color=color, ms=8, markeredgewidth=2)
+        axes.plot(steps, [row.p50 for row in busiest], "_", color=color, ms=8, markeredgewidth=2)
         of_all = {row.metric: row.p50 for row in of if row.mode == "epoch"}
         waits = f"packs {100 * of_all['utilization']:.1f} % full, ranks wait {100 * of_all['waiting']:.1f} %"
         axes.axhline(1, color=INK, linewidth=0.8)
         axes.set(title=f"{title}\n{waits}", xlabel="step", ylim=(0, 2.1))
     ranks = re.search(r"ranks=(\d+)", rows[0].config)[1]
     panels[0].set_ylabel(
-        f"cost of {ranks} ranks, 1 = mean pack\nbar: middle 60 %, dash: the dearest"
+        f"cost of {ranks} ranks, 1 = mean pack\nbar: middle 60 %, dash: the busiest"
     )
     return figure
 
 
 def stream(rows: Sequence[Row]) -> Any:
-    """Utilization over the rows a stream holds, and the rows it reads before each pack."""
+    """Utilization by buffer size, and the rows that a stream reads before each pack."""
     full = [row for row in rows if (row.mode, row.metric) == ("buffer", "utilization")]
     read = [row for row in rows if row.mode == "jitter"]
     if len({row.x for row in full}) < 2 or not read:
@@ -181,7 +181,7 @@ def stream(rows: Sequence[Row]) -> Any:
 
 
 def memory(rows: Sequence[Row]) -> Any:
-    """Memory of logits, loss and their gradients over the share of supervised tokens."""
+    """Memory of logits, loss and their gradients, by the share of supervised tokens."""
     found = [row for row in rows if row.metric == "peak"]
     if len({row.x for row in found}) < 2:
         return None
@@ -200,7 +200,7 @@ def memory(rows: Sequence[Row]) -> Any:
 
 ON_GPU = ("embed_features", "head", "train", "varlen_attention")
 SHOWN = {
-    "sdpa": "sdpa, a segment at a time (mmpack by libraries)",
+    "sdpa": "sdpa per segment (mmpack, library ops)",
     "dense mask": "sdpa, dense mask",
     "index_copy": "torch by index (mmpack by libraries)",
     "triton": "mmpack",
@@ -234,12 +234,12 @@ def _figure(panels: int, height: float, **options: Any) -> tuple[Any, Any]:
 
 
 def _libraries_way(rows: Sequence[Row], kernel: str, library: str) -> dict[str, str]:
-    """Colours to begin with: where our kernel was not measured, what stands in for it has ours."""
+    """Initial colors: if our kernel was not measured, its substitute has our color."""
     return {} if any(row.impl == kernel for row in rows) else {library: OURS}
 
 
 def _color(impl: str, seen: dict[str, str]) -> str:
-    """Ours blue, what nobody would keep grey, every other peer a colour of its own."""
+    """Blue for ours, grey for baselines, a separate color for each other peer."""
     if impl.startswith(("mmpack", "triton")):
         return OURS if impl != "mmpack, triton" else "#0f9bb8"
     if impl == CEILING:
@@ -252,7 +252,7 @@ def _color(impl: str, seen: dict[str, str]) -> str:
 def _line(
     axes: Any, rows: list[Row], impl: str, seen: dict[str, str], factor: float, label: str = ""
 ) -> None:
-    """Medians as a line, and where the middle of the rounds lay."""
+    """Medians as a line, and the middle range of the rounds."""
     style = {"linestyle": "--", "linewidth": 1.2} if impl == CEILING else {"marker": "o", "ms": 5}
     color, x = _color(impl, seen), [row.x for row in rows]
     axes.plot(

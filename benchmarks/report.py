@@ -1,17 +1,18 @@
-"""What the figures say: tables and pictures of results whose tests are green.
+"""Tables and plots of results whose tests pass.
 
-    python -m benchmarks.report                   the published results: the tables of docs/benchmarks.md and
-                                                  README.md, docs/*.png
-    python -m benchmarks.report FILE... [--out FOLDER]      any results: report.md and pictures beside FILE
-    python -m benchmarks.report --check           are both tables what the published results say?
+    python -m benchmarks.report                   published results: the tables of docs/benchmarks.md and
+    README.md,
+                                                  docs/*.png
+    python -m benchmarks.report FILE... [--out FOLDER]      any results: report.md and plots beside FILE
+    python -m benchmarks.report --check           check that both tables match the published results
 
-Results are CSVs as `pytest benchmarks` leaves them; published ones are `results/*/published.csv`. Nothing is
-made up: what no row tells is "not measured", and its picture is not drawn. What is measured has tests
-(`TESTS`); they are run first, or read from `--tests FILE` (`benchmarks.outcomes`), and where one failed, hung,
-did not run or none passed, its rows and pictures are withheld and the exit code is 1. A test that names an
-implementation among its parameters stands for that one's rows. A GPU's results need the outcome of its own
-tests beside them, `tests.csv`, as `gpu.sh` leaves it: what is red there is withheld of that GPU alone, and so
-is what was cut off. A dry run's results are refused.
+Results are CSVs written by `pytest benchmarks`; published ones are `results/*/published.csv`. A value without a
+row is "not measured", and a plot without rows is not drawn. Each benchmark has tests (`TESTS`), which are run
+first, or read from `--tests FILE` (`benchmarks.outcomes`). If one failed, hung or did not run, or if none passed,
+the benchmark's rows and plots are withheld and the exit code is 1. A test with an implementation among its
+parameters only affects that implementation's rows. A GPU's results need the outcomes of its own tests beside them
+in `tests.csv`, written by
+`gpu.sh`: a test that fails or was cut off there affects only that GPU's rows. Results of a dry run are refused.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", RO
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 PUBLISHED = "*/published.csv"
 
-# What each benchmark measures is right where these are green.
+# The tests of each benchmark; its results are only published if they pass.
 TESTS = {
     "assemble": ("test_assemble",),
     "batch": ("test_assemble", "test_assemble_sequence", "test_device_batches"),
@@ -57,7 +58,7 @@ TESTS = {
     "varlen_attention": ("test_varlen_attention",),
 }
 
-# Test files of which a GPU runs a part, or all.
+# Test files that run on a GPU, completely or in part.
 ON_GPU = {
     Path(argument).stem
     for stage in STAGES
@@ -67,13 +68,13 @@ ON_GPU = {
 
 
 def pages(rows: Sequence[Row], red: Red | None = None) -> dict[Path, str]:
-    """The pages with a table, with the tables of these rows in them."""
+    """The pages that contain a table, with the tables made from these rows."""
     made = {README: brief_table(rows, red), PAGE: table(rows, red)}
     return {path: put_into(path.read_text(encoding="utf-8"), text) for path, text in made.items()}
 
 
 def put_into(text: str, made: str) -> str:
-    """A page with the table between its markers.
+    """A page with the table inserted between its markers.
 
     Raises:
         ValueError: the page has no pair of markers.
@@ -86,7 +87,7 @@ def put_into(text: str, made: str) -> str:
 
 
 def run_tests(benches: set[str]) -> Path:
-    """Run the tests that go with benchmarks; a CSV of `benchmarks.outcomes`."""
+    """Run the tests of benchmarks; returns the path of a CSV of `benchmarks.outcomes`."""
     out = Path(tempfile.mkdtemp()) / "tests.csv"
     names = sorted({name for bench in benches for name in TESTS[bench]})
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", f"--outcomes={out}"]
@@ -100,8 +101,8 @@ def run_tests(benches: set[str]) -> Path:
 def red_tests(
     outcomes: Sequence[Outcome], names: Sequence[str], impls: set[str]
 ) -> dict[str, list[str]]:
-    """Of a benchmark's test files `names` those that are not green, by implementation, or for ALL: one that
-    failed, broke off or did not run; all of which none passed, skipped as they may be."""
+    """The test files among a benchmark's `names` that did not pass, by implementation or for ALL: files with a
+    test that failed, was cut off or did not run, and files in which no test passed."""
     red: dict[str, set[str]] = {}
     passed, ran = set(), set()
     for outcome in outcomes:
@@ -122,8 +123,8 @@ def red_tests(
 
 
 def all_red(rows: Sequence[Row], host: Sequence[Outcome], gpus: dict[str, list[Outcome]]) -> Red:
-    """What is to be withheld of rows, from the outcome of tests on the host, which stands for every
-    machine, and on GPUs, by kind."""
+    """What to withhold, from the outcomes of tests on the host, which apply to all machines, and on GPUs, by
+    kind."""
     red: Red = {}
     for kind, bench in {(kind_of(row.machine), row.bench) for row in rows}:
         impls = {row.impl for row in rows if row.bench == bench}
@@ -138,13 +139,13 @@ def all_red(rows: Sequence[Row], host: Sequence[Outcome], gpus: dict[str, list[O
 
 
 def is_withheld(row: Row, red: Red) -> bool:
-    """Whether a test that stands for a row is not green."""
+    """Whether a test of this row did not pass."""
     of = red.get((kind_of(row.machine), row.bench), {})
     return ALL in of or row.impl in of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where something is withheld, or, with --check, a table in the docs is another."""
+    """Exit code: 0; 1 if something is withheld, or with --check if a table in the docs differs."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,

@@ -1,4 +1,4 @@
-"""The tables: which figures they show, ours beside those of peers and the ceiling of the same run."""
+"""The benchmark tables: our measurements beside those of peers and the ceiling of the same run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from benchmarks.harness import CEILING, Row, kind_of
 
 H200 = "nvidia-h200"
-ALL = ""  # in place of an implementation: all of them
+ALL = ""  # instead of an implementation: all of them
 Red = dict[
     tuple[str, str], dict[str, list[str]]
-]  # by machine's kind and benchmark, implementation: files
+]  # (machine's kind, benchmark) -> implementation -> test files
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: our figure beside its peers' and its ceiling, all measured in the same run.
+    """A row of the table: our value beside the peers' values and the ceiling, all measured in the same run.
 
-    `ours` and the peers are patterns an impl's name matches whole; the first of `ours` that was measured
-    stands, named where it is not the first. Of several cases one that has `config` in its own, at
-    `x`, else at the largest x. A peer is compared with our figure from its own test, where both were
-    interleaved. `brief` is the row's title in README.md's short table, which has the first peer alone.
+    `ours` and the peers are patterns for the full name of an impl. The first of `ours` that was measured is shown,
+    with its name if it is not the first. If there are several cases, uses the one whose config contains `config`,
+    at `x`, else at the largest x. A peer is compared with our value from the same test, which interleaved both.
+    `brief` is the row's title in README.md's short table, which only has the first peer.
     """
 
     title: str
@@ -33,10 +33,10 @@ class Line:
     peers: dict[str, str]
     config: str = ""
     x: float | None = None
-    is_host: bool = False  # no GPU takes part
-    as_values: bool = False  # not how many times as good, but the peers' own figures
-    fallback: str = ""  # what the first of `ours` is replaced by where it cannot run
-    has_ceiling: bool = True  # the ceiling recorded holds for this one
+    is_host: bool = False  # does not use a GPU
+    as_values: bool = False  # show the peers' values instead of ratios
+    fallback: str = ""  # replaces the first of `ours` if that cannot run
+    has_ceiling: bool = True  # the recorded ceiling applies to this row
     brief: str = ""
 
 
@@ -86,7 +86,7 @@ LINES = [
          brief="patch embedding, forward and backward"),
     Line("vision tower with windows (Qwen2.5-VL), step", "tower", "step", "time", ("mmpack",),
          {"transformers": "transformers"}, config="qwen2_5_vl"),
-    Line("assembling a pack, pixels aside", "assemble", "assemble", "time", ("mmpack",),
+    Line("assembling a pack, without pixels", "assemble", "assemble", "time", ("mmpack",),
          {"transformers": "transformers"}, config="segments=7 ",
          brief="assembling a pack of 8,192 tokens and 28 images, without decoding", **_HOST),
     Line("rows to a batch, images decoded", "host", "collate", "time", ("mmpack uint8",),
@@ -111,8 +111,8 @@ _MORE_IS_BETTER = ("1/s", "GB/s", "TFLOP/s")
 
 
 def figures(line: Line, rows: Sequence[Row]) -> tuple[Row | None, dict[str, tuple[Row, float]]]:
-    """(our figure of a line, None where it was not measured; the peers' by name, each with how many times as
-    good ours of the same test is). `rows` are those of a machine of which nothing is withheld."""
+    """(our row for a line, None if it was not measured; the peers' rows by name, each with our speedup in the same
+    test). `rows` are a machine's rows, without those that are withheld."""
     rows = [
         row
         for row in rows
@@ -140,8 +140,8 @@ def figures(line: Line, rows: Sequence[Row]) -> tuple[Row | None, dict[str, tupl
 
 
 def withheld(line: Line, red: dict[str, list[str]]) -> str:
-    """What stands in place of a line's figures where tests of them are not green; "" where all are. `red`
-    are implementations, or ALL, with those test files."""
+    """The text that replaces a line's values if their tests do not pass; "" if they pass. `red` maps
+    implementations, or ALL, to the failing test files."""
     bad = {file for impl in (*line.ours, ALL) for file in red.get(impl, ())}
     return f"withheld: {', '.join(f'`tests/{file}.py`' for file in sorted(bad))} not green" * bool(
         bad
@@ -149,7 +149,7 @@ def withheld(line: Line, red: dict[str, list[str]]) -> str:
 
 
 def cell(line: Line, rows: Sequence[Row], red: dict[str, list[str]] | None = None) -> str:
-    """What a machine's rows say of a line; for `red` see `withheld`."""
+    """A line's cells from a machine's rows; `red` as in `withheld`."""
     red = red or {}
     if why_not := withheld(line, red):
         return why_not
@@ -178,7 +178,7 @@ def _times(ratio: float) -> str:
 
 
 def _last(rows: Sequence[Row], pattern: str) -> Row | None:
-    """The newest row, at the largest x, of an impl."""
+    """The newest row of an impl at the largest x."""
     found = [row for row in rows if re.fullmatch(pattern, row.impl)]
     return max(reversed(found), key=lambda row: row.x, default=None)
 
@@ -196,7 +196,7 @@ def _number(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], red: Red | None = None) -> str:
-    """The Markdown table; what is `red` is withheld."""
+    """The Markdown table, without rows that are `red`."""
     kinds = list(dict.fromkeys(["cpu", H200, *(kind_of(row.machine) for row in rows)]))
     of = {kind: [row for row in rows if kind_of(row.machine) == kind] for kind in kinds}
     names = {kind: of[kind][-1].machine if of[kind] else "NVIDIA H200" for kind in kinds}
@@ -215,8 +215,8 @@ def table(rows: Sequence[Row], red: Red | None = None) -> str:
 
 
 def brief_table(rows: Sequence[Row], red: Red | None = None) -> str:
-    """README.md's table: the lines with a `brief`, each with its first peer, of a GPU where one was measured,
-    else of the CPU."""
+    """README.md's table: the lines with a `brief`, each with its first peer, from a GPU if one was measured, else
+    from the CPU."""
     kinds = dict.fromkeys(kind_of(row.machine) for row in reversed(rows))
     kinds = [*(kind for kind in kinds if kind != "cpu"), "cpu"]
     lines = ["| | mmpack | peer, same run | ratio |", "| --- | --- | --- | --- |"]

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kIgnore = -100;  // label of a token without loss
-// Positions are at most this: below, every step of float32 is exact or rounded as in the reference.
+// The largest position: up to here, float32 steps are exact or rounded as in the reference.
 constexpr float kMostPosition = 1 << 30;
 
 void require(bool condition, const char* message) {
@@ -31,7 +31,7 @@ Grid grid_of(std::span<const std::int32_t> grid_thw, std::size_t n) {
   return {grid_thw[3 * n], grid_thw[3 * n + 1], grid_thw[3 * n + 2]};
 }
 
-// The patches of out.grid_thw, which has been written.
+// Writes the patch indices for out.grid_thw, which must be written before.
 void write_patches(std::int64_t merge, const PackBuffers& out) {
   std::int32_t frame = 0, patch = 0;
   auto* place = out.vision_position_ids.data();
@@ -60,7 +60,7 @@ void write_patches(std::int64_t merge, const PackBuffers& out) {
   }
 }
 
-// Stable, by the upper 32 bits, of which `largest` is the largest.
+// Stable sort by the upper 32 bits, the largest of which is `largest`.
 void sort_by_id(std::vector<std::uint64_t>& text, std::uint64_t largest) {
   constexpr int kBits = 11;
   constexpr std::uint64_t kDigits = 1 << kBits;
@@ -93,7 +93,7 @@ using Tile = std::array<std::int32_t, 4>;  // [begin, end) of rows, and of their
 // In reading order.
 std::vector<Tile> cut_tiles(std::span<const std::int32_t> offsets) {
   std::vector<Tile> found;
-  std::int32_t joined_begin = 0, joined_end = 0;  // short segments waiting for more
+  std::int32_t joined_begin = 0, joined_end = 0;  // rows of short segments to be joined
   const auto close = [&] {
     if (joined_begin < joined_end) {
       found.push_back({joined_begin, joined_end, joined_begin, joined_end});
@@ -121,8 +121,9 @@ std::vector<Tile> cut_tiles(std::span<const std::int32_t> offsets) {
   return found;
 }
 
-// Text tokens given as id << 32 | place, places ascending: the places sorted by id and then by
-// place, and the starts of the runs of one id and at most kMaxRun tokens; returns how many runs.
+// Sorts text tokens, given as id << 32 | position with positions ascending, by id, then position.
+// Writes the sorted positions and the starts of runs of one id and at most kMaxRun tokens; returns
+// the number of runs.
 std::int64_t text_by_id(std::vector<std::uint64_t> text, std::span<std::int32_t> order,
                         std::span<std::int32_t> offsets) {
   std::uint64_t largest = 0;
@@ -141,7 +142,7 @@ std::int64_t text_by_id(std::vector<std::uint64_t> text, std::span<std::int32_t>
   return runs;
 }
 
-// Runs of one id and at most kMaxRun tokens that text_by_id makes of the text tokens, markers aside.
+// The number of runs that text_by_id makes of the text tokens, without markers.
 std::int64_t count_runs(const Samples& samples, std::size_t num_text) {
   struct Slot {
     std::int32_t id = -1, count = 0;
@@ -166,14 +167,14 @@ PackSize measure(const Samples& samples) {
   const auto& offsets = samples.offsets;
   require(n <= kMostRows, "a pack must have fewer than 2^31 tokens");
   require(samples.labels.size() == samples.input_ids.size(),
-          "input_ids and labels must be of one length");
+          "input_ids and labels must have the same length");
   require(offsets.size() >= 2 && ascend(offsets, samples.input_ids.size()),
           "offsets must ascend from 0 to the number of input_ids");
   require(samples.grid_offsets.size() == offsets.size() &&
               ascend(samples.grid_offsets, samples.num_grids()),
-          "grid_offsets must be as many as offsets and ascend from 0 to the number of grids");
+          "grid_offsets must have the length of offsets and ascend from 0 to the number of grids");
   require(samples.temporal_step.size() == samples.num_grids(),
-          "temporal_step must be as many as grids");
+          "temporal_step must have one value per grid");
   require(samples.image_id != samples.video_id, "image_id and video_id must differ");
   require(samples.merge_size >= 1, "merge_size must be positive");
   const auto is_marker = [&](std::int64_t id) {
@@ -187,9 +188,9 @@ PackSize measure(const Samples& samples) {
     const auto markers = std::count_if(ids + offsets[s], ids + offsets[s + 1], is_marker);
     const auto grids = samples.grid_offsets[s + 1] - samples.grid_offsets[s];
     if (markers != grids) {
-      throw std::invalid_argument("there must be a grid for every marker, got " +
-                                  std::to_string(markers) + " image and video markers, " +
-                                  std::to_string(grids) + " grids");
+      throw std::invalid_argument("there must be one grid per marker, got " +
+                                  std::to_string(markers) + " image and video markers and " +
+                                  std::to_string(grids) + (grids == 1 ? " grid" : " grids"));
     }
   }
 
@@ -212,7 +213,7 @@ PackSize measure(const Samples& samples) {
     size.features += features;
     const float step = samples.temporal_step[g];
     require(step >= 0 && static_cast<float>(grid.frames - 1) * step <= kMostPosition,
-            "temporal_step must not be negative, nor lead past position 2^30");
+            "temporal_step must not be negative or lead beyond position 2^30");
     while (!is_marker(samples.input_ids[marker])) ++marker;
     if (samples.input_ids[marker] == samples.image_id) {
       ++size.images;
@@ -233,7 +234,7 @@ PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuff
   PackCounts counts{};
   std::size_t token = 0, marker = 0;
   struct {
-    std::size_t grid, feature;  // the next one's
+    std::size_t grid, feature;  // indices of the next one
   } image{0, 0},
       video{static_cast<std::size_t>(size.images), static_cast<std::size_t>(size.image_features)};
   out.cu_seqlens[0] = 0;

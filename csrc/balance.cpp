@@ -11,19 +11,19 @@
 namespace mmpack {
 namespace {
 
-constexpr std::int64_t kTolerance = kMean / 400;  // of a bin's cost above its target
-constexpr std::int64_t kTried = 1 << 14;          // samples that decide which
-constexpr double kEven = 0.04;  // of the mean: bins may be that much above the floor
+constexpr std::int64_t kTolerance = kMean / 400;  // a bin's allowed cost above its target
+constexpr std::int64_t kTried = 1 << 14;          // samples in a trial plan
+constexpr double kEven = 0.04;  // allowed excess over the floor in a trial plan, of the mean
 constexpr int kRounds = 16;
-constexpr std::int64_t kWorthwhile = 20;   // a round takes away one in so many of what is too much
-constexpr std::int64_t kFar = kMean / 40;  // above the floor
-constexpr std::int64_t kFew = 10;          // one bin in so many
-constexpr int kSwaps = 8;                  // for a bin in a round
-constexpr int kPartners = 6;               // bins a bin exchanges groups with in a round
-constexpr std::uint32_t kPairs = 64;       // of samples, listed in a bin; 400 find no more
-constexpr std::size_t kGroup = 1 << 20;    // samples balanced at once: more fit no cache
+constexpr std::int64_t kWorthwhile = 20;   // a round must remove 1/20 of the excess
+constexpr std::int64_t kFar = kMean / 40;  // cost above the floor of bins that continue
+constexpr std::int64_t kFew = 10;          // at most 1/10 of the bins continue
+constexpr int kSwaps = 8;                  // per bin and round
+constexpr int kPartners = 6;               // bins with which a bin exchanges groups per round
+constexpr std::uint32_t kPairs = 64;       // pairs of samples listed per bin; 400 find no more
+constexpr std::size_t kGroup = 1 << 20;    // samples balanced at once; more do not fit a cache
 
-// No, one or two samples of a bin, by their places; first > second.
+// Zero, one or two samples of a bin, by position; first > second.
 struct Group {
   std::int64_t tokens = 0, patches = 0, cost = 0;
   std::uint32_t count = 0, first = 0, second = 0;
@@ -35,7 +35,7 @@ class Balancer : private Construction {
            const Slack& slack)
       : Construction(sizes, costs, seed, slack) {}
 
-  // What the costliest bin costs above max(mean, the costliest sample), in means.
+  // The costliest bin's cost above max(mean, costliest sample), relative to the mean.
   double unevenness() const {
     std::int64_t most = 0, floor = kMean;
     for (const Bin& bin : bins_) {
@@ -63,7 +63,7 @@ class Balancer : private Construction {
       std::int64_t too_much = 0;
       for (const std::int64_t e : excess) too_much += std::max<std::int64_t>(0, e - kTolerance);
       if (!too_much) return;
-      // Where little is won, only the few bins go on that are far above all others.
+      // If a round gains little, only bins far above the floor continue, if they are few.
       const bool is_slow = too_much > before - before / kWorthwhile;
       const auto is_far = [&](std::int64_t b) { return bins_[b].cost > floor + kFar; };
       if (is_slow) {
@@ -92,7 +92,7 @@ class Balancer : private Construction {
   Plan plan() { return to_plan(bins(), order_, random_); }
 
  private:
-  // Lowers the excess of a bin as far as it can.
+  // Lowers the excess of a bin as far as possible.
   void relieve(std::int64_t costly, const std::vector<std::int64_t>& by_excess,
                std::int64_t num_below) {
     for (int n = 0; n < kSwaps && bins_[costly].excess() > kTolerance; ++n) {
@@ -108,11 +108,11 @@ class Balancer : private Construction {
     }
   }
 
-  // Swaps a sample with one of about as many tokens out of any bin below its target, such that the
-  // larger excess of the two bins becomes as small as the candidates allow.
+  // Swaps a sample with one of about the same length from any bin below its target, choosing the
+  // candidate that minimizes the larger excess of the two bins.
   bool swap_one(std::int64_t costly) {
     const Bin& a = bins_[costly];
-    const std::int64_t reach = sizes_.token_capacity / 256 + 1;  // tokens a swap may give away
+    const std::int64_t reach = sizes_.token_capacity / 256 + 1;  // largest difference in tokens
     const std::int64_t room = sizes_.token_capacity - a.tokens;
     std::int64_t best = a.excess(), give = -1, get = -1;
     for (int n = 0; n < kPicks && best > kTolerance; ++n) {
@@ -156,8 +156,7 @@ class Balancer : private Construction {
     return true;
   }
 
-  // Exchanges the groups (of the costly bin: mine_) that make the larger excess of two bins
-  // smallest.
+  // Exchanges the groups that minimize the larger excess of two bins; mine_ are the costly bin's.
   bool exchange(std::int64_t costly, std::int64_t cheap) {
     const Bin& a = bins_[costly];
     const Bin& b = bins_[cheap];
@@ -174,7 +173,7 @@ class Balancer : private Construction {
           others_.begin(), others_.end(), mine.tokens - room_b,
           [](const Group& group, std::int64_t tokens) { return group.tokens < tokens; });
       for (; other != others_.end() && other->tokens <= mine.tokens + room_a; ++other) {
-        const std::int64_t cost = other->cost - mine.cost;  // what the costly bin gets more
+        const std::int64_t cost = other->cost - mine.cost;  // change of the costly bin
         const std::int64_t left = std::max(a.cost + cost - a.target(), b.cost - cost - b.target());
         if (left >= best) continue;
         const std::int64_t patches = other->patches - mine.patches;
@@ -203,13 +202,13 @@ class Balancer : private Construction {
     const std::array<std::uint32_t, 2> places{group.first, group.second};
     for (std::uint32_t n = 0; n < group.count; ++n) {
       taken[n] = samples[places[n]];
-      take(bin, places[n]);  // moves the last one here; the second place lies before the first
+      take(bin, places[n]);  // moves the last sample here; the second position is before the first
     }
     return taken;
   }
 
-  // Nothing, every sample that is not costlier than a mean bin, and pairs of them, all or at
-  // random.
+  // The empty group, each sample that does not cost more than a mean bin, and pairs of them: all,
+  // or a random choice.
   void list_groups(const Bin& bin, std::vector<Group>& groups) {
     groups.assign(1, {});
     for (std::uint32_t place = 0; place < bin.samples.size(); ++place) {
@@ -234,13 +233,13 @@ class Balancer : private Construction {
     }
   }
 
-  std::vector<std::pair<std::int64_t, std::int64_t>> offered_;  // cost, sample; by tokens
+  std::vector<std::pair<std::int64_t, std::int64_t>> offered_;  // (cost, sample), by tokens
   std::vector<std::int64_t> offered_tokens_;
   std::vector<Group> mine_, others_;
 };
 
-// The first that gives even bins to some thousand of the samples, spread over all of them; if none
-// does, the one that comes closest. No matter of the seed.
+// The first slack with which a trial plan of kTried samples, spread over all samples, has even
+// bins; if there is none, the most even one. Does not depend on the seed.
 const Slack& choose_slack(const Sizes& sizes, std::span<const std::int64_t> costs) {
   const auto total = static_cast<std::int64_t>(costs.size());
   const std::int64_t step = (total + kTried - 1) / kTried;
@@ -269,8 +268,8 @@ const Slack& choose_slack(const Sizes& sizes, std::span<const std::int64_t> cost
   return *best;
 }
 
-// Sample numbers in groups of equal size in which costs and tokens are spread alike: by cost, dealt
-// out in turn. No matter of the seed, so that a group has as many bins in every epoch.
+// Sample numbers in groups of equal size with similar costs and tokens: sorted by cost, then dealt
+// round-robin. Does not depend on the seed, so a group has the same number of bins in every epoch.
 std::vector<std::vector<std::int64_t>> alike_groups(const Sizes& sizes,
                                                     std::span<const std::int64_t> costs,
                                                     std::size_t num_groups) {
@@ -286,7 +285,7 @@ std::vector<std::vector<std::int64_t>> alike_groups(const Sizes& sizes,
   std::sort(keys.begin(), keys.end());
   std::vector<std::vector<std::int64_t>> groups(num_groups);
   for (std::size_t n = 0; n < keys.size(); ++n) groups[n % num_groups].push_back(keys[n].sample);
-  for (auto& group : groups) std::sort(group.begin(), group.end());  // memory is read in order
+  for (auto& group : groups) std::sort(group.begin(), group.end());  // to read memory in order
   return groups;
 }
 

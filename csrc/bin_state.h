@@ -1,4 +1,4 @@
-// Bins that are being filled: what is in them, what they take and cost.
+// Bins under construction: their samples, sizes and costs.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace mmpack {
 
-inline constexpr std::int64_t kMean = 1 << 24;  // costs are scaled to this mean of a bin
+inline constexpr std::int64_t kMean = 1 << 24;  // the mean cost of a bin, after scaling
 
 struct Bin {
   std::int64_t tokens = 0, patches = 0, cost = 0;
@@ -68,7 +68,7 @@ class BinState {
     return std::max(double(bin.cost) / double(kMean), share(bin));
   }
 
-  // The larger share of the two capacities that a bin or a sample takes.
+  // The larger of a bin's or sample's shares of the two capacities.
   template <typename Sized>
   double share(const Sized& sized) const {
     double most = 0;
@@ -80,7 +80,7 @@ class BinState {
 
   const Sizes& sizes_;
   Random random_;
-  std::vector<Item> items_;  // of every sample
+  std::vector<Item> items_;  // one per sample
   std::vector<std::int64_t> bin_of_;
   std::int64_t num_bins_ = 0;
   std::vector<Bin> bins_;

@@ -19,10 +19,10 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr std::int64_t kMost = std::int64_t{1} << 60;  // of all samples together: sums stay exact
-constexpr py::ssize_t kAny = -1;                       // an extent that may be any
+constexpr std::int64_t kMost = std::int64_t{1} << 60;  // limit of sums over all samples
+constexpr py::ssize_t kAny = -1;                       // any extent
 
-constexpr std::int64_t kMostPixels = std::int64_t{1} << 20;  // of a side
+constexpr std::int64_t kMostPixels = std::int64_t{1} << 20;  // per side
 
 using Shape = std::initializer_list<py::ssize_t>;
 
@@ -41,7 +41,7 @@ std::string to_text(Shape shape) {
   return "(" + text + ")";
 }
 
-// The elements of an array of this type and shape and no other: nothing is converted.
+// The elements of an array, which must have this type and shape; nothing is converted.
 template <typename T>
 std::span<const T> view(const py::array& array, const char* name, Shape shape) {
   if (!py::isinstance<py::array_t<T>>(array) || !has_shape(array, shape)) {
@@ -63,8 +63,8 @@ std::span<T> writable(const py::array& array, const char* name, Shape shape) {
   return {const_cast<T*>(values.data()), values.size()};
 }
 
-// The caller's arrays to write into, by name. None may share memory with another or with what is
-// read: a result would become an argument that nobody has checked.
+// The caller's output arrays, by name. None may share memory with another output or an input,
+// because writing would change an input that is already checked.
 class Outputs {
  public:
   explicit Outputs(const py::dict& arrays) : arrays_(arrays) {}
@@ -152,16 +152,17 @@ void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
            std::to_string(channels) + " channels");
   const std::int64_t block = patch * merge;
   if (height % block || width % block) {
-    refuse("pixels of " + std::to_string(height) + " x " + std::to_string(width) +
-           " are no multiple of " + std::to_string(block));
+    refuse("height and width of pixels must be multiples of " + std::to_string(block) + ", got " +
+           std::to_string(height) + " x " + std::to_string(width));
   }
   const std::int64_t values = channels * patch * patch;
   const std::int64_t frames =
       std::max(patches.ndim() == 2 ? patches.shape(1) / values : 0, std::int64_t{1});
   if (frame < 0 || frame >= frames)
-    refuse("frame must be one of the " + std::to_string(frames) + " that patches have room for");
+    refuse("frame must be from 0 to " + std::to_string(frames - 1) +
+           ", the frames that patches have room for");
   const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge, frames, frame};
-  const auto stride = [&](int axis) {  // of one element it may be any number
+  const auto stride = [&](int axis) {  // an axis of length 1 may have any stride
     return pixels.shape(axis) > 1 ? pixels.strides(axis) : 0;
   };
   const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), stride(0),
@@ -179,7 +180,7 @@ void normalize(const py::array& patches, const py::array& table, std::int64_t fr
   const auto floats = view<float>(table, "table", {kAny, 256});
   const py::ssize_t num_patches = patches.shape(0), width = patches.shape(1);
   const py::ssize_t channels = table.shape(0);
-  if (!channels || width % channels) refuse("patches must have equally many bytes of every channel");
+  if (!channels || width % channels) refuse("patches must have the same number of bytes per channel");
   if (frames < 1 || frames > kMostPixels) refuse("frames must be positive");
   if (width > kMost / frames)
     refuse("patches times frames must be at most 2^60 values wide, got " + std::to_string(width) +
@@ -231,8 +232,8 @@ py::tuple to_tuple(const mmpack::PackCounts& counts) {
                         counts.max_seqlen, counts.vision_max_seqlen);
 }
 
-// A pack's arrays as `assemble` writes them: name, type, extents. mmpack/types.py has the same table, for
-// Python to allocate by (tests/test_native.py compares the two).
+// The arrays of a pack that `assemble` writes: name, type, extents. mmpack/types.py has the same
+// table for allocation (tests/test_native.py compares the two).
 #define PACK_ARRAYS(ARRAY)                                                \
   ARRAY(input_ids, std::int64_t, T)                                       \
   ARRAY(labels, std::int64_t, T)                                          \
@@ -331,26 +332,26 @@ PYBIND11_MODULE(_native, m) {
   m.attr("PACK_ARRAYS") = pack_arrays;
   m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
         py::arg("patches"), py::arg("frame") = 0,
-        "Writes the patches of one picture, a frame of them; see csrc/patchify.h.");
+        "Writes one picture as a frame of patches; see csrc/patchify.h.");
   m.def("normalize", &normalize, py::arg("patches"), py::arg("table"), py::arg("frames"),
-        py::arg("values"), "Writes bytes as a table's floats; see csrc/patchify.h.");
+        py::arg("values"), "Converts bytes to floats by a table; see csrc/patchify.h.");
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");
   m.def("measure", &measure, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
         py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
         py::arg("video_id"), py::arg("merge_size"),
-        "(tokens, features, frames, patches, images, image patches) of the samples in a pack; see "
+        "(tokens, features, frames, patches, images, image patches) of samples in a pack; see "
         "csrc/assembler.h.");
   m.def("assemble", &assemble, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
         py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
         py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
-        "Writes a pack into the arrays of `out`; (supervised, runs, tiles, vision_tiles, max_seqlen, "
-        "vision_max_seqlen), how much of them it took. See csrc/assembler.h.");
+        "Writes a pack into the arrays of `out`; returns their used lengths and the longest segments: "
+        "(supervised, runs, tiles, vision_tiles, max_seqlen, vision_max_seqlen). See csrc/assembler.h.");
   m.def("outline", &outline, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
         py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
         py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
-        "Writes what the host must know of a pack that the device assembles; counts as of `assemble`.");
+        "Writes the host's part of a pack that the device assembles; returns values as `assemble`.");
   m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),
         "(n, 4) int32; see csrc/assembler.h.");
 }

@@ -1,4 +1,4 @@
-// The bins as they are before they are searched: how many, and every sample in one (balance.h).
+// The initial bins for the local search: their number, and a bin for each sample (balance.h).
 #pragma once
 
 #include <algorithm>
@@ -15,31 +15,33 @@
 
 namespace mmpack {
 
-// Room for the construction and the search to move in, as shares of the room for tokens.
+// Unused capacity that gives the construction and the search freedom, as shares of the token
+// capacity.
 struct Slack {
-  double least;  // unused where every costly sample's bin can be filled up
-  double most;   // unused at all
+  double least;  // unused if every costly sample's bin can be filled
+  double most;   // the most that may be unused
 };
 
-// The first was chosen on 155,556 real lengths at 4,096 tokens a bin, the hardest of 4,096, 8,192
-// and 32,768; 0.002 takes nearly twice as long. The others are for costs that do not follow size.
+// The first was chosen on 155,556 real lengths with 4,096 tokens per bin, the hardest of 4,096,
+// 8,192 and 32,768; 0.002 takes nearly twice as long. The others are for costs that do not follow
+// size.
 inline constexpr std::array<Slack, 4> kSlacks{
     {{0.0026, 0.005}, {0.01, 0.03}, {0.02, 0.03}, {0.029, 0.03}}};
 inline constexpr double kCostly =
-    0.25;  // share of the spread cost over share of the room: from here
+    0.25;  // costly samples: excess cost share / size share is at least this
 inline constexpr double kLong =
-    0.06;                           // share of the room from which a cheap sample is placed early
-inline constexpr int kJitter = 64;  // of 1024, in the order of construction: epochs differ
+    0.06;                           // cheap samples above this share of a bin are placed early
+inline constexpr int kJitter = 64;  // of 1024, in the order of construction, so epochs differ
 inline constexpr std::size_t kAhead =
-    16;  // samples of which memory is asked early; they lie anywhere
-inline constexpr std::size_t kAngles = 3;  // all tokens, both alike, all cost
+    16;  // samples prefetched ahead; they are scattered in memory
+inline constexpr std::size_t kAngles = 3;  // only tokens, both equally, only cost
 inline constexpr int kSqueezes = 200;      // swaps tried to make room for a sample
-inline constexpr int kPicks = 12;          // samples of a bin that are tried in a swap
+inline constexpr int kPicks = 12;          // samples of a bin tried in a swap
 inline constexpr int kCandidates = 48;     // samples each of them is tried with
 
 class Construction : protected BinState {
  protected:
-  // Decides how many bins there are, and puts every sample into one.
+  // Chooses the number of bins and puts every sample into one.
   Construction(const Sizes& sizes, std::span<const std::int64_t> costs, std::uint64_t seed,
                const Slack& slack)
       : BinState(sizes, seed) {
@@ -60,11 +62,11 @@ class Construction : protected BinState {
     if (!fits) adopt(tight);
   }
 
-  std::vector<std::int64_t> order_;      // of the samples, shuffled
-  std::vector<std::int64_t> by_tokens_;  // smallest first; where patches count, by the larger share
+  std::vector<std::int64_t> order_;      // shuffled samples
+  std::vector<std::int64_t> by_tokens_;  // smallest first; with patches, by the larger share
 
  private:
-  // Cost of a cheap token: the tenth percentile over the samples.
+  // Cost of a cheap token: the 10th percentile over the samples.
   double cheap_density(std::span<const std::int64_t> costs) const {
     std::vector<double> densities;
     densities.reserve(costs.size());
@@ -77,9 +79,9 @@ class Construction : protected BinState {
     return *tenth;
   }
 
-  // A sample that is costly for its size would make a full bin costlier than the mean even with
-  // cheap tokens beside it, so its bin must stay partly empty: that room comes on top of the
-  // tokens'.
+  // A sample that is very costly for its size makes a bin costlier than the mean even if it is
+  // filled with cheap tokens, so its bin must stay partly empty. That unused room is added to the
+  // tokens.
   std::int64_t count_bins(std::span<const std::int64_t> costs, double total_cost, double cheap,
                           std::int64_t fewest, const Slack& slack) const {
     const auto& tokens = sizes_.tokens;
@@ -89,7 +91,7 @@ class Construction : protected BinState {
         std::min(total / (1 - slack.most) / capacity, double(tokens.size())));
     std::int64_t bins = fewest;
     for (int round = 0; round < 8 && bins < most;
-         ++round) {  // more bins: a lower mean, more unused
+         ++round) {  // more bins lower the mean, so more room is unused
       const double mean = total_cost / double(bins);
       double unused = 0;
       for (std::size_t i = 0; i < tokens.size(); ++i) {
@@ -105,10 +107,10 @@ class Construction : protected BinState {
     return bins;
   }
 
-  // False if a sample found no room or a bin stayed empty.
+  // False if a sample did not fit or a bin stayed empty.
   bool construct_by_kind(double cheap) {
     bins_.assign(num_bins_, {});
-    std::vector<double> above(items_.size());  // share of an average bin's cost above cheap tokens
+    std::vector<double> above(items_.size());  // excess cost as a share of an average bin's
     double total = 0;
     for (std::size_t i = 0; i < items_.size(); ++i) {
       above[i] =
@@ -123,7 +125,7 @@ class Construction : protected BinState {
     for (std::size_t i = 0; i < items_.size(); ++i) {
       const double room = share(items_[i]);
       double size = std::max(room, above[i]) * double(1024 + random_.below(kJitter));
-      if (room < kLong && !is_costly(i)) size /= 1 << 20;  // after all others
+      if (room < kLong && !is_costly(i)) size /= 1 << 20;  // placed last
       largest_first.emplace_back(size, std::int64_t(i));
     }
     std::sort(largest_first.begin(), largest_first.end(), std::greater<>());
@@ -150,9 +152,9 @@ class Construction : protected BinState {
     return none_is_empty();
   }
 
-  // Largest first, by the larger share of room and cost or by their sum, each into the bin that has
-  // the most left of what it needs: of room and cost weighed as the sample has them. What finds no
-  // room comes last, where bins are to be rearranged for it.
+  // Largest first, by the larger of size and cost or by their sum, each into the bin with the most
+  // left of what it needs: room and cost, weighted as in the sample. Samples that do not fit come
+  // last, if bins may be rearranged for them.
   bool construct_by_need(bool by_sum, bool rearranges) {
     std::vector<std::int64_t> left;
     bins_.assign(num_bins_, {});
@@ -193,8 +195,8 @@ class Construction : protected BinState {
            none_is_empty();
   }
 
-  // Puts a sample into a bin that has more room than most, when swaps with others have given it
-  // more. False if kSqueezes did not.
+  // Puts a sample into a bin with much room, after making more room by swaps with other bins. False
+  // if kSqueezes swaps are not enough.
   bool squeeze_in(std::int64_t sample) {
     const Item& item = items_[sample];
     const auto room = [&](std::int64_t b) { return sizes_.token_capacity - bins_[b].tokens; };
@@ -238,8 +240,7 @@ class Construction : protected BinState {
     return true;
   }
 
-  // Best-fit-decreasing's bins, and for each one more than it needed a sample out of a bin with
-  // two.
+  // The bins of best-fit-decreasing; each additional bin gets a sample from a bin with two or more.
   void adopt(const Bins& tight) {
     bins_.assign(num_bins_, {});
     for (const std::int64_t i : order_) put(tight.bin_of[i], i);

@@ -1,4 +1,4 @@
-// Bins by how high they are filled.
+// Bins by fill level.
 #pragma once
 
 #include <algorithm>
@@ -10,16 +10,17 @@
 
 namespace mmpack {
 
-// Bins by a level that only rises; the lowest that has room for a sample is near the top. An entry
-// per bin: its level is looked up when it comes up, so raising a bin costs nothing.
+// Bins ordered by a level that only rises; the lowest bin with room for a sample is near the top.
+// There is one entry per bin; its level is updated when it reaches the top, so raising a level is
+// free.
 class Levels {
  public:
   explicit Levels(std::int64_t num_bins) {
     for (std::int64_t b = 0; b < num_bins; ++b) lowest_.emplace_back(0.0, b);  // is a heap
   }
 
-  // The lowest bin with room for the tokens that `fits`, -1 if none was found. Bins without room
-  // for the tokens wait aside, for they would be looked at again and again.
+  // The lowest bin with room for the tokens for which `fits` is true, -1 if none was found. Bins
+  // without room for the tokens are set aside, so that they are not examined repeatedly.
   template <typename Level, typename Room, typename Fits>
   std::int64_t find(std::int64_t tokens, const Level& level, const Room& room, const Fits& fits) {
     std::int64_t found = -1;
@@ -52,9 +53,9 @@ class Levels {
   }
 
  private:
-  static constexpr int kReturned = 16;  // bins that waited for smaller samples, looked at again
+  static constexpr int kReturned = 16;  // bins set aside that are examined again
   static constexpr std::size_t kRefused =
-      16;  // bins without room for patches looked at for a sample
+      16;  // bins without room for patches that are examined per sample
 
   using Entry = std::pair<double, std::int64_t>;
 
@@ -70,8 +71,8 @@ class Levels {
     heap.pop_back();
   }
 
-  std::vector<Entry> lowest_;                                   // the least level first
-  std::vector<std::pair<std::int64_t, std::int64_t>> waiting_;  // room, bin; the most room first
+  std::vector<Entry> lowest_;                                   // lowest level first
+  std::vector<std::pair<std::int64_t, std::int64_t>> waiting_;  // (room, bin), most room first
   std::vector<Entry> refused_;
 };
 

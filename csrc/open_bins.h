@@ -1,4 +1,4 @@
-// Bins by the room they have left.
+// Bins by remaining room.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace mmpack {
 
-// Open bins by their token room, each with its patch room. A segment tree over token room holds
-// the largest patch room below every node, so the tightest bin that takes a sample is one descent.
+// Open bins by token room, each with its patch room. A segment tree over token room stores the
+// largest patch room below each node, so one descent finds the tightest bin for a sample.
 class OpenBins {
  public:
   explicit OpenBins(std::int64_t token_capacity)
@@ -26,10 +26,10 @@ class OpenBins {
     update(leaf);
   }
 
-  // Takes out the bin with the least token room >= tokens among those with patch room >= patches
-  // (ties: most patch room, then oldest); -1 if there is none.
+  // Removes and returns the bin with the least token room >= tokens among those with patch room >=
+  // patches (ties: most patch room, then oldest); -1 if there is none.
   std::int64_t pop_tightest(std::int64_t tokens, std::int64_t patches) {
-    // Rounding up skips bins that share the sample's leaf when step_ > 1: looser, never too small.
+    // If step_ > 1, rounding up skips bins in the sample's leaf: looser, but never too small.
     const std::uint64_t first = static_cast<std::uint64_t>((tokens + step_ - 1) / step_);
     const std::uint64_t leaf = first_leaf(1, 0, num_leaves_, first, patches);
     if (leaf == num_leaves_) return -1;

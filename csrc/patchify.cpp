@@ -4,7 +4,8 @@ namespace mmpack {
 
 namespace {
 
-// One patch, channel by channel. With Column and Patch known the compiler unrolls the innermost loop.
+// Writes one patch, channel by channel. With constant Column and Patch, the compiler unrolls the
+// innermost loop.
 template <std::ptrdiff_t Column, std::int64_t Patch>
 std::uint8_t* write_patch(const Picture& picture, const std::uint8_t* corner, std::int64_t patch_side,
                           std::int64_t other_frames, std::uint8_t* out) {
@@ -24,7 +25,7 @@ template <std::ptrdiff_t Column, std::int64_t Patch>
 void write_patches(const Picture& picture, const PatchGrid& grid, std::uint8_t* out) {
   const std::ptrdiff_t down = grid.patch * picture.row_stride;
   const std::ptrdiff_t right = grid.patch * picture.column_stride;
-  const std::int64_t other_frames = (grid.frames - 1) * grid.patch * grid.patch;  // of a channel
+  const std::int64_t other_frames = (grid.frames - 1) * grid.patch * grid.patch;  // per channel
   out += grid.frame * grid.patch * grid.patch;
   for (std::int64_t top = 0; top < grid.grid_h; top += grid.merge) {
     for (std::int64_t left = 0; left < grid.grid_w; left += grid.merge) {

@@ -9,7 +9,7 @@
 namespace mmpack {
 namespace {
 
-constexpr std::size_t kAhead = 16;  // samples of which memory is asked early; they lie anywhere
+constexpr std::size_t kAhead = 16;  // samples prefetched ahead; they are scattered in memory
 
 }  // namespace
 
@@ -62,7 +62,7 @@ Bins best_fit_decreasing(const Sizes& sizes, std::vector<std::int64_t>& order) {
 }
 
 Plan to_plan(const Bins& bins, const std::vector<std::int64_t>& order, Random& random) {
-  // Planners fill bins from the largest samples to the smallest; training wants them mixed.
+  // Bins are filled from the largest samples to the smallest; training needs them mixed.
   std::vector<std::int64_t> shuffled(bins.num_bins);
   std::iota(shuffled.begin(), shuffled.end(), std::int64_t{0});
   random.shuffle(shuffled);

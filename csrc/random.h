@@ -1,4 +1,4 @@
-// Random numbers that are the same on every machine.
+// Random numbers, the same on every machine.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace mmpack {
 
-// splitmix64 (Steele, Lea, Flood 2014): fixed here because std::shuffle differs between libraries.
+// splitmix64 (Steele, Lea, Flood 2014); std::shuffle differs between standard libraries.
 class Random {
  public:
   explicit Random(std::uint64_t seed) : state_(seed) {}

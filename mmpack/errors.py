@@ -1,6 +1,4 @@
-"""What can be wrong with a row, and what happens to it: raised, skipped with a warning, or collected; and how many
-may be left out.
-"""
+"""Errors of rows; policies for them (raise, skip with a warning, or collect); and the limit on skipped rows."""
 
 from __future__ import annotations
 
@@ -11,17 +9,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MAX_BAD = 0.05  # the share of rows that may be left out
-_JUDGED_FROM = 1000  # rows; of fewer a share says little
-_MOST_REASONS = 1000  # kept; a reason is a text, and texts can differ for ever
+MAX_BAD = 0.05  # share of rows that may be left out
+_JUDGED_FROM = 1000  # rows; a share of fewer says little
+_MOST_REASONS = 1000  # reasons kept; there can be any number of different texts
 
 
 class RowError(ValueError):
     """A row that cannot be used.
 
     Attributes:
-        error: what is wrong with it.
-        advice: what to do about it; may be empty.
+        error: what is wrong.
+        advice: how to fix it; may be empty.
     """
 
     def __init__(self, error: str, advice: str = "") -> None:
@@ -36,12 +34,12 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BadRow:
-    """A row that was left out: what `on_error=[]` collects.
+    """A row that was left out, as collected by `on_error=[]`.
 
     Attributes:
-        source: its file. row: its number there, from 0.
+        source: its file. row: its number in the file, from 0.
         error, advice: as in `RowError`.
-        content: what the row holds; None where it had been read before the error was found.
+        content: the row itself; None if the error was found after reading, while encoding.
     """
 
     source: str
@@ -55,17 +53,17 @@ class BadRow:
 
 
 class Skip:
-    """Leave bad rows out, up to a share of all: what `on_error="skip"` is, with a limit of your own.
+    """Skip bad rows up to a share of all rows: `on_error="skip"` with a limit of your choice.
 
-    From 1,000 rows on, more than `max_bad` of them bad is a `ValueError` that counts the reasons: data whose
-    images are gone must not become a training on text alone.
+    From 1,000 rows on, a share of bad rows above `max_bad` is a `ValueError` that counts the reasons, so that a
+    run whose images are missing does not silently train on text only.
 
     Args:
         max_bad: the share, 0 to 1; 1 never stops.
-        into: a list that bad rows are appended to; by default each is a warning.
+        into: a list to which bad rows are appended; by default each causes a warning.
 
     Attributes:
-        num_bad: rows left out. reasons: how many by reason, numbers and names of files left away.
+        num_bad: rows left out. reasons: number of rows per reason, without numbers and file names.
     """
 
     def __init__(self, max_bad: float = MAX_BAD, into: list[BadRow] | None = None) -> None:
@@ -74,10 +72,10 @@ class Skip:
         self.num_bad = 0
         self.reasons: Counter[str] = Counter()
         self._first = ""
-        self._seen: Counter[str] = Counter()  # rows by station: one that was read is encoded too
+        self._seen: Counter[str] = Counter()  # rows per station; each row passes several
 
     def saw(self, station: str, num_rows: int = 1) -> None:
-        """Count rows that came to a station.
+        """Count rows that reached a station, such as "reading".
 
         Raises:
             ValueError: too many of the rows were bad.
@@ -110,19 +108,24 @@ OnError = Literal["raise", "skip"] | list[BadRow] | Skip
 
 
 def names(keys: Iterable[Any]) -> str:
-    """Keys of somebody's row in an error: sorted, never many, never long."""
+    """A row's keys for an error message: sorted, shortened, at most 12."""
     shown = [f"{str(key):.40}" for key in sorted(keys, key=str)]
     return f"{shown[:12]}" + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, "1 image" or "1,024 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def counting(on_error: OnError) -> OnError:
-    """`on_error` for many rows: "skip" as a `Skip`, which counts them."""
+    """`on_error` for many rows: "skip" becomes a `Skip`, which counts them."""
     return Skip() if isinstance(on_error, str) and on_error == "skip" else on_error
 
 
 def refuse(bad: BadRow, on_error: OnError) -> None:
-    """Deal with a bad row as `counting(on_error)` says: "raise" a `ValueError`, append it to a list, or count it
-    (`Skip`)."""
+    """Handle a bad row according to `counting(on_error)`: raise a `ValueError`, append the row to a list, or count
+    it (`Skip`)."""
     if isinstance(on_error, list):
         on_error.append(bad)
     elif isinstance(on_error, Skip):
@@ -134,15 +137,16 @@ def refuse(bad: BadRow, on_error: OnError) -> None:
 def check_max_bad(max_bad: float) -> None:
     """
     Raises:
-        ValueError: it is no share.
+        ValueError: it is not a share.
     """
     if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad (--max-bad) is a share from 0 to 1, got {max_bad!r}")
+        raise ValueError(f"--max-bad (max_bad) must be a share from 0 to 1, got {max_bad!r}")
 
 
 def count_reason(reasons: Counter[str], error: str) -> None:
-    """Count an error, numbers and names of files left away so that equal ones meet."""
-    reason = re.sub(r"\S*[/\\]\S*|\S+\.\w{2,5}\b|\d[\d.,]*", "...", error[:1000])
+    """Count an error, without its numbers and file names, so that equal errors share a count."""
+    plural = re.sub(r"\b1 (<\w+> marker|image|video)\b", r"1 \1s", error[:1000])
+    reason = re.sub(r"\S*[/\\]\S*|\S+\.\w{2,5}\b|\d[\d.,]*", "...", plural)
     reason = re.sub(r"\.\.\.( \.\.\.)+", "...", reason)[:120]
     if reason not in reasons and len(reasons) >= _MOST_REASONS:
         reason = "other reasons"
@@ -157,17 +161,17 @@ def judge(
     reasons: Mapping[str, int],
     example: str,
 ) -> None:
-    """Whether too many rows were left out.
+    """Check the share of rows that were left out.
 
     Args:
         num_bad: rows left out.
-        num_rows: all so far; fewer than 1,000 are not judged.
-        num_counted: those the share is of, taken as 1,000 at least: all rows, or those with images.
+        num_rows: all rows so far; below 1,000 nothing is checked.
+        num_counted: the rows that the share refers to, at least 1,000: all rows, or those with images.
         max_bad: the share that may be left out.
-        reasons: how many by reason. example: one of them.
+        reasons: number of rows per reason. example: one bad row.
 
     Raises:
-        ValueError: they are too many.
+        ValueError: too many rows were left out.
     """
     if num_rows < _JUDGED_FROM or num_bad <= max_bad * max(num_counted, _JUDGED_FROM):
         return

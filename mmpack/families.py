@@ -1,4 +1,4 @@
-"""The model families, one record each. A new family is an entry here and the code for what is new in it."""
+"""The model families, one record each. To add a family, add a record here, and code for anything new in it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRule:
-    """What a family's video processor does; defaults of its class in transformers, whose file cannot be
-    imported without torchvision.
+    """Settings of a family's video processor: the defaults of its class in transformers, which cannot be imported
+    without torchvision.
 
     Attributes:
         processor: the name of the class.
-        min_pixels, max_pixels: a frame's area; with `budgets_clip` the area of all sampled frames together.
-        min_frames, max_frames: of a sampled video.
-        budgets_clip: the budget is the whole clip's, and frames are spread from the first to the last.
-        has_timestamps: a video's temporal patches are runs of placeholders of their own, behind their
-            times.
+        min_pixels, max_pixels: the area of a frame; with `budgets_clip`, of all sampled frames together.
+        min_frames, max_frames: the number of sampled frames.
+        budgets_clip: the pixel budget is for the whole clip, and sampled frames span it from first to last.
+        has_timestamps: each temporal patch has its own run of placeholders, after its time.
     """
 
     processor: str
@@ -30,21 +29,20 @@ class VideoRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What one family is to mmpack; names are those of its config's `vision_config`.
+    """Properties of one model family; the names of sizes are fields of its config's `vision_config`.
 
     Attributes:
-        processor: the name of its processor's class, which its folders have as `processor_class`.
-        video: what its video processor does.
-        has_timed_positions: a video's M-RoPE positions follow its seconds (`tokens_per_second`).
-        is_interleaved: in rotary frequencies t, h and w alternate; else they are three sections.
-        has_windows: most of the tower's blocks attend within windows, and its features come out window by
-            window.
+        processor: class name of its processor, the `processor_class` in its folders.
+        video: settings of its video processor.
+        has_timed_positions: a video's M-RoPE positions follow time (`tokens_per_second`).
+        is_interleaved: rotary frequencies alternate between t, h and w; else they are three sections.
+        has_windows: most blocks of the tower attend within windows, and features come out in window order.
         has_position_table: the tower adds learned positions, interpolated to each image's grid.
         has_deepstack: features of inner blocks are added after the first text layers.
-        has_experts: text tokens are routed to experts, whose products are as long as their tokens.
-        tower_width, feature_width: names of the width of the tower, and of its features.
-        mlp_width: the name of the width inside a block's MLP; None: `tower_width` times `mlp_ratio`.
-        mlp_products: linear layers of a block's MLP, 3 if it is gated.
+        has_experts: text tokens are routed to experts, so matrix products vary in length with the routing.
+        tower_width, feature_width: names of the tower's width and of its features' width.
+        mlp_width: name of the hidden width of a block's MLP; None: `tower_width` times `mlp_ratio`.
+        mlp_products: number of linear layers in a block's MLP, 3 if it is gated.
     """
 
     processor: str
@@ -101,18 +99,20 @@ FAMILIES = {  # by `model_type` of the config
 
 
 def family_of_processor(name: str | None) -> Family:
-    """The family whose processor's class has that name; of folders that name none, the first family's."""
+    """The family with this processor class; the first family if the name is None or unknown."""
     named = (family for family in FAMILIES.values() if family.processor == name)
     return next(named, next(iter(FAMILIES.values())))
 
 
 def video_rule(processor: str) -> VideoRule:
-    """What the video processor whose class has that name does.
+    """The settings of the video processor with this class name.
 
     Raises:
-        ValueError: no family has it; lists those there are.
+        ValueError: no family has it; the message lists the supported classes.
     """
     rules = {family.video.processor: family.video for family in FAMILIES.values()}
     if processor not in rules:
-        raise ValueError(f"the video processor is a {processor}; read are {', '.join(rules)}")
+        raise ValueError(
+            f"the video processor is a {processor}; use one of {', '.join(rules)} (video_processor_type)"
+        )
     return rules[processor]

@@ -1,6 +1,6 @@
-"""What a notebook shows of a `Pack`: lengths, counts and small pictures, without script and style sheet.
+"""A `Pack` as HTML for notebooks: lengths, counts and thumbnails, without scripts and style sheets.
 
-Colours are readable on a light and on a dark ground, because a notebook's theme is not known here.
+Colors are readable on light and dark backgrounds, because a notebook's theme is unknown.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.types import IGNORE, Pack
+from mmpack.errors import counted
+from mmpack.types import IGNORE, Pack, PackPlan
 from mmpack.vision_spec import VisionSpec
 
 _MOST_SEGMENTS, _MOST_PICTURES = 100, 12  # 0.5 MB at most
@@ -21,13 +22,8 @@ _KINDS = {"supervised text": "#2e9e5b", "other text": "#909090", "images and vid
 _CELL = 'style="padding:.15em .8em .15em 0;text-align:right"'
 
 
-def counted(number: int, noun: str) -> str:
-    """As "1 image" or "1,024 images"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def counts(pack: Pack) -> str:
-    """What a pack holds, in one line."""
+    """The contents of a pack in one line."""
     videos = len(pack.grid_thw) - pack.num_images
     parts = [
         f"{counted(pack.num_tokens, 'token')} in {counted(pack.num_segments, 'segment')}",
@@ -38,9 +34,21 @@ def counts(pack: Pack) -> str:
     return ", ".join(parts)
 
 
+def plan_counts(plan: PackPlan) -> str:
+    """What a plan holds, in one line."""
+    parts = [
+        f"{counted(plan.num_packs, 'pack')} of {plan.capacity:,} tokens",
+        f"{plan.utilization:.0%}".replace("%", " % full"),
+        counted(len(plan.num_tokens), "sample"),
+        *([f"{plan.num_dropped:,} dropped"] if plan.num_dropped else []),
+        *([f"{plan.num_truncated:,} truncated"] if plan.num_truncated else []),
+    ]
+    return ", ".join(parts)
+
+
 def pack_html(pack: Pack) -> str:
-    """A pack as HTML: a row a segment, and pictures of its pixels where it has them, bounded in number and
-    size. It has no text, because a pack has no tokenizer."""
+    """A pack as an HTML table with one row per segment, and thumbnails of its images if it has pixels, limited in
+    number and size. Text is not shown, because a pack has no tokenizer."""
     rows = _rows(pack)
     shown, more = rows[:_MOST_SEGMENTS], len(rows) - _MOST_SEGMENTS
     longest = max((tokens for tokens, *_ in rows), default=1)
@@ -67,7 +75,7 @@ def pack_html(pack: Pack) -> str:
 def frames_of(
     patches: NDArray[np.uint8], grid_thw: tuple[int, int, int], vision: VisionSpec
 ) -> NDArray[np.uint8]:
-    """Patches put together again: (t * h * w, C * frames * p * p) in merge order -> (t, height, width, C)
+    """Reassemble patches into frames: (t * h * w, C * frames * p * p) in merge order -> (t, height, width, C)
     uint8, the first frame of each temporal patch."""
     (t, h, w), p, m = grid_thw, vision.patch_size, vision.merge_size
     channels = len(vision.image_mean)
@@ -78,7 +86,7 @@ def frames_of(
 
 
 def _rows(pack: Pack) -> list[tuple[int, int, int, int]]:
-    """Of each segment: tokens, supervised ones, placeholders, grids."""
+    """(tokens, supervised tokens, placeholders, grids) of each segment."""
     size = pack.num_segments
     supervised = np.bincount(pack.segment_ids[pack.labels != IGNORE], minlength=size)
     placeholders = np.bincount(pack.segment_ids[pack.feature_token], minlength=size)
@@ -89,8 +97,8 @@ def _rows(pack: Pack) -> list[tuple[int, int, int, int]]:
     return list(zip(*(column.tolist() for column in columns)))
 
 
-def _bar(parts: tuple[int, ...], em_a_token: float) -> str:
-    return "".join(_box(color, n * em_a_token) for n, color in zip(parts, _KINDS.values()) if n)
+def _bar(parts: tuple[int, ...], em_per_token: float) -> str:
+    return "".join(_box(color, n * em_per_token) for n, color in zip(parts, _KINDS.values()) if n)
 
 
 def _box(color: str, em: float) -> str:
@@ -99,7 +107,7 @@ def _box(color: str, em: float) -> str:
 
 
 def _pictures(pack: Pack) -> str:
-    """The first images and, after them, first frames of videos."""
+    """The first images, then the first frames of videos."""
     sources = (
         (pack.pixels, pack.grid_thw[: pack.num_images], "image"),
         (pack.video_pixels, pack.grid_thw[pack.num_images :], "video grid"),
@@ -127,7 +135,7 @@ def _pictures(pack: Pack) -> str:
 
 
 def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Means of square blocks, so that no side is longer than `_SIDE`."""
+    """Downscale by averaging square blocks, so that no side exceeds `_SIDE`."""
     height, width, channels = pixels.shape
     step = -(-max(height, width) // _SIDE)
     rows, columns = max(height // step, 1), max(width // step, 1)
@@ -138,7 +146,8 @@ def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """(height, width, 3) as PNG (W3C's specification, sections 5 and 9), each row less the one above."""
+    """Encode (height, width, 3) as PNG (W3C's specification, sections 5 and 9), with the filter "up" on all
+    rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(kind + data)
@@ -146,7 +155,7 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
     height, width, _ = pixels.shape
     differences = np.diff(pixels, axis=0, prepend=np.uint8(0)).reshape(height, -1)
-    rows = np.pad(differences, ((0, 0), (1, 0)), constant_values=2)  # the filter "up"
+    rows = np.pad(differences, ((0, 0), (1, 0)), constant_values=2)  # filter type "up"
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)

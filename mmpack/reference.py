@@ -1,9 +1,8 @@
-"""THE SPECIFICATION: what mmpack computes, slow and clear.
+"""THE SPECIFICATION: defines what mmpack computes, in slow and clear code.
 
-Every other file only says it faster, is compared with this one and never imports it; the doors
-(`mmpack.packing.assemble`, `mmpack.hf`) run it by name. Shapes: T tokens in a pack, S segments, I images,
-P patches, F features, D hidden size, H heads, K head dim, L supervised tokens, C channels, p patch
-side, E hidden size of the vision tower.
+Every fast version is tested against this file and does not import it; only `mmpack.packing.assemble` and
+`mmpack.hf` can run it, on request. Shapes: T tokens in a pack, S segments, I images, P patches, F features, D
+hidden size, H heads, K head dim, L supervised tokens, C channels, p patch side, E hidden size of the vision tower.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ import torch
 from mmpack.types import IGNORE, MAX_RUN, TILE, EncodedSample, Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
 
-_Run = tuple[int, tuple[int, int, int]]  # the first token of a run of placeholders, and its grid
+_Run = tuple[int, tuple[int, int, int]]  # (first token of a run of placeholders, its grid)
 
 
 def assemble(samples: Sequence[EncodedSample]) -> Pack:
-    """The samples of a pack, expanded, concatenated and indexed; without pixels.
+    """Expand, concatenate and index the samples of a pack, without pixels.
 
-    Positions are those of transformers' `Qwen2VLModel.get_rope_index` on each sample alone; row 0
-    is the plain position in the segment, which transformers reads to keep segments apart. Grids, and
-    with them patches and features, are images first, then videos: one call of the tower takes both.
+    Positions equal those of transformers' `Qwen2VLModel.get_rope_index` for each sample by itself; row 0 is the
+    position in the segment, from which transformers separates segments. Grids, patches and features are ordered
+    images first, then videos, so that one call of the tower processes both.
     """
     vision = samples[0].vision
     markers = (vision.image_token_id, vision.video_token_id)
@@ -33,7 +32,7 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
     labels: list[int] = []
     positions: list[tuple[int, int, int, int]] = []
     cu_seqlens = [0]
-    runs: tuple[list[_Run], list[_Run]] = ([], [])  # of images, of videos
+    runs: tuple[list[_Run], list[_Run]] = ([], [])  # images, videos
 
     for sample in samples:
         begin = len(input_ids)
@@ -55,7 +54,7 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
             for n, (t, h, w) in enumerate(_feature_places(grid, vision)):
                 input_ids.append(token_id)
                 labels.append(IGNORE)
-                t = int(np.float32(t) * step)  # transformers' rounding: in float32, then cut
+                t = int(np.float32(t) * step)  # like transformers: in float32, truncated
                 positions.append((here + n, position + t, position + h, position + w))
             position += max(grid[1], grid[2]) // vision.merge_size
         cu_seqlens.append(len(input_ids))
@@ -98,9 +97,9 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
 
 
 def text_by_id(input_ids: Int64, feature_index: Int32) -> tuple[Int32, Int32]:
-    """(text_order, text_id_offsets): tokens that are no feature, sorted by id and then by place,
-    cut into runs of one id and at most MAX_RUN tokens. With it the embedding table's gradient is a
-    sum in fixed order, without a sort on the device, and no id is too frequent for one program."""
+    """(text_order, text_id_offsets): text tokens sorted by id, then by position, and split into runs of one id and
+    at most MAX_RUN tokens. With these, the embedding table's gradient is a sum in fixed order, without a sort on
+    the device, and a frequent id is split over several programs."""
     text = [t for t in range(len(input_ids)) if feature_index[t] < 0]
     order = sorted(text, key=lambda t: input_ids[t])  # a stable sort
     starts: list[int] = []
@@ -112,17 +111,17 @@ def text_by_id(input_ids: Int64, feature_index: Int32) -> tuple[Int32, Int32]:
 
 
 def segment_ids(offsets: Sequence[int] | Int32) -> Int32:
-    """(T,) the segment of every token."""
+    """(T,) the segment of each token."""
     return np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
 
 
 def attention_tiles(offsets: Sequence[int] | Int32, *, causal: bool) -> Int32:
-    """(n, 4) rows `[begin, end)` of attention and of the segment they are in, for segments
-    `[offsets[s], offsets[s + 1])`: at most TILE rows of one segment, or whole segments that fit into
-    TILE rows together, which count as one. Most work first: keys before the end of a causal tile, keys
-    of the segment else."""
+    """(n, 4) tiles: attention rows `[begin, end)` and the `[begin, end)` of their segment, for segments
+    `[offsets[s], offsets[s + 1])`. A tile is at most TILE rows of one segment, or several whole segments that fit
+    into TILE rows together and count as one. Most work first: the number of keys up to the end of a causal tile,
+    or of the segment."""
     tiles: list[tuple[int, int, int, int]] = []
-    joined = [0, 0]  # short segments waiting for more
+    joined = [0, 0]  # rows of short segments to be joined
 
     def close() -> None:
         begin, end = joined
@@ -144,13 +143,13 @@ def attention_tiles(offsets: Sequence[int] | Int32, *, causal: bool) -> Int32:
 
 
 def _feature_places(grid: Sequence[int], vision: VisionSpec) -> list[tuple[int, int, int]]:
-    """(t, h, w) of every feature of a grid, in reading order."""
+    """(t, h, w) of each feature of a grid, in reading order."""
     frames, rows, columns = grid[0], grid[1] // vision.merge_size, grid[2] // vision.merge_size
     return [(t, h, w) for t in range(frames) for h in range(rows) for w in range(columns)]
 
 
 def _patch_places(grids: Sequence[Sequence[int]], vision: VisionSpec) -> Int64:
-    """(P, 2) row and column of every patch, in merge order: the patches of one feature together."""
+    """(P, 2) row and column of each patch, in merge order: the patches of one feature are adjacent."""
     m = vision.merge_size
     places = [
         (row * m + i, column * m + j)
@@ -170,7 +169,7 @@ def embed_features(
     weight_VD: torch.Tensor,
     features_FD: torch.Tensor,
 ) -> torch.Tensor:
-    """(T, D): the feature where `feature_index` names one, else the token's row of the table."""
+    """(T, D): the feature at tokens with `feature_index` >= 0, else the token's row of the table."""
     text = weight_VD[input_ids]
     if not len(features_FD):
         return text
@@ -181,10 +180,10 @@ def embed_features(
 def insert_features(
     embeds_TD: torch.Tensor, features_FD: torch.Tensor, feature_token: torch.Tensor
 ) -> torch.Tensor:
-    """(T, D) embeddings with row `feature_token[f]` replaced by feature f. Out of place: the output
-    of a frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
+    """(T, D) embeddings with row `feature_token[f]` replaced by feature f. Out of place, because the output of a
+    frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
 
-    What transformers' `masked_scatter` of the features into the placeholders computes.
+    Equal to transformers' `masked_scatter` of the features into the placeholders.
     """
     return embeds_TD.index_copy(0, feature_token.long(), features_FD)
 
@@ -205,9 +204,9 @@ def patch_embed(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> torch.Tensor:
-    """(P1 + P2, E) hidden states of uint8 patches, stills (P1, C * p * p) before video
-    (P2, C * t * p * p): pixels / 255, less their channel's mean, over its std, times the weight
-    (E, C, t, p, p) of the convolution whose one step a patch is. A still fills every frame."""
+    """(P1 + P2, E) hidden states of uint8 patches, stills (P1, C * p * p) before video (P2, C * t * p * p): pixels
+    / 255, minus the channel's mean, divided by its std, times the weight (E, C, t, p, p) of the patch convolution.
+    A still is repeated in each frame."""
     channels, frames = weight.shape[1:3]
     patches = stills.unflatten(1, (channels, 1, -1)).expand(-1, -1, frames, -1)
     if video is not None:
@@ -226,12 +225,12 @@ def apply_mrope(
     interleaved: bool = False,
     attention_scaling: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k (T, heads, K) rotated by the angles of their positions (3, T) in t, h, w, or (2, T).
+    """q and k (T, heads, K), rotated by angles from positions (3, T) in t, h, w, or (2, T) in h, w.
 
-    Channel i of the first half of the R = 2 * sum(sections) rotary ones turns with channel i of the
-    second by position * frequency; `rotary_axes` says whose position. A tower's sections share one
-    row of frequencies, text has one frequency a channel. Angles are float32, as transformers' are;
-    the rotation is in float32, in float64 for float64. Channels from R on stay.
+    Of the R = 2 * sum(sections) rotary channels, channel i of the first half and channel i of the second half are
+    rotated by position * frequency; `rotary_axes` gives the row of the position. A tower's sections share one list
+    of frequencies; text has one frequency per channel. Angles are float32, as in transformers; the rotation is in
+    float32, or in float64 for float64 inputs. Channels from R on are unchanged.
     """
     axes = rotary_axes(sections, interleaved)
     angles = position_ids[axes].T.float() * inv_freq.float().repeat(len(axes) // len(inv_freq))
@@ -248,8 +247,8 @@ def apply_mrope(
 
 
 def rotary_axes(sections: Sequence[int], interleaved: bool) -> list[int]:
-    """Which row of positions turns each frequency. Qwen2-VL: one section after the other; Qwen3-VL:
-    t, h, w by turns until h and w have had their sections, then t."""
+    """The row of positions for each frequency. Qwen2-VL: one section after another; Qwen3-VL: t, h, w alternating
+    until the sections of h and w are used up, then t."""
     if not interleaved:
         return [axis for axis, length in enumerate(sections) for _ in range(length)]
     return [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
@@ -264,10 +263,9 @@ def varlen_attention(
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of each segment `[offsets[s], offsets[s + 1])` within itself; (T, H, K).
+    """(T, H, K): attention within each segment `[offsets[s], offsets[s + 1])`.
 
-    k and v may have fewer heads than q (GQA). Sums are in the inputs' precision and at least float32:
-    float64 stays float64.
+    k and v may have fewer heads than q (GQA). Sums are in float32, or in float64 for float64 inputs.
     """
     dtype = torch.promote_types(q_THK.dtype, torch.float32)
     parts = []

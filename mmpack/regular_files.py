@@ -1,4 +1,4 @@
-"""Opening regular files only: reading a named pipe waits for ever, reading a device may never end."""
+"""Opens regular files only: reading a named pipe can block forever, and reading a device may never end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _KINDS = {
 
 
 class NotRegularError(ValueError):
-    """Something that is no regular file.
+    """A path that is not a regular file.
 
     Attributes:
-        path: where it is.
-        kind: what it is: "a folder", "a named pipe", ...
+        path: the path.
+        kind: its kind: "a folder", "a named pipe", ...
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
@@ -30,11 +30,11 @@ class NotRegularError(ValueError):
 
 
 def regular_stat(path: str | os.PathLike[str]) -> os.stat_result:
-    """What `os.stat` says of a regular file, links followed.
+    """`os.stat` of a regular file, links followed.
 
     Raises:
-        NotRegularError: it is something else.
-        OSError: it is not there.
+        NotRegularError: it is not a regular file.
+        OSError: it does not exist.
     """
     return _checked(os.stat(path), path)
 
@@ -42,18 +42,18 @@ def regular_stat(path: str | os.PathLike[str]) -> os.stat_result:
 def open_regular(
     path: str | os.PathLike[str], *, follow_link: bool = True, buffering: int = -1
 ) -> BinaryIO:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Args:
-        follow_link: a path that is a link is opened; else refused.
-        buffering: as of `open`.
+        follow_link: open the target of a link; else links are refused.
+        buffering: as in `open`.
 
     Raises:
-        NotRegularError: it is something else, or became it since it was looked at.
+        NotRegularError: it is not a regular file.
         OSError: it cannot be opened.
     """
-    # First a look, as opening some devices does something; then an opening that does not wait for the
-    # writer of a pipe; then a look at what was opened.
+    # Check first, because opening some devices has side effects. O_NONBLOCK does not wait for a pipe's writer.
+    # Check the open file again, because the path may have changed in between.
     regular_stat(path)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     if not follow_link:

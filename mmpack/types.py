@@ -1,7 +1,7 @@
-"""The nouns: Sample -> EncodedSample -> PackPlan -> Pack.
+"""The data types: Sample -> EncodedSample -> PackPlan -> Pack.
 
-All frozen, all flat: ragged data is values plus offsets, never a list of lists. Letters in shapes:
-T tokens in a pack, S segments, I images, P patches, F features, N samples, L supervised tokens.
+All are frozen and flat: ragged data is values plus offsets, never a list of lists. Letters in shapes: T tokens in
+a pack, S segments, I images, P patches, F features, N samples, L supervised tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 IGNORE = -100  # label of a token without loss
-TILE = 128  # rows of attention that one program takes: `Pack.tiles`; csrc/assembler.h has the same
-MAX_RUN = 32  # tokens of one id in a run: `Pack.text_id_offsets`; csrc/assembler.h has the same
+TILE = 128  # attention rows per program, see `Pack.tiles`; the same as in csrc/assembler.h
+MAX_RUN = 32  # most tokens in a run of one id, see `Pack.text_id_offsets`; as in csrc/assembler.h
 
-# The arrays of a `Pack`: dtype and extents, as csrc/bindings.cpp has them. Letters of DESIGN.md; `most_tiles`
-# is room for the tiles of so many rows in so many segments. T - F and T - F + 1 are room too, for what is
-# known to be shorter only when it is written.
+# The arrays of a `Pack`: dtype and extents, as in csrc/bindings.cpp, with the letters of DESIGN.md.
+# `most_tiles(rows, segments)`, T - F and T - F + 1 are upper bounds; the actual lengths are known only after
+# writing.
 PACK_ARRAYS = {
     "input_ids": ("int64", "T"),
     "labels": ("int64", "T"),
@@ -49,11 +49,11 @@ PACK_ARRAYS = {
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image lies. Opened by `mmpack.data.images` alone.
+    """A reference to an image. Only `mmpack.data.images` opens it.
 
     Attributes:
-        path: its file, or a name to show in errors where `data` holds the image.
-        data: the encoded image (JPEG, PNG, ... bytes) or a PIL image, where it is not in a file.
+        path: its file, or if `data` holds the image, a name for errors.
+        data: the encoded image (bytes of a JPEG, PNG, ...) or a PIL image; None: read the file.
         size: (height, width) in pixels if known.
     """
 
@@ -64,15 +64,15 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class VideoRef:
-    """Where a video lies: a file, opened by `mmpack.data.videos` alone, or a list of frames.
+    """A reference to a video: a file, which only `mmpack.data.videos` opens, or a list of frames.
 
     Attributes:
-        path: its file, or a name to show in errors.
-        data: the encoded video as bytes, where it is not in a file.
-        frames: its frames, sampled already, where it is a list of images.
-        num_frames: frames of the file or the list.
-        fps: frames a second of either, as far as known.
-        size: (height, width) of its frames in pixels if known.
+        path: its file, or a name for errors.
+        data: the encoded video as bytes; None: read the file.
+        frames: its frames, already sampled, if it is a list of images.
+        num_frames: number of frames in the file or the list.
+        fps: frames per second of the file or the list, if known.
+        size: (height, width) of its frames in pixels, if known.
     """
 
     path: str
@@ -91,9 +91,9 @@ class Message:
     """One turn.
 
     Attributes:
-        role: "system", "user" or "assistant"; "document" of a document's only message.
-        content: text, images and videos in reading order, so a text that quotes `<image>` is text and
-            an image is at its place by construction.
+        role: "system", "user" or "assistant"; "document" for a document's only message.
+        content: text, images and videos in reading order. Positions of images are explicit, so `<image>` in a text
+            is literal text.
     """
 
     role: str
@@ -102,12 +102,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation or document; what a row on disk becomes.
+    """One conversation or document, made from a row on disk.
 
     Attributes:
-        messages: its turns, in order; of a document the only one.
-        source: the file the row comes from.
-        row: its number there, from 0.
+        messages: its turns, in order; a document has one.
+        source: the row's file.
+        row: the row's number in the file, from 0.
     """
 
     messages: tuple[Message, ...]
@@ -135,20 +135,20 @@ class Sample:
         return tuple(part for part in self.media if isinstance(part, VideoRef))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EncodedSample:
-    """A sample as token ids with ONE marker per image or video; not yet expanded, no pixel decoded.
+    """A sample as token ids with ONE marker per image or video; not expanded, no pixel decoded.
 
-    A marker is `image_token_id` or `video_token_id`. Where videos have timestamps, each temporal patch
-    has a marker and a grid (1, h, w) of its own.
+    A marker is `image_token_id` or `video_token_id`. In videos with timestamps, each temporal patch has its own
+    marker and grid (1, h, w).
 
     Attributes:
         input_ids: (n,) int32.
-        labels: (n,) int32, the id where the token is supervised, else -100.
-        grid_thw: (I, 3) int32, patches of each marker, in their order.
-        media: references to images and videos, in their order.
-        vision: the spec the grids were made with.
-        source, row: where the sample comes from, for errors.
+        labels: (n,) int32, the token's id if it is supervised, else -100.
+        grid_thw: (I, 3) int32, the grid of each marker in patches, in marker order.
+        media: references to images and videos, in marker order.
+        vision: the spec that the grids were computed with.
+        source, row: the sample's origin, for errors.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next
             (`VisionSpec.temporal_step`); None: one.
     """
@@ -162,37 +162,54 @@ class EncodedSample:
     row: int = -1
     temporal_step: Float32 | None = None
 
+    def __repr__(self) -> str:
+        from mmpack.errors import counted  # here: it needs this module
+
+        images = sum(isinstance(one, ImageRef) for one in self.media)
+        videos = len(self.media) - images
+        return (
+            f"EncodedSample(row {self.row} of {self.source!r}: {counted(self.num_tokens, 'token')}, "
+            f"{self.num_supervised:,} supervised, {counted(images, 'image')}"
+            + (f", {counted(videos, 'video')})" if videos else ")")
+        )
+
     @classmethod
     def filler(cls, num_tokens: int, vision: VisionSpec) -> EncodedSample:
-        """Tokens of no meaning without labels: what fills a pack up."""
+        """A padding segment: arbitrary, unlabeled tokens."""
         ids = np.zeros(num_tokens, dtype=np.int32)  # "!": any text token would do
         no_images = np.empty((0, 3), dtype=np.int32)
         return cls(ids, np.full_like(ids, IGNORE), no_images, (), vision, "filler")
 
     @property
     def num_tokens(self) -> int:
-        """Length in a pack: every marker becomes as many placeholders as its grid has features."""
+        """Length in a pack, where each marker is expanded to one placeholder per feature of its grid."""
         features = self.vision.num_features(self.grid_thw)
         return len(self.input_ids) - len(features) + int(features.sum())
 
     @property
     def num_patches(self) -> int:
-        """Patches into the vision tower."""
+        """Patches that enter the vision tower."""
         return int(self.grid_thw.astype(np.int64).prod(axis=-1).sum())
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that reach the loss; the first of a segment has nothing before it."""
+        """Tokens that have a loss; a segment's first token has none, because nothing predicts it."""
         return int((self.labels[1:] != IGNORE).sum())
 
     @property
+    def id_range(self) -> tuple[int, int]:
+        """(smallest, largest) token id, labels that count among them; (0, 0) of an empty sample."""
+        ids = np.concatenate([self.input_ids, self.labels[self.labels != IGNORE]])
+        return (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+
+    @property
     def is_supervised(self) -> bool:
-        """Whether any token reaches the loss."""
+        """Whether any token has a loss."""
         return self.num_supervised > 0
 
 
 class SizedSamples(Protocol):
-    """Encoded samples whose sizes are known without opening one: an `EncodedStore`, `SplitSamples`."""
+    """Encoded samples with sizes that are known without reading samples: `EncodedStore`, `SplitSamples`."""
 
     @property
     def num_tokens(self) -> Int64:
@@ -200,26 +217,26 @@ class SizedSamples(Protocol):
 
     @property
     def num_patches(self) -> Int64:
-        """(N,) patches into the vision tower."""
+        """(N,) patches that enter the vision tower."""
 
     @property
     def num_supervised(self) -> Int64:
-        """(N,) tokens that reach the loss."""
+        """(N,) tokens that have a loss."""
 
     @property
     def sources(self) -> NDArray[Any]:
-        """(N,) files the samples come from."""
+        """(N,) the data file of each sample."""
 
     def grids(self) -> tuple[Int32, Int64]:
-        """Of all markers: grid_thw (I, 3), and offsets (N + 1,) of the samples in them."""
+        """(grid_thw of all markers (I, 3), offsets of the samples in it (N + 1,))."""
 
 
 def are_sized(samples: Sequence[EncodedSample]) -> TypeGuard[SizedSamples]:
-    """Whether the sizes are known without opening a sample, as they are not of a list."""
+    """Whether sizes are known without reading samples; false for a list."""
     return hasattr(samples, "num_tokens")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PackPlan:
     """Which samples share a pack.
 
@@ -229,11 +246,11 @@ class PackPlan:
         bin_offsets: (num_packs + 1,) int64.
         pack_tokens: (num_packs,) int64, tokens in each pack.
         capacity, patch_capacity: the limits of a pack; None: patches are not limited.
-        dropped, truncated: sample numbers that were longer than a capacity, ascending.
-        num_tokens: (N,) int64, what each sample was planned with.
+        dropped, truncated: numbers of samples that exceeded a capacity, ascending.
+        num_tokens: (N,) int64, the length each sample was planned with.
         num_patches: (N,) int64, or None: patches are not limited.
-        cost: (N,) int64 in shares of the data set's, or None: costs were not balanced.
-        seed: decided the order of the packs and between samples of equal size.
+        cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
+        seed: decides the order of packs, and of samples of equal size.
     """
 
     sample_index: Int64
@@ -248,29 +265,34 @@ class PackPlan:
     cost: Int64 | None
     seed: int
 
+    def __repr__(self) -> str:
+        from mmpack.pack_html import plan_counts  # here: it needs this module
+
+        return f"PackPlan({plan_counts(self)})"
+
     @property
     def num_packs(self) -> int:
-        """Packs of an epoch, without the empty ones that a data set may append."""
+        """Packs per epoch, without the empty ones that a data set may append."""
         return len(self.pack_tokens)
 
     @property
     def num_dropped(self) -> int:
-        """Samples left out because no pack can hold them."""
+        """Samples dropped because they exceed a pack."""
         return len(self.dropped)
 
     @property
     def num_truncated(self) -> int:
-        """Samples planned shorter than they are."""
+        """Samples planned to be truncated."""
         return len(self.truncated)
 
     @property
     def utilization(self) -> float:
-        """Tokens over the room of all packs; 1.0 for a plan without packs."""
+        """Tokens divided by the capacity of all packs; 1.0 for a plan without packs."""
         room = self.num_packs * self.capacity
         return float(self.pack_tokens.sum()) / room if room else 1.0
 
     def totals(self, values: NDArray[Any]) -> NDArray[Any]:
-        """(num_packs,) sums over each pack's samples of `values` (N,), what each sample has."""
+        """(num_packs,) sums of `values` (N,), one per sample, over each pack's samples."""
         sums = np.concatenate([[0], np.cumsum(values[self.sample_index])])
         return np.diff(sums[self.bin_offsets])
 
@@ -281,32 +303,32 @@ class PackPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """One assembled row: what a training step sees, flat.
+    """One assembled row: the flat input of a training step.
 
-    Every irregularity is settled here as an index, so nothing later asks the data a question.
+    Everything irregular is an index computed here, so a training step does not synchronize with the device.
 
     Attributes:
-        input_ids, labels: (T,) int64; labels are -100 on prompts, images and the first token of
-            every segment, and are not shifted.
+        input_ids, labels: (T,) int64; labels are -100 on prompts, images and the first token of each segment, and
+            are not shifted.
         position_ids: (4, T) int64: text position (an arange per segment), then M-RoPE t, h, w.
-        cu_seqlens: (S + 1,) int32 segment offsets. max_seqlen: the longest segment.
-        segment_ids: (T,) int32 segment of every token.
-        tiles: (n, 4) int32 rows of text attention one program takes, begin and end, and begin and end
-            of their segment; most work first (`mmpack.reference.attention_tiles`).
-        feature_index: (T,) int32: -1 for text, else the feature that stands there.
+        cu_seqlens: (S + 1,) int32 segment offsets. max_seqlen: length of the longest segment.
+        segment_ids: (T,) int32 segment of each token.
+        tiles: (n, 4) int32: begin and end of the text attention rows of one program, and begin and end of their
+            segment; most work first (`mmpack.reference.attention_tiles`).
+        feature_index: (T,) int32: index of the feature at each token, -1 for text.
         feature_token: (F,) int32: its inverse, the token of each feature.
-        text_order: (T - F,) int32: tokens that are no feature, sorted by id, then by place.
-        text_id_offsets: (R + 1,) int32: runs of one id, at most 32 tokens each, in `text_order`.
-        supervised_index: (L,) int32: rows whose prediction is supervised (label at the next row).
-        grid_thw: (I, 3) int64 patches of each grid: images in marker order, then videos. Patches and
-            features are in this order too.
-        num_images: grids that are images'.
+        text_order: (T - F,) int32: text tokens, sorted by id, then by position.
+        text_id_offsets: (R + 1,) int32: offsets in `text_order` of runs of one id, at most 32 tokens each.
+        supervised_index: (L,) int32: rows whose prediction is supervised (the label is at the next row).
+        grid_thw: (I, 3) int64 patches of each grid: images in marker order, then videos. Patches and features have
+            the same order.
+        num_images: number of grids that belong to images.
         vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.
-        vision_max_seqlen: patches of the largest frame.
-        vision_segment_ids, vision_tiles: (P,) and (n, 4) int32, the same of the frames.
-        vision_position_ids: (P, 2) int64 row and column of every patch, in merge order.
-        pixels: (P1, C * p * p) uint8 patches of the images in merge order, or None where not decoded.
-        video_pixels: (P2, C * t * p * p) uint8 patches of the videos, the same; P1 + P2 = P.
+        vision_max_seqlen: patches in the largest frame.
+        vision_segment_ids, vision_tiles: (P,) and (n, 4) int32, like `segment_ids` and `tiles`, for frames.
+        vision_position_ids: (P, 2) int64 row and column of each patch, in merge order.
+        pixels: (P1, C * p * p) uint8 patches of the images in merge order, or None if not decoded.
+        video_pixels: (P2, C * t * p * p) uint8 patches of the videos, or None if not decoded; P1 + P2 = P.
         vision: the spec of images and videos.
     """
 
@@ -339,22 +361,22 @@ class Pack:
         return f"Pack({counts(self)})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: lengths, counts and small pictures, at most 0.5 MB."""
+        """HTML for notebooks: lengths, counts and thumbnails, at most 0.5 MB."""
         from mmpack.pack_html import pack_html
 
         return pack_html(self)
 
     @property
     def num_image_patches(self) -> int:
-        """P1: patches of the images, which come before those of the videos."""
+        """P1, the number of image patches, which come before video patches."""
         return int(self.grid_thw[: self.num_images].prod(axis=1).sum())
 
     @property
     def num_segments(self) -> int:
-        """S."""
+        """S, the number of segments."""
         return len(self.cu_seqlens) - 1
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return len(self.input_ids)

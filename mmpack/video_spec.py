@@ -1,4 +1,4 @@
-"""Frames of a video -> which are taken, their time and their pixel budget, in integers and one rate."""
+"""Frames of a video -> sampled frames, their times and their pixel budget, from integers and a frame rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.errors import RowError
+from mmpack.errors import RowError, counted
 from mmpack.families import video_rule
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
@@ -17,19 +17,17 @@ BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSpec:
-    """What a video processor and a model's config say about videos: frames, pixel budget, time.
+    """Video settings of a video processor and a model's config: sampling, pixel budget, time.
 
     Attributes:
-        min_pixels, max_pixels: the area a frame is resized into, in pixels; with `budgets_clip` the area
-            of all sampled frames together.
-        fps: frames sampled a second.
-        min_frames, max_frames: of a sampled video; a shorter file gives all it has.
-        budgets_clip: Qwen3-VL's video processor: the budget is the whole clip's, and the frames are
-            spread from the first to the last.
-        tokens_per_second: Qwen2.5-VL: M-RoPE positions a second of video. None: a position a temporal
-            patch.
-        has_timestamps: Qwen3-VL: every temporal patch is a run of placeholders of its own, behind its
-            time as text.
+        min_pixels, max_pixels: limits of a resized frame's area in pixels; with `budgets_clip`, of the area of all
+            sampled frames together.
+        fps: frames sampled per second.
+        min_frames, max_frames: limits of the number of sampled frames; a shorter file gives all its frames.
+        budgets_clip: Qwen3-VL's video processor: the budget is for the whole clip, and sampled frames span it from
+            first to last.
+        tokens_per_second: Qwen2.5-VL: M-RoPE positions per second of video. None: one position per temporal patch.
+        has_timestamps: Qwen3-VL: each temporal patch has its own run of placeholders, after its time as text.
     """
 
     min_pixels: int
@@ -44,7 +42,7 @@ class VideoSpec:
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"a video's min_pixels must be positive and at most max_pixels, got min_pixels="
+                f"a video's min_pixels must be positive and at most its max_pixels, got min_pixels="
                 f"{self.min_pixels} and max_pixels={self.max_pixels}"
             )
         if not (self.fps > 0 and 0 < self.min_frames <= self.max_frames):
@@ -55,11 +53,11 @@ class VideoSpec:
 
     @classmethod
     def from_parts(cls, video_processor: Any, config: Any = None) -> VideoSpec:
-        """Read the spec off a transformers Qwen-VL video processor, and the model's config, which alone
-        knows how Qwen2.5-VL's positions follow time.
+        """Make the spec of a transformers Qwen-VL video processor and the model's config, which defines how
+        Qwen2.5-VL's positions follow time.
 
         Raises:
-            ValueError: the processor does something that mmpack does not, or is of no family it knows.
+            ValueError: the processor has a setting that mmpack does not support, or an unknown class.
         """
         expected = {
             "do_resize": True,
@@ -74,7 +72,7 @@ class VideoSpec:
             expect("video", video_processor, name, value)
         if getattr(video_processor, "cap_pixels_per_frame", None):
             raise ValueError(
-                "the video processor has cap_pixels_per_frame=True, mmpack computes False only"
+                "the video processor has cap_pixels_per_frame=True, mmpack only supports False"
             )
         size = video_processor.size
         tower = getattr(config, "vision_config", None)
@@ -92,14 +90,14 @@ class VideoSpec:
         )
 
     def sample(self, num_frames: int, fps: float, multiple: int) -> NDArray[np.int64]:
-        """Which of a file's frames are taken, ascending; equal to transformers' `sample_frames`.
+        """Indices of the sampled frames of a file, ascending; equal to transformers' `sample_frames`.
 
         Args:
-            num_frames, fps: the file's.
-            multiple: frames in a patch. An odd one out is filled up with the last frame.
+            num_frames, fps: the file's frames and frames per second.
+            multiple: frames per patch. An incomplete patch is filled with the last frame.
 
         Raises:
-            RowError: fewer frames than a patch has.
+            RowError: the file has fewer frames than a patch.
         """
         check_num_frames(num_frames, multiple)
         wanted = num_frames / fps * self.fps
@@ -111,13 +109,13 @@ class VideoSpec:
         wanted = min(max(wanted, self.min_frames), most, num_frames)
         count = max(math.floor(wanted / multiple), 1) * multiple
         step = num_frames / count
-        # torch.arange's roundings: float32 of a product in float64, then cut
+        # torch.arange's rounding: a float64 product, rounded to float32, truncated
         places = (np.arange(math.ceil(num_frames / step)) * step).astype(np.float32)
         index = places.astype(np.int64)
         return index[index < num_frames]
 
     def timestamps(self, index: NDArray[np.int64], fps: float, multiple: int) -> list[str]:
-        """The text before every temporal patch: the mean of its first and last frame's times."""
+        """The text before each temporal patch: the mean time of its first and last frame."""
         padded = [*index.tolist(), *[int(index[-1])] * (-len(index) % multiple)]
         times = [frame / fps for frame in padded]
         means = [(times[n] + times[n + multiple - 1]) / 2 for n in range(0, len(times), multiple)]
@@ -125,28 +123,29 @@ class VideoSpec:
 
 
 def check_num_frames(num_frames: int, multiple: int) -> None:
-    """Refuse what is no video.
+    """Refuse a video that is too short.
 
     Raises:
-        RowError: fewer frames than a patch has.
+        RowError: it has fewer frames than a patch.
     """
     if num_frames < multiple:
         raise RowError(
-            f"a video of {num_frames} frames, it takes at least {multiple}", "give it as an image"
+            f"the video has {counted(num_frames, 'frame')}, at least {multiple} are needed",
+            "give it as an image",
         )
 
 
 def is_rate(fps: Any) -> bool:
-    """Whether that can be a video's frames a second."""
+    """Whether a value can be a video's frames per second."""
     return type(fps) in (int, float) and 1e-3 <= fps <= 1e4
 
 
 def expect(kind: str, processor: Any, name: str, value: Any, cast: Any = None) -> None:
-    """Refuse a processor that does something else than mmpack."""
+    """Refuse a processor whose setting differs from the one that mmpack supports."""
     got = getattr(processor, name, value)
     if cast is not None:
         got, value = cast(got), cast(value)
     if got != value:
         raise ValueError(
-            f"the {kind} processor has {name}={got}, mmpack computes {name}={value} only"
+            f"the {kind} processor has {name}={got}, mmpack only supports {name}={value}"
         )

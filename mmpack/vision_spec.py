@@ -1,8 +1,8 @@
 """Image size -> patch grid -> number of tokens, in integers.
 
-A Qwen2-VL image of any size becomes a grid of square patches whose number follows from the image's
-height and width alone. So the packed length of a sample is known from image headers, before a
-pixel is decoded; everything mmpack plans rests on this file agreeing with transformers exactly.
+A Qwen2-VL image becomes a grid of square patches whose size depends only on the image's height and width. So the
+packed length of a sample is known from image headers, before any pixel is decoded. All planning depends on this
+file agreeing exactly with transformers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ MAX_ASPECT_RATIO = 200  # transformers' smart_resize refuses more
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSpec:
-    """What an image processor and a tokenizer say about images: patches, pixel budget, ids.
+    """Settings of an image processor and a tokenizer for images: patches, pixel budget, token ids.
 
     Take it from the processor you train with, `VisionSpec.from_processor(processor)`;
     `dataclasses.replace(spec, max_pixels=...)` changes the budget.
 
     Attributes:
-        min_pixels, max_pixels: the area an image is resized into, in pixels. No default of ours:
+        min_pixels, max_pixels: limits of a resized image's area in pixels. There is no default, because
             `max_pixels` differs by a factor of 12 between published Qwen2-VL configurations.
         patch_size: side of a patch in pixels.
-        merge_size: side, in patches, of the square merged into one feature (one token).
-        temporal_patch_size: frames in a patch; a still image repeats itself.
-        image_mean, image_std: normalisation of the channels, after division by 255.
-        resizer: "pillow" resizes as transformers' `Qwen2VLImageProcessorPil` does, bit for bit; "torch"
-            calls the kernel torchvision and transformers' other image processor call, and is three
-            times as fast: of the values of 200 photographs, charts and screenshots 98.4 % are
-            Pillow's, 99.9 % within 1, the worst 29 of 255 off.
-        video: the same for videos; None: there are none.
+        merge_size: side, in patches, of the square that is merged into one feature (one token).
+        temporal_patch_size: frames per patch; an image is repeated.
+        image_mean, image_std: normalization of the channels, after division by 255.
+        resizer: "pillow" equals transformers' `Qwen2VLImageProcessorPil` bit for bit. "torch" uses the kernel of
+            torchvision and transformers' other image processor and is three times as fast; on 200 photographs,
+            charts and screenshots, 98.4 % of its values equal Pillow's, 99.9 % are within 1, and the largest
+            difference is 29 of 255.
+        video: settings for videos; None: videos are not supported.
         image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids of
             `<|image_pad|>`, `<|video_pad|>`, `<|vision_start|>` and `<|vision_end|>`.
     """
@@ -68,19 +68,19 @@ class VisionSpec:
 
     @classmethod
     def from_processor(cls, processor: Any, config: Any = None) -> VisionSpec:
-        """Read the spec off a transformers Qwen-VL processor (`processor.image_processor`,
+        """Make the spec of a transformers Qwen-VL processor (`processor.image_processor`,
         `processor.video_processor`, `processor.tokenizer`).
 
         Args:
-            config: the model's; for videos of a Qwen2.5-VL, whose positions follow time as it says.
+            config: the model's config; needed for Qwen2.5-VL's videos, whose positions in time depend on it.
 
         Raises:
-            ValueError: the processor does something to pixels that mmpack does not (another
-                resampling, no rescaling, ...), or its tokenizer lacks a vision token.
+            ValueError: the processor has a setting that mmpack does not support (another resampling, no rescaling,
+                ...), or its tokenizer lacks a vision token.
         """
         video_processor = getattr(processor, "video_processor", None)
         if config is None and "second_per_grid_ts" in getattr(processor, "model_input_names", ()):
-            video_processor = None  # what time means is in the config
+            video_processor = None  # positions in time need the config
         return cls.from_parts(
             processor.image_processor, processor.tokenizer, video_processor, config
         )
@@ -89,7 +89,7 @@ class VisionSpec:
     def from_parts(
         cls, image_processor: Any, tokenizer: Any, video_processor: Any = None, config: Any = None
     ) -> VisionSpec:
-        """`from_processor` for its parts held apart; without a video processor there are no videos."""
+        """Like `from_processor`, from a processor's parts; without a video processor, videos are not supported."""
         expected = {
             "do_resize": True,
             "do_rescale": True,
@@ -125,13 +125,13 @@ class VisionSpec:
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one still patch, C * p * p."""
+        """Values in one image patch, C * p * p."""
         return len(self.image_mean) * self.patch_size**2
 
     def smart_resize(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels an image is resized to; both multiples of patch * merge.
+        """(height, width) in pixels to which an image is resized; both are multiples of patch * merge.
 
-        Equal to transformers' `smart_resize` for every size, its rounding included.
+        Equal to transformers' `smart_resize` for every size, including its rounding.
 
         Raises:
             ValueError: the aspect ratio is above 200.
@@ -141,17 +141,17 @@ class VisionSpec:
         return _resized(height, width, factor, self.min_pixels, self.max_pixels)
 
     def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) in patches of a still image of `height` x `width` pixels."""
+        """(t, h, w) in patches of an image of `height` x `width` pixels."""
         new_height, new_width = self.smart_resize(height, width)
         return 1, new_height // self.patch_size, new_width // self.patch_size
 
     def video_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) in patches of a video of `num_frames` sampled frames; equal to what transformers'
-        video processor makes of it.
+        """(t, h, w) in patches of a video with `num_frames` sampled frames; equal to transformers' video
+        processor.
 
         Raises:
-            RowError: fewer frames than a patch has, or an aspect ratio above 200.
-            ValueError: the spec has no `video`.
+            RowError: the video has fewer frames than a patch or an aspect ratio above 200, or the spec has no
+                `video`.
         """
         video, multiple = self.video_spec, self.temporal_patch_size
         check_num_frames(num_frames, multiple)
@@ -171,23 +171,27 @@ class VisionSpec:
 
     @property
     def video_spec(self) -> VideoSpec:
-        """`video`; an error where there is none."""
+        """`video`, checked to be given.
+
+        Raises:
+            RowError: it is None.
+        """
         if self.video is None:
             raise RowError(
-                "the VisionSpec knows no videos",
-                "make it of a processor with a video processor, and for Qwen2.5-VL of the model's config "
-                "too: Encoder.from_processor(processor, model.config)",
+                "the VisionSpec has no video settings",
+                "make it from a processor with a video processor; for Qwen2.5-VL also pass --config (config): "
+                "Encoder.from_processor(processor, model.config)",
             )
         return self.video
 
     def frame_times(
         self, num_frames: int, fps: float | None, is_list: bool
     ) -> tuple[NDArray[np.int64], float]:
-        """(index, fps): which frames of a video are taken, and how many it has a second. A list of
-        frames has been sampled already, at the spec's rate unless it says another.
+        """(indices of a video's sampled frames, its frames per second). A list of frames is already sampled, at
+        the spec's rate unless `fps` is given.
 
         Raises:
-            RowError: too few frames or, in a list, more than `max_frames`.
+            RowError: the video has too few frames, or a list has more than `max_frames`.
         """
         video = self.video_spec
         fps = fps or video.fps
@@ -196,16 +200,16 @@ class VisionSpec:
         check_num_frames(num_frames, self.temporal_patch_size)
         if num_frames > video.max_frames:
             raise RowError(
-                f"a list of {num_frames} frames, at most {video.max_frames} are taken",
-                "leave frames out, or raise max_frames",
+                f"a list of {num_frames} frames, at most {video.max_frames} are allowed",
+                "leave frames out, or raise --video-max-frames (max_frames)",
             )
         return np.arange(num_frames), fps
 
     def temporal_step(self, index: NDArray[np.int64], num_frames: int, fps: float) -> float:
         """M-RoPE positions from one temporal patch of a video to the next, a float32.
 
-        As Qwen2.5-VL's processor and `get_rope_index` have it: tokens a second times
-        `second_per_grid_ts`, which is a float32 tensor there.
+        As in Qwen2.5-VL's processor and `get_rope_index`: tokens per second times `second_per_grid_ts`, a float32
+        tensor there.
         """
         per_second = self.video_spec.tokens_per_second
         if per_second is None:
@@ -214,7 +218,7 @@ class VisionSpec:
         return float(np.float32(per_second) * np.float32(seconds))
 
     def num_features(self, grid_thw: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """(I,) features, that is tokens, of every grid in `grid_thw` (I, 3)."""
+        """(I,) features (tokens) of each grid in `grid_thw` (I, 3)."""
         patches: NDArray[np.int64] = grid_thw.astype(np.int64).prod(axis=-1)
         return patches // self.merge_size**2
 
@@ -228,8 +232,8 @@ def _resized(
     frames: int = 1,
     counted: int = 1,
 ) -> tuple[int, int]:
-    """transformers' `smart_resize`; of a clip whose area is that of its frames, `counted` of them in
-    whole patches."""
+    """transformers' `smart_resize`; for a clip, the area covers `frames` frames, or `counted` after rounding to
+    whole temporal patches."""
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     if counted * new_height * new_width > max_pixels:
@@ -244,18 +248,17 @@ def _resized(
 
 
 def check_aspect_ratio(height: int, width: int) -> None:
-    """Refuse what transformers' `smart_resize` refuses.
+    """Refuse sizes that transformers' `smart_resize` refuses.
 
     Raises:
-        RowError: one side is more than 200 times the other.
+        RowError: a side is 0, or more than 200 times the other.
     """
     if min(height, width) < 1:
-        raise RowError(f"{width} x {height} pixels is no image", "replace it")
+        raise RowError(f"{width} x {height} pixels is not an image size", "replace it")
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise RowError(
-            f"{width} x {height} pixels is an aspect ratio of {ratio:.0f}, Qwen2-VL takes at most "
-            f"{MAX_ASPECT_RATIO}",
+            f"{width} x {height} pixels is an aspect ratio of {ratio:.0f}, at most {MAX_ASPECT_RATIO} is allowed",
             "crop or drop the image",
         )
 
@@ -263,5 +266,5 @@ def check_aspect_ratio(height: int, width: int) -> None:
 def _token_id(tokenizer: Any, token: str) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
     if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
-        raise ValueError(f"the tokenizer has no token {token}; is it a Qwen-VL tokenizer?")
+        raise ValueError(f"the tokenizer has no token {token}; use a Qwen-VL tokenizer")
     return int(token_id)

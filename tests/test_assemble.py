@@ -145,7 +145,9 @@ def test_what_cannot_be_assembled_is_refused():
     with pytest.raises(ValueError, match="impl must be"):
         assemble([encoded(SPEC, 1)], impl="fast")
     broken = replace(encoded(SPEC, 1, (2, 2)), grid_thw=np.empty((0, 3), dtype=np.int32))
-    with pytest.raises(ValueError, match="row -1 of : .* got 1 image and video markers, 0 grids"):
+    with pytest.raises(
+        ValueError, match="row -1 of : .* got 1 image and video markers and 0 grids"
+    ):
         assemble([broken], pixels=False)
-    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode; give it"):
+    with pytest.raises(ValueError, match="1 grid but 0 media to decode; set"):
         assemble([encoded(SPEC, 1, (2, 2))])

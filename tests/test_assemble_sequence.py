@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(device):
         with pytest.raises(ValueError, match=message):
             assemble_sequence(*wrong, **good)
     for sizes in [(7, 4, 2, 1), (6, 3, 2, 1), (6, 4, -2, 1), (6, 4, 2, -1)]:
-        with pytest.raises(ValueError, match="3 input_ids with 1 markers do not make"):
+        with pytest.raises(ValueError, match="sizes do not match: 3 input_ids with 1 markers"):
             assemble_sequence(ids, offsets, markers, grids, steps, sizes, video_id=6)
     with pytest.raises(ValueError, match=r"int64 \(I, 3\)"):
         assemble_patches(grids, 1, 4, 1)

@@ -61,7 +61,7 @@ def test_flex_attention_with_the_block_mask(device):
 
 
 def test_an_unpatched_model_with_a_dense_mask():
-    """What the mask is for: with it, transformers' own attention keeps packed segments apart."""
+    """What the mask is for: with it, transformers' own attention separates packed segments."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter's turn")
     batch, _, num_items = made_up_rows()

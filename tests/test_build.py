@@ -18,7 +18,7 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from mmpack import Reader
+from mmpack import PackedDataset, Reader
 from mmpack.cli.main import main
 from mmpack.data import images
 from mmpack.data.file_formats import count_rows
@@ -84,6 +84,18 @@ def test_any_number_of_processes_does_the_same(rows, encoder):
     assert ended[0][1].startswith("broken.json is not a JSON array")
 
 
+def test_a_data_set_made_by_processes(rows, encoder):
+    """`from_files(jobs=)`: equal samples and bad rows, in memory."""
+    made = []
+    for jobs in (1, 2):
+        bad_rows = []
+        skipping = replace(encoder, on_error=bad_rows)
+        dataset = PackedDataset.from_files(rows, skipping, 512, jobs=jobs)
+        made.append((dataset.fingerprint(), dataset.media_folders, sorted(map(str, bad_rows))))
+    assert made[0] == made[1]
+    assert len(bad_rows) > 15
+
+
 def test_a_worker_that_dies_is_told(rows, encoder, monkeypatch):
     chunks = build._chunks
 
@@ -108,7 +120,7 @@ def test_skipped_rows_warn(rows, encoder):
     with pytest.warns(UserWarning, match="left out row 5 of b.jsonl") as warned:
         indexed(rows[1], encoder, 1, "skip")
     assert len(warned) == 7
-    with pytest.raises(ValueError, match="jobs must be positive, got 0"):
+    with pytest.raises(ValueError, match="--jobs (jobs) must be positive, got 0"):
         next(index_rows([], encoder, jobs=0))
 
 
@@ -165,7 +177,7 @@ def test_what_changed_is_named(pack, tmp_path, rows, change):
         name = "mask_history changed since"
     else:
         (tmp_path / "out" / "mmpack.json").write_text('{"format": 2}')
-        name = "store format 2, not 7"
+        name = "store format 2, not 8"
     code, error = pack(*options)
     assert code == 1
     assert name in error

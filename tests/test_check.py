@@ -35,7 +35,7 @@ def test_the_table(rows, capsys):
     assert main(["check", rows]) == 1
     text = capsys.readouterr().out
     assert text.startswith(
-        "3 rows: 2 usable, 1 refused\n  row 1 of rows.json: 1 <image> markers but 2 images; add a"
+        "3 rows: 2 usable, 1 refused\n  row 1 of rows.json: 1 <image> marker but 2 images; add a"
     )
     assert "images  4 in 3 files, 1 of them used more than once" in text
     assert "rows by images  1: 1, 3: 1" in text
@@ -59,7 +59,7 @@ def test_json_lines(rows, capsys):
         "file": "rows.json", "row": 0, "ok": True, "error": None, "advice": None, "images": 1, "videos": 0,
     }  # fmt: skip
     assert lines[1] == {
-        "file": "rows.json", "row": 1, "ok": False, "error": "1 <image> markers but 2 images",
+        "file": "rows.json", "row": 1, "ok": False, "error": "1 <image> marker but 2 images",
         "advice": "add a marker or drop the extra image",
     }  # fmt: skip
     assert summary["summary"]["refused"] == 1

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import inspect
 from dataclasses import replace
@@ -6,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from builders import item_of, stock_inputs, stock_processor
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from mmpack import Encoder, VisionSpec, assemble
 from mmpack.hf import PackCollator
+from mmpack.hf.collator import Batch
 
 MAX_PIXELS = 28 * 28 * 16
 
@@ -48,6 +52,35 @@ def samples(rows, realset_samples, tokenizer, processor):
 def features(rows, realset_rows, shared, processor):
     """The same rows as outputs of transformers' processor."""
     return [stock_inputs(realset_rows[n], shared / "realset", processor) for n in rows]
+
+
+def test_a_batch_moves_as_one(samples, monkeypatch):
+    """By its own `to` and `pin_memory`, which accelerate and torch's DataLoader call."""
+    batch = PackCollator()([item_of(samples)])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    for one, device in (
+        (batch.to("meta"), "meta"),
+        (send_to_device(batch, torch.device("meta"), non_blocking=True), "meta"),
+        (pin_memory(batch), "cpu"),
+        (copy.deepcopy(batch), "cpu"),
+    ):
+        assert type(one) is type(batch) is Batch
+        for before, after in ((batch, one), (batch["mmpack"], one["mmpack"])):
+            assert before.keys() == after.keys()
+            for name, value in before.items():
+                if isinstance(value, torch.Tensor):
+                    assert (before[name].device.type, after[name].device.type) == ("cpu", device), (
+                        name
+                    )
+                elif name != "mmpack":
+                    assert after[name] == value, name
+    same_batch(batch, pin_memory(batch))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def both(batch):
+        return batch["input_ids"].sum(), batch["mmpack"]["cu_seqlens"].sum()
+
+    assert both(batch) == (batch["input_ids"].sum(), batch["mmpack"]["cu_seqlens"].sum())
 
 
 def same_batch(one, other):
@@ -152,7 +185,7 @@ def test_other_things_are_refused(samples):
         PackCollator()([])
     with pytest.raises(ValueError, match=r"PackCollator\(processor\) or PackCollator\(encoder\)"):
         PackCollator()([{"conversations": []}])
-    with pytest.raises(ValueError, match="1 grids but 0 images and videos to decode"):
+    with pytest.raises(ValueError, match="1 grid but 0 media to decode"):
         PackCollator()([dataclasses.replace(samples[1], media=())])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import FrozenInstanceError, dataclass, replace
@@ -14,7 +15,8 @@ import mmpack.cli.demo
 from mmpack.cli import options
 from mmpack.cli.main import main
 from mmpack.cli.options import command_line
-from mmpack.hf.training import parse_training_arguments
+from mmpack.data import progress
+from mmpack.hf.training import log_line, parse_training_arguments
 from mmpack.store.manifest import Planning
 
 COMMANDS = ["check", "pack", "merge", "inspect", "train", "demo", "env"]
@@ -48,7 +50,7 @@ def test_json_is_all_there_is_on_stdout(command, works, capfd):
     assert main([*works[command], "--json"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert all(isinstance(json.loads(line), dict) for line in lines)
-    assert len(lines) == (25 if command == "check" else 1)  # a line a row, and the summary
+    assert len(lines) == (25 if command == "check" else 1)  # one line per row, and the summary
 
 
 @every_command
@@ -113,13 +115,13 @@ def broken(works, small_set, tmp_path):
         return ["train", "--data", str(small_set / "packed"), *map(str, options)]
 
     return {
-        "no data": (["check", nowhere], 1, "there is no such file"),
+        "no data": (["check", nowhere], 1, "no such file"),
         "no folder for --png": ([*works["check"], "--png", nowhere], 1, no_folder),
         "--bad is a folder": ([*works["check"], "--bad", str(tmp_path)], 1, "Is a directory"),
         "no tokenizer": ([*works["check"], "--tokenizer", nowhere], 1, "no such file or folder"),
         "--out under a file": ([*works["pack"], "--out", under_file], 1, "cannot write"),
-        "no workers": ([*works["pack"], "--jobs", "0"], 1, "jobs must be positive"),
-        "no store": (["inspect", str(tmp_path)], 1, "holds no finished store; make one with"),
+        "no workers": ([*works["pack"], "--jobs", "0"], 1, "--jobs (jobs) must be positive"),
+        "no store": (["inspect", str(tmp_path)], 1, "has no finished store; make one with"),
         "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; packs are 0 to "),
         "no row": ([*works["inspect"], "--row", "99"], 1, "row 99 is in no pack; was it refused"),
         "no row's number": ([*works["inspect"], "--row", "x"], 1, "--row takes N or FILE:N, got 'x'"),
@@ -134,7 +136,7 @@ def broken(works, small_set, tmp_path):
         "no capacity": ([*works["pack"], "--capacity", "0"], 1, "--capacity is 0, not an integer"),
         "no seed": ([*works["pack"], "--plan_seed", "-1"], 1, "--plan-seed is -1, not an integer"),
         "no share": ([*works["pack"], "--max-image-share", "nan"], 1, "--max-image-share is nan"),
-        "no share of rows": ([*works["pack"], "--max-bad", "nan"], 1, "is a share from 0 to 1"),
+        "no share of rows": ([*works["pack"], "--max-bad", "nan"], 1, "must be a share from 0 to 1"),
         "split turns": ([*works["pack"], "--on-overflow", "split"], 1, "cannot be split"),
         "typo": ([*works["train"], "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
         "no number": ([*works["train"], "--learning_rate", "x"], 2, "invalid float value: 'x'"),
@@ -166,9 +168,82 @@ def test_no_permission(works, tmp_path, capsys):
 
 
 def test_a_missing_extra_is_named(works, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(works["check"]) == 1
-    assert "tqdm is not installed; mmpack check needs mmpack[train]" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "transformers is not installed; mmpack check needs mmpack[train]" in error
+
+
+# On a terminal, and elsewhere
+
+
+def test_progress(works, monkeypatch, capsys):
+    """A bar on a terminal, a line a minute elsewhere, neither where it is switched off."""
+    assert main(works["check"]) == 0
+    assert capsys.readouterr().err == ""  # a minute has not passed
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    assert main(works["check"]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"checking: 24 of 24 rows \(100%\), 0 min left, [\d.,]+ rows/s", last)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(works["check"]) == 0
+    assert re.search(
+        r"checking: 100%.* 24/24 \[00:0\d<00:00, [ \d.]+ rows/s\]", capsys.readouterr().err
+    )
+    assert main([*works["check"], "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert main(works["check"]) == 0
+    assert capsys.readouterr().err.startswith("checking: ")
+
+
+def test_lines_are_as_wide_as_the_terminal(works, monkeypatch, capsys):
+    for command in ("check", "pack", "inspect"):
+        assert main(works[command]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 100  # a pipe takes any length
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")
+    for command in ("check", "pack", "inspect"):
+        assert main(works[command]) == 0
+        text = capsys.readouterr().out.partition("---")[0]
+        words = [line.split() for line in text.splitlines() if len(line) > 60]
+        assert all(len(line) == 1 for line in words)  # a path alone
+
+
+def test_colours(works, monkeypatch, capsys):
+    for names, expected in (
+        ((), False),
+        (("FORCE_COLOR",), True),
+        (("FORCE_COLOR", "NO_COLOR"), False),
+    ):
+        for name in names:
+            monkeypatch.setenv(name, "1")
+        assert main(works["inspect"]) == 0
+        assert ("\x1b[" in capsys.readouterr().out) is expected
+
+
+def test_an_interrupted_run_says_how_it_goes_on(works, monkeypatch, capsys, tmp_path):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmpack.hf.training.train", interrupt)
+    assert main([*works["train"], "--resume_from_checkpoint", "last"]) == 130
+    assert "; no checkpoint was saved in " in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr("mmpack.hf.checkpoints.last_checkpoint", lambda folder: f"{folder}/c-7")
+    assert main([*works["train"], "--resume_from_checkpoint", "last"]) == 130
+    *_, why, command = capsys.readouterr().err.splitlines()
+    assert why == f"mmpack: interrupted; to continue from {tmp_path}/run/c-7:"
+    assert shlex.split(command) == ["mmpack", *works["train"], "--resume_from_checkpoint", "last"]
+
+
+def test_a_log_is_a_line():
+    logs = {"loss": 6.4501, "grad_norm": 5.083, "learning_rate": 5e-05, "epoch": 0.05}
+    logs |= {"pack/utilization": 0.9722, "pack/tokens_per_second": 12345.6, "pack/tflops": 0.01}
+    line = "step 1/3  loss 6.45  grad_norm 5.08  lr 5e-05  12,346 tokens/s  97% full"
+    assert log_line(1, 3, logs) == line
+    logs = {"eval_loss": 1.25, "eval_runtime": 3.0, "eval_steps_per_second": 4.0, "epoch": 1.0}
+    assert log_line(3, 3, logs) == "step 3/3  eval_loss 1.25"
 
 
 def test_every_command_is_here():

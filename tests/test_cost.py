@@ -189,10 +189,10 @@ def test_windows_cost_less_than_whole_images():
     [
         ({"model_type": "llama"}, ([1], [0], [], [0, 0]), {}, "no costs for model_type 'llama'"),
         ({}, ([1], [0], [], [0, 0]), {}, "the config has no model_type"),
-        ({"model_type": "qwen2_vl"}, ([1], [0], [], [0, 0]), {}, "has no hidden_size; pass the one tr"),
+        ({"model_type": "qwen2_vl"}, ([1], [0], [], [0, 0]), {}, "has no hidden_size; load it with tr"),
         (CONFIGS["qwen2_vl"], ([1], [0, 1], [], [0, 0]), {}, "got 2, 2 and 0 grids"),
         (CONFIGS["qwen2_vl"], ([1], [0], [(1, 2, 2)], [0, 0]), {}, "got 1, 2 and 1 grids"),
-        (CONFIGS["qwen2_vl"], ([1], [0], [], [0, 0]), {"frozen": ["head"]}, r"frozen holds \['head'\]"),
+        (CONFIGS["qwen2_vl"], ([1], [0], [], [0, 0]), {"frozen": ["head"]}, r"--frozen \(frozen\) has \['head'\]"),
     ],
 )  # fmt: skip
 def test_arguments_that_make_no_sense(config, rows, options, message):

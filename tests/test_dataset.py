@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 pytest.importorskip("datasets")
 
 from mmpack import Encoder, PackedDataset, VisionSpec, assemble
-from mmpack.hf import PackCollator
+from mmpack.hf import PackCollator, PackingCallback
 from mmpack.packing.cost import sizes_of
+from mmpack.packing.dataset import EvenPacks
 from mmpack.store.encoded_store import open_store, write_store
 from mmpack.store.manifest import About
 from mmpack.store.plan_file import save_plan
@@ -34,9 +35,55 @@ def test_an_item_is_its_samples_assembled(realset):
     assert same(assemble(dataset[1]), assemble(samples))
     media = sum(len(sample.media) for sample in samples)
     of = f"{dataset.plan.pack_tokens[1]:,} of 8,192 tokens, {len(samples)} segments, {media} images"
-    assert repr(dataset[1]) == f"<PackSamples: {of} and videos>"
-    with pytest.raises(IndexError):
-        dataset[len(dataset)]
+    assert repr(dataset[1]) == f"PackSamples({of} and videos)"
+
+
+def test_indices_are_a_lists(realset, tmp_path):
+    dataset = PackedDataset.from_samples(realset[:40], 4096)
+    store = write_store(tmp_path / "store", realset[:40], realset[0].vision)
+    pieces = PackedDataset.from_samples(realset[:40], 2048, on_overflow="split")
+    for items in (dataset, EvenPacks(dataset, 8), store, pieces.samples, dataset[0]):
+        numbers = range(len(items))
+        for chosen in (slice(1, 3), slice(None, None, -2), slice(9**9, None)):
+            expected = [repr(items[n]) for n in numbers[chosen]]
+            assert [repr(item) for item in items[chosen]] == expected
+        assert repr(items[np.int64(-1)]) == repr(items[len(items) - 1])
+        for wrong, error in ((len(items), IndexError), (~len(items), IndexError), ("0", TypeError)):
+            with pytest.raises(error):
+                items[wrong]
+
+
+def test_what_they_say_they_are(realset, tmp_path):
+    dataset = PackedDataset.from_samples(realset[:40], 8192)
+    full = f"{dataset.plan.num_packs} packs of 8,192 tokens, {dataset.plan.utilization:.0%}"
+    described = f"{full.replace('%', ' %')} full, 40 samples"
+    assert repr(dataset) == f"PackedDataset({described})"
+    assert repr(dataset.plan) == f"PackPlan({described})"
+    assert repr(PackingCallback(dataset)) == f"PackingCallback(PackedDataset({described}))"
+    store = write_store(tmp_path / "store", realset[:40], realset[0].vision)
+    tokens = f"40 samples, {store.num_tokens.sum():,} tokens"
+    assert repr(store) == f"EncodedStore({str(tmp_path / 'store')!r}, {tokens})"
+    sample = realset[0]
+    found = f"{sample.num_tokens:,} tokens, {sample.num_supervised} supervised"
+    images = f"{len(sample.media)} image{'' if len(sample.media) == 1 else 's'}"
+    name = f"row {sample.row} of {sample.source!r}"
+    assert repr(sample) == f"EncodedSample({name}: {found}, {images})"
+    assert repr(PackCollator(pad_to=64)) == "PackCollator(pad_to=64)"
+
+
+@pytest.mark.parametrize("on_overflow", ["error", "truncate", "split"])
+def test_saved_and_opened_again(on_overflow, realset, tmp_path):
+    capacity = 8192 if on_overflow == "error" else 2048
+    dataset = PackedDataset.from_samples(realset[:40], capacity, on_overflow=on_overflow, seed=3)
+    dataset.media_folders = ["."]
+    dataset.save(tmp_path / "new" / "packed")
+    opened = PackedDataset.from_store(tmp_path / "new" / "packed")
+    assert opened.fingerprint() == dataset.fingerprint()
+    assert opened.media_folders == dataset.media_folders
+    assert [repr(s) for s in opened[0]] == [repr(s) for s in dataset[0]]
+    with pytest.raises(ValueError, match="is not empty; save to another folder"):
+        dataset.save(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["packed"]
 
 
 def test_the_vision_budget_is_kept(realset):
@@ -48,7 +95,8 @@ def test_the_vision_budget_is_kept(realset):
 
 def test_long_rows_stop_the_plan_with_their_place(realset):
     with pytest.raises(
-        ValueError, match=r"of 2109 samples are too long for a pack of 4,096 tokens; row "
+        ValueError,
+        match=r"too long for a pack of 4,096 tokens: .* of 2,109 samples; the longest, row ",
     ):
         PackedDataset.from_samples(realset, 4096)
 
@@ -87,20 +135,20 @@ def test_a_store_gives_back_what_it_was_given(realset, vision, tmp_path):
     assert [sizes.tolist() for sizes in sizes_of(reopened)] == [
         s.tolist() for s in sizes_of(samples)
     ]
-    with pytest.raises(ValueError, match="holds a store already"):
+    with pytest.raises(ValueError, match="already holds a store"):
         write_store(tmp_path / "store", iter(samples), vision)
 
 
 def test_an_empty_store_is_refused(vision, tmp_path):
-    with pytest.raises(ValueError, match="no samples to store"):
+    with pytest.raises(ValueError, match="no row of the data is usable"):
         write_store(tmp_path / "store", [], vision)
 
 
 def test_a_folder_that_is_no_store(tmp_path):
-    with pytest.raises(ValueError, match="holds no finished store"):
+    with pytest.raises(ValueError, match="has no finished store"):
         open_store(tmp_path)
     (tmp_path / "mmpack.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="store format 0, not 7; make it again: mmpack pack"):
+    with pytest.raises(ValueError, match="store format 0, not 8; pack again: mmpack pack"):
         open_store(tmp_path)
 
 

@@ -85,15 +85,15 @@ def test_the_shapes_a_document_comes_in(folder):
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        ({"text": " \n"}, "row 0 of rows: the document is empty; there is nothing to learn"),
+        ({"text": " \n"}, "row 0 of rows: the document is empty; drop the row"),
         ({"body": "a"}, "no field 'text'; the row has .*map it as the prompt"),
-        ({"text": "<image>"}, "1 <image> markers but 0 images"),
+        ({"text": "<image>"}, "1 <image> marker but 0 images"),
         ({"text": 3}, "the text of the document must be a string, got 3"),
-        ({"text": "a", "videos": ["v.mp4"]}, "the row has videos"),
-        ({"text": [{"type": "video", "video": "v.mp4"}]}, "the document has a video; leave it out"),
+        ({"text": "a", "videos": ["v.mp4"]}, "the row has 'videos'"),
+        ({"text": [{"type": "video", "video": "v.mp4"}]}, "the document has a video; remove it"),
         (
             {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]},
-            r"2 turns hold something \(user assistant\), a document is one.*--stage sft",
+            r"2 turns have content \(roles: user assistant\), only the assistant's may.*--stage sft",
         ),
         ({"messages": [{"role": "assistant", "content": ""}]}, "the document is empty"),
     ],
@@ -239,7 +239,9 @@ def test_images_take_no_more_than_their_share():
     assert patches.max() <= 100
     assert split.samples.num_patches.sum() == 39 * 64
     for share in (0, 1.5):
-        with pytest.raises(ValueError, match="share of images must be above 0 and at most 1"):
+        with pytest.raises(
+            ValueError, match=r"--max-image-share \(share\) must be above 0 and at most 1"
+        ):
             image_capacity(share, 100, spec)
 
 

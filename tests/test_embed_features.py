@@ -291,9 +291,12 @@ def test_what_does_not_fit_is_told(device):
             {"features_FD": features[:9]},
             r"features must be \(10, 8\) to fill 10 placeholders, got \(9, 8\)",
         ),
-        ({"features_FD": features.half()}, "features are torch.float16, not torch.float32"),
+        (
+            {"features_FD": features.half()},
+            "features are torch.float16, the table is torch.float32",
+        ),
         ({"feature_index_T": feature_index[:5]}, "30 input_ids but 5 feature indices"),
-        ({"text_order": indices["text_order"][:5]}, "leave 20, not 5 in text_order"),
+        ({"text_order": indices["text_order"][:5]}, "text_order must have 20 entries .* got 5"),
         ({"feature_token": indices["feature_token"].long()}, "feature_token must be flat int32"),
         ({"features_FD": features.to("meta")}, "features are on meta, the table is on"),
         (

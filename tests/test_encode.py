@@ -106,7 +106,7 @@ def test_an_image_in_an_answer_is_not_supervised(tokenizer, vision, tmp_path):
 
 
 def test_options_that_contradict_each_other(encoder):
-    with pytest.raises(ValueError, match="pick one"):
+    with pytest.raises(ValueError, match="leave out --train-on-prompt"):
         dataclasses.replace(encoder, mask_history=True, train_on_prompt=True)
     with pytest.raises(ValueError, match="documents have no turns; .* mask_history"):
         dataclasses.replace(encoder, stage="pretrain", mask_history=True)
@@ -129,7 +129,7 @@ def test_an_encoder_travels_without_what_it_learnt(encoder):
 def test_what_serves_as_encoder(encoder, tokenizer, vision):
     assert Encoder.of(encoder) is encoder
     for other in (tokenizer, (tokenizer, vision)):
-        with pytest.raises(ValueError, match=f"needed, got a {type(other).__name__}; Encoder"):
+        with pytest.raises(ValueError, match=f"needed, got a {type(other).__name__}; make one"):
             Encoder.of(other)
 
 

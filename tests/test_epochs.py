@@ -158,7 +158,7 @@ class Recorder(PackCollator):
 
 
 def train_numbered(folder, epochs=2):
-    """Train on this rank, the packs it saw left in `folder`; returns steps an epoch. Runs in tests and
+    """Train on this rank, the packs it saw left in `folder`; returns steps per epoch. Runs in tests and
     as a process of a group."""
     import os
 

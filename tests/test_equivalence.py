@@ -188,6 +188,7 @@ def test_packs_side_by_side_in_one_batch(packs, expected):
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.smoke
 def test_made_up_rows(family, impl, dtype, device):
     """The theorem without any real data, on every device there is."""
     batch, stock, num_items = made_up_rows(family)

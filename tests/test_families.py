@@ -231,7 +231,7 @@ def test_a_new_family_is_one_record(monkeypatch):
     assert VideoSpec.from_parts(processor).has_timestamps
     processor.video_processor_type = "OtherVideoProcessor"
     with pytest.raises(
-        ValueError, match="is a OtherVideoProcessor; read are Qwen2VLVideo.*, NewVideoProcessor$"
+        ValueError, match="is a OtherVideoProcessor; use one of Qwen2VLVideo.*, NewVideoProcessor "
     ):
         VideoSpec.from_parts(processor)
 

@@ -94,7 +94,8 @@ def test_patches_are_in_merge_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), (b"<html>", "none of JPEG, PNG")]
+    ("content", "message"),
+    [(None, "does not exist"), (b"<html>", "in none of the formats JPEG, PNG")],
 )
 def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
     path = tmp_path / "a.jpg"
@@ -163,7 +164,9 @@ def test_pictures_in_memory(tmp_path):
 
 def test_a_file_that_changed_size_is_refused(tmp_path):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="now 100 x 100 pixels, it was planned as a grid of 4 x 6"):
+    with pytest.raises(
+        ValueError, match="now 100 x 100 pixels, but was planned as a grid of 4 x 6"
+    ):
         images.load_patches(ImageRef(str(tmp_path / "a.png")), (1, 4, 6), SPEC)
 
 

@@ -245,7 +245,7 @@ def test_images_that_cannot_be_shown(small_set, tmp_path, tmp_path_factory, caps
     assert all(key.startswith("jfif") for key in picture.info)
     assert picture.size == (shown["width"], shown["height"])
     assert picture.height == 192
-    assert "lies outside of" in link["why"] and "jpeg" not in link
+    assert "is outside" in link["why"] and "jpeg" not in link
     assert "c.png does not exist" in gone["why"] and "jpeg" not in gone
     problem = "2 of the images and videos cannot be read; the page says why"
     assert data["about"]["problems"] == [problem]

@@ -67,7 +67,7 @@ def packed(tmp_path_factory):
 
 
 def recorded(patch, path):
-    """`patch_model` of a model that notes what it is trained on, a line a batch."""
+    """`patch_model` of a model that records its training batches, one line each."""
 
     def patched(model, *args, **options):
         def note(model, args, kwargs):

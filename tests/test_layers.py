@@ -52,7 +52,7 @@ ROOMS = {
         "hf",
         "cli/demo",
     },
-    "tqdm": {"cli"},
+    "tqdm": {"data/progress"},
     "transformers": {"data/processor_folder", "hf", "cli/demo"},
     "triton": {"ops"},
 }
@@ -165,6 +165,10 @@ def test_the_step_path_asks_the_device_nothing():
 
 def test_public_names():  # their docstrings: test_docs.py
     import mmpack
+    import mmpack.hf
+    import mmpack.ops
 
+    for module in (mmpack, mmpack.hf, mmpack.ops):
+        assert set(module.__all__) <= set(dir(module))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mmpack.nothing  # noqa: B018

@@ -1,4 +1,4 @@
-"""What is left out, and what there is twice: never without a word, never most of the data."""
+"""What is left out, and what there is twice: never silently, never most of the data."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_reading_stops_where_too_many_are_skipped(folder):
     )  # a list is the caller's to judge
     assert len(bad_rows) == 120
     for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="max_bad .* is a share from 0 to 1"):
+        with pytest.raises(ValueError, match="max-bad .* must be a share from 0 to 1"):
             Skip(max_bad=wrong)
 
 
@@ -97,7 +97,7 @@ def test_packing_stops_and_leaves_nothing(folder, tmp_path, capsys):
     assert " x image ... does not exist (for example row 0 of rows.json: image" in error
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--max-bad", "2"]) == 1
-    assert "max_bad (--max-bad) is a share" in capsys.readouterr().err
+    assert "--max-bad (max_bad) must be a share" in capsys.readouterr().err
     assert main([*arguments, "--max-bad", "0.12"]) == 0
     assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 120
 
@@ -196,8 +196,8 @@ def test_equal_reasons_meet():
     for error in (
         "image /a/b/c.png does not exist",
         "image /a/my pictures/9.png does not exist",
-        "1 <image> markers but 3 images",
-        "2 <image> markers but 1 images",
+        "1 <image> marker but 3 images",
+        "2 <image> markers but 1 image",
     ):
         count_reason(reasons, error)
     assert reasons == {

@@ -88,7 +88,7 @@ def test_any_changed_byte_of_an_array_is_seen(tmp_path):
         with pytest.raises(ValueError, match=r"a\.one\.npy is damaged: .*pack again"):
             load(tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match=r"a\.one\.npy is damaged: there is no such file"):
+    with pytest.raises(ValueError, match=r"a\.one\.npy is damaged: it is missing"):
         load(tmp_path)
 
 
@@ -163,11 +163,11 @@ def seal(folder, **changes):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"one": {"shape": [1 << 61], "crc32": 0}}, "a.one.npy is damaged: it holds int32"),
+        ({"one": {"shape": [1 << 61], "crc32": 0}}, "a.one.npy is damaged: it has int32"),
         ({"one": {"shape": [-1], "crc32": 0}}, "is -1, not an integer from 0"),
         ({"one": {"shape": [1001]}}, "'arrays'.'one'.'crc32' is missing"),
-        ({"one": {"shape": [1001, 2], "crc32": 0}}, r"one is of shape \(1001, 2\), not \('n',\)"),
-        ({"flags": {"shape": [7], "crc32": 0}}, r"flags is of shape \(7,\)"),
+        ({"one": {"shape": [1001, 2], "crc32": 0}}, r"one has shape \(1001, 2\), not \('n',\)"),
+        ({"flags": {"shape": [7], "crc32": 0}}, r"flags has shape \(7,\)"),
         ({"more": {"shape": [7], "crc32": 0}}, "'arrays'.'more' is not known"),
         ({"../one": {"shape": [7], "crc32": 0}}, "is not known"),
         ({"one": None}, "'arrays'.'one' is None, not an object"),

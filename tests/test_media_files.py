@@ -1,4 +1,4 @@
-"""Images and videos that are not what they seem: nothing starts a program, nothing hangs, nothing lies outside."""
+"""Disguised images and videos: nothing starts a program, hangs, or is read outside the media folders."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_no_row_starts_a_program(tmp_path, ghostscript):
     assert not ghostscript.exists()
     bad = [json.loads(line) for line in (tmp_path / "bad").read_text().splitlines()]
     assert [line["row"] for line in bad] == [0, 1, 2, 3, 4, 5]
-    assert all("is none of JPEG, PNG," in line["error"] for line in bad[:5])
+    assert all("is in none of the formats JPEG, PNG," in line["error"] for line in bad[:5])
 
 
 def test_a_training_ends_where_a_picture_became_something_else(
@@ -110,7 +110,7 @@ def test_a_training_ends_where_a_picture_became_something_else(
         size = picture.size
     path.write_bytes(EPS.replace(b"80 60", b"%d %d" % size))
     assert main(training) == 1
-    assert "is none of JPEG, PNG," in capsys.readouterr().err
+    assert "is in none of the formats JPEG, PNG," in capsys.readouterr().err
     assert not ghostscript.exists()
     path.write_bytes(content[:-60])
     assert main(training) == 1
@@ -118,7 +118,7 @@ def test_a_training_ends_where_a_picture_became_something_else(
     path.unlink()
     os.mkfifo(path)
     assert main(training) == 1
-    assert "is a named pipe, not a file" in capsys.readouterr().err
+    assert "is a named pipe, not a regular file" in capsys.readouterr().err
 
 
 def test_formats_are_those_of_the_docs(tmp_path):
@@ -133,7 +133,7 @@ def test_formats_are_those_of_the_docs(tmp_path):
         if name in read:
             assert images.probe(ref, decode=True) == (60, 80), name
         else:
-            with pytest.raises(RowError, match="is none of JPEG, PNG,"):
+            with pytest.raises(RowError, match="is in none of the formats JPEG, PNG,"):
                 images.probe(ref)
 
 
@@ -154,13 +154,13 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     }
     for name, kind in kinds.items():
         path = str(tmp_path / name)
-        with pytest.raises(RowError, match=f"image .*{name} is {kind}, not a file"):
+        with pytest.raises(RowError, match=f"image .*{name} is {kind}, not a regular file"):
             images.probe(ImageRef(path))
-        with pytest.raises(RowError, match=f"image .*{name} is {kind}, not a file"):
+        with pytest.raises(RowError, match=f"image .*{name} is {kind}, not a regular file"):
             images.load_patches(ImageRef(path), (1, 4, 4), _spec())
-        with pytest.raises(RowError, match=f"video .*{name} is {kind}, not a file"):
+        with pytest.raises(RowError, match=f"video .*{name} is {kind}, not a regular file"):
             videos.probe(VideoRef(path))
-        with pytest.raises(RowError, match=f"image .*{name} is {kind}, not a file"):
+        with pytest.raises(RowError, match=f"image .*{name} is {kind}, not a regular file"):
             videos.probe(VideoRef(path, frames=(ImageRef(path),)))
 
 
@@ -170,8 +170,8 @@ def test_rows_say_what_is_no_file(tmp_path, capsys):
     for key in ("images", "videos"):
         assert main(["check", write_rows(tmp_path, "pipe", "folder", key=key)]) == 1
         out = capsys.readouterr().out
-        assert "pipe is a named pipe, not a file" in out
-        assert "folder is a folder, not a file" in out
+        assert "pipe is a named pipe, not a regular file" in out
+        assert "folder is a folder, not a regular file" in out
 
 
 def test_a_pipe_put_where_a_file_was_does_not_hang(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_pipe_put_where_a_file_was_does_not_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "stat", lambda path, **o: regular if str(path).endswith("pipe.png") else real(path, **o)
     )
-    with pytest.raises(RowError, match="is a named pipe, not a file"):
+    with pytest.raises(RowError, match="is a named pipe, not a regular file"):
         open_media(str(tmp_path / "pipe.png"), "image")
 
 
@@ -198,7 +198,7 @@ def test_a_training_names_its_media_folders_and_stays_inside(packed, tmp_path, c
     assert main([*training, "--media-dir", str(other)]) == 1
     text = capsys.readouterr()
     assert f"images and videos are read from {other}\n" in text.out
-    assert f"lies outside of {other}" in text.err
+    assert f"is outside {other}" in text.err
     assert "--media-dir" in text.err
 
 
@@ -217,7 +217,7 @@ def test_a_link_that_leads_out_later_is_refused(packed, tmp_path, capsys, is_pac
         (folder / "charts").unlink()
         (folder / "charts").symlink_to(elsewhere)
         assert main(training) == 1
-        assert f"lies outside of {folder}" in capsys.readouterr().err
+        assert f"is outside {folder}" in capsys.readouterr().err
         assert main([*training, "--media-dir", str(tmp_path)]) == 0
         return
     encoder = Encoder.from_folder(folder / "tokenizer")
@@ -225,7 +225,7 @@ def test_a_link_that_leads_out_later_is_refused(packed, tmp_path, capsys, is_pac
     assert assemble(dataset[0]).pixels is not None
     (folder / "charts").unlink()
     (folder / "charts").symlink_to(elsewhere)
-    with pytest.raises(ValueError, match=f"row .* lies outside of {folder}"):
+    with pytest.raises(ValueError, match=f"row .* is outside {folder}"):
         [assemble(item) for item in dataset]
     dataset.media_folders = [folder, elsewhere]
     assert [assemble(item) for item in dataset]
@@ -255,9 +255,13 @@ def test_a_cut_picture_is_refused_whatever_pillow_is_set_to(tmp_path, monkeypatc
     rows = write_rows(tmp_path, "a")
     for lenient in (False, True):
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
-        with pytest.raises(ValueError, match="cannot be (decoded|opened)|is none of JPEG"):
+        with pytest.raises(
+            ValueError, match="cannot be (decoded|opened)|is in none of the formats JPEG"
+        ):
             list(Reader(verify="decode").read(rows))
-        with pytest.raises(ValueError, match="cannot be (decoded|opened)|is none of JPEG"):
+        with pytest.raises(
+            ValueError, match="cannot be (decoded|opened)|is in none of the formats JPEG"
+        ):
             images.load_patches(ImageRef(str(path)), _spec().image_grid(100, 100), _spec())
         assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient  # it is the process's own
 
@@ -283,7 +287,7 @@ def test_media_folders_travel_to_workers_and_are_checked(packed, tmp_path):
     dataset.media_folders = tmp_path / "nowhere"
     other = pickle.loads(pickle.dumps(dataset))  # what spawned workers get
     assert other.media_folders == dataset.media_folders == [str(tmp_path / "nowhere")]
-    with pytest.raises(ValueError, match="row .* lies outside of .*nowhere"):
+    with pytest.raises(ValueError, match="row .* is outside .*nowhere"):
         PackCollator()([other[0]])
     dataset.media_folders = None
     assert assemble(dataset[0]).pixels is not None

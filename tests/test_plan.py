@@ -98,7 +98,11 @@ def test_real_lengths_fill_their_packs(shared):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (([10, 200, 30, 300], 100), {}, "2 of 4 samples are too long .* sample 3 needs 300 tokens"),
+        (
+            ([10, 200, 30, 300], 100),
+            {},
+            "too long for a pack: 2 of 4 samples; sample 3 needs 300 tokens",
+        ),
         (
             ([10, 20], 100),
             {"num_patches": [5, 50], "patch_capacity": 20},
@@ -107,7 +111,7 @@ def test_real_lengths_fill_their_packs(shared):
         (([1, -2], 10), {}, "must not be negative, sample 1 is"),
         (([1.5], 10), {}, "must be a flat array of integers"),
         (([[1]], 10), {}, "must be a flat array of integers"),
-        (([1], 0), {}, "capacities must be positive"),
+        (([1], 0), {}, "capacity and patch_capacity must be positive"),
         (([1], 10), {"seed": -1}, "seed must not be negative"),
         (([1], 10), {"patch_capacity": 4}, "patch_capacity needs num_patches"),
         (([1], 10), {"num_patches": [1, 2], "patch_capacity": 4}, "1 num_tokens but 2 num_patches"),
@@ -158,9 +162,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path, patch_capacity, cost):
 def test_a_plan_of_an_earlier_version_is_refused(tmp_path):
     save_plan(plan_packs([1], 2), tmp_path)
     (tmp_path / "plan.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"plan\.json is damaged: there is no such file; pack again"
-    ):
+    with pytest.raises(ValueError, match=r"plan\.json is damaged: it is missing; pack again"):
         load_plan(tmp_path)
 
 
@@ -174,27 +176,30 @@ GOOD = plan_packs(
     [
         ({"sample_index": GOOD.sample_index + 2}, "sample_index names samples that are not among"),
         ({"sample_index": GOOD.sample_index - 2}, "sample_index names samples that are not among"),
-        ({"sample_index": GOOD.sample_index[[0, 0, 1, 2]]}, "not each in one pack or dropped"),
-        ({"dropped": GOOD.dropped[:0]}, "not each in one pack or dropped"),
+        (
+            {"sample_index": GOOD.sample_index[[0, 0, 1, 2]]},
+            "a sample is neither in exactly one pack nor dropped",
+        ),
+        ({"dropped": GOOD.dropped[:0]}, "a sample is neither in exactly one pack nor dropped"),
         ({"dropped": GOOD.dropped + 3}, "dropped names samples"),
         ({"truncated": np.array([5])}, "truncated names samples"),
         ({"truncated": np.array([1, 1])}, "not in ascending order"),
         ({"bin_offsets": GOOD.bin_offsets + 1}, "bin_offsets do not go from 0 to 4"),
         ({"bin_offsets": GOOD.bin_offsets[:0]}, "bin_offsets do not go from 0 to 4"),
-        ({"bin_offsets": np.array([0, 2, 2, 4])}, "bin_offsets do not rise"),
-        ({"bin_offsets": np.array([0, 9, -9, 4])}, "bin_offsets do not rise"),
-        ({"bin_offsets": np.array([0, 2**63 - 1, -(2**63), 4])}, "bin_offsets do not rise"),
+        ({"bin_offsets": np.array([0, 2, 2, 4])}, "bin_offsets do not increase"),
+        ({"bin_offsets": np.array([0, 9, -9, 4])}, "bin_offsets do not increase"),
+        ({"bin_offsets": np.array([0, 2**63 - 1, -(2**63), 4])}, "bin_offsets do not increase"),
         ({"pack_tokens": GOOD.pack_tokens + 1}, "not the sums"),
         ({"pack_tokens": GOOD.pack_tokens[:1]}, "not the sums"),
-        ({"capacity": 7}, "more tokens than the 7"),
+        ({"capacity": 7}, "more tokens than its capacity of 7"),
         ({"capacity": 0}, "'capacity' is 0, not an integer from 1 to"),
         ({"seed": -1}, "'seed' is -1"),
-        ({"patch_capacity": 3}, "more patches than the 3"),
-        ({"patch_capacity": None}, "go together"),
-        ({"num_patches": GOOD.num_patches[1:]}, r"num_patches is of shape \(4,\)"),
+        ({"patch_capacity": 3}, "more patches than its capacity of 3"),
+        ({"patch_capacity": None}, "only one of num_patches and patch_capacity"),
+        ({"num_patches": GOOD.num_patches[1:]}, r"num_patches has shape \(4,\)"),
         ({"num_tokens": GOOD.num_tokens - 9}, "num_tokens of sample 3 is negative"),
         ({"cost": -GOOD.num_tokens}, "cost of sample 2 is negative"),
-        ({"cost": np.ones(6)}, r"cost is of shape \(6,\)"),
+        ({"cost": np.ones(6)}, r"cost has shape \(6,\)"),
     ],
 )
 def test_what_is_no_plan_is_refused(change, why, tmp_path):
@@ -210,7 +215,7 @@ def test_an_epoch_of_a_plan_that_was_not_planned_is_an_error(tmp_path):
     """It has packs for some samples, but not the packs that there would be."""
     plan = plan_packs([1, 1, 1], 1)
     save_plan(replace(plan, capacity=3), tmp_path)
-    with pytest.raises(ValueError, match="the plan has 3 packs, .* make 1 in epoch 2; pack again"):
+    with pytest.raises(ValueError, match="the plan has 3 packs, .* give 1 in epoch 2; pack again"):
         plan_epoch(load_plan(tmp_path), 2)
 
 

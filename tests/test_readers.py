@@ -278,52 +278,58 @@ def test_a_nested_row_is_several_samples(tmp_path):
     [
         (
             {"conversations": TURNS, "images": ["a.png", "b.png"]},
-            "1 <image> markers but 2 images; add a marker",
+            "1 <image> marker but 2 images; add a marker",
         ),
         (
             {"conversations": TURNS, "images": []},
-            "1 <image> markers but 0 images; add the missing image",
+            "1 <image> marker but 0 images; add the missing image",
         ),
         (
             {
                 "conversations": [{"from": "human", "value": "<Image>?"}, TURNS[1]],
                 "images": ["a.png"],
             },
-            "0 <image> markers but 1 images; the marker is spelt <image>",
+            "0 <image> markers but 1 image; write markers as <image>",
         ),
-        ({}, r"the row has \[\]; a Trainer takes .* remove_unused_columns=False"),
+        ({}, r"the row has \[\]; a Trainer removes .* remove_unused_columns=False"),
         ({"conversation": TURNS}, r"no field 'conversations', .*; the row has \['conversation'\]"),
         ({"conversations": "text"}, "must be a list of turns, got 'text'"),
         ({"conversations": []}, "must be a list of turns, got a list of 0"),
-        ({"conversations": TURNS[1:]}, "found 'assistant' where 'user' should speak"),
-        ({"conversations": [TURNS[0], TURNS[0]]}, "found 'user' where 'assistant' should speak"),
+        ({"conversations": TURNS[1:]}, "turn 0 has role 'assistant', expected 'user'"),
+        ({"conversations": [TURNS[0], TURNS[0]]}, "turn 1 has role 'user', expected 'assistant'"),
         ({"conversations": TURNS[:1]}, "last turn must be the assistant's"),
-        ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown role 'narrator'; known"),
+        (
+            {"conversations": [{"from": "narrator", "value": "x"}]},
+            "unknown role 'narrator'; use one of",
+        ),
         (
             {"conversations": [{"value": "x"}]},
-            r"turn 0 needs 'from' and 'value', it has \['value'\]",
+            r"turn 0 needs 'from' and 'value', got \['value'\]",
         ),
         ({"conversations": [{"from": "human"}]}, "text of turn 0 must be a string, got None"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "turn 1 is empty"),
-        ({"conversations": TURNS, "images": [5]}, "must be a path, bytes or a picture, got int"),
-        ({"conversations": TURNS, "images": [{}]}, "has neither path nor bytes"),
+        ({"conversations": TURNS, "images": [5]}, "must be a path, bytes or a PIL image, got int"),
+        ({"conversations": TURNS, "images": [{}]}, "needs 'path' or 'bytes', got"),
         (
             {"conversations": TURNS, "images": ["a.png"], "image": "b.png"},
             "both 'images' and 'image'",
         ),
         (
             {"conversations": TURNS, "images": ["a.png"], "videos": ["v.mp4"]},
-            "0 <video> markers but 1 videos",
+            "0 <video> markers but 1 video",
         ),
         ({"instruction": "x", "output": None}, "no field 'output'"),
-        ({"instruction": "x", "output": "y", "history": [["one"]]}, "'history' must hold pairs"),
+        (
+            {"instruction": "x", "output": "y", "history": [["one"]]},
+            "'history' must be a list of pairs",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
-            "content part of type 'audio'; text, image and video are read",
+            "content part of type 'audio'; use text, image or video parts",
         ),
         (
             {"conversations": [TURNS[0], {"from": "function_call", "value": "add(1, 2)"}]},
-            "turn 1 must call functions by name and arguments",
+            "turn 1 has a function call without name and arguments",
         ),
         ("text", "a row must be an object, got str"),
     ],
@@ -347,12 +353,12 @@ def test_a_bad_row_is_named_counted_and_advised(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"x": 1}', r"must hold a JSON array of rows, it holds an object with \['x'\]"),
+        ("a.json", '{"x": 1}', r"must hold a JSON array of rows, got an object with \['x'\]"),
         ("a.json", '{"x": 1}\n{"x": 2}', "rename the file to .jsonl"),
         ("a.json", "[1, 2", "a.json is not a JSON array"),
         ("a.json", "[]", "a.json holds no rows"),
         ("a.jsonl", '[{"x": 1}]', "holds a JSON array, not lines; rename it to .json"),
-        ("a.txt", "", "is none of .json, .jsonl"),
+        ("a.txt", "", "has none of the suffixes .json, .jsonl"),
         ("a.json", b"[\xff\xfe]", "a.json is not UTF-8"),
         ("a.json", b"\x1f\x8b\x08", "a.json is gzip data"),
         ("a.parquet", "PAR", "a.parquet is not a Parquet file"),
@@ -396,8 +402,8 @@ def test_csv_rows_of_another_width_are_bad(tmp_path):
     bad_rows = []
     assert [s.row for s in Reader(on_error=bad_rows).read(tmp_path / "a.csv")] == [0, 3]
     assert [bad.error for bad in bad_rows] == [
-        "line 3 has not the 2 fields of the first line",
-        "line 4 has not the 2 fields of the first line",
+        "line 3 does not have the 2 fields of the first line",
+        "line 4 does not have the 2 fields of the first line",
     ]
 
 
@@ -426,7 +432,7 @@ def test_a_missing_marker_is_put_in_front_if_asked(tmp_path):
     images_then_text = (ref(tmp_path, "a.png"), ref(tmp_path, "b.png"), "Which is larger?")
     assert sample.messages[1].content == images_then_text
     turns[2]["value"] = "<image>"  # one marker anywhere, and the rule does not apply
-    with pytest.raises(ValueError, match="1 <image> markers but 2 images"):
+    with pytest.raises(ValueError, match="1 <image> marker but 2 images"):
         read_one(tmp_path, row, missing_marker="prepend")
 
 
@@ -443,15 +449,24 @@ def test_dataset_info_maps_fields(tmp_path, caplog):
         {"who": "me", "says": "<image>?"},
         {"who": "it", "says": "!"},
     ]
-    write(tmp_path / "rows.json", [{"chat": chat, "pictures": ["a.png"]}])
+    rows = [{"chat": chat, "pictures": ["a.png"], "system": text} for text in ("", "Hm.", "Hm.")]
+    rows[1]["chat"] = rows[2]["chat"] = chat[1:]
+    write(tmp_path / "rows.json", rows)
     with caplog.at_level("WARNING", "mmpack"):
         by_name = list(Reader(mapping="mine").read(tmp_path))
-    assert "rows.json leaves fields out; kept system_tag='system', " in caplog.text
+    notes = [record.getMessage() for record in caplog.records]
+    assert notes[0].startswith(
+        "the mapping of rows.json leaves fields out; using defaults system_tag='sys"
+    )
+    name = "the mapping of rows.json does not name the column 'system'"  # said where it is read
+    assert notes[1:] == [f"{name}, which row 1 has; it is read"]
     beside = list(Reader().read(tmp_path / "rows.json"))
     explicit = list(Reader(mapping=entry).read(tmp_path / "rows.json"))
     assert by_name == beside == explicit
     assert by_name[0].messages[1] == Message("user", (ref(tmp_path, "a.png"), "?"))
-    with pytest.raises(ValueError, match=r"no dataset 'yours' in .*; it has \['mine', 'other'\]"):
+    with pytest.raises(
+        ValueError, match=r"no dataset 'yours' in .*; use one of \['mine', 'other'\]"
+    ):
         list(Reader(mapping="yours").read(tmp_path))
     with pytest.raises(ValueError, match="no dataset 'other'|no file_name"):
         list(Reader(mapping="other").read(tmp_path))
@@ -460,7 +475,7 @@ def test_dataset_info_maps_fields(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"formatting": "rlhf"}, "formatting 'rlhf' is not read"),
+        ({"formatting": "rlhf"}, "formatting 'rlhf' is not supported"),
         ({"ranking": True}, "with 'ranking'"),
     ],
 )

@@ -40,9 +40,7 @@ def test_qwens_own_demo(shared, tmp_path):
     folder = shared / "qwen_finetune_demo"
     samples = list(Reader().read(folder / "readme_examples.json"))
     assert [(s.row, len(s.images)) for s in samples] == [(0, 1), (1, 2), (2, 1), (2, 1)]
-    with pytest.raises(
-        ValueError, match="demo/images/10095.png does not exist; mend the path or the"
-    ):
+    with pytest.raises(ValueError, match="demo/images/10095.png does not exist; fix the path or"):
         list(Reader().read(folder / "single_images.json"))
     shutil.copytree(folder / "images", tmp_path / "demo" / "images")
     shipped = list(Reader(media_dir=tmp_path).read(folder / "single_images.json"))

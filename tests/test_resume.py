@@ -158,7 +158,7 @@ def test_a_weight_that_does_not_come_is_an_error(finished, tmp_path):
     "step", [1, 4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 11))]
 )
 def test_the_next_packs_come_next(tmp_path, step):
-    """7 batches an epoch make 4 steps of up to 2; over three epochs, within one and where one ends."""
+    """7 batches per epoch make 4 steps of up to 2; over three epochs, within one and where one ends."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     options |= {"max_steps": 12, "save_steps": 1, "dataloader_num_workers": step % 2}
     whole, order, _ = run(tmp_path, dataset=dataset_of(43), **options)

@@ -1,4 +1,4 @@
-"""A run of two ranks, DDP and FSDP2, is the run of one process on the same packs a step; stopped, it
+"""A run of two ranks, DDP and FSDP2, is the run of one process on the same packs per step; stopped, it
 continues on one process, two, or four, with every sample once an epoch."""
 
 import json
@@ -65,7 +65,7 @@ def test_two_ranks_are_one_process(folders, way):
     alone, expected = read(folders / "one", 1)
     assert found == pytest.approx(expected, rel=1e-5)
     assert numbers_of(flat(alone[:11])) == numbers_of(flat(alone[11:])) == list(range(SAMPLES))
-    # 12 packs an epoch, of which the last one, rank 1's, is empty
+    # 12 packs per epoch, of which the last one, rank 1's, is empty
     assert (
         numbers_of(flat(seen[:6])[:-1]) == numbers_of(flat(seen[6:])[:-1]) == list(range(SAMPLES))
     )

@@ -86,7 +86,7 @@ from mmpack.data import encoder
 processor = encoder.load_processor(sys.argv[2])
 encoder.load_processor = lambda *options: processor
 def kill(*args, **options): os.kill(os.getpid(), 9)
-waiting = mmap.mmap(-1, 3)  # forks share it: who has said that it waits
+waiting = mmap.mmap(-1, 3)  # shared by forks: which of them wait
 def told(n): return lambda *args, **options: (print(*args, **options), waiting.__setitem__(n, 1))
 def patient(function):
     def run(*args):
@@ -152,7 +152,7 @@ def test_one_builds_and_the_others_wait(aftermath, whole):
     assert [codes[f"shared{n}"] for n in range(3)] == [0, 0, 0], said
     # Who it is stands in the lock a moment after it is taken.
     whom = r"(?:process \d+ on .*|another process)"
-    waits = re.findall(rf"^waiting for {whom} to make {re.escape(str(out))}$", said, re.M)
+    waits = re.findall(rf"^waiting for {whom} to build {re.escape(str(out))}$", said, re.M)
     assert len(waits) == 2, said
     assert said.count(f"nothing encoded anew: {out}") == 2
     for name in (
@@ -210,7 +210,7 @@ def test_who_waited_does_not_repeat_a_failure(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pack, "turn", look)
     assert re.search(
-        rf"waiting for (process {os.getpid()} on \S+) to make .*\n"
+        rf"waiting for (process {os.getpid()} on \S+) to build .*\n"
         r"mmpack: \1 ended without making .*; its own message says why",
         run("pack", "--out", out, fails=True),
     )
@@ -255,7 +255,7 @@ def test_a_users_folder_is_never_removed(run, whole, tmp_path):
         assert "is not empty" in run("pack", "--out", out, *options, fails=True)
     (out / "mmpack.json").write_text("[]")
     error = run("pack", "--out", out, "--overwrite", fails=True)
-    assert "also holds thesis.tex, not of mmpack's making" in error
+    assert "also holds thesis.tex, not made by mmpack" in error
     assert others(out) == ["thesis.tex"]
     # Nor is one that has the name of a left-over.
     mine = tmp_path / "new.partial-me-1"
@@ -320,7 +320,9 @@ def test_parts_join_to_the_store_one_process_makes(num_parts, run, whole, tmp_pa
     # It is what `mmpack pack` would make.
     again = run("pack", "--out", tmp_path / "out")
     assert {**again, "reused": False, "seconds": 0} == {**report, "seconds": 0}
-    with pytest.raises(ValueError, match=rf"is part \d/{num_parts} of a store; join all with"):
+    with pytest.raises(
+        ValueError, match=rf"is part \d/{num_parts} of a store; join all parts with"
+    ):
         PackedDataset.from_store(parts[0])
 
 
@@ -335,7 +337,7 @@ def test_wrong_parts_are_named(run, whole, tmp_path):
         (parts[1:2], r"2 of 3 parts are missing: 1 and 3; write them with mmpack pack --shard 1/3"),
         ([*parts, parts[1]], r"part 2 of 3 is given twice, .*/2 and .*/2"),
         ([parts[0], whole], "is a whole store, not a part"),
-        ([tmp_path], "holds no finished store"),
+        ([tmp_path], "has no finished store"),
     ]
     run("pack", "--out", tmp_path / "half", "--shard", "2/2")
     cases.append(([parts[0], tmp_path / "half"], "the number of parts, 2 and 3, differ"))
@@ -349,7 +351,7 @@ def test_wrong_parts_are_named(run, whole, tmp_path):
         assert re.search(message, run("merge", to, *folders, fails=True))
     assert "cannot write" in run("merge", tmp_path / "file" / "out", *parts, fails=True)
     flip(parts[2] / "samples.arrow", -300)
-    assert "its bytes are not those that were written" in run("merge", out, *parts, fails=True)
+    assert "its bytes have changed" in run("merge", out, *parts, fails=True)
     assert not out.exists()
     error = run("pack", "--out", parts[0], "--shard", "2/3", fails=True)
     assert "--overwrite it: part changed since" in error
@@ -414,7 +416,7 @@ def test_a_damaged_sample_is_named(whole, tmp_path):
     flip(out / "samples.arrow", (whole / "samples.arrow").read_bytes().index(ids.tobytes()))
     dataset = PackedDataset.from_store(out)
     place = f"row {store[700].row} of rows.jsonl"
-    with pytest.raises(ValueError, match=rf"sample 700 \({place}\) is not what was written; pack"):
+    with pytest.raises(ValueError, match=rf"sample 700 \({place}\) has changed; pack"):
         dataset.samples[700]
     assert dataset.samples[699].row == store[699].row
 
@@ -424,7 +426,7 @@ def test_packing_again_mends_damage(run, whole, tmp_path):
     flip(out / "samples.arrow", -300)
     assert not run("pack", "--out", out, "--overwrite")["reused"]
     flip(out / "plan.sample_index.npy", 500)
-    assert "plan.sample_index.npy is damaged: it is not what was written" in run(
+    assert "plan.sample_index.npy is damaged: its bytes have changed" in run(
         "pack", "--out", out, fails=True
     )
     run("pack", "--out", out, "--overwrite")
@@ -461,7 +463,7 @@ def test_changed_data_is_named_before_training(whole, data, tmp_path, caplog):
             with pytest.raises(ValueError, match=message):
                 PackedDataset.from_store(whole)
             dataset = PackedDataset.from_store(whole, on_changed_data="warn")
-            assert "its samples are the rows as they were" in caplog.text
+            assert "using the rows as packed" in caplog.text
             assert len(dataset[0]) > 0
         os.rename(rows, rows + ".moved")  # a machine that has the store alone
         assert len(PackedDataset.from_store(whole)) == len(dataset)

@@ -132,7 +132,7 @@ def test_the_hash_is_splitmix64():
 
 
 def test_packs_of_ranks_cost_the_same():
-    """Text and images by turns of a hundred rows, as files one after the other have them."""
+    """Text and images alternating every hundred rows, as files one after the other have them."""
     rng = np.random.default_rng(0)
     samples = []
     for n in range(2000):
@@ -249,7 +249,7 @@ def test_bad_rows_are_skipped_and_the_rows_after_them_keep_their_numbers(encoder
     assert len(warned) == 2
     entered = [json.loads(pack.resume)["next"][0] for pack in packs]
     assert entered == [0, 3, 3, 4]
-    with pytest.raises(ValueError, match="a list of bad rows stays there; on_error='skip' warns"):
+    with pytest.raises(ValueError, match="cannot collect bad rows in a list; use on_error='skip'"):
         PackStream(rows, replace(encoder, on_error=[]), 200)
     (pack,) = PackStream([{"text": "q w"}], replace(encoder, stage="pretrain"), 200)
     assert "".join(encoder.tokenizer.decode(assemble(pack).input_ids).split()) == "qw<|endoftext|>"

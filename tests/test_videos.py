@@ -388,7 +388,7 @@ def test_videos_of_another_family_are_refused():
     with pytest.raises(ValueError, match=message):
         model(**PackCollator(model=model)([pack]))
     blind = dataclasses.replace(pack[0], vision=dataclasses.replace(sample.vision, video=None))
-    with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
+    with pytest.raises(ValueError, match="the VisionSpec has no video settings"):
         PackCollator()([blind])
 
 
@@ -429,7 +429,7 @@ def test_a_processor_of_time_needs_the_config(tmp_path, tokenizer, stock):
     for made in (PackedDataset.from_files, PackStream):
         (pack,) = made(samples, processor, 4096, model.config)
         assert pack[0].vision.video == timed
-        with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
+        with pytest.raises(ValueError, match="the VisionSpec has no video settings"):
             list(made(samples, processor, 4096))
 
 
@@ -438,12 +438,12 @@ ONE = [{"from": "human", "value": "<video>?"}, TURNS[1]]
 WRONG = {
     "two markers, one video": (
         {"conversations": TURNS[:1] + TURNS[1:], "videos": [["4_0.png", "4_1.png"]]},
-        "1 <image> markers but 0 images",
+        "1 <image> marker but 0 images",
     ),
-    "no video": ({"conversations": ONE}, "1 <video> markers but 0 videos; add the missing video"),
+    "no video": ({"conversations": ONE}, "1 <video> marker but 0 videos; add the missing video"),
     "no marker": (
         {"conversations": [{"from": "human", "value": "?"}, TURNS[1]], "videos": ["a.mp4"]},
-        "0 <video> markers but 1 videos; add a marker",
+        "0 <video> markers but 1 video; add a marker",
     ),
     "no frames": ({"conversations": ONE, "videos": [[]]}, "a video is an empty list of frames"),
     "other sizes": (
@@ -451,13 +451,13 @@ WRONG = {
         "the frames of a video differ in size",
     ),
     "a URL": ({"conversations": ONE, "videos": ["http://x.y/a.mp4"]}, "video http.* is a URL"),
-    "outside": ({"conversations": ONE, "videos": ["../a.mp4"]}, "video .* lies outside"),
-    "a frame outside": ({"conversations": ONE, "videos": [["../a.png"]]}, "image .* lies outside"),
+    "outside": ({"conversations": ONE, "videos": ["../a.mp4"]}, "video .* is outside"),
+    "a frame outside": ({"conversations": ONE, "videos": [["../a.png"]]}, "image .* is outside"),
     "missing": ({"conversations": ONE, "videos": ["no.mp4"]}, "video .*no.mp4 does not exist"),
     "a number": ({"conversations": ONE, "videos": [7]}, "a video must be a path, bytes or a list"),
     "a rate of nothing": (
         {"conversations": ONE, "videos": [{"frames": ["4_0.png"], "fps": 0}]},
-        "the fps of a video are 0",
+        "the fps of a video must be a number from 0.001 to 10,000, got 0",
     ),
     "both columns": (
         {"conversations": ONE, "videos": [["4_0.png"]], "video": "a.mp4"},
@@ -496,11 +496,11 @@ def test_what_is_no_video_says_so(tmp_path, tokenizer):
     single = dataclasses.replace(sample.media[0], frames=sample.media[0].frames[:1], num_frames=1)
     content = Message("user", (single, "?"))
     alone = Sample((content, sample.messages[1]), "f", 3)
-    with pytest.raises(ValueError, match="row 3 of f: .* a video of 1 frames, .* as an image"):
+    with pytest.raises(ValueError, match="row 3 of f: .* the video has 1 frame, .* as an image"):
         encode_one(alone, tokenizer, spec_of(SECOND))
-    with pytest.raises(ValueError, match="list of 4 frames, at most 2 are taken"):
+    with pytest.raises(ValueError, match="list of 4 frames, at most 2 are allowed"):
         encode_one(
             sample, tokenizer, spec_of(dataclasses.replace(SECOND, min_frames=1, max_frames=2))
         )
-    with pytest.raises(ValueError, match="the VisionSpec knows no videos"):
+    with pytest.raises(ValueError, match="the VisionSpec has no video settings"):
         encode_one(sample, tokenizer, spec_of(None))

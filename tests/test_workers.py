@@ -180,7 +180,7 @@ def test_another_word_for_it_is_refused(tmp_path):
 
 @pytest.mark.parametrize("epochs", [12, pytest.param(400, marks=pytest.mark.slow)])
 def test_memory_is_steady(tmp_path, epochs):
-    """Two workers that live on, 12 packs an epoch: no private memory, no mapping (shared memory among
+    """Two persistent workers, 12 packs per epoch: no private memory, no mapping (shared memory among
     them) and no open file is held longer than its batch. In MiB and as numbers, of all processes."""
     command = [sys.executable, __file__, str(tmp_path), str(epochs)]  # a heap of its own
     held = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)

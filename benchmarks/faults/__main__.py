@@ -1,10 +1,10 @@
-"""What happens when something breaks: each fault is caused for real, what was observed is printed.
+"""Cause real faults and print what happens.
 
     python -m benchmarks.faults [NAME ...]
 
-A fault is a function: its docstring says what breaks, its argument is the data (a demo data set,
-packed) in a folder of its own, and it returns what was observed, in a few words. It asserts that this is a
-clear error or an exact continuation, so a run that ends with exit code 0 means that all are.
+A fault is a function. Its docstring says what breaks, its argument is a folder with a packed demo data set, and it
+returns a short description of the result. It asserts that the result is a clear error or an exact continuation, so
+exit code 0 means that all are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.faults.training import TRAINING
 
 
 def main(names: Sequence[str]) -> int:
-    """Cause the named faults, or all; print the table, then how many ended otherwise than they should."""
+    """Cause the named faults, or all; print the table, then the number of faults with a wrong result."""
     faults = [fault for fault in [*PACKING, *TRAINING] if not names or fault.__name__ in names]
     failures = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Faults of `mmpack pack` and of what it wrote."""
+"""Faults of `mmpack pack` and of packed folders."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def pack_killed_anywhere(data: Path) -> str:
             assert run.returncode == 0
             continue
         was_whole = (out / "mmpack.json").exists()
-        assert was_whole or not out.exists(), "something that is no store is at --out"
+        assert was_whole or not out.exists(), "an incomplete store is at --out"
         done = subprocess.run([*command, out], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert contents(out) == whole, "another store than without the kill"
+        assert contents(out) == whole, "the store differs from one built without the kill"
         assert not list(data.glob("*.partial-*")), "left-overs"
-    return "every time a store equal to the byte, nothing left over"
+    return "every time a store equal to the byte, and no leftovers"
 
 
 def waiting_for_a_killed_builder(data: Path) -> str:
-    """SIGKILL of the one of two `mmpack pack` that builds, while the other waits."""
+    """SIGKILL of the building one of two `mmpack pack`, while the other waits."""
     command = [*pack_command(data, many_rows(data)), data / "out"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as first:
         while not list(data.glob("out.partial-*")):
@@ -59,8 +59,8 @@ def waiting_for_a_killed_builder(data: Path) -> str:
             said += second.stderr.read()
     assert second.returncode == 0, said
     assert f"waiting for process {first.pid} on" in said, said
-    assert f"removing what process {first.pid} on" in said, said
-    return "the other says whom it waits for, removes what is left, and builds"
+    assert f"removing the unfinished build of process {first.pid} on" in said, said
+    return "the other names the process it waits for, removes its leftovers, and builds"
 
 
 def full_disk(data: Path) -> str:
@@ -77,7 +77,7 @@ def full_disk(data: Path) -> str:
 
 
 def flipped_byte(data: Path) -> str:
-    """One flipped bit in the middle of `samples.arrow`, then a training over all of it."""
+    """One flipped bit in the middle of `samples.arrow`, then training on all of it."""
     path = data / "packed" / "samples.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 4] ^= 1
@@ -85,7 +85,7 @@ def flipped_byte(data: Path) -> str:
     said = reason(train_epoch(data))
     done = mmpack(*pack_command(data, data / "train.json")[3:], data / "packed", "--overwrite")
     assert done.returncode == 0 and "encoding anew" in done.stdout, done.stderr
-    return f"`{without_paths(said, data)}`; `mmpack pack --overwrite` mends it"
+    return f"`{without_paths(said, data)}`; `mmpack pack --overwrite` fixes it"
 
 
 def flipped_byte_of_the_plan(data: Path) -> str:
@@ -98,7 +98,7 @@ def flipped_byte_of_the_plan(data: Path) -> str:
 
 
 def torn_store(data: Path) -> str:
-    """A store copied in part: the end of `samples.arrow` is missing."""
+    """An incomplete copy of a store: the end of `samples.arrow` is missing."""
     os.truncate(data / "packed" / "samples.arrow", 10_000)
     return f"`{without_paths(reason(train_epoch(data)), data)}`"
 
@@ -113,7 +113,7 @@ def foreign_folder(data: Path) -> str:
 
 
 def changed_data(data: Path) -> str:
-    """A row of train.json changed after it was packed, its length not."""
+    """A row of train.json changed after packing, with the same length."""
     done = mmpack(*pack_command(data, data / "train.json")[3:], data / "out")
     assert done.returncode == 0, done.stderr
     path = data / "train.json"
@@ -124,7 +124,7 @@ def changed_data(data: Path) -> str:
 
 
 def fifo_for_data(data: Path) -> str:
-    """A FIFO where the data file was that a store was packed from."""
+    """A FIFO in place of the data file that a store was packed from."""
     done = mmpack(*pack_command(data, data / "train.json")[3:], data / "out")
     assert done.returncode == 0, done.stderr
     (data / "train.json").unlink()
@@ -134,7 +134,7 @@ def fifo_for_data(data: Path) -> str:
 
 
 def changed_image(data: Path) -> str:
-    """An image replaced by one of another size after its row was packed."""
+    """An image replaced after packing by one of another size."""
     from PIL import Image
 
     done = mmpack(*pack_command(data, data / "train.json")[3:], data / "out")
@@ -146,20 +146,20 @@ def changed_image(data: Path) -> str:
 
 
 def pack_command(data: Path, rows: Path) -> list[Any]:
-    """`mmpack pack` but for the folder to write to."""
+    """A `mmpack pack` command without the value of --out."""
     command = [sys.executable, "-m", "mmpack", "pack", rows, "--tokenizer", data / "tokenizer"]
     return [*command, "--capacity", "2048", "--out"]
 
 
 def many_rows(data: Path) -> Path:
-    """The rows twenty times over, so that packing takes a while."""
+    """The rows repeated twenty times, so that packing takes a while."""
     rows = json.loads((data / "train.json").read_text(encoding="utf-8"))
     (data / "many.json").write_text(json.dumps(20 * rows), encoding="utf-8")
     return data / "many.json"
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """Every file of a store but the one that has the time."""
+    """All files of a store except mmpack.json, which holds the time."""
     return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "mmpack.json"}
 
 

@@ -33,13 +33,13 @@ def train(data: Path, *arguments: object) -> list[object]:
 
 
 def losses(data: Path) -> list[tuple[int, float]]:
-    """Of every step, as the last checkpoint has them."""
+    """(step, loss) of each step, from the last checkpoint."""
     state = json.loads((data / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
 def resumed_exactly(data: Path) -> str:
-    """Continue the run; its losses must be those of one that was never stopped."""
+    """Continue the run; its losses must equal those of an uninterrupted run."""
     done = mmpack(*train(data, "--resume_from_checkpoint", "last"))
     assert done.returncode == 0, done.stderr[-2000:]
     found, where = losses(data), next(w for w in done.stderr.splitlines() if "continuing" in w)
@@ -53,7 +53,7 @@ def resumed_exactly(data: Path) -> str:
 
 @contextmanager
 def running(data: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A run in the background, once it has left checkpoint-2."""
+    """Start a run in the background and wait for its checkpoint-2."""
     command = [sys.executable, "-m", "mmpack", *map(str, train(data, *arguments))]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -96,13 +96,13 @@ def kill_worker(data: Path) -> str:
 
 def unreadable_image(data: Path) -> str:
     """An image cut in half after packing, read while training"""
-    pack(data)  # here, where the images are then cut
+    pack(data)  # in this folder, where the images are then cut
     for image in sorted((data / "charts").iterdir()):
         image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
     observed = reason(mmpack(*train(data)))
     in_worker = reason(mmpack(*train(data, "--dataloader_num_workers", 2)))
     assert ": image " in observed and ": image " in in_worker, in_worker
-    return f"`{observed.replace(str(data), '...')}`, out of a worker too"
+    return f"`{observed.replace(str(data), '...')}`, also from a worker"
 
 
 def full_disk(data: Path) -> str:
@@ -123,7 +123,7 @@ def full_disk(data: Path) -> str:
 
 
 def diverged(data: Path) -> str:
-    """A learning rate that no weight survives, and a log every 100 steps"""
+    """A learning rate that makes all weights diverge, and a log every 100 steps"""
     rates = ["--learning_rate", 1e30, "--max_grad_norm", 0, "--logging_steps", 100]
     observed = reason(mmpack(*train(data, *rates)))
     assert "training has diverged" in observed and "train.json" in observed, observed
@@ -132,7 +132,7 @@ def diverged(data: Path) -> str:
 
 
 def torn_checkpoint(data: Path) -> str:
-    """A checkpoint of which one file is missing, or its last byte: every file in turn"""
+    """A checkpoint with one file, or a file's last byte, missing: each file in turn"""
     done = mmpack(*train(data))
     assert done.returncode == 0, done.stderr[-2000:]
     whole, kept = data / "run" / "checkpoint-6", data / "kept"
@@ -146,9 +146,7 @@ def torn_checkpoint(data: Path) -> str:
             else:
                 (whole / name).unlink()
             newest = last_checkpoint(data / "run")
-            is_json = (
-                name == "trainer_state.json" and is_cut
-            )  # which its last byte, a line's end, ends
+            is_json = name == "trainer_state.json" and is_cut  # its last byte is only a newline
             assert newest == str(whole if is_json else data / "run" / "checkpoint-4"), (
                 name,
                 newest,
@@ -158,13 +156,13 @@ def torn_checkpoint(data: Path) -> str:
     (whole / "optimizer.pt").unlink()
     observed = reason(mmpack(*train(data, "--resume_from_checkpoint", whole)))
     observed = observed.replace(str(data), "...")
-    return f"each of {len(names)} files is missed; named by hand: `{observed}`; {resumed_exactly(data)}"
+    return f"each of {len(names)} files is noticed; if named explicitly: `{observed}`; {resumed_exactly(data)}"
 
 
 def unknown_id(data: Path) -> str:
-    """A token id that the model's table has no row for"""
+    """A token id beyond the model's embedding table"""
     config = json.loads((data / "config.json").read_text())
-    largest = json.loads((data / "packed" / "mmpack.json").read_text())["id range"][1]
+    largest = json.loads((data / "packed" / "mmpack.json").read_text())["id_range"][1]
     config["text_config"]["vocab_size"] = largest
     (data / "config.json").write_text(json.dumps(config))
     observed = reason(mmpack(*train(data)))

@@ -31,8 +31,10 @@ from transformers import (
     logging,
 )
 
+from mmpack.cli.terminal import say
 from mmpack.data import images
 from mmpack.data.encoder import Encoder
+from mmpack.data.progress import Progress, progress
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
 from mmpack.packing.assemble import assemble
@@ -86,36 +88,37 @@ def run_demo(folder: str | None = None) -> dict[str, float]:
         config = Qwen2VLConfig.from_pretrained(root / "config.json")
         samples = dataset.samples
         lengths = np.array([sample.num_tokens for sample in samples])
-        print(
+        say(
             f"{len(samples)} rows with {sum(len(s.grid_thw) for s in samples)} charts, "
             f"{lengths.sum():,} tokens, from {lengths.min()} to {lengths.max()} a row"
         )
-        print(
+        say(
             f"padded batches of {PADDED_BATCH}: {-(-len(samples) // PADDED_BATCH)} steps, "
             f"{padded_utilization(lengths, PADDED_BATCH):.0%} of the computed tokens are data"
         )
-        print(
+        say(
             f"packs of {CAPACITY:,}: {len(dataset)} steps, "
             f"{dataset.plan.utilization:.0%} of each pack is data"
         )
 
-        print("\ntraining one epoch of each in a Hugging Face Trainer on the CPU ...")
-        padded = _train(tiny_model(config), samples, pad_samples, PADDED_BATCH, scratch)
-        packed = _train(patch_model(tiny_model(config)), dataset, PackCollator(), 1, scratch)
+        say("\ntraining one epoch of each in a Hugging Face Trainer, in CPU seconds of one core:")
+        padded = _train("padded", tiny_model(config), samples, pad_samples, PADDED_BATCH, scratch)
+        model = patch_model(tiny_model(config))
+        packed = _train("packed", model, dataset, PackCollator(), 1, scratch)
         for name, seconds in {"padded": padded, "packed": packed}.items():
-            print(f"  {name}  {lengths.sum() / seconds:8,.0f} useful tokens/s  {seconds:5.1f} s")
-        print(f"  packed is {padded / packed:.1f} x as fast on the same rows")
+            say(f"  {name}  {lengths.sum() / seconds:8,.0f} useful tokens/s  {seconds:5.1f} s")
+        say(f"  packed is {padded / packed:.1f} x as fast on the same rows")
 
         loss, gradient, num_rows = _compare(config, dataset)
-        print(
+        say(
             f"\none pack against its {num_rows} rows alone, in stock transformers, float32:\n"
             f"  token-weighted loss   relative difference {loss:.1e}\n"
             f"  gradients             largest relative difference of a parameter {gradient:.1e}"
         )
     total = time.perf_counter() - start
-    print(f"\ndone in {total:.0f} s")
+    say(f"\ndone in {total:.0f} s")
     if folder:
-        print(
+        print(  # not wrapped: commands are copied
             f"\nleft in {folder}; now try\n"
             f"  mmpack pack {folder}/train.json --tokenizer {folder}/tokenizer "
             f"--capacity {CAPACITY} --out {folder}/packed\n"
@@ -299,8 +302,8 @@ def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _train(model: Any, data: Any, collator: Any, batch_size: int, scratch: str) -> float:
-    """Seconds of one epoch, loading and decoding included."""
+def _train(name: str, model: Any, data: Any, collator: Any, batch_size: int, scratch: str) -> float:
+    """CPU seconds of one epoch, loading and decoding included: other programs on a busy machine do not count."""
     args = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=1,
@@ -313,16 +316,23 @@ def _train(model: Any, data: Any, collator: Any, batch_size: int, scratch: str) 
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = _QuietTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
-    seconds: float = trainer.train().metrics["train_runtime"]
-    return seconds
+    steps = -(-len(data) // batch_size)
+    with progress(name, steps, "steps") as bar:
+        trainer = _BarTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
+        trainer.bar = bar
+        start = time.process_time()
+        trainer.train()
+        return time.process_time() - start
 
 
-class _QuietTrainer(Trainer):
-    """Keeps its log, prints nothing."""
+class _BarTrainer(Trainer):
+    """Prints no log, but moves a bar."""
+
+    bar: Progress
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        self.state.log_history.append({**logs, "step": self.state.global_step})
+        if "loss" in logs:
+            self.bar.update()
 
 
 def _compare(config: Qwen2VLConfig, dataset: PackedDataset) -> tuple[float, float, int]:

@@ -20,7 +20,8 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
 from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_tokenizer
-from mmpack.pack_html import counted, frames_of
+from mmpack.errors import counted
+from mmpack.pack_html import frames_of
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
@@ -203,8 +204,9 @@ def _spans(pack: Pack, medium_of: list[int], first_frame: list[int]) -> list[Spa
     return spans
 
 
-def table(view: PackView) -> str:
-    """A line per segment, and one for each further image or video."""
+def table(view: PackView, width: int | None = None) -> str:
+    """A line a segment, and one for each further image or video; where that is wider than `width`, all images
+    and videos have lines of their own, below."""
     tokens, supervised = len(view.pack.input_ids), len(view.pack.supervised_index)
     lines = [
         f"pack {view.number} of {view.num_packs:,}: {tokens:,} of {view.capacity:,} tokens "
@@ -227,7 +229,14 @@ def table(view: PackView) -> str:
             )
         )
         rows += [("", "", "", "", "", other) for other in media[1:]]
-    return "\n".join(lines + [line.rstrip() for line in aligned(rows, left=(1, 5))])
+    wide = [line.rstrip() for line in aligned(rows, left=(1, 5))]
+    if width is None or max(map(len, wide)) <= width:
+        return "\n".join(lines + wide)
+    narrow = iter(aligned([row[:5] for row in rows if row[0]], left=(1,)))
+    for row in rows:
+        lines += [next(narrow)] if row[0] else []
+        lines += [f"    {row[5]}"] if row[5] and row is not rows[0] else []
+    return "\n".join(lines)
 
 
 def _described(view: PackView, medium: Medium) -> str:
@@ -372,8 +381,10 @@ def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | N
             what = recorded if recorded.startswith("hf:") else "FOLDER"
             return None, f"{gone}, --tokenizer {what} shows text"
         tokenizer = load_tokenizer(folder)
-    before = about.made_from.get("the tokenizer")
-    is_same = before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
+    before = about.made_from.get("the tokenizer")  # None: `PackedDataset.save` does not know
+    is_same = (
+        before is None or before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
+    )
     note = "" if is_same else f"{name or recorded} is not the tokenizer this was packed with"
 
     def decode(ids: list[int]) -> str:

@@ -28,7 +28,7 @@ from mmpack.cli.inspect import (
 )
 from mmpack.cli.terminal import one_line
 from mmpack.data import images, videos
-from mmpack.pack_html import counted
+from mmpack.errors import counted
 from mmpack.packing.dataset import PackedDataset
 from mmpack.types import ImageRef
 

@@ -7,10 +7,12 @@ and shows its traceback.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,12 @@ from mmpack.cli.options import (
     TrainOptions,
     parse,
 )
-from mmpack.cli.terminal import escaped_streams, one_line, unescaped
+from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
+from mmpack.data.progress import row_progress
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
@@ -55,11 +58,12 @@ def _run(arguments: Sequence[str] | None) -> int:
             if options.quiet:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(_without_progress())
             code = _COMMANDS[command](options) or 0
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("mmpack: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["mmpack: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `mmpack ... | head`
         os.dup2(
@@ -76,6 +80,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"mmpack: {one_line(reason)}", file=sys.stderr)
     return 1
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    logger = logging.getLogger("mmpack.data.progress")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _encoder(
@@ -104,8 +119,6 @@ def _encoder(
 
 
 def _check(options: CheckOptions) -> int:
-    from tqdm import tqdm
-
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
     from mmpack.cli.plots import check_picture
     from mmpack.cli.tables import check_table, json_line
@@ -114,18 +127,18 @@ def _check(options: CheckOptions) -> int:
     groups = list(reader.groups(options.data))
     summary = Summary(hash_files=options.decode)
     summary.add_files(group.file for group in groups)
-    rows = check_rows(groups, reader)
-    for checked in tqdm(rows, unit=" rows", desc="checking", disable=options.quiet or None):
-        summary.add(checked)
-        if options.json:
-            print(json_line(row_line(checked)), end="")
+    with row_progress("checking", groups) as (groups, bar):
+        for checked in bar.each(check_rows(groups, reader)):
+            summary.add(checked)
+            if options.json:
+                print(json_line(row_line(checked)), end="")
     if options.bad is not None:
         lines = [json_line(bad_row_line(bad)) for bad in summary.bad_rows]
         Path(options.bad).write_text("".join(lines), encoding="utf-8")
     if options.json:
         print(json_line({"summary": summary.as_dict()}), end="")
     else:
-        print(check_table(summary))
+        say(check_table(summary))
     if options.png is not None:
         check_picture(summary, options.png)
     return 1 if summary.bad_rows else 0
@@ -179,8 +192,8 @@ def _inspect(options: InspectOptions) -> None:
     if options.json:
         print(json.dumps(inspect.as_dict(view, decode, chosen)))
         return
-    print(inspect.table(view))
-    color = sys.stdout.isatty()
+    say(inspect.table(view, width()))
+    color = is_colored(sys.stdout)
     file = unescaped(sys.stdout) if color else sys.stdout
     for segment in chosen:
         print(f"\n{inspect.text(view, segment, decode, color)}", file=file)
@@ -234,8 +247,6 @@ def _reading(options: ReadingOptions) -> dict[str, Any]:
 
 
 def _train(options: TrainOptions) -> None:
-    from tqdm import tqdm
-
     from mmpack.cli.pack import cut_long
     from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
@@ -269,9 +280,9 @@ def _train(options: TrainOptions) -> None:
         skip = Skip(options.max_bad, bad_rows)
         encoder = _encoder(options, skip if options.on_error == "skip" else "raise")
         groups = list(encoder.groups(options.data))
-        encoded = encoder.encode(encoder.read_groups(groups))
-        bar = tqdm(encoded, unit=" rows", desc="encoding", disable=options.quiet or None)
-        samples, patch_capacity, on_overflow = cut_long(list(bar), encoder.vision, options.planning)
+        with row_progress("encoding", groups) as (groups, bar):
+            found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
+        samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, options.planning)
         dataset = PackedDataset.from_samples(
             samples,
             options.capacity,
@@ -294,8 +305,33 @@ def _train(options: TrainOptions) -> None:
             print("images and videos are read from anywhere; --media-dir FOLDER confines them")
         else:
             print(f"images and videos are read from {' and '.join(folders)}")
-        result = train(model, dataset, args)
+        try:
+            result = train(model, dataset, args)
+        except KeyboardInterrupt:
+            if args.process_index:
+                raise
+            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
     print(json.dumps(result))
+
+
+def _how_to_continue(words: Sequence[str], args: Any) -> str:
+    """What a run that was interrupted can be continued with."""
+    from mmpack.hf.checkpoints import last_checkpoint
+
+    last = last_checkpoint(args.output_dir)
+    if last is None:
+        return (
+            f"no checkpoint was saved in {args.output_dir} yet; the same command starts again "
+            "(--save_steps N saves earlier)"
+        )
+    if args.world_size > 1:
+        return f"to continue from {last}: the same command with --resume_from_checkpoint last"
+    name, kept = "resume_from_checkpoint", list(words)
+    places = [n for n, word in enumerate(kept) if word.lstrip("-").replace("-", "_") == name]
+    for place in reversed(places):
+        del kept[place : place + 2]
+    command = shlex.join(["mmpack", *kept, f"--{name}", "last"])
+    return f"to continue from {last}:\n  {command}"
 
 
 def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
@@ -325,7 +361,10 @@ def _env(options: EnvOptions) -> None:
     from mmpack.cli.env import env_table, environment
 
     found = environment()
-    print(json.dumps(found) if options.json else env_table(found))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        say(env_table(found))
 
 
 _COMMANDS: dict[str, Callable[[Any], int | None]] = {

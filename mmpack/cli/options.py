@@ -275,6 +275,7 @@ class TrainOptions(PackingOptions, Options):
         "float32",
     )
     training: tuple[str, ...] = ()  # other words, for TrainingArguments
+    words: tuple[str, ...] = ()  # all words, to print the command that continues the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +311,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     parser = command_line()
     known = {_name(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
     dashed = []
-    for word in sys.argv[1:] if words is None else words:
+    words = sys.argv[1:] if words is None else words
+    for word in words:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         dashed.append(name + equals + value if name in known else word)
@@ -320,7 +322,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     command: str = given.pop("command")
     kind = COMMANDS[command][0]
     if kind is TrainOptions:
-        given["training"] = tuple(rest)
+        given |= {"training": tuple(rest), "words": tuple(words)}
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return command, kind(**given)

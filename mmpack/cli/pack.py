@@ -12,19 +12,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
-from mmpack.data.file_formats import Row, count_rows
+from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
 from mmpack.errors import BadRow, Skip
 from mmpack.packing.cost import costs_of
@@ -187,7 +186,7 @@ def _encode(
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about = replace(about, files={str(file): _stamp(file) for file in files})
-    batches = _batches(groups, encoder, about.part, options)
+    batches = _batches(groups, encoder, about.part, options.jobs)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
@@ -251,25 +250,25 @@ def report_packs(out: Path, options: PictureOptions, reused: bool, start: float)
         print(json.dumps(report))
         return
     if reused:
-        print(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
-    print(
+        say(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
+    say(
         f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
         f"{vision.max_pixels:,} pixels"
     )
-    print(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
-    print("\n".join(balance_lines(report)))
+    say(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
+    say("\n".join(balance_lines(report)))
     if report.get("split"):
         cut = report["pieces"] - len(store) + report["split"]
-        print(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
+        say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     if num_bad:
-        print(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
+        say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if plan.num_dropped or plan.num_truncated:
-        print(
+        say(
             f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
             f"{out / 'overflow.jsonl'}"
         )
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def _report_part(out: Path, options: PackOptions, reused: bool, start: float) -> None:
@@ -284,11 +283,11 @@ def _report_part(out: Path, options: PackOptions, reused: bool, start: float) ->
     if options.json:
         print(json.dumps(report))
         return
-    print(
+    say(
         f"part {options.shard}: {report['rows']:,} rows, {num_bad:,} of them bad, in "
         f"{report['seconds']:.1f} s; mmpack merge joins all parts"
     )
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -316,29 +315,12 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 
 
 def _batches(
-    groups: list[RowGroup], encoder: Encoder, part: Part | None, options: PackOptions
+    groups: list[RowGroup], encoder: Encoder, part: Part | None, jobs: int | None
 ) -> Iterator[bytes]:
-    """Batches for a store, a bar showing rows, rows a second and, where files know how many they
-    have, how long it will take. What becomes of its chunks is added to a part."""
+    """Batches for a store, with their progress. What becomes of its chunks is added to a part."""
     number, of = (1, 1) if part is None else (part.number, part.of)
-    counts = [count_rows(group.file) if group.file is not None else None for group in groups]
-    is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
-    is_known = all(array or count is not None for array, count in zip(is_array, counts))
-    total = sum(count or 0 for count in counts) // of if is_known else None
-    with tqdm(total=total, unit=" rows", desc="encoding", disable=options.quiet or None) as bar:
-
-        def counted(rows: Iterable[Row]) -> Iterator[Row]:
-            """An array is read whole, so that is when its length is known."""
-            rows = list(rows)
-            if is_known:
-                bar.total += len(rows) // of
-            yield from rows
-
-        groups = [
-            group._replace(rows=counted(group.rows)) if array else group
-            for group, array in zip(groups, is_array)
-        ]
-        for indexed in index_rows(groups, encoder, jobs=options.jobs, part=(number, of)):
+    with row_progress("encoding", groups, parts=of) as (groups, bar):
+        for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):
             bar.update(indexed.num_rows)
             if part is not None:
                 num_bad, has_samples = len(indexed.bad_rows), indexed.batch is not None

@@ -43,12 +43,18 @@ def check_picture(summary: Summary, path: str) -> None:
     unit = "tokens" if summary.has_tokens else "characters"
     lengths = np.array([length for length, _, _ in summary.lengths])
     figure = _figure((12, 3.6))
+    from matplotlib.ticker import LogLocator, NullFormatter  # _figure says what to do without
+
     left, middle, right = figure.subplots(1, 3)
 
     left.hist(
         lengths, bins=np.geomspace(max(1, lengths.min()), lengths.max() + 1, 40), color="#4477aa"
     )
     left.set(xscale="log", xlabel=f"{unit} per row", ylabel="rows", title="lengths")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.tick_params(axis="x", rotation=30)
     counts = sorted(summary.images_per_row.items())
     middle.bar([str(n) for n, _ in counts], [count for _, count in counts], color="#228833")
     middle.set(xlabel="images per row", ylabel="rows", title="images")
@@ -63,11 +69,11 @@ def check_picture(summary: Summary, path: str) -> None:
             right.text(place, top, too_long if line["too_long"] else packs, **style)
         padded = 100 * summary.as_dict()["padded_utilization"]
         right.axhline(padded, color="#333333", linestyle="--")
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        label = f"padded batches of 8: {padded:.0f} %"
-        right.text(len(table) - 0.6, padded - 4, label, ha="right", va="top", bbox=box)
         right.set(
-            xlabel="capacity", ylabel="% of a pack filled", ylim=(0, 105), title="utilization"
+            xlabel=f"capacity (dashed: padded batches of 8, {padded:.0f} %)",
+            ylabel="% of a pack filled",
+            ylim=(0, 105),
+            title="utilization",
         )
         right.tick_params(axis="x", rotation=30)
     else:
@@ -109,7 +115,7 @@ def pack_picture(
     right.barh(range(len(names)), share - starts, left=starts, color="#228833", label="images")
     right.set(yticks=range(len(names)), yticklabels=names)
     right.set(xlabel="% of all tokens", title="files")
-    right.legend(loc="upper right", bbox_to_anchor=(1, -0.12), ncols=2, frameon=False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 

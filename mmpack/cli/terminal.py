@@ -1,4 +1,4 @@
-"""Escapes control characters in text from rows and paths.
+"""Output to a terminal: escapes control characters in text from rows and paths, and wraps our own lines.
 
 A terminal obeys control characters: they can move the cursor, hide text, change the title or write to the
 clipboard. So everything the command line prints passes through `escaped_streams`. Text that must stay on one line,
@@ -7,8 +7,11 @@ such as an error or a table cell, also passes through `one_line`.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +89,34 @@ def escaped_streams() -> Iterator[None]:
         raise
     finally:
         sys.stdout, sys.stderr = out, err
+
+
+def is_colored(stream: TextIO) -> bool:
+    """Whether to write colours: NO_COLOR and FORCE_COLOR say so, without them terminals get some."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def width() -> int | None:
+    """Columns of the terminal that stdout is; None: it is none, and lines may have any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def say(text: str) -> None:
+    """Print lines, on a terminal wrapped between words to its width."""
+    columns = width()
+    for line in text.split("\n"):
+        if columns is not None and len(line) > columns:
+            indent = " " * (len(line) - len(line.lstrip()) + 4)
+            line = textwrap.fill(
+                line,
+                columns,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        print(line)
 
 
 def unescaped(stream: TextIO) -> TextIO:

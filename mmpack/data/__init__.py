@@ -1,1 +1,1 @@
-"""Rows on disk -> samples -> token ids; images and videos."""
+"""Rows on disk -> samples -> token ids; decodes images and videos."""

@@ -1,8 +1,8 @@
-"""A tokenizer's chat template, with a conversation's texts left out.
+"""The layout that a tokenizer's chat template gives a conversation: everything but the conversation's own texts.
 
-It is rendered once with stand-ins for the texts, once per conversation shape, which tells which
-characters the template wrote; it is rendered for real too, and a row whose text it rewrites is
-refused. A document has no template.
+The template is rendered with stand-ins once per conversation shape, which shows which characters the template
+wrote. It is also rendered with the real texts, and a row whose text it rewrites is refused. A document has no
+template.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mmpack.errors import RowError
 from mmpack.types import IGNORE, Media, Message, VideoRef
 from mmpack.vision_spec import VisionSpec
 
-_END_OF_DOCUMENT = "<|endoftext|>"  # of Qwen's base models; the instruct ones' eos ends a turn
+_END_OF_DOCUMENT = "<|endoftext|>"  # as in Qwen's base models; the instruct models' eos ends a turn
 _STAND_IN = "\ue000{}\ue001"  # private use characters: no template tests for them
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """What the template writes alone: the same for every conversation of a shape."""
+    """Template text without row text: the same for every conversation of a shape."""
 
     text: str
     ids: tuple[int, ...]
@@ -32,17 +32,17 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What the template has between two special tokens: its text around one text of the row."""
+    """The template's text around one text of the row, between two special tokens."""
 
     before: str
     after: str
     is_answer: bool = False
-    before_ids: tuple[int, ...] = ()  # an answer's: those of `before` alone
-    ends_early: bool = False  # an answer's: `after` is not of it
+    before_ids: tuple[int, ...] = ()  # for an answer: the ids of `before` alone
+    ends_early: bool = False  # for an answer: `after` is not part of it
 
 
 class Clip(NamedTuple):
-    """A video's marker, where it becomes several."""
+    """A video's marker, for families that repeat it for each temporal patch."""
 
     text: str
 
@@ -51,16 +51,16 @@ Layout = tuple[Fixed | Slot | Clip, ...]  # a rendered conversation with its tex
 
 
 class _Piece(NamedTuple):
-    """What stands between two special tokens of a rendered template."""
+    """The text between two special tokens of a rendered template."""
 
     before: str = ""
-    slot: int | None = None  # which text of the conversation; None: template text alone
+    slot: int | None = None  # index of the conversation's text; None: template text only
     after: str = ""
 
 
 class Template:
-    """What many conversations share: the special tokens, and the layout of every shape. Options are
-    those of `mmpack.Encoder`; `is_prompt` ends where the assistant is to speak."""
+    """The special tokens, and a cached layout per conversation shape. Options are those of `mmpack.Encoder`;
+    with `is_prompt` the layout ends where the assistant's turn begins."""
 
     def __init__(
         self,
@@ -98,7 +98,11 @@ class Template:
         self._layouts: dict[tuple[tuple[str, ...], ...], Layout] = {}
 
     def layout(self, messages: tuple[Message, ...]) -> Layout:
-        """The layout of the conversation's shape, checked against the template's own rendering."""
+        """The layout of the conversation's shape, checked against the template's rendering of its texts.
+
+        Raises:
+            RowError: the template rewrites, drops or reorders the texts.
+        """
         if messages[0].role == "document":
             return self._document_layout(messages[0])
         shape = tuple(
@@ -120,13 +124,13 @@ class Template:
         if "".join(filled) != self._render(_chat(messages, texts)):
             raise RowError(
                 "the chat template rewrites this row's text (trims it, or strips reasoning), so its "
-                "answer cannot be told from the rest",
+                "answer cannot be located",
                 "clean the row or use another template",
             )
         return layout
 
     def _document_layout(self, document: Message) -> Layout:
-        """No template: texts, images and the token that ends a document. All text is supervised."""
+        """Texts, images and the token that ends a document, without a template. All text is supervised."""
         run = (
             self._vision.vision_start_token_id,
             self._vision.image_token_id,
@@ -144,7 +148,7 @@ class Template:
         stand_ins = [_STAND_IN.format(n) for n in range(len(texts_of(messages)))]
         items = self._split(self._render(_chat(messages, stand_ins)))
 
-        # The slot or image of every item that holds one, against the conversation in its order.
+        # The slots and images must be those of the conversation, in its order.
         slots = iter(range(len(stand_ins)))
         parts = [
             next(slots) if isinstance(p, str) else _kind(p) for m in messages for p in m.content
@@ -191,7 +195,7 @@ class Template:
         return Slot(item.before, item.after, True, before_ids, ends_early=bool(item.after))
 
     def _split(self, rendered: str) -> list[_Piece | int]:
-        """What was rendered from stand-ins: ids of special tokens, and what is between them."""
+        """Split a rendering of stand-ins into ids of special tokens and the pieces between them."""
         items: list[_Piece | int] = []
         piece = _Piece()
         position = 0
@@ -214,11 +218,10 @@ class Template:
         return items
 
     def tokenize(self, strings: list[str]) -> list[list[int]]:
-        """The ids of each string, special tokens in it being text.
+        """The ids of each string; special tokens in a string are text.
 
-        `encode_batch_fast` of the tokenizer's backend, set as its own call sets it, which here costs
-        half as much again (a dict a string). "Longer than the model's maximum" is the planner's
-        business.
+        Calls the backend's `encode_batch_fast` with the settings of the tokenizer's `__call__`, which takes 1.5x
+        the time here because it builds a dict per string. No string is truncated to the model's maximum.
         """
         backend = self._tokenizer.backend_tokenizer
         backend.no_padding()
@@ -228,7 +231,7 @@ class Template:
 
 
 def strings(layout: Layout, texts: Iterable[str]) -> Iterator[str]:
-    """What to tokenise: every span whole, and where text follows an answer, without that."""
+    """The strings to tokenize: each slot whole, then without `after` if that text follows an answer."""
     remaining = iter(texts)
     for item in layout:
         if isinstance(item, Slot):
@@ -249,7 +252,7 @@ def texts_of(messages: Iterable[Message]) -> list[str]:
 
 
 def _chat(messages: Iterable[Message], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them, with the texts replaced."""
+    """Messages in the form chat templates take, with their texts replaced by `texts`."""
     replacement = iter(texts)
     chat = []
     for message in messages:

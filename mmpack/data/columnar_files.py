@@ -1,9 +1,9 @@
-"""Parquet and Arrow files -> what their rows hold, validated before a value is touched.
+"""Parquet and Arrow files -> their rows, validated before any value is read.
 
-pyarrow trusts what it reads: a wrong offset in a file is a read of memory that is not the array's. So each
-batch is validated whole (`validate(full=True)`) before it is used, and what a row takes is known before it is
-made. A value that Python cannot hold (a date of the year 20,000, an unknown time zone) becomes an
-`Unread`: an error of its row where somebody reads the column, else nothing.
+pyarrow trusts its input: a wrong offset in a file makes it read memory outside the array. So each batch is
+validated (`validate(full=True)`) before use, and a row's size is computed before the row is made. A value that
+Python cannot hold (a date in the year 20,000, an unknown time zone) becomes an `Unread`; the row is refused only
+if one of its fields that mmpack reads holds one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from mmpack.data.limits import MAX_ROW, most_bytes, most_rows
 from mmpack.errors import RowError
 
-_ROWS = 256  # at once: one Python row at a time would be slow
-_ARROW_FILE = b"ARROW1\0\0"  # what the file format has in front of the stream
-Content = tuple[Any, RowError | None]  # a row, or None and why it is not read
+_ROWS = 256  # converted at once: one row at a time is slow
+_ARROW_FILE = b"ARROW1\0\0"  # the file format's magic, before the stream
+Content = tuple[Any, RowError | None]  # (row, None), or (None, why it is not read)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Unread:
-    """The value of a column that is not read. It is none of the types a field may have, so whoever
-    reads the field refuses the row, and says this."""
+    """A value that is not read. Its type is none that a field may have, so code that reads the field refuses
+    the row and shows `why`."""
 
     why: str
 
@@ -37,14 +37,14 @@ def parquet_contents(path: Path) -> Iterator[Content]:
     """The rows of a Parquet file.
 
     Raises:
-        ValueError: it is no Parquet file, is damaged, or holds more than its size allows.
+        ValueError: it is not a Parquet file, is damaged, or holds more than its size allows.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as opened:
-            about = opened.metadata  # no column's: pyarrow 26 aborts where that is damaged
+            about = opened.metadata  # row groups only: pyarrow 26 aborts on damaged column metadata
             groups = range(about.num_row_groups)
             num_bytes = sum(about.row_group(group).total_byte_size for group in groups)
             _check_size(path, num_bytes)
@@ -54,26 +54,26 @@ def parquet_contents(path: Path) -> Iterator[Content]:
 
 
 def parquet_count(path: Path) -> int:
-    """How many rows a Parquet file says it has.
+    """The number of rows in a Parquet file's footer.
 
     Raises:
-        ValueError: it is no Parquet file.
+        ValueError: it is not a Parquet file.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
         return int(pyarrow.parquet.read_metadata(path).num_rows)
-    except pyarrow.ArrowException as error:  # of which some are no ValueErrors
+    except pyarrow.ArrowException as error:  # some are not ValueErrors
         raise ValueError(f"{path.name} is not a Parquet file: {error}") from None
 
 
 def arrow_contents(path: Path) -> Iterator[Content]:
-    """The rows of an Arrow file, in both layouts: the stream `datasets` writes, and the file format
-    (Feather), which is a stream with an index behind it.
+    """The rows of an Arrow file in either layout: the stream that `datasets` writes, or the file format
+    (Feather), which is a stream followed by an index.
 
     Raises:
-        ValueError: it is no Arrow file, is damaged, or holds more than its size allows.
+        ValueError: it is not an Arrow file, is damaged, or holds more than its size allows.
     """
     import pyarrow
     import pyarrow.ipc
@@ -82,7 +82,7 @@ def arrow_contents(path: Path) -> Iterator[Content]:
         with pyarrow.memory_map(str(path)) as mapped:
             start = len(_ARROW_FILE) if mapped.read(len(_ARROW_FILE)) == _ARROW_FILE else 0
             if start:
-                pyarrow.ipc.open_file(mapped)  # the end is there, so nothing is cut off
+                pyarrow.ipc.open_file(mapped)  # reads the file's end, so a cut file fails here
             mapped.seek(start)
             _check_size(path, _decompressed_bytes(pyarrow.ipc.MessageReader.open_stream(mapped)))
             mapped.seek(start)
@@ -95,7 +95,8 @@ def _check_size(path: Path, num_bytes: int) -> None:
     size = path.stat().st_size
     if num_bytes > most_bytes(size):
         raise ValueError(
-            f"{path.name} says it holds {num_bytes:,} bytes in {size:,}, which no data set does"
+            f"{path.name} claims to hold {num_bytes:,} bytes in a file of {size:,}, too many for a data set; "
+            "write it again"
         )
 
 
@@ -107,8 +108,8 @@ def _contents(path: Path, batches: Any) -> Iterator[Content]:
         last = number + batch.num_rows - 1
         if last >= most:
             raise ValueError(
-                f"{path.name} says it holds {last + 1:,} rows in {path.stat().st_size:,} bytes, "
-                "which no data set does"
+                f"{path.name} claims to hold {last + 1:,} rows in a file of {path.stat().st_size:,} bytes, "
+                "too many for a data set; write it again"
             )
         try:
             batch.validate(full=True)
@@ -123,14 +124,20 @@ def _contents(path: Path, batches: Any) -> Iterator[Content]:
 
 
 def _rows(batch: Any, unread: list[str]) -> Iterator[Content]:
-    """The rows of some hundred: one at a time where they are large."""
+    """The rows of a batch of at most `_ROWS`; one row at a time if they are large."""
     columns = [column for column, why in zip(batch.columns, unread) if not why]
     num_bytes = sum(map(_num_bytes, columns))
     if num_bytes > MAX_ROW and batch.num_rows > 1:
         for row in range(batch.num_rows):
             yield from _rows(batch.slice(row, 1), unread)
     elif num_bytes > MAX_ROW:
-        yield None, RowError(f"the row takes {num_bytes:,} bytes, {MAX_ROW:,} are read", "cut it")
+        yield (
+            None,
+            RowError(
+                f"the row takes {num_bytes:,} bytes, at most {MAX_ROW:,} are read",
+                "shorten the row, or give images as paths",
+            ),
+        )
     else:
         names = batch.schema.names
         cells = [_cells(column, why) for column, why in zip(batch.columns, unread)]
@@ -139,12 +146,12 @@ def _rows(batch: Any, unread: list[str]) -> Iterator[Content]:
 
 
 def _cells(column: Any, why: str) -> list[Any]:
-    """A column's values, each that cannot be one in Python as `Unread`."""
+    """A column's values; each that Python cannot hold becomes an `Unread`."""
     if why:
         return [Unread(why)] * len(column)
     try:
         return list(column.to_pylist())
-    except Exception:  # of dates, time zones, decimals, names: whatever one value raises is its own
+    except Exception:  # dates, time zones, decimals: find the values that fail, one by one
         return [_cell(value) for value in column]
 
 
@@ -156,8 +163,8 @@ def _cell(value: Any) -> Any:
 
 
 def _why_unread(kind: Any) -> str:
-    """Why values of an Arrow type are not read; "": they are. Unions, runs and views of lists, which no
-    data set has, may name the same bytes any number of times."""
+    """Why values of an Arrow type are not read; "" if they are. Unions, run-end encoding and list views can
+    refer to the same bytes any number of times, and data sets do not use them."""
     from pyarrow import types
 
     if isinstance(kind, _extension_types()):
@@ -184,8 +191,8 @@ def _extension_types() -> Any:
 
 
 def _num_bytes(array: Any) -> int:
-    """About the bytes of an array as Python values, before there are any: 8 a value, and those of its
-    texts, which views and dictionaries may name many times."""
+    """Estimated bytes of an array as Python values, before they are made: 8 per value plus the bytes of its
+    texts, to which views and dictionaries may refer many times."""
     import pyarrow
     import pyarrow.compute as pc
     from pyarrow import types
@@ -212,16 +219,15 @@ def _num_bytes(array: Any) -> int:
 
 
 def _text_lengths(array: Any) -> Any:
-    """Bytes of each text of an array; None: it has no texts."""
+    """The length in bytes of each text of an array; None if it holds no texts."""
     import numpy as np
     import pyarrow
     import pyarrow.compute as pc
     from pyarrow import types
 
     kind = array.type
-    if types.is_string_view(kind) or types.is_binary_view(
-        kind
-    ):  # its views of 16 bytes begin with it
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        # each view has 16 bytes, the first 4 of which are the length
         views = np.frombuffer(array.buffers()[1] or b"", np.int32)[::4]
         lengths = pyarrow.array(views[array.offset : array.offset + len(array)])
         return pc.if_else(array.is_valid(), lengths, 0)
@@ -231,9 +237,9 @@ def _text_lengths(array: Any) -> Any:
 
 
 def _decompressed_bytes(messages: Any) -> int:
-    """What the compressed buffers of an Arrow stream say they hold. pyarrow would make room for all of it.
+    """The decompressed bytes that an Arrow stream's compressed buffers claim; pyarrow would allocate all of them.
 
-    The layout is Arrow's `Message.fbs`: each compressed buffer begins with its size as int64.
+    The layout is Arrow's `Message.fbs`: each compressed buffer begins with its decompressed size as int64.
     """
     total = 0
     for message in messages:
@@ -245,7 +251,7 @@ def _decompressed_bytes(messages: Any) -> int:
         if message.type == "dictionary":
             batch = _table(data, _field(data, batch, 1))
         if not _field(data, batch, 3):
-            continue  # not compressed: as many bytes as the file has
+            continue  # not compressed: bounded by the file's size
         vector = _table(data, _field(data, batch, 2))
         (count,) = struct.unpack_from("<I", data, vector)
         for place in range(count):
@@ -256,7 +262,7 @@ def _decompressed_bytes(messages: Any) -> int:
 
 
 def _field(data: Any, table: int, number: int) -> int:
-    """Where a field of a flatbuffer's table is; 0: it has none."""
+    """The position of a field of a flatbuffer table; 0 if the table lacks it."""
     (back,) = struct.unpack_from("<i", data, table)
     size, *_ = struct.unpack_from("<H", data, table - back)
     if 4 + 2 * number >= size:
@@ -266,6 +272,6 @@ def _field(data: Any, table: int, number: int) -> int:
 
 
 def _table(data: Any, place: int) -> int:
-    """Where what a field points at is."""
+    """The position that a field's offset points to."""
     (offset,) = struct.unpack_from("<I", data, place)
     return place + int(offset)

@@ -1,7 +1,7 @@
-"""The shapes rows come in -> turns of (role, parts): ShareGPT, OpenAI messages, Alpaca.
+"""Rows in ShareGPT, OpenAI or Alpaca shape -> turns of (role, parts).
 
-What the fields mean is LLaMA-Factory's contract (`data/converter.py` there). Tool use becomes text
-the way Qwen2.5's and Qwen3's own chat templates write it, because Qwen2-VL's has no tools.
+Fields have the meaning LLaMA-Factory gives them (`data/converter.py` there). Tool use becomes text in the form of
+Qwen2.5's and Qwen3's chat templates, because Qwen2-VL's template has no tools.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mmpack.errors import RowError, names
 
 MARKERS = {"image": "<image>", "video": "<video>"}
 _SPLIT = re.compile(f"({'|'.join(MARKERS.values())})")
-DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen-VL's templates write without one
+DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen-VL's templates write it if there is none
 
 
 @dataclass(frozen=True, slots=True)
 class MediaPart:
-    """An image or a video at its place; `value` None: the next one of the row's list."""
+    """An image or a video at its position in a turn; `value` None: the next one in the row's list."""
 
     value: Any = None
     kind: str = "image"
@@ -65,12 +65,14 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Fields:
-    """Which column and tag means what; `kept` names LLaMA-Factory defaults a mapping left out."""
+    """The names of columns and tags. `kept` lists the tags, and `unnamed` the columns, that a mapping left out;
+    they have LLaMA-Factory's defaults."""
 
     formatting: str
     columns: dict[str, str]
     tags: dict[str, str]
     kept: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
 
 
 _SHAREGPT = Fields("sharegpt", _COLUMNS, _SHAREGPT_TAGS)
@@ -80,14 +82,13 @@ _ALPACA = Fields("alpaca", _COLUMNS, {})
 
 
 def mapped_fields(mapping: dict[str, Any]) -> Fields:
-    """The fields an entry of LLaMA-Factory's `dataset_info.json` describes.
+    """The fields that an entry of LLaMA-Factory's `dataset_info.json` describes.
 
-    There, a column or tag that the entry leaves out of a list it gives becomes None (so that
-    `mllm_demo`, for one, refuses system turns); here it keeps its documented default, and
-    `Fields.kept` says so.
+    If an entry gives `columns` or `tags` but leaves some out, LLaMA-Factory sets those to None (so `mllm_demo`
+    refuses system turns). Here they keep their documented defaults; `Fields.kept` and `Fields.unnamed` list them.
 
     Raises:
-        ValueError: a format or an option we do not read.
+        ValueError: an unsupported format or option.
     """
     columns, tags = _names_of(mapping, "columns"), _names_of(mapping, "tags")
     is_chat = "messages" in columns
@@ -95,40 +96,39 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
     base = {"sharegpt": _SHAREGPT, "openai": _OPENAI, "alpaca": _ALPACA}.get(str(formatting))
     if base is None:
         raise ValueError(
-            f"formatting {_short(formatting)} is not read; use sharegpt, openai or alpaca"
+            f"formatting {_short(formatting)} is not supported; use sharegpt, openai or alpaca"
         )
     for option in ("ranking", "num_samples", "subset", "kto_tag"):
         if mapping.get(option) or columns.get(option):
-            raise ValueError(f"a dataset_info.json entry with {option!r} is not supported")
+            raise ValueError(
+                f"a dataset_info.json entry with {option!r} is not supported; remove it"
+            )
     kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
-    kept += [
-        f"{name}={base.columns[name]!r}"
-        for name in ("system", "tools")
-        if columns and name not in columns
-    ]
+    unnamed = tuple(name for name in ("system", "tools") if columns and name not in columns)
     return Fields(
         formatting,
         {**base.columns, **{name: column for name, column in columns.items() if column}},
         {**base.tags, **{name: tag for name, tag in tags.items() if tag}},
         tuple(kept),
+        unnamed,
     )
 
 
 def _names_of(mapping: dict[str, Any], part: str) -> dict[str, str | None]:
-    """What `columns` or `tags` of a mapping call our names."""
+    """The `columns` or `tags` of a mapping: our name -> the row's name."""
     named = mapping.get(part) or {}
     is_dict = isinstance(named, dict)
     for name, value in named.items() if is_dict else [(part, named)]:
         if not is_dict or not isinstance(value, (str, type(None))):
             raise ValueError(
                 f"{name!r} of a dataset_info.json entry is {_short(value)}; "
-                f"{part!r} must hold names, one for each of ours"
+                f'{part!r} must be an object of names, for example {{"messages": "chat"}}'
             )
     return named
 
 
 def detect_fields(row: dict[str, Any]) -> Fields:
-    """The fields of a row nobody described, told by its own."""
+    """Detect the fields of a row without a mapping from its column names."""
     if row.get("conversations") is not None:
         return _SHAREGPT
     if row.get("messages") is not None:
@@ -141,23 +141,23 @@ def detect_fields(row: dict[str, Any]) -> Fields:
         f"no field 'conversations', 'messages' or 'instruction'; the row has {names(row)}",
         "rename the field, or map it in a dataset_info.json"
         if row
-        else "a Trainer takes fields out of rows unless TrainingArguments has remove_unused_columns=False",
+        else "a Trainer removes fields from rows unless TrainingArguments has remove_unused_columns=False",
     )
 
 
 def turns_of(row: dict[str, Any], fields: Fields, *, is_prompt: bool = False) -> list[Turn]:
-    """The turns of a row: an optional system turn, then user and assistant by turns. The assistant
-    speaks last, or in a prompt the user.
+    """The turns of a row: an optional system turn, then user and assistant alternating. The last turn is the
+    assistant's, or in a prompt the user's.
 
     Raises:
-        RowError: a field is missing or no text, an unknown role, turns out of order.
+        RowError: a field is missing or not text, a role is unknown, or turns are out of order.
     """
     columns = fields.columns
     turns = (
         _alpaca_turns(row, columns) if fields.formatting == "alpaca" else _chat_turns(row, fields)
     )
     system = row.get(columns["system"])
-    if system and turns[0][0] != "system":  # a system turn outranks the column
+    if system and turns[0][0] != "system":  # a system turn takes precedence over the column
         turns.insert(0, ("system", parts_of(system, "the system prompt")))
     tools = row.get(columns["tools"])
     if tools:
@@ -168,18 +168,18 @@ def turns_of(row: dict[str, Any], fields: Fields, *, is_prompt: bool = False) ->
     for number, (role, parts) in enumerate(turns):
         if role == "assistant" and not any(isinstance(p, MediaPart) or p.strip() for p in parts):
             raise RowError(
-                f"the assistant's text in turn {number} is empty", "there is nothing to learn"
+                f"the assistant's text in turn {number} is empty", "add an answer or drop the row"
             )
     return turns
 
 
 def chat_turns(row: dict[str, Any], fields: Fields | None) -> list[Turn]:
-    """The turns of a conversation as they stand there, in any order."""
+    """The turns of a conversation in the row's order, which is not checked."""
     return _chat_turns(row, fields or detect_fields(row))
 
 
 def structured(value: Any) -> Any:
-    """A list or object that a flat file (CSV) holds as JSON text."""
+    """Parse a list or object that a flat file (CSV) holds as JSON text; other values are returned unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return parse_json(value)
@@ -197,9 +197,7 @@ def _chat_turns(row: dict[str, Any], fields: Fields) -> list[Turn]:
             "rename the field, or map it in a dataset_info.json",
         )
     if not isinstance(messages, list) or not messages:
-        raise RowError(
-            f"{column!r} must be a list of turns, got {_short(messages)}", "mend the row"
-        )
+        raise RowError(f"{column!r} must be a list of turns, got {_short(messages)}", "fix the row")
     roles = {
         tags["user_tag"]: "user",
         tags["assistant_tag"]: "assistant",
@@ -214,14 +212,15 @@ def _chat_turns(row: dict[str, Any], fields: Fields) -> list[Turn]:
         if not isinstance(message, dict) or tags["role_tag"] not in message:
             has = names(message) if isinstance(message, dict) else type(message).__name__
             raise RowError(
-                f"{where} needs {tags['role_tag']!r} and {tags['content_tag']!r}, it has {has}",
+                f"{where} needs {tags['role_tag']!r} and {tags['content_tag']!r}, got {has}",
                 "rename its fields, or map them in a dataset_info.json",
             )
         name = message[tags["role_tag"]]
         role = roles.get(name) if isinstance(name, str) else None
         if role is None:
             raise RowError(
-                f"{where} has the unknown role {_short(name)}", f"known are {sorted(roles)}"
+                f"{where} has the unknown role {_short(name)}",
+                f"use one of {sorted(roles)}, or map it in a dataset_info.json",
             )
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
         parts = [] if calls and not content else parts_of(content, where)
@@ -246,12 +245,15 @@ def _alpaca_turns(row: dict[str, Any], columns: dict[str, str]) -> list[Turn]:
         isinstance(p, list) and len(p) == 2 for p in history
     ):
         raise RowError(
-            f"{columns['history']!r} must hold pairs, got {_short(history)}", "mend the row"
+            f"{columns['history']!r} must be a list of pairs, got {_short(history)}", "fix the row"
         )
     prompt, query = row.get(columns["prompt"]), row.get(columns["query"])
     for name in ("prompt", "response"):
         if row.get(columns[name]) is None:
-            raise RowError(f"no field {columns[name]!r}; the row has {names(row)}", "add it")
+            raise RowError(
+                f"no field {columns[name]!r}; the row has {names(row)}",
+                "add it, or map it in a dataset_info.json",
+            )
     turns: list[Turn] = []
     for number, (question, answer) in enumerate(history):
         turns.append(("user", parts_of(question, f"history {number}")))
@@ -263,15 +265,15 @@ def _alpaca_turns(row: dict[str, Any], columns: dict[str, str]) -> list[Turn]:
 
 
 def parts_of(content: Any, where: str) -> list[Part]:
-    """Text and pictures of a turn. In a string every `<image>` and `<video>` is one; in OpenAI content
-    parts a picture is a part of its own and `<image>` in a text is text."""
+    """The text, images and videos of a turn. In a string, `<image>` and `<video>` are markers. In OpenAI content
+    parts, images and videos are separate parts and `<image>` in a text is literal text."""
     if isinstance(content, str):
         kinds = {marker: kind for kind, marker in MARKERS.items()}
-        pieces = _SPLIT.split(_text(content, where))  # text and markers by turns
+        pieces = _SPLIT.split(_text(content, where))  # alternates text and markers
         return [MediaPart(kind=kinds[p]) if p in kinds else p for p in pieces]
     if not isinstance(content, list):
         raise RowError(
-            f"the text of {where} must be a string, got {_short(content)}", "mend the row"
+            f"the text of {where} must be a string, got {_short(content)}", "fix the row"
         )
     return [_content_part(part, where) for part in content]
 
@@ -294,40 +296,41 @@ def _content_part(part: Any, where: str) -> Part:
             value = {"frames": value, "fps": fps}
         return MediaPart(value, medium)
     raise RowError(
-        f"{where} has a content part of type {_short(kind)}", "text, image and video are read"
+        f"{where} has a content part of type {_short(kind)}", "use text, image or video parts"
     )
 
 
 def _text(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise RowError(f"the text of {where} must be a string, got {_short(text)}", "mend the row")
+        raise RowError(f"the text of {where} must be a string, got {_short(text)}", "fix the row")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(
-            f"the text of {where} has half a character (a lone surrogate) at {error.start}",
-            "mend it",
+            f"the text of {where} has half a character (a lone surrogate) at character {error.start}",
+            "fix the row",
         ) from None
     return text
 
 
 def _check_order(roles: Sequence[str], last: str) -> None:
-    spoken = roles[1:] if roles[0] == "system" else roles
-    for number, role in enumerate(spoken):
-        expected = "assistant" if number % 2 else "user"
+    first = int(roles[0] == "system")
+    for number, role in enumerate(roles[first:], first):
+        expected = "assistant" if (number - first) % 2 else "user"
         if role != expected:
             raise RowError(
-                f"found {role!r} where {expected!r} should speak ({' '.join(roles)[:80]})",
-                "turns must alternate user, assistant, ... after an optional system turn",
+                f"turn {number} has role {role!r}, expected {expected!r} (roles: {' '.join(roles)[:80]})",
+                "alternate user and assistant, after an optional system turn",
             )
-    if not spoken or spoken[-1] != last:
+    if len(roles) == first or roles[-1] != last:
         raise RowError(
-            f"the last turn must be the {last}'s ({' '.join(roles)[-80:]})", "cut it off"
+            f"the last turn must be the {last}'s (roles: {' '.join(roles)[-80:]})",
+            "remove the turns after it",
         )
 
 
 def _calls_text(calls: Any, where: str) -> str:
-    """Function calls as Qwen's chat templates write them."""
+    """Function calls as text, as Qwen's chat templates write them."""
     calls = structured(calls)
     texts = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -335,7 +338,7 @@ def _calls_text(calls: Any, where: str) -> str:
         arguments = structured(call.get("arguments")) if isinstance(call, dict) else None
         if arguments is None or not isinstance(call.get("name"), str):
             raise RowError(
-                f"{where} must call functions by name and arguments, got {_short(call)}",
+                f"{where} has a function call without name and arguments: {_short(call)}",
                 'write {"name": ..., "arguments": {...}}',
             )
         text = _dump({"name": call["name"], "arguments": arguments}, where)
@@ -344,11 +347,11 @@ def _calls_text(calls: Any, where: str) -> str:
 
 
 def _tools_text(tools: Any) -> str:
-    """The tools of a row as Qwen's chat templates add them to the system prompt."""
+    """A row's tools as text, as Qwen's chat templates add them to the system prompt."""
     tools = structured(tools)
     tools = tools if isinstance(tools, list) else [tools]
     if not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"'tools' must be a list of objects, got {_short(tools)}", "mend the row")
+        raise RowError(f"'tools' must be a list of objects, got {_short(tools)}", "fix the row")
     wrapped = [
         t if t.get("type") == "function" else {"type": "function", "function": t} for t in tools
     ]
@@ -367,11 +370,11 @@ def _dump(value: Any, where: str) -> str:
     try:
         return _text(json.dumps(value, ensure_ascii=False), where)
     except (TypeError, RecursionError):
-        raise RowError(f"{where} holds what JSON does not", "mend the row") from None
+        raise RowError(f"{where} holds a value that JSON cannot express", "fix the row") from None
 
 
 def _short(value: Any) -> str:
-    """A value in an error: never long, never deep."""
+    """A value for an error message, shortened."""
     if isinstance(value, (list, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"{value!a:.80}"

@@ -1,8 +1,7 @@
-"""The shapes pretraining documents come in -> parts of text and pictures.
+"""Rows with pretraining documents -> parts of text and images.
 
-A document is one text with its images in it: the field `text` (or the one a mapping calls `prompt`),
-or a conversation whose only turn with something in it is the assistant's, which is how documents are
-written for trainers that know conversations alone.
+A document is one text with images in it: the field `text` (or the one a mapping calls `prompt`), or a
+conversation with text in the assistant's turn only, the form used for trainers that only read conversations.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ from mmpack.errors import RowError, names
 
 
 def document_of(row: dict[str, Any], fields: Fields | None) -> list[Part]:
-    """The parts of a row's document; `fields` as mapped, None where nobody described the row.
+    """The parts of a row's document; `fields` is None without a mapping.
 
     Raises:
-        RowError: no document, an empty one, one with a video, or more text beside it.
+        RowError: the row has no document, an empty one, one with a video, or other text beside it.
     """
     is_chat = fields is not None and fields.formatting != "alpaca"
     if fields is None:
         is_chat = row.get("text") is None and ("conversations" in row or "messages" in row)
     parts = [_unless_video(p) for p in (_spoken if is_chat else _written)(row, fields)]
     if not any(not isinstance(part, str) or part.strip() for part in parts):
-        raise RowError("the document is empty", "there is nothing to learn")
+        raise RowError("the document is empty", "drop the row")
     return parts
 
 
 def _unless_video(part: Part) -> Part:
-    """Videos are not read: `<video>` in a text is text, as a tag of HTML is."""
+    """Refuse a video; `<video>` in a text is literal text, for example HTML."""
     if isinstance(part, str) or part.kind != "video":
         return part
     if part.value is not None:
-        raise RowError("the document has a video", "leave it out; of documents images are read")
+        raise RowError("the document has a video", "remove it; documents can only have images")
     return MARKERS["video"]
 
 
@@ -46,7 +45,7 @@ def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:
         if also:
             raise RowError(
                 f"the row has {names(also)} beside the document in {column!r}",
-                "a document is one text; pack instructions with --stage sft",
+                "a document is one text; for instructions use --stage sft (stage='sft')",
             )
     if row.get(column) is None:
         raise RowError(
@@ -61,7 +60,7 @@ def _spoken(row: dict[str, Any], fields: Fields | None) -> list[Part]:
     if [role for role, _ in turns] not in ([], ["assistant"]):
         roles = " ".join(role for role, _ in turns)
         raise RowError(
-            f"{len(turns)} turns hold something ({roles:.80}), a document is one, the assistant's",
-            "pack conversations with --stage sft",
+            f"{len(turns)} turns have content (roles: {roles:.80}), only the assistant's may",
+            "for conversations use --stage sft (stage='sft')",
         )
     return turns[0][1] if turns else []

@@ -1,14 +1,13 @@
 """Encoder: rows -> Sample -> EncodedSample. Chat template, label mask, one marker per image or video.
 
-The tokenizer's own chat template is rendered once with the row's text and once with stand-ins for
-it, which tells which characters the template wrote. Only special tokens *the template* wrote
-become special tokens; everything between two of them (role, newline and content together) is
-tokenised in one piece with `split_special_tokens=True`. So the ids equal those of the rendered
-text, and a control token typed by a user stays text and opens no turn.
+The tokenizer's chat template is rendered once with the row's texts and once with stand-ins, which shows which
+characters the template wrote. Only special tokens written *by the template* become special tokens; the text
+between two of them (role, newline and content together) is tokenized in one piece with
+`split_special_tokens=True`. So the ids equal those of the rendered text, and a control token typed by a user stays
+text and opens no turn.
 
-Where videos have timestamps, their marker becomes as many as the video has temporal patches, each behind
-its time and between vision tokens of its own, all within those the template wrote: the expansion of
-transformers' `Qwen3VLProcessor`.
+For videos with timestamps, the marker is repeated for each temporal patch, after its time and inside its own
+vision start and end tokens, all between those that the template wrote, as in transformers' `Qwen3VLProcessor`.
 """
 
 from __future__ import annotations
@@ -34,32 +33,32 @@ from mmpack.vision_spec import VisionSpec
 
 
 class _Vision(NamedTuple):
-    """What the images and videos of a sample are in a pack."""
+    """Grids and times of a sample's images and videos."""
 
     grids: list[tuple[int, int, int]]
-    steps: list[float]  # M-RoPE positions a temporal patch
-    timestamps: list[list[str]]  # of each video that has them
+    steps: list[float]  # M-RoPE positions per temporal patch
+    timestamps: list[list[str]]  # for each video with timestamps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoder(Reader):
-    """How rows become token ids: a tokenizer, a `VisionSpec`, and all options of reading and encoding.
+    """Turns rows into token ids: a tokenizer, a `VisionSpec`, and all options for reading and encoding.
 
-    Made by `from_processor` or `from_folder`, changed by `dataclasses.replace`, sent to workers by pickle.
+    Create it with `from_processor` or `from_folder`, change options with `dataclasses.replace`; it can be pickled.
 
     Attributes:
-        tokenizer: a transformers fast tokenizer with a chat template, or a processor holding one. None for
-            a spec alone, which processor outputs need.
-        vision: pixel budget and ids.
-        train_on_prompt: supervise all text, but no vision token.
+        tokenizer: a transformers fast tokenizer with a chat template, or a processor that holds one. None if only
+            the spec is needed, for processor outputs.
+        vision: patch sizes, pixel budget and token ids.
+        train_on_prompt: supervise all text, but no vision tokens.
         mask_history: supervise the last answer only.
-        stage, mapping, media_dir, on_error, missing_marker, verify: as of `Reader`.
+        stage, mapping, media_dir, on_error, missing_marker, verify: as in `Reader`.
 
     Raises:
-        ValueError: an option has a value it cannot have, or two contradict each other.
+        ValueError: an option has an invalid value, or two options contradict each other.
     """
 
-    tokenizer: Any = field(repr=False)
+    tokenizer: Any
     vision: VisionSpec
     train_on_prompt: bool = field(default=False, kw_only=True)
     mask_history: bool = field(default=False, kw_only=True)
@@ -68,7 +67,8 @@ class Encoder(Reader):
         super().__post_init__()
         if self.train_on_prompt and self.mask_history:
             raise ValueError(
-                "train_on_prompt supervises every turn and mask_history the last; pick one"
+                "train_on_prompt supervises every turn, mask_history only the last; leave out "
+                "--train-on-prompt (train_on_prompt) or --mask-history (mask_history)"
             )
         if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
             raise ValueError(
@@ -76,21 +76,30 @@ class Encoder(Reader):
                 "(train_on_prompt, mask_history)"
             )
 
+    def __repr__(self) -> str:
+        others = {one.name: one.default for one in fields(self) if one.kw_only}
+        changed = {name: getattr(self, name) for name in others}
+        words = [
+            f"{name}={value!r:.60}" for name, value in changed.items() if value != others[name]
+        ]
+        pixels = f"images up to {self.vision.max_pixels:,} pixels"
+        return f"Encoder({', '.join([type(self.tokenizer).__name__, pixels, *words])})"
+
     @classmethod
     def from_processor(cls, processor: Any, config: Any = None, **options: Any) -> Encoder:
         """An encoder with the settings of a transformers Qwen-VL processor.
 
         Args:
-            config: the model's; for videos of a Qwen2.5-VL, whose positions follow time as it says.
+            config: the model's config; needed for Qwen2.5-VL's videos, whose positions in time depend on it.
             options: other attributes.
 
         Raises:
-            ValueError: it is no such processor, or does something to pixels that mmpack does not.
+            ValueError: it is not such a processor, or it processes pixels in a way that mmpack does not.
         """
         if not hasattr(processor, "image_processor"):
             raise ValueError(
                 f"an Encoder or a transformers Qwen-VL processor is needed, got a "
-                f"{type(processor).__name__}; Encoder(tokenizer, vision) makes one of its parts"
+                f"{type(processor).__name__}; make one from its parts with Encoder(tokenizer, vision)"
             )
         return cls(processor, VisionSpec.from_processor(processor, config), **options)
 
@@ -105,17 +114,17 @@ class Encoder(Reader):
         video: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Encoder:
-        """An encoder with the settings in a folder, or model on the Hugging Face Hub, as Qwen publishes them.
+        """An encoder with the settings in a folder, or a model on the Hugging Face Hub, as Qwen publishes them.
 
-        The processors' settings alone are needed, so this works where torchvision, which transformers' own
-        processor asks for, is not installed.
+        Reads only the processors' settings, so torchvision, which transformers' processor requires, need not be
+        installed.
 
         Args:
-            folder: with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on the Hub,
-                `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
-            config: the model's; by default the folder's, where it holds one.
-            max_pixels, resizer: the spec's, over the folder's.
-            video: fields of `VideoSpec` over the folder's; None as a value leaves them.
+            folder: a folder with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on
+                the Hub, `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
+            config: the model's config; by default the folder's, if it has one.
+            max_pixels, resizer: override the folder's values in the spec.
+            video: `VideoSpec` fields that override the folder's; fields that are None do not.
             options: other attributes.
 
         Raises:
@@ -131,25 +140,26 @@ class Encoder(Reader):
         if chosen:
             if vision.video is None:
                 raise ValueError(
-                    f"{folder} is of a Qwen2.5-VL, whose videos need the model's config; pass --config too"
+                    f"{folder} is a Qwen2.5-VL processor, whose videos need the model's config; "
+                    "pass --config (config)"
                 )
             vision = replace(vision, video=replace(vision.video, **chosen))
         return cls(tokenizer, vision, **options)
 
     @classmethod
     def of(cls, encoder: Any, config: Any = None) -> Encoder:
-        """An encoder as it is, a transformers Qwen-VL processor by `from_processor`; what takes an encoder
-        takes either. `config` may be costs that are no config."""
+        """Return an encoder unchanged, or make one from a transformers Qwen-VL processor with `from_processor`.
+        `config` is ignored if it is not a model config but costs."""
         if isinstance(encoder, Encoder):
             return encoder
         return cls.from_processor(encoder, config if hasattr(config, "model_type") else None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes alone, without what was learnt of the template."""
+        """The attributes, without cached templates."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def settings(self) -> dict[str, str]:
-        """What the ids of a row depend on, as JSON holds it; the tokenizer is in it by its content."""
+        """All settings that a row's ids depend on, for JSON; the tokenizer as a hash of its content."""
         inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         content = inner.backend_tokenizer.to_str() + repr(self.tokenizer.chat_template)
         names = ("stage", "missing_marker", "verify", "train_on_prompt", "mask_history")
@@ -159,24 +169,24 @@ class Encoder(Reader):
         return {"the tokenizer": digest} | {n: repr(v) for n, v in sorted(values.items())}
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[EncodedSample]:
-        """Encode samples: ids with one marker per image or video, labels, grids from the headers.
+        """Encode samples: ids with one marker per image or video, labels, and grids from image headers.
 
-        Supervised are the assistant's text and the token that ends its turn (`<|im_end|>`), not the
-        newline after it. A token that the tokenizer makes from template text and answer together
-        (an answer that opens with a newline) counts as answer. A document (`stage="pretrain"`)
-        has no template: its texts, its images as `<|vision_start|>` marker `<|vision_end|>`, and
-        `<|endoftext|>`; supervised is all but the images.
+        The assistant's text and the token that ends its turn (`<|im_end|>`) are supervised, the newline after it
+        is not. A token that spans template text and answer (an answer that begins with a newline) counts as
+        answer. A document (`stage="pretrain"`) has no template: it is encoded as its texts, its images as
+        `<|vision_start|>` marker `<|vision_end|>`, and `<|endoftext|>`; everything except the images is
+        supervised.
 
         Args:
-            samples: conversations or documents, as `read` gives them.
+            samples: conversations or documents, as `read` yields them.
 
         Yields:
-            One `EncodedSample` per usable sample, in order: (n,) ids and labels, (I, 3) grids; no pixel is
+            One `EncodedSample` per usable sample, in order: (n,) ids and labels, (I, 3) grids. No pixel is
             decoded.
 
         Raises:
-            ValueError: a sample cannot be used and `on_error` is "raise": no supervised token, an image
-                or video that cannot be read, a template that rewrites its text. Names file and row. Or too
+            ValueError: a sample cannot be used and `on_error` is "raise": no token is supervised, an image or
+                video cannot be read, or the template rewrites its text; the message gives file and row. Or too
                 many were skipped.
         """
         on_error = counting(self.on_error)
@@ -189,11 +199,11 @@ class Encoder(Reader):
     def encode_chunk(
         self, samples: Sequence[Sample], on_error: OnError
     ) -> Iterator[tuple[int, EncodedSample]]:
-        """`encode` for who has samples a chunk at a time: (place in the chunk, encoded sample)."""
+        """Like `encode`, for callers that bring their own chunks; yields (index in the chunk, encoded sample)."""
         return self._encode(self._template, samples, on_error)
 
     def encode_prompt(self, messages: tuple[Message, ...]) -> EncodedSample:
-        """Encode a conversation up to where the assistant is to speak; nothing is supervised."""
+        """Encode a conversation up to the start of the assistant's turn; nothing is supervised."""
         sample = Sample(messages, source="prompt", row=0)
         ((_, encoded),) = self._encode(self._prompt_template, [sample], "raise")
         return encoded
@@ -236,7 +246,7 @@ class Encoder(Reader):
                 yield place, encoded
             else:
                 unsupervised = RowError(
-                    "no token of the row is supervised", "it has no answer to learn"
+                    "no token of the row is supervised", "add an answer or drop the row"
                 )
                 _report(sample, unsupervised, on_error)
 
@@ -290,8 +300,8 @@ class Encoder(Reader):
                 continue
             ids = next(tokenized)
             input_ids += ids
-            # An answer is from the first token that differs from those of the template's text alone
-            # to the first that differs from those of template text and answer.
+            # An answer begins at the first token that differs from the ids of `before` alone, and ends at the
+            # first that differs from the ids of `before` and the answer without `after`.
             start = _common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
             stop = _common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
             labels += [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - max(start, stop))

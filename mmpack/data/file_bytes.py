@@ -1,4 +1,4 @@
-"""A data file -> its bytes: regular files alone, decompressed, and no more than their size allows."""
+"""A data file -> its bytes, decompressed; regular files only, and decompressed bytes are limited by file size."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no regular file.
+    """Refuse a path that is not a readable regular file.
 
     Raises:
-        ValueError: it is none, is not there, or may not be read.
+        ValueError: it is not a regular file, does not exist, or may not be read.
     """
     try:
         regular_stat(path)
     except NotRegularError as error:
-        raise ValueError(f"{path} is {error.kind}; only regular files are read") from None
-    except (FileNotFoundError, ValueError):  # ValueError: a NUL, which is in no name
-        raise ValueError(f"cannot read {path}: there is no such file") from None
+        raise ValueError(f"{path} is {error.kind}, not a regular file; write it to one") from None
+    except (FileNotFoundError, ValueError):  # ValueError: the path has a NUL
+        raise ValueError(f"cannot read {path}: no such file; fix the path") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if not os.access(path, os.R_OK):
@@ -36,7 +36,11 @@ def require_file(path: Path) -> None:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
+    """Open a file to read its bytes, decompressed.
+
+    Raises:
+        ValueError: it is compressed under a name that does not say so, or UTF-16.
+    """
     if path.suffix == ".gz":
         return io.BufferedReader(_Decompressed(gzip.open(path), path))
     if path.suffix == ".zst":
@@ -49,7 +53,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     for magic, name in _MAGIC.items():
         if start.startswith(magic):
             opened.close()
-            raise ValueError(f"{path.name} is {name} data; give it the name of what it is")
+            raise ValueError(f"{path.name} is {name} data; rename it to match its format")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         opened.close()
         raise ValueError(f"{path.name} is UTF-16; save it as UTF-8")
@@ -57,7 +61,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """The bytes of a gzip or zstd stream, as many as a file of its size may hold."""
+    """The bytes of a gzip or zstd stream, limited by the file's size."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self._stream = stream
@@ -70,14 +74,14 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._stream.read(len(buffer))
-        except (EOFError, zlib.error) as error:  # which are no OSErrors
-            raise OSError(f"{error}; it was cut or damaged") from None
+        except (EOFError, zlib.error) as error:  # neither is an OSError
+            raise OSError(f"{error}; it was cut or damaged, copy or compress it again") from None
         self._left -= len(data)
         if self._left < 0:
             size = self._path.stat().st_size
             raise ValueError(
-                f"{self._path.name} decompresses to more than {most_bytes(size):,} bytes from {size:,}, "
-                "which no data set does"
+                f"{self._path.name} decompresses from {size:,} to more than {most_bytes(size):,} bytes, "
+                "too many for a data set; write it again"
             )
         buffer[: len(data)] = data
         return len(data)

@@ -1,8 +1,7 @@
 """Data files -> rows: JSON, JSON lines, CSV, Parquet and Arrow, plain or compressed, one or many.
 
-A row is whatever one record of the file holds, usually a dict; `mmpack.data.readers` makes a `Sample` of
-it. What is wrong with one record becomes the row's error, so that its neighbours stay usable; what
-is wrong with the file as a whole is raised.
+A row is one record of the file, usually a dict; `mmpack.data.readers` turns it into a `Sample`. An error in one
+record is stored in its `Row`, so that other rows stay usable; an error of the whole file is raised.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from typing import Any
 from mmpack.data.columnar_files import arrow_contents, parquet_contents, parquet_count
 from mmpack.data.file_bytes import open_bytes, require_file
 from mmpack.data.limits import MAX_DEPTH, MAX_ROW
-from mmpack.errors import RowError, names
+from mmpack.errors import RowError, counted, names
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 _LONG = f"longer than {MAX_ROW:,} bytes"
-_NOT_DATA = ("dataset_info.json", "state.json")  # beside the data of LLaMA-Factory and `datasets`
+_NOT_DATA = ("dataset_info.json", "state.json")  # metadata of LLaMA-Factory and `datasets`
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of a file, or why it could not be read (then `content` is what there was)."""
+    """One record of a file, or why it could not be read (`content` is then its raw text, or None)."""
 
     source: str
     number: int  # from 0, blank lines not counted
@@ -39,11 +38,11 @@ class Row:
 
 
 def data_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The data files at a path: the file itself, or those of one type in a folder.
+    """The data files at a path: the file itself, or those in a folder, which must have one type.
 
     Raises:
-        ValueError: nothing there, no type we read, a folder with several types, or what is no file
-            (a pipe, a device, a link that leads nowhere), under its own name or in the folder.
+        ValueError: there is no such path, the type is not supported, a folder has files of several types, or one
+            of them is not a regular file (a pipe, a device, a dangling link).
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -56,14 +55,15 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
             require_file(file)
         suffixes = sorted({str(_data_suffix(p)) for p in files})
         if not files:
-            raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)}); fix the path")
         if len(suffixes) > 1:
             raise ValueError(f"{path} has files of several types {suffixes}; name the ones to read")
         return files
     require_file(path)
     if _data_suffix(path) is None:
         raise ValueError(
-            f"{path} is none of {', '.join(SUFFIXES)} (also .gz and .zst of the first three)"
+            f"{path} has none of the suffixes {', '.join(SUFFIXES)} (the first three also with .gz or .zst); "
+            "rename it to match its format"
         )
     return [path]
 
@@ -72,7 +72,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Every record of one data file.
 
     Raises:
-        ValueError: the file cannot be read, is not what its name says, or holds no record.
+        ValueError: the file cannot be read, does not match its suffix, or holds no record.
     """
     readers = {
         ".json": _json_array,
@@ -95,12 +95,12 @@ def read_rows(path: Path) -> Iterator[Row]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     if row is None:
-        raise ValueError(f"{path.name} holds no rows")
+        raise ValueError(f"{path.name} holds no rows; remove it or fix the path")
 
 
 def count_rows(path: Path) -> int | None:
-    """How many rows a file has, where that is known without reading them (blank lines count too);
-    for a progress bar. None: it is not known, or the file cannot be read."""
+    """The number of rows in a file for a progress bar, if it is cheap to find (blank lines count too). None: it is
+    not, or the file cannot be read."""
     try:
         if path.suffix == ".jsonl":
             with path.open("rb", buffering=0) as opened:
@@ -121,7 +121,7 @@ def _data_suffix(path: Path) -> str | None:
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`; whatever is wrong, nesting and endless numbers too, is a `ValueError`."""
+    """`json.loads` that raises `ValueError` for any bad input, including deep nesting and huge numbers."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -133,10 +133,10 @@ def parse_json(text: str) -> Any:
 def _check_depth(value: Any, num_opened: int) -> None:
     """
     Args:
-        num_opened: how many lists and objects the value has at most.
+        num_opened: an upper bound on the number of lists and objects in the value.
 
     Raises:
-        ValueError: it is nested deeper than processes can hand rows over.
+        ValueError: it is nested too deeply to be sent between processes.
     """
     if num_opened <= MAX_DEPTH:
         return
@@ -147,14 +147,14 @@ def _check_depth(value: Any, num_opened: int) -> None:
         ]
         level = [inner for values in nested for inner in values]
     if level:
-        raise ValueError(f"nested too deeply, {MAX_DEPTH} lists and objects are read")
+        raise ValueError(f"nested too deeply, at most {MAX_DEPTH} levels are read")
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _json_array(path: Path) -> Iterator[Row]:
-    """Its text is in memory whole, its rows one at a time."""
+    """The rows of a JSON array. The whole text is in memory; rows are parsed one at a time."""
     with open_bytes(path) as opened:
         text = opened.read().decode("utf-8-sig")
     start = _SPACE.match(text, 0).end()  # type: ignore[union-attr]
@@ -181,11 +181,11 @@ def _json_array(path: Path) -> Iterator[Row]:
         )
         raise ValueError(f"{path.name} is not a JSON array: {error}{advice}") from None
     if has:
-        raise ValueError(f"{path.name} must hold a JSON array of rows, it holds {has}")
+        raise ValueError(f"{path.name} must hold a JSON array of rows, got {has}")
 
 
 def _array_items(text: str, place: int) -> Iterator[tuple[Any, int, int]]:
-    """(item, where its text begins, where it ends) of a JSON array, `place` being behind its bracket."""
+    """Yield (item, start of its text, end of its text) of a JSON array; `place` is just after its `[`."""
 
     def skip(place: int) -> int:
         return _SPACE.match(text, place).end()  # type: ignore[union-attr]
@@ -242,16 +242,16 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _bad_line(path: Path, number: int, line: bytes, problem: str, line_number: int) -> Row:
-    error = RowError(f"line {line_number} {problem}", "mend or delete the line")
+    error = RowError(f"line {line_number} {problem}", "fix or delete the line")
     return Row(path.name, number, line[:1000].decode("utf-8", errors="replace"), error)
 
 
 class _CsvLines:
-    """Lines for a CSV reader, which would keep any number of them for a quote that is not closed."""
+    """Lines for a CSV reader, limited to `MAX_ROW` bytes per row: an unclosed quote would read the whole file."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self._text = text
-        self.row_length = 0  # of the lines since somebody set it to 0
+        self.row_length = 0  # characters read since the caller last reset it
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -267,7 +267,7 @@ class _CsvLines:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(MAX_ROW)  # process-wide, and only ever larger than the default
+    csv.field_size_limit(MAX_ROW)  # process-wide; larger than the default
     with (
         open_bytes(path) as opened,
         io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text,
@@ -288,9 +288,9 @@ def _csv(path: Path) -> Iterator[Row]:
             bad = None
             if None in row or None in row.values():
                 bad = RowError(
-                    f"line {reader.line_num} has not the {len(reader.fieldnames or [])} fields of the "
-                    "first line",
-                    "quote fields that hold commas",
+                    f"line {reader.line_num} does not have the {counted(len(reader.fieldnames or []), 'field')} "
+                    "of the first line",
+                    "quote fields that contain commas",
                 )
             yield Row(path.name, number, row, bad)
             number += 1
@@ -307,8 +307,8 @@ def _arrow(path: Path) -> Iterator[Row]:
 
 
 def memory_rows(rows: Any) -> Iterator[Row]:
-    """Rows in memory. A data set that fails at one (a `datasets` image column whose file is missing) is
-    asked for the next ones by number, so that its neighbours stay usable."""
+    """Rows in memory. If iteration fails at a row (a `datasets` image column whose file is missing), later rows
+    are read by index, so that they stay usable."""
     number = 0
     try:
         for content in rows:
@@ -323,7 +323,7 @@ def memory_rows(rows: Any) -> Iterator[Row]:
             row = Row("rows", number, rows[number])
         except (OSError, ValueError) as error:
             bad = RowError(
-                f"the data set cannot give it: {str(error)[:300]}", "fix or drop the row"
+                f"the data set cannot load the row: {str(error)[:300]}", "fix or drop the row"
             )
             row = Row("rows", number, None, bad)
         yield row
@@ -331,7 +331,7 @@ def memory_rows(rows: Any) -> Iterator[Row]:
 
 
 def rows_or_error(rows: Iterable[Row]) -> Iterator[Row | ValueError]:
-    """The rows, and after them the error that ended their file, if one did."""
+    """The rows, followed by the error that ended their file, if there was one."""
     try:
         yield from rows
     except ValueError as error:

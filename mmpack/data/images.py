@@ -1,12 +1,12 @@
-"""The only file that touches pixels: header size, decode, resize, patches, normalisation.
+"""The only file that decodes images: header size, decoding, resizing, patches, normalization.
 
 Pixels stay uint8 until the collator. `normalize_patches(load_patches(image))` equals transformers'
-`Qwen2VLImageProcessorPil` bit for bit: transparency is put on white, EXIF rotation is not applied,
-the resize is Pillow's bicubic on RGB, and the normalisation follows its float64/float32 roundings.
-JPEGs are decoded whole: Pillow's `draft` is faster, and gives other pixels.
+`Qwen2VLImageProcessorPil` bit for bit: transparency is composited onto white, EXIF rotation is not applied,
+images are resized with Pillow's bicubic filter in RGB, and normalization has the same float64/float32 rounding.
+JPEGs are decoded in full resolution: Pillow's `draft` is faster, but gives different pixels.
 
-A file in a row is not trusted. Pillow may open only the formats of `FORMATS`, whatever a file is called: its reader
-of PostScript starts Ghostscript. Pictures in memory are the caller's own.
+An image file named in a row is not trusted. Pillow may only open `FORMATS`, whatever the file's suffix: its
+PostScript reader starts Ghostscript. Images in memory come from the caller and are trusted.
 """
 
 from __future__ import annotations
@@ -31,23 +31,28 @@ from mmpack.video_spec import BICUBIC
 from mmpack.vision_spec import VisionSpec, check_aspect_ratio
 
 Patches = NDArray[np.uint8]
-# Pillow's names of what is opened. Each is decoded in this process, by a library made for files of strangers.
+# Pillow's format names. Each is decoded in this process, by a library made for untrusted files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "JPEG2000", "PPM")
-_TAIL = 1 << 12  # bytes; cameras write a little after a JPEG's end
-_WEBP_HEADER = 30  # bytes up to the size
+_TAIL = 1 << 12  # bytes; cameras append a little data after a JPEG's end
+_WEBP_HEADER = 30  # bytes, including the size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# glibc returns to the system what Pillow frees, some MiB per image, and the next image pays page faults for it, until
+# this much (its most is 32 MiB) has been freed once; nothing is written here. Packs of 4,096 tokens in a worker: 9,400
+# faults become 2,000; 136 ms become 120 as floats, 97 ms become 81 as bytes.
+np.empty(31 << 20, dtype=np.uint8)
+
 
 def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
-    """(height, width) in pixels of an image that can be trained on.
+    """(height, width) in pixels of an image, checked to be usable.
 
-    Reads the header, and for JPEG and PNG whether the file ends where it should; `decode` decodes
-    all of it, which alone finds damage in the middle.
+    Reads the header and, for JPEG and PNG, checks that the end of the file is there. `decode` decodes the whole
+    image; only this finds damage in the middle.
 
     Raises:
-        RowError: no image of `FORMATS`, cut or damaged, over Pillow's limit of pixels
+        RowError: it is not an image of `FORMATS`, is cut or damaged, has more pixels than Pillow's limit
             (decompression bombs; checked before decoding), or an aspect ratio above 200.
     """
     size = None if decode else _webp_size(image)
@@ -69,26 +74,25 @@ def load_patches(
     out: Patches | None = None,
     folders: MediaFolders | None = None,
 ) -> Patches:
-    """Decode and resize one image to its planned grid.
+    """Decode one image and resize it to its planned grid.
 
     Args:
-        out: (h * w, C * p * p) uint8, contiguous: where to write; new memory by default.
-        folders: where its file must lie, links followed; None: anywhere.
+        out: (h * w, C * p * p) uint8, contiguous: the output; allocated by default.
+        folders: folders that must contain the file, links resolved; None: any folder.
 
     Returns:
-        (h * w, C * p * p) uint8: one row a patch, in Qwen's merge order (blocks of
-        merge x merge patches in reading order, patches of a block in reading order).
+        (h * w, C * p * p) uint8: one row per patch, in Qwen's merge order (blocks of merge x merge patches in
+        reading order, patches within a block in reading order).
 
     Raises:
-        ValueError: the file cannot be decoded, lies outside of `folders`, or no longer has the size it was
-            planned with.
+        ValueError: the file cannot be decoded, is outside `folders`, or its size has changed since planning.
     """
     _, grid_h, grid_w = (int(n) for n in grid_thw)
     with _open(image, folders) as opened:
         width, height = opened.size
         if vision.image_grid(height, width) != (1, grid_h, grid_w):
             raise ValueError(
-                f"image {image.path} is now {width} x {height} pixels, it was planned as a grid of "
+                f"image {image.path} is now {width} x {height} pixels, but was planned as a grid of "
                 f"{grid_h} x {grid_w} patches; pack the data again"
             )
         if out is None:
@@ -100,7 +104,7 @@ def load_patches(
 def write_frame(
     picture: Image, grid_hw: tuple[int, int], vision: VisionSpec, out: Patches, frame: int = 0
 ) -> None:
-    """Resize a picture to `grid_hw` patches and write it as a frame of the patches `out`, (h * w,
+    """Resize a picture to `grid_hw` patches and write it as frame number `frame` of the patches `out`, (h * w,
     C * frames * p * p) uint8, contiguous."""
     p = vision.patch_size
     size = (grid_hw[1] * p, grid_hw[0] * p)
@@ -109,7 +113,7 @@ def write_frame(
 
 @contextmanager
 def decoded(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Image]:
-    """An image, decoded; `folders` as in `load_patches`.
+    """Open and decode an image; `folders` as in `load_patches`.
 
     Raises:
         RowError: it cannot be read.
@@ -121,12 +125,12 @@ def decoded(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Im
 def normalize_patches(
     pixels: Patches, vision: VisionSpec, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """uint8 patches, of stills (P, C * p * p) or of videos (P, C * t * p * p) -> transformers'
-    `pixel_values` (P, C * t * p * p) float32, written to `out` where it is given.
+    """uint8 patches of images (P, C * p * p) or videos (P, C * t * p * p) -> transformers' `pixel_values`
+    (P, C * t * p * p) float32, written to `out` if given.
 
-    A still image fills every one of its t frames. A byte has 256 values, so each channel is a
-    table of 256 floats made with transformers' own roundings: x / 255 in float64, cast to
-    float32, then (x - mean) / std in float32.
+    An image is repeated in each of its t frames. A byte has 256 values, so each channel uses a table of 256
+    floats, computed with transformers' rounding: x / 255 in float64, cast to float32, then (x - mean) / std in
+    float32.
     """
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean = np.array(vision.image_mean, dtype=np.float32)[:, None]
@@ -142,7 +146,7 @@ def normalize_patches(
 
 
 def encoded_bytes(image: ImageRef) -> bytes:
-    """An image held in memory as bytes that decode to the same RGB pixels (PNG for pictures)."""
+    """Encode an image in memory as bytes that decode to the same RGB pixels (PNG for PIL images)."""
     if isinstance(image.data, bytes):
         return image.data
     buffer = io.BytesIO()
@@ -151,15 +155,15 @@ def encoded_bytes(image: ImageRef) -> bytes:
 
 
 def thumbnail(picture: Image | NDArray[np.uint8], side: int) -> bytes:
-    """A picture as a JPEG of at most `side` x `side` pixels, of pixels alone: no EXIF, comment or profile.
+    """A picture as a JPEG of at most `side` x `side` pixels, without EXIF, comment or color profile.
 
     Args:
-        picture: an image, decoded, or (height, width, 3) uint8.
+        picture: a decoded image, or (height, width, 3) uint8.
     """
     from PIL import Image
 
     pixels = picture if isinstance(picture, np.ndarray) else np.asarray(_to_rgb(picture))
-    small = Image.fromarray(pixels)  # a new one, of no file
+    small = Image.fromarray(pixels)  # carries no metadata
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=80)
@@ -171,7 +175,7 @@ def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Imag
     from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light
 
     if isinstance(image.data, Image.Image):
-        yield image.data  # whose owner closes it
+        yield image.data  # the caller closes it
         return
     in_memory = None if image.data is None else io.BytesIO(image.data)
     with in_memory or open_media(image.path, "image", folders) as file:
@@ -180,8 +184,8 @@ def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Imag
                 opened = Image.open(file, formats=_formats())
         except UnidentifiedImageError:
             raise RowError(
-                f"image {image.path} is none of {', '.join(_formats())}",
-                "replace it, or save it as one of them",
+                f"image {image.path} is in none of the formats {', '.join(_formats())}",
+                "save it in one of them, or replace it",
             ) from None
         except Image.DecompressionBombError as error:
             raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
@@ -193,7 +197,7 @@ def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Imag
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow knows."""
+    """The `FORMATS` that the installed Pillow supports."""
     from PIL import Image
 
     Image.init()
@@ -201,15 +205,15 @@ def _formats() -> tuple[str, ...]:
 
 
 _reading_strictly = threading.Lock()
-_num_strict = 0  # threads inside of `_strict`
+_num_strict = 0  # threads inside `_strict`
 _was_lenient = False
 
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Pillow says what is cut or damaged, also in a process that has set
-    `ImageFile.LOAD_TRUNCATED_IMAGES`, as scripts for training do, and would get grey where bytes are missing. The
-    setting is Pillow's only way to say so; it is what it was afterwards."""
+    """Make Pillow raise for cut or damaged images even if the process has set `ImageFile.LOAD_TRUNCATED_IMAGES`,
+    as training scripts do; missing bytes would become grey pixels. Pillow has no per-call option, so the global is
+    changed and then restored."""
     from PIL import ImageFile
 
     global _num_strict, _was_lenient
@@ -238,7 +242,7 @@ def _decode(image: ImageRef, opened: Image) -> Image:
 
 
 def _looks_cut(opened: Image) -> bool:
-    """Whether a file just opened lacks its format's end marker in its last bytes."""
+    """Whether a newly opened file lacks its format's end marker in its last bytes."""
     end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(opened.format or "")
     file = getattr(opened, "fp", None)
     if end is None or file is None:
@@ -246,7 +250,7 @@ def _looks_cut(opened: Image) -> bool:
     position = file.tell()
     file.seek(max(0, file.seek(0, io.SEEK_END) - _TAIL))
     is_cut = end not in file.read()
-    file.seek(position)  # where the decoder goes on
+    file.seek(position)  # where the decoder continues
     return is_cut
 
 
@@ -258,17 +262,18 @@ def _check_shape(image: ImageRef, height: int, width: int) -> None:
 
 
 def most_pixels() -> float:
-    """Pillow's limit of pixels: a picture that claims more is taken for a decompression bomb."""
+    """Pillow's pixel limit, above which an image counts as a decompression bomb."""
     from PIL.Image import MAX_IMAGE_PIXELS
 
     return math.inf if MAX_IMAGE_PIXELS is None else 2 * MAX_IMAGE_PIXELS
 
 
 def _webp_size(image: ImageRef) -> tuple[int, int] | None:
-    """(height, width) of a still WebP of one chunk; None for whatever is not plainly that.
+    """(height, width) of a WebP image with a single chunk; None for anything else.
 
-    By hand, because Pillow reads a WebP file whole and makes a decoder to learn its size: 752 us where
-    this takes 10 (benchmarks/LOG.md). The checks are those of libwebp's `WebPGetFeatures` on such a file (RFC 9649, RFC 6386 section 9.1).
+    Pillow reads the whole WebP file and creates a decoder to learn its size: 752 us, against 10 us here
+    (benchmarks/LOG.md). The checks are those of libwebp's `WebPGetFeatures` for such files (RFC 9649, RFC 6386
+    section 9.1).
     """
     if isinstance(image.data, bytes):
         header, length = image.data[:_WEBP_HEADER], len(image.data)
@@ -306,7 +311,7 @@ def _webp_size(image: ImageRef) -> tuple[int, int] | None:
 
 
 def _resized_rgb(image: Image, size: tuple[int, int], resizer: str) -> Patches:
-    """(height, width, 3) uint8. The channels of a grey image are one, seen three times."""
+    """(height, width, 3) uint8. A grey image's single channel is broadcast to three."""
     is_grey = image.mode == "L" and image.info.get("transparency") is None
     if not is_grey:
         image = _to_rgb(image)
@@ -320,8 +325,8 @@ def _resized_rgb(image: Image, size: tuple[int, int], resizer: str) -> Patches:
 
 
 def _resized_by_torch(image: Image, size: tuple[int, int]) -> Patches:
-    """The antialiased bicubic resize of bytes that torchvision calls, and with it transformers' image
-    processors where torchvision is installed; one pass over all channels."""
+    """Resize bytes with the antialiased bicubic filter that torchvision uses, and so do transformers' image
+    processors if torchvision is installed; one pass over all channels."""
     import torch
 
     pixels = torch.from_numpy(np.array(image))
@@ -333,7 +338,7 @@ def _resized_by_torch(image: Image, size: tuple[int, int]) -> Patches:
 
 
 def _to_rgb(image: Image) -> Image:
-    """RGB as transformers' `convert_to_rgb` makes it: transparency composited onto white."""
+    """Convert to RGB like transformers' `convert_to_rgb`: transparency is composited onto white."""
     from PIL import Image
 
     if "A" in image.getbands() or image.info.get("transparency") is not None:

@@ -1,8 +1,7 @@
-"""What a row says of an image or a video -> a reference, and nothing outside the media folder.
+"""An image or a video in a row -> a reference to a file inside the media folders, or to bytes.
 
-Rows come from anywhere, so a path in one is not trusted: it must stay inside the folders the user
-named, links followed; URLs are refused unread; only regular files are opened. A path that was good when its row
-was read need not be later, so `open_media` looks again.
+Paths in rows are not trusted: with links resolved, they must lie inside the folders that the user named; URLs are
+refused; only regular files are opened. A file can change after its row was read, so `open_media` checks again.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, VideoRef
 from mmpack.video_spec import is_rate
 
-DATA_URIS = "data:"  # in the list of folders: images inside the row itself are welcome
-_KINDS = {"image": "picture", "video": "file"}  # what an error asks for
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is no URL
+DATA_URIS = "data:"  # in the list of folders: data URIs in rows are allowed
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # at least two letters: C:\ is not a URL
 
 
 class MediaFolders:
-    """The folders images and videos may lie in; a relative path is looked up in the first."""
+    """The folders that images and videos may be in; relative paths are resolved in the first."""
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]]) -> None:
         names = [os.fspath(folder) for folder in folders]
@@ -35,54 +33,54 @@ class MediaFolders:
 
     @property
     def names(self) -> list[str]:
-        """The folders, and "data:" where images in the row are welcome."""
+        """The folders, and "data:" if data URIs are allowed."""
         return [*self._names, *([DATA_URIS] if self._takes_data_uris else [])]
 
     def locate_video(self, value: Any) -> VideoRef:
-        """One video of a row: a path, bytes, `{"path": ..., "bytes": ...}`, or a list of frames, each as
-        `locate` takes it, alone or in `{"frames": ..., "fps": ...}`.
+        """Resolve one video of a row: a path, bytes, `{"path": ..., "bytes": ...}`, or frames that `locate` takes,
+        as a list or in `{"frames": [...], "fps": ...}`.
 
         Raises:
-            RowError: not one of these, no such file, or a place that is not allowed.
+            RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
         """
         frames, fps = value, None
         if isinstance(value, dict) and "frames" in value:
             frames, fps = value["frames"], value.get("fps")
             if fps is not None and not is_rate(fps):
                 raise RowError(
-                    f"the fps of a video are {fps!a:.40}, no number from 0.001 to 10,000",
-                    "mend the row",
+                    f"the fps of a video must be a number from 0.001 to 10,000, got {fps!a:.40}",
+                    "fix the row",
                 )
         if isinstance(frames, (list, tuple)):
             if not frames:
-                raise RowError("a video is an empty list of frames", "drop it and its marker")
+                raise RowError("a video is an empty list of frames", "drop it and its <video>")
             refs = tuple(self.locate(frame) for frame in frames)
             return VideoRef(refs[0].path, frames=refs, fps=None if fps is None else float(fps))
         if hasattr(value, "getbands"):
-            raise RowError("a video is a picture", "list its frames, or name its file")
+            raise RowError("a video is given as a single image", "give a list of frames, or a path")
         found = self.locate(value, "video")
         return VideoRef(found.path, found.data)
 
     def locate(self, value: Any, kind: str = "image") -> ImageRef:
-        """One image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image. `kind` is
-        what errors call it.
+        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image; `kind` is the
+        word for it in errors.
 
         Raises:
-            RowError: not one of these, no such file, or a place that is not allowed.
+            RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
         """
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path is None:
                 raise RowError(
-                    f"{_a(kind)} has neither path nor bytes but {names(value)}",
-                    "give it one of them",
+                    f"{_a(kind)} needs 'path' or 'bytes', got {names(value)}",
+                    "rename its keys",
                 )
             if data is None:
                 return self.locate(path, kind)
             if not isinstance(data, (bytes, bytearray)):
                 raise RowError(
-                    f"the bytes of {_a(kind)} are {type(data).__name__}, not bytes",
-                    "write its path",
+                    f"the bytes of {_a(kind)} must be bytes, got {type(data).__name__}",
+                    "give its path",
                 )
             name = (
                 os.path.basename(path) if isinstance(path, str) and _is_unicode(path) else "bytes"
@@ -96,25 +94,25 @@ class MediaFolders:
             width, height = value.size
             return ImageRef("image in memory", value, (height, width))
         raise RowError(
-            f"{_a(kind)} must be a path, bytes or {'a picture' if kind == 'image' else 'a list of frames'}, "
+            f"{_a(kind)} must be a path, bytes or {'a PIL image' if kind == 'image' else 'a list of frames'}, "
             f"got {type(value).__name__}",
-            "write its path",
+            "give its path",
         )
 
     def _locate_path(self, path: str, kind: str) -> ImageRef:
         if not path or "\0" in path or not _is_unicode(path):
-            raise RowError(f"{kind} path {path!a:.100} is no file name", "mend the path")
+            raise RowError(f"{kind} path {path!a:.100} is not a file name", "fix the path")
         if path.startswith("data:"):
             return self._decode_uri(path, kind)
         if _URL.match(path):
-            raise RowError(f"{kind} {path:.100} is a URL, URLs are not read", "download it first")
+            raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
         full = self._full(path)
         if "\\" in path and not (self._is_allowed(full) and os.path.exists(full)):
             full = self._full(path.replace("\\", "/"))  # written on Windows
         if not self._is_allowed(full):
             raise RowError(
-                f"{kind} {path:.200} lies outside of {' and '.join(self._names)}",
-                "move it there, or name its folder as a media folder",
+                f"{kind} {path:.200} is outside {' and '.join(self._names)}",
+                "add its folder with --media-dir (media_dir), or move it",
             )
         try:
             regular_stat(full)
@@ -122,23 +120,23 @@ class MediaFolders:
             raise _not_a_file(error, kind) from None
         except OSError:
             raise RowError(
-                f"{kind} {full:.300} does not exist", "mend the path or the media folder"
+                f"{kind} {full:.300} does not exist", "fix the path or --media-dir (media_dir)"
             ) from None
         return ImageRef(full)
 
     def real_path(self, path: str, kind: str) -> str:
-        """The file a path leads to now, links followed.
+        """The path with links resolved as they are now.
 
         Raises:
-            RowError: it lies outside.
+            RowError: it is outside the folders.
         """
         real = os.path.realpath(path)
         if any(_is_inside(real, folder) for folder in self._folders):
             return real
-        leads = "" if real == path else f" (it leads to {real:.200})"
+        leads = "" if real == path else f" (a link to {real:.200})"
         raise RowError(
-            f"{kind} {path:.200}{leads} lies outside of {' and '.join(self._names)}",
-            "name its folder: --media-dir, or media_folders of the data set",
+            f"{kind} {path:.200}{leads} is outside {' and '.join(self._names)}",
+            "add its folder with --media-dir (media_folders)",
         )
 
     def _full(self, path: str) -> str:
@@ -152,8 +150,8 @@ class MediaFolders:
         head, _, body = uri.partition(",")
         if not self._takes_data_uris:
             raise RowError(
-                f"{kind} {head:.60},... is a data URI, which are read only if allowed",
-                f"allow them: {DATA_URIS!r} among the media folders",
+                f"{kind} {head:.60},... is a data URI, which are not allowed by default",
+                f"allow them with --allow-data-uri ({DATA_URIS!r} in media_dir)",
             )
         if not head.endswith(";base64"):
             raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
@@ -166,34 +164,36 @@ class MediaFolders:
 def open_media(
     path: str, kind: str, folders: MediaFolders | None = None, buffering: int = -1
 ) -> BinaryIO:
-    """The file of an image or a video, open for reading; `kind` is what errors call it.
+    """Open the file of an image or a video for reading; `kind` is the word for it in errors.
 
     Args:
-        folders: where it must lie, links followed; None: anywhere.
-        buffering: as of `open`.
+        folders: folders that must contain it, links resolved; None: any folder.
+        buffering: as in `open`.
 
     Raises:
-        RowError: it is not there, lies outside, or is no regular file; says what it is.
+        RowError: it does not exist, is outside the folders, or is not a regular file.
     """
     real = path if folders is None else folders.real_path(path, kind)
     try:
-        # `real` has no links, unless one was just made
+        # `real` contains no links, unless one was created since
         return open_regular(real, follow_link=folders is None, buffering=buffering)
     except NotRegularError as error:
         error.path = path
         raise _not_a_file(error, kind) from None
     except FileNotFoundError:
-        raise RowError(f"{kind} {path} does not exist", "fix the path") from None
+        raise RowError(
+            f"{kind} {path} does not exist", "fix the path or --media-dir (media_dir)"
+        ) from None
     except OSError as error:
         raise RowError(
-            f"{kind} {path} cannot be opened: {error.strerror}", "fix the path"
+            f"{kind} {path} cannot be opened: {error.strerror}", "fix the path or its permissions"
         ) from None
 
 
 def _not_a_file(error: NotRegularError, kind: str) -> RowError:
     return RowError(
-        f"{kind} {str(error.path):.300} is {error.kind}, not a file",
-        f"name the {_KINDS[kind]} itself",
+        f"{kind} {str(error.path):.300} is {error.kind}, not a regular file",
+        "fix the path",
     )
 
 

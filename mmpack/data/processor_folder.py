@@ -1,7 +1,6 @@
-"""Folders as Qwen publishes them -> tokenizer, spec and config.
+"""Model folders as Qwen publishes them -> tokenizer, spec and config.
 
-Paths are local (`mmpack.data.model_folder`). transformers is imported in the functions, so that importing mmpack
-stays light.
+Paths are local (`mmpack.data.model_folder`). The functions import transformers, so that `import mmpack` does not.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from mmpack.families import family_of_processor, video_rule
 from mmpack.vision_spec import VisionSpec
 
-NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # and none of the folder's code
+NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code from the folder
 
 
 def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
@@ -26,7 +25,7 @@ def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[
     try:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no Qwen-VL image processor: {error}") from None
+        raise ValueError(f"{folder} has no Qwen-VL image processor: {error}") from None
     if config is None and (Path(folder) / "config.json").is_file():
         config = load_config(folder)
     video_processor = _video_processor(Path(folder), config)
@@ -44,18 +43,20 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_NETWORK)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no Qwen-VL tokenizer: {error}") from None
+        raise ValueError(f"{folder} has no Qwen-VL tokenizer: {error}") from None
     if tokenizer.chat_template is None:
-        template = Path(folder) / "chat_template.json"  # where Qwen2-VL was published with it
+        template = Path(folder) / "chat_template.json"  # as in Qwen2-VL's repositories
         if not template.is_file():
-            raise ValueError(f"{folder} has no chat template")
+            raise ValueError(
+                f"{folder} has no chat template; use an Instruct model's folder, or add chat_template.json"
+            )
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
 
 
 def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
-    """The settings of a folder's video processor, from every file that may hold them. None for Qwen2.5-VL
-    without its config, which defines how positions follow time."""
+    """The settings of a folder's video processor, from the files where transformers looks for them. None for
+    Qwen2.5-VL without its config, which defines positions in time."""
     settings: dict[str, Any] = {}
     for name, part in {
         "preprocessor_config.json": None,
@@ -82,7 +83,7 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
         "max_frames": rule.max_frames,
     }
     merged = {**defaults, **settings, "video_processor_type": kind}
-    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # the older names
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # older names
     given = {edges[name]: merged[name] for name in edges if merged.get(name) is not None}
     return SimpleNamespace(**{**merged, "size": {**merged["size"], **given}})
 
@@ -91,11 +92,11 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     """A model's config from its folder or `config.json`, with transformers' defaults.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no config.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, **NO_NETWORK)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no model config: {error}") from None
+        raise ValueError(f"{path} has no model config: {error}") from None

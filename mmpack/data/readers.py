@@ -1,8 +1,9 @@
 """Rows on disk -> Sample.
 
-A row is checked here, where its number is known: its fields, roles and turns
-(`mmpack.data.conversations`), its images' and videos' places and counts, that each is a readable file inside
-the media folder (`mmpack.data.media_paths`, `mmpack.data.images`, `mmpack.data.videos`). What leaves this file can be encoded.
+Rows are checked here, where the row number is known: fields, roles and turns (`mmpack.data.conversations`), the
+number and positions of images and videos, and that each is a readable file inside the media folders
+(`mmpack.data.media_paths`, `mmpack.data.images`, `mmpack.data.videos`). Every `Sample` that is returned can be
+encoded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mmpack.data.file_formats import (
 )
 from mmpack.data.limits import MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
-from mmpack.errors import BadRow, OnError, RowError, Skip, counting, names, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, names, refuse
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -45,41 +46,38 @@ _PathLike = str | os.PathLike[str]
 
 
 class RowGroup(NamedTuple):
-    """The rows of one file, how their fields are named, and where their images may lie."""
+    """The rows of one file, the names of their fields, and their media folders."""
 
     rows: Iterable[Row]
-    fields: Fields | None  # None: each row tells
+    fields: Fields | None  # None: detected per row
     folders: MediaFolders
     file: Path | None = None  # None: rows in memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """How rows become samples: `read`. `Encoder` is one that has a tokenizer too.
+    """Settings for reading rows as samples with `read`. An `Encoder` is a `Reader` with a tokenizer.
 
     Attributes:
-        stage: "sft": rows are conversations. "pretrain": rows are documents, which have `text` with `<image>`
-            markers and `images`; a mapping names the text as LLaMA-Factory does, `"columns": {"prompt":
-            "text"}`, and a conversation with all in the assistant's turn is a document too.
-        mapping: how fields are named: an entry of LLaMA-Factory's `dataset_info.json`
-            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or the name of one, the data then
-            being the folder with that file. Without it, the entry of a `dataset_info.json` beside
-            the file that names the file; else each row's own fields decide: `conversations` of
-            `from`/`value`, `messages` of `role`/`content`, or `instruction`/`input`/`output`.
-        media_dir: the folders images and videos may lie in; relative paths are looked up in the first. By
-            default the data file's folder (for rows in memory: the current one). The entry "data:"
-            admits data URIs.
-        on_error: what to do with a row that cannot be used: "raise"; "skip" it with a warning, as long as
-            at most 5 % of 1,000 rows or more are bad (`mmpack.Skip(max_bad=...)`: another share); a
-            list: leave it out and append it there, however many. Reading and encoding share a `Skip`.
-        missing_marker: images but no `<image>` anywhere in the row: "refuse" it, or "prepend" as
-            many markers to the first turn as there are images (what LLaMA-Factory's inference
-            engines do); the same for videos and `<video>`.
-        verify: how images and videos are looked at: their "header", and that an image is not cut; or
-            "decode" them whole.
+        stage: "sft": rows are conversations. "pretrain": rows are documents, with `text` that contains `<image>`
+            markers, and `images`; a mapping names the text as in LLaMA-Factory, `"columns": {"prompt": "text"}`. A
+            conversation with text in the assistant's turn only is also a document.
+        mapping: names of fields: an entry of LLaMA-Factory's `dataset_info.json`
+            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or an entry's name, if the data is the folder
+            with that file. By default the entry for the data file in a `dataset_info.json` beside it, else
+            detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`, or
+            `instruction`/`input`/`output`.
+        media_dir: folders that images and videos may be in; relative paths are resolved in the first. Default: the
+            data file's folder (rows in memory: the current folder). The entry "data:" allows data URIs.
+        on_error: for a row that cannot be used: "raise" an error; "skip" it with a warning, up to 5 % of all rows
+            once there are 1,000 (`mmpack.Skip(max_bad=...)` for another share); a list: leave the row out and
+            append it to the list, without a limit. Reading and encoding share a `Skip`.
+        missing_marker: for a row with images but no `<image>`: "refuse" it, or "prepend" one marker per image to
+            the first turn (like LLaMA-Factory's inference engines); likewise for videos and `<video>`.
+        verify: check the "header" of images and videos and that images are not cut, or "decode" them completely.
 
     Raises:
-        ValueError: an option has none of these values.
+        ValueError: an option has another value.
     """
 
     stage: Literal["sft", "pretrain"] = "sft"
@@ -106,25 +104,25 @@ class Reader:
     def read(
         self, data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]]
     ) -> Iterator[Sample]:
-        """Read the samples of data files, or of rows in memory.
+        """Read samples from data files or rows in memory.
 
         Args:
-            data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also .gz or .zst), a
-                folder of files of one type, several of these, or any iterable of rows (dicts; a
-                `datasets.Dataset` is one).
+            data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also with .gz or .zst), a folder
+                of files of one type, a list of these, or an iterable of rows (dicts), such as a
+                `datasets.Dataset`.
 
         Yields:
-            One `Sample` per usable row, in order. Rows count from 0 in each file. A document is one message,
-            whose role is "document".
+            One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message
+            with the role "document".
 
         Raises:
             ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot
-                be read. The message names file, row and counts, and says what to do.
+                be read. The message gives file, row, counts and advice.
         """
         return self.read_groups(self.groups(data))
 
     def groups(self, data: Any) -> Iterator[RowGroup]:
-        """What `read` reads, file by file; no row is read yet."""
+        """The files that `read` reads, one group per file; rows are read lazily."""
         given = self.media_dir
         folders = [given] if isinstance(given, (str, os.PathLike)) else list(given or [])
         if isinstance(data, (str, os.PathLike)):
@@ -142,7 +140,7 @@ class Reader:
             )
 
     def read_groups(self, groups: Iterable[RowGroup]) -> Iterator[Sample]:
-        """`read` for who looks at the groups too."""
+        """Like `read`, for callers that need the groups, too."""
         on_error = counting(self.on_error)
         for group in groups:
             reader = RowReader(self, group)
@@ -159,22 +157,24 @@ class Reader:
 
 
 class RowReader:
-    """What the rows of one file share: their fields, where images lie, the policies."""
+    """Turns the rows of one file into samples; holds their fields, media folders and options."""
 
     def __init__(self, reader: Reader, group: RowGroup) -> None:
         self._fields = group.fields
+        self._unnamed = set[str]()  # columns a row may have that its mapping does not name
+        if group.fields is not None and reader.stage == "sft":
+            self._unnamed.update(group.fields.unnamed)
         self._folders = group.folders
         self._prepends = reader.missing_marker == "prepend"
         self._decode = reader.verify == "decode"
         self._are_documents = reader.stage == "pretrain"
-        self._file = lru_cache(maxsize=1 << 16)(self._locate)  # rows share pictures
+        self._file = lru_cache(maxsize=1 << 16)(self._locate)  # rows can share images
 
     def samples(self, row: Row) -> list[Sample]:
-        """The samples of a row: one, or several where it is a list of rows (as Qwen's own
-        fine-tuning code nests them).
+        """The samples of a row: one, or several if it is a list of rows (the nesting of Qwen's fine-tuning code).
 
         Raises:
-            RowError: the row cannot be used; the error does not name it.
+            RowError: the row cannot be used; the message has no file or row number.
         """
         if row.error is not None:
             raise row.error
@@ -183,7 +183,7 @@ class RowReader:
 
     def _sample(self, content: Any, row: Row) -> Sample:
         if not isinstance(content, dict):
-            raise RowError(f"a row must be an object, got {type(content).__name__}", "mend the row")
+            raise RowError(f"a row must be an object, got {type(content).__name__}", "fix the row")
         if self._are_documents:
             columns = self._fields.columns if self._fields else {}
             unread: tuple[str, ...] = ("videos", "audios", "video", "audio")
@@ -194,11 +194,19 @@ class RowReader:
         for media in unread:
             if content.get(columns.get(media, media)):
                 advice = (
-                    "of documents images are read"
+                    "remove it; documents can only have images"
                     if self._are_documents
-                    else "images and videos are read"
+                    else "remove it; conversations can only have images and videos"
                 )
-                raise RowError(f"the row has {media}", advice)
+                raise RowError(f"the row has {media!r}", advice)
+        for column in {name for name in self._unnamed if content.get(columns[name])}:
+            self._unnamed.discard(column)
+            _log.warning(
+                "the mapping of %s does not name the column %r, which row %d has; it is read",
+                row.source,
+                columns[column],
+                row.number,
+            )
         if self._are_documents:
             turns: list[Turn] = [("document", document_of(content, self._fields))]
         else:
@@ -208,10 +216,11 @@ class RowReader:
         return Sample(messages=messages, source=row.source, row=row.number)
 
     def place_media(self, turns: list[Turn], values: dict[str, list[Any]]) -> tuple[Message, ...]:
-        """Turns as messages with their images and videos, `values` by kind, in place.
+        """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind.
 
         Raises:
-            RowError: as many markers as images or videos there are not, or one cannot be used.
+            RowError: the number of markers differs from the number of images or videos, or one of them is
+                unusable.
         """
         for kind, listed in values.items():
             pictures = [
@@ -227,7 +236,7 @@ class RowReader:
                 markers = len(listed)
             if markers != len(listed):
                 raise RowError(
-                    f"{markers} {MARKERS[kind]} markers but {len(listed)} {kind}s",
+                    f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
                     _count_advice(turns, kind, markers, len(listed)),
                 )
         remaining = {kind: iter(listed) for kind, listed in values.items()}
@@ -244,7 +253,7 @@ class RowReader:
                     content[-1] += part
                 else:
                     content.append(part)
-            # An image needs no empty text around it; an empty turn keeps its one empty text.
+            # Empty texts around images are dropped; an empty turn keeps one.
             messages.append(Message(role, tuple(part for part in content if part != "") or ("",)))
         return tuple(messages)
 
@@ -256,13 +265,13 @@ class RowReader:
 
 
 def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> list[Any]:
-    """The row's images or videos as a list, however they are given."""
+    """The row's images or videos as a list, for every way to give them."""
     column = columns.get(f"{kind}s", f"{kind}s")
     value = structured(row.get(column))
     if column == f"{kind}s":  # `image` is LLaVA's and Qwen's own name for it
         other = structured(row.get(kind))
         if value and other:
-            raise RowError(f"the row has both '{kind}s' and '{kind}'", "keep one of them")
+            raise RowError(f"the row has both '{kind}s' and '{kind}'", "keep one of the fields")
         value = value or other
     if value is None or (isinstance(value, str) and value == ""):
         return []
@@ -274,22 +283,23 @@ def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: in
     short = "img" if kind == "image" else kind
     spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
     if markers == 0 and any(near in text.lower() for near in spellings):
-        return f"the marker is spelt {MARKERS[kind]}"
+        return f"write markers as {MARKERS[kind]}"
     if markers < num_values:
         return f"add a marker or drop the extra {kind}"
     return (
-        f"add the missing {kind} or remove a marker; one meant as text can stand in a content part"
+        f"add the missing {kind} or remove a marker; to keep a literal {MARKERS[kind]} in the text, write the "
+        "message as OpenAI content parts"
     )
 
 
 def _files(
     data: Sequence[_PathLike], mapping: str | dict[str, Any] | None
 ) -> tuple[list[Path], dict[str, Any] | None]:
-    """The data files at these paths, and their mapping itself where it was the name of one."""
+    """(data files at these paths, their mapping); a mapping's name is replaced by the entry."""
     if isinstance(mapping, str):
         if len(data) != 1:
             raise ValueError(
-                f"the entry {mapping!r} is looked up in one folder, got {len(data)} paths"
+                f"the entry {mapping!r} is looked up in one folder, got {len(data)} paths; pass one folder"
             )
         path, mapping = _named_entry(Path(data[0]), mapping)
         data = [path]
@@ -297,7 +307,7 @@ def _files(
 
 
 def media_folders(groups: Iterable[RowGroup]) -> list[str]:
-    """Where the images and videos of groups may lie, all together."""
+    """The media folders of all groups, without duplicates."""
     found = (name for group in groups for name in group.folders.names if name != DATA_URIS)
     return list(dict.fromkeys(found))
 
@@ -309,7 +319,9 @@ def _media_folders(folders: Sequence[_PathLike], default: _PathLike) -> MediaFol
 
 def _fields(mapping: str | dict[str, Any] | None, file: Path | None) -> Fields | None:
     if isinstance(mapping, str):
-        raise ValueError("rows in memory have no dataset_info.json; pass the entry itself")
+        raise ValueError(
+            "rows in memory have no dataset_info.json; pass the entry itself as mapping"
+        )
     if mapping is None and file is not None:
         mapping = _entry_beside(file)
     if mapping is None:
@@ -317,7 +329,9 @@ def _fields(mapping: str | dict[str, Any] | None, file: Path | None) -> Fields |
     fields = mapped_fields(mapping)
     if fields.kept:
         name = file.name if file else "the rows"
-        _log.warning("the mapping of %s leaves fields out; kept %s", name, ", ".join(fields.kept))
+        _log.warning(
+            "the mapping of %s leaves fields out; using defaults %s", name, ", ".join(fields.kept)
+        )
     return fields
 
 
@@ -326,16 +340,18 @@ def _named_entry(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     info = _read_info(info_path)
     if not isinstance(info, dict) or not isinstance(info.get(name), dict):
         has = names(info) if isinstance(info, dict) else type(info).__name__
-        raise ValueError(f"no dataset {name!r} in {info_path}; it has {has}")
+        raise ValueError(f"no dataset {name!r} in {info_path}; use one of {has}")
     file_name = info[name].get("file_name")
     if not isinstance(file_name, str) or not file_name:
-        raise ValueError(f"dataset {name!r} of {info_path} has no file_name; only files are read")
+        raise ValueError(
+            f"dataset {name!r} of {info_path} has no file_name; only files are read, download it first"
+        )
     return info_path.parent / file_name, info[name]
 
 
 def _entry_beside(file: Path) -> dict[str, Any] | None:
-    """The entry of a dataset_info.json beside the file that names it; `datasets` has a file of that
-    name too, which names none."""
+    """The entry for a file in a dataset_info.json beside it; None if there is none (`datasets` writes files of
+    that name, too, without such entries)."""
     info_path = file.parent / "dataset_info.json"
     if not os.path.lexists(info_path):
         return None

@@ -1,10 +1,10 @@
-"""The only file that opens videos (PyAV, the extra `[video]`): frames counted, sampled, decoded.
+"""The only file that opens videos (PyAV, the extra `[video]`): counts, samples and decodes frames.
 
-A header names size, rate and number of frames; where it leaves the number out, packets are counted
-without decoding one. Frames are resized and cut into patches by `mmpack.data.images`, two (t) a patch.
+The header gives size, frame rate and number of frames; if it lacks the number, packets are counted without
+decoding. `mmpack.data.images` resizes frames and cuts them into patches of two (t) frames.
 
-A video in a row is not trusted: only containers that hold their own frames are opened (a playlist or
-an image pattern would name other files), and no protocol at all. FFmpeg's libraries start no program.
+A video in a row is not trusted: only containers that hold their own frames are opened (a playlist or an image
+pattern would name other files), and no protocol is allowed. FFmpeg's libraries start no program.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from mmpack.types import ImageRef, Int64, Media, VideoRef
 from mmpack.video_spec import is_rate
 from mmpack.vision_spec import VisionSpec, check_aspect_ratio
 
-# FFmpeg's names of demuxers; those of playlists, of image sequences and of raw streams are not here.
+# FFmpeg's demuxer names, without those for playlists, image sequences and raw streams.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
 
 
 def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
-    """The video with `num_frames`, `fps` and `size` as its header says; of a list of frames, all
-    their headers are read.
+    """The video with `num_frames`, `fps` and `size` from its header, or from the headers of all its frames if it
+    is a list of them.
 
     Args:
-        decode: decode every frame, which alone finds damage.
+        decode: decode every frame; only this finds damage.
 
     Raises:
-        RowError: no video that can be read, one without frames or rate, frames of different sizes or over
-            Pillow's limit of pixels; with `decode`, fewer frames than the header says; or PyAV is missing.
+        RowError: the video cannot be read, has no frames or no rate, frames differ in size or exceed Pillow's
+            pixel limit, or PyAV is missing; with `decode`, also fewer frames than the header says.
     """
     if video.frames:
         return _probe_list(video, decode)
@@ -61,16 +61,14 @@ def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
     if not num_frames:
         raise RowError(f"video {video.path} has no frames", "replace it")
     if not is_rate(fps):
-        raise RowError(
-            f"video {video.path} does not say how many frames a second it has", "remux it"
-        )
+        raise RowError(f"video {video.path} has no frame rate in its header", "remux it")
     _check_shape(video, height, width)
     return _with(video, num_frames, fps, (height, width))
 
 
 def num_grids(ref: Media, vision: VisionSpec) -> int:
-    """How many markers, and grids, an image or a probed video has: one; a video with timestamps one a
-    temporal patch."""
+    """The number of markers (and grids) of an image or a probed video: one, or one per temporal patch of a video
+    with timestamps."""
     if isinstance(ref, ImageRef) or not vision.video_spec.has_timestamps:
         return 1
     index, _ = sampled(ref, vision)
@@ -78,10 +76,10 @@ def num_grids(ref: Media, vision: VisionSpec) -> int:
 
 
 def sampled(video: VideoRef, vision: VisionSpec) -> tuple[Int64, float]:
-    """(index, fps): which frames of a probed video are taken, ascending, and its frames a second.
+    """(indices of a probed video's sampled frames, ascending; its frames per second).
 
     Raises:
-        RowError: too few frames, or in a list too many.
+        RowError: the video has too few frames, or a list has too many.
     """
     try:
         return vision.frame_times(video.num_frames, video.fps, bool(video.frames))
@@ -100,16 +98,15 @@ def load_patches(
 
     Args:
         grid_thw: (G, 3), the grids of its markers.
-        out: (t * h * w, C * frames * p * p) uint8, contiguous: where to write; new memory by default.
-        folders: where its files must lie, links followed; None: anywhere.
+        out: (t * h * w, C * frames * p * p) uint8, contiguous: the output; allocated by default.
+        folders: folders that must contain its files, links resolved; None: any folder.
 
     Returns:
-        One row a patch in Qwen's merge order, temporal patch by temporal patch; an odd last frame fills
-        its patch alone.
+        One row per patch in Qwen's merge order, temporal patch by temporal patch; an odd last frame is repeated to
+        fill its patch.
 
     Raises:
-        ValueError: the video cannot be decoded, lies outside of `folders`, or no longer is what it was
-            planned as.
+        ValueError: the video cannot be decoded, is outside `folders`, or has changed since planning.
     """
     patches, (height, width) = int(grid_thw[:, 0].sum()), map(int, grid_thw[0, 1:])
     multiple = vision.temporal_patch_size
@@ -123,7 +120,7 @@ def load_patches(
         if vision.video_grid(len(index), picture.height, picture.width) != planned:
             raise ValueError(
                 f"video {video.path} is now {picture.width} x {picture.height} pixels with {len(index)} "
-                f"sampled frames, it was planned as a grid of {' x '.join(map(str, planned))} patches; "
+                f"sampled frames, but was planned as a grid of {' x '.join(map(str, planned))} patches; "
                 "pack the data again"
             )
         patch, frame = divmod(number, multiple)
@@ -134,7 +131,7 @@ def load_patches(
     if number + 1 != len(index):
         raise ValueError(
             f"video {video.path} has fewer frames than its header says: {number + 1} of {len(index)} "
-            "sampled ones could be decoded; re-encode it, or find such files with --decode"
+            "sampled ones could be decoded; re-encode it, and find such files with mmpack check --decode"
         )
     return out
 
@@ -142,10 +139,10 @@ def load_patches(
 def thumbnail(
     video: VideoRef, vision: VisionSpec, side: int, folders: MediaFolders | None = None
 ) -> bytes:
-    """The first sampled frame of a probed video, as `images.thumbnail`; no other is decoded.
+    """The `images.thumbnail` of a probed video's first sampled frame; frames after it are not decoded.
 
     Raises:
-        ValueError: it cannot be decoded, or lies outside of `folders`.
+        ValueError: it cannot be decoded, or is outside `folders`.
     """
     index, _ = sampled(video, vision)
     with closing(_pictures(video, index[:1], folders)) as pictures:
@@ -190,17 +187,17 @@ def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tupl
     with in_memory or open_media(video.path, "video", folders) as file:
         try:
             container = av.open(file, options=_OPTIONS)
-        except Exception as error:  # some of FFmpeg are neither OSError nor ValueError
+        except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
             raise RowError(
                 f"video {video.path} is not a video FFmpeg can read: {_reason(error)}", "replace it"
             ) from None
         with container:
             if not container.streams.video:
-                raise RowError(f"video {video.path} has no pictures", "replace it")
+                raise RowError(f"video {video.path} has no video stream", "replace it")
             stream = container.streams.video[0]
             if getattr(stream, "codec_context", None) is None:
                 raise RowError(
-                    f"video {video.path} has pictures of a codec FFmpeg does not know",
+                    f"video {video.path} has a codec that FFmpeg does not know",
                     "re-encode it",
                 )
             stream.thread_count = 1  # DataLoader workers are the threads
@@ -222,7 +219,7 @@ def _packets(video: VideoRef, container: Any, stream: Any) -> Iterator[Any]:
     while True:
         try:
             packet = next(packets, None)
-        except Exception as error:  # some of FFmpeg are neither OSError nor ValueError
+        except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
             raise RowError(
                 f"video {video.path} cannot be read: {_reason(error)}", "replace it"
             ) from None
@@ -244,7 +241,7 @@ def _probe_list(video: VideoRef, decode: bool) -> VideoRef:
         raise RowError(
             f"the frames of a video differ in size: {video.path} is {width} x {height} pixels, "
             f"{list(sizes.values())[1]} is {other_width} x {other_height}",
-            "resize them",
+            "resize them to one size",
         )
     return _with(video, len(video.frames), video.fps, next(iter(sizes)))
 

@@ -12,3 +12,7 @@ __all__ = [
     "patch_model",
     "unpatch_model",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

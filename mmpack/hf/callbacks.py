@@ -104,6 +104,9 @@ class PackingCallback(TrainerCallback):
         self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
 
+    def __repr__(self) -> str:
+        return f"PackingCallback({self.dataset!r})"
+
     def attach(self, trainer: Trainer) -> PackingCallback:
         """Add the callback to a Trainer before it trains; returns the callback.
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+from mmpack.errors import counted
 from mmpack.hf.checkpoint_files import KEY, lacking
 from mmpack.hf.compat import (
     WeightRenaming,
@@ -28,7 +29,6 @@ from mmpack.hf.compat import (
     loads_whole_checkpoints,
 )
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.pack_html import counted
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.plan import plan_epoch
 

@@ -6,7 +6,8 @@ pack into keyword arguments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -16,17 +17,42 @@ import torch
 from torch import nn
 
 from mmpack.data.encoder import Encoder
+from mmpack.errors import counted
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
-from mmpack.pack_html import counted
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
 from mmpack.packing.compact import compact
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.types import IGNORE, EncodedSample, Float32
 from mmpack.vision_spec import VisionSpec
+
+
+class Batch(dict[str, Any]):
+    """A batch of `PackCollator`: a dict for `model(**batch)` that moves as one.
+
+    What the host reads, in `mmpack`, stays as it is: offsets, sizes, grids. Trainer, accelerate and torch's
+    DataLoader, which look for `to` and `pin_memory`, call these and so move the same tensors as of a plain dict.
+    """
+
+    def to(self, device: Any, non_blocking: bool = False) -> Batch:
+        """The batch with all its tensors, those of `mmpack` too, on a device; this one stays."""
+        return Batch(_mapped(self, lambda one: one.to(device, non_blocking=non_blocking)))
+
+    def pin_memory(self) -> Batch:
+        """The batch with all its tensors in pinned memory; this one stays."""
+        return Batch(_mapped(self, torch.Tensor.pin_memory))
+
+
+def _mapped(values: Mapping[str, Any], move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return {
+        name: move(value)
+        if isinstance(value, torch.Tensor)
+        else (_mapped(value, move) if isinstance(value, dict) else value)
+        for name, value in values.items()
+    }
 
 
 class PackCollator:
@@ -109,7 +135,15 @@ class PackCollator:
             known = Encoder.of(encoder, None if base is None else base.config)
             self.encoder = replace(known, on_error="raise")
 
-    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+    def __repr__(self) -> str:
+        words = [] if self.encoder is None else [repr(self.encoder)]
+        for name, default in inspect.signature(PackCollator).parameters.items():
+            value = getattr(self, name, default.default)
+            if name != "encoder" and value != default.default:
+                words.append(f"{name}={value!r}")
+        return f"PackCollator({', '.join(words)})"
+
+    def __call__(self, features: Sequence[Any]) -> Batch:
         segments, values = self._segments(features)
         samples = [sample for item in segments for sample in item]
         if self.pad_to is not None:
@@ -129,7 +163,7 @@ class PackCollator:
             batch["mmpack"]["resume"] = resume  # a stream's state after its last pack
         if self.full_logits:
             del batch["shift_labels"], batch["logits_to_keep"]
-        return batch
+        return Batch(batch)
 
     def _segments(
         self, features: Sequence[Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.hf.compat import folder_of, whole_rows
-from mmpack.packing.dataset import PackedDataset, id_range_of
+from mmpack.packing.dataset import PackedDataset
 from mmpack.types import EncodedSample
 from mmpack.vision_spec import VisionSpec
 
@@ -117,7 +117,7 @@ def check_fit(base: Any, dataset: PackedDataset) -> None:
 def _row_outside(samples: Iterable[EncodedSample], rows: int) -> str:
     """The first sample with an id out of range, in words."""
     for sample in samples:
-        smallest, largest = id_range_of(sample)
+        smallest, largest = sample.id_range
         if smallest < 0 or largest >= rows:
             return f"row {sample.row} of {sample.source}"
     return "the batch"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from mmpack.errors import counted
 from mmpack.hf.checkpoint_files import KEY, STREAM_FILE, checkpoint_folder
 from mmpack.hf.compat import base_loader, take_whole
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.pack_html import counted
 from mmpack.packing.stream import PackStream
 
 

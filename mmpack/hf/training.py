@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import FinishedError, check_checkpoint
@@ -33,6 +44,9 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
     """
     defaults = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--report_to", "none"]
     defaults += ["--output_dir", "mmpack-output"]
+    has_device = torch.accelerator.is_available()  # without one, torch warns that it pins nothing
+    defaults += ["--dataloader_pin_memory", str(has_device)]
+    defaults += ["--disable_tqdm", str(not sys.stderr.isatty())]
     parser = HfArgumentParser(
         TrainingArguments, prog="mmpack train", usage=_USAGE, allow_abbrev=False
     )
@@ -44,7 +58,60 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
         close = get_close_matches(unknown[0].split("=")[0], known, 1)
         guess = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"{unknown[0]} is not an option of mmpack train or TrainingArguments{guess}")
+    if args.disable_tqdm:
+        logging.disable_progress_bar()  # of weights that are read and written
     return args
+
+
+class _BarLines(ProgressCallback):
+    """Trainer's bar with a line a log; reporters and `log_history` have all that is logged."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs:  # it is the first rank's
+            self.training_bar.write(log_line(state.global_step, state.max_steps, logs))
+
+
+class _Lines(PrinterCallback):
+    """The lines alone."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            print(log_line(state.global_step, state.max_steps, logs), flush=True)
+
+
+def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
+    """One log of Trainer's in a line: of a step loss, gradient norm, learning rate, tokens/s and how full the
+    packs are; else all figures but times and rates."""
+    line = [f"step {step:,}/{steps:,}"]
+    if "loss" not in logs:
+        hidden = ("_runtime", "_per_second", "epoch", "total_flos")
+        line += [f"{n} {v:.4g}" for n, v in logs.items() if not n.endswith(hidden)]
+        return "  ".join(line)
+    for name, words in (
+        ("loss", "loss {:.4g}"),
+        ("grad_norm", "grad_norm {:.3g}"),
+        ("learning_rate", "lr {:.3g}"),
+        ("pack/tokens_per_second", "{:,.0f} tokens/s"),
+        ("pack/utilization", "{:.0%} full"),
+        ("pack/mfu", "MFU {:.0%}"),
+    ):
+        if name in logs:
+            line.append(words.format(logs[name]))
+    return "  ".join(line)
 
 
 def _machine_failure(error: Exception, args: TrainingArguments) -> str | None:
@@ -82,6 +149,9 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         train_dataset=dataset,
         data_collator=PackCollator(model=model),
     )
+    for theirs, ours in ((ProgressCallback, _BarLines), (PrinterCallback, _Lines)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(ours)
     PackingCallback(dataset).attach(trainer)
     if args.resume_from_checkpoint is not None:
         check_checkpoint(args.resume_from_checkpoint)

@@ -1,6 +1,6 @@
-"""Tensors in, tensors out: Triton kernels and what makes them differentiable. No mmpack type here.
+"""Differentiable ops on tensors, most with Triton kernels. They do not use mmpack's types.
 
-Where Triton does not exist (it does on Linux), the ops that have a library to fall back on do.
+Without Triton (it exists for Linux only), the ops that can fall back on a library are still available.
 """
 
 from importlib.util import find_spec
@@ -13,8 +13,8 @@ from mmpack.ops.varlen_attention import varlen_attention
 __all__ = ["block_mask", "patch_embed", "supervised_cross_entropy", "varlen_attention"]
 
 if find_spec("triton"):
-    # Not in the model patch: for loops that own their gradients. It saves clearing V x D numbers per
-    # micro-batch, 1.1 GB for Qwen2-VL-7B's table in bf16 (counted, not measured on a GPU).
+    # Not used by the model patch, only for loops that manage their own gradients. It saves clearing V x D numbers
+    # per micro-batch, 1.1 GB for Qwen2-VL-7B's table in bf16 (computed, not measured on a GPU).
     from mmpack.ops.accumulate_embedding_grad import accumulate_embedding_grad
     from mmpack.ops.assembly.assemble_patches import assemble_patches
     from mmpack.ops.assembly.assemble_sequence import assemble_sequence
@@ -32,3 +32,7 @@ if find_spec("triton"):
         "dense_mask",
         "embed_features",
     ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,8 @@
-"""The embedding table's gradient, added into a gradient that is already there.
+"""Adds the embedding table's gradient to an existing gradient.
 
-`embed_features`' backward kernels, told to add: only the rows of ids in the text are read and
-written, 3.8 bytes an element of the text in bf16, where a fresh dense gradient and its accumulation
-move 8 V D bytes more.
+Runs the backward kernels of `embed_features` in accumulating mode: only rows of ids in the text are read and
+written, 3.8 bytes per element of the text in bf16. A new dense gradient and its accumulation move 8 V D bytes
+more.
 """
 
 import torch
@@ -41,14 +41,13 @@ def accumulate_embedding_grad(
     text_id_offsets: Tensor,
     padding_idx: int | None = None,
 ) -> None:
-    """Add the table's gradient of one step into `grad_VD` (a `.grad`, or a float32 `main_grad`), in
-    place, touching the rows of ids in the text and no others: 3.8 bytes an element of the text where
-    a fresh gradient and its accumulation move 8 V D more.
+    """Add the table's gradient of one step to `grad_VD` (a `.grad`, or a float32 `main_grad`) in place. Only rows
+    of ids in the text are read and written: 3.8 bytes per element of the text, while a new gradient and its
+    accumulation move 8 V D bytes more.
 
-    For training loops that own their gradients. `patch_model` does not use it, for autograd knows
-    nothing of it: `torch.autograd.grad` and the weight's hooks see no gradient, so DDP and FSDP do
-    not reduce it and gradient scaling does not check it; call it once per step and before the
-    optimizer's.
+    For training loops that manage their own gradients. `patch_model` does not use it, because autograd does not
+    see it: `torch.autograd.grad` and the weight's hooks get no gradient, so DDP and FSDP do not reduce it and
+    gradient scaling does not check it. Call it once per step, before the optimizer step.
 
     Args:
         grad_VD: (V, D), any floating dtype, contiguous; sums are float32 and rounded once.
@@ -56,13 +55,13 @@ def accumulate_embedding_grad(
         input_ids_T, text_order, text_id_offsets, padding_idx: as in `embed_features`.
 
     Raises:
-        ValueError: shapes or devices do not fit, or there is no device for the kernel.
+        ValueError: shapes or devices do not match, or the device cannot run the kernel.
     """
     if not grad_VD.is_contiguous():
-        raise ValueError(f"grad must be contiguous, its strides are {grad_VD.stride()}")
+        raise ValueError(f"grad must be contiguous, got strides {grad_VD.stride()}")
     if dout_TD.shape != (len(input_ids_T), grad_VD.shape[1]):
         raise ValueError(
-            f"dout must be {(len(input_ids_T), grad_VD.shape[1])}, a row a token, got {tuple(dout_TD.shape)}"
+            f"dout must be {(len(input_ids_T), grad_VD.shape[1])}, one row per token, got {tuple(dout_TD.shape)}"
         )
     check_indices({"text_order": text_order, "text_id_offsets": text_id_offsets}, grad_VD.device)
     _accumulate_embedding_grad(

@@ -1,4 +1,4 @@
-"""What the public ops check of their arguments, where more than one op does, and where kernels run."""
+"""Argument checks shared by several ops, and the device on which kernels are launched."""
 
 import functools
 
@@ -7,7 +7,7 @@ import triton
 
 
 def check_indices(indices, device):
-    """Indices the kernels can read, on a device they run on."""
+    """Check that indices are flat int32 on a device that runs kernels."""
     for name, tensor in indices.items():
         if tensor.dtype != torch.int32 or tensor.ndim != 1 or tensor.device != device:
             raise ValueError(
@@ -18,16 +18,16 @@ def check_indices(indices, device):
 
 
 def check_device(device):
-    """A device kernels run on."""
-    if torch.compiler.is_compiling():  # the eager run has seen the device
+    """Check that a device runs kernels."""
+    if torch.compiler.is_compiling():  # checked in eager mode
         return
     if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
 
 
 def on_its_device(launches):
-    """For what launches kernels: the device of its first argument is the current one meanwhile, for
-    Triton launches on the current device wherever the tensors are. Nothing off CUDA."""
+    """Decorate a function that launches kernels, so that its first argument's device is the current one: Triton
+    launches on the current device, wherever the tensors are. Has no effect without CUDA."""
 
     @functools.wraps(launches)
     def run(first, *args, **kwargs):

@@ -1,9 +1,9 @@
 """FlexAttention's BlockMask (arXiv 2412.05496) of a pack, from segment offsets.
 
-torch's `create_block_mask` evaluates the rule for every pair of tokens. Here the first and last segment of
-each block of 128 tokens say which blocks see each other: integers of size (B, B) for B blocks, no T x T
-mask, no synchronization with the device. About twenty torch ops, once a step; in plain torch, because
-`impl="flex"` also runs where Triton does not exist.
+torch's `create_block_mask` evaluates the mask for every pair of tokens. Here the first and last segment of each
+block of 128 tokens decide which blocks see each other: (B, B) integers for B blocks, no T x T mask, no
+synchronization with the device. About twenty torch ops per step, in plain torch because `impl="flex"` also runs
+without Triton.
 """
 
 import torch
@@ -14,17 +14,17 @@ BLOCK = 128  # rows and columns of a block, FlexAttention's default
 
 
 def block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True):
-    """The BlockMask with which `flex_attention` keeps the segments of a pack apart; equal to what torch's
-    `create_block_mask` makes of the same rule.
+    """The BlockMask that restricts `flex_attention` to a pack's segments; equal to torch's `create_block_mask` for
+    the same mask.
 
     Args:
         cu_seqlens: (S + 1,) int32, from 0 to `num_tokens`. Its values are not checked.
         num_tokens: T.
-        causal: a token sees the past of its segment and itself; else all of it.
+        causal: a token sees its segment up to itself; else its whole segment.
 
     Returns:
-        A `torch.nn.attention.flex_attention.BlockMask` of 128 x 128 blocks for one row of T tokens, all
-        heads alike.
+        A `torch.nn.attention.flex_attention.BlockMask` of 128 x 128 blocks for one row of T tokens, the same for
+        all heads.
 
     Raises:
         ValueError: cu_seqlens are not flat int32.
@@ -42,7 +42,7 @@ def block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True):
     last_segment_B = segment_T[(first + BLOCK).clamp_max(num_tokens) - 1]
     places = torch.arange(len(first), device=cu_seqlens.device)
     row_B1, column_1B = places[:, None], places[None, :]
-    # Blocks are of the pack's rows: between two there is a segment both have, or none is shared.
+    # Blocks and segments are intervals of rows, so two blocks share a segment if their segment ranges overlap.
     seen_BB = (first_segment_B[:, None] <= last_segment_B) & (
         last_segment_B[:, None] >= first_segment_B
     )
@@ -52,7 +52,7 @@ def block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True):
     if causal:
         seen_BB &= column_1B <= row_B1
         whole_BB &= column_1B < row_B1
-    is_full = first + BLOCK <= num_tokens  # torch fills the last block up with what sees nothing
+    is_full = first + BLOCK <= num_tokens  # torch pads the last block with rows that see nothing
     whole_BB &= is_full[None, :] & is_full[:, None]
 
     def mask_mod(b, h, q, kv):
@@ -69,6 +69,6 @@ def block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True):
 
 
 def _listed(mask_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and which: those first, in order."""
+    """(number of blocks per row; block indices, those in the mask first, in order)."""
     order_BB = torch.argsort(mask_BB.int(), dim=1, descending=True, stable=True)
     return mask_BB.sum(1, dtype=torch.int32)[None, None], order_BB.int()[None, None]

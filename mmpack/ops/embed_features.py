@@ -1,20 +1,21 @@
-"""Token embedding and placeholder-to-feature insertion in one pass, and its transpose.
+"""Token embedding and insertion of features at placeholders in one pass, and its backward.
 
     out[t] = features[feature_index[t]]   where feature_index[t] >= 0
              weight[input_ids[t]]         elsewhere
 
-Forward: one program a token selects its row's pointer, reads the row and writes it, bit-exact.
-transformers (embed, cat, mask, masked_scatter) moves about nine times that.
+Forward: one program per token selects its row's pointer, reads the row and writes it; bit-exact. transformers
+    (embed,
+cat, mask, masked_scatter) moves about nine times as many bytes.
 
-Backward: one launch for both gradients. A feature's is a gather by `feature_token`. A table row's
-is the sum over its tokens, which come sorted by id in runs of at most MAX_RUN tokens
-(`text_order`, `text_id_offsets`, made on the CPU): one program a run adds in a fixed order, in
-float32; ids with several runs leave partial sums, added by a second launch. No atomics, no sort, no
-host sync: two backward passes give the same bits. Placeholders are never looked at, where
-`embedding_dense_backward` sorts them and adds up all their zeros.
+Backward: one launch for both gradients. A feature's gradient is a gather by `feature_token`. A table row's
+    gradient is
+the sum over its tokens, which are sorted by id in runs of at most MAX_RUN tokens (`text_order`, `text_id_offsets`,
+made on the CPU): one program per run adds in a fixed order, in float32; ids with several runs leave partial sums,
+which a second launch adds. No atomics, no sort, no host sync: two backward passes give the same bits. Placeholders
+are not read, while `embedding_dense_backward` sorts them and adds up their zeros.
 
-Bytes per column in bf16: forward 4 T, one launch; backward 4 T and 2 V to clear a fresh table
-gradient, three launches. Not measured on a GPU yet.
+Bytes per column in bf16: forward 4 T, one launch; backward 4 T, plus 2 V to clear a new table gradient, three
+launches. Not measured on a GPU yet.
 """
 
 import torch
@@ -26,8 +27,8 @@ from mmpack.ops.arguments import check_indices, on_its_device
 from mmpack.types import MAX_RUN
 
 # T = tokens, F = features, V = table rows, D = hidden size, R = runs of one id
-MAX_COPY_D = 8192  # elements of a row copied at once: all loads before the first store
-BLOCK_D = 1024  # of a row summed at once: 128 threads of 8 two-byte elements, 16 bytes each
+MAX_COPY_D = 8192  # elements of a row copied at once, with all loads before the first store
+BLOCK_D = 1024  # elements of a row summed at once: 128 threads x 8 two-byte elements (16 bytes)
 BLOCK_R = 4  # rows of a run read at once
 NUM_WARPS = 4
 
@@ -63,7 +64,7 @@ def _embed_features_fwd_kernel(
 
 @triton.jit
 def _run_id(run, num_runs, input_ids_ptr, text_order_ptr, text_id_offsets_ptr):
-    """Id of a run; -1 before the first and behind the last."""
+    """The id of a run; -1 before the first and after the last."""
     inside = (run >= 0) & (run < num_runs)
     first = tl.load(text_id_offsets_ptr + run, mask=inside, other=0)
     token = tl.load(text_order_ptr + first, mask=inside, other=0)
@@ -72,8 +73,8 @@ def _run_id(run, num_runs, input_ids_ptr, text_order_ptr, text_id_offsets_ptr):
 
 @triton.jit
 def _partial_slot(start, is_last, MAX_RUN: tl.constexpr):
-    """Row of a run's partial sum. Of the runs that share an id, full ones begin MAX_RUN apart and
-    each id has one last one, so an aligned stretch of MAX_RUN tokens holds at most one of either."""
+    """The row of a run's partial sum. Full runs of one id start MAX_RUN tokens from each other, and each id has
+    one last run, so in MAX_RUN aligned tokens at most one full run and one last run start."""
     return 2 * (start // MAX_RUN) + is_last.to(tl.int32)
 
 
@@ -98,7 +99,7 @@ def _embed_features_bwd_kernel(
     ACCUMULATE: tl.constexpr,
     COPY_D: tl.constexpr,
 ):
-    run = tl.program_id(0)  # runs first: the long ones are not left for the end
+    run = tl.program_id(0)  # runs before features, so that long ones start early
     if run >= num_runs:
         f = (run - num_runs).to(tl.int64)
         t = tl.load(feature_token_ptr + f).to(tl.int64)
@@ -152,7 +153,7 @@ def _embed_features_bwd_partials_kernel(
     ACC: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The first run of an id with several adds up their partial sums, in order."""
+    """The first run of an id with several runs adds up their partial sums, in order."""
     run = tl.program_id(0)
     token_id = _run_id(run, num_runs, input_ids_ptr, text_order_ptr, text_id_offsets_ptr)
     before = _run_id(run - 1, num_runs, input_ids_ptr, text_order_ptr, text_id_offsets_ptr)
@@ -184,7 +185,7 @@ def _embed_features_bwd_partials_kernel(
         tl.store(dweight_row, acc.to(dweight_ptr.dtype.element_ty), mask=mask_d)
 
 
-def copy_width(D):  # elements of a row that a program copies at once
+def copy_width(D):  # elements of a row copied at once
     return min(triton.next_power_of_2(D), MAX_COPY_D)
 
 
@@ -214,10 +215,10 @@ def embed_features_fwd(input_ids_T, feature_index_T, weight_VD, features_FD):
 def embed_features_bwd(
     dout_TD, dweight_VD, dfeatures_FD, input_ids_T, indices, padding_idx, accumulate=False
 ):
-    """Both gradients, written in two launches; the arguments are checked.
+    """Write both gradients in two launches; the arguments are checked.
 
-    `indices` is (feature_token, text_order, text_id_offsets); of an empty part the gradient is left
-    alone. Rows of ids not in the text are kept, the others overwritten, or with `accumulate` added to.
+    `indices` is (feature_token, text_order, text_id_offsets); the gradient of an empty part is not written. Rows
+    of ids in the text are overwritten, or added to with `accumulate`; other rows are not changed.
     """
     feature_token, text_order, text_id_offsets = indices
     D = dout_TD.shape[1]
@@ -226,7 +227,7 @@ def embed_features_bwd(
     if not num_programs or not D:
         return
     dout_TD = _rows(dout_TD)
-    dtype = torch.promote_types(dout_TD.dtype, torch.float32)  # of sums
+    dtype = torch.promote_types(dout_TD.dtype, torch.float32)  # for sums
     partial = dout_TD.new_empty(2 * triton.cdiv(len(text_order), MAX_RUN), D, dtype=dtype)
     text = (input_ids_T, text_order, text_id_offsets)
     options = {
@@ -258,7 +259,7 @@ def embed_features_bwd(
 
 
 def _rows(x):
-    """x with its last dimension contiguous; its rows may lie apart."""
+    """x with its last dimension contiguous; rows may have any stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -339,12 +340,14 @@ def _check(input_ids_T, weight_VD, features_FD, indices):
             f"features must be {(F, D)} to fill {F} placeholders, got {tuple(features_FD.shape)}"
         )
     if features_FD.dtype != weight_VD.dtype:
-        raise ValueError(f"features are {features_FD.dtype}, not {weight_VD.dtype} as the table")
+        raise ValueError(f"features are {features_FD.dtype}, the table is {weight_VD.dtype}")
     if len(indices["feature_index"]) != T:
         raise ValueError(f"{T} input_ids but {len(indices['feature_index'])} feature indices")
     num_text = len(indices["text_order"])
     if num_text != T - F:
-        raise ValueError(f"{T} tokens and {F} features leave {T - F}, not {num_text} in text_order")
+        raise ValueError(
+            f"text_order must have {T - F} entries for {T} tokens and {F} features, got {num_text}"
+        )
     for name, tensor in {"input_ids": input_ids_T, "features": features_FD}.items():
         if tensor.device != weight_VD.device:
             raise ValueError(f"{name} are on {tensor.device}, the table is on {weight_VD.device}")
@@ -362,24 +365,23 @@ def embed_features(
     text_id_offsets: Tensor,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Embed tokens and put vision features over their placeholders: (T, D), out of place.
+    """Embed tokens and insert vision features at their placeholders: (T, D), out of place.
 
-    What transformers computes as `embed_tokens(input_ids).masked_scatter(is_placeholder, features)`.
-    Differentiable in `weight_VD` and `features_FD`; deterministic; a table row's gradient is rounded
-    once, from a float32 sum.
+    Equal to transformers' `embed_tokens(input_ids).masked_scatter(is_placeholder, features)`. Differentiable in
+    `weight_VD` and `features_FD`; deterministic; a table row's gradient is rounded once, from a float32 sum.
 
     Args:
-        input_ids_T: (T,) integer ids, all below V. This is not checked: it would ask the device.
-        feature_index_T: (T,) int32: the feature that stands at a token, -1 for text.
+        input_ids_T: (T,) integer ids below V. Not checked, because that would synchronize with the device.
+        feature_index_T: (T,) int32: index of the feature at each token, -1 for text.
         weight_VD: (V, D) embedding table.
         features_FD: (F, D) vision features, same dtype and device.
         feature_token: (F,) int32, the inverse of `feature_index_T`.
-        text_order, text_id_offsets: int32: the tokens that are text, sorted by id, in runs of one id
-            and at most MAX_RUN tokens. All indices are fields of `mmpack.Pack`.
+        text_order, text_id_offsets: (T - F,) and (R + 1,) int32: text tokens sorted by id, and offsets of their
+            runs of one id and at most MAX_RUN tokens. All indices are fields of `mmpack.Pack`.
         padding_idx: an id without gradient, as in `torch.nn.Embedding`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or there is no device for the kernel.
+        ValueError: shapes, dtypes or devices do not match, or the device cannot run the kernel.
     """
     indices = {
         "feature_index": feature_index_T,

@@ -1,23 +1,23 @@
-"""Multimodal rotary embedding (Qwen2-VL, arXiv 2409.12191) of q and k in one launch, its angles made in
-the kernel.
+"""Multimodal rotary embedding (Qwen2-VL, arXiv 2409.12191) of q and k in one launch, with angles computed in the
+kernel.
 
     out[t, h, i]     = q[t, h, i] cos(a) - q[t, h, i + R/2] sin(a)      a = position[axis(i), t]
     out[t, h, i+R/2] = q[t, h, i + R/2] cos(a) + q[t, h, i] sin(a)          * inv_freq[i]
 
-transformers makes cos and sin for three axes, picks, doubles and casts them, and in every layer reads
-them again: q and k take ten elementwise kernels and come out transposed. Here positions are integers
-and each of a tile's tokens makes its angles once for all its heads. The outputs are fresh (T, H, K)
-buffers, contiguous as attention wants them; inputs may be views into one fused projection.
+transformers computes cos and sin for three axes, selects, doubles and casts them, and reads them in every layer: q
+and k take ten elementwise kernels and come out transposed. Here positions are integers, and each token computes
+its angles once for all heads of a tile. The outputs are new contiguous (T, H, K) buffers, as attention needs them;
+inputs may be views into one fused projection.
 
-Backward is the same kernel with the angle negated: a rotation's transpose is its inverse.
+The backward is the same kernel with negated angles: a rotation's transpose is its inverse.
 
-The vision tower's two-dimensional rope is the same with two rows of positions, whose sections share
-their frequencies.
+The vision tower's two-dimensional rope is the same op with two rows of positions, whose sections share their
+frequencies.
 
-Precision: angles are the float32 product that transformers takes; cos and sin are of it to within
-2^-23; the rotation is float32 (float64 for float64) and rounded once, where transformers' text model
-rounds cos, sin, both products and the sum. `tl.cos` is not used: its branch for huge arguments lives in
-local memory.
+Precision: angles are the same float32 product as in transformers; cos and sin are accurate to 2^-23; the rotation
+    is in
+float32 (float64 for float64) and rounded once, while transformers' text model rounds cos, sin, both products and
+the sum. `tl.cos` is not used, because its branch for huge arguments uses local memory.
 
 Bytes in bf16, forward or backward, one launch: 4 T (H + Hk) K + 24 T. Not measured on a GPU yet.
 """
@@ -30,15 +30,15 @@ from torch import Tensor
 from mmpack.ops.arguments import check_device, on_its_device
 
 # T = tokens (or patches), H = heads of q, Hk = heads of k, K = head dim, R = rotary channels of K
-TILE = 2048  # pairs of elements: 256 threads of 8, 16 bytes of bf16 each
-BLOCK_T = 8  # tokens of a tile, one a warp: its 32 threads make the angles of one token only
-# x cos - y sin: one product and one FFMA, which newer versions of Triton make where they are told to.
+TILE = 2048  # pairs of elements: 256 threads x 8 pairs, 16 bytes of bf16 each
+BLOCK_T = 8  # tokens per tile, one per warp, whose 32 threads compute the angles of one token
+# x cos - y sin is one product and one FFMA; newer versions of Triton fuse only with this option.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _cos_sin(angle):
-    """Both of a float32 angle: the remainder of pi/2 in float64, then Cephes' polynomials."""
+    """(cos, sin) of a float32 angle: the remainder modulo pi/2 in float64, then Cephes' polynomials."""
     turns = tl.floor(angle.to(tl.float64) * 0.6366197723675814 + 0.5)
     x = (angle.to(tl.float64) - turns * 1.5707963267948966).to(tl.float32)
     z = x * x
@@ -84,7 +84,7 @@ def _rotate_heads(
         tl.store(
             out_row + HALF + offs_f, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=mask
         )
-        if K > 2 * HALF:  # partial rotary: the rest as it is
+        if K > 2 * HALF:  # partial rotary: copy the rest
             offs_r = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
             mask_r = (t < T) & (h < H) & (offs_r < K)
             tl.store(out_row + offs_r, tl.load(row + offs_r, mask=mask_r), mask=mask_r)
@@ -134,7 +134,7 @@ def _apply_mrope_kernel(
     else:
         is_1 = (f >= SECTION_0) & (f < SECTION_0 + SECTION_1)
         is_2 = f >= SECTION_0 + SECTION_1
-    # tokens x 1 x frequencies; a tile's heads share them
+    # (tokens, 1, frequencies), shared by the heads of a tile
     place = position_ids_ptr + offs_t[:, None, None].to(tl.int64) * position_stride_t
     mask_place = mask_t[:, None, None]
     position = tl.load(place, mask=mask_place, other=0).to(tl.float32)
@@ -161,7 +161,7 @@ def _apply_mrope_kernel(
 
 
 def mrope_constants(H, HK, K, sections, interleaved, num_freqs, inverse, dtype):
-    """The kernel's constants, as a launch and the compile report give them."""
+    """The kernel's constants, for launches and the compile report."""
     half = sum(sections)
     block_f = triton.next_power_of_2(half)
     return {
@@ -186,8 +186,8 @@ def mrope_constants(H, HK, K, sections, interleaved, num_freqs, inverse, dtype):
 def apply_mrope_fwd(
     q_THK, k, position_ids, inv_freq, sections, interleaved, attention_scaling, inverse=False
 ):
-    """Rotated q and k, contiguous, in one launch; the arguments are checked. `inverse` turns back:
-    the gradient."""
+    """Rotated q and k, contiguous, in one launch; the arguments are checked. `inverse` rotates back, for the
+    gradient."""
     (T, H, K), HK = q_THK.shape, k.shape[1]
     q_out, k_out = q_THK.new_empty(T, H, K), k.new_empty(T, HK, K)
     if T and (H or HK) and K:
@@ -255,23 +255,25 @@ def _check(q_THK, k, position_ids, inv_freq, sections, interleaved):
             f"{tuple(q_THK.shape)} and {tuple(k.shape)}"
         )
     if q_THK.dtype != k.dtype or not q_THK.is_floating_point():
-        raise ValueError(f"q and k must be of one floating dtype, got {q_THK.dtype} and {k.dtype}")
+        raise ValueError(f"q and k must have one floating dtype, got {q_THK.dtype} and {k.dtype}")
     if not 1 <= len(sections) <= 3 or (interleaved and len(sections) != 3):
-        raise ValueError(f"sections must be three (two for images), got {tuple(sections)}")
+        raise ValueError(
+            f"there must be 1 to 3 sections, and 3 if interleaved, got {tuple(sections)}"
+        )
     if 2 * half > q_THK.shape[2]:
         raise ValueError(
-            f"sections {tuple(sections)} turn {2 * half} channels, the heads have {q_THK.shape[2]}"
+            f"sections {tuple(sections)} rotate {2 * half} channels, the heads have {q_THK.shape[2]}"
         )
     if position_ids.shape != (len(sections), T) or position_ids.is_floating_point():
         raise ValueError(
-            f"position_ids must be {(len(sections), T)} integers, a row a section, got "
+            f"position_ids must be {(len(sections), T)} integers, one row per section, got "
             f"{tuple(position_ids.shape)} {position_ids.dtype}"
         )
     shared = all(section == len(inv_freq) for section in sections)
     if inv_freq.ndim != 1 or not (len(inv_freq) == half or shared):
         raise ValueError(
-            f"inv_freq must have {half} frequencies for sections {tuple(sections)}, or as many as "
-            f"each of them, got {tuple(inv_freq.shape)}"
+            f"inv_freq must have {half} frequencies for sections {tuple(sections)}, or the length of "
+            f"each section if all are equal, got {tuple(inv_freq.shape)}"
         )
     for name, tensor in {"k": k, "position_ids": position_ids, "inv_freq": inv_freq}.items():
         if tensor.device != q_THK.device:
@@ -291,21 +293,21 @@ def apply_mrope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k by their multimodal positions: contiguous (T, H, K) and (T, Hk, K), out of place.
 
-    What transformers computes as `apply_rotary_pos_emb(q, k, *rotary_emb(x, position_ids))`, or in a
-    vision tower as `apply_rotary_pos_emb_vision`. Differentiable in q and k.
+    Equal to transformers' `apply_rotary_pos_emb(q, k, *rotary_emb(x, position_ids))`, or in a vision tower to
+    `apply_rotary_pos_emb_vision`. Differentiable in q and k.
 
     Args:
         q_THK, k: (T, H, K) and (T, Hk, K), any strides.
-        position_ids_3T: (3, T) integers: t, h, w; a tower's (2, T): row, column. Any strides.
-        inv_freq: the model's own frequencies: one a channel pair, or, where each section has as
-            many, one row for all sections (a vision tower's).
-        sections: how many frequencies each row of positions turns; 2 * sum(sections) channels are
-            rotary, further ones are copied.
-        interleaved: rows by turns (Qwen3-VL) rather than one after the other (Qwen2-VL).
-        attention_scaling: factor on cos and sin, the rotary module's own.
+        position_ids_3T: (3, T) integers: t, h, w; in a tower (2, T): row, column. Any strides.
+        inv_freq: the model's frequencies, one per channel pair; or one list for all sections if they have equal
+            lengths (as in a vision tower).
+        sections: number of frequencies for each row of positions; 2 * sum(sections) channels are rotary, the rest
+            are copied.
+        interleaved: rows of positions alternate (Qwen3-VL) instead of following each other (Qwen2-VL).
+        attention_scaling: factor on cos and sin, from the rotary module.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or there is no device for the kernel.
+        ValueError: shapes, dtypes or devices do not match, or the device cannot run the kernel.
     """
     _check(q_THK, k, position_ids_3T, inv_freq, sections, interleaved)
     return _apply_mrope(

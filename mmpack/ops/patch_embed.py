@@ -1,20 +1,21 @@
-"""uint8 patches straight to vision hidden states, as transformers' `PatchEmbed` makes them of normalised
-floats: normalisation and the still's two frames are folded into the weight.
+"""uint8 patches -> vision hidden states. Equal to transformers' `PatchEmbed` on normalized floats; normalization
+and the repeated frame of stills are folded into the weight.
 
     out[p] = weight . ((x[p] / 255 - mean) / std) + bias  =  folded . (x[p] - 128) + folded bias
 
-A convolution whose step is its kernel is a matrix product. Its input here are bytes less 128: integers
-below 129, exact in bf16 and half, where the normalised floats transformers feeds it are rounded. Without
-the 128 the products would not cancel and the sum loses a bit. The fold is float32 (float64 for float64),
-cast once. A still image fills all t frames with the same pixels, so its frames' weights add up: 588 inputs
-a patch instead of 1,176 (14 pixels), 768 instead of 1,536 (16 pixels).
+A convolution whose stride equals its kernel size is a matrix product. Its input here is bytes minus 128: integers
+of magnitude at most 128, exact in bf16 and half, while the normalized floats that transformers uses are rounded.
+Without the 128, products would not cancel and the sum would lose a bit. The fold is in float32 (float64 for
+float64), cast once. A still repeats its pixels in all t frames, so the frames' weights are added: 588 inputs per
+patch instead of 1,176 (14 pixels), 768 instead of 1,536 (16 pixels).
 
-Autograd goes through the fold, so the gradients are the original weight's and bias's. The product is the
-library's (`F.linear`; never Conv3d, slow in bf16 on several cuDNNs).
+Autograd goes through the fold, so gradients are those of the original weight and bias. The product is `F.linear`,
+not Conv3d, which is slow in bf16 in several versions of cuDNN.
 
-Bytes a still patch of 14 pixels, E = 1280, bf16: to the GPU 588 (float32 pixel_values: 4,704). There
-588 + 588 as x - 128, 588 + 1,176 cast, 1,176 + 2,560 in the product; 1,176 kept for the backward
-(transformers: 2,352). The fold moves 22 MB, as much as 3,400 patches. Not measured on a GPU yet.
+Bytes per still patch of 14 pixels, E = 1280, bf16: 588 sent to the GPU (float32 pixel_values: 4,704). On the GPU:
+588 +
+588 for x - 128, 588 + 1,176 for the cast, 1,176 + 2,560 for the product; 1,176 kept for the backward
+(transformers: 2,352). The fold moves 22 MB, equal to 3,400 patches. Not measured on a GPU yet.
 """
 
 import torch
@@ -22,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # P1 = still patches, P2 = video patches, E = hidden size, C = channels, t = frames, p = patch side
-SHIFT = 128  # x - 128 is int8: the top bit flipped
+SHIFT = 128  # x - 128 as int8 is x with the top bit flipped
 
 
 def _embed(patches, weight_ECn, bias, mean, std, dtype):
-    """(P, E) of uint8 patches (P, C * n). `mean` and `std` are Python floats: a tensor made of them
-    would have to be sent to the device."""
+    """(P, E) from uint8 patches (P, C * n). `mean` and `std` are Python floats, because a tensor would need a copy
+    to the device."""
     folded, folded_bias = [], 0 if bias is None else bias.to(weight_ECn.dtype)
     for channel, (m, s) in enumerate(zip(mean, std)):
         weight_En = weight_ECn[:, channel]
@@ -45,7 +46,7 @@ def _check(stills, video, weight, bias, mean, std):
     E, C, t, height, width = weight.shape
     for name, numbers in {"mean": mean, "std": std}.items():
         if len(numbers) != C:
-            raise ValueError(f"{name} must have a number for each of {C} channels, got {numbers}")
+            raise ValueError(f"{name} must have {C} numbers, one per channel, got {numbers}")
     if bias is not None and bias.shape != (E,):
         raise ValueError(f"bias must be {(E,)}, got {tuple(bias.shape)}")
     for name, patches, frames in (("stills", stills, 1), ("video", video, t)):
@@ -71,18 +72,18 @@ def patch_embed(
 ) -> Tensor:
     """(P1 + P2, E) hidden states of a vision tower, stills first; differentiable in weight and bias.
 
-    What transformers computes as `patch_embed(pixel_values)` of the same pixels, normalised in float32
-    and doubled. Under autocast in its dtype, else in the weight's.
+    Equal to transformers' `patch_embed(pixel_values)` of the same pixels, normalized in float32 and with stills
+    repeated. Computed in autocast's dtype, else in the weight's.
 
     Args:
         stills: (P1, C * p * p) uint8 patches of still images.
         video: (P2, C * t * p * p) uint8 patches of t frames each, or None.
-        weight: (E, C, t, p, p), the `Conv3d`'s.
+        weight: (E, C, t, p, p), the weight of the `Conv3d`.
         bias: (E,), or None.
-        mean, std: of each channel after division by 255, Python floats (`VisionSpec.image_mean`).
+        mean, std: per channel, after division by 255, Python floats (`VisionSpec.image_mean`).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check(stills, video, weight, bias, mean, std)
     dtype, device = weight.dtype, weight.device.type

@@ -1,11 +1,12 @@
 """Cross entropy over the supervised rows, without a float32 copy of the logits.
 
-transformers casts all logits to float32 and keeps that, its softmax and its gradient: 12 bytes a
-logit beside the two of bf16. Here rows come in chunks, and the backward writes the gradient over the
-logits: 2 bytes a logit and one chunk. In the spirit of Liger (arXiv 2410.10989), in plain torch: the
-products of the head beside it cost a thousand times more FLOPs, so a kernel could only win bytes.
+transformers casts all logits to float32 and keeps the cast, its softmax and its gradient: 12 bytes per logit, in
+addition to 2 for bf16. Here rows are processed in chunks, and the backward overwrites the logits with their
+gradient: 2 bytes per logit, plus one chunk. Similar to Liger (arXiv 2410.10989), but in plain torch: the head's
+    products cost a
+thousand times more FLOPs, so a kernel could only save bytes.
 
-Bytes a bf16 logit: forward 2 read, backward 2 read and 2 written. Not measured on a GPU yet.
+Bytes per bf16 logit: forward 2 read, backward 2 read and 2 written. Not measured on a GPU yet.
 """
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # L = supervised rows, V = vocabulary
-CHUNK = 1 << 24  # logits at once, 64 MiB in float32
+CHUNK = 1 << 24  # logits per chunk, 64 MiB in float32
 IGNORE = -100
 
 
@@ -23,7 +24,7 @@ def _chunks(*tensors):
 
 
 def supervised_cross_entropy_fwd(logits_LV, labels_L):
-    """(sum of the rows' losses, log-sum-exp of every row (L,)), float32 or the logits' own float64."""
+    """(sum of the rows' losses, log-sum-exp of each row (L,)), float32, or float64 for float64 logits."""
     dtype = torch.promote_types(logits_LV.dtype, torch.float32)
     total = torch.zeros((), dtype=dtype, device=logits_LV.device)
     lse_L = torch.empty(len(logits_LV), dtype=dtype, device=logits_LV.device)
@@ -37,7 +38,7 @@ def supervised_cross_entropy_fwd(logits_LV, labels_L):
 
 
 def supervised_cross_entropy_bwd(logits_LV, labels_L, lse_L, factor):
-    """The logits become factor times (softmax minus one-hot), rounded once."""
+    """Overwrite the logits with factor * (softmax - one-hot), rounded once."""
     for logits, labels, lse in _chunks(logits_LV, labels_L, lse_L):
         is_supervised = (labels != IGNORE)[:, None]
         target = torch.where(is_supervised, labels[:, None], 0)
@@ -48,7 +49,7 @@ def supervised_cross_entropy_bwd(logits_LV, labels_L, lse_L, factor):
 
 
 class SupervisedCrossEntropyFunction(torch.autograd.Function):
-    """The gradient takes the place of the logits; torch refuses a second backward through them."""
+    """Cross entropy whose backward overwrites the logits with their gradient; torch refuses a second backward."""
 
     @staticmethod
     def forward(ctx, logits_LV, labels_L, num_items):
@@ -70,20 +71,21 @@ class SupervisedCrossEntropyFunction(torch.autograd.Function):
 def supervised_cross_entropy(
     logits_LV: Tensor, labels_L: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """The sum of the rows' cross entropies over `num_items`; a scalar, float32 or float64.
+    """The sum of the rows' cross entropies divided by `num_items`; a scalar, float32 or float64.
 
-    What transformers' `ForCausalLMLoss` computes of rows and labels that are already shifted. **The
-    backward overwrites the logits**; read them before.
+    Equal to transformers' `ForCausalLMLoss` for rows and labels that are already shifted. **The backward
+    overwrites the logits**; read them before.
 
     Args:
         logits_LV: (L, V), any floating dtype.
-        labels_L: (L,) int64 ids; -100 is a row without loss.
-        num_items: supervised tokens of the whole optimizer step, as Trainer counts them, an int or a
-            scalar tensor; None: the rows with loss here. 0 counts as 1, so that a batch without
-            supervised rows has loss 0.
+        labels_L: (L,) int64 ids; -100 marks a row without loss.
+        num_items: supervised tokens of the whole optimizer step, as counted by Trainer, an int or a scalar tensor;
+            None: the number of these rows with a loss. 0 counts as 1, so that a batch without supervised rows has
+                loss
+            0.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not match.
         RuntimeError: on a second backward through the same loss, by torch.
     """
     if logits_LV.ndim != 2 or labels_L.shape != logits_LV.shape[:1]:
@@ -97,9 +99,8 @@ def supervised_cross_entropy(
         num_items = num_items.to(logits_LV.device, non_blocking=True).clamp_min(1)
     else:
         num_items = max(1, num_items)
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler fuses the casts, and may not mutate in a backward
+    if torch.compiler.is_compiling():
+        # the compiler fuses the casts, and cannot mutate in a backward
         dtype = torch.promote_types(logits_LV.dtype, torch.float32)
         return F.cross_entropy(logits_LV.to(dtype), labels_L, reduction="sum") / num_items
     return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, num_items)

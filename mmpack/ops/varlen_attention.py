@@ -1,10 +1,10 @@
-"""The door to attention within segments: ours in Triton, and every library that can do it.
+"""Attention within segments: argument checks, and the choice between our Triton kernels and libraries.
 
     out[t] = softmax over the t' that token t sees of (scale q[t] k[t']) times v[t']
 
-A token sees its own segment, up to itself if causal. Nothing of size T x T is made, and nothing
-asks the device: what a loop over segments needs comes as host integers with the batch. The arguments
-are those of flash-attn's `flash_attn_varlen_func` (arXiv 2307.08691), q, k and v of one packed row.
+A token sees its own segment, up to itself if causal. No T x T array is made, and nothing synchronizes with the
+device: loops over segments use host integers that come with the batch. The arguments are those of flash-attn's
+`flash_attn_varlen_func` (arXiv 2307.08691), with q, k and v of one packed row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ IMPLEMENTATIONS = (
     "sdpa",
     "reference",
 )
-# What "auto" takes for bf16 and fp16 on a GPU, the first there is. Ours is not in it before its GPU
-# tests are green and measured. On an H100, FlashAttention-3 runs 1.3-1.9 times as fast forward as 2
+# For "auto" with bf16 and fp16 on a GPU: the first that is available. Ours is not listed until its GPU tests pass
+# and it is measured. On an H100, the forward of FlashAttention-3 is 1.3-1.9 times as fast as FlashAttention-2's
 # (paper, arXiv 2407.08608, head dim 128); torch_varlen is FlashAttention-2. Not measured here.
 AUTO = ("flash3", "flash2", "torch_varlen")
 _FLASH = ("torch_varlen", "flash2", "flash3", "flash4")
@@ -47,26 +47,26 @@ def varlen_attention(
     offsets: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention of each segment within itself; (T, H, K), differentiable in q, k and v.
+    """Attention within each segment; (T, H, K), differentiable in q, k and v.
 
     Args:
         q_THK: (T, H, K). k, v: (T, Hk, K), where Hk divides H (GQA). Views with any strides.
         cu_seqlens: (S + 1,) int32: segment s is rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`; the last
             is T. Segments may be empty.
-        max_seqlen: rows of the longest segment, or more.
-        causal: a token sees the past of its segment and itself; else all of it.
-        scale: factor of the scores, as a rule K ** -0.5.
-        tiles: for "triton", (tiles (n, 4), segment_ids (T,)) int32, fields of `mmpack.Pack`; without, a
-            list with gaps is made on the device.
-        offsets: `cu_seqlens` as integers on the host, for "sdpa" and "reference", which loop over
-            segments. Needed where `cu_seqlens` is not on the CPU.
-        impl: "auto" or one of IMPLEMENTATIONS, which is then used or refused. "auto" is the first of
-            AUTO that is there for bf16 and fp16 on a GPU, "sdpa" elsewhere. "triton": float32, bf16
-            and fp16, K up to 128, exact for 64, 80, 96 and 128 (others are padded), deterministic;
-            on a GPU with TMA (H100 and newer), or in Triton's interpreter.
+        max_seqlen: rows of the longest segment, or an upper bound.
+        causal: a token sees its segment up to itself; else its whole segment.
+        scale: factor of the scores, usually K ** -0.5.
+        tiles: for "triton", (tiles (n, 4), segment_ids (T,)) int32, fields of `mmpack.Pack`; by default a longer
+            list with unused entries is made on the device.
+        offsets: `cu_seqlens` as integers on the host, for "sdpa" and "reference", which loop over segments. Needed
+            if `cu_seqlens` is not on the CPU.
+        impl: "auto" or one of IMPLEMENTATIONS, which is an error if it is unavailable. "auto" is the first
+            available one of AUTO for bf16 and fp16 on a GPU, else "sdpa". "triton" takes float32, bf16 and fp16
+            and K up to 128 (64, 80, 96 and 128 exactly, others are padded), is deterministic, and needs a GPU with
+            TMA (H100 and newer) or Triton's interpreter.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot be had.
+        ValueError: shapes, dtypes or devices do not match, or `impl` is not available.
     """
     _check(q_THK, k, v, cu_seqlens, offsets)
     if impl == "auto":
@@ -86,15 +86,15 @@ def varlen_attention(
     if offsets is None and impl in ("sdpa", "reference"):
         if cu_seqlens.device.type != "cpu":
             raise ValueError(
-                f"attention impl {impl!r} loops over segments: pass offsets=, cu_seqlens on the host"
+                f"attention impl {impl!r} loops over segments; pass offsets, which is cu_seqlens on the host"
             )
-        offsets = cu_seqlens.numpy()  # type: ignore[assignment]  # its numbers are ints enough
+        offsets = cu_seqlens.numpy()  # type: ignore[assignment]  # numpy integers serve as ints
     run = getattr(libraries, impl)
     return run(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale)
 
 
 def why_not(impl: str, q_THK: Tensor) -> str | None:
-    """Why an implementation cannot take such a q; None if it can."""
+    """Why an implementation does not support this q; None if it does."""
     reason = libraries.why_not(impl)
     if reason:
         return reason
@@ -123,7 +123,7 @@ def why_not(impl: str, q_THK: Tensor) -> str | None:
 
 
 def auto_impl(q_THK: Tensor) -> str:
-    """What "auto" means for such a q."""
+    """The implementation that "auto" selects for this q."""
     if q_THK.device.type == "cuda" and q_THK.dtype in (torch.bfloat16, torch.float16):
         for impl in AUTO:
             if not why_not(impl, q_THK):
@@ -143,14 +143,14 @@ def _check(q_THK, k, v, cu_seqlens, offsets):
     if not q_THK.device == k.device == v.device == cu_seqlens.device:
         raise ValueError(
             f"q is on {q_THK.device}, k on {k.device}, v on {v.device}, cu_seqlens on "
-            f"{cu_seqlens.device}; they must be together"
+            f"{cu_seqlens.device}; they must be on one device"
         )
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
         raise ValueError(
             f"cu_seqlens must be flat int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     if torch.compiler.is_compiling():
-        return  # what follows reads data
+        return  # the checks below read data
     if offsets is None and cu_seqlens.device.type == "cpu":
         offsets = cu_seqlens.numpy()
     if offsets is not None and (len(offsets) != len(cu_seqlens) or offsets[-1] != T or offsets[0]):

@@ -1,35 +1,36 @@
 """Attention within segments in Triton: forward and a deterministic backward over a list of tiles.
 
-A tile is at most TILE rows of one segment, or several short segments that fit into TILE rows
-together (`mmpack.reference.attention_tiles`), so segments of a few tokens share a block and no tile is
-empty. One program takes one block of rows of one head, tiles longest first: the GPU hands them out in
-that order, and the short ones fill its gaps at the end. Keys that a block of rows sees whole are not
-masked; in the others a row sees the columns of its own segment, up to itself if causal: one kernel
-serves text and vision.
+A tile is at most TILE rows of one segment, or several short segments that fit into TILE rows together
+(`mmpack.reference.attention_tiles`), so segments of a few tokens share a block and no tile is empty. One program
+processes one block of rows of one head, longest tiles first: the GPU schedules programs in order, so short ones
+fill the gaps at the end. Blocks of keys that all rows see are not masked; in other blocks, a row sees the columns
+of its segment, up to itself if causal. One kernel serves text and vision.
 
-q, k and v are read by TMA descriptors over (T, columns), a head being some columns, so a view into a
-fused projection is read as it lies. A head dim that is no power of two is split (80 = 64 + 16).
-The backward recomputes the scores from the saved log-sum-exp, once for dq (which also makes
-`delta` = rowsum(out * dout)) and once for dk and dv, whose programs add up the query heads of a group
-in order: no atomics, so two backward passes give the same bits.
+q, k and v are read by TMA descriptors over (T, columns), where a head is a range of columns, so a view into a
+fused projection is read without a copy. A head dim that is not a power of two is split (80 = 64 + 16). The
+backward recomputes the scores from the saved log-sum-exp, once for dq (which also computes `delta` = rowsum(out *
+dout)) and once for dk and dv, whose programs add up a group's query heads in order: no atomics, so two backward
+passes give the same bits.
 
-Bytes: q, k, v, out once, k and v again from the L2 cache for every block of rows. FLOPs of a causal
-segment of n rows and H heads: 2 n^2 K H forward; the backward's seven products are 3.5 times that.
-Not measured on a GPU yet. After FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
+Bytes: q, k, v and out once; k and v again from the L2 cache for each block of rows. FLOPs of a causal segment of n
+    rows
+and H heads: 2 n^2 K H forward; the backward's seven products take 3.5 times that. Not measured on a GPU yet. Based
+on FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
 """
 
 import triton
 import triton.language as tl
 
-# T = tokens, H = query heads, G = query heads to a key head, K = head dim = D0 + D1
+# T = tokens, H = query heads, G = query heads per key head, K = head dim = D0 + D1
 
 
 @triton.jit
 def _tile(tiles_ptr, block, BLOCK: tl.constexpr, TILE: tl.constexpr, MIRROR: tl.constexpr):
-    """(begin, end) of a block of rows and of its segment, and whether segments share the tile.
+    """(begin, end) of a block of rows, (begin, end) of its segment, and whether several segments share the tile.
 
-    MIRROR takes the tile as far from its segment's end as the listed one is from its beginning: what
-    has the most keys before it has the most queries behind it, so one order serves both."""
+    MIRROR takes the tile at the same distance from its segment's end as the listed tile is from its beginning. The
+    listed tiles with the most keys before them become those with the most queries after them, so one order serves
+    both."""
     tile = block // (TILE // BLOCK)
     begin = tl.load(tiles_ptr + 4 * tile)
     end = tl.load(tiles_ptr + 4 * tile + 1)
@@ -46,7 +47,7 @@ def _tile(tiles_ptr, block, BLOCK: tl.constexpr, TILE: tl.constexpr, MIRROR: tl.
 
 @triton.jit
 def _keys(begin, end, segment_begin, segment_end, is_shared, CAUSAL: tl.constexpr):
-    """End of the keys that rows see, and of those that every one of them sees."""
+    """(end of the keys that any of the rows sees, end of the keys that all rows see)."""
     keys_end = end if CAUSAL else segment_end
     whole_end = begin + 1 if CAUSAL else segment_end
     if is_shared:
@@ -56,7 +57,7 @@ def _keys(begin, end, segment_begin, segment_end, is_shared, CAUSAL: tl.constexp
 
 @triton.jit
 def _load(desc0, desc1, row, column, D0: tl.constexpr, D1: tl.constexpr):
-    """A block of rows of one head, in its two parts."""
+    """A block of rows of one head, in two parts."""
     x0 = desc0.load([row, column])
     x1 = desc1.load([row, column + D0]) if D1 else 0.0
     return x0, x1
@@ -64,7 +65,7 @@ def _load(desc0, desc1, row, column, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _dot(a0, a1, b0, b1, D1: tl.constexpr):
-    """a @ b.T in float32, each in its two parts."""
+    """a @ b.T in float32; a and b are in two parts."""
     out = tl.dot(a0, b0.T, input_precision="ieee")
     if D1:
         out = tl.dot(a1, b1.T, out, input_precision="ieee")
@@ -73,7 +74,7 @@ def _dot(a0, a1, b0, b1, D1: tl.constexpr):
 
 @triton.jit
 def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr):
-    """acc + a @ b, b and acc in two parts."""
+    """acc + a @ b; b and acc are in two parts."""
     acc0 = tl.dot(a, b0, acc0, input_precision="ieee")
     if D1:
         acc1 = tl.dot(a, b1, acc1, input_precision="ieee")
@@ -82,7 +83,7 @@ def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr):
 
 @triton.jit
 def _share_segment(segment_ids_ptr, a, b, T):
-    """(a, b): whether two rows of the pack are of one segment."""
+    """(a, b) matrix: whether two rows of the pack are in one segment."""
     segment_a = tl.load(segment_ids_ptr + a, mask=a < T, other=-1)
     segment_b = tl.load(segment_ids_ptr + b, mask=b < T, other=-2)
     return segment_a[:, None] == segment_b[None, :]
@@ -90,7 +91,7 @@ def _share_segment(segment_ids_ptr, a, b, T):
 
 @triton.jit
 def _store(ptr, x0, x1, rows, end, head, H, K, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows before `end` of one head into a contiguous (T, H, K)."""
+    """Store one head's rows before `end` into a contiguous (T, H, K)."""
     row_ptr = ptr + (rows.to(tl.int64) * H + head)[:, None] * K
     d0 = tl.arange(0, D0)[None, :]
     tl.store(row_ptr + d0, x0.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (d0 < K))
@@ -127,11 +128,11 @@ def _varlen_attention_fwd_kernel(
                 if CAUSAL:
                     sees &= rows[:, None] >= columns[None, :]
                 scores = tl.where(sees, scores, -float("inf"))
-            # Peaks are of scores before scaling, so that scaling and shifting are one FFMA a score.
+            # Maxima are taken before scaling, so that scaling and shifting are one FFMA per score.
             new_peak = tl.maximum(peak, tl.max(scores, 1))
             seen_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # no key so far
             p = tl.exp2(scores * scale_log2 - (seen_peak * scale_log2)[:, None])
-            # One while the peak stays: a product less its own rounding would add up block by block.
+            # Exactly 1 while the peak stays: a rounding error here would accumulate over blocks.
             rescale = tl.exp2((peak - seen_peak) * scale_log2)
             total = total * rescale + tl.sum(p, 1)
             acc0 *= rescale[:, None]
@@ -200,7 +201,7 @@ def _varlen_attention_bwd_dkv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores and their gradients are transposed here: keys by queries."""
+    """dk and dv. Scores and their gradients are transposed: keys by queries."""
     item = tl.program_id(0)
     head = item % (H // G)
     begin, end, segment_begin, segment_end, is_shared = _tile(
@@ -215,7 +216,7 @@ def _varlen_attention_bwd_dkv_kernel(
         dk1 = tl.zeros([BN, D1], tl.float32) if D1 else 0.0
         dv1 = tl.zeros([BN, D1], tl.float32) if D1 else 0.0
         queries_begin = begin if CAUSAL else segment_begin
-        whole_begin = begin + BN - 1 if CAUSAL else segment_begin  # from it, queries of all keys
+        whole_begin = begin + BN - 1 if CAUSAL else segment_begin  # queries from here see all keys
         if is_shared:
             whole_begin = segment_end
         steps = tl.cdiv(segment_end - queries_begin, BM)
@@ -224,7 +225,7 @@ def _varlen_attention_bwd_dkv_kernel(
             m = queries_begin + step % steps * BM
             rows = m + tl.arange(0, BM)
             q0, q1 = _load(q0_desc, q1_desc, m, query_head * q_step, D0, D1)
-            # Rows past the segment have p = 0 by their lse.
+            # Rows after the segment have lse = inf, so p = 0.
             row = query_head * T + rows
             lse = tl.load(lse_ptr + row, mask=rows < segment_end, other=float("inf"))
             p = tl.exp2(_dot(k0, k1, q0, q1, D1) * scale_log2 - lse[None, :])
@@ -238,7 +239,7 @@ def _varlen_attention_bwd_dkv_kernel(
             dv0, dv1 = _add_dot(dv0, dv1, p, dout0, dout1, D1)
             dp = _dot(v0, v1, dout0, dout1, D1)
             delta = tl.load(delta_ptr + row, mask=rows < segment_end, other=0.0)
-            # p as rounded for dv: kept in float32 beside it, Triton 3.6 spills 20 bytes at K = 128
+            # Uses p as rounded for dv: with a float32 copy, Triton 3.6 spills 20 bytes at K = 128.
             ds = p * (dp - delta[None, :])
             dk0, dk1 = _add_dot(dk0, dk1, ds.to(q0.dtype), q0, q1, D1)
         dk0 *= scale

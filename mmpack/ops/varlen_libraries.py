@@ -1,7 +1,7 @@
-"""Attention within segments by the libraries there are, each behind one signature.
+"""Attention within segments by libraries, all with one signature.
 
-Which ones are there is found out when one is asked for; nothing is imported before. What
-`mmpack.ops.varlen_attention` calls `offsets` is `cu_seqlens` on the host.
+A library is imported only when it is requested. `offsets` is `cu_seqlens` on the host, as in
+`mmpack.ops.varlen_attention`.
 """
 
 import functools
@@ -25,7 +25,7 @@ def reference(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
 
 
 def sdpa(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
-    """torch's scaled_dot_product_attention, a call a segment; never a T x T anything."""
+    """torch's scaled_dot_product_attention, one call per segment, without a T x T mask."""
     out = []
     for begin, end in pairwise(int(offset) for offset in offsets):
         q_s, k_s, v_s = (x[begin:end].transpose(0, 1)[None] for x in (q_THK, k, v))
@@ -57,7 +57,7 @@ def flash2(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
 
 
 def flash3(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
-    """FlashAttention-3, whose package is `flash_attn_interface`."""
+    """FlashAttention-3, package `flash_attn_interface`."""
     from flash_attn_interface import flash_attn_varlen_func
 
     return _flash(flash_attn_varlen_func, q_THK, k, v, cu_seqlens, max_seqlen, causal, scale)
@@ -75,7 +75,7 @@ def _flash(function, q_THK, k, v, cu_seqlens, max_seqlen, causal, scale):
         q_THK, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen, softmax_scale=scale, causal=causal,
     )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
+    return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
 
 
 def flex(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale):
@@ -100,7 +100,7 @@ def _compiled_flex():
 
 
 def why_not(impl):
-    """Why an implementation cannot be had here; None if it can. Devices and dtypes aside."""
+    """Why an implementation is not installed; None if it is. Does not consider devices and dtypes."""
     if impl in ("reference", "sdpa"):
         return None
     if impl == "triton":
@@ -114,6 +114,6 @@ def why_not(impl):
     }[impl]
     try:
         found = __import__(module, fromlist=[name])
-    except Exception as error:  # a package built for another torch raises what it likes
+    except Exception as error:  # a package built for another torch can raise anything
         return f"{module} cannot be imported: {error}"
     return None if hasattr(found, name) else f"{module} has no {name}"

@@ -1,4 +1,4 @@
-"""What launches the kernels of `mmpack.ops.varlen_kernels` and makes them differentiable."""
+"""Launches the kernels of `mmpack.ops.varlen_kernels`, and makes them differentiable."""
 
 import torch
 import triton
@@ -9,20 +9,20 @@ from mmpack.ops import varlen_kernels as kernels
 from mmpack.ops.arguments import on_its_device
 from mmpack.types import TILE
 
-# T = tokens, H = query heads, G = query heads to a key head, K = head dim, S = segments, n = tiles
+# T = tokens, H = query heads, G = query heads per key head, K = head dim, S = segments, n = tiles
 LOG2_E = 1.4426950408889634
 
 
 def split_head_dim(K):
-    """(D0, D1): two powers of two that cover K, the second 0 where one does."""
+    """(D0, D1): two powers of two that together cover K; D1 is 0 if D0 covers it."""
     D0 = max(16, 1 << (K.bit_length() - 1))
     return D0, max(16, triton.next_power_of_2(K - D0)) if K > D0 else 0
 
 
 def launch_options(kernel, K, dtype):
-    """Blocks, stages and warps of a kernel, the largest blocks that `benchmarks.compile_report` sees
-    without spills. Small ones for float32, whose exact sums use no tensor core. Scores are scaled and
-    shifted by one FFMA each, which newer versions of Triton do where they are told to."""
+    """Blocks, stages and warps of a kernel: the largest blocks for which `benchmarks.compile_report` shows no
+    spills. Blocks are small for float32, whose exact sums use no tensor cores. Scores are scaled and shifted by
+    one FFMA each; newer versions of Triton fuse only with this option."""
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         blocks = {"BM": 16, "BN": 16, "STAGES": 1, "num_warps": 8}
     elif kernel != "bwd_dkv":
@@ -31,12 +31,12 @@ def launch_options(kernel, K, dtype):
     elif K <= 64:
         blocks = {"BM": 64, "BN": 128, "STAGES": 2, "num_warps": 8}
     else:
-        blocks = {"BM": 64, "BN": 64, "STAGES": 2, "num_warps": 4}  # two to a processor
+        blocks = {"BM": 64, "BN": 64, "STAGES": 2, "num_warps": 4}  # two per multiprocessor
     return {**blocks, "enable_fp_fusion": True}
 
 
 def _descriptors(x_THK, rows, D0, D1):
-    """Two descriptors of blocks (rows, D0) and (rows, D1) over x as (T, columns)."""
+    """Two TMA descriptors, of blocks (rows, D0) and (rows, D1) of x as (T, columns)."""
     T, H, K = x_THK.shape
     shape, strides = [T, (H - 1) * x_THK.stride(1) + K], [x_THK.stride(0), 1]
     first = TensorDescriptor(x_THK, shape, strides, [rows, D0])
@@ -44,8 +44,8 @@ def _descriptors(x_THK, rows, D0, D1):
 
 
 def _readable(x_THK, D):
-    """x where TMA can read its heads as columns: 16-byte base and row stride, heads within a row and D
-    wide. A copy if it is not so."""
+    """x if TMA can read its heads as columns: base and row stride are multiples of 16 bytes, heads lie within a
+    row and are D wide. Else a copy."""
     T, H, K = x_THK.shape
     if K != D:
         return torch.nn.functional.pad(x_THK, (0, D - K))
@@ -194,9 +194,9 @@ _varlen_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def tiles_from_cu_seqlens(cu_seqlens, T):
-    """(tiles (cdiv(T, TILE) + S, 4), segment_ids (T,)) int32, made on the device without asking it: the
-    list is as long as it can get, what is not needed is empty. The host's list
-    (`mmpack.reference.attention_tiles`) is shorter, joins short segments and is sorted."""
+    """(tiles (cdiv(T, TILE) + S, 4), segment_ids (T,)) int32, made on the device without synchronization: the list
+    has the maximum length, and unused tiles are empty. The host's list (`mmpack.reference.attention_tiles`) is
+    shorter, joins short segments and is sorted."""
     S = len(cu_seqlens) - 1
     tokens = torch.arange(T, dtype=torch.int32, device=cu_seqlens.device)
     segment_ids = torch.searchsorted(
@@ -216,9 +216,9 @@ def tiles_from_cu_seqlens(cu_seqlens, T):
 
 
 def varlen_attention_triton(q_THK, k, v, cu_seqlens, tiles, causal, scale):
-    """The kernels behind `mmpack.ops.varlen_attention`, which has checked the arguments."""
+    """`impl="triton"` of `mmpack.ops.varlen_attention`, which has checked the arguments."""
     if tiles is None:
         tiles = tiles_from_cu_seqlens(cu_seqlens, len(q_THK))
-    if scale <= 0:  # peaks are of scores before scaling, which must not turn their order
+    if scale <= 0:  # maxima are taken before scaling, so the scale must be positive
         q_THK, scale = (-q_THK, -scale) if scale else (q_THK * 0, 1.0)
     return _varlen_attention(q_THK, k, v, *tiles, causal, scale)[0]

@@ -1,6 +1,6 @@
-"""[EncodedSample] -> Pack: the samples of one bin become one flat row.
+"""[EncodedSample] -> Pack: joins the samples of one bin into one flat row.
 
-The only door to assembly. `impl="reference"` runs the specification in `mmpack.reference`; by default
+All assembly goes through this file. `impl="reference"` runs the specification in `mmpack.reference`; by default
 the C++ core writes the same arrays, bit for bit (`csrc/assembler.h`).
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from mmpack import _native
 from mmpack.data import images, videos
 from mmpack.data.media_paths import MediaFolders
-from mmpack.errors import BadImageError
+from mmpack.errors import BadImageError, counted
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.types import (
     PACK_ARRAYS,
@@ -31,7 +31,7 @@ from mmpack.vision_spec import VisionSpec
 
 
 class Joined(NamedTuple):
-    """Samples one after the other, as the core reads them."""
+    """Concatenated samples, the C++ core's input."""
 
     input_ids: Int32  # (n,)
     labels: Int32  # (n,)
@@ -45,7 +45,7 @@ class Joined(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What they take in a pack."""
+    """The size of samples in a pack."""
 
     tokens: int
     features: int
@@ -65,19 +65,19 @@ def assemble(
     """Expand, concatenate and index the samples of one pack, and decode their images and videos.
 
     Args:
-        samples: at least one; all encoded with the same `VisionSpec`. Of an item of a data set, its
-            `media_folders` and `on_bad_image` hold; others' files may lie anywhere and must decode.
-        pixels: decode images and videos; without, `Pack.pixels` and `Pack.video_pixels` are None.
-        impl: "native", or "reference" for the specification; the packs are equal.
-        empty: makes the arrays that the core and the decoder write, called as `numpy.empty`.
+        samples: at least one, all encoded with the same `VisionSpec`. The `media_folders` and `on_bad_image` of a
+            data set apply to its items; files of other samples may be in any folder and must decode.
+        pixels: decode images and videos; otherwise `Pack.pixels` and `Pack.video_pixels` are None.
+        impl: "native", or "reference" for the specification; both give the same pack.
+        empty: allocates the arrays that the core and the decoder write; called like `numpy.empty`.
 
     Returns:
-        The pack. Segment s is `samples[s]`; images are in marker order, then videos.
+        The pack. Segment s is `samples[s]`; images come first, in marker order, then videos.
 
     Raises:
-        ValueError: no samples, different specs, or a sample whose arrays contradict each other.
-        BadImageError: an image or a video cannot be decoded to its planned grid, or lies outside of the
-            media folders; names file and row.
+        ValueError: there are no samples, their specs differ, or a sample's arrays contradict each other.
+        BadImageError: an image or a video cannot be decoded to its planned grid, or is outside the media folders;
+            the message gives file and row.
     """
     if impl not in ("native", "reference"):
         raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
@@ -94,23 +94,25 @@ def assemble(
 
 
 def join(samples: Sequence[EncodedSample]) -> tuple[Joined, Size]:
-    """The samples one after the other, and the size of their pack.
+    """Concatenate samples and compute the size of their pack.
 
     Raises:
-        ValueError: as `assemble`.
+        ValueError: as in `assemble`.
     """
     if not samples:
         raise ValueError("a pack needs at least one sample")
     vision = samples[0].vision
     if any(sample.vision is not vision and sample.vision != vision for sample in samples):
-        raise ValueError("the samples of a pack were encoded with different VisionSpecs")
+        raise ValueError(
+            "the samples of a pack were encoded with different VisionSpecs; encode all with one Encoder"
+        )
     joined = _concatenate(samples)
     try:
         return joined, Size(*_native.measure(*joined))
     except ValueError as error:
         if len(samples) == 1:
             raise ValueError(f"{_where(samples[0])}: {error}") from None
-        for sample in samples:  # which of them?
+        for sample in samples:  # find the sample and name it
             join([sample])
         raise
 
@@ -121,7 +123,7 @@ def _concatenate(samples: Sequence[EncodedSample]) -> Joined:
     num_grids = [len(sample.grid_thw) for sample in samples]
     for sample, n in zip(samples, num_ids):
         if len(sample.labels) != n:
-            raise ValueError(f"{_where(sample)}: {len(sample.labels)} labels, {n} input_ids")
+            raise ValueError(f"{_where(sample)}: {len(sample.labels)} labels but {n} input_ids")
     steps = np.ones(sum(num_grids), dtype=np.float32)
     for sample, begin in zip(samples, accumulate(num_grids, initial=0)):
         if sample.temporal_step is not None:
@@ -185,18 +187,18 @@ def _assemble_native(
 def load_pixels(
     groups: Sequence[Sequence[EncodedSample]], empty: Callable[..., Any] = np.empty
 ) -> tuple[list[Sequence[EncodedSample]], PixelBuffer]:
-    """Decode the images and videos of a pack's samples, group after group.
+    """Decode the images and videos of a pack's samples, group by group.
 
     Args:
-        groups: items of data sets, whose own policy holds, or other samples, whose files may lie anywhere and
-            must decode.
-        empty: makes the arrays, called as `numpy.empty`.
+        groups: items of data sets, each with its own policy, or other samples, whose files may be in any folder
+            and must decode.
+        empty: allocates the arrays; called like `numpy.empty`.
 
     Returns:
-        The samples that stay of each group, and the pixels of all.
+        (the samples kept from each group, the pixels of all groups).
 
     Raises:
-        ValueError: as `assemble`, or too many samples of an item were dropped.
+        ValueError: as in `assemble`, or too many samples of a data set were dropped.
     """
     samples = [sample for group in groups for sample in group]
     _, size = join(samples)
@@ -213,12 +215,12 @@ def load_pixels(
 
 
 class PixelBuffer:
-    """Room for the patches of a pack's images and videos, which are decoded straight into it.
+    """A buffer into which the patches of a pack's images and videos are decoded.
 
     Args:
         vision: the samples' spec.
-        size: what the samples take, as `join` says.
-        empty: makes the arrays, called as `numpy.empty`.
+        size: the size of the samples, from `join`.
+        empty: allocates the arrays; called like `numpy.empty`.
     """
 
     def __init__(
@@ -228,25 +230,25 @@ class PixelBuffer:
         clips = (size.patches - size.image_patches, vision.temporal_patch_size * values)
         self._stills: images.Patches = empty((size.image_patches, values), dtype=np.uint8)
         self._clips: images.Patches = empty(clips, dtype=np.uint8)
-        self._num_stills = self._num_clips = 0  # patches that are written
+        self._num_stills = self._num_clips = 0  # patches written
 
     def load(self, sample: EncodedSample, folders: MediaFolders | None = None) -> None:
-        """Decode the next sample's images and videos; of a sample that fails nothing stays.
+        """Decode the next sample's images and videos. If one fails, none of the sample's patches are kept.
 
         Args:
-            folders: where its files must lie, links followed; None: anywhere.
+            folders: folders that must contain its files, links resolved; None: any folder.
 
         Raises:
-            ValueError: the sample has not as many grids as its images and videos.
-            BadImageError: one cannot be decoded to its planned grid, or lies outside of `folders`; names
-                file and row.
+            ValueError: the number of grids does not match the sample's images and videos.
+            BadImageError: an image or video cannot be decoded to its planned grid, or is outside `folders`; the
+                message gives file and row.
         """
         vision, still, clip = self._vision, self._num_stills, self._num_clips
         counts = [videos.num_grids(ref, vision) for ref in sample.media]
         if sum(counts) != len(sample.grid_thw):
             raise ValueError(
-                f"{_where(sample)}: {len(sample.grid_thw)} grids but {len(sample.media)} images and "
-                "videos to decode; give it its `media`, or assemble with pixels=False"
+                f"{_where(sample)}: {counted(len(sample.grid_thw), 'grid')} but "
+                f"{len(sample.media)} media to decode; set the sample's media, or assemble with pixels=False"
             )
         grids = iter(sample.grid_thw)
         for ref, count in zip(sample.media, counts):
@@ -277,7 +279,7 @@ class PixelBuffer:
 
 
 def _begin(array: images.Patches, length: int) -> images.Patches:
-    """Of a full array no view: `worker_buffers.as_tensor` knows what `empty` made."""
+    """`array[:length]`, but the array itself if it is full: `worker_buffers.as_tensor` needs `empty`'s array."""
     return array if length == len(array) else array[:length]
 
 

@@ -1,7 +1,7 @@
-"""Packs that the device assembles: the samples of one bin, joined but not expanded.
+"""Packs for assembly on the device: the samples of one bin, joined but not expanded.
 
-The host settles what it must know (labels, sizes, offsets); the rest of a pack is left to
-`mmpack.ops.assembly.assemble_sequence`.
+The host computes the values it needs (labels, sizes, offsets); `mmpack.ops.assembly.assemble_sequence` computes
+the rest of a pack.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from mmpack.vision_spec import VisionSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompactPack:
-    """The samples of one pack, one after the other, not expanded, and what the host must know of the pack.
+    """The concatenated samples of one pack, not expanded, and the values of the pack that the host needs.
 
     Attributes:
-        input_ids: (n,) int32, with one marker a grid.
-        offsets: (S + 1,) int32 of the samples in them.
-        marker_thw: (I, 3) int32 patches of each marker, in their order.
+        input_ids: (n,) int32, with one marker per grid.
+        offsets: (S + 1,) int32 offsets of the samples in `input_ids`.
+        marker_thw: (I, 3) int32 grids of the markers, in their order.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next.
-        grid_offsets: (S + 1,) int32 of the samples in the grids.
-        markers: (I,) int32 places of the markers in `input_ids`.
+        grid_offsets: (S + 1,) int32 offsets of the samples in `marker_thw`.
+        markers: (I,) int32 positions of the markers in `input_ids`.
         labels, supervised_index, cu_seqlens, vision_cu_seqlens, max_seqlen, vision_max_seqlen, grid_thw,
-            num_images, vision: as of `mmpack.Pack`, expanded.
-        num_features, num_runs, num_tiles, num_vision_tiles: lengths of what the device makes.
+            num_images, vision: as in `mmpack.Pack`, expanded.
+        num_features, num_runs, num_tiles, num_vision_tiles: lengths of the arrays that the device makes.
     """
 
     input_ids: Int32
@@ -56,14 +56,14 @@ class CompactPack:
 
 
 def compact(samples: Sequence[EncodedSample], empty: Callable[..., Any] = np.empty) -> CompactPack:
-    """Join the samples of one pack: `mmpack.packing.assemble` without pixels and without what it expands, with
-    its arguments and errors."""
+    """Join the samples of one pack without expanding them or decoding pixels; arguments and errors as in
+    `mmpack.assemble`."""
     joined, size = join(samples)
     vision = samples[0].vision
     T, F = size.tokens, size.features
     out = {
         "labels": empty((T,), np.int64),
-        "supervised_index": empty((T - F,), np.int32),  # with room to spare
+        "supervised_index": empty((T - F,), np.int32),  # an upper bound, cut below
         "cu_seqlens": empty((len(joined.offsets),), np.int32),
         "vision_cu_seqlens": empty((size.frames + 1,), np.int32),
         "markers": empty((len(joined.grid_thw),), np.int32),

@@ -1,16 +1,15 @@
-"""What a sample costs: floating-point operations, forward and backward, from a model's config.
+"""The cost of a sample: FLOPs of a training step, forward and backward, computed from a model's config.
 
-Packs of equally many tokens do not take equally long: an image token passes the vision tower as
-four patches before it reaches the language model, and attention grows with the square of a segment.
-`plan_packs(cost=...)` spreads what is counted here.
+Packs with the same number of tokens do not take the same time: an image token passes through the vision tower as
+four patches before it reaches the language model, and attention grows with the square of a segment's length.
+`plan_packs(cost=...)` balances these costs.
 
-Counted are matrix products, two operations a multiply-add, as `torch.utils.flop_counter` counts them:
-linear layers (forward, gradient of the input, gradient of the weight), the patch convolution and
-attention. Attention's backward is 2.5 times its forward, as flash kernels compute the scores again.
-Text attention is counted over the causal triangle, n (n + 1) / 2 scores for n tokens, which is what a
-varlen kernel visits (torch's counter counts the square); vision attention over whole images, or
-windows in Qwen2.5-VL. Norms, activations, softmax and rotations are not counted, recomputation by
-gradient checkpointing neither.
+Only matrix products are counted, with two operations per multiply-add, as in `torch.utils.flop_counter`: linear
+layers (forward, input gradient, weight gradient), the patch convolution and attention. The backward of attention
+counts 2.5x its forward, because flash kernels recompute the scores. Text attention counts the causal triangle, n
+(n + 1) / 2 scores for n tokens, as a varlen kernel computes it (torch's counter counts the square); vision
+attention counts whole images, or windows in Qwen2.5-VL. Norms, activations, softmax, rotations and recomputation
+by gradient checkpointing are not counted.
 """
 
 from __future__ import annotations
@@ -36,33 +35,32 @@ def sample_flops(
     *,
     frozen: Collection[str] = (),
 ) -> Int64:
-    """Operations of one training step's share of each of N samples.
+    """FLOPs of a training step for each of N samples.
 
     Args:
-        config: of the model: a transformers config, or a mapping as in `config.json`.
+        config: the model's config: a transformers config, or a mapping as in `config.json`.
         num_tokens: (N,) tokens, placeholders included.
-        num_supervised: (N,) tokens with a loss; only their rows reach the head.
+        num_supervised: (N,) tokens with a loss; only these reach the head.
         grid_thw: (I, 3) patches of each image: frames, height, width.
         image_offsets: (N + 1,) images of sample n are `image_offsets[n] : image_offsets[n + 1]`.
-        frozen: parts that are not trained, of "vision" (patch embedding and blocks), "merger" (with
-            deepstack's) and "language" (embedding, layers and head). A frozen part has no weight
-            gradients; it passes gradients on where something below it is trained, in text-only
-            samples too, as they share their pack with images; else it has no backward at all.
+        frozen: parts that are not trained: "vision" (patch embedding and blocks), "merger" (including deepstack's)
+            or "language" (embedding, layers and head). A frozen part has no weight gradients. It propagates
+            gradients if a part below it is trained, also in text-only samples, which share packs with images;
+            otherwise it has no backward.
 
     Returns:
-        (N,) int64 operations.
+        (N,) int64 FLOPs.
 
     Raises:
-        ValueError: a model family or part that is not known, a config that lacks a size, or arrays
-            that do not fit each other.
+        ValueError: the model family or a part is unknown, the config lacks a size, or array shapes do not match.
     """
     unknown = sorted(set(frozen) - set(PARTS))
     if unknown:
-        raise ValueError(f"frozen holds {unknown}; the parts are {', '.join(PARTS)}")
+        raise ValueError(f"--frozen (frozen) has {unknown}; the parts are {', '.join(PARTS)}")
     model_type = _value(config, "model_type")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"no costs for model_type {model_type!r}; there are for {', '.join(FAMILIES)}"
+            f"no costs for model_type {model_type!r}, only for {', '.join(FAMILIES)}; leave out --config (cost)"
         )
     family = FAMILIES[model_type]
     n = np.asarray(num_tokens, dtype=np.int64)
@@ -71,23 +69,23 @@ def sample_flops(
     offsets = np.asarray(image_offsets, dtype=np.int64)
     if supervised.shape != n.shape or offsets.shape != (len(n) + 1,) or offsets[-1] != len(grids):
         raise ValueError(
-            f"{len(n)} num_tokens need as many num_supervised and one image offset more, the last one "
-            f"the number of grids; got {len(supervised)}, {len(offsets)} and {len(grids)} grids"
+            f"{len(n)} num_tokens need {len(n)} num_supervised and {len(n) + 1} image_offsets, the last of which "
+            f"is the number of grids; got {len(supervised)}, {len(offsets)} and {len(grids)} grids"
         )
     vision_trained, merger_trained, language_trained = (part not in frozen for part in PARTS)
     features_need_grad = vision_trained or merger_trained
 
-    # Operations of a linear layer a multiply-add: 2 forward, 2 input gradient, 2 weight gradient.
+    # FLOPs of a linear layer per multiply-add: 2 forward, 2 input gradient, 2 weight gradient.
     text_linear = 2 * (1 + language_trained + (language_trained or features_need_grad))
     block_linear = 6 if vision_trained else 2
     patch_linear = 4 if vision_trained else 2  # pixels have no gradient
-    merger_linear = 2 * (1 + merger_trained + features_need_grad)  # its norm stands before it
+    merger_linear = 2 * (1 + merger_trained + features_need_grad)  # its norm comes first
 
     text = _value(config, "text_config", default=config)
     head, linear, attention = _text_sizes(text)
     layers = _value(text, "num_hidden_layers")
     flops: Int64 = text_linear * (linear * n + head * supervised)
-    # scores and their product with the values, 2 operations each over n (n + 1) / 2 pairs
+    # scores and their product with the values, 2 FLOPs each over n (n + 1) / 2 pairs
     forward = layers * 2 * attention * n * (n + 1)
     flops += forward * 7 // 2 if language_trained or features_need_grad else forward
     if not len(grids):
@@ -107,15 +105,15 @@ def sample_flops(
 
 
 def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[str] = ()) -> Int64:
-    """(N,) operations of a training step on each sample; see `sample_flops`.
+    """(N,) int64 FLOPs of a training step on each sample; see `sample_flops`.
 
     Args:
-        samples: a list or an `EncodedStore`, which knows without opening its samples.
-        config: of the model, a transformers config or a mapping.
-        frozen: parts that are not trained, of "vision", "merger" and "language".
+        samples: a list or an `EncodedStore`, which knows its sizes without reading samples.
+        config: the model's config, a transformers config or a mapping.
+        frozen: parts that are not trained: "vision", "merger" or "language".
 
     Raises:
-        ValueError: as `sample_flops`.
+        ValueError: as in `sample_flops`.
     """
     if are_sized(samples):
         shapes: tuple[ArrayLike, ...] = (samples.num_supervised, *samples.grids())
@@ -131,7 +129,7 @@ def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[s
 
 def sizes_of(samples: Sequence[EncodedSample]) -> tuple[Int64, Int64]:
     """(num_tokens, num_patches), each (N,)."""
-    if are_sized(samples):  # a store knows without opening its samples
+    if are_sized(samples):  # a store knows its sizes without reading samples
         return samples.num_tokens.copy(), samples.num_patches.copy()
     pairs = [(sample.num_tokens, sample.num_patches) for sample in samples]
     sizes = np.array(pairs, dtype=np.int64).reshape(-1, 2)
@@ -139,22 +137,22 @@ def sizes_of(samples: Sequence[EncodedSample]) -> tuple[Int64, Int64]:
 
 
 def _text_sizes(text: Any) -> tuple[int, int, int]:
-    """Multiply-adds a token of the head and of all layers' linears; width of the attention."""
+    """(multiply-adds per token of the head, of all layers' linears; attention width)."""
     hidden, heads = _value(text, "hidden_size"), _value(text, "num_attention_heads")
     head_dim = _value(text, "head_dim", default=None) or hidden // heads
     kv_heads = _value(text, "num_key_value_heads", default=None) or heads
     layers, (sparse, experts) = _value(text, "num_hidden_layers"), _experts(text)
     linear = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim)
     linear += (layers - sparse) * 3 * hidden * _value(text, "intermediate_size")
-    if sparse:  # a token's router, and the experts it is sent to
+    if sparse:  # the router, and the chosen experts
         chosen = _value(text, "num_experts_per_tok") * _value(text, "moe_intermediate_size")
         linear += sparse * hidden * (experts + 3 * chosen)
     return hidden * _value(text, "vocab_size"), linear, heads * head_dim
 
 
 def _experts(text: Any) -> tuple[int, int]:
-    """How many layers have experts, as transformers' decoder layer decides, and how many experts."""
-    names = ("num_experts", "num_local_experts")  # as published, and as transformers 5 writes it
+    """(number of layers with experts, by the rule of transformers' decoder layer; number of experts)."""
+    names = ("num_experts", "num_local_experts")  # in published configs; written by transformers 5
     experts = next((n for name in names if (n := _value(text, name, default=None))), 0)
     if not experts:
         return 0, 0
@@ -165,8 +163,8 @@ def _experts(text: Any) -> tuple[int, int]:
 
 
 def _vision_sizes(family: Family, vision: Any) -> tuple[int, int, int, int, int, int]:
-    """Multiply-adds a patch of the patch embedding and of a block's linears, a feature of the mergers;
-    patches of a feature, number of blocks, width."""
+    """(multiply-adds per patch of the patch embedding, per patch of a block's linears, per feature of the mergers;
+    patches per feature; number of blocks; width)."""
     merged = _value(vision, "spatial_merge_size") ** 2
     depth = _value(vision, "depth")
     width, out = _value(vision, family.tower_width), _value(vision, family.feature_width)
@@ -187,7 +185,7 @@ def _vision_sizes(family: Family, vision: Any) -> tuple[int, int, int, int, int,
 
 
 def _vision_pairs(family: Family, vision: Any, grids: Int64) -> Int64:
-    """(I,) pairs of patches that attend to each other, over all blocks; none across frames."""
+    """(I,) pairs of patches that attend to each other, summed over blocks; attention is within frames."""
     frames, height, width = grids.T
     whole: Int64 = frames * (height * width) ** 2
     depth = int(_value(vision, "depth"))
@@ -197,7 +195,7 @@ def _vision_pairs(family: Family, vision: Any, grids: Int64) -> Int64:
     side = _value(vision, "window_size") // merge // _value(vision, "patch_size")  # in features
 
     def squares(length: Int64) -> Int64:
-        """Sum of the squared lengths of the windows a side is cut into."""
+        """Sum of the squared window lengths along a side."""
         total: Int64 = length // side * side**2 + (length % side) ** 2
         return total
 
@@ -210,14 +208,14 @@ _REQUIRED = object()
 
 
 def _value(config: Any, name: str, default: Any = _REQUIRED) -> Any:
-    """A config's value, of an attribute or a mapping."""
+    """A value from a config, an object or a mapping."""
     if isinstance(config, Mapping):
         value = config.get(name, default)
     else:
         value = getattr(config, name, default)
     if value is _REQUIRED:
         raise ValueError(
-            f"the config has no {name}; pass the one transformers loads, which has its defaults: "
+            f"the config has no {name}; load it with transformers, which fills in defaults: "
             "AutoConfig.from_pretrained(FOLDER)"
         )
     return value

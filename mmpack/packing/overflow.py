@@ -1,4 +1,4 @@
-"""Samples that are longer than a pack: one rule for plans, data sets and streams."""
+"""Samples that are longer than a pack, handled in the same way for plans, data sets and streams."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from mmpack.packing.truncate import truncate_sample
 from mmpack.types import EncodedSample
 
 OnOverflow = Literal["error", "drop", "truncate", "split"]
+TOO_LONG_ADVICE = (
+    "raise --capacity (capacity), lower --max-pixels (max_pixels), or pass --on-overflow drop or truncate "
+    "(on_overflow)"
+)
 
 
 def is_too_long(
     num_tokens: Any, num_patches: Any, capacity: int, patch_capacity: int | None
 ) -> Any:
-    """Whether no pack can hold samples of these sizes: a bool for numbers, (N,) bool for arrays.
-    Without a `patch_capacity` patches are not looked at."""
+    """Whether samples of these sizes exceed a pack: a bool for numbers, (N,) bool for arrays. Patches are ignored
+    if `patch_capacity` is None."""
     too_long = num_tokens > capacity
     return too_long if patch_capacity is None else too_long | (num_patches > patch_capacity)
 
@@ -23,17 +27,19 @@ def is_too_long(
 def fit_sample(
     sample: EncodedSample, capacity: int, patch_capacity: int | None, on_overflow: OnOverflow
 ) -> list[EncodedSample]:
-    """What packs can hold of a sample: all of it if it fits; else its beginning ("truncate"), its
-    pieces ("split"), or nothing ("drop", or a cut that takes the whole answer).
+    """The parts of a sample that can be packed: the sample if it fits; else its beginning ("truncate"), its pieces
+    ("split"), or nothing ("drop", or if the cut leaves no answer).
 
     Raises:
-        RowError: it cannot be split: an image that no piece can hold, or a video.
-        ValueError: it does not fit and `on_overflow` is "error".
+        RowError: the sample cannot be split: it has a video, or an image that no piece can hold.
+        ValueError: the sample does not fit and `on_overflow` is "error".
     """
     if not is_too_long(sample.num_tokens, sample.num_patches, capacity, patch_capacity):
         return [sample]
     if on_overflow == "error":
-        raise ValueError(f"{sample.num_tokens:,} tokens do not fit into a pack of {capacity:,}")
+        raise ValueError(
+            f"{sample.num_tokens:,} tokens do not fit into a pack of {capacity:,}; {TOO_LONG_ADVICE}"
+        )
     if on_overflow == "split":
         bounds = split_bounds(sample, capacity, patch_capacity)
         return [piece_of(sample, begin, end) for begin, end in bounds]

@@ -1,6 +1,7 @@
-"""The item of a `PackedDataset` or `PackStream`: the samples of one pack, and what becomes of images that do not decode.
+"""The item of a `PackedDataset` or `PackStream`: the samples of one pack, and the policy for images that do not
+decode.
 
-No image is opened for an item. Who assembles it does: `PackCollator`, in the DataLoader worker that has made it.
+Making an item opens no image. `PackCollator` opens them when it assembles the item, in the same DataLoader worker.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmpack.data.media_paths import MediaFolders
-from mmpack.errors import BadImageError
+from mmpack.errors import BadImageError, counted
 from mmpack.types import EncodedSample
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaPolicy:
-    """Where the images and videos of an item may lie, and what becomes of a sample whose image does not decode: the
-    attributes of its `PackedDataset` or `PackStream`."""
+    """The media folders of an item and the policy for a sample whose image does not decode, from the attributes of
+    its `PackedDataset` or `PackStream`."""
 
     on_bad_image: Literal["raise", "drop"]
     max_bad: float
@@ -35,11 +36,11 @@ class MediaPolicy:
         """Decode the images and videos of an item's samples into the buffer.
 
         Returns:
-            The samples that stay; where none does, one token without labels.
+            The samples that are kept; if none are, one token without labels.
 
         Raises:
-            BadImageError: one does not decode, and is not to be dropped; names file and row.
-            ValueError: too many were dropped, or `max_bad` is no share.
+            BadImageError: an image does not decode and `on_bad_image` is "raise"; the message gives file and row.
+            ValueError: too many samples were dropped, or `max_bad` is not a share.
         """
         if self.on_bad_image == "drop":
             with_media = sum(bool(sample.media) for sample in samples)
@@ -59,15 +60,15 @@ class MediaPolicy:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PackSamples(Sequence[EncodedSample]):
-    """The samples of one pack, segment by segment, cut ones cut.
+    """The samples of one pack, one per segment, already truncated if needed.
 
-    `PackCollator` makes the batch of one or several, `mmpack.assemble(item)` the `Pack`.
+    `PackCollator` makes a batch of one or several items, `mmpack.assemble(item)` a `Pack`.
 
     Attributes:
         samples: at least one.
-        capacity: tokens the pack may hold.
-        policy: where its images and videos may lie, and what becomes of those that do not decode.
-        resume: where a stream stands after this pack (`mmpack.packing.stream`), else None.
+        capacity: the most tokens in the pack.
+        policy: its media folders, and what to do with images and videos that do not decode.
+        resume: a stream's state after this pack (`mmpack.packing.stream`), else None.
     """
 
     samples: Sequence[EncodedSample]
@@ -85,6 +86,6 @@ class PackSamples(Sequence[EncodedSample]):
         tokens = sum(sample.num_tokens for sample in self.samples)
         media = sum(len(sample.media) for sample in self.samples)
         return (
-            f"<PackSamples: {tokens:,} of {self.capacity:,} tokens, {len(self):,} segments, "
-            f"{media:,} images and videos>"
+            f"PackSamples({tokens:,} of {self.capacity:,} tokens, {counted(len(self), 'segment')}, "
+            f"{media:,} images and videos)"
         )

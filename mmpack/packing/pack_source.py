@@ -1,4 +1,4 @@
-"""What `PackedDataset` and `PackStream` share: where the images of their packs may lie, and how many were dropped."""
+"""The common base of `PackedDataset` and `PackStream`: media folders, and counts of dropped segments."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from mmpack.errors import MAX_BAD, BadImageError, check_max_bad, count_reason, j
 from mmpack.packing.pack_samples import MediaPolicy, PackSamples
 from mmpack.types import EncodedSample
 
-_COUNTERS = 257  # of segments: 256 workers, then the process itself
+_COUNTERS = 257  # columns: 256 workers, then the process itself
 
 
 class DroppedSegments:
-    """Segments that left their packs because of bad images, counted where every worker sees them."""
+    """Counts, in shared memory, of segments dropped from packs because of bad images."""
 
     def __init__(self) -> None:
-        # One column a worker: segments that came, of them with images or videos, dropped.
+        # One column per worker: segments seen, those with images or videos, those dropped.
         self._counts = torch.zeros((3, _COUNTERS), dtype=torch.int64).share_memory_()
-        self._reasons: Counter[str] = Counter()  # of this process
+        self._reasons: Counter[str] = Counter()  # in this process
         self._example = ""
 
     @property
     def number(self) -> int:
-        """How many, in this process and its workers."""
+        """Dropped segments, in this process and its workers."""
         return int(self._counts[2].sum())
 
     def came(self, segments: int, with_media: int, max_bad: float) -> None:
-        """Count segments that came, so many of them with images or videos.
+        """Count segments, `with_media` of which have images or videos.
 
         Raises:
-            ValueError: of those with images or videos more than the share `max_bad` were dropped.
+            ValueError: a share above `max_bad` of those with images or videos was dropped.
         """
         self._count([segments, with_media, 0], max_bad)
 
     def left(self, error: BadImageError, max_bad: float) -> None:
-        """Count a segment that was dropped.
+        """Count a dropped segment.
 
         Raises:
-            ValueError: as `came`.
+            ValueError: as in `came`.
         """
         count_reason(self._reasons, str(error).partition(": ")[2])
         self._example = self._example or str(error)
@@ -61,12 +61,12 @@ class DroppedSegments:
 
 
 class PackSource:
-    """A source of packs: where their images may lie, and what happens to those that no longer decode.
+    """A source of packs, with media folders and a policy for images that no longer decode.
 
     Attributes:
         on_bad_image: "raise" or "drop".
-        max_bad: the share of samples with images or videos that "drop" may leave out; from 1,000 samples on,
-            more are an error.
+        max_bad: the largest share of samples with images or videos that "drop" may leave out; from 1,000 samples
+            on, a larger share is an error.
     """
 
     capacity: int
@@ -79,8 +79,8 @@ class PackSource:
 
     @property
     def media_folders(self) -> list[str] | None:
-        """Where files of images and videos must lie when a pack is assembled, links followed; None: anywhere.
-        Set it before workers start."""
+        """Folders that must contain image and video files when a pack is assembled, links resolved; None: any
+        folder. Set it before workers start."""
         if self._media is None:
             return None
         return [name for name in self._media.names if name != DATA_URIS]
@@ -98,6 +98,8 @@ class PackSource:
 
     def _item(self, samples: Sequence[EncodedSample], resume: bytes | None = None) -> PackSamples:
         if self.on_bad_image not in ("raise", "drop"):
-            raise ValueError(f"on_bad_image must be 'raise' or 'drop', got {self.on_bad_image!r}")
+            raise ValueError(
+                f"--on-bad-image (on_bad_image) must be 'raise' or 'drop', got {self.on_bad_image!r}"
+            )
         policy = MediaPolicy(self.on_bad_image, self.max_bad, self._media, self._dropped)
         return PackSamples(samples, self.capacity, policy, resume)

@@ -1,8 +1,7 @@
-"""What the packs of a plan are made of, and how long ranks wait for each other.
+"""The composition of a plan's packs, and how long ranks wait for each other.
 
-A pack should be a miniature of the data set: a plan that sorts by size can put all pictures into the
-same packs, which is a curriculum nobody asked for, and steps in which one rank works and the others
-wait.
+A pack should have the same mix as the data set. A plan that sorts by size can put all images into the same packs,
+which is an unintended curriculum and makes steps in which one rank works while the others wait.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ Float64 = NDArray[np.float64]
 def rank_imbalance(
     pack_cost: NDArray[Any], num_ranks: int, *, rounds: int = 10, seed: int = 0
 ) -> float:
-    """How much longer a step takes than its work evenly spread: mean over steps of max / mean.
+    """The busiest rank's cost divided by the mean rank's, averaged over steps.
 
-    Packs are dealt to the ranks in random order, one a step, `rounds` times over; a step that would
-    not have a pack for every rank is left out.
+    Packs are dealt to ranks in random order, one per rank and step, `rounds` times; an incomplete last step is
+    ignored.
 
     Args:
         pack_cost: (num_packs,) cost of each pack.
         num_ranks: data-parallel ranks.
-        rounds: orders of the packs to average over.
-        seed: decides the orders.
+        rounds: number of random orders to average over.
+        seed: seed of the orders.
 
     Returns:
-        At least 1.0, which means that no rank waits; 1.0 too where there is no full step.
+        At least 1.0, which means that no rank waits; 1.0 also if there is no full step.
 
     Raises:
         ValueError: `num_ranks` or `rounds` is not positive.
@@ -49,17 +48,17 @@ def rank_imbalance(
 
 
 def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
-    """The least each pack can cost: the mean, or its costliest sample where that is more.
+    """The lowest possible cost of each pack: the mean, or its costliest sample if that costs more.
 
     Args:
-        plan: of N samples.
-        cost: (N,) cost of every sample.
+        plan: a plan of N samples.
+        cost: (N,) cost of each sample.
 
     Returns:
         (num_packs,) float64, in the unit of `cost`.
 
     Raises:
-        ValueError: `cost` is not of as many samples as the plan.
+        ValueError: `cost` and the plan have different numbers of samples.
     """
     if len(cost) != len(plan.num_tokens):
         raise ValueError(f"{len(cost)} costs for a plan of {len(plan.num_tokens)} samples")
@@ -72,18 +71,18 @@ def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
 
 
 def busiest(plan: PackPlan, cost: NDArray[Any]) -> tuple[float, float]:
-    """The cost of the costliest pack, and its floor, both over the mean pack's.
+    """The cost of the costliest pack and its lower bound, both relative to the mean pack.
 
     Args:
-        plan: of N samples.
-        cost: (N,) cost of every sample.
+        plan: a plan of N samples.
+        cost: (N,) cost of each sample.
 
     Returns:
-        (cost, floor): the floor is the larger of 1 and the costliest sample's cost. A plan stays further above
-        it where a pack has few samples, each a large part of its cost.
+        (cost, floor): the floor is the larger of 1 and the costliest sample's cost. Plans are further above it if
+        packs have few samples, each a large part of the pack's cost.
 
     Raises:
-        ValueError: `cost` is not of as many samples as the plan.
+        ValueError: `cost` and the plan have different numbers of samples.
     """
     if len(cost) != len(plan.num_tokens):
         raise ValueError(f"{len(cost)} costs for a plan of {len(plan.num_tokens)} samples")
@@ -98,14 +97,14 @@ def busiest(plan: PackPlan, cost: NDArray[Any]) -> tuple[float, float]:
 def token_shares(
     plan: PackPlan, group: Sequence[str] | NDArray[Any]
 ) -> dict[str, dict[str, float]]:
-    """Which share of its tokens a pack has from each group of samples: in all, and its spread.
+    """The share of tokens from each group of samples, overall and its spread over packs.
 
     Args:
-        group: (N,) name of the group every sample is from, its file say.
+        group: (N,) name of each sample's group, such as its file.
 
     Returns:
-        For each group, the largest first, `share` of all planned tokens, and `p10`, `p50`, `p90` over
-        the packs of its share of a pack's tokens.
+        For each group, largest first: its `share` of all planned tokens, and percentiles `p10`, `p50`, `p90` of
+        its share of a pack's tokens.
     """
     names, number = np.unique(np.asarray(group), return_inverse=True)
     shares = {
@@ -118,11 +117,11 @@ def token_shares(
 def image_shares(
     plan: PackPlan, group: Sequence[str] | NDArray[Any], image_tokens: Int64
 ) -> dict[str, float]:
-    """Which share of the tokens of each group of samples is images.
+    """The share of image tokens in each group of samples.
 
     Args:
-        group: (N,) name of the group every sample is from.
-        image_tokens: (N,) tokens of its images.
+        group: (N,) name of each sample's group.
+        image_tokens: (N,) image tokens of each sample.
     """
     kept = plan.sample_index
     names, number = np.unique(np.asarray(group)[kept], return_inverse=True)
@@ -132,7 +131,7 @@ def image_shares(
 
 
 def share_spread(plan: PackPlan, tokens: Int64) -> dict[str, float]:
-    """`share`, `p10`, `p50` and `p90` as in `token_shares`, of (N,) tokens of every sample."""
+    """`share`, `p10`, `p50` and `p90` as in `token_shares`, for (N,) tokens of each sample."""
     part, whole = plan.totals(tokens), np.maximum(plan.pack_tokens, 1)
     quantiles = np.percentile(part / whole, [10, 50, 90]) if plan.num_packs else np.zeros(3)
     share = part.sum() / max(1, int(plan.pack_tokens.sum()))

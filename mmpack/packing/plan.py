@@ -1,8 +1,8 @@
 """Sizes -> PackPlan: which samples share a pack.
 
-Best-fit-decreasing over tokens (for packing text: arXiv 2404.10830), or over tokens and vision patches at
-once (`csrc/planner.cpp`); given costs too, packs that are as full and cost the same (`csrc/balance.cpp`).
-Sizes are all it needs, so a million samples are planned without opening one.
+Best-fit-decreasing over tokens (for text packing: arXiv 2404.10830), or over tokens and vision patches together
+(`csrc/planner.cpp`); with costs, packs that are equally full and cost the same (`csrc/balance.cpp`). Planning
+needs only sizes, so a million samples are planned without reading one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmpack import _native
+from mmpack.errors import counted
 from mmpack.packing.cost import costs_of, sizes_of
-from mmpack.packing.overflow import OnOverflow, fit_sample, is_too_long
+from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, fit_sample, is_too_long
 from mmpack.types import EncodedSample, Int64, PackPlan
 
 
@@ -31,39 +32,41 @@ def plan_packs(
     seed: int = 0,
     on_overflow: OnOverflow = "error",
 ) -> PackPlan:
-    """Put N samples into packs that hold at most `capacity` tokens each.
+    """Plan N samples into packs of at most `capacity` tokens.
 
     Args:
         num_tokens: (N,) tokens of each sample, placeholders included.
-        capacity: tokens a pack may hold.
+        capacity: the most tokens in a pack.
         num_patches: (N,) vision patches of each sample; needed with `patch_capacity`.
-        patch_capacity: patches a pack may hold, which bounds the vision tower's memory.
-        cost: (N,) what each sample costs, in any unit (`mmpack.packing.cost.sample_flops`); not negative. Every
-            pack then costs at most 1/400 more than the larger of the mean and its costliest sample, as
-            far as a search of bounded length gets; capacities stay hard. The number of packs may be
-            larger than without, while 99.5 % of their room is used, or 97 % where fewer packs
-            cannot cost the same: `mmpack.packing.pack_stats.busiest` says how close they are.
-        seed: decides the order of the packs and of samples of equal size. The same arguments give
-            the same plan on every machine.
-        on_overflow: what becomes of a sample that no pack can hold. "error" raises; "drop" leaves
-            it out and lists it in `plan.dropped`; "truncate" plans it at the capacity and lists it
-            in `plan.truncated`, for the caller to cut with `mmpack.packing.truncate.truncate_sample`.
+        patch_capacity: the most patches in a pack, which bounds the vision tower's memory.
+        cost: (N,) cost of each sample, in any unit (`mmpack.packing.cost.sample_flops`), not negative. The planner
+            then searches, for a bounded time, for packs that each cost at most 1/400 more than the larger of the
+            mean and the pack's costliest sample. Capacities are never exceeded. There may be more packs than
+            without costs, down to 99.5 % full, or 97 % if fewer packs cannot cost the same;
+            `mmpack.packing.pack_stats.busiest` measures the result.
+        seed: decides the order of packs, and of samples of equal size. The same arguments give the same plan on
+            every machine.
+        on_overflow: what to do with a sample that exceeds a pack. "error" raises; "drop" leaves it out and lists
+            it in `plan.dropped`; "truncate" plans it at the capacity and lists it in `plan.truncated`; the caller
+            must cut it with `mmpack.packing.truncate.truncate_sample`.
 
     Returns:
-        The plan: every sample that is not dropped is in exactly one pack, no capacity is exceeded.
+        The plan: every sample that is not dropped is in exactly one pack, and no capacity is exceeded.
 
     Raises:
-        ValueError: sizes, costs or capacities make no sense, or a sample is too long and `on_overflow`
-            is "error"; the message counts them and names the longest.
+        ValueError: sizes, costs or capacities are invalid, or a sample is too long and `on_overflow` is "error";
+            the message counts the samples and names the longest.
     """
     tokens = _sizes(num_tokens, "num_tokens")
     patches = None if num_patches is None else _sizes(num_patches, "num_patches")
     if capacity < 1 or (patch_capacity is not None and patch_capacity < 1):
-        raise ValueError(f"capacities must be positive, got {capacity} and {patch_capacity}")
+        raise ValueError(
+            f"capacity and patch_capacity must be positive, got {capacity} and {patch_capacity}"
+        )
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     if patch_capacity is not None and patches is None:
-        raise ValueError("patch_capacity needs num_patches, the patches of every sample")
+        raise ValueError("patch_capacity needs num_patches, the patches of each sample")
     if patches is not None and len(patches) != len(tokens):
         raise ValueError(f"{len(tokens)} num_tokens but {len(patches)} num_patches")
 
@@ -108,8 +111,8 @@ def plan_samples(
     seed: int,
     cost: Any = None,
 ) -> PackPlan:
-    """`plan_packs` for samples at hand, so that truncation is planned at its exact length. `cost` is
-    as in `PackedDataset.from_samples`."""
+    """Like `plan_packs`, for samples, so that truncated samples are planned with their exact length. `cost` as in
+    `PackedDataset.from_samples`."""
     num_tokens, num_patches = sizes_of(samples)
     too_long = is_too_long(num_tokens, num_patches, capacity, patch_capacity)
     overflow = np.flatnonzero(too_long).tolist()
@@ -121,13 +124,13 @@ def plan_samples(
         if patch_capacity is not None:
             room += f" and {patch_capacity:,} patches"
         raise ValueError(
-            f"{len(overflow)} of {len(samples)} samples are too long for a pack of {room}; row "
-            f"{sample.row} of {sample.source} has {num_tokens[longest]:,} tokens and "
-            f"{num_patches[longest]:,} patches. Raise the capacity, or choose to drop or truncate"
+            f"too long for a pack of {room}: {len(overflow):,} of {counted(len(samples), 'sample')}; the longest, "
+            f"row {sample.row} of {sample.source}, has {num_tokens[longest]:,} tokens and "
+            f"{num_patches[longest]:,} patches; {TOO_LONG_ADVICE}"
         )
     if on_overflow == "truncate":
         for number in overflow:
-            # One that loses its answer keeps its size and is dropped.
+            # A sample that would lose its answer keeps its size and is dropped.
             for cut in fit_sample(samples[number], capacity, patch_capacity, "truncate"):
                 num_tokens[number], num_patches[number] = cut.num_tokens, cut.num_patches
                 truncated[number] = cut
@@ -148,18 +151,18 @@ def plan_samples(
 
 
 def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
-    """The plan of another epoch: other packs of the same samples, as many of them.
+    """The plan of another epoch: the same samples and number of packs, but other packs.
 
-    A pure function of the plan and the epoch, so that every worker of every rank finds the same one.
-    The number of packs does not depend on the seed: best-fit-decreasing's bins have the same shapes
-    for every order of equal samples, and `balance` derives its number from theirs and from totals.
+    Depends only on the plan and the epoch, so every worker of every rank computes the same plan. The number of
+    packs does not depend on the seed: the bins of best-fit-decreasing have the same shapes for every order of
+    equal samples, and `balance` derives its number from them and from totals.
 
     Args:
-        plan: what `plan_packs` returned; it is the plan of epoch 0.
+        plan: a plan from `plan_packs`, which is the plan of epoch 0.
         epoch: from 0.
 
     Raises:
-        ValueError: a negative epoch, or a plan that `plan_packs` has not made.
+        ValueError: the epoch is negative, or the plan was not made by `plan_packs`.
     """
     if epoch < 0:
         raise ValueError(f"epoch must not be negative, got {epoch}")
@@ -167,16 +170,16 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
         return plan
     seed = np.random.SeedSequence([plan.seed, epoch]).generate_state(1, np.uint64)[0]
     other = _plan(replace(plan, sample_index=np.sort(plan.sample_index)), int(seed))
-    if other.num_packs != plan.num_packs:  # no plan of ours: a file may say anything
+    if other.num_packs != plan.num_packs:  # not from `plan_packs`: plan files are not trusted
         raise ValueError(
-            f"the plan has {plan.num_packs:,} packs, its samples and capacity make "
+            f"the plan has {plan.num_packs:,} packs, but its samples and capacity give "
             f"{other.num_packs:,} in epoch {epoch}; pack again with --overwrite"
         )
     return other
 
 
 def _plan(plan: PackPlan, seed: int) -> PackPlan:
-    """The plan with its `sample_index` put into packs."""
+    """The plan with the samples in `sample_index` assigned to packs."""
     keep = plan.sample_index
     cost = None if plan.cost is None else plan.cost[keep]
     order, bin_offsets = _native.plan(
@@ -192,7 +195,7 @@ def _plan(plan: PackPlan, seed: int) -> PackPlan:
 
 
 def _quantised(cost: ArrayLike, num_samples: int) -> Int64:
-    """Integers, for sums that do not depend on their order; together about 2^52."""
+    """Costs as integers that sum to about 2^52, so that sums do not depend on their order."""
     costs = np.asarray(cost)
     if costs.shape != (num_samples,) or not np.issubdtype(costs.dtype, np.number):
         raise ValueError(
@@ -209,8 +212,8 @@ def _quantised(cost: ArrayLike, num_samples: int) -> Int64:
 
 
 def padded_utilization(num_tokens: ArrayLike, batch_size: int = 8, seed: int = 0) -> float:
-    """Share of data in the computed tokens when shuffled batches are padded to their longest:
-    what a plan's `utilization` is to be compared with."""
+    """The share of real tokens if shuffled batches are padded to their longest sample, for comparison with a
+    plan's `utilization`."""
     tokens = _sizes(num_tokens, "num_tokens")
     shuffled = np.random.default_rng(seed).permutation(tokens)
     batches = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
@@ -242,7 +245,6 @@ def _overflow_message(
         longest = int(overflow[patches[overflow].argmax()])
         has, limit = f"{patches[longest]:,} patches", f"{patch_capacity:,}"
     return (
-        f"{len(overflow)} of {len(tokens)} samples are too long for a pack; sample {longest} needs "
-        f"{has}, the capacity is {limit}. Raise the capacity, or pass on_overflow='drop' or "
-        "'truncate'"
+        f"too long for a pack: {len(overflow):,} of {counted(len(tokens), 'sample')}; sample {longest} needs "
+        f"{has}, the capacity is {limit}; {TOO_LONG_ADVICE}"
     )

@@ -1,7 +1,7 @@
-"""The inference side: a prompt's ids, made by the same rules as training data.
+"""Prompts for inference, encoded by the same rules as training data.
 
-What a model is served is to be what it was trained on: same template, same image places and sizes,
-same treatment of control tokens that a user typed.
+A model should be served inputs like those it was trained on: the same template, image positions and sizes, and
+handling of control tokens that a user typed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mmpack.types import Int64
 
 
 class Prompt(NamedTuple):
-    """What a model's `generate` is given, as arrays."""
+    """Inputs for a model's `generate`, as arrays."""
 
     input_ids: Int64  # (T,)
     image_grid_thw: Int64  # (images, 3)
     position_ids: Int64  # (4, T)
-    video_grid_thw: Int64  # (videos, 3); with timestamps a row a temporal patch
+    video_grid_thw: Int64  # (videos, 3); with timestamps, one row per temporal patch
 
 
 def render_prompt(
@@ -37,23 +37,23 @@ def render_prompt(
 ) -> Prompt:
     """The ids of a conversation up to the assistant's turn, placeholders expanded.
 
-    Equal to what transformers' Qwen2-VL processor gives for the rendered chat, except that control
-    tokens in a message stay text, as in training.
+    Equal to the output of transformers' Qwen2-VL processor for the rendered chat, except that control tokens in a
+    message stay text, as in training.
 
     Args:
-        messages: `role`/`content` turns that end with the user's; `content` holds one `<image>` per
-            image, or OpenAI content parts.
-        encoder: the `Encoder` of the training, or a transformers Qwen-VL processor. Its `missing_marker` and
-            `verify` hold here too; `media_dir` does not, a caller's own paths are trusted.
+        messages: `role`/`content` turns, the last one the user's; `content` has one `<image>` per image, or OpenAI
+            content parts.
+        encoder: the `Encoder` used for training, or a transformers Qwen-VL processor. Its `missing_marker` and
+            `verify` apply; its `media_dir` does not, because the caller's paths are trusted.
         images: paths, bytes or PIL images, in the order of their markers.
-        videos: paths, bytes or lists of frames, the same.
+        videos: paths, bytes or lists of frames, in the order of their markers.
 
     Returns:
-        What `generate` is given but the pixels: `input_ids` (T,), `image_grid_thw` (images, 3),
-        `position_ids` (4, T) and `video_grid_thw` (videos, 3), all int64.
+        Inputs for `generate`, without pixels: `input_ids` (T,), `image_grid_thw` (images, 3), `position_ids` (4,
+        T) and `video_grid_thw` (videos, 3), all int64.
 
     Raises:
-        ValueError: counts, roles or an image are wrong; says what to do.
+        ValueError: a count, a role or an image is wrong; the message has advice.
     """
     encoder = Encoder.of(encoder)
     row = {"messages": list(messages)}

@@ -1,12 +1,12 @@
-"""Long documents in pieces: cut at text tokens, every image whole and in one piece.
+"""Splits long documents into pieces, at text tokens and never inside an image.
 
-    tokens   a b c [image] d e f        a piece holds 4 tokens, the image run is 3 of them
-    pieces   a b c | [image] d | d e f  d is the last piece's context, supervised in the one before
+    tokens   a b c [image] d e f        a piece holds 4 tokens, the image run takes 3
+    pieces   a b c | [image] d | d e f  d is context in the last piece, supervised in the piece before
 
-A piece is a segment of its own: it has its own positions and sees nothing of the others. Where a cut is
-between two text tokens, the first of them opens the next piece too, without a label, because a
-segment's first token has nothing before it to be predicted from. So every text token of a document but
-its very first is supervised in exactly one piece, and every image is in exactly one.
+Each piece is a separate segment, with its own positions and attention. If a cut is between two text tokens, the
+first of them is repeated at the start of the next piece without a label, because nothing predicts a segment's
+first token. So every text token of a document except its first is supervised in exactly one piece, and every image
+is in exactly one piece.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mmpack.data.chunks import item_at
 from mmpack.errors import RowError
 from mmpack.packing.truncate import token_sizes
 from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
@@ -36,18 +37,21 @@ _PIECES: dict[str, ArrayType] = {
 def split_bounds(
     sample: EncodedSample, capacity: int, patch_capacity: int | None = None
 ) -> list[tuple[int, int]]:
-    """Where to cut a sample: first and last (excluded) token of each piece, markers being one token.
+    """Where to cut a sample: (start, end) of each piece in `input_ids`, where a marker is one token.
 
-    Every piece is as long as the capacities let it be.
+    Each piece is as long as the capacities allow.
 
     Raises:
-        RowError: an image does not fit into a pack with a token of text, or there are videos.
+        RowError: an image does not fit into a pack with a text token, or the sample has videos.
     """
     if capacity < 2:
-        raise ValueError(f"a piece needs room for two tokens, the capacity is {capacity}")
+        raise ValueError(f"--capacity (capacity) must be at least 2 to split, got {capacity}")
     vision, ids = sample.vision, sample.input_ids
     if (ids == vision.video_token_id).any():
-        raise RowError("a sample with videos is not split", "drop or truncate it")
+        raise RowError(
+            "a sample with videos cannot be split",
+            "pass --on-overflow drop or truncate (on_overflow)",
+        )
     is_marker, width, patches = token_sizes(sample)
     ends, patch_ends = (np.concatenate([[0], sizes.cumsum()]) for sizes in (width, patches))
     edges = (vision.vision_start_token_id, vision.vision_end_token_id)
@@ -68,8 +72,8 @@ def split_bounds(
             largest = sample.grid_thw[is_marker[:previous].sum()]
             raise RowError(
                 f"an image of {int(vision.num_features(largest[None])[0]):,} tokens does not fit into a "
-                "piece with a token of text",
-                "raise the capacity or lower max_pixels",
+                "piece with a text token",
+                "raise --capacity (capacity) or lower --max-pixels (max_pixels)",
             )
         bounds.append((start, end))
         start = end - 1 if in_text[end] else end
@@ -94,12 +98,12 @@ def piece_of(sample: EncodedSample, start: int, end: int) -> EncodedSample:
 
 
 class SplitSamples(Sequence[EncodedSample]):
-    """Samples, the long ones in pieces; a piece is cut when it is asked for.
+    """Samples, with the long ones split into pieces; pieces are cut on access.
 
     Attributes:
-        samples: what was split, a list or an `EncodedStore`.
-        sample_of: (N,) int64 the sample piece n is of; bounds: (N, 2) int64 its tokens, zeros
-            for one that is whole.
+        samples: the original samples, a list or an `EncodedStore`.
+        sample_of: (N,) int64 the sample of piece n. bounds: (N, 2) int64 its start and end, zeros for a whole
+            sample.
         num_tokens, num_patches, num_supervised: (N,) int64.
     """
 
@@ -112,19 +116,19 @@ class SplitSamples(Sequence[EncodedSample]):
 
     @property
     def num_split(self) -> int:
-        """Samples that are in several pieces."""
+        """The number of samples in several pieces."""
         return int((np.bincount(self.sample_of) > 1).sum())
 
     @property
     def sources(self) -> np.ndarray:
-        """(N,) files the pieces come from."""
+        """(N,) the data file of each piece."""
         if are_sized(self.samples):
             sources: np.ndarray = self.samples.sources[self.sample_of]
             return sources
         return np.array([self.samples[n].source for n in self.sample_of])
 
     def grids(self) -> tuple[np.ndarray, Int64]:
-        """Of all images: grid_thw (I, 3), and offsets (N + 1,) of the pieces in them."""
+        """(grid_thw of all images (I, 3), offsets of the pieces in it (N + 1,))."""
         if are_sized(self.samples):
             grids = self.samples.grids()[0]
         else:
@@ -133,40 +137,46 @@ class SplitSamples(Sequence[EncodedSample]):
         return grids, np.cumsum([0, *self._num_images])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the cuts into a store's folder, as `pieces.json` and `pieces.*.npy`."""
+        """Write the pieces into a store's folder, as `pieces.json` and `pieces.*.npy`."""
         arrays = {"sample_of": self.sample_of, "bounds": self.bounds, "sizes": self._sizes}
         save_arrays(folder, "pieces", _PIECES, arrays)
 
     @classmethod
     def load(cls, samples: Any, folder: str | os.PathLike[str]) -> SplitSamples:
-        """The cuts that `save` wrote, of the same samples.
+        """Read pieces that `save` wrote for the same samples.
 
         Raises:
-            ValueError: they are damaged, or none of these samples.
+            ValueError: they are damaged, or belong to other samples.
         """
         arrays, _ = load_arrays(folder, "pieces", _PIECES)
         if flaw := _flaw(samples, **arrays):
             raise damaged(Path(folder) / "pieces.json", flaw)
         return cls(samples, **arrays)
 
+    def __repr__(self) -> str:
+        return f"SplitSamples({len(self):,} pieces of {self.samples!r:.100})"
+
     def __len__(self) -> int:
         return len(self.sample_of)
 
-    def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
+    def __getitem__(self, number: Any) -> Any:
+        return item_at(number, len(self), self._piece, "piece")
+
+    def _piece(self, number: int) -> EncodedSample:
         sample = self.samples[int(self.sample_of[number])]
         start, end = self.bounds[number].tolist()
         if end > len(sample.input_ids):
             raise ValueError(
-                f"row {sample.row} of {sample.source} has {len(sample.input_ids):,} tokens and "
-                f"images, a piece of it ends after {end:,}; pack again with --overwrite"
+                f"row {sample.row} of {sample.source} has {len(sample.input_ids):,} ids, but a piece of it ends "
+                f"after {end:,}; pack again with --overwrite"
             )
         return piece_of(sample, start, end) if end else sample
 
 
 def _flaw(samples: Any, sample_of: Int64, bounds: Int64, sizes: Int64) -> str:
-    """What makes cuts none of these samples; empty: they are."""
+    """Why pieces do not belong to these samples; empty if they do."""
     if not len(sample_of) or (sample_of[0], sample_of[-1]) != (0, len(samples) - 1):
-        return f"the pieces do not go from sample 0 to {len(samples) - 1:,}"
+        return f"the pieces do not cover samples 0 to {len(samples) - 1:,}"
     steps = np.diff(sample_of)
     if not ((0 <= steps) & (steps <= 1)).all():
         return "the pieces are not in the order of the samples"
@@ -174,28 +184,28 @@ def _flaw(samples: Any, sample_of: Int64, bounds: Int64, sizes: Int64) -> str:
     is_whole = end == 0
     is_alone = np.bincount(sample_of)[sample_of] == 1
     if start[is_whole].any() or not is_alone[is_whole].all():
-        return "a sample is whole and in pieces"
+        return "a sample is both whole and in pieces"
     is_first = np.diff(sample_of, prepend=-1) == 1
     last_end = np.where(is_first, 0, np.roll(end, 1))
     follows = (start == last_end) | ((start == last_end - 1) & ~is_first)
     if not (is_whole | (follows & (start < end) & (end <= samples.num_tokens[sample_of]))).all():
-        return "the pieces of a sample are not one behind the other"
+        return "the pieces of a sample overlap or have gaps"
     whole = sample_of[is_whole]
     known = (samples.num_tokens, samples.num_patches, samples.num_supervised)
     if (sizes < 0).any() or any(
         (sizes[is_whole, n] != one[whole]).any() for n, one in enumerate(known)
     ):
-        return "the pieces' sizes are not the samples'"
+        return "the sizes of pieces do not match the samples"
     return ""
 
 
 def split_samples(
     samples: Sequence[EncodedSample], capacity: int, patch_capacity: int | None = None
 ) -> SplitSamples:
-    """Split what is longer than a pack; only those samples are opened, where a store is given.
+    """Split the samples that are longer than a pack; of a store, only those samples are read.
 
     Raises:
-        ValueError: an image does not fit into a pack; names file and row.
+        ValueError: an image does not fit into a pack; the message gives file and row.
     """
     whole = _sizes_of(samples)
     too_long = whole[:, 0] > capacity
@@ -221,13 +231,13 @@ def split_samples(
 
 
 def image_capacity(share: float, capacity: int, vision: VisionSpec) -> int:
-    """Patches of as many image tokens as that share of a pack's capacity.
+    """The patch capacity at which images take at most `share` of a pack's tokens.
 
     Raises:
-        ValueError: a share that is not above 0 and at most 1.
+        ValueError: the share is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"the share of images must be above 0 and at most 1, got {share}")
+        raise ValueError(f"--max-image-share (share) must be above 0 and at most 1, got {share}")
     return int(share * capacity) * vision.merge_size**2
 
 

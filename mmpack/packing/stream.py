@@ -1,12 +1,12 @@
-"""PackStream: packs of a source that is read once, larger than memory or disk.
+"""PackStream: packs from a source that is read once and may be larger than memory or disk.
 
-A buffer of some hundred encoded samples (ids and image references, no pixels) is refilled as samples
-leave it, and each pack is chosen from it (`mmpack.packing.stream_select`): as many samples come in as go out, so no
-pack waits for a window to fill. What comes out is a pure function of the source's order, `buffer`,
-the capacities and `seed`, on every shard; where it stands is a few hundred row numbers.
+A buffer of a few hundred encoded samples (ids and image references, no pixels) is refilled as samples leave it,
+and each pack is chosen from it (`mmpack.packing.stream_select`). Samples enter as others leave, so no pack waits
+for a window to fill. On each shard, the packs depend only on the source's order, `buffer`, the capacities and
+`seed`; the state is a few hundred row numbers.
 
-Workers are ahead of the step that consumes their packs, so a stream cannot know where training is. Each
-pack carries where its shard stands after it, `PackSamples.resume`, and `consume` makes that the state.
+Workers run ahead of the step that consumes their packs, so a stream does not know how far training is. Each pack
+carries its shard's state after it, `PackSamples.resume`, and `consume` makes that the stream's state.
 """
 
 from __future__ import annotations
@@ -29,53 +29,53 @@ from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
 from mmpack.data.readers import RowReader
-from mmpack.errors import BadRow, RowError, Skip, counting, refuse
+from mmpack.errors import BadRow, RowError, Skip, counted, counting, refuse
 from mmpack.packing.cost import costs_of
-from mmpack.packing.overflow import OnOverflow, fit_sample, is_too_long
+from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, fit_sample, is_too_long
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_select import choose, hashed
 from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Sample
 
-_CHUNK = 16  # rows encoded in one call: small, so that no pack waits for many
+_CHUNK = 16  # rows encoded in one call; small, so that a pack waits for few
 _ADVICE = (
-    "rows are dealt by their number, so some would be lost and others come twice; the source must "
-    "give every worker of every rank all rows in one order: leave its own split out "
-    "(WebDataset: nodesplitter=None), seed its shuffle, open files when it is iterated"
+    "rows are dealt by number, so some would be lost and others repeated; the source must give every "
+    "worker of every rank all rows in one order: remove its own split (WebDataset: nodesplitter=None), "
+    "seed its shuffle, open files when it is iterated"
 )
 _log = logging.getLogger(__name__)
 
 
 class PackStream(PackSource, IterableDataset[PackSamples]):
-    """Packs of a source, in the order it gives rows: an item is the samples of one, for `PackCollator`.
+    """Packs of a source, in the source's order: an item is the samples of one pack, for `PackCollator`.
 
     Under Trainer: `Trainer(train_dataset=stream, ...)` and `PackingCallback(stream).attach(trainer)`, with
-    `TrainingArguments(max_steps=..., accelerator_config={"dispatch_batches": False})`; the callback
-    gives every rank its shard, passes over the source without end, and keeps the stream's state in
-    the checkpoints. Elsewhere, in a `DataLoader` say, pass each consumed batch's `resume` to `consume`.
+    `TrainingArguments(max_steps=..., accelerator_config={"dispatch_batches": False})`. The callback assigns each
+    rank its shard, repeats the source endlessly, and keeps the stream's state in checkpoints. Elsewhere, for
+    example with a `DataLoader`, pass each consumed batch's `resume` to `consume`.
 
     Args:
-        source: an iterable of rows as `Encoder.read` takes them, of `Sample`s (`lambda:
-            encoder.read(path)`) or of `EncodedSample`s; or a function that returns one. A
-            `datasets.IterableDataset` is one. An iterator can be passed over once.
-        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Rows that its
-            `on_error` skips are counted by each worker.
-        capacity: tokens a pack may hold.
-        cost: the config of the model to train: packs then cost the same, as far as the buffer allows.
-        buffer: samples to choose from.
-        patch_capacity: vision patches a pack may hold.
-        on_overflow: what becomes of a sample longer than a pack: "error"; "drop" it with a warning in
-            the log; "truncate"; "split", for documents.
-        seed: decides between samples where several would do.
+        source: an iterable of rows as in `Encoder.read` (such as a `datasets.IterableDataset`), of `Sample`s or of
+            `EncodedSample`s; or a function that returns one (`lambda: encoder.read(path)`). An iterator only lasts
+            for one pass.
+        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Each worker counts
+            the rows that `on_error` skips.
+        capacity: the most tokens in a pack.
+        cost: the config of the model to train; packs then cost the same, as far as the buffer allows.
+        buffer: number of samples to choose from.
+        patch_capacity: the most vision patches in a pack.
+        on_overflow: what to do with a sample longer than a pack: "error"; "drop" it with a warning in the log;
+            "truncate"; "split" (documents only).
+        seed: decides between samples that fit equally well.
 
     Attributes:
-        on_bad_image, max_bad, media_folders: as of `PackedDataset`; `media_folders` is the encoder's `media_dir`
-            where that is given.
-        endless: begin another pass over the source where one ends; `PackingCallback` sets it.
+        on_bad_image, max_bad, media_folders: as in `PackedDataset`; `media_folders` is the encoder's `media_dir`,
+            if given.
+        endless: start another pass over the source when one ends; `PackingCallback` sets it.
 
     Raises:
-        ValueError: options that make no sense; from a worker too, a row that cannot be used.
+        ValueError: an option is invalid; while iterating, also in workers: a row cannot be used.
     """
 
     def __init__(
@@ -108,24 +108,27 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
             how = self._encoder.on_error
             if isinstance(how, list) or (isinstance(how, Skip) and how.into is not None):
                 raise ValueError(
-                    "the rows of a stream are read in workers, and a list of bad rows stays there; "
-                    "on_error='skip' warns of each"
+                    "a stream's rows are read in workers, so on_error cannot collect bad rows in a list; use "
+                    "on_error='skip', which warns of each"
                 )
-            (self._group,) = self._encoder.groups(iter(()))  # where images of rows may lie
+            (self._group,) = self._encoder.groups(iter(()))  # for its media folders
             if self._encoder.media_dir is not None:
                 self._media = self._group.folders
         self.endless = False
         self._rank, self._world = 0, 1
         self._first_pass = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._workers, self._next = 0, 0
-        self._consumed: dict[int, dict[str, Any]] = {}  # by worker, as one process counts them
+        self._consumed: dict[int, dict[str, Any]] = {}  # state by worker of this rank
+
+    def __repr__(self) -> str:
+        return f"PackStream(packs of {self.capacity:,} tokens, rank {self._rank} of {self._world})"
 
     def shard(self, rank: int, num_ranks: int) -> PackStream:
-        """Give this process its part of the source; returns the stream.
+        """Assign this process its part of the source; returns the stream.
 
-        Rows are dealt in turn to the workers of all ranks, each of which reads them all; of a
-        `datasets.IterableDataset` with enough shards each worker reads some. The source must not split
-        itself by rank, see `check_ranks`; by worker it may, it is not told of workers.
+        Rows are dealt round-robin to the workers of all ranks, and each worker reads all rows; with a
+        `datasets.IterableDataset` that has enough shards, each worker reads only its own. The source must not
+        split itself by rank, see `check_ranks`. It may split itself by worker; it is not shown any workers.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
@@ -133,16 +136,16 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the pass over the source that the next iteration begins with. An endless stream
-        counts passes itself."""
+        """Choose the pass over the source with which the next iteration begins. An endless stream counts passes
+        itself."""
         if not self.endless:
             self._first_pass[0] = epoch
 
     def consume(self, resume: bytes) -> None:
-        """Note that a step has consumed the pack, or the batch, that carried this.
+        """Record that a step has consumed the pack or batch that carried this state.
 
         Raises:
-            ValueError: a worker read other rows than another one.
+            ValueError: two workers read different rows.
         """
         place = json.loads(resume)
         self._workers = place.pop("workers")
@@ -156,11 +159,11 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._next = (worker + 1) % self._workers
 
     def check_ranks(self) -> None:
-        """Compare what the ranks read, of `torch.distributed`'s default group; all of them call it, once
-        each has consumed a batch. `PackingCallback` does after the first step.
+        """Compare the rows read by the ranks of `torch.distributed`'s default group. All ranks must call it after
+        each has consumed a batch; `PackingCallback` does after the first step.
 
         Raises:
-            ValueError: a rank reads other rows than another one, on all ranks.
+            ValueError: two ranks read different rows; raised on all ranks.
         """
         ranks: list[dict[int, int]] = [{}] * dist.get_world_size()
         own = {place["pass"]: place["rows"] for place in self._consumed.values() if "rows" in place}
@@ -173,7 +176,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
                     )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is, in this rank's part: row numbers and sums, as JSON holds them."""
+        """The state of training in this rank's part: row numbers and sums, for JSON."""
         return {
             "made of": self._settings(),
             "workers": self._workers,
@@ -182,18 +185,18 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken, with a source that gives the same rows again, an
-        equal stream and as many ranks and workers; the next iteration does.
+        """Make the next iteration continue from a state. The source must give the same rows, and the stream's
+        settings and the numbers of ranks and workers must be the same.
 
         Raises:
-            ValueError: another stream's state. While iterating: another number of workers, or rows that
-                are not those of then.
+            ValueError: the state is from another stream. While iterating: the number of workers or the rows
+                differ.
         """
         now, then = self._settings(), state["made of"]
         changed = [name for name in now if now[name] != then.get(name)]
         if changed:
             words = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
-            raise ValueError(f"the state is of another stream: {words}")
+            raise ValueError(f"the state is from another stream: {words}")
         self._workers, self._next = state["workers"], state["next"]
         self._consumed = {int(worker): place for worker, place in state["consumed"].items()}
 
@@ -206,14 +209,14 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     def __iter__(self) -> Iterator[PackSamples]:
         info = get_worker_info()
         number, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if info is not None:  # threads of the tokenizer's would be missing in a fork, and it hangs
+        if info is not None:  # the tokenizer would hang in a fork, which lacks its threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._consumed and workers != self._workers:
             raise ValueError(
-                f"the state was saved with {self._workers} workers, there are {workers}; only as many "
-                "continue identically"
+                f"the state was saved with {counted(self._workers, 'worker')}, there are {workers}; continue with "
+                "the same number (dataloader_num_workers)"
             )
-        # DataLoader asks worker 0 first; that is to be the worker whose turn it was.
+        # DataLoader takes its first batch from worker 0, which must be the next worker in the state.
         worker = (number + self._next) % workers if self._consumed else number
         place = self._consumed.get(worker)
         first = int(self._first_pass)
@@ -231,7 +234,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A sample in the buffer: the `part`th of a row."""
+    """A sample in the buffer: number `part` of a row's samples."""
 
     row: int
     part: int
@@ -244,19 +247,19 @@ class _Entry:
 
 
 class _Shard:
-    """One pass of one worker over its rows: the buffer, and what chooses from it."""
+    """One worker's pass over its rows: the buffer, and the choice of packs from it."""
 
     def __init__(self, stream: PackStream, index: int, num_shards: int) -> None:
         self._stream = stream
         self._index, self._num_shards = index, num_shards
-        self._tokens = self._cost = 0  # of all samples so far, in every pass
+        self._tokens = self._cost = 0  # sums over all samples so far, in all passes
         self._encoder = stream._encoder
         if self._encoder is not None:
             self._reader = RowReader(self._encoder, stream._group)
             self._on_error = counting(self._encoder.on_error)
 
     def begin(self, number_of_pass: int, place: dict[str, Any] | None) -> bool:
-        """Stand at the start of a pass, or at a place in it."""
+        """Go to the start of a pass, or to a state in it."""
         self.number_of_pass = number_of_pass
         self.num_entered = self._num_packs = 0
         self._buffer: list[_Entry] = []
@@ -277,9 +280,9 @@ class _Shard:
             if found == [tuple(entry) for entry in place["buffer"]]:
                 return True
         raise ValueError(
-            f"the source does not give the rows it gave before: of {len(held)} samples that waited for "
-            f"their pack {sum(f not in found for f in map(tuple, place['buffer']))} are others now; a "
-            "shuffle must be the same again"
+            f"the source does not give the same rows as before: of {counted(len(held), 'buffered sample')} "
+            f"{sum(f not in found for f in map(tuple, place['buffer']))} differ; use the same data and shuffle "
+            "with the same seed"
         )
 
     def _source(self, begin: tuple[int, Any] | None, checksum: int) -> SourceRows:
@@ -287,7 +290,7 @@ class _Shard:
         return SourceRows(stream.source, self.number_of_pass, shard, stream._world, begin, checksum)
 
     def place(self) -> dict[str, Any]:
-        """Where the shard stands, as JSON holds it."""
+        """The shard's state, for JSON."""
         oldest = self._buffer[0].row if self._buffer else self._next[0]
         return {
             "pass": self.number_of_pass,
@@ -302,7 +305,7 @@ class _Shard:
         }
 
     def packs(self) -> Iterator[list[EncodedSample]]:
-        """The samples of pack after pack, until the pass is over."""
+        """Yield the samples of each pack until the pass ends."""
         while True:
             for entry in islice(self._entries, self._stream.buffer - len(self._buffer)):
                 self._buffer.append(entry)
@@ -330,7 +333,7 @@ class _Shard:
         return choose(tokens, cost, patches, limits, (self._tokens, self._cost), keys, is_ending)
 
     def _read(self, held: set[tuple[int, int]], begin: tuple[int, int]) -> Iterator[_Entry]:
-        """Samples that fit: those held, then all from `begin` on."""
+        """Samples that fit a pack: those in `held`, then all from `begin` on."""
         rows = {row for row, _ in held}
         wanted = ((n, item) for n, item in self._rows if n >= begin[0] or n in rows)
         last, part = -1, 0
@@ -357,7 +360,9 @@ class _Shard:
                     yield number, item
                     continue
                 if self._encoder is None:
-                    raise ValueError("rows and samples need an Encoder, or a processor")
+                    raise ValueError(
+                        "rows and samples need an encoder; pass an Encoder or a processor as encoder"
+                    )
                 if isinstance(self._on_error, Skip):
                     self._on_error.saw("reading")
                 found = [item] if isinstance(item, Sample) else self._samples(number, item)
@@ -374,16 +379,14 @@ class _Shard:
             return []
 
     def _fitted(self, number: int, sample: EncodedSample) -> list[EncodedSample]:
-        """The sample as it can be packed: itself, cut, in pieces, or nothing."""
+        """The parts of the sample to pack: the sample, truncated, split, or nothing."""
         stream = self._stream
         limits = (stream.capacity, stream.patch_capacity)
         name = f"row {number} of the stream has {sample.num_tokens:,} tokens and "
         name += f"{sample.num_patches:,} patches, too many for a pack"
         if stream.on_overflow == "error":
             if is_too_long(sample.num_tokens, sample.num_patches, *limits):
-                raise ValueError(
-                    f"{name}; raise the capacity, or choose to drop, truncate or split"
-                )
+                raise ValueError(f"{name}; {TOO_LONG_ADVICE}")
             return [sample]
         try:
             fitting = fit_sample(sample, *limits, stream.on_overflow)

@@ -1,17 +1,17 @@
-"""Which samples of a buffer make the next pack of a stream.
+"""Selects the samples of a stream's next pack from its buffer.
 
-A stream cannot be planned whole: there are some hundred samples to choose from, and the next ones come
-when these have left. So a pack has to be full, to cost what packs cost on all ranks, and to leave a
-buffer from which the next can be made. The oldest sample is always taken, so none waits for more packs
-than there are samples in the buffer.
+A stream cannot be planned as a whole: there are a few hundred samples to choose from, and more arrive only as
+these leave. So a pack must be full, cost the same as packs on all ranks, and leave a buffer from which the next
+pack can be made. The oldest sample is always taken, so no sample waits for more packs than the buffer has samples.
 
-1. Dear samples (images), in a random order, while their cost above that of as many cheap tokens stays
-   below the pack's share; cheap ones (text), in a random order, where they fit.
-2. Search: one or none leaves, up to two enter, the best of all such moves, some times. What is small
-   is tokens of room times the mean cost of a token, plus how far the cost is from its target.
+1. Add costly samples (images) in random order, while their cost above that of the same number of cheap tokens
+stays
+   below the pack's share; then cheap samples (text) in random order, if they fit.
+2. Search: a move removes at most one sample and adds up to two; make the best of all moves, up to 8 times. The
+   objective is unused tokens times the mean cost per token, plus the distance of the cost from its target.
 
-All is integer arithmetic and a fixed hash, so the same buffer gives the same pack on every machine.
-The search looks at some 20,000 pairs a round: 2 to 4 ms a pack on one core.
+Arithmetic is in integers, with a fixed hash, so the same buffer gives the same pack on every machine. The search
+examines about 20,000 pairs per round: 2 to 4 ms per pack on one core.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from mmpack.types import Int64
 
 _ROUNDS = 8
-_CLOSE = 1000  # within a thousandth of the target nothing is left to gain
-_PULL = 100  # a pack takes one part in this of what the buffer has too much of, see `choose`
+_CLOSE = 1000  # stop within 1/1000 of the target
+_PULL = 100  # a pack corrects 1/100 of the buffer's excess cost, see `choose`
 _MAX = np.iinfo(np.int64).max
 
 
@@ -43,14 +43,14 @@ def select(
     """Choose the samples of a pack.
 
     Args:
-        num_tokens, cost, num_patches: (B,) of the samples in the buffer, the oldest first; each fits.
-        limits: tokens and patches a pack may hold.
-        target: what the pack should cost.
-        price: cost of a token of room that is left empty.
-        keys: (B,) decide the order samples are tried in.
+        num_tokens, cost, num_patches: (B,) of the samples in the buffer, oldest first; each fits a pack.
+        limits: the most tokens and patches in a pack.
+        target: the pack's target cost.
+        price: cost of an unused token.
+        keys: (B,) random keys that order the samples.
 
     Returns:
-        Places in the buffer, ascending; 0 is among them.
+        Indices into the buffer, ascending, including 0.
     """
     pack = _Pack(num_tokens, cost, num_patches, limits, target, price)
     order = np.argsort(keys, kind="stable")
@@ -59,16 +59,15 @@ def select(
     cheap = int(np.sort(rate)[len(rate) // 10])
     excess = cost - cheap * num_tokens
     goal = target - cheap * limits[0]
-    is_dear = excess * (2 * limits[0]) > num_tokens * max(
-        goal, 1
-    )  # half of what packs have a token
+    # more than half of a pack's excess cost per token
+    is_costly = excess * (2 * limits[0]) > num_tokens * max(goal, 1)
     pack.add(0)
     left = goal - int(excess[0])
-    for place in order[is_dear[order]]:
+    for place in order[is_costly[order]]:
         if excess[place] <= left and pack.fits(place):
             pack.add(place)
             left -= int(excess[place])
-    for place in order[~is_dear[order]]:
+    for place in order[~is_costly[order]]:
         if pack.fits(place):
             pack.add(place)
     for _ in range(_ROUNDS):
@@ -86,17 +85,17 @@ def choose(
     keys: NDArray[np.uint64],
     is_ending: bool,
 ) -> list[int]:
-    """`select` for a pack that costs what packs have cost so far, and a little of what the buffer has
-    more; `so_far` are tokens and cost of all samples that have entered it.
+    """Call `select` with the mean cost of packs so far as target, plus a small part of the buffer's excess cost.
+    `so_far` is (tokens, cost) of all samples that have entered the buffer.
 
-    Were the target the buffer's own mean, packs would follow every group of dear rows; were it the
-    mean of all, the buffer would in the end hold only dear or only cheap ones.
+    If the target were the buffer's mean, pack costs would follow every group of costly rows. If it were only the
+    mean so far, the buffer would fill up with only costly or only cheap samples.
     """
     capacity, all_tokens, all_cost = limits[0], max(1, so_far[0]), so_far[1]
     held_tokens, held_cost = int(tokens.sum()), int(cost.sum())
     target = all_cost * capacity // all_tokens
     target += (held_cost - all_cost * held_tokens // all_tokens) // _PULL
-    if is_ending and held_tokens < 2 * capacity:  # what is left is shared out
+    if is_ending and held_tokens < 2 * capacity:  # spread the rest over the last packs
         target = held_cost // max(1, -(-held_tokens // capacity))
     price = all_cost // all_tokens
     return select(tokens, cost, patches, limits=limits, target=target, price=price, keys=keys)
@@ -105,8 +104,7 @@ def choose(
 def choose_packs(
     num_tokens: Int64, cost: Int64, capacity: int, *, buffer: int = 200, seed: int = 0
 ) -> Iterator[tuple[list[int], int]]:
-    """The packs a stream of samples of these sizes would have, for who has no samples: the samples'
-    numbers, and how many were read until the pack came."""
+    """Simulate a stream from sizes alone; yields (sample indices, samples read so far) per pack."""
     held: list[int] = []
     tokens = spent = read = 0
     for number in count():
@@ -127,7 +125,7 @@ def choose_packs(
 
 
 class _Pack:
-    """A pack being made."""
+    """A pack under construction."""
 
     def __init__(
         self,
@@ -139,7 +137,9 @@ class _Pack:
         price: int,
     ) -> None:
         self.sizes = np.stack([num_tokens, num_patches, cost])  # (3, B)
-        self.room = np.array([*limits, target])  # what is missing to the target may be negative
+        self.room = np.array(
+            [*limits, target]
+        )  # tokens, patches, cost left; the last may be negative
         self.price = price
         self.target = target
         self.inside = np.zeros(len(cost), dtype=bool)
@@ -153,7 +153,7 @@ class _Pack:
         self.room -= self.sizes[:, place]
 
     def improve(self) -> bool:
-        """Make the best move; False where none is better than staying."""
+        """Make the best move; False if no move is an improvement."""
         now = self.price * int(self.room[0]) + abs(int(self.room[2]))
         outside = np.flatnonzero(~self.inside)
         if now * _CLOSE < self.target or not len(outside):
@@ -183,7 +183,7 @@ class _Pack:
 
 
 def hashed(values: Sequence[int], seed: int) -> NDArray[np.uint64]:
-    """A number for every value, random as far as one can see: splitmix64 of value and seed."""
+    """A pseudo-random number per value: splitmix64 of value and seed."""
     mixed = np.array(values, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed += np.uint64(seed & (2**64 - 1))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

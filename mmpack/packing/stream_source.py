@@ -1,11 +1,13 @@
-"""The rows that a stream reads: of every source all of them, in every worker and rank.
+"""Reads a stream's source, so that every worker of every rank sees all rows.
 
-`PackStream` deals rows by their number, so every worker of every rank must count the same rows. Many sources
-give a DataLoader worker a part instead (a `datasets` stream inside a generator, WebDataset, torch's own
-recipe). They ask torch which worker they are in, as late as for a row: while they run, torch answers that there
-are no workers. The rank has too many names to be hidden (variables of launchers, torch.distributed, a list that
-was cut before), and hiding it in the process that trains would hide it from training. So `checksum` says
-which rows came first, and `PackStream` compares it between workers and between ranks.
+`PackStream` deals rows by number, so every worker of every rank must count the same rows. Many sources give each
+DataLoader worker only a part (a `datasets` stream inside a generator, WebDataset, torch's own recipe). They ask
+torch for their worker, some of them for each row; while they run, torch answers that there are no workers. The
+rank cannot be
+hidden: it has too many sources (launchers' variables, torch.distributed, lists cut earlier), and hiding it would
+    also
+hide it from training. So `checksum` identifies the first rows, and `PackStream` compares it between workers and
+ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch.utils.data._utils.worker as torch_worker
 
-_FIRST = 16  # rows in the checksum: no more than are read before the first pack is made
-_SNAPSHOT = 64  # rows between two states of a source that has them
-# Parts of a `datasets` stream that give the same rows whatever files they read. Others (take, skip, interleave)
-# count rows: with a part of the files they choose other rows.
+_FIRST = 16  # rows in the checksum; at least this many are read before the first pack
+_SNAPSHOT = 64  # rows between two saved states of a source that has states
+# Stages of a `datasets` stream that can read a part of the files. Others (take, skip, interleave) count rows, so
+# with a part of the files they would choose other rows.
 _BY_ROW = {
     "ExamplesIterable",
     "ArrowExamplesIterable",
@@ -35,17 +37,17 @@ _BY_ROW = {
     "BufferShuffledExamplesIterable",
     "RepeatExamplesIterable",
     "FormattedExamplesIterable",
-    "ShuffledDataSourcesExamplesIterable",  # of datasets 4
+    "ShuffledDataSourcesExamplesIterable",  # datasets 4
     "ShuffledDataSourcesArrowExamplesIterable",
 }
 
 
 @contextmanager
 def no_workers() -> Iterator[None]:
-    """While this is open, torch says that the process is no DataLoader worker.
+    """Make torch report that this process is not a DataLoader worker.
 
-    It sets the one variable that `get_worker_info` reads, under whatever name a source has imported the
-    function. It must not be open across a `yield`: who gets the value has to know its worker.
+    Sets the variable that `get_worker_info` reads, so it works for any name under which a source imported the
+    function. It must not stay active across a `yield`: the consumer needs to know its worker.
     """
     info = torch_worker._worker_info
     torch_worker._worker_info = None
@@ -56,20 +58,20 @@ def no_workers() -> Iterator[None]:
 
 
 class SourceRows:
-    """One pass of a shard over its source; iterating gives (number, row) of the shard's own rows.
+    """One shard's pass over a source; iterating yields (row number, row) of the shard's own rows.
 
     Args:
-        source: what `PackStream` was given.
-        number_of_pass: for sources that have `set_epoch`.
-        shard: (index of the shard, how many there are).
-        num_ranks: how many ranks the shards belong to.
-        begin: (rows read before, state of the source there), or None for the start of the pass. Only
-            a `datasets.IterableDataset` has states.
-        checksum: of the first rows, where `begin` says that they have been read before.
+        source: the `source` of `PackStream`.
+        number_of_pass: for sources with `set_epoch`.
+        shard: (index of the shard, number of shards).
+        num_ranks: number of ranks.
+        begin: (rows read before, the source's state at that point), or None for the start of the pass. Only a
+            `datasets.IterableDataset` has states.
+        checksum: checksum of the first rows, if `begin` is after them.
 
     Attributes:
-        checksum: of the first rows of the source, equal in every shard and rank. Where a
-            `datasets.IterableDataset` gives each shard files of its own, of what shuffles them.
+        checksum: checksum of the source's first rows, equal in every shard and rank. If a
+            `datasets.IterableDataset` gives each shard its own files, checksum of the shuffle state.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class SourceRows:
         self.checksum = checksum
 
     def snapshot(self, row: int) -> tuple[int, Any] | None:
-        """The last state of the source before `row`; those before it are forgotten."""
+        """The last saved state at or before `row`; older states are discarded."""
         usable = [snapshot for snapshot in self._snapshots if snapshot[0] <= row]
         self._snapshots = [*usable[-1:], *self._snapshots[len(usable) :]]
         return usable[-1] if usable else None
@@ -107,7 +109,7 @@ class SourceRows:
                     self._snapshots.append((number + 1, state()))
 
     def _open(self) -> tuple[Iterator[Any], Callable[[], Any] | None]:
-        """(rows from `begin` on, what gives the source's state or None)."""
+        """(rows from `begin` on, a function that returns the source's state, or None)."""
         source = self._source() if callable(self._source) else self._source
         if hasattr(source, "set_epoch"):
             source.set_epoch(self._number_of_pass)
@@ -115,11 +117,11 @@ class SourceRows:
         if not (hasattr(source, "num_shards") and hasattr(source, "iter")):
             return iter(source), None
         # a datasets.IterableDataset
-        part = getattr(source, "_distributed", None)  # what split_dataset_by_node leaves
+        part = getattr(source, "_distributed", None)  # set by split_dataset_by_node
         if part is not None and part.world_size > 1 and self._num_ranks > 1:
             raise ValueError(
-                f"the source is the part of rank {part.rank} of {part.world_size}, and the stream would "
-                f"deal that part to {self._num_ranks} ranks; leave split_dataset_by_node out"
+                f"the source is already split for rank {part.rank} of {part.world_size}, and the stream would "
+                f"deal that part to {self._num_ranks} ranks; remove split_dataset_by_node"
             )
         parts = list(_parts(getattr(source, "_ex_iterable", None)))
         is_dealt_by_file = part is None and all(map(_is_by_row, parts))
@@ -130,7 +132,7 @@ class SourceRows:
         source = source.shard(*((self._of, self._own) if self._has_own_files else (1, 0)))
         if self._has_own_files:
             self._own, self._of = 0, 1
-        source.set_epoch(self._number_of_pass)  # `shard` made a new one, whose state is its own
+        source.set_epoch(self._number_of_pass)  # `shard` returned a new source
         if self._begin is not None:
             source.load_state_dict(self._begin[1])
         rows = ({k: v[0] for k, v in batch.items()} for batch in source.iter(batch_size=1))
@@ -138,7 +140,7 @@ class SourceRows:
 
 
 def _read(rows: Iterator[Any]) -> Iterator[Any]:
-    """The rows; torch knows its workers again whenever one is given."""
+    """The rows, with torch's worker restored at each `yield`."""
     while True:
         with no_workers():
             try:
@@ -149,7 +151,7 @@ def _read(rows: Iterator[Any]) -> Iterator[Any]:
 
 
 def _parts(examples: Any) -> Iterator[Any]:
-    """What a `datasets` stream is made of."""
+    """All stages of a `datasets` stream."""
     yield examples
     inner = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", [])]
     for part in inner:
@@ -167,10 +169,10 @@ def _is_shuffled(part: Any) -> bool:
 
 
 def _text(row: Any) -> bytes:
-    """What a row says, the same in every process."""
+    """A row as bytes that are the same in every process."""
     try:
         return json.dumps(row, skipkeys=True, default=_plain).encode()
-    except (ValueError, RecursionError):  # contains itself, or is too deep: the reader will say so
+    except (ValueError, RecursionError):  # cyclic or too deep: the reader reports it
         return b""
 
 

@@ -1,4 +1,4 @@
-"""Cut an encoded sample to a length, at a text token and never inside an image or a video."""
+"""Truncates an encoded sample, at a text token and never inside an image or a video."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def truncate_sample(
 ) -> EncodedSample:
     """Cut a sample at a text token so that it fits.
 
-    An image run (`<|vision_start|>`, its placeholders, `<|vision_end|>`) is never cut, nor is a video's,
-    timestamps and all: one that does not fit whole is removed with everything after it, its image too.
-    The result may have lost its whole answer: check `is_supervised`.
+    An image's run (`<|vision_start|>`, placeholders, `<|vision_end|>`) is never cut, nor is a video's, including
+    its
+    timestamps: a run that does not fit completely is removed with its image and everything after it. The result
+        may have
+    no answer left: check `is_supervised`.
     """
     vision, ids = sample.vision, sample.input_ids
     is_marker, width, patches = token_sizes(sample)
@@ -27,7 +29,7 @@ def truncate_sample(
     cut = int(fits.sum())  # both sums only grow: the tokens that fit come first
     if cut == len(fits):
         return sample
-    # Inside a run the cut moves to before its outermost start.
+    # Inside a run, move the cut to before its outermost start.
     opened = np.cumsum(ids == vision.vision_start_token_id) - np.cumsum(
         ids == vision.vision_end_token_id
     )
@@ -47,7 +49,7 @@ def truncate_sample(
 
 
 def token_sizes(sample: EncodedSample) -> tuple[np.ndarray, Int64, Int64]:
-    """Of each of a sample's n ids: whether it is a marker, the tokens and the patches it becomes."""
+    """For each of a sample's n ids: (whether it is a marker, its expanded tokens, its patches)."""
     vision, ids = sample.vision, sample.input_ids
     is_marker = (ids == vision.image_token_id) | (ids == vision.video_token_id)
     width = np.ones(len(ids), dtype=np.int64)

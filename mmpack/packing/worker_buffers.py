@@ -1,7 +1,7 @@
-"""Arrays that leave a DataLoader worker without being copied.
+"""Arrays that leave a DataLoader worker without a copy.
 
-A worker's batch reaches the main process through shared memory: tensors that lie there already are
-sent by name, others are copied into it first. So what is large is written there from the start.
+A worker's batch reaches the main process through shared memory. Tensors that are already in shared memory are sent
+by name, others are copied first. So large arrays are allocated there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 
 def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-    """`numpy.empty`; in a DataLoader worker on shared memory, whose tensor `as_tensor` finds."""
+    """Like `numpy.empty`, but in shared memory if called in a DataLoader worker; `as_tensor` finds its tensor."""
     if get_worker_info() is None:
         return np.empty(shape, dtype)
     tensor = torch.from_numpy(np.empty(0, dtype))
@@ -29,7 +29,7 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """The array as a tensor on the same memory, which is shared if `empty` made it so."""
+    """The array as a tensor with the same memory, shared if it is from `empty`."""
     tensor = array.base
     if isinstance(tensor, torch.Tensor) and tensor.shape == array.shape:
         return tensor
@@ -37,6 +37,6 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
 
 
 def as_ints(array: NDArray[Any]) -> tuple[Any, ...]:
-    """The array's numbers as tuples of ints, which stay on the host."""
+    """The array's values as nested tuples of ints, on the host."""
     numbers = array.tolist()
     return tuple(numbers if array.ndim == 1 else map(tuple, numbers))

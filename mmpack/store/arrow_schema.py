@@ -1,10 +1,9 @@
-"""EncodedSamples <-> an Arrow record batch, a row each, which ends with a checksum of itself."""
+"""EncodedSamples <-> an Arrow record batch with one row per sample, whose last column is the row's checksum."""
 
 from __future__ import annotations
 
 import struct
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from mmpack.data import images
+from mmpack.store.row_checksum import files_of, row_checksum, videos_of
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
 from mmpack.vision_spec import VisionSpec
 
 _VIDEO = {
-    "place": pyarrow.int32(),  # of its file, or of its first frame, among the sample's
-    "listed": pyarrow.int32(),  # frames that are images of their own; 0: a file
+    "place": pyarrow.int32(),  # index of its file, or of its first frame, in `images`
+    "listed": pyarrow.int32(),  # number of frames given as images; 0: one video file
     "num_frames": pyarrow.int32(),
     "fps": pyarrow.float64(),
 }
@@ -26,36 +26,36 @@ SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.list_(pyarrow.int32()),
         "labels": pyarrow.list_(pyarrow.int32()),
-        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, three a marker
-        "images": pyarrow.list_(pyarrow.string()),  # of every file: images, videos, frames
-        "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: in its file
+        "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, 3 values per marker
+        "images": pyarrow.list_(pyarrow.string()),  # paths of images, videos and frames
+        "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: read from its file
         "source": pyarrow.string(),
         "row": pyarrow.int64(),
         "num_tokens": pyarrow.int64(),
         "num_patches": pyarrow.int64(),
         "num_supervised": pyarrow.int64(),
         "videos": pyarrow.list_(pyarrow.struct(_VIDEO)),
-        "temporal_step": pyarrow.list_(pyarrow.float32()),  # of every marker, or null
-        "checksum": pyarrow.uint32(),  # of all but the three sizes
+        "temporal_step": pyarrow.list_(pyarrow.float32()),  # per marker, or null
+        "checksum": pyarrow.uint32(),  # covers everything but SIZES
     }
 )
 SIZES = ("num_tokens", "num_patches", "num_supervised")
 
 
 def as_batch(samples: Sequence[EncodedSample]) -> bytes:
-    """Samples of one spec as the bytes of an Arrow record batch."""
+    """Samples with one spec as the bytes of an Arrow record batch."""
     vision = samples[0].vision
     ids, ids_offsets = _joined([sample.input_ids for sample in samples])
     labels, _ = _joined([sample.labels for sample in samples])
     grids, grid_offsets = _joined([sample.grid_thw for sample in samples])
-    files = [_files(sample.media) for sample in samples]
+    files = [files_of(sample.media) for sample in samples]
     file_offsets = np.cumsum([0, *map(len, files)])
     refs = [file for of_sample in files for file in of_sample]
     is_supervised = labels != IGNORE
-    is_supervised[ids_offsets[:-1]] = False  # the first of a segment has nothing before it
+    is_supervised[ids_offsets[:-1]] = False  # nothing predicts a segment's first token
     num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
     data = [_bytes(image) for image in refs]
-    clips = [_videos(sample.media) for sample in samples]
+    clips = [videos_of(sample.media) for sample in samples]
     columns = [
         _lists(ids, ids_offsets),
         _lists(labels, ids_offsets),
@@ -70,7 +70,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
         clips,
         [sample.temporal_step for sample in samples],
         [
-            _checksum(
+            row_checksum(
                 [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step],
                 [image.path for image in refs[begin:end]],
                 data[begin:end],
@@ -95,35 +95,10 @@ def _lists(values: Any, offsets: Int64, type: Any = None) -> pyarrow.ListArray:
 
 
 def _sums(values: NDArray[Any], offsets: Int64) -> Int64:
-    """(N,) sums of the values between offsets."""
+    """(N,) sums of `values[offsets[n] : offsets[n + 1]]`."""
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     totals: Int64 = sums[offsets[1:]] - sums[offsets[:-1]]
     return totals
-
-
-def _files(media: Iterable[Media]) -> list[ImageRef]:
-    """What references lie in: images, video files and frames."""
-    files: list[ImageRef] = []
-    for ref in media:
-        if isinstance(ref, ImageRef):
-            files.append(ref)
-        else:
-            files += ref.frames or (ImageRef(ref.path, ref.data),)
-    return files
-
-
-def _videos(media: Iterable[Media]) -> list[dict[str, Any]]:
-    videos, place = [], 0
-    for ref in media:
-        if isinstance(ref, VideoRef):
-            listed = len(ref.frames)
-            fps = None if ref.fps is None else float(ref.fps)
-            values = (place, listed, int(ref.num_frames), fps)
-            videos.append(dict(zip(_VIDEO, values)))
-            place += max(listed, 1)
-        else:
-            place += 1
-    return videos
 
 
 def _bytes(image: ImageRef) -> bytes | None:
@@ -131,19 +106,19 @@ def _bytes(image: ImageRef) -> bytes | None:
 
 
 def read_batch(data: Any) -> Any:
-    """The record batch that `as_batch` wrote, views of its bytes, offsets and nulls validated.
+    """Read a record batch that `as_batch` wrote, as views of its bytes, with offsets and nulls validated.
 
     Raises:
-        ValueError, OSError: it is damaged so that reading it might read other memory.
+        ValueError, OSError: it is damaged, so that using it could read memory outside it.
     """
     try:
         if _is_compressed(data):
-            raise ValueError("its batch is compressed, mmpack writes none that is")
+            raise ValueError("its batch is compressed, mmpack writes uncompressed batches")
         batch = pyarrow.ipc.read_record_batch(data, SCHEMA)
         batch.validate(full=True)
     except struct.error:
-        raise ValueError("it is no batch") from None
-    except (pyarrow.ArrowException, EOFError) as error:  # some are no ValueErrors
+        raise ValueError("it is not a record batch") from None
+    except (pyarrow.ArrowException, EOFError) as error:  # some are not ValueErrors
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
         num_nulls = 0 if name == "temporal_step" else column.null_count
@@ -157,12 +132,12 @@ def read_batch(data: Any) -> Any:
 
 
 def _is_compressed(data: Any) -> bool:
-    """Whether an Arrow message says that its buffers are compressed: they could be of any size then, and Arrow
-    would make them all. It is the table Message.header.compression of Arrow's Message.fbs."""
-    view = memoryview(data)[8:]  # behind a mark and a length
+    """Whether an Arrow message has compressed buffers, which could claim any size; Arrow would allocate it. Reads
+    the table Message.header.compression of Arrow's Message.fbs."""
+    view = memoryview(data)[8:]  # after a marker and a length
 
     def field(table: int, slot: int) -> int:
-        """Place of a table's field; 0: it is not there."""
+        """The position of a table's field; 0 if the table lacks it."""
         entries = table - int(struct.unpack_from("<i", view, table)[0])
         if entries < 0 or 4 + 2 * slot >= struct.unpack_from("<H", view, entries)[0]:
             return 0
@@ -174,14 +149,14 @@ def _is_compressed(data: Any) -> bool:
 
 
 def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSample | None:
-    """A row of a batch as a sample; None where it is not what was written."""
+    """A row of a batch as a sample; None if it does not match its checksum or is inconsistent."""
     ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
     paths, data, source, number = (column[row].as_py() for column in columns[3:7])
     *_, clips, step, checksum = columns
     clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
     step = None if step is None else step.to_numpy()
     arrays = [ids, labels, grid, step]
-    if _checksum(arrays, paths, data, source, number, clips) != checksum:
+    if row_checksum(arrays, paths, data, source, number, clips) != checksum:
         return None
     if (
         not len(ids)
@@ -204,23 +179,8 @@ def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSa
     )
 
 
-def _checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
-    """CRC-32 of a row, as `as_batch` is given it and as it is read."""
-    checksum = 0
-    for array in arrays:
-        if array is not None:
-            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
-    paths, data, *rest = texts
-    data = data or ()
-    lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
-    checksum = zlib.crc32(repr((lengths, paths, rest)).encode(), checksum)
-    for one in data:
-        checksum = zlib.crc32(one or b"", checksum)
-    return checksum
-
-
 def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[Media, ...]:
-    """The references of a sample from its files, and which of them are videos'."""
+    """A sample's references, from its files and its video records."""
     media: list[Media] = []
     end = 0
     for video in videos:

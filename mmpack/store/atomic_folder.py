@@ -1,13 +1,13 @@
-"""A folder that processes on many machines may all want to make: one makes it, the others have it.
+"""A folder that processes on many machines may build at the same time: one builds it, the others use it.
 
-The lock is `flock` (filelock's FileLock) on a small file beside the folder, `.NAME.lock`, which stays. The
-kernel, or the NFS server, lets it go when its holder dies, so a lock that is held means somebody alive. A
-lock that is a file's existence (SoftFileLock) would outlive a killed holder on another machine; filelock
-falls back to it by itself where a file system knows no flock. Where flock reaches one machine only
-(Lustre's `localflock`), several may build: each in a folder of its own name, and whoever is second ends
-with an error, because nothing is ever renamed over a folder that had not been there before.
+The lock is `flock` (filelock's FileLock) on a small file beside the folder, `.NAME.lock`, which is not deleted.
+The kernel or the NFS server releases it when its holder dies, so a held lock means a live process. A lock by file
+existence (SoftFileLock) would outlive a killed holder on another machine; filelock falls back to it on file
+systems without flock. Where flock only covers one machine (Lustre's `localflock`), several may build, each in a
+folder of its own; the second to finish ends with an error, because nothing is renamed over a folder that did not
+exist when the build began.
 
-What is being made lies in `NAME.partial-HOST-PROCESS` beside, and becomes NAME by a rename.
+The folder is built as `NAME.partial-HOST-PROCESS` beside NAME, then renamed to NAME.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-_POLL_S = 0.5  # of hundreds of waiting machines each asks the file server this seldom
+_POLL_S = 0.5  # long enough that hundreds of waiting machines do not load the file server
 _OURS = (
     r"samples\.arrow|mmpack\.json|(index|plan|pieces)\.(json|\w+\.npy)"
     r"|bad_rows\.jsonl|overflow\.jsonl"
-    r"|(index|plan|pieces)\.npz"  # of earlier formats, for --overwrite
-    r"|dataset_info\.json|state\.json|cache-\w+\.arrow"  # the last: of `datasets`, made from the rest
+    r"|(index|plan|pieces)\.npz"  # earlier formats, for --overwrite
+    r"|dataset_info\.json|state\.json|cache-\w+\.arrow"  # the last: caches of `datasets`
 )
 
 
 class Turn(NamedTuple):
-    """How it came to be this process's turn."""
+    """What happened while waiting for the lock."""
 
-    waited_for: str  # who had the lock before; empty: nobody
-    was_killed: bool  # somebody was while building
+    waited_for: str  # the previous holder; empty: did not wait
+    was_killed: bool  # an earlier builder was killed
 
 
 @contextmanager
 def turn(out: Path) -> Iterator[Turn]:
-    """Be the only one who makes `out`, and say so where that means waiting. What a killed process left
-    is removed; the block must look at `out` again.
+    """Hold the build lock for `out`; prints a notice if another process holds it. Removes the leftovers of killed
+    processes. The block must check `out` again.
 
     Raises:
-        ValueError: the folder that `out` is to lie in cannot be written to.
+        ValueError: the parent folder of `out` cannot be written to.
     """
     out = out.resolve()
     lock = FileLock(out.with_name(f".{out.name}.lock"))
@@ -56,16 +56,18 @@ def turn(out: Path) -> Iterator[Turn]:
         lock.acquire(timeout=0)
     except OSError as error:
         if not isinstance(error, Timeout):
-            raise ValueError(f"cannot write {out}: {error.strerror or error}") from None
+            raise ValueError(
+                f"cannot write {out}: {error.strerror or error}; choose another --out"
+            ) from None
         waited_for = " and ".join(_left_overs(out).values()) or "another process"
-        print(f"waiting for {waited_for} to make {out}", file=sys.stderr, flush=True)
+        print(f"waiting for {waited_for} to build {out}", file=sys.stderr, flush=True)
         lock.acquire(poll_interval=_POLL_S)
     try:
-        # Their owners are gone: the lock is ours. Listing makes an NFS client look at the folder anew, too.
+        # We hold the lock, so their owners are dead. Listing also refreshes an NFS client's view of the folder.
         left = _left_overs(out)
         for path, owner in left.items():
             if not others(path):
-                print(f"removing what {owner} left unfinished: {path.name}", file=sys.stderr)
+                print(f"removing the unfinished build of {owner}: {path.name}", file=sys.stderr)
                 shutil.rmtree(path, ignore_errors=True)
         yield Turn(waited_for, bool(left))
     finally:
@@ -74,20 +76,22 @@ def turn(out: Path) -> Iterator[Turn]:
 
 @contextmanager
 def published(out: Path, replaces: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends, and vanishes if by an exception.
+    """Yield a temporary folder to write into. It is renamed to `out` when the block ends, and deleted if the block
+    raises.
 
     Args:
-        out: what it becomes, in one step.
-        replaces: there is a store of ours, to be replaced.
+        out: the final folder; it appears in one step.
+        replaces: `out` holds a store of ours, which is replaced.
 
     Raises:
-        ValueError: something is at `out` that was not there before, or is not ours.
+        ValueError: `out` holds files that are not ours.
+        OSError: another process has made `out` meanwhile, or the disk refuses.
     """
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
     if replaces and (foreign := others(out)):
         raise ValueError(
-            f"{out} also holds {', '.join(foreign[:4])}, not of mmpack's making; move that away or "
+            f"{out} also holds {', '.join(foreign[:4])}, not made by mmpack; move that away or "
             "choose another --out"
         )
     try:
@@ -109,7 +113,7 @@ def published(out: Path, replaces: bool) -> Iterator[Path]:
 
 
 def others(folder: Path) -> list[str]:
-    """What in a folder is no part of a store, by name: other files, and folders."""
+    """Names of files and folders in a folder that do not belong to a store."""
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -118,7 +122,7 @@ def others(folder: Path) -> list[str]:
 
 
 def _left_overs(out: Path) -> dict[Path, str]:
-    """Folders in which `out` is or was being made, and by whom."""
+    """Temporary folders of builds of `out`, finished or not, and the process that owns each."""
     pattern = re.compile(re.escape(out.name) + r"\.partial-(.+)-(\d+)(-old)?")
     found = ((path, pattern.fullmatch(path.name)) for path in sorted(out.parent.iterdir()))
     return {path: f"process {name[2]} on {name[1]}" for path, name in found if name}

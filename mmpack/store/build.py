@@ -1,9 +1,8 @@
 """Data files -> batches of encoded samples for a store, in several processes.
 
-Rows are read here, in order, and handed out in chunks; a chunk is checked, its images' headers are
-read and it is encoded in one place, this process or a worker, and comes back as the bytes of an
-Arrow batch. What a chunk becomes does not depend on where, and chunks come back in order, so samples
-and errors are the same for any number of processes.
+The main process reads rows in order and hands them out in chunks. The main process or a worker checks a chunk,
+reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not depend on the
+process, and chunks are returned in order, so samples and errors are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -31,19 +30,20 @@ from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
-from mmpack.store.arrow_schema import as_batch
+from mmpack.store.arrow_schema import as_batch, read_batch, sample_of
 from mmpack.store.encoded_store import EncodedStore
+from mmpack.types import EncodedSample
 
-_ALONE_S = 3.0  # seconds this process works alone, as long as workers take to start
+_ALONE_S = 3.0  # seconds before workers are started; they take about as long to start
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """What became of a chunk of rows."""
+    """The result of a chunk of rows."""
 
     num_rows: int
-    batch: bytes | None  # the samples (`mmpack.store.arrow_schema.as_batch`); None: there are none
-    bad_rows: list[BadRow] = field(default_factory=list)  # by row
+    batch: bytes | None  # the samples (`mmpack.store.arrow_schema.as_batch`); None: no samples
+    bad_rows: list[BadRow] = field(default_factory=list)  # sorted by row
 
 
 def index_rows(
@@ -56,23 +56,23 @@ def index_rows(
     """Read and encode all rows, a chunk at a time and in order.
 
     Args:
-        groups: what `encoder.groups` made of the data files.
-        encoder: how rows are read and encoded, and what becomes of bad ones.
-        jobs: processes; by default as many as this one has cores, started where the rows are more
-            than a few seconds' work. 1: none but this one.
-        part: (i, n): of every n chunks the i-th, from 1; all rows are read, its own are encoded.
+        groups: the data files, from `encoder.groups`.
+        encoder: how to read and encode rows, and what to do with bad ones.
+        jobs: number of worker processes. Default: one per core, started only if the rows take more than a few
+            seconds. 1: no workers.
+        part: (i, n): encode every n-th chunk, starting with the i-th, from 1. All rows are read.
 
     Yields:
         One `Indexed` per chunk: its samples as an Arrow batch.
 
     Raises:
-        ValueError: a bad row and the encoder's `on_error` is "raise", too many skipped, a file that cannot be
-            read, or a worker that died.
+        ValueError: a row is bad and the encoder's `on_error` is "raise", too many were skipped, a file cannot be
+            read, or a worker died.
     """
     on_error = counting(encoder.on_error)
     if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs must be positive, got {jobs}")
-    # Bad rows of a chunk come back with it, so what becomes of them does not travel.
+        raise ValueError(f"--jobs (jobs) must be positive, got {jobs}")
+    # Bad rows are returned with their chunk and handled here, so workers need no `on_error`.
     work = _Work([group._replace(rows=()) for group in groups], replace(encoder, on_error="raise"))
     number, of = part
     chunks = (
@@ -89,6 +89,22 @@ def index_rows(
             yield indexed
 
 
+def encoded_rows(
+    groups: Sequence[RowGroup], encoder: Encoder, jobs: int | None, tell: Callable[[int], None]
+) -> list[EncodedSample]:
+    """All samples of `index_rows`, in memory; `tell` is given the number of rows of each chunk."""
+    samples: list[EncodedSample] = []
+    for indexed in index_rows(groups, encoder, jobs=jobs):
+        tell(indexed.num_rows)
+        if indexed.batch is not None:
+            batch = read_batch(indexed.batch)
+            for row in range(batch.num_rows):
+                sample = sample_of(batch.columns, row, encoder.vision)
+                assert sample is not None  # its checksum is right
+                samples.append(sample)
+    return samples
+
+
 _Chunk = tuple[int, list[Row]] | ValueError  # rows of a group, or the error that ended its file
 
 
@@ -99,12 +115,12 @@ def _chunks(groups: Iterable[RowGroup]) -> Iterator[_Chunk]:
             if rows:
                 yield number, rows
             if isinstance(chunk[-1], ValueError):
-                yield chunk[-1]  # an item like any other, so that the rows before it come first
+                yield chunk[-1]  # an item, so that the rows before it are handled first
                 return
 
 
 class _Work:
-    """What becomes of a chunk; travels to the workers once."""
+    """Checks and encodes a chunk; sent to each worker once."""
 
     def __init__(self, groups: list[RowGroup], encoder: Encoder) -> None:
         self._groups, self._encoder = groups, encoder
@@ -114,8 +130,8 @@ class _Work:
         return _Work, (self._groups, self._encoder)
 
     def context(self) -> multiprocessing.context.BaseContext:
-        """How workers start: never as a fork of this process, whose threads (torch's, Arrow's,
-        tokenizers') would be missing there, but of a fresh one that has done the imports once."""
+        """How to start workers: never as a fork of this process, because its threads (torch, Arrow, tokenizers)
+        would be missing, but from a fork server that has done the imports once."""
         if "forkserver" not in multiprocessing.get_all_start_methods():
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
@@ -142,7 +158,7 @@ class _Work:
 def _in_order(
     work: _Work, chunks: Iterator[_Chunk], jobs: int | None
 ) -> Generator[Indexed, None, None]:
-    """The work done on every chunk: here, or here until workers pay, or by workers."""
+    """Do the work for each chunk: in this process for the first seconds, then in workers."""
     alone_until = -math.inf if jobs else time.monotonic() + _ALONE_S
     jobs = jobs or _num_cores()
     if jobs == 1:
@@ -155,20 +171,21 @@ def _in_order(
 
     pending: deque[Future[Indexed]] = deque()
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "work")  # a pipe would be filled for one worker after the other
+        path = os.path.join(folder, "work")  # workers read a file in parallel, a pipe serially
         with open(path, "wb") as file:
             pickle.dump(work, file)
         pool = ProcessPoolExecutor(jobs, work.context(), _begin, (path,))
         try:
             for chunk in chunks:
                 pending.append(pool.submit(_worked, chunk))
-                if len(pending) > jobs + 2:  # each has one, and the next lie ready
+                if len(pending) > jobs + 2:  # one per worker, and a few ready
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise ValueError(
-                "a worker process died, killed perhaps because memory ran out; fewer jobs need less"
+                "a worker process died: memory ran out (fewer jobs need less), or jobs= is used in a script "
+                "without if __name__ == '__main__':"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -180,20 +197,20 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-_work: _Work  # of a worker process
+_work: _Work  # set in worker processes
 
 
 def _begin(path: str) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores have a process each already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(path, "rb") as file:
-        _work = pickle.load(file)  # which the process that reads has just written
+        _work = pickle.load(file)  # written by the main process
 
 
 def _end_with_parent() -> None:
-    """One that is killed cannot end its workers, who would wait for work for ever."""
+    """End this worker when the main process dies; a killed process cannot end its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -205,10 +222,10 @@ def _worked(chunk: _Chunk) -> Indexed:
 
 
 def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
-    """What the samples of a store depend on, as JSON holds it: two stores with the same are equal.
+    """Everything that a store's samples depend on, for JSON; stores with equal values are equal.
 
-    Data files count by size and time of change, as make does it; the tokenizer by its content.
-    Images are not in it; `why_outdated` looks at them.
+    Data files are identified by size and modification time, as in make; the tokenizer by its content. Images are
+    not included; `why_outdated` checks them.
     """
     parts = {"mmpack's version": version("mmpack")}
     for group in groups:
@@ -221,20 +238,20 @@ def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
 
 
 def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, by name."""
+    """The names of entries that differ."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def why_outdated(
     store: EncodedStore, parts: Mapping[str, str], look_at_images: bool = True
 ) -> list[str]:
-    """Why a store is not what would be made now: the parts that differ, by name, or the first image
-    that changed since `about.begun`. Empty: it can be used again."""
+    """Why a store is out of date: the names of parts that differ, or the first image that changed since
+    `about.begun`. Empty if the store can be reused."""
     names = different(store.about.made_from, parts)
     for path in () if names or not look_at_images else sorted(set(store.image_paths())):
         try:
             found = regular_stat(path)
-        except (OSError, ValueError):  # no regular file, or a name that no file can have
+        except (OSError, ValueError):  # not a regular file, or an invalid name
             return [path]
         if max(found.st_mtime_ns, found.st_ctime_ns) > store.about.begun:
             return [path]

@@ -1,15 +1,14 @@
 """EncodedSamples on disk: an Arrow stream, memory-mapped.
 
-A store is a folder: `samples.arrow` is a stream any Arrow reader takes; `index.json` and its arrays say
-where its batches lie and how large the samples are; `mmpack.json` holds the `VisionSpec` and what the store
-was made from; two more small files are for `datasets.load_from_disk`. Image and video files stay where they are; a row
-holds their paths, and the bytes of images and videos that are in no file.
+A store is a folder. `samples.arrow` is a stream for any Arrow reader. `index.json` and its arrays hold the
+positions of its batches and the sizes of its samples. `mmpack.json` holds the `VisionSpec` and what the store was
+made from. Two more small files are for `datasets.load_from_disk`. Image and video files are not copied: a row
+holds their paths, or the bytes of media that have no file.
 
-No byte is believed unseen. A row has a checksum, looked at whenever the row is read: that costs as much as
-the row is long, where one of a batch would make the first look at any row read 256. A batch's offsets are
-validated when it is first touched, so that a wrong one reads no memory that is not ours. The small files
-have checksums of their own and fit a schema; the checksum of all of `samples.arrow` is for whoever makes
-another store of it. Whatever a store names, only regular files are opened.
+All data is checked before use. Each row has a checksum, checked whenever the row is read; a checksum per batch
+would make the first read of any row read 256 rows. A batch's offsets are validated on first use, so that a wrong
+one cannot read memory outside it. The small files have their own checksums and a schema. The checksum of the whole
+`samples.arrow` is checked when another store is made from it. Only regular files are opened.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from mmpack.data.chunks import chunks
+from mmpack.data.chunks import chunks, item_at
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
 from mmpack.store.manifest import About, Manifest, read_manifest, write_manifest
@@ -38,33 +37,35 @@ from mmpack.store.records import damaged
 from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
 
-_OPEN_BATCHES = 4096  # of some 20 KiB each, views aside, so that memory has a bound
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_OPEN_BATCHES = 4096  # cached batches, about 20 KiB each without their views, to bound memory
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an Arrow stream
 _INDEX: dict[str, ArrayType] = {
-    "offsets": ("int64", ("batches + 1",)),  # of the batches in the file
-    "starts": ("int64", ("batches + 1",)),  # their first samples
-    "sizes": ("int64", (3, "N")),  # of every sample, as SIZES
+    "offsets": ("int64", ("batches + 1",)),  # byte offset of each batch in the file
+    "starts": ("int64", ("batches + 1",)),  # first sample of each batch
+    "sizes": ("int64", (3, "N")),  # SIZES of each sample
 }
 
 
 class EncodedStore(Sequence[EncodedSample]):
-    """A store opened for reading; a sample is a view of the file, made when it is asked for.
+    """A store opened for reading. A sample is a view of the file, created on access.
 
-    A worker that unpickles it opens the file again when it first looks, so nothing is copied; where another
-    store lies there by then, that is an error.
+    Pickling copies no data: a worker that unpickles the store opens the file again on first use. If the folder
+    holds another store by then, that is an error.
 
     Attributes:
-        folder: where it lies.
+        folder: the store's folder.
         vision: the spec of all samples.
         num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
-        id_range: (smallest, largest) token id, labels that count among them; None: not known.
-        about: what `write_store` was told.
+        id_range: (smallest, largest) token id, including supervised labels; None: not known.
+        contents: checksum of all samples, for `PackedDataset.fingerprint`.
+        about: the `About` passed to `write_store`.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.vision, self.about = manifest.vision, manifest.about
-        self.checksum, self.id_range = manifest.checksum, manifest.id_range
+        self.checksum, self.contents = manifest.checksum, manifest.contents
+        self.id_range = manifest.id_range
         self._path = folder / "samples.arrow"
         index, _ = load_arrays(folder, "index", _INDEX)
         if flaw := _index_flaw(**index):
@@ -78,7 +79,7 @@ class EncodedStore(Sequence[EncodedSample]):
                     f"it has {size:,} bytes, {self._offsets[-1] + len(_END):,} were written"
                 )
             with pyarrow.memory_map(str(self._path)) as mapped:
-                self._mapped = mapped.read_buffer()  # which keeps it open
+                self._mapped = mapped.read_buffer()  # keeps the mapping open
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         self._columns = lru_cache(maxsize=_OPEN_BATCHES)(self._read_columns)
@@ -89,19 +90,19 @@ class EncodedStore(Sequence[EncodedSample]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_path" in self.__dict__ or "checksum" not in self.__dict__:
             raise AttributeError(name)
-        # Unpickled: the first look. Not earlier, so that a worker can say what is wrong.
+        # First use after unpickling. Opening earlier would raise inside pickle, without a useful message.
         now = open_store(self.folder)
         if (now.checksum, now.vision) != (self.checksum, self.vision):
             raise ValueError(
-                f"{self.folder} holds other samples than when this run opened it (mmpack pack "
-                "--overwrite meanwhile?); start the run again, or pack to another --out"
+                f"{self.folder} has changed since this run opened it (mmpack pack --overwrite?); "
+                "start the run again, or pack to another --out"
             )
         self.__dict__.update(now.__dict__)
         return getattr(self, name)
 
     @property
     def sources(self) -> NDArray[Any]:
-        """(N,) files the samples come from."""
+        """(N,) the data file of each sample."""
         chunks = [
             self._columns(n)[5].to_numpy(zero_copy_only=False) for n in range(self.num_batches)
         ]
@@ -109,12 +110,12 @@ class EncodedStore(Sequence[EncodedSample]):
 
     @property
     def rows(self) -> Int64:
-        """(N,) their numbers there."""
+        """(N,) the row number of each sample in its data file."""
         chunks = [self._columns(n)[6].to_numpy() for n in range(self.num_batches)]
         return np.concatenate(chunks)
 
     def grids(self) -> tuple[Int32, Int64]:
-        """Of all markers: grid_thw (I, 3), and offsets (N + 1,): those of sample n are
+        """(grid_thw of all markers (I, 3), offsets (N + 1,)); the grids of sample n are
         `offsets[n] : offsets[n + 1]`."""
         chunks = [self._columns(n)[2] for n in range(self.num_batches)]
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
@@ -122,30 +123,30 @@ class EncodedStore(Sequence[EncodedSample]):
         return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
 
     def image_paths(self) -> Iterator[str]:
-        """Files of images and videos, some more than once."""
+        """Paths of all image and video files, with duplicates."""
         for n in range(self.num_batches):
             _, _, _, paths, data, *_ = self._columns(n)
             yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
 
     def batches(self) -> Iterator[bytes]:
-        """What `write_batches` was given."""
+        """The batches that were given to `write_batches`."""
         return (self._batch(n).to_pybytes() for n in range(self.num_batches))
 
     def verify(self) -> None:
-        """Read the whole file: before it becomes part of another store.
+        """Check the whole file's checksum, before it becomes part of another store.
 
         Raises:
-            ValueError: it is not what was written.
+            ValueError: the file has changed.
         """
         checksum = 0
         for start in range(0, self._mapped.size, 1 << 20):
             checksum = zlib.crc32(self._mapped[start : start + (1 << 20)], checksum)
         if checksum != self.checksum:
-            raise self._damaged("its bytes are not those that were written")
+            raise self._damaged("its bytes have changed")
 
     @property
     def num_batches(self) -> int:
-        """Record batches in `samples.arrow`."""
+        """The number of record batches in `samples.arrow`."""
         return len(self._starts) - 1
 
     def _batch(self, number: int) -> Any:
@@ -156,7 +157,7 @@ class EncodedStore(Sequence[EncodedSample]):
         try:
             batch = read_batch(self._batch(number))
             if batch.num_rows != end - begin:
-                raise ValueError(f"{batch.num_rows} of {end - begin} samples are there")
+                raise ValueError(f"{batch.num_rows} of {end - begin} samples are left")
             columns: list[Any] = batch.columns
             return columns
         except (OSError, ValueError) as error:
@@ -165,19 +166,29 @@ class EncodedStore(Sequence[EncodedSample]):
     def _damaged(self, why: Any) -> ValueError:
         return damaged(self._path, why)
 
+    def __repr__(self) -> str:
+        if "_path" not in self.__dict__:  # sent to a worker, which has not looked yet
+            return f"EncodedStore({str(self.folder)!r})"
+        tokens = int(self.num_tokens.sum())
+        return f"EncodedStore({str(self.folder)!r}, {len(self):,} samples, {tokens:,} tokens)"
+
     def __len__(self) -> int:
         return len(self.num_tokens)
 
-    def __getitem__(self, number: int) -> EncodedSample:  # type: ignore[override]
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        number = int(number) % len(self)
+    @overload
+    def __getitem__(self, number: int) -> EncodedSample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[EncodedSample]: ...
+    def __getitem__(self, number: int | slice) -> EncodedSample | list[EncodedSample]:
+        return item_at(number, len(self), self._sample, "sample")  # type: ignore[no-any-return]
+
+    def _sample(self, number: int) -> EncodedSample:
         n = bisect_right(self._starts, number) - 1
         columns, row = self._columns(n), number - self._starts[n]
         sample = sample_of(columns, row, self.vision)
         if sample is None:
             place = f"row {columns[6][row]} of {columns[5][row]}"
-            raise self._damaged(f"sample {number:,} ({place}) is not what was written")
+            raise self._damaged(f"sample {number:,} ({place}) has changed")
         return sample
 
 
@@ -190,13 +201,13 @@ def write_store(
     """Write samples to `folder` and open it.
 
     Args:
-        folder: created; must not hold a store yet.
-        samples: consumed once.
+        folder: the store's folder; created if needed, must not hold a store.
+        samples: iterated once.
         vision: the spec they were encoded with.
-        about: what the samples were made from; by default nothing is said of it.
+        about: what the samples were made from; by default nothing is recorded.
 
     Raises:
-        ValueError: no samples, or a folder that holds a store.
+        ValueError: there are no samples, or the folder already holds a store.
     """
     return write_batches(folder, map(as_batch, chunks(samples)), vision, about)
 
@@ -208,15 +219,14 @@ def write_batches(
     about: About | None = None,
     may_be_empty: bool = False,
 ) -> EncodedStore:
-    """`write_store` for samples that are batches already, made by `as_batch` in any process; none
-    but the one being written is in memory. `about` is written when all are, so the chunks of a part may
-    grow meanwhile."""
+    """Like `write_store`, for batches made by `as_batch` in any process; only one batch is in memory at a time.
+    `about` is written last, so its `Part.chunks` may grow until then."""
     folder = Path(folder)
     if (folder / "mmpack.json").exists():
-        raise ValueError(f"{folder} holds a store already")
+        raise ValueError(f"{folder} already holds a store; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    starts, sizes, checksum = [0], [], 0
-    ids: list[int] = []  # the smallest and the largest of every batch
+    starts, sizes, checksum, contents = [0], [], 0, 0
+    ids: list[int] = []  # smallest and largest of each batch
     with open(folder / "samples.arrow", "wb") as file:
 
         def write(data: Any) -> None:
@@ -233,12 +243,15 @@ def write_batches(
             offsets.append(offsets[-1] + len(data))
             starts.append(starts[-1] + batch.num_rows)
             sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
+            contents = zlib.crc32(batch["checksum"].to_numpy().astype("<u4").tobytes(), contents)
             values = [batch[name].flatten().to_numpy() for name in ("input_ids", "labels")]
             found = np.concatenate([values[0], values[1][values[1] != IGNORE]])
             ids += [int(found.min()), int(found.max())] if len(found) else []
         write(_END)
     if not sizes and not may_be_empty:
-        raise ValueError("there are no samples to store: no row of the data was usable")
+        raise ValueError(
+            "no row of the data is usable, so there is nothing to store; see mmpack check"
+        )
     table = np.concatenate(sizes, axis=1) if sizes else np.empty((len(SIZES), 0), dtype=np.int64)
     arrays = {"offsets": offsets, "starts": starts, "sizes": table}
     save_arrays(folder, "index", _INDEX, arrays)
@@ -246,16 +259,17 @@ def write_batches(
         vision=vision,
         about=about or About(),
         checksum=checksum,
+        contents=contents,
         id_range=(min(ids), max(ids)) if ids else None,
     )
     return _finish(folder, manifest)
 
 
 def reuse_store(folder: str | os.PathLike[str], store: EncodedStore, about: About) -> EncodedStore:
-    """The samples of a store as another one: a link to its file where the disk has links.
+    """Make another store with the same samples: a hard link to its file if possible, else a copy.
 
     Raises:
-        ValueError: the file is not what was written.
+        ValueError: the file has changed since it was written.
     """
     store.verify()
     folder = Path(folder)
@@ -270,14 +284,18 @@ def reuse_store(folder: str | os.PathLike[str], store: EncodedStore, about: Abou
     return _finish(
         folder,
         Manifest(
-            vision=store.vision, about=about, checksum=store.checksum, id_range=store.id_range
+            vision=store.vision,
+            about=about,
+            checksum=store.checksum,
+            contents=store.contents,
+            id_range=store.id_range,
         ),
     )
 
 
 def _finish(folder: Path, manifest: Manifest) -> EncodedStore:
-    """What lies beside the samples; `mmpack.json` last: then a store is whole."""
-    # What datasets' load_from_disk reads. The fingerprint names its caches, so it follows the content.
+    """Write the files beside the samples; `mmpack.json` last, which marks the store as complete."""
+    # For datasets' load_from_disk. The fingerprint names its caches, so it depends on the content.
     state: dict[str, Any] = {
         "_data_files": [{"filename": "samples.arrow"}],
         "_fingerprint": f"mmpack{manifest.checksum:010x}",
@@ -295,19 +313,19 @@ def _finish(folder: Path, manifest: Manifest) -> EncodedStore:
 
 
 def _index_flaw(offsets: Int64, starts: Int64, sizes: Int64) -> str:
-    """What makes it no index; empty: it is one."""
+    """Why these arrays are not a valid index; empty if they are."""
     if not len(offsets) or (starts[0], starts[-1]) != (0, sizes.shape[1]):
-        return f"the batches do not go from sample 0 to {sizes.shape[1]:,}"
+        return f"the batches do not cover samples 0 to {sizes.shape[1]:,}"
     rises = all((one[1:] > one[:-1]).all() for one in (offsets, starts))
     if offsets[0] < 0 or not rises:
-        return "the batches do not lie one behind the other"
+        return "the batches overlap or are out of order"
     if sizes.size and sizes.min() < 0:
         return "a size is negative"
     return ""
 
 
 def _unopened(folder: Path, vision: VisionSpec, checksum: int) -> EncodedStore:
-    """The store as a worker has it before it looks."""
+    """An unpickled store, not opened yet."""
     store = EncodedStore.__new__(EncodedStore)
     store.folder, store.vision, store.checksum = folder, vision, checksum
     return store
@@ -317,14 +335,14 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
     """Open a store.
 
     Raises:
-        ValueError: the folder holds no store, one of another format, or a damaged one.
+        ValueError: the folder has no store, one in another format, or a damaged one.
     """
     return EncodedStore(Path(folder), read_manifest(Path(folder)))
 
 
 def changed_files(store: EncodedStore) -> list[str]:
-    """Data files that are not what the store was made from: of another size, or of another time and
-    other content. One that is not there, or cannot be read, is none: a store needs it no more."""
+    """Data files that have changed since the store was made: another size, or another modification time and other
+    content. Files that are missing or unreadable are not listed, because a store no longer needs them."""
     changed = []
     for path, (num_bytes, time_ns, sha256) in store.about.files.items():
         try:
@@ -335,16 +353,16 @@ def changed_files(store: EncodedStore) -> list[str]:
                 changed.append(path)
         except NotRegularError:
             changed.append(path)
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # ValueError: an invalid file name
             continue
     return changed
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Of a regular file's content, as long as it is when it is opened.
+    """The SHA-256 of a regular file's content, up to its size when it is opened.
 
     Raises:
-        ValueError: it is no regular file.
+        ValueError: it is not a regular file.
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """`mmpack.json`, a store's manifest: the `VisionSpec` of its samples and what they were made from.
 
-The dataclasses here are the format: their fields are the file's, their types its schema. Who changes them
-raises `FORMAT`; a store of another format is packed again.
+The dataclasses here define the format: their fields are the file's fields, their types its schema. A change to
+them must increase `FORMAT`; a store in another format must be packed again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 7
+FORMAT = 8
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
 _CAPACITY = range(1, 1 << 63)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """How samples were packed: the options of `mmpack pack` of these names, as they were given."""
+    """How samples were packed: the options of `mmpack pack` with these names."""
 
     capacity: Annotated[int, _CAPACITY]
     patch_capacity: Annotated[int, _CAPACITY] | None = None
@@ -42,12 +42,12 @@ class Planning:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Part `number`, from 1, `of` so many: what `mmpack merge` needs to know of it.
+    """What `mmpack merge` needs to know about part `number` (from 1) `of` a store's parts.
 
     Attributes:
-        max_bad: the share of rows that might be left out.
-        chunks: of each chunk of rows, how many there were, how many of them were bad, and whether samples
-            came of it. Appended to while the part is written.
+        max_bad: the share of rows that may be left out.
+        chunks: for each chunk of rows: (number of rows, number of bad rows, whether it has samples). Appended to
+            while the part is written.
     """
 
     number: Annotated[int, range(1, 1_000_000)]
@@ -67,16 +67,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a store was made from, and how; a store written from Python need not say any of it.
+    """What a store was made from, and how. All fields are optional in a store written from Python.
 
     Attributes:
-        begun: `time.time_ns()` when reading began: images that changed later make it outdated.
-        files: data files by path: bytes, time of change in ns, SHA-256.
-        made_from: what the samples depend on, see `mmpack.store.build.made_from`.
-        media_folders: what images and videos lie in; None: anywhere.
-        tokenizer: the folder it was read from, or `hf:owner/name@commit`.
-        planning: None: nobody knows.
-        part: None: it is whole.
+        begun: `time.time_ns()` when reading began; images that changed later make the store out of date.
+        files: data files by path: (bytes, modification time in ns, SHA-256).
+        made_from: everything that the samples depend on, see `mmpack.store.build.made_from`.
+        media_folders: folders that images and videos must be in; None: any folder.
+        tokenizer: the tokenizer's folder, or `hf:owner/name@commit`.
+        planning: how the samples were packed; None: unknown.
+        part: which part of a store this is; None: the whole store.
     """
 
     begun: int = 0
@@ -90,21 +90,23 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of `mmpack.json`.
+    """The content of `mmpack.json`.
 
     Attributes:
-        checksum: of all of `samples.arrow`.
-        id_range: the smallest and the largest token id in it, labels that count among them; None: no sample.
+        checksum: CRC-32 of `samples.arrow`.
+        contents: CRC-32 of the rows' checksums, in order.
+        id_range: the smallest and the largest token id, including supervised labels; None: no samples.
     """
 
     format: int = FORMAT
     vision: VisionSpec
     about: About
     checksum: Annotated[int, range(1 << 32)]
+    contents: Annotated[int, range(1 << 32)]
     id_range: tuple[int, int] | None
 
 
-# Narrower than the types of the specs, which check the rest of their fields themselves.
+# Narrower than the specs' types; the specs themselves check their other fields.
 _VIDEO = schema_of(VideoSpec) | dict.fromkeys(("min_frames", "max_frames"), _POSITIVE)
 _VISION = schema_of(VisionSpec) | {
     **dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), _POSITIVE),
@@ -116,15 +118,15 @@ _SCHEMA: dict[str, Any] = schema_of(Manifest) | {"vision": _VISION}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it."""
+    """Write `mmpack.json`."""
     write_record(folder / "mmpack.json", asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What `write_manifest` wrote.
+    """Read and check `mmpack.json`.
 
     Raises:
-        ValueError: there is none, one of another format, or one that is damaged or does not fit the schema.
+        ValueError: it is missing, in another format, damaged, or does not fit the schema.
     """
     path = folder / "mmpack.json"
     try:
@@ -132,21 +134,21 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
         raise ValueError(
-            f"{folder} holds no finished store; make one with mmpack pack{reason}"
+            f"{folder} has no finished store{reason}; make one with mmpack pack"
         ) from None
     if not isinstance(saved, dict) or "format" not in saved:
-        raise ValueError(f"{path} is not mmpack's; make a store with mmpack pack")
+        raise ValueError(f"{path} was not made by mmpack; make a store with mmpack pack")
     if saved["format"] != FORMAT:
         raise ValueError(
-            f"{folder} has store format {saved['format']!a:.20}, not {FORMAT}; make it again: "
-            f"mmpack pack ... --out {shlex.quote(str(folder))} --overwrite, with the options it was made with"
+            f"{folder} has store format {saved['format']!a:.20}, not {FORMAT}; pack again: "
+            f"mmpack pack ... --out {shlex.quote(str(folder))} --overwrite, with the same options"
         )
     saved = check_record(path, saved, _SCHEMA)
     try:
         manifest: Manifest = from_record(Manifest, saved)
         spec = manifest.vision
         if not len(spec.image_mean) == len(spec.image_std) > 0 or 0 in spec.image_std:
-            raise ValueError("image_mean and image_std are no normalisation of channels")
+            raise ValueError("image_mean and image_std do not match, or image_std has a zero")
     except ValueError as error:
         raise damaged(path, error) from None
     return manifest

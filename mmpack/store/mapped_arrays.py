@@ -1,9 +1,9 @@
-"""Arrays in files that processes look at without a copy of their own: a `.npy` file per array, mapped.
+"""Memory-mapped arrays, shared by processes without copies: one `.npy` file per array.
 
-A rank's memory does not grow with the data set, and ranks of a machine share the files' pages. numpy alone
-reads and writes the files; the dtypes and dimensions are the reader's, so a file cannot ask for others, and
-none with Python objects. (safetensors copies arrays it gives to numpy.) A record beside the arrays, `NAME.json`,
-has their checksums and a few single values.
+A rank's memory does not grow with the data set, and the ranks of a machine share the files' pages. numpy reads and
+writes the files. The reader defines dtypes and dimensions, so a file cannot contain others or Python objects.
+(safetensors would copy the arrays.) The record `NAME.json` beside the arrays holds their checksums and a few
+scalar values.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from mmpack.regular_files import regular_stat
 from mmpack.store.records import damaged, read_record, write_record
 
 _npy: Any = np.lib.format  # its functions have no types
-# An array that is expected: its dtype and its dimensions. A dimension that is a letter is the same in all
-# arrays that have it.
+# The dtype and dimensions of an expected array. A dimension given by name is equal in all arrays that use it.
 ArrayType = tuple[Literal["bool", "int32", "int64", "float32", "float64"], tuple[int | str, ...]]
 
 
@@ -33,8 +32,8 @@ def save_arrays(
     arrays: Mapping[str, ArrayLike],
     values: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write arrays as `NAME.ARRAY.npy` and, last, `NAME.json`. Files that were there are replaced, not
-    written over: who has mapped one keeps it."""
+    """Write arrays as `NAME.ARRAY.npy` and, last, `NAME.json`. Existing files are replaced, not overwritten, so
+    that processes that have mapped one keep it."""
     folder, record = Path(folder), {}
     for array_name, given in arrays.items():
         dtype = _dtype(types[_key(types, array_name)])
@@ -53,15 +52,15 @@ def load_arrays(
     types: Mapping[str, ArrayType],
     values: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """What `save_arrays` wrote: (arrays, values). The arrays are read-only views of mapped files, and all of
-    them is compared with the checksums.
+    """Read (arrays, values) that `save_arrays` wrote. The arrays are read-only views of mapped files; all
+    checksums are checked.
 
     Args:
-        types: the arrays; a name that ends with "?" may be missing.
+        types: the expected arrays; a name that ends with "?" is optional.
         values: the schema of the values (`mmpack.store.records`).
 
     Raises:
-        ValueError: a file is missing, no regular file, damaged, or holds another dtype or other dimensions.
+        ValueError: a file is missing, not a regular file, damaged, or has another dtype or other dimensions.
     """
     folder = Path(folder)
     path = folder / f"{name}.json"
@@ -78,7 +77,7 @@ def load_arrays(
             for size, found in zip(dimensions, shape)
         )
         if len(shape) != len(dimensions) or shape != expected:
-            raise damaged(path, f"{array_name} is of shape {shape}, not {dimensions}")
+            raise damaged(path, f"{array_name} has shape {shape}, not {dimensions}")
         file = _path(folder, name, array_name)
         arrays[array_name] = _mapped(file, _dtype((dtype, ())), shape, saved["crc32"])
     return arrays, record
@@ -94,17 +93,17 @@ def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], crc32: int
         size = regular_stat(path).st_size
         array = _npy.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise damaged(path, "there is no such file") from None
-    except Exception as error:  # numpy has a dozen kinds for a header that is none
+        raise damaged(path, "it is missing") from None
+    except Exception as error:  # numpy raises many kinds for a bad header
         raise damaged(path, f"{error}") from None
     written = array.offset + array.nbytes
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        raise damaged(path, f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
+        raise damaged(path, f"it has {array.dtype} {array.shape}, not {dtype} {shape}")
     if size != written:
         raise damaged(path, f"it has {size:,} bytes, {written:,} were written")
     if zlib.crc32(_bytes(array)) != crc32:
-        raise damaged(path, "it is not what was written")
-    return np.asarray(array)  # without memmap's own methods, which make every view slower
+        raise damaged(path, "its bytes have changed")
+    return np.asarray(array)  # not a memmap, whose views are slower
 
 
 def _path(folder: Path, name: str, array_name: str) -> Path:

@@ -44,7 +44,7 @@ def load_plan(folder: str | os.PathLike[str]) -> PackPlan:
     """Read a plan that `save_plan` wrote; its arrays are views of mapped files.
 
     Raises:
-        ValueError: it is damaged, or no plan: samples that are not there or in two packs, packs that are too full.
+        ValueError: it is damaged or not a valid plan: a sample is missing or in two packs, or a pack is too full.
     """
     arrays, values = load_arrays(folder, "plan", _ARRAYS, _VALUES)
     plan = PackPlan(**{"num_patches": None, "cost": None, **arrays, **values})
@@ -54,7 +54,7 @@ def load_plan(folder: str | os.PathLike[str]) -> PackPlan:
 
 
 def _flaw(plan: PackPlan) -> str:
-    """What makes it no plan; empty: it is one. Nothing is used as an index before its range is known."""
+    """Why a plan is not valid; empty if it is. Values are used as indices only after their range is checked."""
     num_samples, order, offsets = len(plan.num_tokens), plan.sample_index, plan.bin_offsets
     for name in ("num_tokens", "num_patches", "cost"):
         values = getattr(plan, name)
@@ -69,21 +69,21 @@ def _flaw(plan: PackPlan) -> str:
     is_placed = np.zeros(num_samples, dtype=bool)
     is_placed[order] = is_placed[plan.dropped] = True
     if len(order) + len(plan.dropped) != num_samples or not is_placed.all():
-        return "its samples are not each in one pack or dropped"
+        return "a sample is neither in exactly one pack nor dropped"
     if not len(offsets) or (offsets[0], offsets[-1]) != (0, len(order)):
         return f"bin_offsets do not go from 0 to {len(order):,}"
-    if (offsets[1:] <= offsets[:-1]).any():  # a difference might not fit int64
-        return "bin_offsets do not rise"
+    if (offsets[1:] <= offsets[:-1]).any():  # a difference might overflow int64
+        return "bin_offsets do not increase"
     limits: list[tuple[str, Any, Any]] = [("tokens", plan.num_tokens, plan.capacity)]
     if (plan.num_patches is None) != (plan.patch_capacity is None):
-        return "num_patches and patch_capacity go together"
+        return "only one of num_patches and patch_capacity is given"
     if plan.num_patches is not None:
         limits.append(("patches", plan.num_patches, plan.patch_capacity))
     for name, sizes, capacity in limits:
         planned = sizes[order]
         totals = np.add.reduceat(planned, offsets[:-1]) if len(order) else planned
         if len(order) and (planned.max() > capacity or totals.max() > capacity):
-            return f"a pack has more {name} than the {capacity:,} of its capacity"
+            return f"a pack has more {name} than its capacity of {capacity:,}"
         if name == "tokens" and not np.array_equal(plan.pack_tokens, totals):
             return "pack_tokens are not the sums of the packs' num_tokens"
     return ""

@@ -1,7 +1,7 @@
-"""The small JSON files of a store, its records: read only where they are what mmpack writes.
+"""The small JSON files of a store, called records, validated when read.
 
-A store may come from anywhere, so its word is not taken: a record is a regular file of bounded size, with a
-checksum of itself, and fits a schema, which is written in Python:
+A store may come from anywhere and is not trusted: a record must be a regular file of limited size, with a
+checksum, and fit a schema. A schema is written in Python:
 
     int             an integer of 64 bits; range(1, 9): one of those; float: any finite number; str, bool, None
     (int, None)     one of these
@@ -9,7 +9,7 @@ checksum of itself, and fits a schema, which is written in Python:
     {str: int}      an object with any names
     {"a": int, "b?": str}             these names, the second may be missing; no others
 
-or follows from a dataclass (`schema_of`), which `from_record` makes of a record that fits.
+or derived from a dataclass (`schema_of`); `from_record` turns a valid record into that dataclass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NAMES = {
 
 
 def damaged(path: str | os.PathLike[str], why: Any) -> ValueError:
-    """What is raised where a file of a store is not what was written."""
+    """The error for a file of a store that differs from what was written."""
     return ValueError(f"{path} is damaged: {why}; pack again with --overwrite")
 
 
@@ -51,10 +51,10 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a small JSON file holds, unchecked.
+    """The content of a small JSON file, not checked against a schema.
 
     Raises:
-        ValueError: it is no regular file, too large or not JSON.
+        ValueError: it is not a regular file, too large or not JSON.
         OSError: it cannot be read.
     """
     size = regular_stat(path).st_size
@@ -64,33 +64,33 @@ def read_json(path: Path) -> Any:
         try:
             return json.loads(file.read(size))
         except RecursionError:
-            raise ValueError("it is nested too deep") from None
+            raise ValueError("it is nested too deeply") from None
 
 
 def read_record(path: Path, schema: Mapping[Any, Any]) -> dict[str, Any]:
-    """A record that `write_record` wrote.
+    """Read a record that `write_record` wrote.
 
     Raises:
-        ValueError: it is missing, damaged or does not fit the schema; names the file and, in the last case,
-            the field.
+        ValueError: it is missing, damaged or does not fit the schema; names the file and, in the last case, the
+            field.
     """
     try:
         record = read_json(path)
     except FileNotFoundError:
-        raise damaged(path, "there is no such file") from None
+        raise damaged(path, "it is missing") from None
     except (OSError, ValueError) as error:
         raise damaged(path, error) from None
     return check_record(path, record, schema)
 
 
 def check_record(path: Path, record: Any, schema: Mapping[Any, Any]) -> dict[str, Any]:
-    """`read_record` for what `read_json` gave."""
+    """Like `read_record`, for a value from `read_json`."""
     if not isinstance(record, dict) or _CHECKSUM not in record:
-        raise damaged(path, "it is no record with a checksum")
+        raise damaged(path, "it is not a record with a checksum")
     checksum = record.pop(_CHECKSUM)
     try:
         if checksum != _checksum_of(record):
-            raise ValueError("it is not what was written")
+            raise ValueError("its content has changed")
         check(record, schema, "")
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from None
@@ -98,8 +98,8 @@ def check_record(path: Path, record: Any, schema: Mapping[Any, Any]) -> dict[str
 
 
 def schema_of(kind: Any) -> Any:
-    """The schema of a dataclass in JSON, or of a field's type: int, float, str, bool and None; `Annotated[int,
-    range(9)]`; X | None; `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`; `dict[str, X]`; another dataclass."""
+    """The JSON schema of a dataclass or a field's type: int, float, str, bool, None; `Annotated[int, range(9)]`;
+    X | None; `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`; `dict[str, X]`; another dataclass."""
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         return {field.name: schema_of(hints[field.name]) for field in fields(kind)}
@@ -114,7 +114,7 @@ def schema_of(kind: Any) -> Any:
 
 
 def from_record(kind: Any, value: Any) -> Any:
-    """What fits `schema_of(kind)` as a value of that type.
+    """Convert a value that fits `schema_of(kind)` to that type.
 
     Raises:
         ValueError: the dataclass refuses its fields.
@@ -141,10 +141,10 @@ def _checksum_of(record: Mapping[str, Any]) -> int:
 
 
 def check(value: Any, schema: Any, place: str) -> None:
-    """Whether a value fits a schema; `place` is what it is called.
+    """Check a value against a schema; `place` is its name in errors.
 
     Raises:
-        ValueError: it does not; says where, what it is and what it must be.
+        ValueError: it does not fit; the message gives the place, the value and what is expected.
     """
     if isinstance(schema, tuple):
         for one in schema[:-1]:

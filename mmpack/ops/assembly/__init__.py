@@ -1,1 +1,1 @@
-"""Packs assembled on the device: off the main path, which assembles in DataLoader workers."""
+"""Assembly of packs on the device; by default, packs are assembled in DataLoader workers."""

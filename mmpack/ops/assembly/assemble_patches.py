@@ -1,7 +1,7 @@
-"""What the vision tower needs of a pack's grids, on the device: frames, and the place of every patch.
+"""Inputs of the vision tower from a pack's grids, on the device: frames, and the position of each patch.
 
-One program a block of patches finds its frame by binary search in the frames' offsets and divides. 20
-bytes a patch, which the host does not send. Not measured on a GPU yet.
+One program per block of patches finds each patch's frame by binary search in the frames' offsets, then divides.
+This saves sending 20 bytes per patch from the host. Not measured on a GPU yet.
 """
 
 import torch
@@ -14,7 +14,7 @@ from mmpack.ops.assembly.attention_tiles import attention_tiles_fwd
 from mmpack.ops.assembly.offsets import last_at_or_before, search_steps
 
 # P = patches, I = images and videos, n = tiles
-BLOCK_P = 256  # patches a program places
+BLOCK_P = 256  # patches per program
 
 
 @triton.jit(do_not_specialize=["P", "num_frames"])
@@ -104,20 +104,20 @@ _NAMES = ("cu_seqlens", "segment_ids", "tiles", "position_ids")
 def assemble_patches(
     grid_thw: Tensor, num_frames: int, num_patches: int, num_tiles: int, *, merge_size: int = 2
 ) -> dict[str, Tensor]:
-    """The frames of images and videos and the places of their patches.
+    """The frames of images and videos, and the positions of their patches.
 
     Args:
-        grid_thw: (I, 3) int64 patches of each, in the order of the pixels.
-        num_frames, num_patches: what they have together. num_tiles: tiles of attention in them
-            (`mmpack.packing.compact.compact`). None of these is checked, as that would ask the device.
-        merge_size: patches to a feature's side.
+        grid_thw: (I, 3) int64 patches of each image and video, in the order of the pixels.
+        num_frames, num_patches: their totals. num_tiles: their attention tiles (`mmpack.packing.compact.compact`).
+            These are not checked, because that would synchronize with the device.
+        merge_size: patches per side of a feature.
 
     Returns:
         By name `cu_seqlens` (frames + 1,), `segment_ids` (P,), `tiles` (n, 4) int32 and `position_ids`
         (P, 2) int64 row and column in merge order: the fields `vision_...` of `mmpack.Pack`.
 
     Raises:
-        ValueError: grids are not int64 (I, 3) on a device kernels run on, or a size is negative.
+        ValueError: grids are not int64 (I, 3), the device cannot run kernels, or a size is negative.
     """
     if grid_thw.dtype != torch.int64 or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
         raise ValueError(

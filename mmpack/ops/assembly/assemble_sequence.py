@@ -1,18 +1,18 @@
-"""A pack's sequence from its compact samples, on the device: what `mmpack.reference.assemble` writes, bit
-for bit.
+"""A pack's sequence from its compact samples, on the device; equal to `mmpack.reference.assemble`, bit for bit.
 
-Compact means one marker an image, a few bytes a token where a finished pack has sixty. Sizes are known to
-the host, so nothing is asked of the device:
+Compact samples have one marker per image and a few bytes per token, while a finished pack has sixty bytes per
+token. The host knows the sizes, so nothing synchronizes with the device:
 
-- `_outline_kernel`, one program: prefix sums over the grids say where each image begins, in tokens, in
-  features and in M-RoPE positions.
-- `_assemble_sequence_kernel`, a program a block of tokens: a binary search finds a token's segment and
-  image in those sums, and the token is written, with all that belongs to it.
-- `torch.sort` orders the text by id; `_text_runs_kernel`, one program, cuts that into runs.
+- `_outline_kernel`, one program: prefix sums over the grids give the first token, feature and M-RoPE position of
+each
+  image.
+- `_assemble_sequence_kernel`, one program per block of tokens: finds each token's segment and image by binary
+search in
+  these sums, then writes the token and its indices.
+- `torch.sort` orders the text by id; `_text_runs_kernel`, one program, splits it into runs.
 - `mmpack.ops.assembly.attention_tiles`.
 
-The bytes, about 56 a token, take less than a microsecond; the launches are the cost. Not measured on a
-GPU yet.
+Moving the bytes, about 56 per token, takes less than a microsecond; launches dominate. Not measured on a GPU yet.
 """
 
 import torch
@@ -26,9 +26,9 @@ from mmpack.ops.assembly.offsets import last_at_or_before, search_steps
 from mmpack.types import MAX_RUN
 
 # T = tokens, F = features, S = segments, I = images and videos, n = compact ids, R = runs of one id
-BLOCK_I = 256  # grids, or segments, that the outline sums at once
-BLOCK_T = 256  # tokens a program writes
-BLOCK_X = 2048  # sorted text tokens cut into runs at once
+BLOCK_I = 256  # grids or segments summed at once by the outline
+BLOCK_T = 256  # tokens per program
+BLOCK_X = 2048  # sorted text tokens split into runs at once
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _outline_kernel(
     LOG_I: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Of every grid its first token, its first feature, and how many M-RoPE positions more than one a
-    marker the grids before it take; of every segment its first token and its first grid."""
+    """For each grid: its first token, its first feature, and the M-RoPE positions that the grids before it take
+    beyond one per marker. For each segment: its first token and its first grid."""
     stills = 0
     for first in range(0, I, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
@@ -67,7 +67,7 @@ def _outline_kernel(
         marker = tl.load(markers_ptr + i, mask=i < I, other=0)
         is_video = tl.load(input_ids_ptr + marker, mask=i < I, other=0) == video_id
         stills += tl.sum(tl.where(is_video, 0, t * h * w), axis=0)
-    tokens, features, positions = 0, 0, 0  # of all grids before; features, of their stills
+    tokens, features, positions = 0, 0, 0  # sums over previous grids; features only over stills
     for first in range(0, I, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         t, h, w = _features(grid_thw_ptr, i, i < I, MERGE)
@@ -79,7 +79,7 @@ def _outline_kernel(
         wider = tl.where(i < I, tl.maximum(h, w) - 1, 0)
         tokens_before = tokens + tl.cumsum(more, axis=0) - more
         stills_before = features + tl.cumsum(still, axis=0) - still
-        all_before = tokens_before + i  # features: each grid's tokens
+        all_before = tokens_before + i  # features of all previous grids
         feature = tl.where(is_video, stills + all_before - stills_before, stills_before)
         position = positions + tl.cumsum(wider, axis=0) - wider
         tl.store(grid_token_ptr + i, marker + tokens_before, mask=i < I)
@@ -95,7 +95,7 @@ def _outline_kernel(
         s = first + tl.arange(0, BLOCK_I)
         offset = tl.load(offsets_ptr + s, mask=s <= S, other=0)
         grid = last_at_or_before(markers_ptr, I, offset - 1, LOG_I) + 1
-        # Tokens that grids before it add: a grid's first token less its marker.
+        # Tokens added by the grids before it: a grid's first token minus its marker.
         inside = (s <= S) & (grid < I)
         token = tl.load(grid_token_ptr + grid, mask=s <= S, other=0)
         shift = token - tl.load(markers_ptr + grid, mask=inside, other=0)
@@ -135,14 +135,14 @@ def _assemble_sequence_kernel(
     begin = tl.load(cu_seqlens_ptr + segment)
     compact_begin = tl.load(offsets_ptr + segment)
     grid = last_at_or_before(grid_token_ptr, I, t, LOG_I)
-    is_behind = grid >= 0  # behind a grid's first token, or on it
+    is_behind = grid >= 0  # at or after a grid's first token
     marker = tl.load(markers_ptr + grid, mask=is_behind, other=0)
     token = tl.load(grid_token_ptr + grid, mask=is_behind, other=0)
     frames, height, width = _features(grid_thw_ptr, grid, is_behind, MERGE)
     within = t - token
     is_feature = is_behind & (within < frames * height * width)
 
-    # The compact token: a feature's is its marker.
+    # The position in the compact ids; for a feature, its marker.
     after = marker + 1 + within - frames * height * width
     place = tl.where(is_feature, marker, tl.where(is_behind, after, t))
     token_id = tl.load(input_ids_ptr + place, mask=is_token, other=0)
@@ -153,7 +153,7 @@ def _assemble_sequence_kernel(
     tl.store(feature_index_ptr + t, tl.where(is_feature, feature, -1), mask=is_token)
     tl.store(feature_token_ptr + feature, t, mask=is_token & is_feature)
 
-    # M-RoPE: one position a compact token, and what the grids before it in the segment take more.
+    # M-RoPE: one position per compact token, plus the extra positions of previous grids in the segment.
     grids = tl.where(is_feature, grid, grid + 1)
     wider = tl.load(grid_position_ptr + grids)
     wider -= tl.load(grid_position_ptr + tl.load(first_grid_ptr + segment))
@@ -186,7 +186,7 @@ def _text_runs_kernel(
     MAX_RUN: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Text sorted by id, cut into runs of one id and at most MAX_RUN tokens."""
+    """Split text that is sorted by id into runs of one id and at most MAX_RUN tokens."""
     runs, ids = 0, 0  # before this block
     for first in range(0, num_text, BLOCK_X):
         x = first + tl.arange(0, BLOCK_X)
@@ -197,7 +197,7 @@ def _text_runs_kernel(
         token_id = tl.load(sorted_ids_ptr + x, mask=is_text, other=-1)
         before = tl.load(sorted_ids_ptr + x - 1, mask=is_text & (x > 0), other=-1)
         is_new = (is_text & (token_id != before)).to(tl.int32)
-        number = ids + tl.cumsum(is_new, axis=0) - 1  # of its id, from 0
+        number = ids + tl.cumsum(is_new, axis=0) - 1  # index of its id, from 0
         tl.store(id_start_ptr + number, x, mask=is_new != 0)
         tl.debug_barrier()
         start = tl.load(id_start_ptr + number, mask=is_text, other=0)
@@ -335,20 +335,20 @@ def assemble_sequence(
     video_id: int,
     merge_size: int = 2,
 ) -> dict[str, Tensor]:
-    """Expand samples that lie one after the other, one marker an image or video, into a packed sequence.
+    """Expand concatenated samples, with one marker per image or video, into a packed sequence.
 
-    Nothing in the tensors is checked, as that would ask the device; `mmpack.packing.compact.compact` makes what
-    fits together, and checks it.
+    Tensor values are not checked, because that would synchronize with the device; `mmpack.packing.compact.compact`
+    makes and checks matching arguments.
 
     Args:
         input_ids: (n,) int32, not negative.
-        offsets: (S + 1,) int32 of the samples in them.
-        markers: (I,) int32 places of the markers in `input_ids`, ascending.
-        grid_thw: (I, 3) int32 patches of each image and video, height and width multiples of `merge_size`.
+        offsets: (S + 1,) int32 offsets of the samples in `input_ids`.
+        markers: (I,) int32 positions of the markers in `input_ids`, ascending.
+        grid_thw: (I, 3) int32 patches of each image and video; height and width are multiples of `merge_size`.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch to the next.
-        sizes: T tokens, F features, R runs and n tiles of the pack.
-        video_id: the marker of videos, whose features come after those of images.
-        merge_size: patches to a feature's side.
+        sizes: (T, F, R, n): tokens, features, runs and tiles of the pack.
+        video_id: the marker id of videos, whose features come after those of images.
+        merge_size: patches per side of a feature.
 
     Returns:
         By name `input_ids` (T,) and `position_ids` (4, T) int64, `cu_seqlens` (S + 1,), `segment_ids`
@@ -356,7 +356,7 @@ def assemble_sequence(
         `text_id_offsets` (R + 1,) int32: the fields of `mmpack.Pack`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not match.
     """
     I = len(markers)
     flat = {"input_ids": input_ids, "offsets": offsets, "markers": markers}
@@ -371,8 +371,8 @@ def assemble_sequence(
     T, F, R, num_tiles = sizes
     if min(T, F, R, num_tiles) < 0 or T - F != len(input_ids) - I or not len(offsets):
         raise ValueError(
-            f"{len(input_ids)} input_ids with {I} markers do not make {T} tokens of which {F} are "
-            f"features, {R} runs and {num_tiles} tiles in {len(offsets) - 1} segments"
+            f"sizes do not match: {len(input_ids)} input_ids with {I} markers and {len(offsets) - 1} segments, "
+            f"but {T} tokens, {F} features, {R} runs and {num_tiles} tiles"
         )
     tensors = (x.contiguous() for x in (input_ids, offsets, markers, grid_thw, temporal_step))
     out = _assemble_sequence(*tensors, list(sizes), video_id, merge_size)

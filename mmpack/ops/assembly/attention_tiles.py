@@ -1,8 +1,8 @@
-"""The rows of attention one program takes, from segment offsets, on the device.
+"""Attention tiles from segment offsets, on the device.
 
-Two launches: one program walks the segments and cuts them, since short ones join greedily; then every
-tile finds its place by counting the tiles before it, which n^2 comparisons in parallel do faster than
-a sort. Not measured on a GPU yet.
+Two launches: one program walks through the segments and splits them into tiles (short segments are joined
+greedily); then each tile finds its position by counting the tiles before it, since n^2 parallel comparisons are
+faster than a sort. Not measured on a GPU yet.
 """
 
 import torch
@@ -15,8 +15,8 @@ from mmpack.types import TILE
 
 # S = segments, n = tiles
 BLOCK_CUT = 32  # tiles of a long segment written at once
-BLOCK_N = 64  # tiles a program ranks
-BLOCK_M = 64  # tiles they are compared with at once
+BLOCK_N = 64  # tiles ranked per program
+BLOCK_M = 64  # tiles compared with at once
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _store_tiles(tiles_ptr, place, begin, end, segment_begin, segment_end, mask)
 def _cut_tiles_kernel(tiles_ptr, offsets_ptr, S, TILE: tl.constexpr, BLOCK_CUT: tl.constexpr):
     """Tiles in reading order."""
     count = 0
-    joined_begin = tl.load(offsets_ptr)  # short segments waiting for more
+    joined_begin = tl.load(offsets_ptr)  # start of short segments to be joined
     begin = joined_begin
     for s in range(S):
         end = tl.load(offsets_ptr + s + 1)
@@ -54,7 +54,7 @@ def _cut_tiles_kernel(tiles_ptr, offsets_ptr, S, TILE: tl.constexpr, BLOCK_CUT: 
 
 @triton.jit
 def _work(tiles_ptr, place, n, CAUSAL: tl.constexpr):
-    """Keys a tile attends to; none behind the last."""
+    """The number of keys that a tile attends to; -1 after the last tile."""
     last = tl.load(tiles_ptr + 4 * place + (1 if CAUSAL else 3), mask=place < n, other=-1)
     return last - tl.load(tiles_ptr + 4 * place + 2, mask=place < n, other=0)
 
@@ -63,7 +63,7 @@ def _work(tiles_ptr, place, n, CAUSAL: tl.constexpr):
 def _rank_tiles_kernel(
     out_ptr, tiles_ptr, n, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Most work first, and of equal work the first first."""
+    """Sort tiles by work, most first; stable."""
     place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     work = _work(tiles_ptr, place, n, CAUSAL)
     rank = tl.zeros([BLOCK_N], tl.int32)
@@ -110,17 +110,17 @@ def _(offsets, num_tiles, causal):
 
 
 def attention_tiles(offsets: Tensor, num_tiles: int, *, causal: bool) -> Tensor:
-    """(n, 4) int32 rows `[begin, end)` of attention and of the segment they are in, most work first:
-    `mmpack.Pack.tiles`, for `varlen_attention`.
+    """(n, 4) int32 tiles for `varlen_attention`, as in `mmpack.Pack.tiles`: attention rows `[begin, end)` and the
+    `[begin, end)` of their segment, most work first.
 
     Args:
-        offsets: (S + 1,) int32 of the segments, ascending from 0. This is not checked.
-        num_tiles: n, which the host knows from the same offsets (`mmpack.packing.compact.compact`). Another
-            number than theirs is not checked either, and writes past the end.
-        causal: work is the keys before the end of a tile, not those of its segment.
+        offsets: (S + 1,) int32 segment offsets, ascending from 0. Not checked.
+        num_tiles: n, which the host computes from the same offsets (`mmpack.packing.compact.compact`). Not
+            checked; a wrong number writes out of bounds.
+        causal: work is the keys up to a tile's end, instead of all keys of its segment.
 
     Raises:
-        ValueError: offsets are not flat int32 on a device kernels run on, or n is negative.
+        ValueError: offsets are not flat int32, the device cannot run kernels, or n is negative.
     """
     check_indices({"offsets": offsets}, offsets.device)
     if num_tiles < 0:

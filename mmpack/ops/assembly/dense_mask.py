@@ -1,5 +1,5 @@
-"""The 4-D mask of a pack, for attention that takes masks rather than offsets: T^2 bytes, 64 MiB at 8,192
-tokens and 1 GiB at 32,768, written once. Not measured on a GPU yet.
+"""The 4-D mask of a pack, for attention that takes masks instead of offsets: T^2 bytes, 64 MiB for 8,192 tokens
+and 1 GiB for 32,768, written once. Not measured on a GPU yet.
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from mmpack.ops.arguments import check_indices, on_its_device
 
 # T = tokens, S = segments
-BLOCK_Q = 16  # rows of a dense mask that a program writes
-BLOCK_KV = 1024  # and columns
+BLOCK_Q = 16  # rows of the mask per program
+BLOCK_KV = 1024  # columns of the mask per program
 
 
 @triton.jit
@@ -72,21 +72,22 @@ def _(segment_ids, causal, dtype):
 def dense_mask(
     cu_seqlens: Tensor, num_tokens: int, *, causal: bool = True, dtype: torch.dtype = torch.bool
 ) -> Tensor:
-    """(1, 1, T, T): which tokens see which, for attention that takes a 4-D mask, as transformers' "sdpa"
-    and "eager" do.
+    """(1, 1, T, T) attention mask of a pack, for attention that takes a 4-D mask, such as transformers' "sdpa" and
+    "eager".
 
     Args:
         cu_seqlens: (S + 1,) int32, from 0 to `num_tokens`. Its values are not checked.
         num_tokens: T.
-        causal: a token sees the past of its segment and itself; else all of it.
-        dtype: bool, true where a token sees another; or a floating dtype, 0 there and its lowest number
-            elsewhere, to be added to scores.
+        causal: a token sees its segment up to itself; else its whole segment.
+        dtype: bool, true where a token sees another; or a floating dtype, 0 there and its lowest value elsewhere,
+            to be added to scores.
 
     Raises:
-        ValueError: cu_seqlens are not flat int32 on a device kernels run on, or another dtype.
+        ValueError: cu_seqlens are not flat int32, the device cannot run kernels, or the dtype is neither bool nor
+            floating.
     """
     if dtype != torch.bool and not dtype.is_floating_point:
-        raise ValueError(f"a mask is bool or floating, got {dtype}")
+        raise ValueError(f"dtype must be bool or floating, got {dtype}")
     return _dense_mask(_segment_ids(cu_seqlens, num_tokens), causal, dtype)[None, None]
 
 

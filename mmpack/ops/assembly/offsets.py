@@ -1,4 +1,4 @@
-"""Offsets inside kernels: which segment is a token in?"""
+"""Binary search in offsets inside kernels, for example for a token's segment."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def last_at_or_before(values_ptr, count, at, LOG: tl.constexpr):
-    """Of `count` ascending values the last one's place that is <= `at`; -1 where there is none."""
+    """The index of the last of `count` ascending values that is <= `at`; -1 if there is none."""
     low = tl.zeros_like(at)
     high = low + count
     for _ in tl.static_range(LOG):
@@ -19,6 +19,6 @@ def last_at_or_before(values_ptr, count, at, LOG: tl.constexpr):
 
 
 def search_steps(count):
-    """LOG for `last_at_or_before`: enough steps for `count` values, in fours, for each number of steps is
-    a kernel of its own to compile. A step too many loads nothing."""
+    """LOG for `last_at_or_before`: enough steps for `count` values, rounded up to a multiple of 4 so that few
+    kernels are compiled. Extra steps load nothing."""
     return max(4, -(-count.bit_length() // 4) * 4)

@@ -1,0 +1,123 @@
+"""Progress of work on rows, on stderr: a bar in a terminal or a notebook, elsewhere a line a minute.
+
+It is tqdm's bar, as Trainer's and `datasets`' are. `logging.getLogger("mmpack").setLevel(logging.ERROR)` switches
+bars and lines off; the command line's --quiet does it for this file's logger alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from mmpack.data.file_formats import Row, count_rows
+from mmpack.data.readers import RowGroup
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_LINE_S = 60.0  # from one line to the next
+
+
+class Progress:
+    """How far work is. `total` is None where nobody knows how much there is."""
+
+    def __init__(self, what: str, total: int | None, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._count = 0
+        self._start = self._last_line = time.monotonic()
+        self._is_on = _log.isEnabledFor(logging.WARNING)
+        self._bar = _bar(what, total, unit) if self._is_on else None
+
+    def update(self, count: int = 1) -> None:
+        """So much more is done."""
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._is_on and time.monotonic() >= self._last_line + _LINE_S:
+            self._last_line = time.monotonic()
+            print(self._line(self._last_line - self._start), file=sys.stderr, flush=True)
+
+    def each(self, values: Iterable[T]) -> Iterator[T]:
+        """The values, each of which is one more that is done."""
+        for value in values:
+            self.update()
+            yield value
+
+    def expect(self, count: int) -> None:
+        """So much more there is to do."""
+        if self._total is not None:
+            self._total += count
+            if self._bar is not None:
+                self._bar.total = self._total
+                self._bar.refresh()
+
+    def close(self) -> None:
+        """The work is over."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, seconds: float) -> str:
+        rate = self._count / seconds
+        done, left = f"{self._count:,}", ""
+        if self._total:
+            done += f" of {self._total:,}"
+            minutes = max(self._total - self._count, 0) / rate / 60 if rate else 0.0
+            left = f" ({self._count / self._total:.0%}), {minutes:,.0f} min left"
+        return f"{self._what}: {done} {self._unit}{left}, {rate:,.1f} {self._unit}/s"
+
+
+def _bar(what: str, total: int | None, unit: str) -> Any:
+    """tqdm's bar; None: there is nowhere to show it, or no tqdm."""
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        return None
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    return tqdm(total=total, unit=f" {unit}", desc=what, bar_format=shape, dynamic_ncols=True)
+
+
+@contextmanager
+def progress(what: str, total: int | None = None, unit: str = "rows") -> Iterator[Progress]:
+    """Show how far the block is; it calls `update`."""
+    shown = Progress(what, total, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+@contextmanager
+def row_progress(
+    what: str, groups: Sequence[RowGroup], *, parts: int = 1, total: int | None = None
+) -> Iterator[tuple[list[RowGroup], Progress]]:
+    """`progress` of rows that are read from data files, whose number is known where all files tell theirs.
+
+    Args:
+        groups: whose rows are read in the block, of the groups that it yields.
+        parts: only one row of so many is worked on.
+        total: how many rows there are, where `groups` are rows in memory.
+    """
+    counts = [None if group.file is None else count_rows(group.file) for group in groups]
+    is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
+    if all(array or count is not None for array, count in zip(is_array, counts)):
+        total = sum(count or 0 for count in counts) // parts
+    with progress(what, total) as shown:
+
+        def counted(rows: Iterable[Row]) -> Iterator[Row]:
+            """An array is read whole, so that is when its length is known."""
+            rows = list(rows)
+            shown.expect(len(rows) // parts)
+            yield from rows
+
+        yield (
+            [
+                group._replace(rows=counted(group.rows)) if array else group
+                for group, array in zip(groups, is_array)
+            ],
+            shown,
+        )

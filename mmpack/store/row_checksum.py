@@ -1,0 +1,75 @@
+"""What a row of a store holds of a sample's images and videos, and the checksum of it all.
+
+Samples in memory have the same checksum as in a store, so that a run resumes on either. No Arrow here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack.types import EncodedSample, ImageRef, Media, VideoRef
+
+
+def files_of(media: Iterable[Media]) -> list[ImageRef]:
+    """What references lie in: images, video files and frames."""
+    files: list[ImageRef] = []
+    for ref in media:
+        if isinstance(ref, ImageRef):
+            files.append(ref)
+        else:
+            files += ref.frames or (ImageRef(ref.path, ref.data),)
+    return files
+
+
+def videos_of(media: Iterable[Media]) -> list[dict[str, Any]]:
+    """Which of the files are videos'. `place`: of the file, or of the first frame; `listed`: frames that are
+    images of their own, 0: a file; `num_frames` and `fps` as of `VideoRef`."""
+    videos, place = [], 0
+    for ref in media:
+        if isinstance(ref, VideoRef):
+            listed, fps = len(ref.frames), None if ref.fps is None else float(ref.fps)
+            video = {"place": place, "listed": listed, "num_frames": int(ref.num_frames)}
+            videos.append({**video, "fps": fps})
+            place += max(listed, 1)
+        else:
+            place += 1
+    return videos
+
+
+def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
+    """CRC-32 of a row.
+
+    Args:
+        arrays: ids, labels, flat grids and temporal steps.
+        texts: paths of the files, their bytes (None: in the file), source, row and `videos_of`.
+    """
+    checksum = 0
+    for array in arrays:
+        if array is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    paths, data, *rest = texts
+    data = data or ()
+    lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
+    checksum = zlib.crc32(repr((lengths, paths, rest)).encode(), checksum)
+    for one in data:
+        checksum = zlib.crc32(one or b"", checksum)
+    return checksum
+
+
+def contents_checksum(samples: Iterable[EncodedSample]) -> int:
+    """`EncodedStore.contents` of the store that samples would make. Pictures in memory (PIL) count by their size
+    alone: a store has them encoded, and so another checksum."""
+    rows = []
+    for sample in samples:
+        files = files_of(sample.media)
+        data = [file.data for file in files]
+        data = [repr(one.size).encode() if hasattr(one, "size") else one for one in data]
+        arrays = [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step]
+        paths, videos = [file.path for file in files], videos_of(sample.media)
+        rows.append(row_checksum(arrays, paths, data, sample.source, int(sample.row), videos))
+    return zlib.crc32(np.array(rows, dtype="<u4").tobytes())
