@@ -1,9 +1,8 @@
 """How fast are token embedding and feature insertion, compared with transformers and with a copy?
 
 Peers: transformers' `masked_scatter`, plain torch by index, and the compiled definition. GB/s are the minimum
-    bytes of
-the task (each row read once and written once) divided by the time, so a candidate that moves more bytes shows
-less; the ceiling is a large copy. Without a GPU, the kernel is not measured.
+bytes of the task (each row read once and written once) divided by the time, so a candidate that moves more bytes
+shows less; the ceiling is a large copy. Without a GPU, the kernel is not measured.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     python -m benchmarks.compile_report [--json] [--only NAME]
 
 Uses Triton's ptxas; nothing is loaded or run. Each kernel is compiled with the specialization of a GPU run:
-pointers and
-strides divisible by 16, a model's sizes as constants, a pack's sizes as arbitrary numbers. Reports registers,
-spills, shared memory and instructions, which show the width of loads. The exit code is 1 if a kernel spills,
-exceeds its registers or lacks a required instruction.
+pointers and strides divisible by 16, a model's sizes as constants, a pack's sizes as arbitrary numbers. Reports
+registers, spills, shared memory and instructions, which show the width of loads. The exit code is 1 if a kernel
+spills, exceeds its registers or lacks a required instruction.
 """
 
 from __future__ import annotations

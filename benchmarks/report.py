@@ -11,8 +11,8 @@ row is "not measured", and a plot without rows is not drawn. Each benchmark has 
 first, or read from `--tests FILE` (`benchmarks.outcomes`). If one failed, hung or did not run, or if none passed,
 the benchmark's rows and plots are withheld and the exit code is 1. A test with an implementation among its
 parameters only affects that implementation's rows. A GPU's results need the outcomes of its own tests beside them
-in `tests.csv`, written by
-`gpu.sh`: a test that fails or was cut off there affects only that GPU's rows. Results of a dry run are refused.
+in `tests.csv`, written by `gpu.sh`: a test that fails or was cut off there affects only that GPU's rows. Results
+of a dry run are refused.
 """
 
 from __future__ import annotations

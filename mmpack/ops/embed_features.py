@@ -4,15 +4,13 @@
              weight[input_ids[t]]         elsewhere
 
 Forward: one program per token selects its row's pointer, reads the row and writes it; bit-exact. transformers
-    (embed,
-cat, mask, masked_scatter) moves about nine times as many bytes.
+(embed, cat, mask, masked_scatter) moves about nine times as many bytes.
 
 Backward: one launch for both gradients. A feature's gradient is a gather by `feature_token`. A table row's
-    gradient is
-the sum over its tokens, which are sorted by id in runs of at most MAX_RUN tokens (`text_order`, `text_id_offsets`,
-made on the CPU): one program per run adds in a fixed order, in float32; ids with several runs leave partial sums,
-which a second launch adds. No atomics, no sort, no host sync: two backward passes give the same bits. Placeholders
-are not read, while `embedding_dense_backward` sorts them and adds up their zeros.
+gradient is the sum over its tokens, which are sorted by id in runs of at most MAX_RUN tokens (`text_order`,
+`text_id_offsets`, made on the CPU): one program per run adds in a fixed order, in float32; ids with several runs
+leave partial sums, which a second launch adds. No atomics, no sort, no host sync: two backward passes give the
+same bits. Placeholders are not read, while `embedding_dense_backward` sorts them and adds up their zeros.
 
 Bytes per column in bf16: forward 4 T, one launch; backward 4 T, plus 2 V to clear a new table gradient, three
 launches. Not measured on a GPU yet.

@@ -15,9 +15,8 @@ The vision tower's two-dimensional rope is the same op with two rows of position
 frequencies.
 
 Precision: angles are the same float32 product as in transformers; cos and sin are accurate to 2^-23; the rotation
-    is in
-float32 (float64 for float64) and rounded once, while transformers' text model rounds cos, sin, both products and
-the sum. `tl.cos` is not used, because its branch for huge arguments uses local memory.
+is in float32 (float64 for float64) and rounded once, while transformers' text model rounds cos, sin, both products
+and the sum. `tl.cos` is not used, because its branch for huge arguments uses local memory.
 
 Bytes in bf16, forward or backward, one launch: 4 T (H + Hk) K + 24 T. Not measured on a GPU yet.
 """

@@ -3,8 +3,7 @@
 transformers casts all logits to float32 and keeps the cast, its softmax and its gradient: 12 bytes per logit, in
 addition to 2 for bf16. Here rows are processed in chunks, and the backward overwrites the logits with their
 gradient: 2 bytes per logit, plus one chunk. Similar to Liger (arXiv 2410.10989), but in plain torch: the head's
-    products cost a
-thousand times more FLOPs, so a kernel could only save bytes.
+products cost a thousand times more FLOPs, so a kernel could only save bytes.
 
 Bytes per bf16 logit: forward 2 read, backward 2 read and 2 written. Not measured on a GPU yet.
 """

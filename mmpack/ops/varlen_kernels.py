@@ -13,9 +13,8 @@ dout)) and once for dk and dv, whose programs add up a group's query heads in or
 passes give the same bits.
 
 Bytes: q, k, v and out once; k and v again from the L2 cache for each block of rows. FLOPs of a causal segment of n
-    rows
-and H heads: 2 n^2 K H forward; the backward's seven products take 3.5 times that. Not measured on a GPU yet. Based
-on FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
+rows and H heads: 2 n^2 K H forward; the backward's seven products take 3.5 times that. Not measured on a GPU yet.
+Based on FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
 """
 
 import triton

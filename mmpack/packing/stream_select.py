@@ -5,8 +5,7 @@ these leave. So a pack must be full, cost the same as packs on all ranks, and le
 pack can be made. The oldest sample is always taken, so no sample waits for more packs than the buffer has samples.
 
 1. Add costly samples (images) in random order, while their cost above that of the same number of cheap tokens
-stays
-   below the pack's share; then cheap samples (text) in random order, if they fit.
+   stays below the pack's share; then cheap samples (text) in random order, if they fit.
 2. Search: a move removes at most one sample and adds up to two; make the best of all moves, up to 8 times. The
    objective is unused tokens times the mean cost per token, plus the distance of the cost from its target.
 

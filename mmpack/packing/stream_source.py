@@ -3,11 +3,9 @@
 `PackStream` deals rows by number, so every worker of every rank must count the same rows. Many sources give each
 DataLoader worker only a part (a `datasets` stream inside a generator, WebDataset, torch's own recipe). They ask
 torch for their worker, some of them for each row; while they run, torch answers that there are no workers. The
-rank cannot be
-hidden: it has too many sources (launchers' variables, torch.distributed, lists cut earlier), and hiding it would
-    also
-hide it from training. So `checksum` identifies the first rows, and `PackStream` compares it between workers and
-ranks.
+rank cannot be hidden: it has too many sources (launchers' variables, torch.distributed, lists cut earlier), and
+hiding it would also hide it from training. So `checksum` identifies the first rows, and `PackStream` compares it
+between workers and ranks.
 """
 
 from __future__ import annotations

@@ -16,10 +16,8 @@ def truncate_sample(
     """Cut a sample at a text token so that it fits.
 
     An image's run (`<|vision_start|>`, placeholders, `<|vision_end|>`) is never cut, nor is a video's, including
-    its
-    timestamps: a run that does not fit completely is removed with its image and everything after it. The result
-        may have
-    no answer left: check `is_supervised`.
+    its timestamps: a run that does not fit completely is removed with its image and everything after it. The
+    result may have no answer left: check `is_supervised`.
     """
     vision, ids = sample.vision, sample.input_ids
     is_marker, width, patches = token_sizes(sample)

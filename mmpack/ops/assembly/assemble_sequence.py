@@ -4,11 +4,9 @@ Compact samples have one marker per image and a few bytes per token, while a fin
 token. The host knows the sizes, so nothing synchronizes with the device:
 
 - `_outline_kernel`, one program: prefix sums over the grids give the first token, feature and M-RoPE position of
-each
-  image.
+  each image.
 - `_assemble_sequence_kernel`, one program per block of tokens: finds each token's segment and image by binary
-search in
-  these sums, then writes the token and its indices.
+  search in these sums, then writes the token and its indices.
 - `torch.sort` orders the text by id; `_text_runs_kernel`, one program, splits it into runs.
 - `mmpack.ops.assembly.attention_tiles`.
 
