@@ -44,16 +44,18 @@ def is_of_patches(name, value):
 
 
 def assert_same(ours, theirs, path="batch"):
-    """Equal all the way down, in dtype, order of dimensions and value."""
-    assert type(ours) is type(theirs), path
+    """Equal all the way down, in dtype, order of dimensions and value; a `Batch` is a dict."""
     if isinstance(ours, dict):
+        assert isinstance(theirs, dict), path
         assert ours.keys() == theirs.keys(), path
         for name in ours:
             assert_same(ours[name], theirs[name], f"{path}.{name}")
     elif isinstance(ours, torch.Tensor):
+        assert isinstance(theirs, torch.Tensor), path
         assert ours.dtype == theirs.dtype, path
         assert torch.equal(ours, theirs), path
     else:
+        assert type(ours) is type(theirs), path
         assert ours == theirs, path
 
 

@@ -84,7 +84,8 @@ def test_a_bad_image_can_leave_its_pack(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "mmpack"):
         packs = [assemble(dataset[n]) for n in range(len(dataset))]
     assert sorted(m for m in caplog.messages) == [
-        f"dropped row {n} of rows.json: image {tmp_path / f'{n}.png'} does not exist; fix the path"
+        f"dropped row {n} of rows.json: image {tmp_path / f'{n}.png'} does not exist; fix the path "
+        "or --media-dir (media_dir)"
         for n in (3, 7)
     ]
     assert dataset.num_dropped_segments == 2
@@ -174,7 +175,7 @@ def test_the_log_counts_what_was_dropped(tmp_path):
 def test_another_word_for_it_is_refused(tmp_path):
     dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
     dataset.on_bad_image = "skip"
-    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'drop', got 'skip'"):
+    with pytest.raises(ValueError, match=r"\(on_bad_image\) must be 'raise' or 'drop', got 'skip'"):
         dataset[0]
 
 
