@@ -44,7 +44,7 @@ def test_the_table(rows, capsys):
     assert "rows by characters  <= 16: 2" in text
     table = [line.split() for line in text.splitlines() if line.startswith(("one", "two"))]
     assert table == [["two", "2", "1", "3", "-"], ["one", "1", "0", "1", "-"]]
-    assert "pass --tokenizer DIR" in text
+    assert "pass --tokenizer FOLDER" in text
 
 
 def test_decoding_finds_equal_files(rows, capsys):

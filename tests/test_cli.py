@@ -151,7 +151,7 @@ def test_errors_without_a_trace(demo, packed, tmp_path, capsys):
             ["pack", str(folder / "train.json"), "--tokenizer", str(tmp_path), *out],
             "has no Qwen-VL",
         ),
-        (["train", "--data", str(tmp_path)], "is not what mmpack pack writes"),
+        (["train", "--data", str(tmp_path)], "is not a folder written by mmpack pack"),
         (["train", "--data", str(packed[1])], "pass --model FOLDER, or --config FILE"),
     ]
     for arguments, message in cases:
@@ -165,7 +165,8 @@ def test_a_model_that_does_not_fit_the_data_is_refused(packed, tmp_path, capsys)
     tiny_config(vocab_size=151_680).to_json_file(tmp_path / "config.json")
     assert main(["train", "--data", str(packed[1]), "--config", str(tmp_path / "config.json")]) == 1
     assert (
-        "the model has image_token_id 151655, the data was packed with" in capsys.readouterr().err
+        "the model has image_token_id 151655, but the data was packed with"
+        in capsys.readouterr().err
     )
 
 
@@ -212,6 +213,6 @@ def test_pack_balances_by_the_models_config(demo, tmp_path, capsys):
     assert main([*arguments, *frozen, "--out", str(tmp_path / "frozen")]) == 0
     assert "on 8 ranks, the busiest rank takes 1." in capsys.readouterr().out
     assert main([*arguments, "--frozen", "vision", "--out", str(tmp_path / "none")]) == 1
-    assert "pass the model's --config too" in capsys.readouterr().err
+    assert "which need the model; pass --config too" in capsys.readouterr().err
     assert main([*arguments, "--config", str(tmp_path), "--out", str(tmp_path / "none")]) == 1
     assert "has no model config" in capsys.readouterr().err

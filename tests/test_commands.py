@@ -124,7 +124,7 @@ def broken(works, small_set, tmp_path):
         "no store": (["inspect", str(tmp_path)], 1, "has no finished store; make one with"),
         "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; packs are 0 to "),
         "no row": ([*works["inspect"], "--row", "99"], 1, "row 99 is in no pack; was it refused"),
-        "no row's number": ([*works["inspect"], "--row", "x"], 1, "a row is a number or FILE:NUM"),
+        "no row's number": ([*works["inspect"], "--row", "x"], 1, "--row takes N or FILE:N, got 'x'"),
         "no segment": ([*works["inspect"], "--segment", "-1"], 1, "has no segment -1; its segments are 0 to "),
         "no PNG": ([*works["inspect"], "--png", str(tmp_path / "a.xyz")], 1, "'xyz' is not"),
         "no model": (train("--model", nowhere), 1, ": there is no such file"),

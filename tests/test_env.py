@@ -20,7 +20,7 @@ def test_every_op_and_implementation_is_there():
     assert found["packages"]["torch"] == {"version": version("torch"), "error": None}
     assert bool(found["gpus"]) == torch.cuda.is_available() == (found["why_no_gpu"] is None)
     if not (torch.version.cuda or torch.version.hip):
-        assert found["why_no_gpu"] == f"torch {torch.__version__} is built for the CPU alone"
+        assert found["why_no_gpu"] == f"torch {torch.__version__} is built for the CPU only"
     if not found["gpus"]:
         q_THK = torch.empty(1, 1, 64, dtype=torch.bfloat16)
         assert found["ops"]["varlen_attention"]["flash2"] == why_not("flash2", q_THK)

@@ -340,7 +340,7 @@ def test_inspect_counts_what_rows_name(tmp_path, capsys):
     store = write_store(tmp_path / "store", [sample], SPEC)
     save_plan(PackedDataset.from_samples(store, 80).plan, tmp_path / "store")
     assert main(["inspect", str(tmp_path / "store")]) == 1
-    assert "placeholders of 1 images or parts of videos, its rows name 0" in capsys.readouterr().err
+    assert "placeholders for 1 grid, but its rows have 0" in capsys.readouterr().err
 
 
 def chunks(*values):
@@ -350,10 +350,10 @@ def chunks(*values):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (put("about", "planning", None), "mmpack.json is damaged: it does not say how to plan"),
+        (put("about", "planning", None), "mmpack.json is damaged: it has no planning options"),
         (chunks([2, 0, False]), "its chunks are not those of its samples"),
         (chunks([2, 0, True], [2, 0, True]), "its chunks are not those of its samples"),
-        (chunks([2, 2, True]), "bad_rows.jsonl is damaged: it has 0 lines, 2 were written"),
+        (chunks([2, 2, True]), "bad_rows.jsonl is damaged: it has 0 lines, but 2 were written"),
         (put("about", "part", "of", 10**11), "'of' is 100000000000, not an integer from 1"),
         (
             put("about", "part", "max_bad", 2),

@@ -180,7 +180,7 @@ def test_which_packs(small_set, capsys):
         (["--pack", "0-1"], 1, "--pack 0-1 needs --html FILE"),
         (["--pack", "0-9", "--html", "x"], 1, "there is no pack 9; packs are 0 to 2"),
         (["--pack", "2-1", "--html", "x"], 1, "--pack 2-1 is empty"),
-        (["--pack", "1-", "--html", "x"], 1, "takes a pack K, or packs K-L with --html, got '1-'"),
+        (["--pack", "1-", "--html", "x"], 1, "--pack takes K, or K-L with --html, got '1-'"),
         (["--segment", "99", "--html", "x"], 1, "pack 0 has no segment 99"),
         (["--png", "x", "--html", "x"], 2, "not allowed with argument"),
     ]:

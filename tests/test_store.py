@@ -184,7 +184,7 @@ def test_what_a_kill_leaves_is_no_store(moment, aftermath, run, whole):
 def test_a_full_disk_leaves_nothing(aftermath):
     codes, outs, said = aftermath
     assert codes["full"] == 1
-    error = f"mmpack: cannot write {outs['full']}: File too large; nothing is left of it"
+    error = f"mmpack: cannot write {outs['full']}: File too large; nothing was left behind"
     assert error in said.splitlines()
     assert [path.name for path in outs["full"].parent.iterdir()] == [".out.lock"]
 
@@ -285,7 +285,7 @@ def test_a_torn_store_is_refused_with_the_reason(run, whole, tmp_path):
     assert not run("pack", "--out", out, "--overwrite")["reused"]
     (out / "mmpack.json").unlink()
     error = run("pack", "--out", out, "--overwrite", fails=True)
-    assert "is not empty (a store that was never finished)" in error
+    assert "is not empty (an unfinished store)" in error
 
 
 def copy(store, tmp_path):
@@ -334,7 +334,7 @@ def test_wrong_parts_are_named(run, whole, tmp_path):
     out = tmp_path / "out"
     cases = [
         ([*parts, "--overwrite"], "cannot write|is not empty"),
-        (parts[1:2], r"2 of 3 parts are missing: 1 and 3; mmpack pack --shard 1/3 makes one"),
+        (parts[1:2], r"2 of 3 parts are missing: 1 and 3; write them with mmpack pack --shard 1/3"),
         ([*parts, parts[1]], r"part 2 of 3 is given twice, .*/2 and .*/2"),
         ([parts[0], whole], "is a whole store, not a part"),
         ([tmp_path], "has no finished store"),

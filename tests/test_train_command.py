@@ -104,7 +104,7 @@ def test_frozen_parts_stay(folder, tmp_path, frozen):
 def test_all_frozen_is_refused(folder, tmp_path, capsys):
     options = ["--frozen", "vision", "--frozen", "merger", "--frozen", "language"]
     assert train(folder, tmp_path, *options) == 1
-    assert "nothing is left to train" in capsys.readouterr().err
+    assert "leaves nothing to train" in capsys.readouterr().err
 
 
 def test_a_plan_for_other_parts_is_told(folder, tmp_path, capsys):

@@ -183,8 +183,8 @@ def _media(
                 media.append(Medium(f"{kind} {place}", segment, ref, grids))
     if len(medium_of) != len(pack.grid_thw):
         raise ValueError(
-            f"the pack has placeholders for {len(pack.grid_thw)} grids, but its rows have {len(medium_of)}; pack "
-            "again with --overwrite"
+            f"the pack has placeholders for {counted(len(pack.grid_thw), 'grid')}, but its rows have "
+            f"{len(medium_of)}; pack again with --overwrite"
         )
     return media, medium_of, first_frame
 
