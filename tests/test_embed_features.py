@@ -308,7 +308,9 @@ def test_what_does_not_fit_is_told(device):
         with pytest.raises(ValueError, match=message):
             embed_features(**{**call, **change})
     del indices["feature_token"]
-    with pytest.raises(ValueError, match=r"dout must be \(30, 8\), a row a token, got \(29, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"dout must be \(30, 8\), one row per token, got \(29, 8\)"
+    ):
         accumulate_embedding_grad(weight, dout[:29], input_ids, **indices)
     with pytest.raises(ValueError, match="grad must be contiguous"):
         accumulate_embedding_grad(torch.zeros(8, 9, device=device).T, dout, input_ids, **indices)

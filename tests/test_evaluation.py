@@ -110,7 +110,9 @@ def test_what_is_set_on_the_training_set_holds(tmp_path):
     dataset = dataset_of(40)
     trainer = trainer_of(tmp_path, dataset, None)
     dataset.on_bad_image = "skip"
-    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'drop', got 'skip'"):
+    with pytest.raises(
+        ValueError, match=r"on-bad-image \(on_bad_image\) must be 'raise' or 'drop', got 'skip'"
+    ):
         trainer.train()
 
 

@@ -174,7 +174,9 @@ def test_the_log_counts_what_was_dropped(tmp_path):
 def test_another_word_for_it_is_refused(tmp_path):
     dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
     dataset.on_bad_image = "skip"
-    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'drop', got 'skip'"):
+    with pytest.raises(
+        ValueError, match=r"on-bad-image \(on_bad_image\) must be 'raise' or 'drop', got 'skip'"
+    ):
         dataset[0]
 
 
