@@ -120,7 +120,7 @@ def test_skipped_rows_warn(rows, encoder):
     with pytest.warns(UserWarning, match="left out row 5 of b.jsonl") as warned:
         indexed(rows[1], encoder, 1, "skip")
     assert len(warned) == 7
-    with pytest.raises(ValueError, match="--jobs (jobs) must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"--jobs \(jobs\) must be positive, got 0"):
         next(index_rows([], encoder, jobs=0))
 
 

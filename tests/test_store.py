@@ -437,7 +437,7 @@ def test_a_plan_of_other_samples_is_refused(whole, tmp_path):
     samples = [open_store(whole)[number] for number in range(31)]
     write_store(tmp_path / "store", samples[:30], samples[0].vision)
     save_plan(PackedDataset.from_samples(samples[1:31], 8192).plan, tmp_path / "store")
-    with pytest.raises(ValueError, match=r"store has a plan of other samples"):
+    with pytest.raises(ValueError, match=r"store has a plan for other samples"):
         PackedDataset.from_store(tmp_path / "store")
     (tmp_path / "store" / "plan.json").unlink()
     with pytest.raises(ValueError, match="has no plan; pack again"):
@@ -458,7 +458,7 @@ def test_changed_data_is_named_before_training(whole, data, tmp_path, caplog):
             with open(rows, "wb") as file:
                 file.write(other)
             message = (
-                rf"{re.escape(rows)} changed since .* was packed \(1 of 1 data files\); pack again"
+                rf"{re.escape(rows)} changed since .* was packed \(1 of 1 data file\); pack again"
             )
             with pytest.raises(ValueError, match=message):
                 PackedDataset.from_store(whole)

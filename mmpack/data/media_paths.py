@@ -181,9 +181,7 @@ def open_media(
         error.path = path
         raise _not_a_file(error, kind) from None
     except FileNotFoundError:
-        raise RowError(
-            f"{kind} {path} does not exist", "fix the path or --media-dir (media_dir)"
-        ) from None
+        raise RowError(f"{kind} {path} does not exist", "fix the path") from None
     except OSError as error:
         raise RowError(
             f"{kind} {path} cannot be opened: {error.strerror}", "fix the path or its permissions"
