@@ -303,7 +303,7 @@ def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
 
 
 def _train(name: str, model: Any, data: Any, collator: Any, batch_size: int, scratch: str) -> float:
-    """CPU seconds of one epoch, loading and decoding included: other programs on a busy machine do not count."""
+    """CPU seconds of one epoch, including loading and decoding, excluding other programs on the machine."""
     args = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=1,

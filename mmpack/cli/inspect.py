@@ -205,8 +205,8 @@ def _spans(pack: Pack, medium_of: list[int], first_frame: list[int]) -> list[Spa
 
 
 def table(view: PackView, width: int | None = None) -> str:
-    """A line a segment, and one for each further image or video; where that is wider than `width`, all images
-    and videos have lines of their own, below."""
+    """A line per segment, and one for each further image or video. If that is wider than `width`, each image and
+    video is on a line of its own."""
     tokens, supervised = len(view.pack.input_ids), len(view.pack.supervised_index)
     lines = [
         f"pack {view.number} of {view.num_packs:,}: {tokens:,} of {view.capacity:,} tokens "

@@ -315,13 +315,13 @@ def _train(options: TrainOptions) -> None:
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:
-    """What a run that was interrupted can be continued with."""
+    """How to resume an interrupted run, in words."""
     from mmpack.hf.checkpoints import last_checkpoint
 
     last = last_checkpoint(args.output_dir)
     if last is None:
         return (
-            f"no checkpoint was saved in {args.output_dir} yet; the same command starts again "
+            f"no checkpoint was saved in {args.output_dir} yet; the same command starts over "
             "(--save_steps N saves earlier)"
         )
     if args.world_size > 1:

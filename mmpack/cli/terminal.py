@@ -92,19 +92,19 @@ def escaped_streams() -> Iterator[None]:
 
 
 def is_colored(stream: TextIO) -> bool:
-    """Whether to write colours: NO_COLOR and FORCE_COLOR say so, without them terminals get some."""
+    """Whether to use colors: as NO_COLOR or FORCE_COLOR says, else if the stream is a terminal."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
 def width() -> int | None:
-    """Columns of the terminal that stdout is; None: it is none, and lines may have any length."""
+    """The width of the terminal in columns; None: stdout is not a terminal, and lines may have any length."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def say(text: str) -> None:
-    """Print lines, on a terminal wrapped between words to its width."""
+    """Print lines, wrapped to the terminal's width."""
     columns = width()
     for line in text.split("\n"):
         if columns is not None and len(line) > columns:

@@ -23,8 +23,8 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    logging,
 )
-from transformers.utils import logging
 
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import FinishedError, check_checkpoint
@@ -44,7 +44,7 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
     """
     defaults = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--report_to", "none"]
     defaults += ["--output_dir", "mmpack-output"]
-    has_device = torch.accelerator.is_available()  # without one, torch warns that it pins nothing
+    has_device = torch.accelerator.is_available()  # without one, torch warns that it cannot pin
     defaults += ["--dataloader_pin_memory", str(has_device)]
     defaults += ["--disable_tqdm", str(not sys.stderr.isatty())]
     parser = HfArgumentParser(
@@ -59,12 +59,12 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
         guess = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"{unknown[0]} is not an option of mmpack train or TrainingArguments{guess}")
     if args.disable_tqdm:
-        logging.disable_progress_bar()  # of weights that are read and written
+        logging.disable_progress_bar()  # those of loading and saving weights
     return args
 
 
 class _BarLines(ProgressCallback):
-    """Trainer's bar with a line a log; reporters and `log_history` have all that is logged."""
+    """Trainer's progress bar, with one line per log; reporters and `log_history` get all values."""
 
     def on_log(
         self,
@@ -74,12 +74,12 @@ class _BarLines(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.training_bar is not None and logs:  # it is the first rank's
+        if self.training_bar is not None and logs:  # only the first rank has a bar
             self.training_bar.write(log_line(state.global_step, state.max_steps, logs))
 
 
 class _Lines(PrinterCallback):
-    """The lines alone."""
+    """One line per log, without a progress bar."""
 
     def on_log(
         self,
@@ -94,11 +94,11 @@ class _Lines(PrinterCallback):
 
 
 def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
-    """One log of Trainer's in a line: of a step loss, gradient norm, learning rate, tokens/s and how full the
-    packs are; else all figures but times and rates."""
+    """Trainer's log as one line. For a step: loss, gradient norm, learning rate, tokens/s, utilization and MFU; for
+    other logs, all values except times and rates."""
     line = [f"step {step:,}/{steps:,}"]
     if "loss" not in logs:
-        hidden = ("_runtime", "_per_second", "epoch", "total_flos")
+        hidden = ("runtime", "per_second", "epoch", "total_flos")
         line += [f"{n} {v:.4g}" for n, v in logs.items() if not n.endswith(hidden)]
         return "  ".join(line)
     for name, words in (
