@@ -205,8 +205,8 @@ def _spans(pack: Pack, medium_of: list[int], first_frame: list[int]) -> list[Spa
 
 
 def table(view: PackView, width: int | None = None) -> str:
-    """A line a segment, and one for each further image or video; where that is wider than `width`, all images
-    and videos have lines of their own, below."""
+    """One line per segment, and one per further image or video; if that is wider than `width`, all images and
+    videos are on separate lines below."""
     tokens, supervised = len(view.pack.input_ids), len(view.pack.supervised_index)
     lines = [
         f"pack {view.number} of {view.num_packs:,}: {tokens:,} of {view.capacity:,} tokens "
@@ -362,8 +362,8 @@ def frames(
 
 
 def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | None, str]:
-    """(ids to text, a note to the user), by the tokenizer named, or else the recorded one if it is still on
-    this machine: a recorded name is not downloaded."""
+    """(ids to text, a note to the user), from the named tokenizer, else from the recorded one if it is on this
+    machine: it is not downloaded."""
     about = _store_of(dataset).about
     recorded = about.tokenizer
     if name is not None:

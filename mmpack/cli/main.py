@@ -315,7 +315,7 @@ def _train(options: TrainOptions) -> None:
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:
-    """What a run that was interrupted can be continued with."""
+    """How to continue an interrupted run, for its last message."""
     from mmpack.hf.checkpoints import last_checkpoint
 
     last = last_checkpoint(args.output_dir)

@@ -317,7 +317,7 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 def _batches(
     groups: list[RowGroup], encoder: Encoder, part: Part | None, jobs: int | None
 ) -> Iterator[bytes]:
-    """Batches for a store, with their progress. What becomes of its chunks is added to a part."""
+    """Batches for a store, with a progress bar. Appends each chunk's counts to `part.chunks`."""
     number, of = (1, 1) if part is None else (part.number, part.of)
     with row_progress("encoding", groups, parts=of) as (groups, bar):
         for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):

@@ -92,14 +92,14 @@ def escaped_streams() -> Iterator[None]:
 
 
 def is_colored(stream: TextIO) -> bool:
-    """Whether to write colours: NO_COLOR and FORCE_COLOR say so, without them terminals get some."""
+    """Whether to write colors: as NO_COLOR or FORCE_COLOR says, otherwise only to a terminal."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
 def width() -> int | None:
-    """Columns of the terminal that stdout is; None: it is none, and lines may have any length."""
+    """Columns of the terminal; None: stdout is not a terminal, and lines may have any length."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 

@@ -31,18 +31,18 @@ from mmpack.vision_spec import VisionSpec
 
 
 class Batch(dict[str, Any]):
-    """A batch of `PackCollator`: a dict for `model(**batch)` that moves as one.
+    """A batch of `PackCollator`: a dict for `model(**batch)`, with `to` and `pin_memory`.
 
-    What the host reads, in `mmpack`, stays as it is: offsets, sizes, grids. Trainer, accelerate and torch's
-    DataLoader, which look for `to` and `pin_memory`, call these and so move the same tensors as of a plain dict.
+    Values in `mmpack` that the host reads (offsets, sizes, grids) are not moved. Trainer, accelerate and torch's
+    DataLoader call `to` and `pin_memory`, which move the same tensors as in a plain dict.
     """
 
     def to(self, device: Any, non_blocking: bool = False) -> Batch:
-        """The batch with all its tensors, those of `mmpack` too, on a device; this one stays."""
+        """A copy of the batch with all tensors on a device, including those in `mmpack`."""
         return Batch(_mapped(self, lambda one: one.to(device, non_blocking=non_blocking)))
 
     def pin_memory(self) -> Batch:
-        """The batch with all its tensors in pinned memory; this one stays."""
+        """A copy of the batch with all tensors in pinned memory."""
         return Batch(_mapped(self, torch.Tensor.pin_memory))
 
 

@@ -64,7 +64,7 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
 
 
 class _BarLines(ProgressCallback):
-    """Trainer's bar with a line a log; reporters and `log_history` have all that is logged."""
+    """Trainer's bar, and one line per log; reporters and `log_history` get all values."""
 
     def on_log(
         self,
@@ -74,12 +74,12 @@ class _BarLines(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.training_bar is not None and logs:  # it is the first rank's
+        if self.training_bar is not None and logs:  # only the first rank has one
             self.training_bar.write(log_line(state.global_step, state.max_steps, logs))
 
 
 class _Lines(PrinterCallback):
-    """The lines alone."""
+    """One line per log, without a bar."""
 
     def on_log(
         self,
@@ -94,8 +94,8 @@ class _Lines(PrinterCallback):
 
 
 def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
-    """One log of Trainer's in a line: of a step loss, gradient norm, learning rate, tokens/s and how full the
-    packs are; else all figures but times and rates."""
+    """A log of Trainer as one line. For a training step: loss, gradient norm, learning rate, tokens/s,
+    utilization and MFU; otherwise all values except times and rates."""
     line = [f"step {step:,}/{steps:,}"]
     if "loss" not in logs:
         hidden = ("_runtime", "_per_second", "epoch", "total_flos")
