@@ -233,7 +233,10 @@ def brief_table(rows: Sequence[Row], red: Red | None = None) -> str:
             lines.append(f"| {' | '.join(cells)} | {_times(ratio)}x |")
             break
     if all(kind == "cpu" for kind in kinds):
-        lines += ["", "On one CPU thread; no GPU has measured it yet (`benchmarks/gpu.sh` does)."]
+        lines += [
+            "",
+            "On one CPU thread; not measured on a GPU yet (`benchmarks/gpu.sh` does that).",
+        ]
     return "\n".join(lines)
 
 

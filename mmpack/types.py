@@ -198,7 +198,7 @@ class EncodedSample:
 
     @property
     def id_range(self) -> tuple[int, int]:
-        """(smallest, largest) token id, labels that count among them; (0, 0) of an empty sample."""
+        """(smallest, largest) token id, including supervised labels; (0, 0) for an empty sample."""
         ids = np.concatenate([self.input_ids, self.labels[self.labels != IGNORE]])
         return (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
 

@@ -52,7 +52,7 @@ PLAIN = ("block_mask", "patch_embed", "supervised_cross_entropy")
 
 
 def environment() -> dict[str, Any]:
-    """The environment, for JSON. Implementations map to a reason why they are not available; None: available."""
+    """The environment, for JSON. For each implementation: why it is not available; None if it is."""
     packages = {name: _package(name, module) for name, module in PACKAGES.items()}
     gpus: list[str] = []
     why_no_gpu = _reason(lambda: gpus.extend(_gpus()))

@@ -362,8 +362,8 @@ def frames(
 
 
 def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | None, str]:
-    """(ids to text, a note to the user), by the tokenizer named, or else the recorded one if it is still on
-    this machine: a recorded name is not downloaded."""
+    """(ids to text, a note to the user), from the named tokenizer, else from the recorded one if it is on this
+    machine: it is not downloaded."""
     about = _store_of(dataset).about
     recorded = about.tokenizer
     if name is not None:

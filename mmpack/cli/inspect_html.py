@@ -64,7 +64,7 @@ class Page:
     Attributes:
         packs: each as JSON. numbers: their numbers.
         num_media: images and videos shown.
-        num_unread, num_left: images and videos that cannot be read, and that did not fit.
+        num_unread, num_left: images and videos that could not be read, and those that did not fit.
         num_cut: characters that did not fit.
         characters, image_bytes: remaining room.
     """
@@ -179,8 +179,8 @@ def write_page(
     Args:
         packs: which packs; None: the first 10.
         decode: ids to text; None: show ids.
-        name: of the data set, for the title.
-        segment: of the first pack, to scroll to; None: the top.
+        name: the data set's name, for the title.
+        segment: segment of the first pack to scroll to; None: the top.
 
     Returns:
         `packs` on the page, `images` shown, its `bytes`, the `next` packs for `--pack` (None after the last) and

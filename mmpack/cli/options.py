@@ -49,7 +49,7 @@ examples:
   mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen/Qwen2-VL-2B-Instruct
 """
 TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
---resume_from_checkpoint FOLDER resumes a run; `last` is the newest complete checkpoint, or the start.
+--resume_from_checkpoint FOLDER resumes a run; `last`: the newest complete checkpoint, else a new run.
 The last line printed is a JSON object. With --json it is the only one, and Trainer's log goes to stderr.
 
 examples:
@@ -195,7 +195,7 @@ class CheckOptions(ReadingOptions, ProcessorOptions, Options):
     """check a data set: read it as training would, and report what is wrong"""
 
     data: tuple[str, ...] = option(DATA_HELP, positional=True, nargs="+", metavar="DATA")
-    tokenizer: str | None = option(f"{TOKENIZER_HELP}: count tokens too", None, metavar="FOLDER")
+    tokenizer: str | None = option(f"{TOKENIZER_HELP}; also count tokens", None, metavar="FOLDER")
     config: str | None = option("config.json, folder or name of the model, for its videos", None)
     bad: str | None = option("write refused rows with reasons, as JSON lines", None, metavar="FILE")
     png: str | None = option("draw lengths, images per row and utilization", None, metavar="FILE")
@@ -237,7 +237,10 @@ class InspectOptions(Options):
 
     data: str = option("folder that mmpack pack wrote", positional=True, metavar="PACKED")
     pack: str | None = option(
-        "pack to show (0); with --html also K-L (the first 10)", None, either="which", metavar="K"
+        "pack to show (default: 0); with --html also K-L (default: the first 10)",
+        None,
+        either="which",
+        metavar="K",
     )
     row: str | None = option(
         "show the text of this row, N or FILE:N, and its pack", None, either="which", metavar="N"
@@ -334,7 +337,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmpack",
         description=package.__doc__,
-        epilog=f"{CODES}\n\nmmpack COMMAND --help has examples of each.",
+        epilog=f"{CODES}\n\nmmpack COMMAND --help shows examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

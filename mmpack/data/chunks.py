@@ -7,12 +7,12 @@ from itertools import islice
 from operator import index
 from typing import Any, TypeVar
 
-CHUNK = 256  # rows or samples at once: tokenizers and record batches are fastest on some hundred
+CHUNK = 256  # rows or samples at once: tokenizers and record batches are fastest on a few hundred
 T = TypeVar("T")
 
 
 def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """The values in lists of `size`, the last one shorter. Each list is read only when it is asked for."""
+    """The values in lists of `size`, the last one shorter. Each list is read lazily."""
     remaining = iter(values)
     while chunk := list(islice(remaining, size)):
         yield chunk
@@ -22,7 +22,7 @@ def item_at(number: Any, length: int, get: Callable[[int], T], noun: str) -> Any
     """`get(number)` with the numbers, slices and errors of a list of `length` items.
 
     Returns:
-        An item; of a slice a list of them.
+        An item; for a slice, a list of items.
 
     Raises:
         IndexError: there is no such item. TypeError: it is neither an integer nor a slice.

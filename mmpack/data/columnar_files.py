@@ -24,8 +24,8 @@ Content = tuple[Any, RowError | None]  # (row, None), or (None, why it is not re
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Unread:
-    """A value that is not read. Its type is none that a field may have, so code that reads the field refuses
-    the row and shows `why`."""
+    """A value that is not read. No field accepts its type, so code that reads the field refuses the row and
+    shows `why`."""
 
     why: str
 

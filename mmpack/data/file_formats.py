@@ -99,8 +99,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def count_rows(path: Path) -> int | None:
-    """The number of rows in a file for a progress bar, if it is cheap to find (blank lines count too). None: it is
-    not, or the file cannot be read."""
+    """The number of rows in a file, for a progress bar (blank lines count too). None: counting is not cheap, or
+    the file cannot be read."""
     try:
         if path.suffix == ".jsonl":
             with path.open("rb", buffering=0) as opened:

@@ -16,10 +16,10 @@ FREE_ROWS = (
 
 
 def most_bytes(file_bytes: int) -> int:
-    """The most decompressed bytes that a file of this size may have."""
+    """The maximum decompressed bytes of a file of this size."""
     return max(FREE_BYTES, MAX_RATIO * file_bytes)
 
 
 def most_rows(file_bytes: int) -> int:
-    """The most rows that an Arrow or Parquet file of this size may have."""
+    """The maximum rows of an Arrow or Parquet file of this size."""
     return FREE_ROWS + MAX_RATIO * file_bytes

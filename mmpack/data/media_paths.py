@@ -150,7 +150,7 @@ class MediaFolders:
         head, _, body = uri.partition(",")
         if not self._takes_data_uris:
             raise RowError(
-                f"{kind} {head:.60},... is a data URI, which are not allowed by default",
+                f"{kind} {head:.60},... is a data URI; these are not allowed by default",
                 f"allow them with --allow-data-uri ({DATA_URIS!r} in media_dir)",
             )
         if not head.endswith(";base64"):

@@ -1,4 +1,4 @@
-"""What --tokenizer, --config and --model name -> a local path, downloaded from the Hugging Face Hub if need be.
+"""The value of --tokenizer, --config or --model -> a local path, downloaded from the Hugging Face Hub if needed.
 
 Only settings, tokenizer files and, for models, safetensors weights are downloaded: no pickles and no code.
 """
@@ -26,9 +26,9 @@ def local_path(
 
     Args:
         name: a path, or a model on the Hugging Face Hub: `owner/name` where there is no local folder `owner`,
-            or `hf:owner/name@revision` (by default `main`). What is downloaded is logged first, and the commit.
+            or `hf:owner/name@revision` (by default `main`). Downloads are logged first, with the commit.
         weights: download safetensors files too.
-        download: False: use no network. For names read from a store, which must have a commit.
+        download: if False, use no network: for names from a store, which must have a commit.
 
     Raises:
         ValueError: there is no such path, model or revision, or it cannot be downloaded.
@@ -59,7 +59,7 @@ def local_path(
 
 
 def pinned(name: str) -> str:
-    """A name on the Hub with its commit, `hf:owner/name@commit`; a local path as it is."""
+    """A name on the Hub with its commit, `hf:owner/name@commit`; a local path unchanged."""
     path = local_path(name)
     if path == Path(name):
         return name
@@ -112,7 +112,7 @@ def _snapshot(repo: str, revision: str, weights: bool) -> Path:
 
 
 def _cached(repo: str, revision: str, weights: bool) -> Path:
-    """`_snapshot` without a network; an OSError where it is not in the cache."""
+    """`_snapshot` without a network; raises OSError if the cache lacks it."""
     from huggingface_hub import snapshot_download
 
     wanted = _wanted(weights)
@@ -120,7 +120,7 @@ def _cached(repo: str, revision: str, weights: bool) -> Path:
 
 
 def _wanted(weights: bool) -> dict[str, Any]:
-    """The files in the top folder of a repository that are downloaded."""
+    """Which files in a repository's top folder are downloaded."""
     return {"allow_patterns": _patterns(weights), "ignore_patterns": ["*/*"]}
 
 

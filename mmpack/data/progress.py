@@ -1,6 +1,6 @@
-"""Progress of work on rows, on stderr: a bar in a terminal or a notebook, elsewhere a line a minute.
+"""Progress of work on rows, on stderr: a bar in a terminal or a notebook, elsewhere a line per minute.
 
-It is tqdm's bar, as Trainer's and `datasets`' are. `logging.getLogger("mmpack").setLevel(logging.ERROR)` switches
+The bar is tqdm's, as in Trainer and `datasets`. `logging.getLogger("mmpack").setLevel(logging.ERROR)` switches
 bars and lines off; the command line's --quiet does it for this file's logger alone.
 """
 
@@ -22,7 +22,7 @@ _LINE_S = 60.0  # from one line to the next
 
 
 class Progress:
-    """How far work is. `total` is None where nobody knows how much there is."""
+    """Counts finished items and shows progress; `total` is None if unknown."""
 
     def __init__(self, what: str, total: int | None, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -32,7 +32,7 @@ class Progress:
         self._bar = _bar(what, total, unit) if self._is_on else None
 
     def update(self, count: int = 1) -> None:
-        """So much more is done."""
+        """Count finished items."""
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
@@ -41,13 +41,13 @@ class Progress:
             print(self._line(self._last_line - self._start), file=sys.stderr, flush=True)
 
     def each(self, values: Iterable[T]) -> Iterator[T]:
-        """The values, each of which is one more that is done."""
+        """The values; each is counted when it is taken."""
         for value in values:
             self.update()
             yield value
 
     def expect(self, count: int) -> None:
-        """So much more there is to do."""
+        """Increase the total."""
         if self._total is not None:
             self._total += count
             if self._bar is not None:
@@ -55,7 +55,7 @@ class Progress:
                 self._bar.refresh()
 
     def close(self) -> None:
-        """The work is over."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -70,7 +70,7 @@ class Progress:
 
 
 def _bar(what: str, total: int | None, unit: str) -> Any:
-    """tqdm's bar; None: there is nowhere to show it, or no tqdm."""
+    """A tqdm bar; None without a terminal or notebook, or without tqdm."""
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
         return None
     try:
@@ -83,7 +83,7 @@ def _bar(what: str, total: int | None, unit: str) -> Any:
 
 @contextmanager
 def progress(what: str, total: int | None = None, unit: str = "rows") -> Iterator[Progress]:
-    """Show how far the block is; it calls `update`."""
+    """Show the progress of the block, which calls `update`."""
     shown = Progress(what, total, unit)
     try:
         yield shown
@@ -95,12 +95,12 @@ def progress(what: str, total: int | None = None, unit: str = "rows") -> Iterato
 def row_progress(
     what: str, groups: Sequence[RowGroup], *, parts: int = 1, total: int | None = None
 ) -> Iterator[tuple[list[RowGroup], Progress]]:
-    """`progress` of rows that are read from data files, whose number is known where all files tell theirs.
+    """`progress` over the rows of data files; the total is known if the number of rows in every file is.
 
     Args:
-        groups: whose rows are read in the block, of the groups that it yields.
-        parts: only one row of so many is worked on.
-        total: how many rows there are, where `groups` are rows in memory.
+        groups: the data files; the block must read its rows from the groups that are yielded.
+        parts: the block processes one of this many parts of the rows.
+        total: number of rows, if `groups` are rows in memory.
     """
     counts = [None if group.file is None else count_rows(group.file) for group in groups]
     is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
@@ -109,7 +109,7 @@ def row_progress(
     with progress(what, total) as shown:
 
         def counted(rows: Iterable[Row]) -> Iterator[Row]:
-            """An array is read whole, so that is when its length is known."""
+            """A JSON array is read completely, so its length is known only then."""
             rows = list(rows)
             shown.expect(len(rows) // parts)
             yield from rows

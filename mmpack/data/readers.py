@@ -265,7 +265,7 @@ class RowReader:
 
 
 def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> list[Any]:
-    """The row's images or videos as a list, for every way to give them."""
+    """The row's images or videos as a list, in whichever form the row has them."""
     column = columns.get(f"{kind}s", f"{kind}s")
     value = structured(row.get(column))
     if column == f"{kind}s":  # `image` is LLaVA's and Qwen's own name for it

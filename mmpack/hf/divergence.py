@@ -32,8 +32,8 @@ class Divergence:
     Recording launches a few small kernels and reads the gradients once, without synchronization.
 
     Args:
-        device: of the marks.
-        rank: of this process.
+        device: where the marks are kept.
+        rank: this process's rank.
     """
 
     def __init__(self, device: torch.device, rank: int) -> None:

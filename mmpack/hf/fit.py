@@ -83,7 +83,7 @@ def check_ids(rows: int, ids: tuple[int, int], samples: Iterable[EncodedSample] 
     """Refuse token ids that the model's embedding has no row for.
 
     Args:
-        rows: of the embedding.
+        rows: number of rows in the embedding.
         ids: (smallest, largest), including supervised labels.
         samples: those with the ids, to name one in the error.
 

@@ -16,8 +16,8 @@ def load_model(
 ) -> nn.Module:
     """Load a model from a folder or the Hub, or make one with random weights from a config.
 
-    Its weights have `dtype`, whatever the folder holds: bfloat16, in which models are published, keeps 8 bits of
-    a weight, and at a learning rate of 1e-5 nearly every update rounds to nothing.
+    Weights are converted to `dtype`. Models are published in bfloat16, which keeps 8 bits of a weight; at a
+    learning rate of 1e-5, nearly every update would be rounded away.
 
     Args:
         model, config: one of them: a path or a name, see `mmpack.data.model_folder.local_path`.

@@ -2,8 +2,8 @@
 
 Plain dicts at run time. Tensors move to the device with the batch. All else stays on the host as Python ints,
 tuples and bytes: Trainer moves only tensors, and torch.compile would treat arrays as tensors. There are no
-floating-point tensors, because FSDP2 and DeepSpeed would cast them to bf16. Letters as in DESIGN.md; a "place" is the index of a
-token, a "row" a token whose prediction is supervised. After a semicolon: the files that read the key.
+floating-point tensors, because FSDP2 and DeepSpeed would cast them to bf16. Letters as in DESIGN.md; a "place" is
+the index of a token, a "row" a token whose prediction is supervised. After a semicolon: files that read the key.
 """
 
 from __future__ import annotations

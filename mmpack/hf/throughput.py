@@ -147,9 +147,9 @@ class PackCounter:
         """The log values over all ranks since the last call, then reset the counts. A collective.
 
         Args:
-            capacity: of a batch, in tokens.
+            capacity: maximum tokens per batch.
             dropped: segments dropped so far on this rank.
-            device: for `pack/mfu`, by its peak.
+            device: its peak is used for `pack/mfu`.
         """
         seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused

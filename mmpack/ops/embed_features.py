@@ -189,7 +189,7 @@ def copy_width(D):  # elements of a row copied at once
 
 @on_its_device
 def embed_features_fwd(input_ids_T, feature_index_T, weight_VD, features_FD):
-    """(T, D) in one launch; the arguments are checked."""
+    """(T, D) in one launch; arguments are not checked again."""
     T, D = len(input_ids_T), weight_VD.shape[1]
     out_TD = weight_VD.new_empty(T, D)
     if T and D:
@@ -213,7 +213,7 @@ def embed_features_fwd(input_ids_T, feature_index_T, weight_VD, features_FD):
 def embed_features_bwd(
     dout_TD, dweight_VD, dfeatures_FD, input_ids_T, indices, padding_idx, accumulate=False
 ):
-    """Write both gradients in two launches; the arguments are checked.
+    """Write both gradients in two launches; arguments are not checked again.
 
     `indices` is (feature_token, text_order, text_id_offsets); the gradient of an empty part is not written. Rows
     of ids in the text are overwritten, or added to with `accumulate`; other rows are not changed.

@@ -185,7 +185,7 @@ def mrope_constants(H, HK, K, sections, interleaved, num_freqs, inverse, dtype):
 def apply_mrope_fwd(
     q_THK, k, position_ids, inv_freq, sections, interleaved, attention_scaling, inverse=False
 ):
-    """Rotated q and k, contiguous, in one launch; the arguments are checked. `inverse` rotates back, for the
+    """Rotated q and k, contiguous, in one launch; arguments are not checked again. `inverse` rotates back, for the
     gradient."""
     (T, H, K), HK = q_THK.shape, k.shape[1]
     q_out, k_out = q_THK.new_empty(T, H, K), k.new_empty(T, HK, K)

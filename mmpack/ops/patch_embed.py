@@ -13,8 +13,7 @@ Autograd goes through the fold, so gradients are those of the original weight an
 not Conv3d, which is slow in bf16 in several versions of cuDNN.
 
 Bytes per still patch of 14 pixels, E = 1280, bf16: 588 sent to the GPU (float32 pixel_values: 4,704). On the GPU:
-588 +
-588 for x - 128, 588 + 1,176 for the cast, 1,176 + 2,560 for the product; 1,176 kept for the backward
+588 + 588 for x - 128, 588 + 1,176 for the cast, 1,176 + 2,560 for the product; 1,176 kept for the backward
 (transformers: 2,352). The fold moves 22 MB, equal to 3,400 patches. Not measured on a GPU yet.
 """
 

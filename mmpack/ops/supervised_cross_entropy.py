@@ -79,9 +79,8 @@ def supervised_cross_entropy(
         logits_LV: (L, V), any floating dtype.
         labels_L: (L,) int64 ids; -100 marks a row without loss.
         num_items: supervised tokens of the whole optimizer step, as counted by Trainer, an int or a scalar tensor;
-            None: the number of these rows with a loss. 0 counts as 1, so that a batch without supervised rows has
-                loss
-            0.
+            None: the number of these rows with a loss. 0 counts as 1, so that a batch without supervised rows
+            has loss 0.
 
     Raises:
         ValueError: shapes do not match.

@@ -57,7 +57,7 @@ def _readable(x_THK, D):
 
 @on_its_device
 def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
-    """(out (T, H, K), lse (H, T) float32 in base 2); the arguments are checked."""
+    """(out (T, H, K), lse (H, T) float32 in base 2); arguments are not checked again."""
     T, H, K = q_THK.shape
     out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
     D0, D1 = split_head_dim(K)
@@ -90,7 +90,7 @@ def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
 
 @on_its_device
 def varlen_attention_bwd(dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T, causal, scale):
-    """(dq, dk, dv), contiguous, in two launches; the arguments are checked."""
+    """(dq, dk, dv), contiguous, in two launches; arguments are not checked again."""
     (T, H, K), G = q.shape, q.shape[1] // k.shape[1]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta_HT = lse_HT.new_empty(lse_HT.shape)

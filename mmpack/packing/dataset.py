@@ -50,7 +50,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     Attributes:
         samples: the encoded samples, a list or an `EncodedStore`.
         plan: which samples share a pack in epoch 0.
-        capacity: the most tokens in a pack.
+        capacity: maximum tokens per pack.
         num_empty: number of empty packs at the end, see `append_empty_packs`.
         on_bad_image: what to do with a sample whose image can no longer be decoded when its pack is made. "raise"
             (default): an error that gives file and row, also from DataLoader workers. "drop": leave its segment
@@ -123,12 +123,12 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         Args:
             data: a file, a folder, a list of these, or rows, as in `Encoder.read`; or `Sample`s.
             encoder: an `Encoder`, or a transformers Qwen-VL processor.
-            capacity: the most tokens in a pack.
+            capacity: maximum tokens per pack.
             cost: the model's config, for packs that cost the same; see `from_samples`.
             patch_capacity, on_overflow, seed: see `from_samples`.
-            jobs: processes that encode rows (`Sample`s are encoded in this one). None: as many as cores, where
-                the rows are more than a few seconds' work. Other processes need pyarrow, and a script an
-                `if __name__ == "__main__":`, as they import it.
+            jobs: processes that encode rows (`Sample`s are encoded in this one). None: one per core, if the rows
+                take more than a few seconds. Other processes need pyarrow and import the script, which must
+                have `if __name__ == "__main__":`.
 
         Raises:
             ValueError: a row cannot be used and the encoder's `on_error` is "raise"; the message gives file and

@@ -66,7 +66,7 @@ class PackSamples(Sequence[EncodedSample]):
 
     Attributes:
         samples: at least one.
-        capacity: the most tokens in the pack.
+        capacity: maximum tokens in the pack.
         policy: its media folders, and what to do with images and videos that do not decode.
         resume: a stream's state after this pack (`mmpack.packing.stream`), else None.
     """

@@ -36,9 +36,9 @@ def plan_packs(
 
     Args:
         num_tokens: (N,) tokens of each sample, placeholders included.
-        capacity: the most tokens in a pack.
+        capacity: maximum tokens per pack.
         num_patches: (N,) vision patches of each sample; needed with `patch_capacity`.
-        patch_capacity: the most patches in a pack, which bounds the vision tower's memory.
+        patch_capacity: maximum patches per pack, which bounds the vision tower's memory.
         cost: (N,) cost of each sample, in any unit (`mmpack.packing.cost.sample_flops`), not negative. The planner
             then searches, for a bounded time, for packs that each cost at most 1/400 more than the larger of the
             mean and the pack's costliest sample. Capacities are never exceeded. There may be more packs than

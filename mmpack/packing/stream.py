@@ -61,10 +61,10 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
             for one pass.
         encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Each worker counts
             the rows that `on_error` skips.
-        capacity: the most tokens in a pack.
+        capacity: maximum tokens per pack.
         cost: the config of the model to train; packs then cost the same, as far as the buffer allows.
         buffer: number of samples to choose from.
-        patch_capacity: the most vision patches in a pack.
+        patch_capacity: maximum vision patches per pack.
         on_overflow: what to do with a sample longer than a pack: "error"; "drop" it with a warning in the log;
             "truncate"; "split" (documents only).
         seed: decides between samples that fit equally well.

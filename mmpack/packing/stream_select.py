@@ -43,7 +43,7 @@ def select(
 
     Args:
         num_tokens, cost, num_patches: (B,) of the samples in the buffer, oldest first; each fits a pack.
-        limits: the most tokens and patches in a pack.
+        limits: maximum tokens and patches per pack.
         target: the pack's target cost.
         price: cost of an unused token.
         keys: (B,) random keys that order the samples.

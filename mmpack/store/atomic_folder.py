@@ -3,8 +3,8 @@
 The lock is `flock` (filelock's FileLock) on a small file beside the folder, `.NAME.lock`, which is not deleted.
 The kernel or the NFS server releases it when its holder dies, so a held lock means a live process. A lock by file
 existence (SoftFileLock) would outlive a killed holder on another machine; filelock falls back to it on file
-systems without flock. Where flock only covers one machine (Lustre's `localflock`), several may build, each in a
-folder of its own; the second to finish ends with an error, because nothing is renamed over a folder that did not
+systems without flock. Where flock only covers one machine (Lustre's `localflock`), several may build, each in
+its own folder; the second to finish ends with an error, because nothing is renamed over a folder that did not
 exist when the build began.
 
 The folder is built as `NAME.partial-HOST-PROCESS` beside NAME, then renamed to NAME.
@@ -81,7 +81,7 @@ def published(out: Path, replaces: bool) -> Iterator[Path]:
 
     Args:
         out: the final folder; it appears in one step.
-        replaces: `out` holds a store of ours, which is replaced.
+        replaces: `out` holds a store of mmpack, which is replaced.
 
     Raises:
         ValueError: `out` holds files that are not ours.

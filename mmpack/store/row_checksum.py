@@ -1,6 +1,6 @@
-"""What a row of a store holds of a sample's images and videos, and the checksum of it all.
+"""How a row of a store records a sample's images and videos, and the row's checksum.
 
-Samples in memory have the same checksum as in a store, so that a run resumes on either. No Arrow here.
+Samples in memory have the same checksum as in a store, so a run can resume on either. Does not import Arrow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmpack.types import EncodedSample, ImageRef, Media, VideoRef
 
 
 def files_of(media: Iterable[Media]) -> list[ImageRef]:
-    """What references lie in: images, video files and frames."""
+    """The files of media references: images, video files and frames."""
     files: list[ImageRef] = []
     for ref in media:
         if isinstance(ref, ImageRef):
@@ -27,8 +27,8 @@ def files_of(media: Iterable[Media]) -> list[ImageRef]:
 
 
 def videos_of(media: Iterable[Media]) -> list[dict[str, Any]]:
-    """Which of the files are videos'. `place`: of the file, or of the first frame; `listed`: frames that are
-    images of their own, 0: a file; `num_frames` and `fps` as of `VideoRef`."""
+    """The videos among the files. `place`: index of the file or of the first frame; `listed`: number of frames
+    given as images, 0 for a video file; `num_frames` and `fps` as in `VideoRef`."""
     videos, place = [], 0
     for ref in media:
         if isinstance(ref, VideoRef):
@@ -62,8 +62,8 @@ def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
 
 
 def contents_checksum(samples: Iterable[EncodedSample]) -> int:
-    """`EncodedStore.contents` of the store that samples would make. Pictures in memory (PIL) count by their size
-    alone: a store has them encoded, and so another checksum."""
+    """The `EncodedStore.contents` that a store of these samples would have. For PIL images, only the size is
+    covered: a store holds them encoded, so its checksum differs."""
     rows = []
     for sample in samples:
         files = files_of(sample.media)

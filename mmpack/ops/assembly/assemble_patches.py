@@ -46,7 +46,7 @@ def _assemble_patches_kernel(
 
 @on_its_device
 def assemble_patches_fwd(grid_thw_I3, num_frames, P, num_tiles, merge_size):
-    """The tensors of `assemble_patches`, in its order; the arguments are checked."""
+    """The tensors of `assemble_patches`, in its order; arguments are not checked again."""
     frames, heights, widths = grid_thw_I3.unbind(1)
     sizes, widths = (
         x.repeat_interleave(frames, output_size=num_frames).int()

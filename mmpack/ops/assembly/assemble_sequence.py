@@ -211,7 +211,7 @@ def _text_runs_kernel(
 def assemble_sequence_fwd(
     input_ids, offsets, markers, grid_thw_I3, temporal_step, sizes, video_id, merge_size
 ):
-    """The tensors of `assemble_sequence`, in its order; the arguments are checked."""
+    """The tensors of `assemble_sequence`, in its order; arguments are not checked again."""
     T, F, R, num_tiles = sizes
     S, I, n = len(offsets) - 1, len(markers), len(input_ids)
     out = _empty(input_ids, T, F, R, num_tiles, S)

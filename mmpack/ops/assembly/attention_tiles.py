@@ -81,7 +81,7 @@ def _rank_tiles_kernel(
 
 @on_its_device
 def attention_tiles_fwd(offsets, num_tiles, causal):
-    """(n, 4) in two launches; the arguments are checked."""
+    """(n, 4) in two launches; arguments are not checked again."""
     cut_n4, tiles_n4 = offsets.new_empty(2, num_tiles, 4)
     if num_tiles:
         _cut_tiles_kernel[(1,)](

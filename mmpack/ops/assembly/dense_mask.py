@@ -42,7 +42,7 @@ def _dense_mask_kernel(
 
 @on_its_device
 def dense_mask_fwd(segment_ids_T, causal, dtype):
-    """(T, T); the arguments are checked."""
+    """(T, T); arguments are not checked again."""
     T = len(segment_ids_T)
     out = segment_ids_T.new_empty(T, T, dtype=dtype)
     if T:
