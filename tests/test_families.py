@@ -153,7 +153,7 @@ def test_a_collator_that_does_not_know_the_tower_is_told(family):
         assert model(**batch).loss.isfinite()
         return
     with pytest.raises(
-        ValueError, match=rf"{family}'s vision tower; .* PackCollator\(model=model\)"
+        ValueError, match=rf"vision tower of {family}; .* PackCollator\(model=model\)"
     ):
         model(**batch)
     assert model(**PackCollator()([packed(SAMPLES[1:2], family)])).loss.isfinite()  # no images

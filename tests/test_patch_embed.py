@@ -181,8 +181,8 @@ def test_what_does_not_fit_is_told():
         ),
         ({"stills": stills.float()}, r"got \(5, 588\) torch.float32"),
         ({"weight": weight.flatten(1)}, r"weight must be a convolution's .* got \(24, 1176\)"),
-        ({"mean": (0.5,)}, r"mean must have a number for each of 3 channels, got \(0.5,\)"),
-        ({"std": (0.5,) * 4}, "std must have a number for each of 3 channels"),
+        ({"mean": (0.5,)}, r"mean must have 3 numbers, one per channel, got \(0.5,\)"),
+        ({"std": (0.5,) * 4}, "std must have 3 numbers, one per channel"),
         ({"bias": bias[:5]}, r"bias must be \(24,\), got \(5,\)"),
         ({"stills": stills.to("meta")}, "stills are on meta, the weight is on cpu"),
     ]

@@ -84,7 +84,7 @@ def test_a_bad_image_can_leave_its_pack(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "mmpack"):
         packs = [assemble(dataset[n]) for n in range(len(dataset))]
     assert sorted(m for m in caplog.messages) == [
-        f"dropped row {n} of rows.json: image {tmp_path / f'{n}.png'} does not exist; fix the path or --media-dir (media_dir)"
+        f"dropped row {n} of rows.json: image {tmp_path / f'{n}.png'} does not exist; fix the path"
         for n in (3, 7)
     ]
     assert dataset.num_dropped_segments == 2
