@@ -29,7 +29,14 @@ setup(
             cxx_std=20,
             # No fused multiply-add: a plan is the same on every machine. No -march=native either: what is
             # built here runs on any other CPU of its kind. GCC 10 or Clang 13 do; MSVC has other flags.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            # Loops are aligned: `normalize` of 1,024 patches takes 0.7 ms, else 0.7 or 1.3 ms, by chance.
+            extra_compile_args=[
+                "-O3",
+                "-falign-loops=32",
+                "-ffp-contract=off",
+                "-Wall",
+                "-Wextra",
+            ],
         )
     ]
 )

@@ -180,7 +180,7 @@ def test_packs_side_by_side_in_one_batch(packs, expected):
 @pytest.mark.parametrize(
     ("impl", "dtype"),
     [
-        ("auto", torch.float64),
+        pytest.param("auto", torch.float64, marks=pytest.mark.smoke),
         ("auto", torch.float32),
         ("reference", torch.float64),
         ("triton", torch.float32),
@@ -188,7 +188,6 @@ def test_packs_side_by_side_in_one_batch(packs, expected):
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.smoke
 def test_made_up_rows(family, impl, dtype, device):
     """The theorem without any real data, on every device there is."""
     batch, stock, num_items = made_up_rows(family)
