@@ -166,7 +166,9 @@ def unknown_id(data: Path) -> str:
     config["text_config"]["vocab_size"] = largest
     (data / "config.json").write_text(json.dumps(config))
     observed = reason(mmpack(*train(data)))
-    assert f"has the token id {largest}, the model's table has {largest} rows" in observed, observed
+    assert f"has token id {largest}, but the model's embedding has {largest} rows" in observed, (
+        observed
+    )
     return f"`{observed.replace(str(data), '...')}`"
 
 
