@@ -1,5 +1,6 @@
 """`mmpack train` trains: float32 weights under --bf16, and the parts that are not frozen."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,11 @@ from builders import QUIET, encoded, small_spec, tiny_config, tiny_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from mmpack import PackedDataset
 from mmpack.cli.main import main
+from mmpack.hf.training import parse_training_arguments
 from mmpack.store.encoded_store import write_store
 from mmpack.store.manifest import About, Planning
 from mmpack.store.plan_file import save_plan
@@ -81,6 +84,13 @@ def test_random_weights_too(folder, tmp_path):
     assert train(folder, tmp_path, "--config", folder / "config.json") == 0
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+
+
+def test_a_file_beside_the_command_sets_no_option(tmp_path, monkeypatch):
+    """transformers' parser would read mmpack.args beside mmpack."""
+    (tmp_path / "mmpack.args").write_text("--learning_rate 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "mmpack"), "train"])
+    assert parse_training_arguments([]).learning_rate == TrainingArguments("x").learning_rate
 
 
 def part_of(name):

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mmpack.errors import counted
+
 _NAME = re.compile(r"(hf:)?(\w[\w.-]*)/(\w[\w.-]*)(?:@([\w./+-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -100,7 +102,7 @@ def _snapshot(repo: str, revision: str, weights: bool) -> Path:
     ]
     if missing:
         size = sum(file.size or 0 for file in missing) / 1e6
-        what = f"{len(missing)} file{'s' if len(missing) > 1 else ''} ({size:,.1f} MB)"
+        what = f"{counted(len(missing), 'file')} ({size:,.1f} MB)"
         model = f"{repo}, commit {info.sha}, from {constants.ENDPOINT}"
         _log.warning("downloading %s of %s", what, model)
     elif revision != info.sha:

@@ -108,7 +108,7 @@ def row_progress(
         total = sum(count or 0 for count in counts) // parts
     with progress(what, total) as shown:
 
-        def counted(rows: Iterable[Row]) -> Iterator[Row]:
+        def expected(rows: Iterable[Row]) -> Iterator[Row]:
             """A JSON array is read completely, so its length is known only then."""
             rows = list(rows)
             shown.expect(len(rows) // parts)
@@ -116,7 +116,7 @@ def row_progress(
 
         yield (
             [
-                group._replace(rows=counted(group.rows)) if array else group
+                group._replace(rows=expected(group.rows)) if array else group
                 for group, array in zip(groups, is_array)
             ],
             shown,

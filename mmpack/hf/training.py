@@ -51,7 +51,7 @@ def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
         TrainingArguments, prog="mmpack train", usage=_USAGE, allow_abbrev=False
     )
     args, unknown = parser.parse_args_into_dataclasses(
-        [*defaults, *options], return_remaining_strings=True
+        [*defaults, *options], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         known = [f"--{field.name}" for field in dataclasses.fields(TrainingArguments)]

@@ -44,7 +44,7 @@ class MediaPolicy:
         """
         if self.on_bad_image == "drop":
             with_media = sum(bool(sample.media) for sample in samples)
-            self.dropped.came(len(samples), with_media, self.max_bad)
+            self.dropped.saw(len(samples), with_media, self.max_bad)
         kept = []
         for sample in samples:
             try:
@@ -54,7 +54,7 @@ class MediaPolicy:
                 if self.on_bad_image == "raise":
                     raise
                 _log.warning("dropped %s", error)
-                self.dropped.left(error, self.max_bad)
+                self.dropped.drop(error, self.max_bad)
         return kept or [EncodedSample.filler(1, samples[0].vision)]
 
 

@@ -32,7 +32,7 @@ class DroppedSegments:
         """Dropped segments, in this process and its workers."""
         return int(self._counts[2].sum())
 
-    def came(self, segments: int, with_media: int, max_bad: float) -> None:
+    def saw(self, segments: int, with_media: int, max_bad: float) -> None:
         """Count segments, `with_media` of which have images or videos.
 
         Raises:
@@ -40,11 +40,11 @@ class DroppedSegments:
         """
         self._count([segments, with_media, 0], max_bad)
 
-    def left(self, error: BadImageError, max_bad: float) -> None:
+    def drop(self, error: BadImageError, max_bad: float) -> None:
         """Count a dropped segment.
 
         Raises:
-            ValueError: as in `came`.
+            ValueError: as in `saw`.
         """
         count_reason(self._reasons, str(error).partition(": ")[2])
         self._example = self._example or str(error)
