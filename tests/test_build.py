@@ -21,6 +21,8 @@ pytest.importorskip("pyarrow")
 from mmpack import PackedDataset, Reader
 from mmpack.cli.main import main
 from mmpack.data import images
+from mmpack.data.content_parts import MediaPart
+from mmpack.data.conversations import Turn
 from mmpack.data.file_formats import count_rows
 from mmpack.data.readers import RowReader
 from mmpack.store import build
@@ -222,11 +224,9 @@ def test_data_uris_are_not_remembered(tmp_path):
     how = Reader(media_dir=[tmp_path, "data:"])
     (group,) = how.groups([{}])
     reader = RowReader(how, group)
-    turns = [("user", ["?"])]
     for value in (uri, "a.png"):
-        from mmpack.data.conversations import MediaPart
-
-        reader.place_media([*turns, ("user", [MediaPart()])], {"image": [value]})
+        turns = [Turn("user", ["?"]), Turn("user", [MediaPart()])]
+        reader.place_media(turns, {"image": [value]})
     assert reader._file.cache_info().currsize == 1
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmpack.data.conversations import MARKERS, Fields, Part, chat_turns, parts_of
+from mmpack.data.content_parts import MARKERS, Part, parts_of
+from mmpack.data.conversations import chat_turns
+from mmpack.data.row_fields import Fields
 from mmpack.errors import RowError, names
 
 
@@ -56,11 +58,11 @@ def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:
 
 
 def _spoken(row: dict[str, Any], fields: Fields | None) -> list[Part]:
-    turns = [(role, parts) for role, parts in chat_turns(row, fields) if any(parts)]
-    if [role for role, _ in turns] not in ([], ["assistant"]):
-        roles = " ".join(role for role, _ in turns)
+    turns = [turn for turn in chat_turns(row, fields) if any(turn.parts)]
+    if [turn.role for turn in turns] not in ([], ["assistant"]):
+        roles = " ".join(turn.role for turn in turns)
         raise RowError(
             f"{len(turns)} turns have content (roles: {roles:.80}), only the assistant's may",
             "for conversations use --stage sft (stage='sft')",
         )
-    return turns[0][1] if turns else []
+    return turns[0].parts if turns else []

@@ -17,16 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mmpack.data import images, videos
-from mmpack.data.conversations import (
-    MARKERS,
-    Fields,
-    MediaPart,
-    Turn,
-    detect_fields,
-    mapped_fields,
-    structured,
-    turns_of,
-)
+from mmpack.data.content_parts import MARKERS, MediaPart
+from mmpack.data.conversations import Turn, turns_of
 from mmpack.data.documents import document_of
 from mmpack.data.file_bytes import require_file
 from mmpack.data.file_formats import (
@@ -38,6 +30,8 @@ from mmpack.data.file_formats import (
 )
 from mmpack.data.limits import MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
+from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
+from mmpack.data.row_values import structured
 from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, names, refuse
 from mmpack.types import Media, Message, Sample
 
@@ -208,7 +202,7 @@ class RowReader:
                 row.number,
             )
         if self._are_documents:
-            turns: list[Turn] = [("document", document_of(content, self._fields))]
+            turns = [Turn("document", document_of(content, self._fields))]
         else:
             turns = turns_of(content, fields)
         values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
@@ -225,13 +219,13 @@ class RowReader:
         for kind, listed in values.items():
             pictures = [
                 part
-                for _, parts in turns
-                for part in parts
+                for turn in turns
+                for part in turn.parts
                 if isinstance(part, MediaPart) and part.kind == kind
             ]
             markers = sum(picture.value is None for picture in pictures)
             if listed and not pictures and self._prepends:
-                first = next(parts for role, parts in turns if role != "system")
+                first = next(turn.parts for turn in turns if turn.role != "system")
                 first[:0] = [MediaPart(kind=kind)] * len(listed)
                 markers = len(listed)
             if markers != len(listed):
@@ -241,9 +235,9 @@ class RowReader:
                 )
         remaining = {kind: iter(listed) for kind, listed in values.items()}
         messages = []
-        for role, parts in turns:
+        for turn in turns:
             content: list[str | Media] = []
-            for part in parts:
+            for part in turn.parts:
                 if isinstance(part, MediaPart):
                     value = next(remaining[part.kind]) if part.value is None else part.value
                     is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
@@ -254,7 +248,9 @@ class RowReader:
                 else:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
-            messages.append(Message(role, tuple(part for part in content if part != "") or ("",)))
+            messages.append(
+                Message(turn.role, tuple(part for part in content if part != "") or ("",))
+            )
         return tuple(messages)
 
     def _locate(self, value: Any, kind: str) -> Media:
@@ -279,7 +275,7 @@ def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> li
 
 
 def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:
-    text = "".join(part for _, parts in turns for part in parts if isinstance(part, str))
+    text = "".join(part for turn in turns for part in turn.parts if isinstance(part, str))
     short = "img" if kind == "image" else kind
     spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
     if markers == 0 and any(near in text.lower() for near in spellings):

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmpack.data.conversations import detect_fields, turns_of
+from mmpack.data.conversations import turns_of
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
 from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.row_fields import detect_fields
 from mmpack.packing.assemble import assemble
 from mmpack.types import Int64
 

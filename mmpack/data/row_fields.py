@@ -1,0 +1,122 @@
+"""The names of a row's fields: detected from its columns, or mapped in LLaMA-Factory's `dataset_info.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmpack.data.row_values import short, structured
+from mmpack.errors import RowError, names
+
+_SHAREGPT_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "system_tag": "system",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+}
+_OPENAI_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+}
+_COLUMNS = {
+    "messages": "conversations",
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "system": "system",
+    "tools": "tools",
+    "images": "images",
+    "videos": "videos",
+    "audios": "audios",
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of columns and tags. `kept` lists the tags, and `unnamed` the columns, that a mapping left out;
+    they have LLaMA-Factory's defaults."""
+
+    formatting: str
+    columns: dict[str, str]
+    tags: dict[str, str]
+    kept: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
+
+
+_SHAREGPT = Fields("sharegpt", _COLUMNS, _SHAREGPT_TAGS)
+_OPENAI = Fields("openai", {**_COLUMNS, "messages": "messages"}, _OPENAI_TAGS)
+_SHAREGPT_MESSAGES = Fields("sharegpt", {**_COLUMNS, "messages": "messages"}, _SHAREGPT_TAGS)
+_ALPACA = Fields("alpaca", _COLUMNS, {})
+
+
+def mapped_fields(mapping: dict[str, Any]) -> Fields:
+    """The fields that an entry of LLaMA-Factory's `dataset_info.json` describes.
+
+    If an entry gives `columns` or `tags` but leaves some out, LLaMA-Factory sets those to None (so `mllm_demo`
+    refuses system turns). Here they keep their documented defaults; `Fields.kept` and `Fields.unnamed` list them.
+
+    Raises:
+        ValueError: an unsupported format or option.
+    """
+    columns, tags = _names_of(mapping, "columns"), _names_of(mapping, "tags")
+    is_chat = "messages" in columns
+    formatting = mapping.get("formatting", "sharegpt" if is_chat else "alpaca")
+    base = {"sharegpt": _SHAREGPT, "openai": _OPENAI, "alpaca": _ALPACA}.get(str(formatting))
+    if base is None:
+        raise ValueError(
+            f"formatting {short(formatting)} is not supported; use sharegpt, openai or alpaca"
+        )
+    for option in ("ranking", "num_samples", "subset", "kto_tag"):
+        if mapping.get(option) or columns.get(option):
+            raise ValueError(
+                f"a dataset_info.json entry with {option!r} is not supported; remove it"
+            )
+    kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
+    unnamed = tuple(name for name in ("system", "tools") if columns and name not in columns)
+    return Fields(
+        formatting,
+        {**base.columns, **{name: column for name, column in columns.items() if column}},
+        {**base.tags, **{name: tag for name, tag in tags.items() if tag}},
+        tuple(kept),
+        unnamed,
+    )
+
+
+def _names_of(mapping: dict[str, Any], part: str) -> dict[str, str | None]:
+    """The `columns` or `tags` of a mapping: our name -> the row's name."""
+    named = mapping.get(part) or {}
+    is_dict = isinstance(named, dict)
+    for name, value in named.items() if is_dict else [(part, named)]:
+        if not is_dict or not isinstance(value, (str, type(None))):
+            raise ValueError(
+                f"{name!r} of a dataset_info.json entry is {short(value)}; "
+                f'{part!r} must be an object of names, for example {{"messages": "chat"}}'
+            )
+    return named
+
+
+def detect_fields(row: dict[str, Any]) -> Fields:
+    """Detect the fields of a row without a mapping from its column names."""
+    if row.get("conversations") is not None:
+        return _SHAREGPT
+    if row.get("messages") is not None:
+        turns = structured(row["messages"])
+        first = turns[0] if isinstance(turns, list) and turns else None
+        return _SHAREGPT_MESSAGES if isinstance(first, dict) and "from" in first else _OPENAI
+    if row.get("instruction") is not None:
+        return _ALPACA
+    raise RowError(
+        f"no field 'conversations', 'messages' or 'instruction'; the row has {names(row)}",
+        "rename the field, or map it in a dataset_info.json"
+        if row
+        else "a Trainer removes fields from rows unless TrainingArguments has remove_unused_columns=False",
+    )
