@@ -1,7 +1,7 @@
 """Rows in ShareGPT, OpenAI or Alpaca shape -> turns.
 
-Fields have the meaning LLaMA-Factory gives them (`data/converter.py` there). Tool use becomes text in the form of
-Qwen2.5's and Qwen3's chat templates, because Qwen2-VL's template has no tools.
+Fields have the meaning LLaMA-Factory gives them (`data/converter.py` there). Which roles may follow each other,
+and how tools and calls are written, is up to the chat template (`mmpack.data.chat_template`).
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 from mmpack.data.content_parts import MediaPart, Part, parts_of
 from mmpack.data.row_fields import Fields, detect_fields
 from mmpack.data.row_values import short, structured, text_of
-from mmpack.data.tool_texts import calls_text, tools_text
+from mmpack.data.tool_calls import calls_of, spoken_calls
 from mmpack.errors import RowError, names
-
-DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen-VL's templates write it if there is none
 
 
 @dataclass(slots=True)
 class Turn:
-    """A turn before its media are placed. Role: system, user or assistant; "document" for a document."""
+    """A turn before its media are placed. Role: system, developer, user, assistant or tool; "document" for a
+    document."""
 
     role: str
     parts: list[Part]
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 def turns_of(row: dict[str, Any], fields: Fields, *, is_prompt: bool = False) -> list[Turn]:
-    """The turns of a row: an optional system turn, then user and assistant alternating. The last turn is the
-    assistant's, or in a prompt the user's.
+    """The turns of a row, in its order, which the chat template accepts or not. The last turn is the assistant's,
+    or in a prompt the user's or a tool's.
 
     Raises:
-        RowError: a field is missing or not text, a role is unknown, or turns are out of order.
+        RowError: a field is missing or not text, a role is unknown, an answer is empty, or the last turn is another.
     """
     columns = fields.columns
     turns = (
@@ -41,16 +41,9 @@ def turns_of(row: dict[str, Any], fields: Fields, *, is_prompt: bool = False) ->
     system = row.get(columns["system"])
     if system and turns[0].role != "system":  # a system turn takes precedence over the column
         turns.insert(0, Turn("system", parts_of(system, "the system prompt")))
-    tools = row.get(columns["tools"])
-    if tools:
-        if turns[0].role != "system":
-            turns.insert(0, Turn("system", [DEFAULT_SYSTEM]))
-        turns[0].parts.append(tools_text(tools))
-    _check_order([turn.role for turn in turns], "user" if is_prompt else "assistant")
+    _check_roles(turns, is_prompt)
     for number, turn in enumerate(turns):
-        if turn.role == "assistant" and not any(
-            isinstance(part, MediaPart) or part.strip() for part in turn.parts
-        ):
+        if turn.role == "assistant" and not turn.tool_calls and not _has_content(turn):
             raise RowError(
                 f"the assistant's text in turn {number} is empty", "add an answer or drop the row"
             )
@@ -73,14 +66,14 @@ def _chat_turns(row: dict[str, Any], fields: Fields) -> list[Turn]:
     if not isinstance(messages, list) or not messages:
         raise RowError(f"{column!r} must be a list of turns, got {short(messages)}", "fix the row")
     roles = {
+        "developer": "developer",
         tags["user_tag"]: "user",
         tags["assistant_tag"]: "assistant",
         tags["system_tag"]: "system",
-        tags["observation_tag"]: "observation",
+        tags["observation_tag"]: "tool",
         tags["function_tag"]: "function_call",
     }
     turns: list[Turn] = []
-    was_observation = False
     for number, message in enumerate(messages):
         where = f"turn {number}"
         if not isinstance(message, dict) or tags["role_tag"] not in message:
@@ -97,20 +90,17 @@ def _chat_turns(row: dict[str, Any], fields: Fields) -> list[Turn]:
                 f"use one of {sorted(roles)}, or map it in a dataset_info.json",
             )
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
-        parts = [] if calls and not content else parts_of(content, where)
         if role == "function_call":
-            parts = [calls_text(parts[0] if parts else "", where)]
-        elif calls:
-            text = calls_text(calls, where)
-            parts.append("\n" + text if parts else text)
-        elif role == "observation":
-            parts = ["<tool_response>\n", *parts, "\n</tool_response>"]
-            if was_observation:  # several tools answer in one turn
-                turns[-1].parts.extend(["\n", *parts])
-                continue
-        was_observation = role == "observation"
-        role = {"observation": "user", "function_call": "assistant"}.get(role, role)
-        turns.append(Turn(role, parts))
+            turns.append(Turn("assistant", [], spoken_calls(content, where)))
+            continue
+        if calls and role != "assistant":
+            raise RowError(f"{where} has 'tool_calls', but its role is {name!r}", "fix the row")
+        parts = [] if calls and content is None else parts_of(content, where)
+        if calls and parts == [""] and not isinstance(content, str):
+            raise RowError(
+                f"{where} has an empty text part beside its tool calls", "remove the part"
+            )
+        turns.append(Turn(role, parts, calls_of(calls, where) if calls else ()))
     return turns
 
 
@@ -139,17 +129,19 @@ def _alpaca_turns(row: dict[str, Any], columns: dict[str, str]) -> list[Turn]:
     return turns
 
 
-def _check_order(roles: Sequence[str], last: str) -> None:
-    first = int(roles[0] == "system")
-    for number, role in enumerate(roles[first:], first):
-        expected = "assistant" if (number - first) % 2 else "user"
-        if role != expected:
-            raise RowError(
-                f"turn {number} has role {role!r}, expected {expected!r} (roles: {' '.join(roles)[:80]})",
-                "alternate user and assistant, after an optional system turn",
-            )
-    if len(roles) == first or roles[-1] != last:
+def _has_content(turn: Turn) -> bool:
+    return any(isinstance(part, MediaPart) or part.strip() for part in turn.parts)
+
+
+def _check_roles(turns: Sequence[Turn], is_prompt: bool) -> None:
+    roles = " ".join(turn.role for turn in turns)
+    if turns[-1].role not in (("user", "tool") if is_prompt else ("assistant",)):
+        last = "user's or a tool's" if is_prompt else "assistant's"
         raise RowError(
-            f"the last turn must be the {last}'s (roles: {' '.join(roles)[-80:]})",
-            "remove the turns after it",
+            f"the last turn must be the {last} (roles: {roles[-80:]})", "remove the turns after it"
+        )
+    if not is_prompt and all(turn.role == "assistant" for turn in turns):
+        raise RowError(
+            f"all turns are the assistant's (roles: {roles[:80]})",
+            "add what it answers; a document is read with --stage pretrain (stage='pretrain')",
         )

@@ -58,7 +58,11 @@ def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:
 
 
 def _spoken(row: dict[str, Any], fields: Fields | None) -> list[Part]:
-    turns = [turn for turn in chat_turns(row, fields) if any(turn.parts)]
+    turns = [turn for turn in chat_turns(row, fields) if any(turn.parts) or turn.tool_calls]
+    if any(turn.tool_calls for turn in turns):
+        raise RowError(
+            "the document has tool calls", "for conversations use --stage sft (stage='sft')"
+        )
     if [turn.role for turn in turns] not in ([], ["assistant"]):
         roles = " ".join(turn.role for turn in turns)
         raise RowError(

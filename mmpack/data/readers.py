@@ -32,6 +32,7 @@ from mmpack.data.limits import MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
 from mmpack.data.row_values import structured
+from mmpack.data.tool_calls import tools_of
 from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, names, refuse
 from mmpack.types import Media, Message, Sample
 
@@ -205,9 +206,10 @@ class RowReader:
             turns = [Turn("document", document_of(content, self._fields))]
         else:
             turns = turns_of(content, fields)
+        tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
         messages = self.place_media(turns, values)
-        return Sample(messages=messages, source=row.source, row=row.number)
+        return Sample(messages=messages, source=row.source, row=row.number, tools=tools)
 
     def place_media(self, turns: list[Turn], values: dict[str, list[Any]]) -> tuple[Message, ...]:
         """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind.
@@ -225,7 +227,7 @@ class RowReader:
             ]
             markers = sum(picture.value is None for picture in pictures)
             if listed and not pictures and self._prepends:
-                first = next(turn.parts for turn in turns if turn.role != "system")
+                first = next(t.parts for t in turns if t.role not in ("system", "developer"))
                 first[:0] = [MediaPart(kind=kind)] * len(listed)
                 markers = len(listed)
             if markers != len(listed):
@@ -248,9 +250,8 @@ class RowReader:
                 else:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
-            messages.append(
-                Message(turn.role, tuple(part for part in content if part != "") or ("",))
-            )
+            kept = tuple(part for part in content if part != "") or (("",) if content else ())
+            messages.append(Message(turn.role, kept, turn.tool_calls))
         return tuple(messages)
 
     def _locate(self, value: Any, kind: str) -> Media:
