@@ -57,7 +57,9 @@ def turns_of(
     shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
     turns = shapes.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if not is_absent(system) and turns[0].role != "system":  # a system turn takes precedence over the column
+    if (
+        not is_absent(system) and turns[0].role != "system"
+    ):  # a system turn takes precedence over the column
         turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
     tools = row.get(columns["tools"])
     if not is_absent(tools):
@@ -73,7 +75,7 @@ def turns_of(
                 f"the assistant's text in turn {number} is empty", "add an answer or drop the row"
             )
         for part in turn.parts:
-            if isinstance(part, str):
+            if isinstance(part, str) and ("<bbox>" in part or "<ref-object>" in part):
                 refuse_placeholders(part, f"turn {number}")
     return turns
 
@@ -84,7 +86,8 @@ def chat_turns(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> 
 
 
 def _parts(content: Any, where: str, unread: set[str]) -> list[Part]:
-    part_keys(content, where, unread)
+    if not isinstance(content, str):
+        part_keys(content, where, unread)
     return parts_of(content, where)
 
 
@@ -105,7 +108,7 @@ def _message_turns(
     messages: list[Any], tags: dict[str, str], unread: set[str], num_prompt: int = 0
 ) -> list[Turn]:
     """The turns of messages; the answers of the first `num_prompt` are part of the prompt."""
-    read = frozenset((tags["role_tag"], tags["content_tag"], "tool_calls", *LOSS_KEYS))
+    plain = frozenset((tags["role_tag"], tags["content_tag"], "tool_calls"))
     roles = {
         tags["user_tag"]: "user",
         tags["assistant_tag"]: "assistant",
@@ -131,11 +134,12 @@ def _message_turns(
                 f"use one of {sorted(roles)}, or map it in a dataset_info.json",
             )
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
-        turn_keys(message, read, where, unread)
         speaker = {"observation": "user", "function_call": "assistant"}.get(role, role)
-        in_prompt = number < num_prompt
-        has_loss = loss_of(message, "prompt" if in_prompt else speaker, where)
-        loss: Loss = "none" if not has_loss else "prompt" if in_prompt else "default"
+        loss: Loss = "prompt" if number < num_prompt else "default"
+        if not message.keys() <= plain:
+            turn_keys(message, plain | LOSS_KEYS, where, unread)
+            if not loss_of(message, loss if loss == "prompt" else speaker, where):
+                loss = "none"
         parts = [] if calls and not content else _parts(content, where, unread)
         if role == "function_call":
             parts = [calls_text(parts[0] if parts else "", where)]

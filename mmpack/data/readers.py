@@ -268,8 +268,9 @@ class RowReader:
         """
         if self._prepends:
             _prepend(turns, values)
+        parts = _media_parts(turns)
         for kind, listed in values.items():
-            markers = sum(p.kind == kind and not _is_given(p) for p in _media_parts(turns))
+            markers = sum(part.kind == kind and not _is_given(part) for part in parts)
             if markers != len(listed):
                 raise RowError(
                     f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
@@ -335,6 +336,8 @@ def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> li
 
 
 def _as_list(value: Any, kind: str) -> list[Any]:
+    if value is None:
+        return []
     value = structured(value)
     if is_absent(value):
         return []

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from mmpack.data.row_values import short
 from mmpack.errors import RowError, counted
 
-LOSS_KEYS = ("loss", "weight", "loss_weight")  # of a turn: ms-swift; OpenAI; LLaMA-Factory v1
+# Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
+LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
 GROUNDING = "docs/grounding.md"
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"),
@@ -63,7 +64,9 @@ _WEIGHT = Meaning(
     'remove it; a turn without loss is marked with "loss": false',
     (True,),  # equal to 1
 )
-_FLAG = Meaning("axolotl", "the mark of a turn with loss", 'rename it to "loss", with true or false', (True,))
+_FLAG = Meaning(
+    "axolotl", "the mark of a turn with loss", 'rename it to "loss", with true or false', (True,)
+)
 _MASK = _FLAG._replace(tools="NeMo and others", neutral=())
 _CHANNEL = Meaning("TRL and ms-swift", "a channel of the answer or the loss", "remove it")
 _PREFIX = Meaning("Mistral", "an answer to continue", "remove it", (False,))
@@ -257,7 +260,7 @@ def loss_of(turn: Mapping[str, Any], role: str, where: str) -> bool:
     Raises:
         RowError: another value, two that contradict each other, or true for a turn that is not the assistant's.
     """
-    given = {key: turn[key] for key in LOSS_KEYS if not is_absent(turn.get(key))}
+    given = {key: turn[key] for key in sorted(LOSS_KEYS) if not is_absent(turn.get(key))}
     for key, value in given.items():
         if not (isinstance(value, (bool, int, float)) and value in (0, 1)):
             raise RowError(
@@ -312,7 +315,7 @@ def refuse_placeholders(text: str, where: str) -> None:
     Raises:
         RowError: the text has ms-swift's placeholders of boxes. `<bbox>` that is closed by `</bbox>` is text.
     """
-    found = _PLACEHOLDERS.search(text) if "<bbox>" in text or "<ref-object>" in text else None
+    found = _PLACEHOLDERS.search(text)
     if found and not (found[0] == "<bbox>" and "</bbox>" in text):
         raise RowError(
             f"{where} has the placeholder {found[0]}, which ms-swift fills in from 'objects' and mmpack does not",
