@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,7 @@ class VideoRef:
 
 
 Media = ImageRef | VideoRef
+Loss = Literal["default", "prompt", "none"]  # of a turn, see `Message`
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,14 @@ class Message:
             is literal text. Empty only beside `tool_calls`.
         tool_calls: an assistant's calls as the row has them: `{"function": {"name": ..., "arguments": {...}}}` or
             `{"name": ..., "arguments": {...}}`; the chat template writes them.
+        loss: "default": an answer has a loss, other turns only with `train_on_prompt`. "prompt": none, except with
+            `train_on_prompt`, as for an answer inside a prompt. "none": no loss at all (`"loss": false` in a row).
     """
 
     role: str
     content: tuple[str | Media, ...]
     tool_calls: tuple[dict[str, Any], ...] = ()
+    loss: Loss = "default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,6 +267,18 @@ def test_the_options_for_supervision_beside_tools(encoder_of):
     assert (text[:2], text[-2:], text.count("[[")) == ("[[", "]]", 1)
 
 
+def test_turns_without_loss_beside_tools(encoder_of):
+    messages = [{**turn, "loss": False} for turn in AGENT["messages"][:5]] + AGENT["messages"][5:]
+    text = marked(encoder_of("qwen3_vl"), {"messages": messages})
+    assert text.count("[[") == 1
+    assert text.endswith("[[Done.<|im_end|>]]\n")
+    text = marked(encoder_of("qwen3_vl", train_on_prompt=True), {"messages": messages})
+    silent, _, rest = text.rpartition("user\n<tool_response>\nthree")
+    assert CALLED in silent
+    assert "[[Find" not in silent
+    assert f"[[{CALLED}" not in silent
+
+
 def test_no_system_prompt_is_added_for_tools(encoder_of):
     encoder = encoder_of("qwen3_vl")
     text = marked(encoder, {"messages": [user(), answer("Here.")], "tools": [TOOL, {"name": "f"}]})

@@ -125,7 +125,7 @@ class Template:
         messages, tools = sample.messages, sample.tools
         if messages[0].role == "document":
             return self._document_layout(messages[0])
-        key: Any = tuple([(message.role, *map(kind_of, message.content)) for message in messages])
+        key: Any = tuple([(m.role, m.loss, *map(kind_of, m.content)) for m in messages])
         calls = [message.tool_calls for message in messages]
         if tools or any(calls):
             key = (key, json.dumps([tools, calls]))
@@ -177,20 +177,26 @@ class Template:
         turns_of = self._turns_of(items, messages, turns, len(tools))
 
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        if self._mask_history:
+            answers = answers[-1:]
         supervised: dict[int, int] = {}  # item -> its turn
-        for turn in answers[-1:] if self._mask_history else answers:
-            supervised |= dict.fromkeys(
-                self._answer(items, turns_of, turn, bool(calls[turn])), turn
-            )
+        silent = set[int]()  # items that have no loss even with `train_on_prompt`
+        for turn, message in enumerate(messages):
+            places = self._places(items, turns_of, turn, bool(calls[turn]))
+            if message.loss == "none":
+                silent.update(places)
+            elif message.loss == "default" and turn in answers:
+                supervised |= dict.fromkeys(places, turn)
         is_first = {turn: place for place, turn in reversed(supervised.items())}
         layout: list[Fixed | Slot | Clip] = []
         before: dict[int, str] | None = None
         for place, item in enumerate(items):
             turn = supervised.get(place, -1)
+            with_prompt = self._train_on_prompt and place not in silent
             if isinstance(item, int):
-                layout.append(self._special(item, turn >= 0))
-            elif turn < 0 or self._train_on_prompt:
-                layout.append(self._plain(item))
+                layout.append(self._special(item, turn >= 0 or with_prompt))
+            elif turn < 0 or with_prompt:
+                layout.append(self._plain(item, with_prompt))
             elif is_first[turn] == place and (item.is_marked_first or not item.slots):
                 if before is None:
                     before = self._before_calls(messages, calls, tools)
@@ -237,11 +243,11 @@ class Template:
             raise not_written(messages, held)
         return turns_of
 
-    def _answer(
+    def _places(
         self, items: Sequence[Piece | int], turns_of: Sequence[set[int]], turn: int, has_calls: bool
     ) -> list[int]:
-        """The items of an answer, in order, with the token that ends the turn. It ends with the first special token
-        that is not of an image; calls can have special tokens, so after these with that of other turns."""
+        """The items of a turn, in order, with the token that ends it: the first special token that is not of an
+        image; calls can have special tokens, so after these the token that ends other turns."""
         own = [place for place, turns in enumerate(turns_of) if turn in turns]
         if not own:
             return []
@@ -259,19 +265,19 @@ class Template:
             own += range(own[-1] + 1, end[0] if end else following)
         return own + end
 
-    def _special(self, item: int, is_answer: bool) -> Fixed | Clip:
+    def _special(self, item: int, is_supervised: bool) -> Fixed | Clip:
         text = self.special_tokens.texts[item]
         if self._media_of.get(item) == "video" and self._vision.video_spec.has_timestamps:
             return Clip(text)
-        is_answer = (is_answer or self._train_on_prompt) and item not in self._vision_ids
-        return Fixed(text, (item,), (item if is_answer else IGNORE,))
+        is_supervised &= item not in self._vision_ids
+        return Fixed(text, (item,), (item if is_supervised else IGNORE,))
 
-    def _plain(self, item: Piece) -> Fixed | Slot:
-        """A piece that is no answer."""
+    def _plain(self, item: Piece, is_supervised: bool) -> Fixed | Slot:
+        """A piece that is supervised as a whole, or not at all."""
         if item.slots:
-            return Slot(tuple(item.around), self._train_on_prompt)
+            return Slot(tuple(item.around), is_supervised)
         ids = self._ids(item.around[0])
-        return Fixed(item.around[0], ids, ids if self._train_on_prompt else (IGNORE,) * len(ids))
+        return Fixed(item.around[0], ids, ids if is_supervised else (IGNORE,) * len(ids))
 
     def _answered(self, item: Piece, has_calls: bool) -> Fixed | Slot:
         """A piece of an answer with a text, or behind one."""
