@@ -250,7 +250,7 @@ def _config(name: str | None, frozen: Sequence[str], download: bool = True) -> A
 def _reading(options: ReadingOptions) -> dict[str, Any]:
     """The options of `Reader`, except `on_error`."""
     return {
-        "mapping": options.dataset,
+        "mapping": options.dataset or None,
         "media_dir": [*options.media_dir, *([DATA_URIS] if options.allow_data_uri else [])],
         "missing_marker": options.missing_marker,
         "verify": "decode" if options.decode else "header",

@@ -102,9 +102,9 @@ class ReadingOptions:
         "rows are conversations (sft) or documents (pretrain): text with images, without a chat template",
         "sft",
     )
-    dataset: str | None = option("entry of dataset_info.json in DATA", None, metavar="NAME")
+    dataset: tuple[str, ...] = option("entry of dataset_info.json, repeatable", (), metavar="NAME")
     media_dir: tuple[str, ...] = option(
-        "folder that images and videos must be in, repeatable; relative paths start from the first "
+        "folder that images and videos must be in, repeatable; a relative path must be in only one "
         "(default: the data file's folder; training on packs: the recorded folders)",
         (),
         metavar="FOLDER",

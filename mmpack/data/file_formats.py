@@ -24,6 +24,9 @@ from mmpack.errors import RowError, counted, names
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 _LONG = f"longer than {MAX_ROW:,} bytes"
+_SPLIT_FILE = re.compile(
+    r"(\w+)-\d{5}-of-\d{5}\b"
+)  # as `datasets` names them: train-00000-of-00002
 _NOT_DATA = ("dataset_info.json", "state.json")  # metadata of LLaMA-Factory and `datasets`
 
 
@@ -38,11 +41,12 @@ class Row:
 
 
 def data_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The data files at a path: the file itself, or those in a folder, which must have one type.
+    """The data files at a path: the file itself, or those in a folder, or in its subfolder `data` as in data sets
+    on the Hugging Face Hub. They must have one type, and belong to one split.
 
     Raises:
-        ValueError: there is no such path, the type is not supported, a folder has files of several types, or one
-            of them is not a regular file (a pipe, a device, a dangling link).
+        ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
+            or one of them is not a regular file (a pipe, a device, a dangling link).
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -51,6 +55,8 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from None
         files = [p for p in inside if _data_suffix(p) is not None]
+        if not files and (path / "data").is_dir():
+            return data_files(path / "data")
         for file in files:
             require_file(file)
         suffixes = sorted({str(_data_suffix(p)) for p in files})
@@ -58,6 +64,11 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
             raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)}); fix the path")
         if len(suffixes) > 1:
             raise ValueError(f"{path} has files of several types {suffixes}; name the ones to read")
+        splits = {match[1] for p in files if (match := _SPLIT_FILE.match(p.name))}
+        if len(splits) > 1:
+            raise ValueError(
+                f"{path} has files of several splits {sorted(splits)}; name the ones to read"
+            )
         return files
     require_file(path)
     if _data_suffix(path) is None:

@@ -23,13 +23,20 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # at least two letters: C:\ is n
 
 
 class MediaFolders:
-    """The folders that images and videos may be in; relative paths are resolved in the first."""
+    """The folders that images and videos may be in. A relative path starts from `root` if given, else it must be
+    in one of the folders only."""
 
-    def __init__(self, folders: Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(
+        self,
+        folders: Sequence[str | os.PathLike[str]],
+        *,
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
         names = [os.fspath(folder) for folder in folders]
         self._takes_data_uris = DATA_URIS in names
         self._names = [os.path.abspath(name) for name in names if name != DATA_URIS]
         self._folders = [os.path.realpath(name) for name in self._names]
+        self._roots = self._names if root is None else [os.path.abspath(root)]
 
     @property
     def names(self) -> list[str]:
@@ -106,10 +113,10 @@ class MediaFolders:
             return self._decode_uri(path, kind)
         if _URL.match(path):
             raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
-        full = self._full(path)
-        if "\\" in path and not (self._is_allowed(full) and os.path.exists(full)):
-            full = self._full(path.replace("\\", "/"))  # written on Windows
-        if not self._is_allowed(full):
+        full = self._full(path, kind)
+        if "\\" in path and not (self.contains(full) and os.path.exists(full)):
+            full = self._full(path.replace("\\", "/"), kind)  # written on Windows
+        if not self.contains(full):
             raise RowError(
                 f"{kind} {path:.200} is outside {' and '.join(self._names)}",
                 "add its folder with --media-dir (media_dir), or move it",
@@ -119,8 +126,10 @@ class MediaFolders:
         except NotRegularError as error:
             raise _not_a_file(error, kind) from None
         except OSError:
+            roots = "" if len(self._roots) == 1 else f", nor in {' or '.join(self._roots[1:])}"
             raise RowError(
-                f"{kind} {full:.300} does not exist", "fix the path or --media-dir (media_dir)"
+                f"{kind} {full:.300} does not exist{roots}",
+                "fix the path or --media-dir (media_dir)",
             ) from None
         return ImageRef(full)
 
@@ -139,12 +148,28 @@ class MediaFolders:
             "add its folder with --media-dir (media_folders)",
         )
 
-    def _full(self, path: str) -> str:
-        return os.path.normpath(os.path.join(self._names[0], path))
-
-    def _is_allowed(self, path: str) -> bool:
+    def contains(self, path: str) -> bool:
+        """Whether a path, with links resolved, is inside the folders."""
         real = os.path.realpath(path)
         return any(_is_inside(real, folder) for folder in self._folders)
+
+    def _full(self, path: str, kind: str) -> str:
+        """The path in the root that has it; in the first root if none has it.
+
+        Raises:
+            RowError: several roots have different files of this name.
+        """
+        places = [os.path.normpath(os.path.join(root, path)) for root in self._roots]
+        if len(places) == 1 or os.path.isabs(path):
+            return places[0]
+        found = [place for place in places if self.contains(place) and os.path.exists(place)]
+        if len({os.path.realpath(place) for place in found}) > 1:
+            raise RowError(
+                f"{kind} {path:.200} is ambiguous: {found[0]:.200} and {found[1]:.200} exist",
+                "give each data set its own root, the 'media_dir' of its dataset_info.json entry, or pack them "
+                "separately with one --media-dir (media_dir) each",
+            )
+        return found[0] if found else places[0]
 
     def _decode_uri(self, uri: str, kind: str) -> ImageRef:
         head, _, body = uri.partition(",")

@@ -14,25 +14,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 from mmpack.data import images, videos
 from mmpack.data.content_parts import MARKERS, MediaPart
 from mmpack.data.conversations import Turn, turns_of
+from mmpack.data.dataset_info import DataFile, Mapping, folders_of, named_files
 from mmpack.data.documents import document_of
-from mmpack.data.file_bytes import require_file
-from mmpack.data.file_formats import (
-    Row,
-    data_files,
-    memory_rows,
-    parse_json,
-    read_rows,
-)
-from mmpack.data.limits import MAX_ROW
+from mmpack.data.file_formats import Row, memory_rows, read_rows
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
 from mmpack.data.row_values import structured
-from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, names, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -57,12 +51,13 @@ class Reader:
             markers, and `images`; a mapping names the text as in LLaMA-Factory, `"columns": {"prompt": "text"}`. A
             conversation with text in the assistant's turn only is also a document.
         mapping: names of fields: an entry of LLaMA-Factory's `dataset_info.json`
-            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or an entry's name, if the data is the folder
-            with that file. By default the entry for the data file in a `dataset_info.json` beside it, else
+            (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or names of entries, if the data is the
+            folder with that file. By default the entry for the data file in a `dataset_info.json` beside it, else
             detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`, or
             `instruction`/`input`/`output`.
-        media_dir: folders that images and videos may be in; relative paths are resolved in the first. Default: the
-            data file's folder (rows in memory: the current folder). The entry "data:" allows data URIs.
+        media_dir: folders that images and videos may be in; a relative path must be in one of them only. Default:
+            the data file's folder, or the folder of the `dataset_info.json` with its entry (rows in memory: the
+            current folder). An entry's own `media_dir` comes before them. The value "data:" allows data URIs.
         on_error: for a row that cannot be used: "raise" an error; "skip" it with a warning, up to 5 % of all rows
             once there are 1,000 (`mmpack.Skip(max_bad=...)` for another share); a list: leave the row out and
             append it to the list, without a limit. Reading and encoding share a `Skip`.
@@ -75,7 +70,7 @@ class Reader:
     """
 
     stage: Literal["sft", "pretrain"] = "sft"
-    mapping: str | dict[str, Any] | None = None
+    mapping: Mapping = None
     media_dir: _PathLike | Sequence[_PathLike] | None = None
     on_error: OnError = "raise"
     missing_marker: Literal["refuse", "prepend"] = "refuse"
@@ -119,19 +114,24 @@ class Reader:
         """The files that `read` reads, one group per file; rows are read lazily."""
         given = self.media_dir
         folders = [given] if isinstance(given, (str, os.PathLike)) else list(given or [])
+        mapping = self.mapping
         if isinstance(data, (str, os.PathLike)):
             data = [data]
         elif not isinstance(data, (list, tuple)) or not all(
             isinstance(d, (str, os.PathLike)) for d in data
         ):
-            fields = _fields(self.mapping, None)
-            yield RowGroup(memory_rows(data), fields, _media_folders(folders, "."))
-            return
-        files, mapping = _files(data, self.mapping)
-        for file in files:
+            if not isinstance(mapping, (dict, NoneType)):
+                raise ValueError(
+                    "rows in memory have no dataset_info.json; pass the entry itself as mapping"
+                )
+            here = DataFile(Path("rows in memory"), mapping, Path("."))
             yield RowGroup(
-                read_rows(file), _fields(mapping, file), _media_folders(folders, file.parent), file
+                memory_rows(data), _fields(mapping, "the rows"), folders_of(here, folders)
             )
+            return
+        for file in named_files(data, mapping):
+            fields = _fields(file.entry, file.path.name)
+            yield RowGroup(read_rows(file.path), fields, folders_of(file, folders), file.path)
 
     def read_groups(self, groups: Iterable[RowGroup]) -> Iterator[Sample]:
         """Like `read`, for callers that need the groups, too."""
@@ -288,82 +288,18 @@ def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: in
     )
 
 
-def _files(
-    data: Sequence[_PathLike], mapping: str | dict[str, Any] | None
-) -> tuple[list[Path], dict[str, Any] | None]:
-    """(data files at these paths, their mapping); a mapping's name is replaced by the entry."""
-    if isinstance(mapping, str):
-        if len(data) != 1:
-            raise ValueError(
-                f"the entry {mapping!r} is looked up in one folder, got {len(data)} paths; pass one folder"
-            )
-        path, mapping = _named_entry(Path(data[0]), mapping)
-        data = [path]
-    return [file for path in data for file in data_files(path)], mapping
-
-
 def media_folders(groups: Iterable[RowGroup]) -> list[str]:
     """The media folders of all groups, without duplicates."""
     found = (name for group in groups for name in group.folders.names if name != DATA_URIS)
     return list(dict.fromkeys(found))
 
 
-def _media_folders(folders: Sequence[_PathLike], default: _PathLike) -> MediaFolders:
-    named = [folder for folder in folders if folder != DATA_URIS]
-    return MediaFolders(folders if named else [default, *folders])
-
-
-def _fields(mapping: str | dict[str, Any] | None, file: Path | None) -> Fields | None:
-    if isinstance(mapping, str):
-        raise ValueError(
-            "rows in memory have no dataset_info.json; pass the entry itself as mapping"
-        )
-    if mapping is None and file is not None:
-        mapping = _entry_beside(file)
+def _fields(mapping: dict[str, Any] | None, source: str) -> Fields | None:
     if mapping is None:
         return None
     fields = mapped_fields(mapping)
     if fields.kept:
-        name = file.name if file else "the rows"
         _log.warning(
-            "the mapping of %s leaves fields out; using defaults %s", name, ", ".join(fields.kept)
+            "the mapping of %s leaves fields out; using defaults %s", source, ", ".join(fields.kept)
         )
     return fields
-
-
-def _named_entry(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    info_path = path if path.suffix == ".json" else path / "dataset_info.json"
-    info = _read_info(info_path)
-    if not isinstance(info, dict) or not isinstance(info.get(name), dict):
-        has = names(info) if isinstance(info, dict) else type(info).__name__
-        raise ValueError(f"no dataset {name!r} in {info_path}; use one of {has}")
-    file_name = info[name].get("file_name")
-    if not isinstance(file_name, str) or not file_name:
-        raise ValueError(
-            f"dataset {name!r} of {info_path} has no file_name; only files are read, download it first"
-        )
-    return info_path.parent / file_name, info[name]
-
-
-def _entry_beside(file: Path) -> dict[str, Any] | None:
-    """The entry for a file in a dataset_info.json beside it; None if there is none (`datasets` writes files of
-    that name, too, without such entries)."""
-    info_path = file.parent / "dataset_info.json"
-    if not os.path.lexists(info_path):
-        return None
-    info = _read_info(info_path)
-    entries = info.values() if isinstance(info, dict) else []
-    named = [e for e in entries if isinstance(e, dict) and e.get("file_name") == file.name]
-    return named[0] if len(named) == 1 else None
-
-
-def _read_info(path: Path) -> Any:
-    require_file(path)
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_ROW).decode("utf-8-sig")
-        return parse_json(text)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None

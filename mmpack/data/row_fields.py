@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,12 @@ _COLUMNS = {
     "videos": "videos",
     "audios": "audios",
 }
+_ENTRY = ("file_name", "formatting", "columns", "tags", "media_dir", "split")
+_REFUSED = (
+    *("ranking", "num_samples", "subset", "split", "folder", "kto_tag", "chosen", "rejected"),
+    "cloud_file_name",
+)
+_log = logging.getLogger("mmpack")
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,24 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
         raise ValueError(
             f"formatting {short(formatting)} is not supported; use sharegpt, openai or alpaca"
         )
-    for option in ("ranking", "num_samples", "subset", "kto_tag"):
-        if mapping.get(option) or columns.get(option):
+    hubs = [name for name in mapping if name.endswith("_url") and mapping[name]]
+    for option in (*_REFUSED, *hubs):
+        if (mapping.get(option) or columns.get(option)) and mapping.get(option) != "train":
             raise ValueError(
                 f"a dataset_info.json entry with {option!r} is not supported; remove it"
+            )
+    for part, known, given in (
+        ("the entry", _ENTRY, mapping),
+        ("'columns'", _COLUMNS, columns),
+        ("'tags'", _SHAREGPT_TAGS, tags),
+    ):
+        unknown = [name for name, value in given.items() if value and name not in known]
+        if unknown and part == "the entry":
+            _log.warning("a dataset_info.json entry has keys that are not read: %s", names(unknown))
+        elif unknown:
+            raise ValueError(
+                f"{part} of a dataset_info.json entry has {names(unknown)}, which have no meaning there; "
+                f"use {names(known)}"
             )
     kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
     unnamed = tuple(name for name in ("system", "tools") if columns and name not in columns)

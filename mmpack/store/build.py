@@ -232,6 +232,8 @@ def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
         if group.file is not None:
             found = group.file.stat()
             name = str(group.file.resolve())
+            while name in parts:  # read more than once, perhaps by another entry
+                name += " again"
             parts[name] = f"{found.st_size} bytes, {found.st_mtime_ns} ns, {group.fields}"
             parts[f"media folders of {name}"] = repr(group.folders.names)
     return parts | encoder.settings()

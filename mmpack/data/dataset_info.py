@@ -1,0 +1,134 @@
+"""Paths that a user named -> data files, each with its entry in a `dataset_info.json` (LLaMA-Factory's).
+
+An entry maps the names of fields (`mmpack.data.row_fields`). Its `file_name` is relative to the folder of the
+`dataset_info.json`, and so are images and videos, as in LLaMA-Factory, where `media_dir` is by default the folder of
+the data sets. An entry can also have a `media_dir` of its own, which LLaMA-Factory does not read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmpack.data.file_bytes import require_file
+from mmpack.data.file_formats import data_files, parse_json
+from mmpack.data.limits import MAX_ROW
+from mmpack.data.media_paths import DATA_URIS, MediaFolders
+from mmpack.errors import names
+
+Mapping = str | Sequence[str] | dict[str, Any] | None
+_PathLike = str | os.PathLike[str]
+
+
+class DataFile(NamedTuple):
+    """A data file, its entry (None: fields are detected per row), and the folder that the entry's paths start
+    from (None: the file's)."""
+
+    path: Path
+    entry: dict[str, Any] | None
+    folder: Path | None
+
+
+def named_files(paths: Sequence[_PathLike], mapping: Mapping) -> list[DataFile]:
+    """The data files at these paths.
+
+    Args:
+        mapping: an entry, for every file; or names of entries, in a list or separated by commas, which are looked
+            up in the one folder in `paths`; None: for each file, the entry for it in a `dataset_info.json` beside
+            it.
+
+    Raises:
+        ValueError: there is no such file or entry, or two entries name a file.
+    """
+    if mapping is not None and not isinstance(mapping, dict):
+        given = [mapping] if isinstance(mapping, str) else mapping
+        entries = [name.strip() for text in given for name in text.split(",")]
+        if len(paths) != 1:
+            raise ValueError(
+                f"the entry {entries[0]!r} is looked up in one folder, got {len(paths)} paths; pass one folder"
+            )
+        return [file for name in entries for file in _entry_files(Path(paths[0]), name)]
+    files = [file for path in paths for file in data_files(path)]
+    if mapping is not None:
+        return [DataFile(file, mapping, None) for file in files]
+    return [DataFile(file, _entry_beside(file), None) for file in files]
+
+
+def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:
+    """The folders that a file's images and videos may be in, and the one that its relative paths start from.
+
+    Args:
+        media_dirs: the folders that the user named; "data:" allows data URIs.
+
+    Raises:
+        ValueError: the `media_dir` of the file's entry is outside its folder and those that the user named.
+    """
+    home = file.folder or file.path.parent
+    root = (file.entry or {}).get("media_dir")
+    named = [folder for folder in media_dirs if folder != DATA_URIS]
+    allowed: list[_PathLike] = [*media_dirs] if named else [home, *media_dirs]
+    if root is None:
+        return MediaFolders(allowed)
+    if not isinstance(root, str) or not root:
+        raise ValueError(f"the media_dir of {file.path.name} must be a folder, got {root!a:.80}")
+    root = os.path.join(home, root)
+    if not MediaFolders([*allowed, home]).contains(root):
+        raise ValueError(
+            f"the media_dir of {file.path.name} in its dataset_info.json, {root}, is outside {home}; "
+            "add it with --media-dir (media_dir)"
+        )
+    return MediaFolders([root, *allowed], root=root)
+
+
+def _entry_files(path: Path, name: str) -> list[DataFile]:
+    info_path = path if path.suffix == ".json" else path / "dataset_info.json"
+    info = _read_info(info_path)
+    if not isinstance(info, dict) or not isinstance(info.get(name), dict):
+        has = names(info) if isinstance(info, dict) else type(info).__name__
+        raise ValueError(f"no dataset {name!r} in {info_path}; use one of {has}")
+    entry = info[name]
+    file_name = entry.get("file_name")
+    if not isinstance(file_name, str) or not file_name:
+        raise ValueError(
+            f"dataset {name!r} of {info_path} has no file_name; only files are read, download it first"
+        )
+    files = data_files(info_path.parent / file_name)
+    return [DataFile(file, entry, info_path.parent) for file in files]
+
+
+def _entry_beside(file: Path) -> dict[str, Any] | None:
+    """The entry for a file in a dataset_info.json beside it; None if there is none (`datasets` writes files of
+    that name, too, without such entries)."""
+    info_path = file.parent / "dataset_info.json"
+    if not os.path.lexists(info_path):
+        return None
+    info = _read_info(info_path)
+    named = {
+        name: entry
+        for name, entry in (info.items() if isinstance(info, dict) else ())
+        if isinstance(entry, dict) and _is_named(file, entry.get("file_name"))
+    }
+    if len(named) > 1:
+        raise ValueError(
+            f"{len(named)} entries of {info_path} name {file.name}: {names(named)}; pass the folder and "
+            "choose one with --dataset NAME (mapping)"
+        )
+    return next(iter(named.values()), None)
+
+
+def _is_named(file: Path, file_name: Any) -> bool:
+    return isinstance(file_name, str) and os.path.normpath(file_name) == file.name
+
+
+def _read_info(path: Path) -> Any:
+    require_file(path)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_ROW).decode("utf-8-sig")
+        return parse_json(text)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
