@@ -357,7 +357,6 @@ def test_every_option_has_a_case():
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("check a.json --dataset a --dataset b", "--dataset is given twice, a and b; pass it once"),
         (
             "pack a --tokenizer t --out o --capacity 8 --capacity 9",
             "--capacity is given twice, 8 and 9",
