@@ -49,6 +49,7 @@ class Options:
 
     json: bool = option("print JSON instead of text", False, either="output")
     quiet: bool = option("print errors only", False, either="output")
+    given: frozenset[str] = frozenset()  # the options that were passed, whatever their values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         check_max_bad(self.max_bad)
         for name, values in schema_of(Planning).items():
             if isinstance(given := getattr(self, name), (int, float)):
-                check(given, values, _name(name))
+                check(given, values, flag(name))
         if self.stage == "sft" and self.on_overflow == "split":
             raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
 
@@ -270,7 +271,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
         SystemExit: an option is unknown or malformed, or help was requested.
     """
     parser = command_line()
-    known = {_name(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
+    known = {flag(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
     dashed = []
     words = sys.argv[1:] if words is None else words
     for word in words:
@@ -281,6 +282,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     given: dict[str, Any] = vars(namespace)
     given |= {name: tuple(one) for name, one in given.items() if isinstance(one, list)}
     command: str = given.pop("command")
+    given["given"] = frozenset(given)
     kind = COMMANDS[command][0]
     if kind is TrainOptions:
         given |= {"training": tuple(rest), "words": tuple(words)}
@@ -333,15 +335,30 @@ def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
                 if which not in either:
                     either[which] = place.add_mutually_exclusive_group()
                 place = either[which]
-            if "nargs" in argument:  # all values at once, not one per use
-                del argument["action"]
+            if "nargs" in argument:  # several values per use
+                argument["action"] = "extend"
             if argument.pop("positional", False):
+                argument.pop("action", None)
                 place.add_argument(name, **argument)
             else:
-                place.add_argument(_name(name), required=one.default is MISSING, **argument)
+                argument.setdefault("action", _Once)
+                place.add_argument(flag(name), required=one.default is MISSING, **argument)
 
 
-def _name(name: str) -> str:
+class _Once(argparse.Action):
+    """Store a value, as argparse does, but refuse a second one instead of forgetting the first."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):  # the parser sets no defaults
+            first = getattr(namespace, self.dest)
+            parser.error(f"{option_string} is given twice, {first} and {values}; pass it once")
+        setattr(namespace, self.dest, values)
+
+
+def flag(name: str) -> str:
+    """The option of a field, `max_pixels` -> `--max-pixels`."""
     return f"--{name.replace('_', '-')}"
 
 
