@@ -27,6 +27,7 @@ from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
 from mmpack.data.rendering import texts_of
+from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
 from mmpack.vision_spec import VisionSpec
@@ -213,6 +214,12 @@ class Encoder(Reader):
     ) -> Iterator[tuple[int, EncodedSample]]:
         """Like `encode`, for callers that bring their own chunks; yields (index in the chunk, encoded sample)."""
         return self._encode(self._template, samples, on_error)
+
+    def typed_in(self, sample: Sample) -> TypedTokens:
+        """The special tokens in a sample's texts, tools and tool calls: how many stay text, how many become ids."""
+        calls = [message.tool_calls for message in sample.messages]
+        texts = texts_of(sample.messages)
+        return self._template.special_tokens.typed([texts, calls, sample.tools])
 
     def encode_prompt(
         self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmpack.errors import RowError
 from mmpack.vision_spec import VisionSpec
@@ -21,6 +21,13 @@ _OTHER_CONTROL = (END_OF_DOCUMENT, "<|vision_pad|>")  # of Qwen, whatever templa
 _BROKEN = "\ufdd8"  # a noncharacter of Unicode, around the code of a token's first character
 _BREAK = re.compile(f"{_BROKEN}([0-9a-f]+){_BROKEN}")
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")  # for a program's own use, never in text
+
+
+class TypedTokens(NamedTuple):
+    """How often each special token is in a row's text."""
+
+    text: Counter[str]  # those that stay text
+    ids: Counter[str]  # those that become their ids
 
 
 class SpecialTokens:
@@ -97,13 +104,13 @@ class SpecialTokens:
         backend.encode_special_tokens = True
         return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
 
-    def count(self, value: Any) -> tuple[Counter[str], Counter[str]]:
-        """Special tokens in the strings of a JSON value: (those that stay text, those that become ids)."""
+    def typed(self, value: Any) -> TypedTokens:
+        """The special tokens in the strings of a JSON value."""
         found = Counter(
             self._token(match) for text in _strings(value) for match in self._any.finditer(text)
         )
         ids = Counter({token: n for token, n in found.items() if token in self._become_ids})
-        return found - ids, ids
+        return TypedTokens(found - ids, ids)
 
     def broken(self, value: Any) -> Any:
         """A JSON value without special tokens: in each, the first character is replaced; `mended` undoes that.
