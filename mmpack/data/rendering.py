@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmpack.data.special_tokens import mended
+from mmpack.data.special_tokens import restored
 from mmpack.errors import RowError
 from mmpack.types import Media, Message, VideoRef
 
@@ -90,7 +90,7 @@ class Renderer:
         piece = Piece()
         position = 0
         for match in self._separators.finditer(rendered):
-            piece.around[-1] += mended(rendered[position : match.start()])
+            piece.around[-1] += restored(rendered[position : match.start()])
             position = match.end()
             if match[1] is not None:
                 piece.slots.append(int(match[1]))
@@ -102,7 +102,7 @@ class Renderer:
                 items += [piece] if piece != Piece() else []
                 items.append(self.special_ids[match[0]])
                 piece = Piece()
-        piece.around[-1] += mended(rendered[position:])
+        piece.around[-1] += restored(rendered[position:])
         return [*items, piece] if piece != Piece() else items
 
 

@@ -113,7 +113,7 @@ class SpecialTokens:
         return TypedTokens(found - ids, ids)
 
     def broken(self, value: Any) -> Any:
-        """A JSON value without special tokens: in each, the first character is replaced; `mended` undoes that.
+        """A JSON value without special tokens: in each, the first character is replaced; `restored` undoes that.
 
         Raises:
             RowError: a string has a noncharacter of Unicode.
@@ -141,7 +141,7 @@ class SpecialTokens:
         return match[0] if match[0] in self.ids else match[0].strip()
 
 
-def mended(text: str) -> str:
+def restored(text: str) -> str:
     """Undo `SpecialTokens.broken` in a rendered text."""
     return _BREAK.sub(lambda match: chr(int(match[1], 16)), text)
 
