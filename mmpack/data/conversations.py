@@ -57,10 +57,11 @@ def turns_of(
     shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
     turns = shapes.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if (
-        not is_absent(system) and turns[0].role != "system"
-    ):  # a system turn takes precedence over the column
-        turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
+    if not is_absent(system):
+        if turns[0].role == "system":  # a system turn takes precedence over the column
+            unread.add(columns["system"])
+        else:
+            turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
     tools = row.get(columns["tools"])
     if not is_absent(tools):
         if turns[0].role != "system":
@@ -140,6 +141,8 @@ def _message_turns(
             turn_keys(message, plain | LOSS_KEYS, where, unread)
             if not loss_of(message, loss if loss == "prompt" else speaker, where):
                 loss = "none"
+        if calls and speaker != "assistant":
+            raise RowError(f"{where} is the {speaker}'s and has 'tool_calls'", "remove them")
         parts = [] if calls and not content else _parts(content, where, unread)
         if role == "function_call":
             parts = [calls_text(parts[0] if parts else "", where)]
