@@ -327,7 +327,7 @@ def test_sharegpt_calls_are_those_of_openai(encoder_of):
         ("qwen3_vl", {"messages": [user(), answer([{"type": "text", "text": ""}], CALL)]},
          "turn 1 has an empty text part beside its tool calls"),
         ("qwen3_vl", {"messages": [{**user(), "tool_calls": [CALL]}, answer("a")]},
-         "turn 0 has 'tool_calls', but its role is 'user'"),
+         "turn 0 is the user's and has 'tool_calls'"),
         ("qwen3_vl", {"messages": [user(), answer("a")], "tools": [{"type": "function"}]},
          "'tools' has a function without a name"),
     ],

@@ -58,10 +58,11 @@ def turns_of(
     shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
     turns = shapes.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if (
-        not is_absent(system) and turns[0].role != "system"
-    ):  # a system turn takes precedence over the column
-        turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
+    if not is_absent(system):
+        if turns[0].role == "system":  # a system turn takes precedence over the column
+            unread.add(columns["system"])
+        else:
+            turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
     _check_roles(turns, is_prompt)
     for number, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.tool_calls and not _has_content(turn):
@@ -134,12 +135,12 @@ def _message_turns(
             speaker = "assistant" if role == "function_call" else role
             if not loss_of(message, loss if loss == "prompt" else speaker, where):
                 loss = "none"
+        calls = None if is_absent(calls) else calls
+        if calls and role != "assistant":
+            raise RowError(f"{where} is the {role}'s and has 'tool_calls'", "remove them")
         if role == "function_call":
             turns.append(Turn("assistant", [], spoken_calls(content, where), loss))
             continue
-        calls = None if is_absent(calls) else calls
-        if calls and role != "assistant":
-            raise RowError(f"{where} has 'tool_calls', but its role is {name!r}", "fix the row")
         parts = [] if calls and content is None else _parts(content, where, unread)
         if calls and parts == [""] and not isinstance(content, str):
             raise RowError(

@@ -11,7 +11,7 @@ from typing import Any
 from mmpack.data.content_parts import MARKERS, Part, parts_of
 from mmpack.data.conversations import chat_turns
 from mmpack.data.row_fields import Fields
-from mmpack.data.row_keys import part_keys
+from mmpack.data.row_keys import LOSS_KEYS, part_keys
 from mmpack.errors import RowError, names
 
 
@@ -90,5 +90,8 @@ def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> lis
             "for conversations use --stage sft (stage='sft')",
         )
     if turns and turns[0].loss != "default":
-        raise RowError("the document has no loss, by its turn's mark", "remove the mark or the row")
+        marks = " or ".join(sorted(LOSS_KEYS))
+        raise RowError(
+            f"the document's turn is marked as one without loss ({marks})", "drop the row"
+        )
     return turns[0].parts if turns else []

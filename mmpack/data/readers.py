@@ -67,8 +67,9 @@ class Reader:
         mapping: names of fields: an entry of LLaMA-Factory's `dataset_info.json`
             (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or names of entries, if the data is the
             folder with that file. By default the entry for the data file in a `dataset_info.json` beside it, else
-            detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`, or
-            `instruction`/`input`/`output`.
+            detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`,
+            `instruction`/`input`/`output`, `prompt`/`completion`, `query`/`response`, or `texts` of
+            `user`/`assistant`.
         media_dir: folders that images and videos may be in; a relative path must be in one of them only. Default:
             the data file's folder, or the folder of the `dataset_info.json` with its entry (rows in memory: the
             current folder). An entry's own `media_dir` comes before them. The value "data:" allows data URIs.
@@ -116,7 +117,7 @@ class Reader:
 
         Yields:
             One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message
-            with the role "document".
+            with the role "document". Fields that are not read are named in the log, once per file.
 
         Raises:
             ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot

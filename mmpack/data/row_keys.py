@@ -138,6 +138,9 @@ TURN_KEYS = {
     "tools": Meaning("Mistral and SmolLM", "the tools", "move it to the row's 'tools'"),
     "system": Meaning("other formats", "a system prompt", "move it to the row's 'system'"),
 }
+_CONTENT = frozenset(  # keys of a part that hold its content; it has one of them
+    ("image", "image_url", "video", "video_url", "path", "url", "base64", "text", "value")
+)
 PAIR_KEYS = {**TURN_KEYS, **dict.fromkeys(LOSS_KEYS, _WEIGHT)}  # of a question with its answer
 PART_KEYS = {
     **_EVERYWHERE,
@@ -147,7 +150,7 @@ PART_KEYS = {
         "OpenAI", "the size of an image", "remove it, or set --max-pixels", ("auto",)
     ),
     **dict.fromkeys(
-        ("image", "image_url", "video", "video_url", "path", "url", "base64", "text", "value"),
+        _CONTENT,
         Meaning(
             "transformers and OpenAI",
             "the content of another type of part",
@@ -241,11 +244,14 @@ def part_keys(content: Any, where: str, unread: set[str]) -> None:
         if read is None:
             continue  # parts of other types are refused where they are read
         url = part.get(kind)  # OpenAI's {"url": ..., "detail": ...}
-        if part.keys() <= read and not isinstance(url, dict):
+        if len(part) <= 2 and part.keys() <= read and not isinstance(url, dict):
             continue
         if isinstance(part.get("video"), list):
             read |= _RATES
         name = f"the {kind} part of {where}"
+        given = [key for key in part if key in read & _CONTENT and not is_absent(part[key])]
+        if len(given) > 1:
+            raise RowError(f"{name} has {' and '.join(map(repr, given))}", "keep one of them")
         keys = unread_keys(part, read, PART_KEYS, name)
         if isinstance(url, dict) and "url" in url:
             keys += unread_keys(url, frozenset(("url",)), PART_KEYS, name)
