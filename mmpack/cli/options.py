@@ -24,6 +24,7 @@ from mmpack.cli.examples import (
     TRAIN_EXAMPLES,
 )
 from mmpack.errors import MAX_BAD, check_max_bad
+from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
 
@@ -131,8 +132,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         for name, values in schema_of(Planning).items():
             if isinstance(given := getattr(self, name), (int, float)):
                 check(given, values, flag(name))
-        if self.stage == "sft" and self.on_overflow == "split":
-            raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
+        check_split(str(self.on_overflow), self.stage)
 
     @property
     def planning(self) -> Planning:
