@@ -82,6 +82,10 @@ class ProcessorOptions:
 
     tokenizer: str | None = option(TOKENIZER_HELP, None, metavar="FOLDER")
     config: str | None = None  # its purpose differs by command
+    typed_tokens: Literal["ids", "text"] = option(
+        "special tokens in rows, other than those of turns and images: their ids, or plain text",
+        "ids",
+    )
     max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
     video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)
     video_max_frames: int | None = option("maximum frames per video (default: processor's)", None)
