@@ -28,7 +28,7 @@ from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Message, Sample
 from mmpack.vision_spec import VisionSpec
 
 
@@ -255,21 +255,25 @@ class Encoder(Reader):
         placed = _Vision([], [], [])
         for ref in sample.media:
             if isinstance(ref, ImageRef):
-                placed.grids.append(spec.image_grid(*(ref.size or images.probe(ref))))
+                size = ref.size or images.probe(ref)
+                placed.grids.append(_named(ref, spec.image_grid, *size, ref.options))
                 placed.steps.append(1.0)
                 continue
             video = videos.probe(ref) if ref.size is None else ref
             assert video.size is not None
-            index, fps = videos.sampled(video, spec)
-            patches, height, width = spec.video_grid(len(index), *video.size)
+            frames = videos.sampled(video, spec)
+            sizes = (len(frames.index), *video.size, video.options)
+            patches, height, width = _named(video, spec.video_grid, *sizes)
             if spec.video_spec.has_timestamps:
                 placed.grids.extend([(1, height, width)] * patches)
                 placed.steps.extend([1.0] * patches)
-                times = spec.video_spec.timestamps(index, fps, spec.temporal_patch_size)
+                times = spec.video_spec.timestamps(
+                    frames.index, frames.fps, spec.temporal_patch_size
+                )
                 placed.timestamps.append(times)
             else:
                 placed.grids.append((patches, height, width))
-                placed.steps.append(spec.temporal_step(index, video.num_frames, fps))
+                placed.steps.append(spec.temporal_step(frames))
         return placed
 
     def _finish(
@@ -317,6 +321,15 @@ class Encoder(Reader):
             if set(media.steps) - {1}
             else None,
         )
+
+
+def _named(ref: Media, grid_of: Callable[..., tuple[int, int, int]], *sizes: Any) -> Any:
+    """The grid of an image or a video, whose name an error gets."""
+    try:
+        return grid_of(*sizes)
+    except RowError as error:
+        kind = "image" if isinstance(ref, ImageRef) else "video"
+        raise RowError(f"{kind} {ref.path}: {error.error}", error.advice) from None
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
