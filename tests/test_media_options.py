@@ -146,6 +146,8 @@ def test_values_out_of_range_name_their_key(options, error):
 )
 def test_what_a_video_cannot_give_names_its_key(options, error):
     """qwen-vl-utils refuses them, too, except the fourth, which it clips."""
-    video = VideoRef("a.mp4", num_frames=100, fps=10.0, size=(48, 64), options=MediaOptions(**options))
+    video = VideoRef(
+        "a.mp4", num_frames=100, fps=10.0, size=(48, 64), options=MediaOptions(**options)
+    )
     with pytest.raises(RowError, match=f"video a.mp4: .*{error}"):
         videos.sampled(video, spec_of())

@@ -31,6 +31,7 @@ from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
 from mmpack.regular_files import open_regular
+from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
 from mmpack.store.encoded_store import (
@@ -316,7 +317,7 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 
 def _batches(
     groups: list[RowGroup], encoder: Encoder, part: Part | None, jobs: int | None
-) -> Iterator[bytes]:
+) -> Iterator[Batch]:
     """Yield a store's batches, show progress, and record the chunks of a part."""
     number, of = (1, 1) if part is None else (part.number, part.of)
     with row_progress("encoding", groups, parts=of) as (groups, bar):
