@@ -1,8 +1,6 @@
 """What PackingCallback logs: counted by hand, over ranks, and without a trace in the training."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model, with_noise
+from ranks import on_ranks
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from mmpack import PackedDataset, assemble
@@ -437,11 +436,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
-    code = f"import test_callbacks; test_callbacks.train_a_rank({str(tmp_path)!r})"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--no-python", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(train_a_rank, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{n}.json").read_text()) for n in range(2)]
     steps = np.array([sizes for sizes, _, _ in ranks])  # (ranks, steps, 5)
     assert steps.shape == (2, 3, 5)

@@ -7,13 +7,12 @@ at another place, ends in an error after gloo's timeout.
 import datetime
 import functools
 import os
-import socket
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from builders import (
     QUIET,
     SMALL_SPEC,
@@ -26,6 +25,7 @@ from builders import (
     tiny_model,
     worst_difference,
 )
+from ranks import on_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -171,20 +171,18 @@ def trainer_step(folder):
     return float(trainer.state.log_history[0]["loss"]), keep.grads
 
 
-def work(rank, port, folder):
+def work(folder):
     """One of the two processes: every case, its result or its error in a file."""
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    folder, rank = Path(folder), int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     for case in (*CASES, "trainer"):
         try:
             result = trainer_step(folder) if case == "trainer" else step(rank, case)
         except Exception:
-            result = traceback.format_exc()
+            traceback.print_exc()
+            os._exit(1)
         torch.save(result, folder / f"{case}.{rank}.pt")
-        if isinstance(result, str):
-            os._exit(1)  # the other one waits in a collective, until its timeout
     dist.destroy_process_group()
 
 
@@ -192,22 +190,10 @@ def work(rank, port, folder):
 def results(tmp_path_factory):
     """Case -> what each of the two ranks has to say."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(work, (port, folder), nprocs=2, join=False).processes
-    for process in processes:
-        process.join(timeout=150)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    on_ranks(work, folder)
 
     def result_of(case):
-        paths = [folder / f"{case}.{rank}.pt" for rank in range(2)]
-        ranks = [torch.load(path) if path.is_file() else "did not get to it" for path in paths]
-        errors = [result for result in ranks if isinstance(result, str)]
-        assert not errors, "\n".join(errors)
-        return ranks
+        return [torch.load(folder / f"{case}.{rank}.pt") for rank in range(2)]
 
     return result_of
 

@@ -2,14 +2,13 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import QUIET, SMALL_SPEC, encoded, loss_and_grads, tiny_config, tiny_model, with_noise
+from ranks import on_ranks
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -208,11 +207,7 @@ def test_trainer_on_one_process(tmp_path):
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_trainer_on_several_processes(num_ranks, tmp_path):
-    code = f"import test_epochs; test_epochs.train_numbered({str(tmp_path)!r})"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={num_ranks}", "--no-python", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(train_numbered, tmp_path, size=num_ranks)
     check_ranks(tmp_path, num_ranks)
 
 

@@ -3,15 +3,12 @@ continues on one process, two, or four, with every sample once an epoch."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from ranks import on_ranks
 from test_resume import dataset_of, losses, numbers_of, run
 
-TESTS = Path(__file__).resolve().parent
 SAMPLES = 33  # 11 packs: an epoch is 3 steps of 4 packs, the last one of 3
 SAVED = 2
 FSDP = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}
@@ -28,13 +25,20 @@ def train_a_rank(folder, rank, ranks, resume=None, **options):
     )
 
 
-def launch(script, ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(TESTS / "test_resume_ranks.py"), script]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=TESTS, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def train_two(folder):
+    folder = Path(folder)
+    rank = int(os.environ["RANK"])
+    for way, options in {"ddp": {}, "fsdp": FSDP}.items():
+        (folder / way).mkdir(exist_ok=True)
+        train_a_rank(folder / way, rank, 2, **options)
+        train_a_rank(folder / way, rank, 2, folder / way / f"checkpoint-{SAVED}", **options)
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+
+
+def train_four(folder, checkpoint):
+    train_a_rank(Path(folder), int(os.environ["RANK"]), 4, checkpoint)
 
 
 def read(folder, ranks, suffix=""):
@@ -53,7 +57,7 @@ def flat(batches):
 def folders(tmp_path_factory):
     """Of two ranks, DDP and FSDP2, and of one process."""
     both = tmp_path_factory.mktemp("ranks")
-    launch("two", 2, both)
+    on_ranks(train_two, both)
     (both / "one").mkdir()
     train_a_rank(both / "one", 0, 1)
     return both
@@ -97,28 +101,7 @@ def test_two_ranks_resume_on_one(folders):
 
 @pytest.mark.slow
 def test_two_ranks_resume_on_four(folders, tmp_path):
-    launch("four", 4, tmp_path, folders / "ddp" / f"checkpoint-{SAVED}")
+    on_ranks(train_four, tmp_path, folders / "ddp" / f"checkpoint-{SAVED}", size=4)
     rest, found = read(tmp_path, 4, " resumed")
     check_rest(folders, flat(rest), found)
     assert numbers_of(flat(rest[1:])[:-1]) == list(range(SAMPLES))
-
-
-def _two(folder):
-    rank = int(os.environ["RANK"])
-    for way, options in {"ddp": {}, "fsdp": FSDP}.items():
-        (folder / way).mkdir(exist_ok=True)
-        train_a_rank(folder / way, rank, 2, **options)
-        train_a_rank(folder / way, rank, 2, folder / way / f"checkpoint-{SAVED}", **options)
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state()
-
-
-def _four(folder, checkpoint):
-    train_a_rank(folder, int(os.environ["RANK"]), 4, checkpoint)
-
-
-if __name__ == "__main__":
-    {"two": _two, "four": _four}[sys.argv[1]](*map(Path, sys.argv[2:]))
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process that is through from ending

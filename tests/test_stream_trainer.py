@@ -2,14 +2,12 @@
 
 import collections
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model
+from ranks import on_ranks
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import Trainer, TrainingArguments
 
@@ -111,35 +109,7 @@ def test_a_dispatcher_is_refused_before_it_cuts_batches(tmp_path):
         trainer_of(tmp_path, stream(), [], max_steps=1, accelerator_config={})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_ranks_have_parts_of_their_own_and_resume(tmp_path, workers):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    ]
-    command += [str(TESTS / "test_stream_trainer.py"), str(tmp_path), str(workers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=TESTS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for whole, rest, *_ in ranks:
-        assert rest == whole[3:]
-    numbers = [{ids[0] for ids in whole} for whole, *_ in ranks]
-    assert not numbers[0] & numbers[1]  # of the first sample of each pack
-    first, second = (ranks[0][2][n] + ranks[1][2][n] for n in range(2))  # of a splitting source
-    assert sorted(first) == list(range(60))
-    assert len(set(second)) == len(second) > 0
-    for *_, refusal in ranks:
-        assert "rank 1 reads other rows of the source than rank 0: rows are dealt" in refusal
-    alone = trainer_of(tmp_path / "run", stream(), [], max_steps=8)
-    with pytest.raises(ValueError, match="state was saved on 2 ranks, this run has 1.*resume on 2"):
-        alone.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-
-
-def _on_a_rank(folder, workers):
+def train_on_a_rank(folder, workers):
     options = {
         "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers,
         "ddp_backend": "gloo",
@@ -155,9 +125,21 @@ def _on_a_rank(folder, workers):
         rows_trained_on(folder / "ranks", splitting(splits_ranks=True), **options)
     result = [whole, rest, rows, str(refusal.value)]
     (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(result))
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process that is through from ending
 
 
-if __name__ == "__main__":
-    _on_a_rank(sys.argv[1], int(sys.argv[2]))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_have_parts_of_their_own_and_resume(tmp_path, workers):
+    on_ranks(train_on_a_rank, tmp_path, workers)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for whole, rest, *_ in ranks:
+        assert rest == whole[3:]
+    numbers = [{ids[0] for ids in whole} for whole, *_ in ranks]
+    assert not numbers[0] & numbers[1]  # of the first sample of each pack
+    first, second = (ranks[0][2][n] + ranks[1][2][n] for n in range(2))  # of a splitting source
+    assert sorted(first) == list(range(60))
+    assert len(set(second)) == len(second) > 0
+    for *_, refusal in ranks:
+        assert "rank 1 reads other rows of the source than rank 0: rows are dealt" in refusal
+    alone = trainer_of(tmp_path / "run", stream(), [], max_steps=8)
+    with pytest.raises(ValueError, match="state was saved on 2 ranks, this run has 1.*resume on 2"):
+        alone.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))

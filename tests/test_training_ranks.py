@@ -1,14 +1,12 @@
 """What PackingCallback sees to on two ranks: every rank ends, every rank's files are listed, and eval_loss is one
-process's. The ranks are forked by a server that has imported all, once for all cases."""
+process's."""
 
 import json
-import multiprocessing
 import os
-import socket
-import traceback
+from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from ranks import on_ranks
 from test_checkpoints import files_of
 from test_divergence import BAD, place_of, trainer_of
 from test_divergence import dataset_of as poisoned_of
@@ -44,37 +42,16 @@ def evaluate(folder):
     return found
 
 
-def work(rank, port, folder):
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+def work(folder):
+    folder, rank = Path(folder), int(os.environ["RANK"])
     for case in (diverge, save, evaluate):
-        try:
-            result = case(folder)
-        except BaseException:
-            result = {"error": traceback.format_exc()}
-        (folder / f"{case.__name__}.{rank}.json").write_text(json.dumps(result))
-        if isinstance(result, dict):
-            os._exit(1)
-    dist.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process that is through from ending
+        (folder / f"{case.__name__}.{rank}.json").write_text(json.dumps(case(folder)))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_training_ranks"])
-    processes = [context.Process(target=work, args=(rank, port, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=150)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    on_ranks(work, folder)
     return folder
 
 
@@ -84,12 +61,7 @@ def results(folder):
 
     def read(case):
         paths = [folder / f"{case.__name__}.{rank}.json" for rank in range(2)]
-        found = [
-            json.loads(p.read_text()) if p.exists() else {"error": "not reached"} for p in paths
-        ]
-        errors = [one["error"] for one in found if isinstance(one, dict)]
-        assert not errors, "\n".join(errors)
-        return found
+        return [json.loads(path.read_text()) for path in paths]
 
     return read
 
