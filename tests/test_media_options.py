@@ -6,7 +6,6 @@ reader): (options, side of a patch, what is there, indices, (height, width), fra
 """
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -14,12 +13,11 @@ from PIL import Image
 from test_assemble import same
 from test_video_files import film
 
-from mmpack import Encoder, PackedDataset, Reader, RowError, VideoSpec, VisionSpec, assemble
-from mmpack.cli.main import main
+from mmpack import Encoder, Reader, RowError, VideoSpec, VisionSpec, assemble
 from mmpack.data import images, videos
 from mmpack.media_options import MediaOptions
 from mmpack.packing.prompt import render_prompt
-from mmpack.store.encoded_store import open_store, write_store
+from mmpack.store.encoded_store import write_store
 from mmpack.types import ImageRef, VideoRef
 
 IMAGES = [
@@ -151,3 +149,170 @@ def test_what_a_video_cannot_give_names_its_key(options, error):
     )
     with pytest.raises(RowError, match=f"video a.mp4: .*{error}"):
         videos.sampled(video, spec_of())
+
+
+# From rows to pixels
+
+
+@pytest.fixture(scope="module")
+def demo(small_set):
+    """An encoder with the demo's tokenizer, a template that knows videos, and the spec of 14 pixels."""
+    encoder = Encoder.from_folder(small_set / "tokenizer")
+    ids = {name: id for name, id in vars(encoder.vision).items() if name.endswith("_token_id")}
+    video = "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}"
+    template = encoder.tokenizer.chat_template.replace("{% else %}{{ part", video + "{{ part")
+    encoder.tokenizer.chat_template = template
+    return dataclasses.replace(encoder, vision=spec_of(**ids))
+
+
+def row_of(*parts, **fields):
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}
+    return {"messages": [user, {"role": "assistant", "content": "This."}], **fields}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 2, 10):
+        picture = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
+        picture.save(tmp_path / f"{n}.png")
+    film(tmp_path / "film.mp4", num_frames=20, rate=5, size=(224, 168))
+    return tmp_path
+
+
+PATHS = ["0.png", "1.png", "2.png", "10.png"]
+ROWS = [
+    # (row, (t, h, w) of its grids for patches of 14, sampled frames of its first video)
+    (row_of({"type": "image", "image": "0.png", "max_pixels": 12544}), [(1, 6, 8)], None),
+    (row_of({"type": "image", "path": "0.png", "resized_height": 280, "resized_width": 84}), [(1, 20, 6)], None),
+    (row_of({"type": "image", "min_pixels": 60000.0}, images=["0.png"]), [(1, 16, 22)], None),
+    (row_of({"type": "image"}, {"type": "image"}, images=["1.png", {"path": "0.png", "max_pixels": 12544}]),
+     [(1, 12, 16), (1, 6, 8)], None),
+    (row_of({"type": "image"}, image={"path": "0.png", "max_pixels": 12544, "min_pixels": None}), [(1, 6, 8)], None),
+    (row_of({"type": "image", "image": {"path": "0.png", "max_pixels": 12544}}), [(1, 6, 8)], None),
+    (row_of({"type": "image_url", "image_url": {"url": "0.png", "detail": "auto"}, "max_pixels": 12544}),
+     [(1, 6, 8)], None),
+    (row_of({"type": "video", "video": "film.mp4", "fps": 1.0}), [(2, 20, 28)], [0, 6, 13, 19]),
+    (row_of({"type": "video", "path": "film.mp4", "nframes": 6}), [(3, 20, 28)], [0, 4, 8, 11, 15, 19]),
+    (row_of({"type": "video", "url": "film.mp4", "video_start": 1.0, "video_end": 2.0, "nframes": 2}),
+     [(1, 20, 28)], [5, 10]),
+    (row_of({"type": "video", "video": "film.mp4", "nframes": 2, "max_pixels": 9999, "min_pixels": 1}),
+     [(1, 6, 8)], [0, 19]),
+    (row_of({"type": "video"}, videos=[{"path": "film.mp4", "nframes": 2, "resized_height": 56, "resized_width": 56}]),
+     [(1, 4, 4)], [0, 19]),
+    (row_of({"type": "video", "video": PATHS, "fps": 1, "resized_height": 84, "resized_width": 56}),
+     [(2, 6, 4)], [0, 1, 2, 3]),
+    (row_of({"type": "video"}, videos=[{"frames": PATHS, "fps": 1, "total_pixels": 1, "min_pixels": 9408}]),
+     [(2, 6, 8)], [0, 1, 2, 3]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)))
+def test_pixels_follow_the_options_of_the_row(number, folder, demo):
+    """The grid is that of the options, and so are the frames and pixels, also out of a store."""
+    row, grids, index = ROWS[number]
+    encoder = dataclasses.replace(demo, media_dir=folder)
+    spec = encoder.vision
+    (sample,) = encoder.encode(encoder.read([row]))
+    assert sample.grid_thw.tolist() == [list(grid) for grid in grids]
+    pack = assemble([sample])
+    patches = sum(int(np.prod(grid)) for grid in grids)
+    assert len(pack.pixels if index is None else pack.video_pixels) == patches
+    assert same(pack, assemble([sample], impl="reference"))
+    if index is not None:
+        ref = sample.media[0]
+        assert videos.sampled(ref, spec).index.tolist() == index
+        frames = stock_frames(folder, ref, index, grids[0], spec)
+        assert np.array_equal(pack.video_pixels, frames)
+    store = write_store(folder / "store", [sample], spec)
+    assert same(assemble([store[0]]), pack)
+
+
+def stock_frames(folder, ref, index, grid, spec):
+    """The patches of a film's frames, decoded and resized here, as `images` writes frames."""
+    import av
+
+    if ref.frames:
+        pictures = [Image.open(folder / name) for name in PATHS]
+    else:
+        with av.open(str(folder / "film.mp4")) as container:
+            pictures = [frame.to_image() for frame in container.decode(video=0)]
+    t, h, w = grid
+    out = np.zeros((t * h * w, 2 * spec.patch_values), dtype=np.uint8)
+    for number, at in enumerate(index):
+        patch, frame = divmod(number, 2)
+        rows = out[patch * h * w : (patch + 1) * h * w]
+        images.write_frame(pictures[at], (h, w), spec, rows, frame)
+    return out
+
+
+def test_qwen3_has_the_times_of_the_sampled_frames(folder):
+    """`video_start` moves them; qwen-vl-utils hands the indices in the whole file to the processor."""
+    spec = spec_of(16)
+    ref = dataclasses.replace(
+        videos.probe(VideoRef(str(folder / "film.mp4"))),
+        options=MediaOptions(video_start=2.0, nframes=4),
+    )
+    frames = videos.sampled(ref, spec)
+    assert frames.index.tolist() == [10, 13, 16, 19]
+    times = spec.video_spec.timestamps(frames.index, frames.fps, 2)
+    assert times == ["<2.3 seconds>", "<3.5 seconds>"]
+    timed = dataclasses.replace(spec, video=dataclasses.replace(spec.video, tokens_per_second=2))
+    assert timed.temporal_step(frames) == pytest.approx(2 * 2 / (4 / 10 * 5))
+
+
+def test_a_prompt_has_the_options_of_its_parts(folder, demo):
+    part = {"type": "image", "path": str(folder / "0.png"), "max_pixels": 12544}
+    prompt = render_prompt([{"role": "user", "content": [part]}], demo)
+    assert prompt.image_grid_thw.tolist() == [[1, 6, 8]]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (row_of({"type": "image", "path": "0.png", "url": "1.png"}), "turn 0: an image has both 'path' and 'url'"),
+        (row_of({"type": "image", "image": "0.png", "fps": 2}), "an image has 'fps', which only videos have"),
+        (row_of({"type": "image", "image": "0.png", "total_pixels": 9}), "an image has 'total_pixels'"),
+        (row_of({"type": "image", "image": "0.png", "max_pixels": -1}), "turn 0: 'max_pixels' must be"),
+        (row_of({"type": "image_url", "image_url": {"url": "0.png", "detail": "low"}}), "'detail' 'low' of an image"),
+        (row_of({"type": "image"}, images=[{"path": "0.png", "width": 3}]), "an image has the unknown key 'width'"),
+        (row_of({"type": "image", "max_pixels": 9}, images=[{"path": "0.png", "min_pixels": 3}]), "in its part and in"),
+        (row_of({"type": "image", "max_pixels": 9, "image": {"path": "0.png", "max_pixels": 3}}), "'max_pixels' twice"),
+        (row_of({"type": "video", "video": PATHS, "nframes": 2}), "'nframes' is given for a list of frames"),
+        (row_of({"type": "video", "video": PATHS, "video_start": 2}), "'video_start' is given for a list of frames"),
+        (row_of({"type": "video", "video": PATHS, "fps": 2, "sample_fps": 1}), "'sample_fps' and 'fps' contradict"),
+        (row_of({"type": "video", "video": PATHS, "sample_fps": 2, "raw_fps": 30}), "'raw_fps' of a list of frames"),
+        (row_of({"type": "video", "video": "film.mp4", "sample_fps": 1}), "has a 'sample_fps', but is not a list"),
+        (row_of({"type": "video", "video": [{"path": "0.png", "max_pixels": 9}]}), "a frame of a video has 'max_pixels'"),
+        (row_of({"type": "video", "video": "film.mp4", "fps": 2, "nframes": 2}), "'nframes' and 'fps' contradict"),
+    ],
+)  # fmt: skip
+def test_wrong_options_of_a_row_name_their_key(row, error, folder):
+    with pytest.raises(ValueError, match=f"row 0 of .*{error}"):
+        list(Reader(media_dir=folder).read([row]))
+
+
+def test_options_that_contradict_the_processor_name_row_and_picture(folder, demo):
+    encoder = dataclasses.replace(demo, media_dir=folder)
+    row = row_of({"type": "image", "path": "0.png", "min_pixels": 1 << 30})
+    with pytest.raises(
+        ValueError, match=r"row 0 of .*image .*0.png: 'min_pixels' 1,073,741,824 is more than"
+    ):
+        list(encoder.encode(encoder.read([row])))
+    row = row_of({"type": "video", "path": "film.mp4", "nframes": 100})
+    with pytest.raises(
+        ValueError, match=r"row 0 of .*video .*film.mp4: 'nframes' samples 100 of 20"
+    ):
+        list(encoder.encode(encoder.read([row])))
+
+
+def test_a_picture_that_changed_is_found_with_options_too(folder):
+    spec, options = spec_of(), MediaOptions(max_pixels=12544)
+    ref = ImageRef(str(folder / "0.png"), options=options)
+    grid = spec.image_grid(168, 224, options)
+    assert images.load_patches(ref, grid, spec).shape == (48, spec.patch_values)
+    Image.new("RGB", (224, 90)).save(folder / "0.png")
+    with pytest.raises(
+        ValueError, match="is now 224 x 90 pixels, but was planned as a grid of 6 x 8"
+    ):
+        images.load_patches(ref, grid, spec)

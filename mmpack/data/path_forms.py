@@ -39,12 +39,13 @@ def path_of_url(path: str, kind: str) -> str:
     Raises:
         RowError: the URL names another machine, or what it names is not text.
     """
-    found = _FILE_URL.match(path)
-    if found is None:
+    if path[:5].lower() != "file:":
         return path
-    if found[1] and found[1].lower() != "localhost":
+    found = _FILE_URL.match(path)
+    if found is None or (found[1] and found[1].lower() != "localhost"):
+        machine = f"names the machine {found[1]!a:.60}" if found else "has no absolute path"
         raise RowError(
-            f"{kind} {path:.200} names a file of the machine {found[1]!a:.60}",
+            f"{kind} {path:.200} {machine}",
             "write file:/// and an absolute path, or the path alone",
         )
     written = path[found.end() :]
