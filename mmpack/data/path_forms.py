@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from mmpack.errors import RowError, counted
 
 _log = logging.getLogger("mmpack")
-_FILE_URL = re.compile(r"file:(?://([^/\\]*))?(?=[/\\])", re.IGNORECASE)
+_FILE_URL = re.compile(r"file:(?://([^/]*)(?=/)|(?=/(?!/)))", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
 _STARTS = {  # first characters of base64 of a format: (its name, its media type)
     "/9j/": ("JPEG", "image/jpeg"),
