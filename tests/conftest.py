@@ -23,8 +23,8 @@ sys.path.append(str(ROOT))  # benchmarks, behind an mmpack that is installed
 
 # The files that take longest, which begin first: a worker that began one last would let the others wait.
 LONGEST = (
-    "test_benchmarks", "test_matrix", "test_distributed", "test_training_ranks", "test_store", "test_kills",
-    "test_equivalence", "test_assemble_sequence", "test_varlen_attention", "test_docs",
+    "test_matrix", "test_trainer", "test_equivalence", "test_stream_trainer", "test_varlen_attention",
+    "test_survives", "test_gpu_run", "test_store", "test_assemble_sequence", "test_packaging", "test_docs",
 )  # fmt: skip
 
 

@@ -116,6 +116,7 @@ sys.exit(pytest.main([*files, "--quick", "--csv", {str(tmp_path / "figures.csv")
     assert not re.search(r"\b0 images", host)
 
 
+@pytest.mark.slow  # .ci/run runs it, in a step of its own
 def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     pytest.importorskip("pytest_benchmark")
     done = python("-m", "pytest", "benchmarks", "--quick", "--csv", tmp_path / "figures.csv")

@@ -149,7 +149,7 @@ def test_the_same_batch_on_an_unpatched_model(name, attn, packs, expected):
 @pytest.mark.parametrize(
     ("name", "tied"),
     [
-        ("mixed", False),
+        pytest.param("mixed", False, marks=pytest.mark.slow),
         pytest.param("images", True, marks=pytest.mark.smoke),
         pytest.param("text", False, marks=pytest.mark.slow),
     ],

@@ -124,7 +124,7 @@ def test_autocast(family, impl):
 @pytest.mark.parametrize(
     ("family", "impl", "assemble_on"),
     [
-        pytest.param("qwen2_vl", "auto", "host", marks=pytest.mark.smoke),
+        pytest.param("qwen2_vl", "auto", "host", marks=pytest.mark.slow),
         pytest.param("qwen2_vl", "triton", "host", marks=pytest.mark.smoke),
         pytest.param("qwen2_5_vl", "auto", "host", marks=pytest.mark.slow),
         pytest.param("qwen3_vl", "auto", "host", marks=pytest.mark.slow),
