@@ -4,6 +4,8 @@ cannot be found."""
 import base64
 import json
 import os
+import re
+import sys
 import unicodedata
 from pathlib import Path
 from urllib.parse import quote
@@ -263,3 +265,25 @@ def test_rows_of_a_file_are_as_rows_in_memory(folder):
 def test_folders_are_checked_before_a_file_url_is_opened(folder):
     with pytest.raises(RowError, match="is outside"):
         MediaFolders([folder]).locate(Path("/etc/hostname").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "extra"),
+    [
+        ("pyarrow", "rows.parquet", "train"),
+        ("pyarrow", "rows.arrow", "train"),
+        ("pyarrow", "rows.jsonl.zst", "train"),
+        ("av", "film.mp4", "video"),
+    ],
+)
+def test_a_missing_package_is_told_with_an_extra_that_holds_it(
+    module, name, extra, folder, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    (folder / name).write_bytes(b"\0" * 64)
+    rows = [row_of({"type": "video", "path": name})] if extra == "video" else folder / name
+    with pytest.raises(ValueError, match=rf"{name} needs .*; pip install 'mmpack\[{extra}\]'"):
+        list(Reader(media_dir=folder).read(rows))
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (held,) = re.findall(rf"^{extra} = (\[.*\])$", project, re.M)
+    assert f'"{module}>=' in held

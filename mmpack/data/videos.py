@@ -183,7 +183,7 @@ def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tupl
         import av  # here: the extra [video]
     except ImportError:
         raise RowError(
-            f"video {video.path} needs PyAV to be read", "install mmpack[video]"
+            f"video {video.path} needs PyAV to be read", "pip install 'mmpack[video]'"
         ) from None
     in_memory = None if video.data is None else io.BytesIO(video.data)
     with in_memory or open_media(video.path, "video", folders) as file:
