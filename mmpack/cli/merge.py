@@ -37,6 +37,11 @@ def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> No
     assert about.planning is not None
     config = config_of(about.planning)
     max_bad = options.max_bad
+    if max_bad is not None and about.made_from["on_error"] == repr("raise"):
+        raise ValueError(
+            "--max-bad does not apply: the parts have no bad rows, because mmpack pack stopped at the first; "
+            "leave it out, or pack the parts with --on-error skip"
+        )
     if max_bad is None:
         max_bad = min(_part(store).max_bad for store in parts)
     bad_rows = b"".join(_joined_bad_rows(parts, Skip(max_bad, [])))
