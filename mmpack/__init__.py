@@ -11,6 +11,7 @@ except ImportError as error:
         "mmpack's C++ core is not built; run: pip install --no-build-isolation --no-deps -e ."
     ) from error
 
+from mmpack.boxes import relative_boxes, resized_boxes
 from mmpack.data.encoder import Encoder
 from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, RowError, Skip
@@ -58,7 +59,9 @@ __all__ = [
     "costs_of",
     "plan_packs",
     "rank_imbalance",
+    "relative_boxes",
     "render_prompt",
+    "resized_boxes",
 ]
 __version__ = "0.1.0"
 

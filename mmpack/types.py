@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,7 @@ class VideoRef:
 
 
 Media = ImageRef | VideoRef
+Loss = Literal["default", "prompt", "none"]  # of a turn, see `Message`
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,13 @@ class Message:
         role: "system", "user" or "assistant"; "document" for a document's only message.
         content: text, images and videos in reading order. Positions of images are explicit, so `<image>` in a text
             is literal text.
+        loss: "default": an answer has a loss, other turns only with `train_on_prompt`. "prompt": none, except with
+            `train_on_prompt`, as for an answer inside a prompt. "none": no loss at all (`"loss": false` in a row).
     """
 
     role: str
     content: tuple[str | Media, ...]
+    loss: Loss = "default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def table():
         "span": pa.array(count, pa.duration("s")),
         "number": pa.array(count, pa.decimal128(30, 2)),
         "source": pa.array([f"s{n % 3}" for n in count]).dictionary_encode(),
-        "picture": [{"bytes": b"x" * n, "path": None} for n in count],
+        "picture": [{"data": b"x" * n, "path": None} for n in count],
         "map": pa.array([[("a", n)] for n in count], pa.map_(pa.string(), pa.int64())),
         "pair": pa.array([[n, n] for n in count], pa.list_(pa.int32(), 2)),
         "long": pa.array([["x"] * (n % 3) for n in count], pa.large_list(pa.large_string())),

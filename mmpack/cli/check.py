@@ -18,6 +18,7 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.media_paths import open_media
 from mmpack.data.readers import Reader, RowGroup, RowReader
+from mmpack.data.row_keys import UnreadFields
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.plan import padded_utilization, plan_packs
 from mmpack.types import EncodedSample, ImageRef, Sample
@@ -37,6 +38,9 @@ class CheckedRow:
     encoded: list[EncodedSample] = field(default_factory=list)
     bad: BadRow | None = None
     digest: bytes | None = None  # of its content; None: unknown
+    unread: UnreadFields | None = (
+        None  # fields that are not read, counted over all rows of its file
+    )
 
 
 def check_rows(groups: Iterable[RowGroup], reader: Reader) -> Iterator[CheckedRow]:
@@ -61,6 +65,7 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     fields = [key for key, value in row.content.items() if value or value == 0] if is_object else []
     group = name if isinstance(name, str) else row.source
     checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
+    checked.unread = reader.unread
     if row.error is None:
         checked.digest = _digest(row.content)
     try:
@@ -135,6 +140,7 @@ class Summary:
         self.num_again = 0
         self.again: tuple[str, str] | None = None
         self.twice: list[tuple[str, str]] = []
+        self._unread: dict[int, tuple[str, UnreadFields]] = {}  # by the counter's id: one per file
         self._seen: dict[bytes, int] = {}  # digest of a row -> file number << 40 | row number
         self._files: dict[str, int] = {}
         self._hash_files = hash_files
@@ -148,6 +154,8 @@ class Summary:
             return
         self.num_rows += 1
         self._add_digest(checked)
+        if checked.unread is not None:
+            self._unread.setdefault(id(checked.unread), (checked.source, checked.unread))
         self.fields.update(checked.fields)
         group = self.groups[checked.group]
         group["rows"] += 1
@@ -218,6 +226,11 @@ class Summary:
         self.image_uses[image.path] += 1
 
     @property
+    def unread(self) -> list[tuple[str, UnreadFields]]:
+        """For each file that has them: its fields that are not read, and the number of rows with each."""
+        return [(source, fields) for source, fields in self._unread.values() if fields]
+
+    @property
     def num_usable(self) -> int:
         refused: int = sum(group["refused"] for group in self.groups.values())
         return self.num_rows - refused
@@ -265,6 +278,7 @@ class Summary:
             "rows_again": self.num_again,
             "files_twice": len(self.twice),
             "fields": dict(self.fields),
+            "unread": [{"file": source, "fields": dict(fields)} for source, fields in self.unread],
             "turns_by_role": dict(self.roles),
             "rows_by_images": {str(n): count for n, count in sorted(self.images_per_row.items())},
         }

@@ -25,6 +25,7 @@ from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
+from mmpack.data.row_keys import UnreadByFile, unread_line
 from mmpack.errors import BadRow, Skip
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
@@ -66,6 +67,7 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
         part=part,
     )
 
+    unread = UnreadByFile()
     found = _look(out, about, options.overwrite)
     if not found.is_done:
         with turn(out) as mine:
@@ -88,14 +90,14 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
                         if (out / "bad_rows.jsonl").exists():
                             shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
                     else:
-                        store = _encode(partial, groups, encoder, about, options)
+                        store = _encode(partial, groups, encoder, about, options, unread)
                     if part is None:
                         write_plan(partial, store, options.planning, config)
     reused = found.store is not None
     if part is None:
-        report_packs(out, options, reused, start)
+        report_packs(out, options, reused, start, unread)
     else:
-        _report_part(out, options, reused, start)
+        _report_part(out, options, reused, start, unread)
 
 
 def _recorded(tokenizer: str) -> str:
@@ -180,6 +182,7 @@ def _encode(
     encoder: Encoder,
     about: About,
     options: PackOptions,
+    unread: UnreadByFile,
 ) -> EncodedStore:
     """Read and encode the rows, or one part of them, into a store."""
     bad_rows: list[BadRow] = []
@@ -187,7 +190,7 @@ def _encode(
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about = replace(about, files={str(file): _stamp(file) for file in files})
-    batches = _batches(groups, encoder, about.part, options.jobs)
+    batches = _batches(groups, encoder, about.part, options.jobs, unread)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
@@ -221,8 +224,14 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
     _write_lines(folder / "overflow.jsonl", overflow)
 
 
-def report_packs(out: Path, options: PictureOptions, reused: bool, start: float) -> None:
-    """Print a summary of the packs at `out`."""
+def report_packs(
+    out: Path,
+    options: PictureOptions,
+    reused: bool,
+    start: float,
+    unread: UnreadByFile | None = None,
+) -> None:
+    """Print a summary of the packs at `out`, and the fields that were not read while they were encoded."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
@@ -239,6 +248,7 @@ def report_packs(out: Path, options: PictureOptions, reused: bool, start: float)
         "utilization": round(plan.utilization, 6),
         "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
+        "unread": unread or {},
         **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -262,6 +272,8 @@ def report_packs(out: Path, options: PictureOptions, reused: bool, start: float)
     if report.get("split"):
         cut = report["pieces"] - len(store) + report["split"]
         say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
+    for source, named in (unread or {}).items():
+        say(unread_line(source, named))
     if num_bad:
         say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if plan.num_dropped or plan.num_truncated:
@@ -272,18 +284,23 @@ def report_packs(out: Path, options: PictureOptions, reused: bool, start: float)
     say(f"written to {out}")
 
 
-def _report_part(out: Path, options: PackOptions, reused: bool, start: float) -> None:
+def _report_part(
+    out: Path, options: PackOptions, reused: bool, start: float, unread: UnreadByFile
+) -> None:
     num_bad = _count_lines(out / "bad_rows.jsonl")
     report = {
         "part": options.shard,
         "rows": len(open_store(out)) + num_bad,
         "bad_rows": num_bad,
         "reused": reused,
+        "unread": unread,
         "seconds": round(time.perf_counter() - start, 3),
     }
     if options.json:
         print(json.dumps(report))
         return
+    for source, named in unread.items():
+        say(unread_line(source, named))
     say(
         f"part {options.shard}: {report['rows']:,} rows, {num_bad:,} of them bad, in "
         f"{report['seconds']:.1f} s; mmpack merge joins all parts"
@@ -316,13 +333,18 @@ def cut_long(samples: Any, vision: VisionSpec, planning: Planning) -> tuple[Any,
 
 
 def _batches(
-    groups: list[RowGroup], encoder: Encoder, part: Part | None, jobs: int | None
+    groups: list[RowGroup],
+    encoder: Encoder,
+    part: Part | None,
+    jobs: int | None,
+    unread: UnreadByFile,
 ) -> Iterator[Batch]:
-    """Yield a store's batches, show progress, and record the chunks of a part."""
+    """Yield a store's batches, show progress, and record the chunks of a part and fields that are not read."""
     number, of = (1, 1) if part is None else (part.number, part.of)
     with row_progress("encoding", groups, parts=of) as (groups, bar):
         for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):
             bar.update(indexed.num_rows)
+            unread.add(indexed.source, indexed.unread)
             if part is not None:
                 num_bad, has_samples = len(indexed.bad_rows), indexed.batch is not None
                 part.chunks.append((indexed.num_rows, num_bad, has_samples))

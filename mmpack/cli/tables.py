@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mmpack.cli.check import Summary
 from mmpack.cli.terminal import one_line
+from mmpack.data.row_keys import unread_line
 from mmpack.packing.pack_stats import (
     busiest,
     cost_floor,
@@ -44,6 +45,7 @@ def check_table(summary: Summary) -> str:
         row, earlier = summary.again
         rows = "row equals" if summary.num_again == 1 else "rows equal"
         lines.append(f"{summary.num_again:,} {rows} an earlier one ({row} equals {earlier})")
+    lines += [unread_line(source, fields) for source, fields in summary.unread]
     if not summary.num_usable:
         return "\n".join(lines)
 

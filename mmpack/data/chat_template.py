@@ -108,6 +108,7 @@ class Template:
         shape = tuple(
             (
                 message.role,
+                message.loss,
                 *map(_kind, message.content),
             )
             for message in messages
@@ -164,33 +165,37 @@ class Template:
 
         answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
         supervised = answers[-1:] if self._mask_history else answers
+        supervised = [n for n in supervised if messages[n].loss == "default"]
         message_of = iter([n for n, message in enumerate(messages) for _ in message.content])
         parts_left = [len(message.content) for message in messages]
         layout: list[Fixed | Slot | Clip] = []
-        answer_ends = False
+        message, ends = 0, False
         for item, part in zip(items, held):
-            is_answer = False
+            is_answer = is_silent = False
             if part is not None:
                 message = next(message_of)
                 parts_left[message] -= 1
                 is_answer = message in supervised and isinstance(item, _Piece)
-                answer_ends = message in supervised and parts_left[message] == 0
-            elif answer_ends and not isinstance(item, _Piece) and item not in self._vision_ids:
-                is_answer, answer_ends = True, False
-            layout.append(self._item(item, is_answer))
+                is_silent = messages[message].loss == "none"
+                ends = parts_left[message] == 0
+            elif ends and not isinstance(item, _Piece) and item not in self._vision_ids:
+                is_answer, ends = message in supervised, False
+                is_silent = messages[message].loss == "none"
+            layout.append(self._item(item, is_answer, self._train_on_prompt and not is_silent))
         return tuple(layout)
 
-    def _item(self, item: _Piece | int, is_answer: bool) -> Fixed | Slot | Clip:
+    def _item(self, item: _Piece | int, is_answer: bool, with_prompt: bool) -> Fixed | Slot | Clip:
+        """The layout of an item, supervised if it is part of an answer or `with_prompt`."""
         if isinstance(item, int):
             if self._media_of.get(item) == "video" and self._vision.video_spec.has_timestamps:
                 return Clip(self._special_tokens[item])
-            is_answer |= self._train_on_prompt and item not in self._vision_ids
+            is_answer |= with_prompt and item not in self._vision_ids
             return Fixed(self._special_tokens[item], (item,), (item if is_answer else IGNORE,))
         if item.slot is None:
             (ids,) = map(tuple, self.tokenize([item.before]))
-            return Fixed(item.before, ids, ids if self._train_on_prompt else (IGNORE,) * len(ids))
-        if not is_answer or self._train_on_prompt:
-            return Slot(item.before, item.after, self._train_on_prompt)
+            return Fixed(item.before, ids, ids if with_prompt else (IGNORE,) * len(ids))
+        if not is_answer or with_prompt:
+            return Slot(item.before, item.after, with_prompt)
         (before_ids,) = map(tuple, self.tokenize([item.before]))
         return Slot(item.before, item.after, True, before_ids, ends_early=bool(item.after))
 

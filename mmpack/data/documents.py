@@ -11,22 +11,40 @@ from typing import Any
 from mmpack.data.content_parts import MARKERS, Part, parts_of
 from mmpack.data.conversations import chat_turns
 from mmpack.data.row_fields import Fields
+from mmpack.data.row_keys import LOSS_KEYS, part_keys
 from mmpack.errors import RowError, names
 
 
-def document_of(row: dict[str, Any], fields: Fields | None) -> list[Part]:
-    """The parts of a row's document; `fields` is None without a mapping.
+def document_of(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> list[Part]:
+    """The parts of a row's document; `fields` is None without a mapping. Keys of turns and parts that are not read
+    are added to `unread`.
 
     Raises:
         RowError: the row has no document, an empty one, one with a video, or other text beside it.
     """
-    is_chat = fields is not None and fields.formatting != "alpaca"
-    if fields is None:
-        is_chat = row.get("text") is None and ("conversations" in row or "messages" in row)
-    parts = [_unless_video(p) for p in (_spoken if is_chat else _written)(row, fields)]
+    spoken_or_written = _spoken if _is_chat(row, fields) else _written
+    parts = [_unless_video(p) for p in spoken_or_written(row, fields, unread)]
     if not any(not isinstance(part, str) or part.strip() for part in parts):
         raise RowError("the document is empty", "drop the row")
     return parts
+
+
+def document_columns(row: dict[str, Any], fields: Fields | None) -> frozenset[str]:
+    """The columns of a row that `document_of` reads, and those of its images."""
+    text = "prompt" if fields and fields.formatting == "alpaca" else "messages"
+    if fields is not None:
+        images = fields.columns["images"]
+        beside = {images, "image"} if images == "images" else {images}
+        return frozenset((fields.columns[text], *beside))
+    columns = ("conversations", "messages") if _is_chat(row, None) else ("text",)
+    used = next((column for column in columns if row.get(column) is not None), columns[0])
+    return frozenset((used, "images", "image"))
+
+
+def _is_chat(row: dict[str, Any], fields: Fields | None) -> bool:
+    if fields is not None:
+        return fields.formatting != "alpaca"
+    return row.get("text") is None and ("conversations" in row or "messages" in row)
 
 
 def _unless_video(part: Part) -> Part:
@@ -38,7 +56,7 @@ def _unless_video(part: Part) -> Part:
     return MARKERS["video"]
 
 
-def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:
+def _written(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> list[Part]:
     column = "text"
     if fields is not None:
         column = fields.columns["prompt"]
@@ -54,15 +72,21 @@ def _written(row: dict[str, Any], fields: Fields | None) -> list[Part]:
             f"no field {column!r}; the row has {names(row)}",
             "rename the field, or map it as the prompt in a dataset_info.json",
         )
+    part_keys(row[column], "the document", unread)
     return parts_of(row[column], "the document")
 
 
-def _spoken(row: dict[str, Any], fields: Fields | None) -> list[Part]:
-    turns = [turn for turn in chat_turns(row, fields) if any(turn.parts)]
+def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> list[Part]:
+    turns = [turn for turn in chat_turns(row, fields, unread) if any(turn.parts)]
     if [turn.role for turn in turns] not in ([], ["assistant"]):
         roles = " ".join(turn.role for turn in turns)
         raise RowError(
             f"{len(turns)} turns have content (roles: {roles:.80}), only the assistant's may",
             "for conversations use --stage sft (stage='sft')",
+        )
+    if turns and turns[0].loss != "default":
+        marks = " or ".join(sorted(LOSS_KEYS))
+        raise RowError(
+            f"the document's turn is marked as one without loss ({marks})", "drop the row"
         )
     return turns[0].parts if turns else []

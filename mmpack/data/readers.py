@@ -21,11 +21,19 @@ from mmpack.data import images, videos
 from mmpack.data.content_parts import MARKERS, MediaPart
 from mmpack.data.conversations import Turn, turns_of
 from mmpack.data.dataset_info import DataFile, Mapping, folders_of, named_files
-from mmpack.data.documents import document_of
+from mmpack.data.documents import document_columns, document_of
 from mmpack.data.file_formats import Row, memory_rows, read_rows
 from mmpack.data.media_keys import entry_of, with_options
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
+from mmpack.data.row_keys import (
+    ROW_KEYS,
+    UnreadFields,
+    is_absent,
+    refuse_pictures,
+    unread_keys,
+    unread_line,
+)
 from mmpack.data.row_values import structured
 from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
 from mmpack.types import Media, Message, Sample
@@ -42,6 +50,11 @@ class RowGroup(NamedTuple):
     folders: MediaFolders
     file: Path | None = None  # None: rows in memory
 
+    @property
+    def name(self) -> str:
+        """The file's name, as in errors."""
+        return "rows" if self.file is None else self.file.name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -54,8 +67,9 @@ class Reader:
         mapping: names of fields: an entry of LLaMA-Factory's `dataset_info.json`
             (`{"formatting": ..., "columns": {...}, "tags": {...}}`), or names of entries, if the data is the
             folder with that file. By default the entry for the data file in a `dataset_info.json` beside it, else
-            detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`, or
-            `instruction`/`input`/`output`.
+            detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`,
+            `instruction`/`input`/`output`, `prompt`/`completion`, `query`/`response`, or `texts` of
+            `user`/`assistant`.
         media_dir: folders that images and videos may be in; a relative path must be in one of them only. Default:
             the data file's folder, or the folder of the `dataset_info.json` with its entry (rows in memory: the
             current folder). An entry's own `media_dir` comes before them. The value "data:" allows data URIs.
@@ -103,7 +117,7 @@ class Reader:
 
         Yields:
             One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message
-            with the role "document".
+            with the role "document". Fields that are not read are named in the log, once per file.
 
         Raises:
             ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot
@@ -134,8 +148,11 @@ class Reader:
             fields = _fields(file.entry, file.path.name)
             yield RowGroup(read_rows(file.path), fields, folders_of(file, folders), file.path)
 
-    def read_groups(self, groups: Iterable[RowGroup]) -> Iterator[Sample]:
-        """Like `read`, for callers that need the groups, too."""
+    def read_groups(
+        self, groups: Iterable[RowGroup], told: set[str] | None = None
+    ) -> Iterator[Sample]:
+        """Like `read`, for callers that need the groups, too. Fields of a file that are not read are named in the
+        log at its end, except those in `told`, to which they are added."""
         on_error = counting(self.on_error)
         for group in groups:
             reader = RowReader(self, group)
@@ -149,10 +166,26 @@ class Reader:
                     refuse(bad, on_error)
                     continue
                 yield from samples
+            log_unread(group.name, reader.unread, told)
+
+
+def log_unread(source: str, unread: dict[str, int], told: set[str] | None = None) -> None:
+    """Name fields that are not read in the log, except those in `told`, to which they are added."""
+    if told is not None and unread.keys() <= told:
+        return
+    new = {field: rows for field, rows in unread.items() if field not in (told or ())}
+    if new:
+        _log.warning("%s", unread_line(source, new))
+    if told is not None:
+        told.update(new)
 
 
 class RowReader:
-    """Turns the rows of one file into samples; holds their fields, media folders and options."""
+    """Turns the rows of one file into samples; holds their fields, media folders and options.
+
+    Attributes:
+        unread: number of rows with each field that is not read, so far.
+    """
 
     def __init__(self, reader: Reader, group: RowGroup) -> None:
         self._fields = group.fields
@@ -163,6 +196,7 @@ class RowReader:
         self._prepends = reader.missing_marker == "prepend"
         self._decode = reader.verify == "decode"
         self._are_documents = reader.stage == "pretrain"
+        self.unread = UnreadFields()
         self._file = lru_cache(maxsize=1 << 16)(self._locate)  # rows can share images
 
     def samples(self, row: Row) -> list[Sample]:
@@ -179,21 +213,17 @@ class RowReader:
     def _sample(self, content: Any, row: Row) -> Sample:
         if not isinstance(content, dict):
             raise RowError(f"a row must be an object, got {type(content).__name__}", "fix the row")
-        if self._are_documents:
-            columns = self._fields.columns if self._fields else {}
-            unread: tuple[str, ...] = ("videos", "audios", "video", "audio")
-        else:
-            fields = self._fields or detect_fields(content)
-            columns = fields.columns
-            unread = ("audios", "audio")
-        for media in unread:
-            if content.get(columns.get(media, media)):
+        fields, columns, read = self._columns(content)
+        for media in ("videos", "video", "audios", "audio")[0 if self._are_documents else 2 :]:
+            if not is_absent(content.get(columns.get(media, media))):
                 advice = (
                     "remove it; documents can only have images"
                     if self._are_documents
                     else "remove it; conversations can only have images and videos"
                 )
                 raise RowError(f"the row has {media!r}", advice)
+        keys = unread_keys(content, read, ROW_KEYS, "the row")
+        self.unread.count(map(str, keys))
         for column in {name for name in self._unnamed if content.get(columns[name])}:
             self._unnamed.discard(column)
             _log.warning(
@@ -202,13 +232,34 @@ class RowReader:
                 columns[column],
                 row.number,
             )
-        if self._are_documents:
-            turns = [Turn("document", document_of(content, self._fields))]
+        unread = set[str]()
+        if fields is None or self._are_documents:
+            turns = [Turn("document", document_of(content, fields, unread))]
         else:
-            turns = turns_of(content, fields)
+            turns = turns_of(content, fields, unread)
+        self.unread.count(unread)
         values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
+        if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
+            refuse_pictures(content, keys, "the row")
+        if fields is not None and fields.formatting == "pairs":
+            _prepend(turns, values)
         messages = self.place_media(turns, values)
         return Sample(messages=messages, source=row.source, row=row.number)
+
+    def _columns(
+        self, content: dict[str, Any]
+    ) -> tuple[Fields | None, dict[str, str], frozenset[str]]:
+        """(names of the row's fields, its columns, those that are read); documents may have no fields."""
+        fields = self._fields
+        if self._are_documents:
+            return fields, fields.columns if fields else {}, document_columns(content, fields)
+        if fields is None:
+            try:
+                fields = detect_fields(content)
+            except RowError:
+                unread_keys(content, frozenset(), ROW_KEYS, "the row")  # a better reason, if any
+                raise
+        return fields, fields.columns, fields.read
 
     def place_media(self, turns: list[Turn], values: dict[str, list[Any]]) -> tuple[Message, ...]:
         """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind.
@@ -217,18 +268,11 @@ class RowReader:
             RowError: the number of markers differs from the number of images or videos, or one of them is
                 unusable.
         """
+        if self._prepends:
+            _prepend(turns, values)
+        parts = _media_parts(turns)
         for kind, listed in values.items():
-            pictures = [
-                part
-                for turn in turns
-                for part in turn.parts
-                if isinstance(part, MediaPart) and part.kind == kind
-            ]
-            markers = sum(picture.value is None for picture in pictures)
-            if listed and not pictures and self._prepends:
-                first = next(turn.parts for turn in turns if turn.role != "system")
-                first[:0] = [MediaPart(kind=kind)] * len(listed)
-                markers = len(listed)
+            markers = sum(part.kind == kind and not _is_given(part) for part in parts)
             if markers != len(listed):
                 raise RowError(
                     f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
@@ -258,7 +302,9 @@ class RowReader:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
             messages.append(
-                Message(turn.role, tuple(part for part in content if part != "") or ("",))
+                Message(
+                    turn.role, tuple(part for part in content if part != "") or ("",), turn.loss
+                )
             )
         return tuple(messages)
 
@@ -269,18 +315,51 @@ class RowReader:
         return replace(image, size=images.probe(image, decode=self._decode))
 
 
+def _media_parts(turns: Iterable[Turn]) -> list[MediaPart]:
+    return [part for turn in turns for part in turn.parts if isinstance(part, MediaPart)]
+
+
+def _is_given(part: MediaPart) -> bool:
+    """Whether an image or video is in the turn itself, not in the row's list."""
+    return part.value is not None
+
+
+def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
+    """Put markers in front of the first turn for images, and for videos, if the turns have none."""
+    kinds = {part.kind for part in _media_parts(turns)}
+    first = next(turn.parts for turn in turns if turn.role != "system")
+    for kind, listed in values.items():
+        if kind not in kinds:
+            first[:0] = [MediaPart(kind=kind)] * len(listed)
+
+
 def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> list[Any]:
     """The row's images or videos as a list, in whichever form the row has them."""
     column = columns.get(f"{kind}s", f"{kind}s")
-    value = structured(row.get(column))
+    values = _as_list(row.get(column), kind)
     if column == f"{kind}s":  # `image` is LLaVA's and Qwen's own name for it
-        other = structured(row.get(kind))
-        if value and other:
+        other = _as_list(row.get(kind), kind)
+        if values and other:
             raise RowError(f"the row has both '{kind}s' and '{kind}'", "keep one of the fields")
-        value = value or other
-    if value is None or (isinstance(value, str) and value == ""):
+        return values or other
+    return values
+
+
+def _as_list(value: Any, kind: str) -> list[Any]:
+    if value is None:
         return []
-    return value if isinstance(value, list) else [value]
+    value = structured(value)
+    if is_absent(value):
+        return []
+    if not isinstance(value, list):
+        return [value]
+    nulls = [place for place, one in enumerate(value) if one is None]
+    if nulls and len(nulls) < len(value):
+        raise RowError(
+            f"{kind} {nulls[0]} of {len(value)} in the row is null",
+            f"remove it and its {MARKERS[kind]}, or give the {kind}",
+        )
+    return [] if nulls else value
 
 
 def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mmpack.data.row_values import short, structured
@@ -39,6 +40,11 @@ _COLUMNS = {
     "videos": "videos",
     "audios": "audios",
 }
+_TEXTS = {  # formatting -> the columns that hold its texts
+    "alpaca": ("prompt", "query", "response", "history"),
+    "completion": ("prompt", "completion"),
+}
+_BESIDE = ("system", "tools", "images", "videos", "audios")
 _ENTRY = ("file_name", "formatting", "columns", "tags", "media_dir", "split")
 _REFUSED = (
     *("ranking", "num_samples", "subset", "split", "folder", "kto_tag", "chosen", "rejected"),
@@ -58,11 +64,24 @@ class Fields:
     kept: tuple[str, ...] = ()
     unnamed: tuple[str, ...] = ()
 
+    @cached_property
+    def read(self) -> frozenset[str]:
+        """The columns that a conversation is made of, with its images and videos."""
+        named = (*_TEXTS.get(self.formatting, ("messages",)), *_BESIDE)
+        columns = {self.columns[name] for name in named if name in self.columns}
+        singular = {kind for kind in ("image", "video") if self.columns[f"{kind}s"] == f"{kind}s"}
+        return frozenset(columns | singular)
+
 
 _SHAREGPT = Fields("sharegpt", _COLUMNS, _SHAREGPT_TAGS)
 _OPENAI = Fields("openai", {**_COLUMNS, "messages": "messages"}, _OPENAI_TAGS)
 _SHAREGPT_MESSAGES = Fields("sharegpt", {**_COLUMNS, "messages": "messages"}, _SHAREGPT_TAGS)
 _ALPACA = Fields("alpaca", _COLUMNS, {})
+_QUERY_COLUMNS = {name: column for name, column in _COLUMNS.items() if name != "query"}
+_QUERY = Fields("alpaca", {**_QUERY_COLUMNS, "prompt": "query", "response": "response"}, {})
+_COMPLETION_COLUMNS = {"prompt": "prompt", "completion": "completion"}
+_COMPLETION = Fields("completion", {**_COLUMNS, **_COMPLETION_COLUMNS}, _OPENAI_TAGS)
+_PAIRS = Fields("pairs", {**_COLUMNS, "messages": "texts"}, {})
 
 
 def mapped_fields(mapping: dict[str, Any]) -> Fields:
@@ -135,9 +154,20 @@ def detect_fields(row: dict[str, Any]) -> Fields:
         return _SHAREGPT_MESSAGES if isinstance(first, dict) and "from" in first else _OPENAI
     if row.get("instruction") is not None:
         return _ALPACA
+    for columns, fields in (
+        (("prompt", "completion"), _COMPLETION),
+        (("query", "response"), _QUERY),
+        (("texts",), _PAIRS),
+    ):
+        if all(row.get(column) is not None for column in columns):
+            return fields
+    advice = "rename the field, or map it in a dataset_info.json"
+    if not row:
+        advice = "a Trainer removes fields from rows unless TrainingArguments has remove_unused_columns=False"
+    elif row.keys() >= {"question", "answer"}:
+        advice = 'map them: {"columns": {"prompt": "question", "response": "answer"}} (mapping), or rename them'
     raise RowError(
-        f"no field 'conversations', 'messages' or 'instruction'; the row has {names(row)}",
-        "rename the field, or map it in a dataset_info.json"
-        if row
-        else "a Trainer removes fields from rows unless TrainingArguments has remove_unused_columns=False",
+        "no field 'conversations', 'messages' or 'instruction', no 'prompt' with 'completion', 'query' with "
+        f"'response' or 'texts'; the row has {names(row)}",
+        advice,
     )

@@ -130,6 +130,7 @@ class PackCollator:
         base = None if model is None else inner_model(model)
         self.tower = TowerSpec() if base is None else tower_of(base)
         self._num_ids = None if base is None else num_ids(base)
+        self._told = set[str]()  # fields of raw rows that are not read, named in the log
         self.encoder = None
         if encoder is not None:
             known = Encoder.of(encoder, None if base is None else base.config)
@@ -186,7 +187,8 @@ class PackCollator:
             samples = [_from_processor(f, n, self.encoder.vision) for n, f in enumerate(features)]
             return [[sample] for sample in samples], self._processed_pixels(features)
         else:
-            groups = [[s] for s in self.encoder.encode(self.encoder.read(features))]
+            read = self.encoder.read_groups(self.encoder.groups(features), self._told)
+            groups = [[s] for s in self.encoder.encode(read)]
         segments, buffer = load_pixels(groups, worker_buffers.empty)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)

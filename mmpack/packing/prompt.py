@@ -15,7 +15,7 @@ import numpy as np
 from mmpack.data.conversations import turns_of
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
-from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.readers import RowGroup, RowReader, log_unread
 from mmpack.data.row_fields import detect_fields
 from mmpack.packing.assemble import assemble
 from mmpack.types import Int64
@@ -58,7 +58,9 @@ def render_prompt(
     """
     encoder = Encoder.of(encoder)
     row = {"messages": list(messages)}
-    turns = turns_of(row, detect_fields(row), is_prompt=True)
+    unread = set[str]()
+    turns = turns_of(row, detect_fields(row), unread, is_prompt=True)
+    log_unread("messages", dict.fromkeys(unread, 1))
     reader = RowReader(encoder, RowGroup((), None, MediaFolders([".", os.sep])))
     messages_in_place = reader.place_media(turns, {"image": list(images), "video": list(videos)})
     pack = assemble([encoder.encode_prompt(messages_in_place)], pixels=False)

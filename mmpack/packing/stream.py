@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
-from mmpack.data.readers import RowReader
+from mmpack.data.readers import RowReader, log_unread
 from mmpack.errors import BadRow, RowError, Skip, counted, counting, refuse
 from mmpack.packing.cost import costs_of
 from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, fit_sample, is_too_long
@@ -257,6 +257,7 @@ class _Shard:
         if self._encoder is not None:
             self._reader = RowReader(self._encoder, stream._group)
             self._on_error = counting(self._encoder.on_error)
+            self._told = set[str]()  # unread fields named in the log
 
     def begin(self, number_of_pass: int, place: dict[str, Any] | None) -> bool:
         """Go to the start of a pass, or to a state in it."""
@@ -373,7 +374,9 @@ class _Shard:
 
     def _samples(self, number: int, row: Any) -> list[Sample]:
         try:
-            return self._reader.samples(Row("the stream", number, row))
+            samples = self._reader.samples(Row("the stream", number, row))
+            log_unread("the stream", self._reader.unread, self._told)
+            return samples
         except RowError as error:
             refuse(BadRow("the stream", number, error.error, error.advice, row), self._on_error)
             return []

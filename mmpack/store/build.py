@@ -27,7 +27,8 @@ from typing import Any
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
-from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.readers import RowGroup, RowReader, log_unread
+from mmpack.data.row_keys import UnreadByFile
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import Batch, as_batch, read_batch, sample_of
@@ -44,6 +45,10 @@ class Indexed:
     num_rows: int
     batch: Batch | None  # the samples; None: no samples
     bad_rows: list[BadRow] = field(default_factory=list)  # sorted by row
+    source: str = ""  # their file
+    unread: dict[str, int] = field(
+        default_factory=dict
+    )  # fields that are not read -> rows with them
 
 
 def index_rows(
@@ -94,14 +99,18 @@ def encoded_rows(
 ) -> list[EncodedSample]:
     """All samples of `index_rows`, in memory; `tell` is given the number of rows of each chunk."""
     samples: list[EncodedSample] = []
+    unread = UnreadByFile()
     for indexed in index_rows(groups, encoder, jobs=jobs):
         tell(indexed.num_rows)
+        unread.add(indexed.source, indexed.unread)
         if indexed.batch is not None:
             batch, contents = read_batch(indexed.batch.rows), indexed.batch.contents
             for row in range(batch.num_rows):
                 sample = sample_of(batch.columns, row, encoder.vision, contents)
                 assert sample is not None  # its checksum is right
                 samples.append(sample)
+    for source, fields in unread.items():
+        log_unread(source, fields)
     return samples
 
 
@@ -142,17 +151,21 @@ class _Work:
         if isinstance(chunk, ValueError):
             raise chunk
         number, rows = chunk
+        reader = self._readers[number]
         bad_rows: list[BadRow] = []
         samples = []
         for row in rows:
             try:
-                samples += self._readers[number].samples(row)
+                samples += reader.samples(row)
             except RowError as error:
                 bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
                 bad_rows.append(bad)
         encoded = [one for _, one in self._encoder.encode_chunk(samples, bad_rows)]
         bad_rows.sort(key=lambda bad: bad.row)
-        return Indexed(len(rows), as_batch(encoded) if encoded else None, bad_rows)
+        unread = dict(reader.unread)
+        reader.unread.clear()
+        batch = as_batch(encoded) if encoded else None
+        return Indexed(len(rows), batch, bad_rows, self._groups[number].name, unread)
 
 
 def _in_order(
