@@ -206,7 +206,7 @@ ADVICE = [  # what a row has, what it is told, what it is advised
     (lambda: row_of({"type": "image", "image": "../outside.png"}), "is outside", "add its folder with --media-dir"),
     (lambda: row_of({"type": "image", "image": "data:image/png;base64,AA"}), "is a data URI", "--allow-data-uri"),
     (lambda: row_of({"type": "image", "base64": "AA"}), "is given as 'base64' in the row", "--allow-data-uri"),
-    (lambda: row_of({"type": "image", "path": "a", "base64": "AA"}), "has both 'path' and 'base64'", "keep one"),
+    (lambda: row_of({"type": "image", "path": "a", "base64": "AA"}), "part of turn 0 has 'path' and 'base64'", "keep one"),
     (lambda: row_of({"type": "image"}, images=[{"file": "a b.png"}]), "an image needs 'path' or 'bytes', got ['file']",
      "rename its keys"),
     (lambda: row_of({"type": "video"}, videos=[{"path": "x.mp4", "start": 1}]), "a video has the unknown key 'start'",

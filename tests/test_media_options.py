@@ -270,11 +270,12 @@ def test_a_prompt_has_the_options_of_its_parts(folder, demo):
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        (row_of({"type": "image", "path": "0.png", "url": "1.png"}), "turn 0: an image has both 'path' and 'url'"),
+        (row_of({"type": "image", "path": "0.png", "url": "1.png"}), "part of turn 0 has 'path' and 'url'; keep one"),
         (row_of({"type": "image", "image": "0.png", "fps": 2}), "an image has 'fps', which only videos have"),
         (row_of({"type": "image", "image": "0.png", "total_pixels": 9}), "an image has 'total_pixels'"),
         (row_of({"type": "image", "image": "0.png", "max_pixels": -1}), "turn 0: 'max_pixels' must be"),
         (row_of({"type": "image_url", "image_url": {"url": "0.png", "detail": "low"}}), "'detail' 'low' of an image"),
+        (row_of({"type": "image"}, images=[{"path": "0.png", "url": "0.png"}]), "an image has both 'path' and 'url'"),
         (row_of({"type": "image"}, images=[{"path": "0.png", "width": 3}]), "an image has the unknown key 'width'"),
         (row_of({"type": "image", "max_pixels": 9}, images=[{"path": "0.png", "min_pixels": 3}]), "in its part and in"),
         (row_of({"type": "image", "max_pixels": 9, "image": {"path": "0.png", "max_pixels": 3}}), "'max_pixels' twice"),

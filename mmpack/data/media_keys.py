@@ -38,7 +38,12 @@ def described(given: Mapping[str, Any], kind: str) -> tuple[Any, MediaOptions | 
     Raises:
         RowError: two keys contradict each other, or a value is out of range; the message names the key.
     """
-    named = {key: given[key] for key in media_keys(kind) if given.get(key) is not None}
+    named = {key: given[key] for key in media_keys(kind) if key in given}
+    named = {
+        key: value
+        for key, value in named.items()
+        if value is not None and not (isinstance(value, float) and value != value)  # NaN: a gap
+    }
     a_kind = "an image" if kind == "image" else "a video"
     sources = [key for key in source_keys(kind) if key in named]
     if len(sources) > 1 and sources != [
