@@ -78,8 +78,8 @@ class VisionSpec:
             raise ValueError(f"resizer must be 'pillow' or 'torch', got {self.resizer!r}")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"min_pixels must be positive and at most max_pixels, got min_pixels="
-                f"{self.min_pixels} and max_pixels={self.max_pixels}"
+                f"min_pixels must be positive and at most max_pixels, got min_pixels={self.min_pixels} and "
+                f"max_pixels={self.max_pixels}; change --min-pixels (min_pixels) or --max-pixels (max_pixels)"
             )
 
     @classmethod

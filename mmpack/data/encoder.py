@@ -110,6 +110,7 @@ class Encoder(Reader):
         config: Any = None,
         *,
         max_pixels: int | None = None,
+        min_pixels: int | None = None,
         resizer: str = "pillow",
         video: Mapping[str, Any] | None = None,
         **options: Any,
@@ -123,19 +124,19 @@ class Encoder(Reader):
             folder: a folder with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on
                 the Hub, `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
             config: the model's config; by default the folder's, if it has one.
-            max_pixels, resizer: override the folder's values in the spec.
+            max_pixels, min_pixels, resizer: override the folder's values in the spec.
             video: `VideoSpec` fields that override the folder's; fields that are None do not.
             options: other attributes.
 
         Raises:
-            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`, or there
-                is no such folder or model.
+            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`, there is no
+                such folder or model, or `min_pixels` is more than `max_pixels`.
         """
         folder = local_path(folder)
         tokenizer, vision = load_processor(folder, config)
-        vision = replace(vision, resizer=resizer)
-        if max_pixels is not None:
-            vision = replace(vision, max_pixels=max_pixels)
+        low = vision.min_pixels if min_pixels is None else min_pixels
+        high = vision.max_pixels if max_pixels is None else max_pixels
+        vision = replace(vision, resizer=resizer, min_pixels=low, max_pixels=high)
         chosen = {name: value for name, value in (video or {}).items() if value is not None}
         if chosen:
             if vision.video is None:
