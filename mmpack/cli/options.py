@@ -87,6 +87,7 @@ class ProcessorOptions:
         "ids",
     )
     max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
+    min_pixels: int | None = option("minimum pixels per image (default: processor's)", None)
     video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)
     video_max_frames: int | None = option("maximum frames per video (default: processor's)", None)
     video_max_pixels: int | None = option(
