@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.media_options import MediaOptions
 from mmpack.vision_spec import VisionSpec
 
 Int32 = NDArray[np.int32]
@@ -55,11 +56,13 @@ class ImageRef:
         path: its file, or if `data` holds the image, a name for errors.
         data: the encoded image (bytes of a JPEG, PNG, ...) or a PIL image; None: read the file.
         size: (height, width) in pixels if known.
+        options: its own pixel limits or size; None: the spec's.
     """
 
     path: str
     data: Any = None
     size: tuple[int, int] | None = None
+    options: MediaOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class VideoRef:
         num_frames: number of frames in the file or the list.
         fps: frames per second of the file or the list, if known.
         size: (height, width) of its frames in pixels, if known.
+        options: its own pixel limits, size and sampling; None: the spec's.
     """
 
     path: str
@@ -81,6 +85,7 @@ class VideoRef:
     num_frames: int = 0
     fps: float | None = None
     size: tuple[int, int] | None = None
+    options: MediaOptions | None = None
 
 
 Media = ImageRef | VideoRef

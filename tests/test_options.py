@@ -41,8 +41,8 @@ class Case(NamedTuple):
 # A store cannot be trained on as if its rows were read now.
 PACKED_ALREADY = {
     "stage": "pretrain", "dataset": "a", "allow_data_uri": "", "missing_marker": "refuse", "decode": "",
-    "tokenizer": "tokenizer", "typed_tokens": "ids", "max_pixels": "3136", "video_fps": "2", "video_max_frames": "4",
-    "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
+    "tokenizer": "tokenizer", "typed_tokens": "ids", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
+    "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "resizer": "pillow", "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
     "mask_history": "", "plan_seed": "0",
 }  # fmt: skip
@@ -58,6 +58,7 @@ READING = [
 ]
 PIXELS = [
     ("max_pixels", "rows.json", "--max-pixels 3136"),
+    ("min_pixels", "rows.json", "--min-pixels 300000"),
     ("video_fps", "video.json", "--video-fps 1"),
     ("video_max_frames", "video.json", "--video-max-frames 4"),
     ("video_max_pixels", "video.json", "--video-max-pixels 3136"),
@@ -97,7 +98,7 @@ CASES = [
     ],
     *[
         Case(command, name, base, words, "documents have no videos")
-        for name, _, words in PIXELS[1:]
+        for name, _, words in PIXELS[2:]
         for command, base in (
             ("check", "docs.jsonl --stage pretrain --tokenizer tokenizer"),
             ("pack", pack("docs.jsonl --stage pretrain")),

@@ -174,7 +174,7 @@ def test_families_of_keys_and_their_documents():
     assert refusal(row).startswith("the row has 'chosen', preference data")
     part = {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}
     row = {"messages": [{"role": "user", "content": [part]}]}
-    assert refusal(row).startswith("the image_url part of turn 0 has 'detail'")
+    assert refusal(row).startswith("turn 0: 'detail' 'low' of an image is not supported")
     row["messages"][0]["content"] = [{"type": "image", "image": "a.png", "image_url": "b.png"}]
     assert refusal(row).startswith("the image part of turn 0 has 'image' and 'image_url'; keep one")
 

@@ -262,13 +262,14 @@ class Summary:
         tokens = np.array([length for length, _, _ in self.lengths], dtype=np.int64)
         table = []
         for capacity in CAPACITIES:
-            plan = plan_packs(tokens, capacity, on_overflow="drop")
+            fitting = tokens[tokens <= capacity]
+            plan = plan_packs(fitting, capacity)
             table.append(
                 {
                     "capacity": capacity,
                     "packs": plan.num_packs,
                     "utilization": round(plan.utilization, 4),
-                    "too_long": plan.num_dropped,
+                    "too_long": len(tokens) - len(fitting),
                 }
             )
         return table

@@ -119,6 +119,7 @@ def _encoder(
         options.tokenizer,
         None if model is None else load_config(local_path(model)),
         max_pixels=options.max_pixels,
+        min_pixels=options.min_pixels,
         video={
             "fps": options.video_fps,
             "max_frames": options.video_max_frames,

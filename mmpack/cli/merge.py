@@ -18,6 +18,7 @@ from mmpack.cli.options import MergeOptions
 from mmpack.cli.pack import build, report_packs, write_plan
 from mmpack.errors import BadRow, Skip
 from mmpack.regular_files import open_regular
+from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import turn
 from mmpack.store.build import different
 from mmpack.store.encoded_store import EncodedStore, open_store, write_batches
@@ -114,7 +115,7 @@ def _part(store: EncodedStore) -> Part:
     return store.about.part
 
 
-def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
+def _joined(parts: Sequence[EncodedStore]) -> Iterator[Batch]:
     """The batches of all parts, one chunk from each in turn."""
     for store in parts:
         store.verify()

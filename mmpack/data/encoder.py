@@ -29,7 +29,7 @@ from mmpack.data.readers import Reader
 from mmpack.data.rendering import texts_of
 from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Message, Sample
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Message, Sample
 from mmpack.vision_spec import VisionSpec
 
 
@@ -116,6 +116,7 @@ class Encoder(Reader):
         config: Any = None,
         *,
         max_pixels: int | None = None,
+        min_pixels: int | None = None,
         resizer: str = "pillow",
         video: Mapping[str, Any] | None = None,
         **options: Any,
@@ -129,19 +130,19 @@ class Encoder(Reader):
             folder: a folder with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on
                 the Hub, `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
             config: the model's config; by default the folder's, if it has one.
-            max_pixels, resizer: override the folder's values in the spec.
+            max_pixels, min_pixels, resizer: override the folder's values in the spec.
             video: `VideoSpec` fields that override the folder's; fields that are None do not.
             options: other attributes.
 
         Raises:
-            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`, or there
-                is no such folder or model.
+            ValueError: the folder lacks a tokenizer, a chat template or `preprocessor_config.json`, there is no
+                such folder or model, or `min_pixels` is more than `max_pixels`.
         """
         folder = local_path(folder)
         tokenizer, vision = load_processor(folder, config)
-        vision = replace(vision, resizer=resizer)
-        if max_pixels is not None:
-            vision = replace(vision, max_pixels=max_pixels)
+        low = vision.min_pixels if min_pixels is None else min_pixels
+        high = vision.max_pixels if max_pixels is None else max_pixels
+        vision = replace(vision, resizer=resizer, min_pixels=low, max_pixels=high)
         chosen = {name: value for name, value in (video or {}).items() if value is not None}
         if chosen:
             if vision.video is None:
@@ -277,21 +278,25 @@ class Encoder(Reader):
         placed = _Vision([], [], [])
         for ref in sample.media:
             if isinstance(ref, ImageRef):
-                placed.grids.append(spec.image_grid(*(ref.size or images.probe(ref))))
+                size = ref.size or images.probe(ref)
+                placed.grids.append(_named(ref, spec.image_grid, *size, ref.options))
                 placed.steps.append(1.0)
                 continue
             video = videos.probe(ref) if ref.size is None else ref
             assert video.size is not None
-            index, fps = videos.sampled(video, spec)
-            patches, height, width = spec.video_grid(len(index), *video.size)
+            frames = videos.sampled(video, spec)
+            sizes = (len(frames.index), *video.size, video.options)
+            patches, height, width = _named(video, spec.video_grid, *sizes)
             if spec.video_spec.has_timestamps:
                 placed.grids.extend([(1, height, width)] * patches)
                 placed.steps.extend([1.0] * patches)
-                times = spec.video_spec.timestamps(index, fps, spec.temporal_patch_size)
+                times = spec.video_spec.timestamps(
+                    frames.index, frames.fps, spec.temporal_patch_size
+                )
                 placed.timestamps.append(times)
             else:
                 placed.grids.append((patches, height, width))
-                placed.steps.append(spec.temporal_step(index, video.num_frames, fps))
+                placed.steps.append(spec.temporal_step(frames))
         return placed
 
     def _finish(
@@ -339,6 +344,15 @@ class Encoder(Reader):
             if set(media.steps) - {1}
             else None,
         )
+
+
+def _named(ref: Media, grid_of: Callable[..., tuple[int, int, int]], *sizes: Any) -> Any:
+    """The grid of an image or a video, whose name an error gets."""
+    try:
+        return grid_of(*sizes)
+    except RowError as error:
+        kind = "image" if isinstance(ref, ImageRef) else "video"
+        raise RowError(f"{kind} {ref.path}: {error.error}", error.advice) from None
 
 
 def _report(sample: Sample, error: ValueError, on_error: OnError) -> None:

@@ -23,6 +23,7 @@ from mmpack.data.conversations import Turn, turns_of
 from mmpack.data.dataset_info import DataFile, Mapping, folders_of, named_files
 from mmpack.data.documents import document_columns, document_of
 from mmpack.data.file_formats import Row, memory_rows, read_rows
+from mmpack.data.media_keys import entry_of, with_options
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
 from mmpack.data.row_keys import (
@@ -285,10 +286,18 @@ class RowReader:
             content: list[str | Media] = []
             for part in turn.parts:
                 if isinstance(part, MediaPart):
-                    value = next(remaining[part.kind]) if part.value is None else part.value
+                    value, options = part.value, part.options
+                    if value is None:
+                        value, own = entry_of(next(remaining[part.kind]), part.kind)
+                        if own is not None and options is not None:
+                            raise RowError(
+                                f"{part.kind} {value!a:.80} has options in its part and in its list",
+                                "keep one",
+                            )
+                        options = options or own
                     is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
                     locate = self._file if is_path else self._locate
-                    content.append(locate(value, part.kind))
+                    content.append(with_options(locate(value, part.kind), options))
                 elif content and isinstance(content[-1], str):
                     content[-1] += part
                 else:
@@ -354,8 +363,13 @@ def _as_list(value: Any, kind: str) -> list[Any]:
 
 def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:
     text = "".join(part for turn in turns for part in turn.parts if isinstance(part, str))
-    short = "img" if kind == "image" else kind
+    short, a_kind = ("img", "an image") if kind == "image" else (kind, "a video")
     spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
+    if markers < num_values and MARKERS[kind] in text:  # in a string it would be a marker
+        return (
+            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind} is a part of its own: "
+            f'{{"type": "{kind}"}}'
+        )
     if markers == 0 and any(near in text.lower() for near in spellings):
         return f"write markers as {MARKERS[kind]}"
     if markers < num_values:

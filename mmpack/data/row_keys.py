@@ -7,7 +7,7 @@ A key that is present but null or empty is absent (Arrow adds such keys). Of the
   `Meaning.neutral` asks for nothing, and passes. Code that begins to honour a key removes its line here;
 - unknown: the row is used, and the key is counted and named once per file (`unread_line`).
 
-Media keys of image and video parts are in `_MEDIA`, and those that are read in `READ_PART_KEYS`.
+Keys of image and video parts are in `mmpack.data.media_keys`; it also refuses those that do not apply.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from mmpack.data.media_keys import RATE_KEYS, media_keys
 from mmpack.data.row_values import short
 from mmpack.errors import RowError, counted
+from mmpack.media_options import VIDEO_KEYS
 
 # Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
@@ -81,14 +83,7 @@ _MEDIA_OF_TURN = Meaning(
     "images and videos of a turn",
     "move them to the row's 'images' or 'videos'",
 )
-_MEDIA = {
-    key: Meaning("qwen-vl-utils", "the size or sampling of one image or video", "remove it")
-    for key in (
-        *("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"),
-        *("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end"),
-        *("sample_fps", "raw_fps"),
-    )
-}
+_MEDIA = (*VIDEO_KEYS, *RATE_KEYS)
 _EVERYWHERE = {
     "objects": _BOXES,
     "bbox": _BOXES,
@@ -145,10 +140,7 @@ PAIR_KEYS = {**TURN_KEYS, **dict.fromkeys(LOSS_KEYS, _WEIGHT)}  # of a question 
 PART_KEYS = {
     **_EVERYWHERE,
     **dict.fromkeys(LOSS_KEYS, _WEIGHT),
-    **_MEDIA,
-    "detail": Meaning(
-        "OpenAI", "the size of an image", "remove it, or set --max-pixels", ("auto",)
-    ),
+    **dict.fromkeys((*_MEDIA, "detail"), _ON_PART),
     **dict.fromkeys(
         _CONTENT,
         Meaning(
@@ -158,16 +150,11 @@ PART_KEYS = {
         ),
     ),
 }
-_IMAGE_KEYS = frozenset(("type", "image", "image_url", "value"))
-_VIDEO_KEYS = frozenset(("type", "video", "video_url", "value"))
 READ_PART_KEYS = {
     "text": frozenset(("type", "text", "value")),
-    "image": _IMAGE_KEYS,
-    "image_url": _IMAGE_KEYS,
-    "video": _VIDEO_KEYS,
-    "video_url": _VIDEO_KEYS,
+    **dict.fromkeys(("image", "image_url"), frozenset(("type", *media_keys("image")))),
+    **dict.fromkeys(("video", "video_url"), frozenset(("type", *media_keys("video")))),
 }
-_RATES = frozenset(("fps", "sample_fps"))  # read if the video is a list of frames
 
 
 def is_absent(value: Any) -> bool:
@@ -243,18 +230,13 @@ def part_keys(content: Any, where: str, unread: set[str]) -> None:
         read = READ_PART_KEYS.get(kind) if isinstance(kind, str) else None
         if read is None:
             continue  # parts of other types are refused where they are read
-        url = part.get(kind)  # OpenAI's {"url": ..., "detail": ...}
-        if len(part) <= 2 and part.keys() <= read and not isinstance(url, dict):
+        if len(part) <= 2 and part.keys() <= read:
             continue
-        if isinstance(part.get("video"), list):
-            read |= _RATES
         name = f"the {kind} part of {where}"
         given = [key for key in part if key in read & _CONTENT and not is_absent(part[key])]
         if len(given) > 1:
             raise RowError(f"{name} has {' and '.join(map(repr, given))}", "keep one of them")
         keys = unread_keys(part, read, PART_KEYS, name)
-        if isinstance(url, dict) and "url" in url:
-            keys += unread_keys(url, frozenset(("url",)), PART_KEYS, name)
         refuse_pictures(part, keys, name)
         unread.update(f"{key} of a part" for key in keys)
 
