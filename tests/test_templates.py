@@ -484,6 +484,19 @@ def test_other_special_tokens_become_ids(encoder_of):
         encoder_of("qwen3_vl", typed_tokens="no")
 
 
+def test_documents_and_typed_tokens(encoder_of, base):
+    """A document has no template, but turn tokens are control tokens in it, too."""
+    encoder = encoder_of("qwen3_vl", stage="pretrain")
+    base.chat_template = None
+    text = "a" + " " * 50_000 + "<|im_start|> \n <|wide|> \n<|dose|>"
+    (sample,) = encoder.encode(encoder.read([{"text": text}]))
+    stays = encoder.tokenizer(
+        "a" + " " * 50_000 + "<|im_start|>", split_special_tokens=True, add_special_tokens=False
+    ).input_ids
+    names = ["<|wide|>", "<|dose|>", "<|endoftext|>"]
+    assert sample.input_ids.tolist() == stays + base.convert_tokens_to_ids(names)
+
+
 def test_a_prompt_with_tools_is_stocks(encoder_of):
     encoder = encoder_of("qwen3_vl")
     messages = [user(), answer(None, CALL), result("one")]
