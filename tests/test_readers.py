@@ -140,6 +140,9 @@ def test_tools_and_calls_are_kept_as_the_row_has_them(tmp_path):
             Message("tool", ("3",)),
             Message("assistant", ("Three.",)),
         )
+    assert read_one(tmp_path, {**openai, "tools": "[]"}).tools == ()
+    (sample,) = Reader().read([{**openai, "tools": float("nan")}])  # CSV by pandas
+    assert sample.tools == ()
     text = {**CALL, "arguments": '{"a":1}'}
     openai["messages"][1] = {"role": "assistant", "content": "", "tool_calls": [text]}
     assert read_one(tmp_path, openai).messages[1] == Message("assistant", ("",), (text,))

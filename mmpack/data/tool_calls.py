@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mmpack.data.row_keys import is_absent
 from mmpack.data.row_values import short, structured, text_of
 from mmpack.errors import RowError
 
@@ -44,7 +45,7 @@ def tools_of(tools: Any) -> tuple[dict[str, Any], ...]:
     Raises:
         RowError: they are not objects, or have a value that JSON cannot express.
     """
-    tools = structured(tools) or []
+    tools = [] if is_absent(tools) else structured(tools)
     tools = tools if isinstance(tools, list) else [tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"'tools' must be a list of objects, got {short(tools)}", "fix the row")
