@@ -22,7 +22,8 @@ TWO_ANSWERS = {
         {"role": "assistant", "content": "A good answer."},
     ]
 }
-NO_MEANING = [None, "", [], {}, float("nan")]  # Arrow and pandas add such keys
+# Arrow and pandas add such keys.
+NO_MEANING = [None, "", [], {}, [None], {"ref": None, "bbox": []}, float("nan")]
 
 
 def with_turn(number, **keys):

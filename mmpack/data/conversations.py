@@ -16,7 +16,6 @@ from mmpack.data.row_fields import Fields, detect_fields
 from mmpack.data.row_keys import (
     LOSS_KEYS,
     PAIR_KEYS,
-    is_absent,
     loss_of,
     part_keys,
     refuse_placeholders,
@@ -54,16 +53,15 @@ def turns_of(
             something that is not supported.
     """
     columns = fields.columns
-    shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
-    turns = shapes.get(fields.formatting, _chat_turns)(row, fields, unread)
+    turns = _SHAPES.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if not is_absent(system):
+    if system:
         if turns[0].role == "system":  # a system turn takes precedence over the column
             unread.add(columns["system"])
         else:
             turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
     tools = row.get(columns["tools"])
-    if not is_absent(tools):
+    if tools:
         if turns[0].role != "system":
             turns.insert(0, Turn("system", [DEFAULT_SYSTEM]))
         turns[0].parts.append(tools_text(tools))
@@ -236,3 +234,6 @@ def _check_order(roles: Sequence[str], last: str) -> None:
             f"the last turn must be the {last}'s (roles: {' '.join(roles)[-80:]})",
             "remove the turns after it",
         )
+
+
+_SHAPES = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}

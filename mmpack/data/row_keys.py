@@ -7,7 +7,8 @@ A key that is present but null or empty is absent (Arrow adds such keys). Of the
   `Meaning.neutral` asks for nothing, and passes. Code that begins to honour a key removes its line here;
 - unknown: the row is used, and the key is counted and named once per file (`unread_line`).
 
-Media keys of image and video parts are in `_MEDIA`, and those that are read in `READ_PART_KEYS`.
+Sizes and sampling (`_MEDIA_KEYS`) belong on image and video parts. To honour one there, add it to the set of its type
+in `READ_PART_KEYS`; elsewhere it stays refused.
 """
 
 from __future__ import annotations
@@ -81,14 +82,12 @@ _MEDIA_OF_TURN = Meaning(
     "images and videos of a turn",
     "move them to the row's 'images' or 'videos'",
 )
-_MEDIA = {
-    key: Meaning("qwen-vl-utils", "the size or sampling of one image or video", "remove it")
-    for key in (
-        *("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"),
-        *("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end"),
-        *("sample_fps", "raw_fps"),
-    )
-}
+_MEDIA_KEYS = (
+    *("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"),
+    *("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end"),
+    *("sample_fps", "raw_fps"),
+)
+_OF_PART = _ON_PART._replace(advice="remove it; it has no meaning for this part")
 _EVERYWHERE = {
     "objects": _BOXES,
     "bbox": _BOXES,
@@ -119,7 +118,7 @@ _EVERYWHERE = {
 }
 ROW_KEYS = {
     **_EVERYWHERE,
-    **dict.fromkeys(_MEDIA, _ON_PART),
+    **dict.fromkeys(_MEDIA_KEYS, _ON_PART),
     **dict.fromkeys((*LOSS_KEYS, "sample_weight"), _WEIGHT),
     "labels": _LABEL,
     "completions": _PREFERENCE,
@@ -130,7 +129,7 @@ ROW_KEYS = {
 }
 TURN_KEYS = {
     **_EVERYWHERE,
-    **dict.fromkeys(_MEDIA, _ON_PART),
+    **dict.fromkeys(_MEDIA_KEYS, _ON_PART),
     **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA_OF_TURN),
     "train_detail": _FLAG._replace(use="the mark of parts with loss", advice="remove it"),
     "training_detail": _FLAG._replace(use="the mark of parts with loss", advice="remove it"),
@@ -145,7 +144,7 @@ PAIR_KEYS = {**TURN_KEYS, **dict.fromkeys(LOSS_KEYS, _WEIGHT)}  # of a question 
 PART_KEYS = {
     **_EVERYWHERE,
     **dict.fromkeys(LOSS_KEYS, _WEIGHT),
-    **_MEDIA,
+    **dict.fromkeys(_MEDIA_KEYS, _OF_PART),
     "detail": Meaning(
         "OpenAI", "the size of an image", "remove it, or set --max-pixels", ("auto",)
     ),
@@ -171,9 +170,13 @@ _RATES = frozenset(("fps", "sample_fps"))  # read if the video is a list of fram
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value is null, NaN or empty."""
-    if isinstance(value, (str, list, tuple, dict)):
+    """Whether a value is null, NaN or empty, or holds only nulls, as structs and lists of Arrow do."""
+    if isinstance(value, str):
         return not value
+    if isinstance(value, dict):
+        return all(map(is_absent, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(one is None for one in value)
     return value is None or (isinstance(value, float) and value != value)
 
 
