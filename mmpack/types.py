@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.media_options import MediaOptions
 from mmpack.vision_spec import VisionSpec
 
 Int32 = NDArray[np.int32]
@@ -55,11 +56,13 @@ class ImageRef:
         path: its file, or if `data` holds the image, a name for errors.
         data: the encoded image (bytes of a JPEG, PNG, ...) or a PIL image; None: read the file.
         size: (height, width) in pixels if known.
+        options: its own pixel limits or size; None: the spec's.
     """
 
     path: str
     data: Any = None
     size: tuple[int, int] | None = None
+    options: MediaOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class VideoRef:
         num_frames: number of frames in the file or the list.
         fps: frames per second of the file or the list, if known.
         size: (height, width) of its frames in pixels, if known.
+        options: its own pixel limits, size and sampling; None: the spec's.
     """
 
     path: str
@@ -81,6 +85,7 @@ class VideoRef:
     num_frames: int = 0
     fps: float | None = None
     size: tuple[int, int] | None = None
+    options: MediaOptions | None = None
 
 
 Media = ImageRef | VideoRef
@@ -92,15 +97,18 @@ class Message:
     """One turn.
 
     Attributes:
-        role: "system", "user" or "assistant"; "document" for a document's only message.
+        role: "system", "developer", "user", "assistant" or "tool"; "document" for a document's only message.
         content: text, images and videos in reading order. Positions of images are explicit, so `<image>` in a text
-            is literal text.
+            is literal text. Empty only beside `tool_calls`.
+        tool_calls: an assistant's calls as the row has them: `{"function": {"name": ..., "arguments": {...}}}` or
+            `{"name": ..., "arguments": {...}}`; the chat template writes them.
         loss: "default": an answer has a loss, other turns only with `train_on_prompt`. "prompt": none, except with
             `train_on_prompt`, as for an answer inside a prompt. "none": no loss at all (`"loss": false` in a row).
     """
 
     role: str
     content: tuple[str | Media, ...]
+    tool_calls: tuple[dict[str, Any], ...] = ()
     loss: Loss = "default"
 
 
@@ -112,11 +120,13 @@ class Sample:
         messages: its turns, in order; a document has one.
         source: the row's file.
         row: the row's number in the file, from 0.
+        tools: descriptions of functions as the row has them; the chat template writes them.
     """
 
     messages: tuple[Message, ...]
     source: str
     row: int
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def media(self) -> tuple[Media, ...]:

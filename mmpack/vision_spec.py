@@ -15,9 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.errors import RowError
+from mmpack.media_options import MediaOptions
 from mmpack.video_spec import BICUBIC, VideoSpec, check_num_frames, expect
 
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize refuses more
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledFrames:
+    """The frames sampled of a video.
+
+    Attributes:
+        index: (n,) int64 indices in the file or list, ascending.
+        fps: frames per second of the file or list.
+        num_frames: frames that they were sampled from.
+    """
+
+    index: NDArray[np.int64]
+    fps: float
+    num_frames: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +78,8 @@ class VisionSpec:
             raise ValueError(f"resizer must be 'pillow' or 'torch', got {self.resizer!r}")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"min_pixels must be positive and at most max_pixels, got min_pixels="
-                f"{self.min_pixels} and max_pixels={self.max_pixels}"
+                f"min_pixels must be positive and at most max_pixels, got min_pixels={self.min_pixels} and "
+                f"max_pixels={self.max_pixels}; change --min-pixels (min_pixels) or --max-pixels (max_pixels)"
             )
 
     @classmethod
@@ -140,22 +156,43 @@ class VisionSpec:
         factor = self.patch_size * self.merge_size
         return _resized(height, width, factor, self.min_pixels, self.max_pixels)
 
-    def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) in patches of an image of `height` x `width` pixels."""
-        new_height, new_width = self.smart_resize(height, width)
+    def image_grid(
+        self, height: int, width: int, options: MediaOptions | None = None
+    ) -> tuple[int, int, int]:
+        """(t, h, w) in patches of an image of `height` x `width` pixels.
+
+        Raises:
+            ValueError: the aspect ratio is above 200, or the image's own `options` contradict the spec.
+        """
+        if options is None:
+            new_height, new_width = self.smart_resize(height, width)
+        else:
+            factor, limits = self.patch_size * self.merge_size, (self.min_pixels, self.max_pixels)
+            check_aspect_ratio(height, width)
+            new_height, new_width = options.image_size(height, width, factor, limits)
         return 1, new_height // self.patch_size, new_width // self.patch_size
 
-    def video_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    def video_grid(
+        self, num_frames: int, height: int, width: int, options: MediaOptions | None = None
+    ) -> tuple[int, int, int]:
         """(t, h, w) in patches of a video with `num_frames` sampled frames; equal to transformers' video
         processor.
 
         Raises:
-            RowError: the video has fewer frames than a patch or an aspect ratio above 200, or the spec has no
-                `video`.
+            RowError: the video has fewer frames than a patch or an aspect ratio above 200, the spec has no
+                `video`, or the video's own `options` contradict it.
         """
         video, multiple = self.video_spec, self.temporal_patch_size
         check_num_frames(num_frames, multiple)
         factor = self.patch_size * self.merge_size
+        patches = -(-num_frames // multiple)
+        if options is not None and options.has_size:
+            check_aspect_ratio(height, width)
+            limits = None if video.budgets_clip else (video.min_pixels, video.max_pixels)
+            new_height, new_width = options.frame_size(
+                height, width, factor, num_frames, limits, multiple
+            )
+            return patches, new_height // self.patch_size, new_width // self.patch_size
         frames, counted = 1, 1
         if video.budgets_clip:
             frames, counted = num_frames, round(num_frames / multiple) * multiple
@@ -166,7 +203,6 @@ class VisionSpec:
         new_height, new_width = _resized(
             height, width, factor, video.min_pixels, video.max_pixels, frames, counted
         )
-        patches = -(-num_frames // multiple)
         return patches, new_height // self.patch_size, new_width // self.patch_size
 
     @property
@@ -185,27 +221,32 @@ class VisionSpec:
         return self.video
 
     def frame_times(
-        self, num_frames: int, fps: float | None, is_list: bool
-    ) -> tuple[NDArray[np.int64], float]:
-        """(indices of a video's sampled frames, its frames per second). A list of frames is already sampled, at
-        the spec's rate unless `fps` is given.
+        self, num_frames: int, fps: float | None, is_list: bool, options: MediaOptions | None = None
+    ) -> SampledFrames:
+        """The frames sampled of a video. A list of frames is already sampled, at the spec's rate unless `fps` is
+        given.
 
         Raises:
-            RowError: the video has too few frames, or a list has more than `max_frames`.
+            RowError: the video has too few frames, its own `options` cannot be met, or a list has more than
+                `max_frames`.
         """
-        video = self.video_spec
+        video, multiple = self.video_spec, self.temporal_patch_size
         fps = fps or video.fps
+        if not is_list and options is not None and options.has_sampling:
+            check_num_frames(num_frames, multiple)
+            index, found = options.sample(num_frames, fps, video, multiple)
+            return SampledFrames(index, fps, found)
         if not is_list:
-            return video.sample(num_frames, fps, self.temporal_patch_size), fps
-        check_num_frames(num_frames, self.temporal_patch_size)
+            return SampledFrames(video.sample(num_frames, fps, multiple), fps, num_frames)
+        check_num_frames(num_frames, multiple)
         if num_frames > video.max_frames:
             raise RowError(
                 f"a list of {num_frames} frames, at most {video.max_frames} are allowed",
                 "leave frames out, or raise --video-max-frames (max_frames)",
             )
-        return np.arange(num_frames), fps
+        return SampledFrames(np.arange(num_frames), fps, num_frames)
 
-    def temporal_step(self, index: NDArray[np.int64], num_frames: int, fps: float) -> float:
+    def temporal_step(self, frames: SampledFrames) -> float:
         """M-RoPE positions from one temporal patch of a video to the next, a float32.
 
         As in Qwen2.5-VL's processor and `get_rope_index`: tokens per second times `second_per_grid_ts`, a float32
@@ -214,7 +255,7 @@ class VisionSpec:
         per_second = self.video_spec.tokens_per_second
         if per_second is None:
             return 1.0
-        seconds = self.temporal_patch_size / (len(index) / num_frames * fps)
+        seconds = self.temporal_patch_size / (len(frames.index) / frames.num_frames * frames.fps)
         return float(np.float32(per_second) * np.float32(seconds))
 
     def num_features(self, grid_thw: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

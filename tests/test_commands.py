@@ -16,7 +16,8 @@ from mmpack.cli import options
 from mmpack.cli.main import main
 from mmpack.cli.options import command_line
 from mmpack.data import progress
-from mmpack.hf.training import log_line, parse_training_arguments
+from mmpack.hf.training import log_line
+from mmpack.hf.training_options import parse_training_arguments
 from mmpack.store.manifest import Planning
 
 COMMANDS = ["check", "pack", "merge", "inspect", "train", "demo", "env"]
@@ -114,12 +115,18 @@ def broken(works, small_set, tmp_path):
     def train(*options):
         return ["train", "--data", str(small_set / "packed"), *map(str, options)]
 
+    def replaced(command, option, value):
+        """Arguments that work, but for one value."""
+        words = list(works[command])
+        words[words.index(option) + 1] = value
+        return words
+
     return {
         "no data": (["check", nowhere], 1, "no such file"),
         "no folder for --png": ([*works["check"], "--png", nowhere], 1, no_folder),
         "--bad is a folder": ([*works["check"], "--bad", str(tmp_path)], 1, "Is a directory"),
-        "no tokenizer": ([*works["check"], "--tokenizer", nowhere], 1, "no such file or folder"),
-        "--out under a file": ([*works["pack"], "--out", under_file], 1, "cannot write"),
+        "no tokenizer": (replaced("check", "--tokenizer", nowhere), 1, "no such file or folder"),
+        "--out under a file": (replaced("pack", "--out", under_file), 1, "cannot write"),
         "no workers": ([*works["pack"], "--jobs", "0"], 1, "--jobs (jobs) must be positive"),
         "no store": (["inspect", str(tmp_path)], 1, "has no finished store; make one with"),
         "no pack": ([*works["inspect"], "--pack", "99"], 1, "there is no pack 99; packs are 0 to "),
@@ -133,14 +140,14 @@ def broken(works, small_set, tmp_path):
         "no Qwen-VL": (train("--config", tmp_path / "llama"), 1, "model_type 'llama'; supported: "),
         "a prefix": ([*works["train"], "--learning_rat", "1"], 2, "mean --learning_rate?"),
         "a prefix of ours": ([*works["pack"], "--cap", "8"], 2, "unrecognized arguments: --cap 8"),
-        "no capacity": ([*works["pack"], "--capacity", "0"], 1, "--capacity is 0, not an integer"),
+        "no capacity": (replaced("pack", "--capacity", "0"), 1, "--capacity is 0, not an integer"),
         "no seed": ([*works["pack"], "--plan_seed", "-1"], 1, "--plan-seed is -1, not an integer"),
         "no share": ([*works["pack"], "--max-image-share", "nan"], 1, "--max-image-share is nan"),
         "no share of rows": ([*works["pack"], "--max-bad", "nan"], 1, "must be a share from 0 to 1"),
         "split turns": ([*works["pack"], "--on-overflow", "split"], 1, "cannot be split"),
         "typo": ([*works["train"], "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
         "no number": ([*works["train"], "--learning_rate", "x"], 2, "invalid float value: 'x'"),
-        "contradiction": ([*works["train"], "--eval_strategy", "steps"], 1, "eval_dataset"),
+        "no evaluation": ([*works["train"], "--eval_strategy", "steps"], 1, "has no evaluation set"),
         "--write under a file": (["demo", "--write", under_file], 1, "Not a directory"),
     }  # fmt: skip
 

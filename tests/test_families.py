@@ -34,7 +34,8 @@ from mmpack.hf import PackCollator, forward_kwargs, patch_model
 from mmpack.hf.model_parts import TowerSpec
 from mmpack.hf.self_test import _differ
 from mmpack.hf.tower import run_tower
-from mmpack.hf.training import parse_training_arguments, train
+from mmpack.hf.training import train
+from mmpack.hf.training_options import parse_training_arguments
 from mmpack.packing.cost import sample_flops
 
 pytestmark = pytest.mark.smoke

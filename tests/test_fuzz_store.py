@@ -11,6 +11,7 @@ from fuzzing import damaged, survives
 pytest.importorskip("pyarrow")
 
 from mmpack import PackedDataset
+from mmpack.media_options import MediaOptions
 from mmpack.packing.assemble import assemble
 from mmpack.store.encoded_store import write_store
 from mmpack.store.manifest import About, Planning
@@ -46,9 +47,11 @@ def write(folder):
     ]
     frames = (ImageRef("d.png"), ImageRef("e.png"))
     clip = encoded(spec, 11, (2, 4, 4), 12)
-    media = [(), (ImageRef("a.png"),), (ImageRef("b.png"), ImageRef("c", b"bytes"))]
+    large = ImageRef("b.png", options=MediaOptions(max_pixels=4096, min_pixels=784))
+    media = [(), (ImageRef("a.png"),), (large, ImageRef("c", b"bytes"))]
     samples = [replace(kinds[n % 3], media=media[n % 3], row=n) for n in range(257)]
-    samples.append(replace(clip, media=(VideoRef("d.png", None, frames, 2, 2.0),)))
+    size = MediaOptions(resized_height=28, resized_width=56)
+    samples.append(replace(clip, media=(VideoRef("d.png", None, frames, 2, 2.0, options=size),)))
     about = About(
         begun=1,
         made_from={"a": "b"},

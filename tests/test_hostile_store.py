@@ -183,7 +183,7 @@ def test_a_piece_beyond_its_sample_is_refused_when_it_is_read(tmp_path):
 def test_a_batch_that_is_compressed_is_not_made_large(tmp_path):
     """A few bytes could become gigabytes."""
     folder = write(tmp_path / "store")
-    batch = read_batch(next(open_store(folder).batches()))
+    batch = read_batch(next(open_store(folder).batches()).rows)
     sink = pyarrow.BufferOutputStream()
     options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
     with pyarrow.ipc.new_stream(sink, SCHEMA, options=options) as writer:

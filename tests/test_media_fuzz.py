@@ -116,7 +116,7 @@ def read(kind, data, spec, path):
         try:
             if kind == "MP4":
                 probed = videos.probe(VideoRef(*found), decode=decode)
-                index, _ = videos.sampled(probed, spec)
+                index = videos.sampled(probed, spec).index
                 grid = spec.video_grid(len(index), *probed.size)
                 patches = videos.load_patches(probed, np.array([grid]), spec)
                 assert len(patches) == np.prod(grid)

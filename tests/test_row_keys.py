@@ -118,7 +118,7 @@ def test_marks_and_the_options_of_loss(small_encoder):
         (with_turn(2, loss="no"), "turn 2 has 'loss' 'no', only true"),
         (with_turn(1, loss=True), "turn 1 is the user's and asks for a loss with 'loss'; remove"),
         (with_turn(0, weight=1), "turn 0 is the system's and asks for a loss with 'weight'"),
-        (with_turn(1, tool_calls=[{}]), "turn 1 is the user's and has 'tool_calls'; remove"),
+        (with_turn(1, tool_calls=[{}]), "turn 1 has 'tool_calls', but its role is 'user'"),
         (with_turn(2, weight=1, loss=False), "turn 2 has 'loss' and 'weight' that differ"),
         (
             {"messages": [with_turn(1, loss_scale=2)["messages"][1], TWO_ANSWERS["messages"][2]]},
@@ -175,7 +175,7 @@ def test_families_of_keys_and_their_documents():
     assert refusal(row).startswith("the row has 'chosen', preference data")
     part = {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}
     row = {"messages": [{"role": "user", "content": [part]}]}
-    assert refusal(row).startswith("the image_url part of turn 0 has 'detail'")
+    assert refusal(row).startswith("turn 0: 'detail' 'low' of an image is not supported")
     row["messages"][0]["content"] = [{"type": "image", "image": "a.png", "image_url": "b.png"}]
     assert refusal(row).startswith("the image part of turn 0 has 'image' and 'image_url'; keep one")
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from mmpack import PackedDataset
 from mmpack.cli.main import main
-from mmpack.hf.training import parse_training_arguments
+from mmpack.hf.training_options import parse_training_arguments
 from mmpack.store.encoded_store import write_store
 from mmpack.store.manifest import About, Planning
 from mmpack.store.plan_file import save_plan
@@ -43,11 +43,13 @@ def folder(tmp_path_factory):
 
 
 def train(folder, output, *options):
-    words = [str(w) for name, value in QUIET.items() for w in (f"--{name}", value)]
+    quiet = {**QUIET, "save_strategy": "epoch"}
+    del quiet["per_device_eval_batch_size"]  # refused: there is no evaluation
+    words = [str(w) for name, value in quiet.items() for w in (f"--{name}", value)]
     words = ["train", "--data", folder / "packed", *words, "--output_dir", output, *options]
     if "--model" not in options and "--config" not in options:
         words += ["--model", folder / "model"]
-    return main(list(map(str, [*words, "--save_strategy", "epoch", "--steps", 2])))
+    return main(list(map(str, [*words, "--steps", 2])))
 
 
 def moved(folder, output):

@@ -43,7 +43,7 @@ def test_files(tmp_path, suffix):
         for decode in (False, True):
             probed = videos.probe(ref, decode=decode)
             assert (probed.num_frames, probed.fps, probed.size) == (20, 10.0, (48, 64))
-    index, fps = videos.sampled(probed, SPEC)
+    index = videos.sampled(probed, SPEC).index
     assert index.tolist() == [0, 3, 6, 10, 13, 16]  # every third of a second
     grid = SPEC.video_grid(len(index), 48, 64)
     patches = videos.load_patches(probed, np.array([grid]), SPEC)
@@ -74,7 +74,9 @@ def test_files_that_are_no_videos(tmp_path):
 def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"")
-    with pytest.raises(RowError, match=r"a.mp4 needs PyAV to be read; install mmpack\[video\]"):
+    with pytest.raises(
+        RowError, match=r"a.mp4 needs PyAV to be read; pip install 'mmpack\[video\]'"
+    ):
         videos.probe(VideoRef(str(tmp_path / "a.mp4")))
 
 

@@ -29,6 +29,7 @@ from mmpack.cli.options import (
     TrainOptions,
     parse,
 )
+from mmpack.cli.refused_options import check_applies, is_packed
 from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
@@ -38,6 +39,10 @@ from mmpack.data.progress import row_progress
 from mmpack.data.readers import Reader, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
+
+# What mmpack[train] installs.
+_TRAIN = {"transformers", "huggingface_hub", "accelerate", "pyarrow", "filelock", "tqdm"}
+_TRAIN |= {"tokenizers", "safetensors"}  # with transformers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +59,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     command = ""
     try:
         command, options = parse(arguments)
+        check_applies(options)
         with ExitStack() as stack:
             if options.quiet:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -73,9 +79,15 @@ def _run(arguments: Sequence[str] | None) -> int:
     except ValueError as error:
         reason = str(error)
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("mmpack"):
+        package = str(error.name).partition(".")[0]
+        if package == "mmpack":
             raise
-        reason = f"{error.name} is not installed; mmpack {command} needs mmpack[train]"
+        needs = (
+            f"mmpack {command} needs mmpack[train]"
+            if package in _TRAIN
+            else f"pip install {package}"
+        )
+        reason = f"{package} is not installed; {needs}"
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"mmpack: {one_line(reason)}", file=sys.stderr)
@@ -107,12 +119,14 @@ def _encoder(
         options.tokenizer,
         None if model is None else load_config(local_path(model)),
         max_pixels=options.max_pixels,
+        min_pixels=options.min_pixels,
         video={
             "fps": options.video_fps,
             "max_frames": options.video_max_frames,
             "max_pixels": options.video_max_pixels,
         },
         on_error=on_error,
+        typed_tokens=options.typed_tokens,
         **_reading(options),
         **packing,
     )
@@ -251,19 +265,18 @@ def _train(options: TrainOptions) -> None:
     from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
     from mmpack.hf.model_parts import freeze
-    from mmpack.hf.training import parse_training_arguments, train
+    from mmpack.hf.training import train
+    from mmpack.hf.training_options import parse_training_arguments
     from mmpack.packing.cost import costs_of
     from mmpack.packing.dataset import PackedDataset
 
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
-    if options.quiet:
-        ours += ["--disable_tqdm", "True"]
-    args = parse_training_arguments([*ours, *options.training])
+    args = parse_training_arguments([*ours, *options.training], options.quiet)
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
         print(f"continuing from {where}", file=sys.stderr)
-    if len(options.data) == 1 and (Path(options.data[0]) / "mmpack.json").exists():
+    if is_packed(options.data):
         dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
         if options.media_dir:
             dataset.media_folders = options.media_dir

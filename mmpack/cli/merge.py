@@ -18,6 +18,7 @@ from mmpack.cli.options import MergeOptions
 from mmpack.cli.pack import build, report_packs, write_plan
 from mmpack.errors import BadRow, Skip
 from mmpack.regular_files import open_regular
+from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import turn
 from mmpack.store.build import different
 from mmpack.store.encoded_store import EncodedStore, open_store, write_batches
@@ -36,6 +37,11 @@ def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> No
     assert about.planning is not None
     config = config_of(about.planning)
     max_bad = options.max_bad
+    if max_bad is not None and about.made_from["on_error"] == repr("raise"):
+        raise ValueError(
+            "--max-bad does not apply: the parts have no bad rows, because mmpack pack stopped at the first; "
+            "leave it out, or pack the parts with --on-error skip"
+        )
     if max_bad is None:
         max_bad = min(_part(store).max_bad for store in parts)
     bad_rows = b"".join(_joined_bad_rows(parts, Skip(max_bad, [])))
@@ -109,7 +115,7 @@ def _part(store: EncodedStore) -> Part:
     return store.about.part
 
 
-def _joined(parts: Sequence[EncodedStore]) -> Iterator[bytes]:
+def _joined(parts: Sequence[EncodedStore]) -> Iterator[Batch]:
     """The batches of all parts, one chunk from each in turn."""
     for store in parts:
         store.verify()

@@ -1,4 +1,4 @@
-"""Options and help of the command line: a dataclass of options for each command, and examples.
+"""Options of the command line: a dataclass of options for each command.
 
 The parser is built from the fields, each of which is an option with its help text.
 """
@@ -13,62 +13,21 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from mmpack.cli.examples import (
+    CHECK_EXAMPLES,
+    CODES,
+    DEMO_EXAMPLES,
+    ENV_EXAMPLES,
+    INSPECT_EXAMPLES,
+    MERGE_EXAMPLES,
+    PACK_EXAMPLES,
+    TRAIN_EXAMPLES,
+)
 from mmpack.errors import MAX_BAD, check_max_bad
+from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
 
-CODES = "exit code: 0 done, 1 refused with a reason, 2 usage, 130 Ctrl-C, 141 broken pipe"
-CHECK_EXAMPLES = """exit code: 0 every row is usable, 1 some are refused, 2 usage
-
-examples:
-  mmpack check data/train.json
-  mmpack check data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --png lengths.png --bad refused.jsonl
-  mmpack check data/train.json --quiet --bad refused.jsonl
-"""
-PACK_EXAMPLES = """examples:
-  mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out packed
-  mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --config Qwen/Qwen2-VL-2B-Instruct \\
-      --capacity 8192 --out packed --json
-  mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
-  mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen/Qwen2-VL-2B --capacity 8192 --out packed
-"""
-MERGE_EXAMPLES = """Machine I of N makes a part: mmpack pack ... --shard I/N --out parts/I
-
-examples:
-  mmpack merge packed parts/1 parts/2 parts/3
-  mmpack merge packed parts/* --overwrite
-"""
-INSPECT_EXAMPLES = """Supervised tokens are green, or between [[ and ]] if the output is not a terminal. The placeholders
-of an image are shown as one word; --json has the exact positions.
-
-examples:
-  mmpack inspect packed
-  mmpack inspect packed --row 1843
-  mmpack inspect packed --pack 17 --png pack17.png | less
-  mmpack inspect packed --pack 0-19 --html packs.html
-  mmpack inspect packed --pack 17 --segment 3 --tokenizer Qwen/Qwen2-VL-2B-Instruct
-"""
-TRAIN_EXAMPLES = """Every option of transformers' TrainingArguments works too (--learning_rate, --bf16, ...).
---resume_from_checkpoint FOLDER resumes a run; `last`: the newest complete checkpoint, else a new run.
-The last line printed is a JSON object. With --json it is the only one, and Trainer's log goes to stderr.
-
-examples:
-  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1
-  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
-      --resume_from_checkpoint last
-  mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
-      --config tiny_config.json --steps 20
-"""
-DEMO_EXAMPLES = """examples:
-  mmpack demo
-  mmpack demo --write demo_data
-"""
-ENV_EXAMPLES = """Paste the output into bug reports. Missing and broken packages are listed; the command never fails.
-
-examples:
-  mmpack env
-  mmpack env --json
-"""
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 _METAVARS = {int: "N", float: "N", str: "PATH"}
@@ -91,6 +50,7 @@ class Options:
 
     json: bool = option("print JSON instead of text", False, either="output")
     quiet: bool = option("print errors only", False, either="output")
+    given: frozenset[str] = frozenset()  # the options that were passed, whatever their values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +82,12 @@ class ProcessorOptions:
 
     tokenizer: str | None = option(TOKENIZER_HELP, None, metavar="FOLDER")
     config: str | None = None  # its purpose differs by command
+    typed_tokens: Literal["ids", "text"] = option(
+        "special tokens in rows, other than those of turns and images: their ids, or plain text",
+        "ids",
+    )
     max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
+    min_pixels: int | None = option("minimum pixels per image (default: processor's)", None)
     video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)
     video_max_frames: int | None = option("maximum frames per video (default: processor's)", None)
     video_max_pixels: int | None = option(
@@ -171,9 +136,8 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         check_max_bad(self.max_bad)
         for name, values in schema_of(Planning).items():
             if isinstance(given := getattr(self, name), (int, float)):
-                check(given, values, _name(name))
-        if self.stage == "sft" and self.on_overflow == "split":
-            raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
+                check(given, values, flag(name))
+        check_split(str(self.on_overflow), self.stage)
 
     @property
     def planning(self) -> Planning:
@@ -312,7 +276,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
         SystemExit: an option is unknown or malformed, or help was requested.
     """
     parser = command_line()
-    known = {_name(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
+    known = {flag(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
     dashed = []
     words = sys.argv[1:] if words is None else words
     for word in words:
@@ -323,6 +287,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     given: dict[str, Any] = vars(namespace)
     given |= {name: tuple(one) for name, one in given.items() if isinstance(one, list)}
     command: str = given.pop("command")
+    given["given"] = frozenset(given)
     kind = COMMANDS[command][0]
     if kind is TrainOptions:
         given |= {"training": tuple(rest), "words": tuple(words)}
@@ -375,15 +340,30 @@ def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
                 if which not in either:
                     either[which] = place.add_mutually_exclusive_group()
                 place = either[which]
-            if "nargs" in argument:  # all values at once, not one per use
-                del argument["action"]
+            if "nargs" in argument:  # several values per use
+                argument["action"] = "extend"
             if argument.pop("positional", False):
+                argument.pop("action", None)
                 place.add_argument(name, **argument)
             else:
-                place.add_argument(_name(name), required=one.default is MISSING, **argument)
+                argument.setdefault("action", _Once)
+                place.add_argument(flag(name), required=one.default is MISSING, **argument)
 
 
-def _name(name: str) -> str:
+class _Once(argparse.Action):
+    """Store a value, as argparse does, but refuse a second one instead of forgetting the first."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):  # the parser sets no defaults
+            first = getattr(namespace, self.dest)
+            parser.error(f"{option_string} is given twice, {first} and {values}; pass it once")
+        setattr(namespace, self.dest, values)
+
+
+def flag(name: str) -> str:
+    """The option of a field, `max_pixels` -> `--max-pixels`."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -32,6 +32,7 @@ from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
 from mmpack.regular_files import open_regular
+from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
 from mmpack.store.encoded_store import (
@@ -337,7 +338,7 @@ def _batches(
     part: Part | None,
     jobs: int | None,
     unread: UnreadByFile,
-) -> Iterator[bytes]:
+) -> Iterator[Batch]:
     """Yield a store's batches, show progress, and record the chunks of a part and fields that are not read."""
     number, of = (1, 1) if part is None else (part.number, part.of)
     with row_progress("encoding", groups, parts=of) as (groups, bar):

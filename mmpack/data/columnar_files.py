@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmpack.data.file_bytes import need_pyarrow
 from mmpack.data.limits import MAX_ROW, most_bytes, most_rows
 from mmpack.errors import RowError
 
@@ -39,6 +40,7 @@ def parquet_contents(path: Path) -> Iterator[Content]:
     Raises:
         ValueError: it is not a Parquet file, is damaged, or holds more than its size allows.
     """
+    need_pyarrow(path)
     import pyarrow
     import pyarrow.parquet
 
@@ -59,6 +61,7 @@ def parquet_count(path: Path) -> int:
     Raises:
         ValueError: it is not a Parquet file.
     """
+    need_pyarrow(path)
     import pyarrow
     import pyarrow.parquet
 
@@ -75,6 +78,7 @@ def arrow_contents(path: Path) -> Iterator[Content]:
     Raises:
         ValueError: it is not an Arrow file, is damaged, or holds more than its size allows.
     """
+    need_pyarrow(path)
     import pyarrow
     import pyarrow.ipc
 

@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mmpack.data.media_keys import described
 from mmpack.data.row_values import short, text_of
 from mmpack.errors import RowError
+from mmpack.media_options import MediaOptions
 
 MARKERS = {"image": "<image>", "video": "<video>"}
 _SPLIT = re.compile(f"({'|'.join(MARKERS.values())})")
@@ -19,6 +21,7 @@ class MediaPart:
 
     value: Any = None
     kind: str = "image"
+    options: MediaOptions | None = None
 
 
 Part = str | MediaPart
@@ -45,14 +48,11 @@ def _content_part(part: Any, where: str) -> Part:
         return text_of(text if text is not None else part.get("value"), where)
     medium = next((m for m in MARKERS if kind in (m, f"{m}_url")), None)
     if medium is not None:
-        names_of = (medium, f"{medium}_url", "value")
-        value = next((part[k] for k in names_of if part.get(k) is not None), None)
-        if isinstance(value, dict) and "url" in value:
-            value = value["url"]
-        if medium == "video" and isinstance(value, list):
-            fps = next((part[k] for k in ("sample_fps", "fps") if part.get(k) is not None), None)
-            value = {"frames": value, "fps": fps}
-        return MediaPart(value, medium)
+        try:
+            value, options = described(part, medium)
+        except RowError as error:
+            raise RowError(f"{where}: {error.error}", error.advice) from None
+        return MediaPart(value, medium, options)
     raise RowError(
         f"{where} has a content part of type {short(kind)}", "use text, image or video parts"
     )

@@ -35,6 +35,19 @@ def require_file(path: Path) -> None:
         )
 
 
+def need_pyarrow(path: Path) -> None:
+    """
+    Raises:
+        ValueError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"{path.name} needs pyarrow to be read; pip install 'mmpack[train]'"
+        ) from None
+
+
 def open_bytes(path: Path) -> IO[bytes]:
     """Open a file to read its bytes, decompressed.
 
@@ -44,6 +57,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return io.BufferedReader(_Decompressed(gzip.open(path), path))
     if path.suffix == ".zst":
+        need_pyarrow(path)
         import pyarrow
 
         stream = pyarrow.input_stream(str(path), compression="zstd")

@@ -90,7 +90,7 @@ def load_patches(
     _, grid_h, grid_w = (int(n) for n in grid_thw)
     with _open(image, folders) as opened:
         width, height = opened.size
-        if vision.image_grid(height, width) != (1, grid_h, grid_w):
+        if vision.image_grid(height, width, image.options) != (1, grid_h, grid_w):
             raise ValueError(
                 f"image {image.path} is now {width} x {height} pixels, but was planned as a grid of "
                 f"{grid_h} x {grid_w} patches; pack the data again"

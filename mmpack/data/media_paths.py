@@ -13,6 +13,14 @@ import re
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from mmpack.data.media_keys import entry_of
+from mmpack.data.path_forms import (
+    base64_error,
+    decoded_base64,
+    frames_in,
+    other_unicode_form,
+    path_of_url,
+)
 from mmpack.errors import RowError, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, VideoRef
@@ -20,6 +28,7 @@ from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: data URIs in rows are allowed
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # at least two letters: C:\ is not a URL
+_MOST_PATH = 4096  # characters; longer ones are no path of Linux or macOS
 
 
 class MediaFolders:
@@ -44,8 +53,8 @@ class MediaFolders:
         return [*self._names, *([DATA_URIS] if self._takes_data_uris else [])]
 
     def locate_video(self, value: Any) -> VideoRef:
-        """Resolve one video of a row: a path, bytes, `{"path": ..., "bytes": ...}`, or frames that `locate` takes,
-        as a list or in `{"frames": [...], "fps": ...}`.
+        """Resolve one video of a row: a path, also of a folder of frames, bytes, `{"path": ..., "bytes": ...}`,
+        `{"base64": ...}`, or frames that `locate` takes, as a list or in `{"frames": [...], "fps": ...}`.
 
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
@@ -58,23 +67,43 @@ class MediaFolders:
                     f"the fps of a video must be a number from 0.001 to 10,000, got {fps!a:.40}",
                     "fix the row",
                 )
+        if isinstance(frames, dict) and frames.get("bytes") is None:
+            frames = frames.get("path", frames)
+        if isinstance(frames, str) and not frames.startswith(DATA_URIS):
+            full = self._resolved(frames, "video")
+            if os.path.isdir(full):
+                frames = frames_in(full)
+            elif fps is not None:
+                raise RowError(
+                    f"video {full:.200} has a 'sample_fps', but is not a list or a folder of frames",
+                    "sample it with 'fps'",
+                )
         if isinstance(frames, (list, tuple)):
             if not frames:
                 raise RowError("a video is an empty list of frames", "drop it and its <video>")
-            refs = tuple(self.locate(frame) for frame in frames)
+            refs = tuple(map(self._frame, frames))
             return VideoRef(refs[0].path, frames=refs, fps=None if fps is None else float(fps))
         if hasattr(value, "getbands"):
             raise RowError("a video is given as a single image", "give a list of frames, or a path")
-        found = self.locate(value, "video")
+        found = self.locate(frames, "video")
         return VideoRef(found.path, found.data)
 
+    def _frame(self, value: Any) -> ImageRef:
+        source, options = entry_of(value, "image")
+        if options is not None:
+            key = next(iter(options.given))
+            raise RowError(f"a frame of a video has {key!r}", "give it to the video")
+        return self.locate(source)
+
     def locate(self, value: Any, kind: str = "image") -> ImageRef:
-        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}` or a PIL image; `kind` is the
-        word for it in errors.
+        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}` or a PIL
+        image; `kind` is the word for it in errors.
 
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
         """
+        if isinstance(value, dict) and value.get("base64") is not None:
+            return self._decode_base64(value["base64"], kind)
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path is None:
@@ -107,31 +136,50 @@ class MediaFolders:
         )
 
     def _locate_path(self, path: str, kind: str) -> ImageRef:
-        if not path or "\0" in path or not _is_unicode(path):
-            raise RowError(f"{kind} path {path!a:.100} is not a file name", "fix the path")
-        if path.startswith("data:"):
+        if path.startswith(DATA_URIS):
             return self._decode_uri(path, kind)
-        if _URL.match(path):
-            raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
-        full = self._full(path, kind)
-        if "\\" in path and not (self.contains(full) and os.path.exists(full)):
-            full = self._full(path.replace("\\", "/"), kind)  # written on Windows
-        if not self.contains(full):
-            raise RowError(
-                f"{kind} {path:.200} is outside {' and '.join(self._names)}",
-                "add its folder with --media-dir (media_dir), or move it",
-            )
+        full = self._resolved(path, kind)
         try:
             regular_stat(full)
         except NotRegularError as error:
             raise _not_a_file(error, kind) from None
-        except OSError:
-            roots = "" if len(self._roots) == 1 else f", nor in {' or '.join(self._roots[1:])}"
+        except OSError as error:
             raise RowError(
-                f"{kind} {full:.300} does not exist{roots}",
-                "fix the path or --media-dir (media_dir)",
+                f"{kind} {full:.300} cannot be opened: {error.strerror}",
+                "fix the path or its permissions",
             ) from None
         return ImageRef(full)
+
+    def _resolved(self, path: str, kind: str) -> str:
+        """The path of an existing file or folder that a row's path means.
+
+        Raises:
+            RowError: there is none, or it is in a place that is not allowed.
+        """
+        if not path or "\0" in path or not _is_unicode(path):
+            raise RowError(f"{kind} path {path!a:.100} is not a file name", "fix the path")
+        written, path = path, path_of_url(path, kind)
+        if _URL.match(path):
+            raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
+        if len(path) > _MOST_PATH and (error := base64_error(written, kind)):
+            raise error
+        full = self._full(path, kind)
+        if "\\" in path and not (self.contains(full) and os.path.exists(full)):
+            full = self._full(path.replace("\\", "/"), kind)  # written on Windows
+        if not self.contains(full):
+            raise base64_error(written, kind) or RowError(
+                f"{kind} {path:.200} is outside {' and '.join(self._names)}",
+                "add its folder with --media-dir (media_dir), or move it",
+            )
+        if os.path.exists(full):
+            return full
+        if (other := other_unicode_form(full)) and self.contains(other):
+            return other
+        roots = "" if len(self._roots) == 1 else f", nor in {' or '.join(self._roots[1:])}"
+        raise base64_error(written, kind) or RowError(
+            f"{kind} {full:.300} does not exist{roots}",
+            "fix the path or --media-dir (media_dir)",
+        )
 
     def real_path(self, path: str, kind: str) -> str:
         """The path with links resolved as they are now.
@@ -170,6 +218,16 @@ class MediaFolders:
                 "separately with one --media-dir (media_dir) each",
             )
         return found[0] if found else places[0]
+
+    def _decode_base64(self, text: Any, kind: str) -> ImageRef:
+        if isinstance(text, str) and text.startswith(DATA_URIS):
+            return self._decode_uri(text, kind)
+        if not self._takes_data_uris:
+            raise RowError(
+                f"{_a(kind)} is given as 'base64' in the row; this is not allowed by default",
+                f"allow it with --allow-data-uri ({DATA_URIS!r} in media_dir)",
+            )
+        return ImageRef("base64", decoded_base64(text, kind))
 
     def _decode_uri(self, uri: str, kind: str) -> ImageRef:
         head, _, body = uri.partition(",")

@@ -23,6 +23,7 @@ from mmpack.data.conversations import Turn, turns_of
 from mmpack.data.dataset_info import DataFile, Mapping, folders_of, named_files
 from mmpack.data.documents import document_columns, document_of
 from mmpack.data.file_formats import Row, memory_rows, read_rows
+from mmpack.data.media_keys import entry_of, with_options
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
 from mmpack.data.row_keys import (
@@ -34,6 +35,7 @@ from mmpack.data.row_keys import (
     unread_line,
 )
 from mmpack.data.row_values import structured
+from mmpack.data.tool_calls import tools_of
 from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
 from mmpack.types import Media, Message, Sample
 
@@ -224,7 +226,7 @@ class RowReader:
                 raise RowError(f"the row has {media!r}", advice)
         keys = unread_keys(content, read, ROW_KEYS, "the row")
         if keys:
-            self.unread.count(map(str, keys))
+            self.unread.count(str(key)[:60] for key in keys)
         for column in {name for name in self._unnamed if content.get(columns[name])}:
             self._unnamed.discard(column)
             _log.warning(
@@ -240,13 +242,14 @@ class RowReader:
             turns = turns_of(content, fields, unread)
         if unread:
             self.unread.count(unread)
+        tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
         if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":
             _prepend(turns, values)
         messages = self.place_media(turns, values)
-        return Sample(messages=messages, source=row.source, row=row.number)
+        return Sample(messages=messages, source=row.source, row=row.number, tools=tools)
 
     def _columns(
         self, content: dict[str, Any]
@@ -286,20 +289,25 @@ class RowReader:
             content: list[str | Media] = []
             for part in turn.parts:
                 if isinstance(part, MediaPart):
-                    value = next(remaining[part.kind]) if part.value is None else part.value
+                    value, options = part.value, part.options
+                    if value is None:
+                        value, own = entry_of(next(remaining[part.kind]), part.kind)
+                        if own is not None and options is not None:
+                            raise RowError(
+                                f"{part.kind} {value!a:.80} has options in its part and in its list",
+                                "keep one",
+                            )
+                        options = options or own
                     is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
                     locate = self._file if is_path else self._locate
-                    content.append(locate(value, part.kind))
+                    content.append(with_options(locate(value, part.kind), options))
                 elif content and isinstance(content[-1], str):
                     content[-1] += part
                 else:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
-            messages.append(
-                Message(
-                    turn.role, tuple(part for part in content if part != "") or ("",), turn.loss
-                )
-            )
+            kept = tuple(part for part in content if part != "") or (("",) if content else ())
+            messages.append(Message(turn.role, kept, turn.tool_calls, turn.loss))
         return tuple(messages)
 
     def _locate(self, value: Any, kind: str) -> Media:
@@ -321,7 +329,7 @@ def _is_given(part: MediaPart) -> bool:
 def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
     """Put markers in front of the first turn for images, and for videos, if the turns have none."""
     kinds = {part.kind for part in _media_parts(turns)}
-    first = next(turn.parts for turn in turns if turn.role != "system")
+    first = next(t.parts for t in turns if t.role not in ("system", "developer"))
     for kind, listed in values.items():
         if kind not in kinds:
             first[:0] = [MediaPart(kind=kind)] * len(listed)
@@ -358,8 +366,13 @@ def _as_list(value: Any, kind: str) -> list[Any]:
 
 def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:
     text = "".join(part for turn in turns for part in turn.parts if isinstance(part, str))
-    short = "img" if kind == "image" else kind
+    short, a_kind = ("img", "an image") if kind == "image" else (kind, "a video")
     spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
+    if markers < num_values and MARKERS[kind] in text:  # in a string it would be a marker
+        return (
+            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind} is a part of its own: "
+            f'{{"type": "{kind}"}}'
+        )
     if markers == 0 and any(near in text.lower() for near in spellings):
         return f"write markers as {MARKERS[kind]}"
     if markers < num_values:

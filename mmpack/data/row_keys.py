@@ -7,8 +7,7 @@ A key that is present but null or empty is absent (Arrow adds such keys). Of the
   `Meaning.neutral` asks for nothing, and passes. Code that begins to honour a key removes its line here;
 - unknown: the row is used, and the key is counted and named once per file (`unread_line`).
 
-Sizes and sampling (`_MEDIA_KEYS`) belong on image and video parts. To honour one there, add it to the set of its type
-in `READ_PART_KEYS`; elsewhere it stays refused.
+Keys of image and video parts are in `mmpack.data.media_keys`; it also refuses those that do not apply.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from mmpack.data.media_keys import RATE_KEYS, media_keys
 from mmpack.data.row_values import short
 from mmpack.errors import RowError, counted
+from mmpack.media_options import VIDEO_KEYS
 
 # Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
@@ -28,6 +29,7 @@ PICTURE_SUFFIXES = (
     *(".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"),
 )
 _MOST_KEYS = 1000  # different unread keys that are counted per file
+_LONGEST_KEY = 60  # characters of a key that are shown
 _LONGEST_PATH = 1000  # characters of a text that can be a path
 
 
@@ -82,12 +84,7 @@ _MEDIA_OF_TURN = Meaning(
     "images and videos of a turn",
     "move them to the row's 'images' or 'videos'",
 )
-_MEDIA_KEYS = (
-    *("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"),
-    *("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end"),
-    *("sample_fps", "raw_fps"),
-)
-_OF_PART = _ON_PART._replace(advice="remove it; it has no meaning for this part")
+_MEDIA = (*VIDEO_KEYS, *RATE_KEYS)
 _EVERYWHERE = {
     "objects": _BOXES,
     "bbox": _BOXES,
@@ -118,7 +115,7 @@ _EVERYWHERE = {
 }
 ROW_KEYS = {
     **_EVERYWHERE,
-    **dict.fromkeys(_MEDIA_KEYS, _ON_PART),
+    **dict.fromkeys(_MEDIA, _ON_PART),
     **dict.fromkeys((*LOSS_KEYS, "sample_weight"), _WEIGHT),
     "labels": _LABEL,
     "completions": _PREFERENCE,
@@ -129,7 +126,7 @@ ROW_KEYS = {
 }
 TURN_KEYS = {
     **_EVERYWHERE,
-    **dict.fromkeys(_MEDIA_KEYS, _ON_PART),
+    **dict.fromkeys(_MEDIA, _ON_PART),
     **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA_OF_TURN),
     "train_detail": _FLAG._replace(use="the mark of parts with loss", advice="remove it"),
     "training_detail": _FLAG._replace(use="the mark of parts with loss", advice="remove it"),
@@ -144,10 +141,7 @@ PAIR_KEYS = {**TURN_KEYS, **dict.fromkeys(LOSS_KEYS, _WEIGHT)}  # of a question 
 PART_KEYS = {
     **_EVERYWHERE,
     **dict.fromkeys(LOSS_KEYS, _WEIGHT),
-    **dict.fromkeys(_MEDIA_KEYS, _OF_PART),
-    "detail": Meaning(
-        "OpenAI", "the size of an image", "remove it, or set --max-pixels", ("auto",)
-    ),
+    **dict.fromkeys((*_MEDIA, "detail"), _ON_PART),
     **dict.fromkeys(
         _CONTENT,
         Meaning(
@@ -157,16 +151,11 @@ PART_KEYS = {
         ),
     ),
 }
-_IMAGE_KEYS = frozenset(("type", "image", "image_url", "value"))
-_VIDEO_KEYS = frozenset(("type", "video", "video_url", "value"))
 READ_PART_KEYS = {
     "text": frozenset(("type", "text", "value")),
-    "image": _IMAGE_KEYS,
-    "image_url": _IMAGE_KEYS,
-    "video": _VIDEO_KEYS,
-    "video_url": _VIDEO_KEYS,
+    **dict.fromkeys(("image", "image_url"), frozenset(("type", *media_keys("image")))),
+    **dict.fromkeys(("video", "video_url"), frozenset(("type", *media_keys("video")))),
 }
-_RATES = frozenset(("fps", "sample_fps"))  # read if the video is a list of frames
 
 
 def is_absent(value: Any) -> bool:
@@ -210,7 +199,7 @@ def unread_keys(
             unread.append(key)
         elif not (isinstance(value, (bool, int, float, str)) and value in meaning.neutral):
             raise RowError(
-                f"{where} has {key!r}, {meaning.use} in {meaning.tools}, which mmpack does not support",
+                f"{where} has {str(key)[:40]!r}, {meaning.use} in {meaning.tools}, which mmpack does not support",
                 meaning.advice,
             )
     return unread
@@ -230,7 +219,7 @@ def turn_keys(
     """
     keys = unread_keys(turn, read, table, where)
     refuse_pictures(turn, keys, where)
-    unread.update(f"{key} of a turn" for key in keys)
+    unread.update(f"{str(key)[:_LONGEST_KEY]} of a turn" for key in keys)
 
 
 def part_keys(content: Any, where: str, unread: set[str]) -> None:
@@ -246,20 +235,15 @@ def part_keys(content: Any, where: str, unread: set[str]) -> None:
         read = READ_PART_KEYS.get(kind) if isinstance(kind, str) else None
         if read is None:
             continue  # parts of other types are refused where they are read
-        url = part.get(kind)  # OpenAI's {"url": ..., "detail": ...}
-        if len(part) <= 2 and part.keys() <= read and not isinstance(url, dict):
+        if len(part) <= 2 and part.keys() <= read:
             continue
-        if isinstance(part.get("video"), list):
-            read |= _RATES
         name = f"the {kind} part of {where}"
         given = [key for key in part if key in read & _CONTENT and not is_absent(part[key])]
         if len(given) > 1:
             raise RowError(f"{name} has {' and '.join(map(repr, given))}", "keep one of them")
         keys = unread_keys(part, read, PART_KEYS, name)
-        if isinstance(url, dict) and "url" in url:
-            keys += unread_keys(url, frozenset(("url",)), PART_KEYS, name)
         refuse_pictures(part, keys, name)
-        unread.update(f"{key} of a part" for key in keys)
+        unread.update(f"{str(key)[:_LONGEST_KEY]} of a part" for key in keys)
 
 
 def loss_of(turn: Mapping[str, Any], role: str, where: str) -> bool:
@@ -359,4 +343,4 @@ def unread_line(source: str, fields: Mapping[str, int]) -> str:
 
 
 def _plain(field: str) -> str:
-    return field[:60] if field.isprintable() else f"{field!a:.60}"
+    return field if field.isprintable() else f"{field!a}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.errors import RowError
 from mmpack.types import ImageRef, Int64, Media, VideoRef
 from mmpack.video_spec import is_rate
-from mmpack.vision_spec import VisionSpec, check_aspect_ratio
+from mmpack.vision_spec import SampledFrames, VisionSpec, check_aspect_ratio
 
 # FFmpeg's demuxer names, without those for playlists, image sequences and raw streams.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
@@ -71,18 +72,18 @@ def num_grids(ref: Media, vision: VisionSpec) -> int:
     with timestamps."""
     if isinstance(ref, ImageRef) or not vision.video_spec.has_timestamps:
         return 1
-    index, _ = sampled(ref, vision)
+    index = sampled(ref, vision).index
     return -(-len(index) // vision.temporal_patch_size)
 
 
-def sampled(video: VideoRef, vision: VisionSpec) -> tuple[Int64, float]:
-    """(indices of a probed video's sampled frames, ascending; its frames per second).
+def sampled(video: VideoRef, vision: VisionSpec) -> SampledFrames:
+    """The frames sampled of a probed video.
 
     Raises:
-        RowError: the video has too few frames, or a list has too many.
+        RowError: the video has too few frames, its options cannot be met, or a list has too many.
     """
     try:
-        return vision.frame_times(video.num_frames, video.fps, bool(video.frames))
+        return vision.frame_times(video.num_frames, video.fps, bool(video.frames), video.options)
     except RowError as error:
         raise RowError(f"video {video.path}: {error.error}", error.advice) from None
 
@@ -113,11 +114,12 @@ def load_patches(
     if out is None:
         values = multiple * vision.patch_values
         out = np.empty((patches * height * width, values), dtype=np.uint8)
-    index, _ = sampled(video, vision)
+    index = sampled(video, vision).index
     planned = (patches, height, width)
     number = -1
     for number, picture in enumerate(_pictures(video, index, folders)):
-        if vision.video_grid(len(index), picture.height, picture.width) != planned:
+        size = (picture.height, picture.width)
+        if vision.video_grid(len(index), *size, video.options) != planned:
             raise ValueError(
                 f"video {video.path} is now {picture.width} x {picture.height} pixels with {len(index)} "
                 f"sampled frames, but was planned as a grid of {' x '.join(map(str, planned))} patches; "
@@ -144,7 +146,7 @@ def thumbnail(
     Raises:
         ValueError: it cannot be decoded, or is outside `folders`.
     """
-    index, _ = sampled(video, vision)
+    index = sampled(video, vision).index
     with closing(_pictures(video, index[:1], folders)) as pictures:
         for picture in pictures:
             return images.thumbnail(picture, side)
@@ -181,7 +183,7 @@ def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tupl
         import av  # here: the extra [video]
     except ImportError:
         raise RowError(
-            f"video {video.path} needs PyAV to be read", "install mmpack[video]"
+            f"video {video.path} needs PyAV to be read", "pip install 'mmpack[video]'"
         ) from None
     in_memory = None if video.data is None else io.BytesIO(video.data)
     with in_memory or open_media(video.path, "video", folders) as file:
@@ -247,7 +249,7 @@ def _probe_list(video: VideoRef, decode: bool) -> VideoRef:
 
 
 def _with(video: VideoRef, num_frames: int, fps: float | None, size: tuple[int, int]) -> VideoRef:
-    return VideoRef(video.path, video.data, video.frames, num_frames, fps, size)
+    return replace(video, num_frames=num_frames, fps=fps, size=size)
 
 
 def _check_shape(video: VideoRef, height: int, width: int) -> None:

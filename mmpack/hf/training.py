@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
-import sys
 import time
-from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    HfArgumentParser,
     PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    logging,
 )
 
 from mmpack.hf.callbacks import PackingCallback
@@ -32,35 +25,8 @@ from mmpack.hf.collator import PackCollator
 from mmpack.hf.fit import check_fit
 from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import patch_model
+from mmpack.hf.unavailable import unavailable
 from mmpack.packing.dataset import PackedDataset
-
-_USAGE = "mmpack train --data PACKED --model FOLDER [options]; see mmpack train --help"
-
-
-def parse_training_arguments(options: Sequence[str]) -> TrainingArguments:
-    """`TrainingArguments` from command line options; every option of transformers works.
-
-    The default batch is one pack, because a pack is already a full batch.
-    """
-    defaults = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--report_to", "none"]
-    defaults += ["--output_dir", "mmpack-output"]
-    has_device = torch.accelerator.is_available()  # without one, torch warns that it cannot pin
-    defaults += ["--dataloader_pin_memory", str(has_device)]
-    defaults += ["--disable_tqdm", str(not sys.stderr.isatty())]
-    parser = HfArgumentParser(
-        TrainingArguments, prog="mmpack train", usage=_USAGE, allow_abbrev=False
-    )
-    args, unknown = parser.parse_args_into_dataclasses(
-        [*defaults, *options], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        known = [f"--{field.name}" for field in dataclasses.fields(TrainingArguments)]
-        close = get_close_matches(unknown[0].split("=")[0], known, 1)
-        guess = f"; did you mean {close[0]}?" if close else ""
-        parser.error(f"{unknown[0]} is not an option of mmpack train or TrainingArguments{guess}")
-    if args.disable_tqdm:
-        logging.disable_progress_bar()  # those of loading and saving weights
-    return args
 
 
 class _BarLines(ProgressCallback):
@@ -143,12 +109,13 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
     """
     check_fit(inner_model(model), dataset)
     patch_model(model)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=PackCollator(model=model),
-    )
+    with unavailable():
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=PackCollator(model=model),
+        )
     for theirs, ours in ((ProgressCallback, _BarLines), (PrinterCallback, _Lines)):
         if trainer.pop_callback(theirs) is not None:
             trainer.add_callback(ours)
@@ -157,7 +124,10 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
         check_checkpoint(args.resume_from_checkpoint)
     start = time.perf_counter()
     try:
-        with contextlib.suppress(FinishedError):  # the weights are loaded, and saved below
+        with (
+            unavailable(),
+            contextlib.suppress(FinishedError),
+        ):  # the weights are loaded, and saved below
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         seconds = time.perf_counter() - start
         if args.save_strategy != "no":

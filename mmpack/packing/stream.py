@@ -31,7 +31,13 @@ from mmpack.data.file_formats import Row
 from mmpack.data.readers import RowReader, log_unread
 from mmpack.errors import BadRow, RowError, Skip, counted, counting, refuse
 from mmpack.packing.cost import costs_of
-from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, fit_sample, is_too_long
+from mmpack.packing.overflow import (
+    TOO_LONG_ADVICE,
+    OnOverflow,
+    check_split,
+    fit_sample,
+    is_too_long,
+)
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_select import choose, hashed
@@ -65,8 +71,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         cost: the config of the model to train; packs then cost the same, as far as the buffer allows.
         buffer: number of samples to choose from.
         patch_capacity: maximum vision patches per pack.
-        on_overflow: what to do with a sample longer than a pack: "error"; "drop" it with a warning in the log;
-            "truncate"; "split" (documents only).
+        on_overflow: what to do with a sample longer than a pack: "error"; "drop" or "truncate" it with
+            a warning in the log; "split" (documents only).
         seed: decides between samples that fit equally well.
 
     Attributes:
@@ -105,6 +111,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._config = cost
         self._encoder = None if encoder is None else Encoder.of(encoder, cost)
         if self._encoder is not None:
+            check_split(on_overflow, self._encoder.stage)
             how = self._encoder.on_error
             if isinstance(how, list) or (isinstance(how, Skip) and how.into is not None):
                 raise ValueError(
@@ -397,4 +404,6 @@ class _Shard:
             raise ValueError(f"row {number} of the stream: {error}") from None
         if not fitting:
             _log.warning("dropped: %s", name)
+        elif stream.on_overflow == "truncate" and fitting[0] is not sample:
+            _log.warning("cut: %s; %s tokens of it are kept", name, f"{fitting[0].num_tokens:,}")
         return fitting

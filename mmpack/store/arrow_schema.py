@@ -1,10 +1,16 @@
-"""EncodedSamples <-> an Arrow record batch with one row per sample, whose last column is the row's checksum."""
+"""EncodedSamples <-> an Arrow record batch with one row per sample, whose last column is the row's checksum.
+
+Images and videos without a file (bytes in rows) are not in the batch: the store's `media.bin` holds each distinct one
+once, and the rows hold its position.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -12,7 +18,9 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from mmpack.data import images
-from mmpack.store.row_checksum import files_of, row_checksum, videos_of
+from mmpack.media_options import VIDEO_KEYS, MediaOptions
+from mmpack.store.media_file import Position
+from mmpack.store.row_checksum import files_of, options_of, row_checksum, videos_of
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
 from mmpack.vision_spec import VisionSpec
 
@@ -22,19 +30,26 @@ _VIDEO = {
     "num_frames": pyarrow.int32(),
     "fps": pyarrow.float64(),
 }
+_POSITION = {"offset": pyarrow.int64(), "length": pyarrow.int64()}  # in media.bin, in bytes
+_FLOATS = ("fps", "video_start", "video_end")
+_OPTIONS = {
+    "place": pyarrow.int32(),  # number of the image or video in the row
+    **{key: pyarrow.float64() if key in _FLOATS else pyarrow.int64() for key in VIDEO_KEYS},
+}
 SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.list_(pyarrow.int32()),
         "labels": pyarrow.list_(pyarrow.int32()),
         "grid_thw": pyarrow.list_(pyarrow.int32()),  # flat, 3 values per marker
         "images": pyarrow.list_(pyarrow.string()),  # paths of images, videos and frames
-        "image_bytes": pyarrow.list_(pyarrow.large_binary()),  # null: read from its file
+        "in_media": pyarrow.list_(pyarrow.struct(_POSITION)),  # null: read from its file
         "source": pyarrow.string(),
         "row": pyarrow.int64(),
         "num_tokens": pyarrow.int64(),
         "num_patches": pyarrow.int64(),
         "num_supervised": pyarrow.int64(),
         "videos": pyarrow.list_(pyarrow.struct(_VIDEO)),
+        "options": pyarrow.list_(pyarrow.struct(_OPTIONS)),  # of images and videos that have any
         "temporal_step": pyarrow.list_(pyarrow.float32()),  # per marker, or null
         "checksum": pyarrow.uint32(),  # covers everything but SIZES
     }
@@ -42,8 +57,25 @@ SCHEMA = pyarrow.schema(
 SIZES = ("num_tokens", "num_patches", "num_supervised")
 
 
-def as_batch(samples: Sequence[EncodedSample]) -> bytes:
-    """Samples with one spec as the bytes of an Arrow record batch."""
+class Batch(NamedTuple):
+    """Samples on their way into a store.
+
+    Attributes:
+        rows: the bytes of an Arrow record batch; an `offset` in it is a number in `media`.
+        media: the distinct images and videos that have no file, by SHA-256.
+    """
+
+    rows: bytes
+    media: dict[bytes, bytes]
+
+    def contents(self, positions: Sequence[Position]) -> list[bytes]:
+        """The images and videos at positions in `rows`, for `sample_of`."""
+        media = list(self.media.values())
+        return [media[number] for number, _ in positions]
+
+
+def as_batch(samples: Sequence[EncodedSample]) -> Batch:
+    """Samples with one spec as a batch."""
     vision = samples[0].vision
     ids, ids_offsets = _joined([sample.input_ids for sample in samples])
     labels, _ = _joined([sample.labels for sample in samples])
@@ -55,19 +87,30 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
     is_supervised[ids_offsets[:-1]] = False  # nothing predicts a segment's first token
     num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
     data = [_bytes(image) for image in refs]
+    media: dict[bytes, bytes] = {}
+    numbers: dict[bytes, int] = {}
+    numbered, lengths = np.zeros((2, len(data)), dtype=np.int64)
+    for place, content in enumerate(data):
+        if content is not None:
+            digest = hashlib.sha256(content).digest()
+            media.setdefault(digest, content)
+            numbered[place] = numbers.setdefault(digest, len(numbers))
+            lengths[place] = len(content)
     clips = [videos_of(sample.media) for sample in samples]
+    options = [options_of(sample.media) for sample in samples]
     columns = [
         _lists(ids, ids_offsets),
         _lists(labels, ids_offsets),
         _lists(grids.ravel(), 3 * grid_offsets),
         _lists([image.path for image in refs], file_offsets, pyarrow.string()),
-        _lists(data, file_offsets, pyarrow.large_binary()),
+        _lists(_positions(numbered, lengths, [one is None for one in data]), file_offsets),
         [sample.source for sample in samples],
         [sample.row for sample in samples],
         num_tokens + _sums(vision.num_features(grids), grid_offsets),
         _sums(grids.astype(np.int64).prod(axis=-1), grid_offsets),
         _sums(is_supervised, ids_offsets),
         clips,
+        [[{"place": place, **given} for place, given in one] for one in options],
         [sample.temporal_step for sample in samples],
         [
             row_checksum(
@@ -77,12 +120,67 @@ def as_batch(samples: Sequence[EncodedSample]) -> bytes:
                 sample.source,
                 int(sample.row),
                 clip,
+                given,
             )
-            for sample, clip, begin, end in zip(samples, clips, file_offsets, file_offsets[1:])
+            for sample, clip, given, begin, end in zip(
+                samples, clips, options, file_offsets, file_offsets[1:]
+            )
         ],
     ]
-    batch: bytes = pyarrow.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
-    return batch
+    return Batch(pyarrow.record_batch(columns, schema=SCHEMA).serialize().to_pybytes(), media)
+
+
+def with_offsets(batch: Any, offsets: Int64) -> bytes:
+    """The rows of a `Batch`, which was read, with offsets in `media.bin`: `offsets[n]` for its n-th medium."""
+    inside, numbers, lengths = _position_arrays(batch["in_media"])
+    return _replaced(batch, _positions(offsets[numbers], lengths, ~inside))
+
+
+def with_media(
+    rows: Any, contents: Callable[[Sequence[Position]], list[bytes] | None]
+) -> Batch | None:
+    """The `Batch` of which these rows of a store were made; None if `contents`, as in `sample_of`, has not all of
+    its media."""
+    batch = read_batch(rows)
+    inside, offsets, lengths = _position_arrays(batch["in_media"])
+    if not inside.any():
+        return Batch(rows.to_pybytes(), {})
+    positions = list(zip(offsets.tolist(), lengths.tolist()))
+    distinct = list(dict.fromkeys(one for one, is_in in zip(positions, inside) if is_in))
+    found = contents(distinct)
+    if found is None:
+        return None
+    digests = [hashlib.sha256(content).digest() for content in found]
+    media = dict(zip(digests, found))
+    order = {digest: number for number, digest in enumerate(media)}
+    number_of = {one: order[digest] for one, digest in zip(distinct, digests)}
+    numbers = np.array([number_of.get(one, 0) for one in positions], dtype=np.int64)
+    return Batch(_replaced(batch, _positions(numbers, lengths, ~inside)), media)
+
+
+def _replaced(batch: Any, positions: pyarrow.StructArray) -> bytes:
+    """The bytes of a batch with other positions."""
+    lists = pyarrow.ListArray.from_arrays(batch["in_media"].offsets, positions)
+    number = SCHEMA.get_field_index("in_media")
+    rows: bytes = batch.set_column(number, SCHEMA.field(number), lists).serialize().to_pybytes()
+    return rows
+
+
+def _position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
+    """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are not
+    in it, 0."""
+    values = column.values
+    inside: NDArray[np.bool_] = values.is_valid().to_numpy(zero_copy_only=False)
+    offsets, lengths = (np.where(inside, values.field(name).to_numpy(), 0) for name in _POSITION)
+    return inside, offsets, lengths
+
+
+def _positions(offsets: Int64, lengths: Int64, is_null: Any) -> pyarrow.StructArray:
+    fields = [pyarrow.field(name, kind) for name, kind in _POSITION.items()]
+    mask = pyarrow.array(np.asarray(is_null, dtype=bool))
+    return pyarrow.StructArray.from_arrays(
+        [pyarrow.array(offsets), pyarrow.array(lengths)], fields=fields, mask=mask
+    )
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Int64]:
@@ -105,6 +203,9 @@ def _bytes(image: ImageRef) -> bytes | None:
     return None if image.data is None else images.encoded_bytes(image)
 
 
+_REQUIRED = {"videos": len(_VIDEO) - 1, "in_media": 2, "options": 1}  # first fields, never null
+
+
 def read_batch(data: Any) -> Any:
     """Read a record batch that `as_batch` wrote, as views of its bytes, with offsets and nulls validated.
 
@@ -122,10 +223,10 @@ def read_batch(data: Any) -> Any:
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
         num_nulls = 0 if name == "temporal_step" else column.null_count
-        if pyarrow.types.is_list(column.type) and name != "image_bytes":
+        if pyarrow.types.is_list(column.type) and name != "in_media":
             num_nulls += column.values.null_count
-        if name == "videos":
-            num_nulls += sum(column.values.field(n).null_count for n in range(len(_VIDEO) - 1))
+        for number in range(_REQUIRED.get(name, 0)):
+            num_nulls += column.values.field(number).null_count
         if num_nulls:
             raise ValueError(f"{name} has {num_nulls:,} nulls")
     return batch
@@ -148,15 +249,35 @@ def _is_compressed(data: Any) -> bool:
     return bool(header) and field(header + struct.unpack_from("<I", view, header)[0], 3) != 0
 
 
-def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSample | None:
-    """A row of a batch as a sample; None if it does not match its checksum or is inconsistent."""
+def sample_of(
+    columns: Sequence[Any],
+    row: int,
+    vision: VisionSpec,
+    contents: Callable[[Sequence[Position]], list[bytes] | None],
+) -> EncodedSample | None:
+    """A row of a batch as a sample; None if it does not match its checksum or is inconsistent.
+
+    Args:
+        contents: the images and videos at distinct positions in `media.bin`; None: a position is outside.
+    """
     ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
-    paths, data, source, number = (column[row].as_py() for column in columns[3:7])
-    *_, clips, step, checksum = columns
+    paths, at, source, number = (column[row].as_py() for column in columns[3:7])
+    *_, clips, options, step, checksum = columns
     clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
     step = None if step is None else step.to_numpy()
+    given = [
+        (one.pop("place"), {key: value for key, value in one.items() if value is not None})
+        for one in options[row].as_py()
+    ]
+    pairs = [None if one is None else (one["offset"], one["length"]) for one in at]
+    distinct = list(dict.fromkeys(pair for pair in pairs if pair is not None))
+    found = contents(distinct) if distinct else []
+    if found is None:
+        return None
+    by_position = dict(zip(distinct, found))
+    data = [None if pair is None else by_position[pair] for pair in pairs]
     arrays = [ids, labels, grid, step]
-    if row_checksum(arrays, paths, data, source, number, clips) != checksum:
+    if row_checksum(arrays, paths, data, source, number, clips, given) != checksum:
         return None
     if (
         not len(ids)
@@ -167,11 +288,19 @@ def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSa
         or not all(0 <= clip["place"] < len(paths) for clip in clips)
     ):
         return None
+    media = _media(tuple(map(ImageRef, paths, data)), clips)
+    try:
+        for place, values in given:
+            if place < 0:
+                return None
+            media[place] = replace(media[place], options=MediaOptions(**values))
+    except (IndexError, ValueError):
+        return None
     return EncodedSample(
         input_ids=ids,
         labels=labels,
         grid_thw=grid.reshape(-1, 3),
-        media=_media(tuple(map(ImageRef, paths, data)), clips),
+        media=tuple(media),
         vision=vision,
         source=source,
         row=number,
@@ -179,7 +308,7 @@ def sample_of(columns: Sequence[Any], row: int, vision: VisionSpec) -> EncodedSa
     )
 
 
-def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[Media, ...]:
+def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Media]:
     """A sample's references, from its files and its video records."""
     media: list[Media] = []
     end = 0
@@ -194,4 +323,4 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> tuple[M
                 file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
             )
         )
-    return (*media, *files[end:])
+    return [*media, *files[end:]]

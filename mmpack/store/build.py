@@ -31,7 +31,7 @@ from mmpack.data.readers import RowGroup, RowReader, log_unread
 from mmpack.data.row_keys import UnreadByFile
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
-from mmpack.store.arrow_schema import as_batch, read_batch, sample_of
+from mmpack.store.arrow_schema import Batch, as_batch, read_batch, sample_of
 from mmpack.store.encoded_store import EncodedStore
 from mmpack.types import EncodedSample
 
@@ -43,7 +43,7 @@ class Indexed:
     """The result of a chunk of rows."""
 
     num_rows: int
-    batch: bytes | None  # the samples (`mmpack.store.arrow_schema.as_batch`); None: no samples
+    batch: Batch | None  # the samples; None: no samples
     bad_rows: list[BadRow] = field(default_factory=list)  # sorted by row
     source: str = ""  # their file
     unread: dict[str, int] = field(
@@ -104,9 +104,9 @@ def encoded_rows(
         tell(indexed.num_rows)
         unread.add(indexed.source, indexed.unread)
         if indexed.batch is not None:
-            batch = read_batch(indexed.batch)
+            batch, contents = read_batch(indexed.batch.rows), indexed.batch.contents
             for row in range(batch.num_rows):
-                sample = sample_of(batch.columns, row, encoder.vision)
+                sample = sample_of(batch.columns, row, encoder.vision, contents)
                 assert sample is not None  # its checksum is right
                 samples.append(sample)
     for source, fields in unread.items():

@@ -3,12 +3,13 @@
 A store is a folder. `samples.arrow` is a stream for any Arrow reader. `index.json` and its arrays hold the
 positions of its batches and the sizes of its samples. `mmpack.json` holds the `VisionSpec` and what the store was
 made from. Two more small files are for `datasets.load_from_disk`. Image and video files are not copied: a row
-holds their paths, or the bytes of media that have no file.
+holds their paths. Images and videos that have no file (bytes in rows) are in `media.bin`, each distinct one once; a
+row holds their positions.
 
 All data is checked before use. Each row has a checksum, checked whenever the row is read; a checksum per batch
 would make the first read of any row read 256 rows. A batch's offsets are validated on first use, so that a wrong
-one cannot read memory outside it. The small files have their own checksums and a schema. The checksum of the whole
-`samples.arrow` is checked when another store is made from it. Only regular files are opened.
+one cannot read memory outside it. The small files have their own checksums and a schema. The checksums of the whole
+`samples.arrow` and `media.bin` are checked when another store is made from them. Only regular files are opened.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -30,9 +32,19 @@ from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks, item_at
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
-from mmpack.store.arrow_schema import SCHEMA, SIZES, as_batch, read_batch, sample_of
+from mmpack.store.arrow_schema import (
+    SCHEMA,
+    SIZES,
+    Batch,
+    as_batch,
+    read_batch,
+    sample_of,
+    with_media,
+    with_offsets,
+)
 from mmpack.store.manifest import About, Manifest, read_manifest, write_manifest
 from mmpack.store.mapped_arrays import ArrayType, array_files, load_arrays, save_arrays
+from mmpack.store.media_file import NAME, MediaFile, MediaWriter
 from mmpack.store.records import damaged
 from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
@@ -58,13 +70,14 @@ class EncodedStore(Sequence[EncodedSample]):
         num_tokens, num_patches, num_supervised: (N,) int64, known without reading a sample.
         id_range: (smallest, largest) token id, including supervised labels; None: not known.
         contents: checksum of all samples, for `PackedDataset.fingerprint`.
-        about: the `About` passed to `write_store`.
+        about: the `About` passed to `write_store`. manifest: the content of `mmpack.json`.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.vision, self.about = manifest.vision, manifest.about
         self.checksum, self.contents = manifest.checksum, manifest.contents
+        self.manifest = manifest
         self.id_range = manifest.id_range
         self._path = folder / "samples.arrow"
         index, _ = load_arrays(folder, "index", _INDEX)
@@ -72,6 +85,7 @@ class EncodedStore(Sequence[EncodedSample]):
             raise damaged(folder / "index.json", flaw)
         self.num_tokens, self.num_patches, self.num_supervised = index["sizes"]
         self._offsets, self._starts = index["offsets"].tolist(), index["starts"].tolist()
+        self._media = MediaFile(folder, manifest.media_bytes)
         try:
             size = regular_stat(self._path).st_size
             if size != self._offsets[-1] + len(_END):
@@ -125,24 +139,33 @@ class EncodedStore(Sequence[EncodedSample]):
     def image_paths(self) -> Iterator[str]:
         """Paths of all image and video files, with duplicates."""
         for n in range(self.num_batches):
-            _, _, _, paths, data, *_ = self._columns(n)
-            yield from paths.flatten().filter(data.flatten().is_null()).unique().to_pylist()
+            _, _, _, paths, at, *_ = self._columns(n)
+            yield from paths.flatten().filter(at.flatten().is_null()).unique().to_pylist()
 
-    def batches(self) -> Iterator[bytes]:
-        """The batches that were given to `write_batches`."""
-        return (self._batch(n).to_pybytes() for n in range(self.num_batches))
-
-    def verify(self) -> None:
-        """Check the whole file's checksum, before it becomes part of another store.
+    def batches(self) -> Iterator[Batch]:
+        """The batches that were given to `write_batches`.
 
         Raises:
-            ValueError: the file has changed.
+            ValueError: one is damaged.
+        """
+        for number in range(self.num_batches):
+            batch = with_media(self._batch(number), self._media.contents)
+            if batch is None:
+                raise self._damaged(f"batch {number:,} names media that are not there")
+            yield batch
+
+    def verify(self) -> None:
+        """Check the checksums of whole files, before they become part of another store.
+
+        Raises:
+            ValueError: a file has changed.
         """
         checksum = 0
         for start in range(0, self._mapped.size, 1 << 20):
             checksum = zlib.crc32(self._mapped[start : start + (1 << 20)], checksum)
         if checksum != self.checksum:
             raise self._damaged("its bytes have changed")
+        self._media.verify(self.manifest.media_checksum)
 
     @property
     def num_batches(self) -> int:
@@ -185,7 +208,7 @@ class EncodedStore(Sequence[EncodedSample]):
     def _sample(self, number: int) -> EncodedSample:
         n = bisect_right(self._starts, number) - 1
         columns, row = self._columns(n), number - self._starts[n]
-        sample = sample_of(columns, row, self.vision)
+        sample = sample_of(columns, row, self.vision, self._media.contents)
         if sample is None:
             place = f"row {columns[6][row]} of {columns[5][row]}"
             raise self._damaged(f"sample {number:,} ({place}) has changed")
@@ -214,7 +237,7 @@ def write_store(
 
 def write_batches(
     folder: str | os.PathLike[str],
-    batches: Iterable[bytes],
+    batches: Iterable[Batch],
     vision: VisionSpec,
     about: About | None = None,
     may_be_empty: bool = False,
@@ -227,7 +250,7 @@ def write_batches(
     folder.mkdir(parents=True, exist_ok=True)
     starts, sizes, checksum, contents = [0], [], 0, 0
     ids: list[int] = []  # smallest and largest of each batch
-    with open(folder / "samples.arrow", "wb") as file:
+    with open(folder / "samples.arrow", "wb") as file, MediaWriter(folder) as media:
 
         def write(data: Any) -> None:
             nonlocal checksum
@@ -237,9 +260,10 @@ def write_batches(
         header = SCHEMA.serialize()
         write(header)
         offsets = [len(header)]
-        for data in batches:
+        for rows, inside in batches:
+            batch = read_batch(rows)
+            data = with_offsets(batch, media.add(inside)) if inside else rows
             write(data)
-            batch = read_batch(data)
             offsets.append(offsets[-1] + len(data))
             starts.append(starts[-1] + batch.num_rows)
             sizes.append(np.array([batch[name].to_numpy() for name in SIZES]))
@@ -260,37 +284,31 @@ def write_batches(
         about=about or About(),
         checksum=checksum,
         contents=contents,
+        media_bytes=media.num_bytes,
+        media_checksum=media.checksum,
         id_range=(min(ids), max(ids)) if ids else None,
     )
     return _finish(folder, manifest)
 
 
 def reuse_store(folder: str | os.PathLike[str], store: EncodedStore, about: About) -> EncodedStore:
-    """Make another store with the same samples: a hard link to its file if possible, else a copy.
+    """Make another store with the same samples: hard links to its files if possible, else copies.
 
     Raises:
-        ValueError: the file has changed since it was written.
+        ValueError: a file has changed since it was written.
     """
     store.verify()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    source, target = store.folder / "samples.arrow", folder / "samples.arrow"
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    for name in ("samples.arrow", *([NAME] if store.manifest.media_bytes else [])):
+        source, target = store.folder / name, folder / name
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
     for path in array_files(store.folder, "index"):
         shutil.copyfile(path, folder / path.name)
-    return _finish(
-        folder,
-        Manifest(
-            vision=store.vision,
-            about=about,
-            checksum=store.checksum,
-            contents=store.contents,
-            id_range=store.id_range,
-        ),
-    )
+    return _finish(folder, replace(store.manifest, about=about))
 
 
 def _finish(folder: Path, manifest: Manifest) -> EncodedStore:

@@ -22,7 +22,7 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 8
+FORMAT = 9
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
 _CAPACITY = range(1, 1 << 63)
 
@@ -95,6 +95,7 @@ class Manifest:
     Attributes:
         checksum: CRC-32 of `samples.arrow`.
         contents: CRC-32 of the rows' checksums, in order.
+        media_bytes, media_checksum: length and CRC-32 of `media.bin`; length 0: there is no such file.
         id_range: the smallest and the largest token id, including supervised labels; None: no samples.
     """
 
@@ -103,6 +104,8 @@ class Manifest:
     about: About
     checksum: Annotated[int, range(1 << 32)]
     contents: Annotated[int, range(1 << 32)]
+    media_bytes: Annotated[int, range(1 << 63)]
+    media_checksum: Annotated[int, range(1 << 32)]
     id_range: tuple[int, int] | None
 
 

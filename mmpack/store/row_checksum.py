@@ -41,12 +41,17 @@ def videos_of(media: Iterable[Media]) -> list[dict[str, Any]]:
     return videos
 
 
+def options_of(media: Sequence[Media]) -> list[tuple[int, dict[str, int | float]]]:
+    """(number, options) of the images and videos that have any."""
+    return [(n, ref.options.given) for n, ref in enumerate(media) if ref.options is not None]
+
+
 def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
     """CRC-32 of a row.
 
     Args:
         arrays: ids, labels, flat grids and temporal steps.
-        texts: paths of the files, their bytes (None: in the file), source, row and `videos_of`.
+        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of` and `options_of`.
     """
     checksum = 0
     for array in arrays:
@@ -55,10 +60,9 @@ def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
     paths, data, *rest = texts
     data = data or ()
     lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
-    checksum = zlib.crc32(repr((lengths, paths, rest)).encode(), checksum)
-    for one in data:
-        checksum = zlib.crc32(one or b"", checksum)
-    return checksum
+    contents = {id(one): zlib.crc32(one) for one in {id(one): one for one in data if one}.values()}
+    of_data = [contents.get(id(one)) for one in data]
+    return zlib.crc32(repr((lengths, paths, rest, of_data)).encode(), checksum)
 
 
 def contents_checksum(samples: Iterable[EncodedSample]) -> int:
@@ -70,6 +74,7 @@ def contents_checksum(samples: Iterable[EncodedSample]) -> int:
         data = [file.data for file in files]
         data = [repr(one.size).encode() if hasattr(one, "size") else one for one in data]
         arrays = [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step]
-        paths, videos = [file.path for file in files], videos_of(sample.media)
-        rows.append(row_checksum(arrays, paths, data, sample.source, int(sample.row), videos))
+        paths = [file.path for file in files]
+        media = (videos_of(sample.media), options_of(sample.media))
+        rows.append(row_checksum(arrays, paths, data, sample.source, int(sample.row), *media))
     return zlib.crc32(np.array(rows, dtype="<u4").tobytes())

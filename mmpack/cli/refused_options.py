@@ -1,0 +1,99 @@
+"""Refuses options that would do nothing, with the reason: whatever is passed acts, or is an error.
+
+Whether an option was passed is known from the parser (`Options.given`), not from its value, so a passed default is
+refused, too. Options whose effect depends on a store's content are checked where it is read (`mmpack.cli.merge`),
+those of transformers in `mmpack.hf.training_options`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from mmpack.cli.options import (
+    CheckOptions,
+    InspectOptions,
+    Options,
+    PackingOptions,
+    PackOptions,
+    ProcessorOptions,
+    TrainOptions,
+    flag,
+)
+
+_VIDEO = ("video_fps", "video_max_frames", "video_max_pixels")
+# What an option that is also one of mmpack pack does when training on packs.
+_ON_PACKS = {"media_dir", "config", "frozen", "max_bad"}
+
+
+def check_applies(options: Options) -> None:
+    """Refuse the first group of passed options that would have no effect.
+
+    Raises:
+        ValueError: names all options of the group, why they do nothing, and what to do.
+    """
+    for names, error, advice in _rules(options):
+        passed = [flag(name) for name in names if name in options.given]
+        if passed:
+            listed = " and ".join(filter(None, [", ".join(passed[:-1]), passed[-1]]))
+            do = "does" if len(passed) == 1 else "do"
+            raise ValueError(f"{listed} {do} not apply: {error}; {advice}")
+
+
+def is_packed(data: Iterable[str]) -> bool:
+    """Whether `--data` is a folder that `mmpack pack` wrote.
+
+    Raises:
+        ValueError: it is one among others.
+    """
+    folders = list(data)
+    packed = [folder for folder in folders if (Path(folder) / "mmpack.json").exists()]
+    if packed and len(folders) > 1:
+        raise ValueError(
+            f"{packed[0]} is one of {len(folders)} --data, but a packed folder must be the only one; pack the "
+            "data files of all of them together with mmpack pack"
+        )
+    return bool(packed)
+
+
+def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
+    """(options, why they do nothing, advice), for the options as they were passed."""
+    if isinstance(options, TrainOptions):
+        yield from _training_rules(options)
+    if isinstance(options, CheckOptions) and options.tokenizer is None:
+        names = [one.name for one in fields(ProcessorOptions) if one.name != "tokenizer"]
+        why = "mmpack check counts no tokens without a tokenizer"
+        yield names, why, "pass --tokenizer too"
+    if isinstance(options, (CheckOptions, PackingOptions)) and options.stage == "pretrain":
+        names = [*_VIDEO, "config"] if isinstance(options, CheckOptions) else _VIDEO
+        yield names, "documents have no videos (--stage pretrain)", "leave it out"
+    if isinstance(options, PackingOptions):
+        drops = isinstance(options, TrainOptions) and options.on_bad_image == "drop"
+        if options.on_error == "raise" and not drops:
+            skip = "--on-error skip" + (
+                " or --on-bad-image drop" if isinstance(options, TrainOptions) else ""
+            )
+            yield (
+                ["max_bad"],
+                "the first bad row stops the command",
+                f"pass {skip} to leave rows out",
+            )
+    if isinstance(options, PackOptions) and options.shard is not None:
+        why = "a part has no packs to draw yet"
+        yield ["png"], why, "pass it to mmpack merge"
+    if isinstance(options, InspectOptions) and options.row is not None:
+        yield ["segment"], "--row shows the segment of its row", "leave one of the two out"
+
+
+def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str, str]]:
+    if not is_packed(options.data):
+        why = "rows are read and packed now, so they cannot differ from earlier packs"
+        yield ["on_changed_data"], why, "leave it out"
+        return
+    packing = [one.name for one in fields(PackingOptions) if one.name not in _ON_PACKS]
+    why = f"{options.data[0]} is packed, and mmpack pack has settled this"
+    yield packing, why, "pack again with it, or leave it out"
+    if options.on_bad_image == "raise":
+        why = "the first bad image stops the run"
+        yield ["max_bad"], why, "pass --on-bad-image drop to leave rows out"
