@@ -100,18 +100,20 @@ _EVERYWHERE = {
     "audios": _AUDIO,
     "input_audio": _AUDIO,
     "reasoning_content": _THOUGHT,
-    "reasoning": _THOUGHT,
     "thinking": _THOUGHT,
     "thought": _THOUGHT,
     "loss_scale": _WEIGHT,
+    "channel": _CHANNEL,
+    "chat_template_kwargs": _TEMPLATE,
+    "enable_thinking": _TEMPLATE,
+}
+_OF_TURN = {
+    "reasoning": _THOUGHT,
     "loss_mask": _MASK,
     "mask": _MASK,
     "train": _FLAG,
     "training": _FLAG,
-    "channel": _CHANNEL,
     "prefix": _PREFIX,
-    "chat_template_kwargs": _TEMPLATE,
-    "enable_thinking": _TEMPLATE,
 }
 ROW_KEYS = {
     **_EVERYWHERE,
@@ -126,6 +128,7 @@ ROW_KEYS = {
 }
 TURN_KEYS = {
     **_EVERYWHERE,
+    **_OF_TURN,
     **dict.fromkeys(_MEDIA, _ON_PART),
     **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA_OF_TURN),
     "train_detail": _FLAG._replace(use="the mark of parts with loss", advice="remove it"),
@@ -140,6 +143,7 @@ _CONTENT = frozenset(  # keys of a part that hold its content; it has one of the
 PAIR_KEYS = {**TURN_KEYS, **dict.fromkeys(LOSS_KEYS, _WEIGHT)}  # of a question with its answer
 PART_KEYS = {
     **_EVERYWHERE,
+    **_OF_TURN,
     **dict.fromkeys(LOSS_KEYS, _WEIGHT),
     **dict.fromkeys((*_MEDIA, "detail"), _ON_PART),
     **dict.fromkeys(
