@@ -134,12 +134,12 @@ def _message_turns(
             speaker = "assistant" if role == "function_call" else role
             if not loss_of(message, loss if loss == "prompt" else speaker, where):
                 loss = "none"
+        calls = None if is_absent(calls) else calls
+        if calls and role != "assistant":
+            raise RowError(f"{where} is the {role}'s and has 'tool_calls'", "remove them")
         if role == "function_call":
             turns.append(Turn("assistant", [], spoken_calls(content, where), loss))
             continue
-        calls = None if is_absent(calls) else calls
-        if calls and role != "assistant":
-            raise RowError(f"{where} has 'tool_calls', but its role is {name!r}", "fix the row")
         parts = [] if calls and content is None else _parts(content, where, unread)
         if calls and parts == [""] and not isinstance(content, str):
             raise RowError(
