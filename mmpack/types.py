@@ -97,15 +97,18 @@ class Message:
     """One turn.
 
     Attributes:
-        role: "system", "user" or "assistant"; "document" for a document's only message.
+        role: "system", "developer", "user", "assistant" or "tool"; "document" for a document's only message.
         content: text, images and videos in reading order. Positions of images are explicit, so `<image>` in a text
-            is literal text.
+            is literal text. Empty only beside `tool_calls`.
+        tool_calls: an assistant's calls as the row has them: `{"function": {"name": ..., "arguments": {...}}}` or
+            `{"name": ..., "arguments": {...}}`; the chat template writes them.
         loss: "default": an answer has a loss, other turns only with `train_on_prompt`. "prompt": none, except with
             `train_on_prompt`, as for an answer inside a prompt. "none": no loss at all (`"loss": false` in a row).
     """
 
     role: str
     content: tuple[str | Media, ...]
+    tool_calls: tuple[dict[str, Any], ...] = ()
     loss: Loss = "default"
 
 
@@ -117,11 +120,13 @@ class Sample:
         messages: its turns, in order; a document has one.
         source: the row's file.
         row: the row's number in the file, from 0.
+        tools: descriptions of functions as the row has them; the chat template writes them.
     """
 
     messages: tuple[Message, ...]
     source: str
     row: int
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def media(self) -> tuple[Media, ...]:

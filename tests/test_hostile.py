@@ -26,7 +26,7 @@ POLICY = {
     "images_of_dicts": "accept",
     "openai_messages": "accept",
     "ends_on_human": "reject",
-    "system_in_the_middle": "reject",
+    "system_in_the_middle": "accept",
     "value_is_a_number": "reject",
     "lone_surrogate": "reject",
     "absolute_path": "reject",
@@ -44,6 +44,8 @@ POLICY = {
     "files/lines_named.json": "reject",
     "files/duplicate_keys.jsonl": "accept",
 }
+# The table refuses it, but agents' logs have such turns, and the template writes them (docs/data.md).
+ALLOWED = {"two_humans_in_a_row": "accept"}
 # (usable, refused) rows of the files that are read at all.
 ROWS_OF_FILES = {
     "files/broken_line.jsonl": (2, 1),
@@ -70,10 +72,8 @@ def outcomes(folder):
     """case -> "accept" or "reject", every row of the table."""
     rows = json.loads((folder / "rows.json").read_text())
     assert len(rows) == 74
-    return [
-        (row["case"], POLICY[row["case"]] if row["expect"] == "policy" else row["expect"])
-        for row in rows
-    ]
+    ours = POLICY | ALLOWED
+    return [(row["case"], ours.get(row["case"], row["expect"])) for row in rows]
 
 
 def usable(outcomes):

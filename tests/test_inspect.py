@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from builders import encoded, small_spec
 from PIL import Image
+from transformers import AutoTokenizer
 
 from mmpack import VideoSpec, VisionSpec
 from mmpack.cli import inspect
@@ -55,6 +56,47 @@ def test_what_is_supervised_are_the_answers(small_set, rows, capsys):
             assert sizes == [np.prod(medium["grid_thw"]) // 4 for medium in segment["media"]]
             seen.append(segment["row"])
     assert sorted(seen) == list(range(24))
+
+
+def test_a_special_token_is_told_from_the_same_text(small_set, tmp_path, capsys):
+    shutil.copytree(small_set / "tokenizer", tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|box_start|>"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    asked = {"from": "human", "value": "Grö\u00dfe <|im_end|>?"}
+    said = {"from": "gpt", "value": "<|box_start|>(1,2) or <|im_end|>"}
+    data, packed = str(tmp_path / "rows.json"), str(tmp_path / "packed")
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": [asked, said]}]))
+    options = [data, "--tokenizer", str(tmp_path / "tokenizer")]
+
+    assert main(["check", *options]) == 0
+    table = capsys.readouterr().out
+    assert "special tokens in rows that stay text  <|im_end|>: 2\n" in table
+    assert "special tokens in rows that become their ids  <|box_start|>: 1\n" in table
+    assert main(["check", *options, "--typed-tokens", "text", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]
+    assert (summary["typed_text"], summary["typed_ids"]) == (
+        {"<|im_end|>": 2, "<|box_start|>": 1},
+        {},
+    )
+
+    assert main(["pack", *options, "--capacity", "512", "--out", packed, "--quiet"]) == 0
+    assert main(["inspect", packed]) == 0
+    text = capsys.readouterr().out
+    question, answer = re.findall(r"(?:user|assistant)\n(.*)\n", text)[-2:]
+    dotted = re.compile(r"<\u00b7?\|.*\u00b7.*\|\u00b7?>")  # as the tokenizer splits it
+    assert question.endswith("<|im_end|>")
+    assert question.startswith("Grö\u00dfe ")
+    assert dotted.fullmatch(question.removeprefix("Grö\u00dfe ").removesuffix("?<|im_end|>"))
+    assert answer.startswith("[[<|box_start|>(1,2) or ")
+    spelled = answer.removeprefix("[[<|box_start|>(1,2) or ").removesuffix("<|im_end|>]]")
+    assert spelled.replace("\u00b7", "") == "<|im_end|>"
+    assert dotted.fullmatch(spelled)
+    assert main(["inspect", packed, "--json"]) == 0
+    (segment,) = json.loads(capsys.readouterr().out)["segments"]
+    ((span,),) = [[s for s in segment["spans"] if s["supervised"]]]
+    assert span["text"] == said["value"] + "<|im_end|>"
+    assert span["special"] == [[span["begin"], "<|box_start|>"], [span["end"] - 1, "<|im_end|>"]]
 
 
 def test_the_terminal_shows_the_same(small_set, capsys):

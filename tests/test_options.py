@@ -13,7 +13,7 @@ import pytest
 from builders import tiny_config
 from PIL import Image
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 import mmpack.errors
 from mmpack import Encoder, PackedDataset
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 # A store cannot be trained on as if its rows were read now.
 PACKED_ALREADY = {
     "stage": "pretrain", "dataset": "a", "allow_data_uri": "", "missing_marker": "refuse", "decode": "",
-    "tokenizer": "tokenizer", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
+    "tokenizer": "tokenizer", "typed_tokens": "ids", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "resizer": "pillow", "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
     "mask_history": "", "plan_seed": "0",
@@ -75,6 +75,7 @@ PACKING = [
     ("mask_history", "rows.json", "--mask-history"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
 ]
+TYPED = "--typed-tokens text"
 PACK = "{data} --tokenizer tokenizer --capacity 2048 --out {out}/packed"
 ROWS = "--data {data} --tokenizer tokenizer --capacity 2048 --config config.json"
 TRAIN = "--data packed --config config.json --output_dir {out}/run"
@@ -91,7 +92,9 @@ CASES = [
     *[Case("check", name, base + " --tokenizer tokenizer", words) for name, base, words in PIXELS],
     *[
         Case("check", name, "rows.json", words, "pass --tokenizer too")
-        for name, _, words in (*PIXELS, ("config", "", "--config config.json"))
+        for name, _, words in (
+            *PIXELS, ("config", "", "--config config.json"), ("typed_tokens", "", TYPED)
+        )
     ],
     *[
         Case(command, name, base, words, "documents have no videos")
@@ -105,6 +108,9 @@ CASES = [
     Case("check", "config", "docs.jsonl --stage pretrain --tokenizer tokenizer", "--config config.json",
          "documents have no videos"),
     Case("check", "config", "video.json --tokenizer timed", "--config timed.json"),
+    Case("check", "typed_tokens", "boxes.json --tokenizer boxes", TYPED),
+    Case("pack", "typed_tokens", pack("boxes.json").replace(" tokenizer ", " boxes "), TYPED),
+    Case("train", "typed_tokens", pack("boxes.json", "train").replace(" tokenizer ", " boxes "), TYPED),
     Case("check", "tokenizer", "rows.json", "--tokenizer tokenizer"),
     Case("check", "data", "rows.json", "docs.jsonl"),
     Case("check", "bad", "damaged.json --decode", "--bad {out}/bad.jsonl"),
@@ -237,6 +243,11 @@ def world(tmp_path_factory):
     vision = Encoder.from_folder(folder / "tokenizer").vision
     tiny_config(4096, vision=vision, family="qwen2_5_vl").to_json_file(folder / "timed.json")
     shutil.copy(folder / "config.json", folder / "model.json")
+    write("boxes.json", {"conversations": turns("Hello", "At <|box_start|>(1,2)")})
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|box_start|>"]})
+    shutil.copytree(folder / "tokenizer", folder / "boxes")
+    tokenizer.save_pretrained(folder / "boxes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(mmpack.errors, "_JUDGED_FROM", 24)

@@ -140,7 +140,7 @@ def test_texts_of_pairs_take_the_images_first(tmp_path):
         ({"prompt": "What?"}, r"no field 'conversations', .* the row has \['prompt'\]"),
         ({"prompt": [], "completion": "x"}, "'prompt' must be a text or a list of turns, got a l"),
         ({"prompt": "x", "completion": {"a": 1}}, "'completion' must be a text or a list of turns"),
-        ({"prompt": "x", "completion": [user("y")]}, "turn 1 has role 'user', expected 'assist"),
+        ({"prompt": "x", "completion": [user("y")]}, "the last turn must be the assistant's"),
         ({"query": "x", "response": ["y", "z"]}, "text of the output must be a string, got a list"),
         ({"query": "x", "response": "y", "history": [["z"]]}, "'history' must be a list of pairs"),
         ({"query": "x", "response": "y", "history": [["z", ["a"]]]}, "text of history 0 must be a"),

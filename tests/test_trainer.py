@@ -124,6 +124,7 @@ OPTIONS = {
     "accumulation 4": {},
     "one batch of 4 packs": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
     "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing kernels": {"gradient_checkpointing": True},
     "workers": {"dataloader_num_workers": 2},
 }
 
@@ -131,7 +132,10 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        *(("qwen2_vl", name) for name in OPTIONS),
+        *(("qwen2_vl", name) for name in OPTIONS if "kernels" not in name),
+        pytest.param(
+            "qwen2_vl", "checkpointing kernels", marks=pytest.mark.slow
+        ),  # as in test_matrix
         pytest.param("qwen2_5_vl", "accumulation 4", marks=pytest.mark.smoke),
         pytest.param("qwen3_vl", "accumulation 4", marks=pytest.mark.smoke),
         pytest.param("qwen3_vl_moe", "accumulation 4", marks=pytest.mark.slow),
@@ -140,7 +144,7 @@ OPTIONS = {
 def test_patched_model(family, options, dataset, model_of, expected_of, tmp_path):
     """Micro-batches of unequal weight; the newer families say accepts_loss_kwargs=False, which lets
     Trainer count micro-batches alike."""
-    impl = "triton" if options == "checkpointing" else "auto"
+    impl = "triton" if "kernels" in options else "auto"
     model = model_of(family=family)
     assert getattr(model, "accepts_loss_kwargs", None) == (None if family == "qwen2_vl" else False)
     patch_model(model, impl=impl)

@@ -74,7 +74,9 @@ def test_files_that_are_no_videos(tmp_path):
 def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"")
-    with pytest.raises(RowError, match=r"a.mp4 needs PyAV to be read; pip install 'mmpack\[video\]'"):
+    with pytest.raises(
+        RowError, match=r"a.mp4 needs PyAV to be read; pip install 'mmpack\[video\]'"
+    ):
         videos.probe(VideoRef(str(tmp_path / "a.mp4")))
 
 

@@ -19,6 +19,7 @@ from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.media_paths import open_media
 from mmpack.data.readers import Reader, RowGroup, RowReader
 from mmpack.data.row_keys import UnreadFields
+from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.plan import padded_utilization, plan_packs
 from mmpack.types import EncodedSample, ImageRef, Sample
@@ -36,6 +37,7 @@ class CheckedRow:
     fields: tuple[str, ...] = ()  # names, without null and empty fields
     samples: list[Sample] = field(default_factory=list)
     encoded: list[EncodedSample] = field(default_factory=list)
+    typed: list[TypedTokens] = field(default_factory=list)  # of each sample, with a tokenizer
     bad: BadRow | None = None
     digest: bytes | None = None  # of its content; None: unknown
     unread: UnreadFields | None = (
@@ -97,8 +99,9 @@ def _encode(checked: list[CheckedRow], encoder: Encoder) -> None:
     by_row = {row.row: row for row in checked}
     bad_rows: list[BadRow] = []
     samples = [sample for row in checked for sample in row.samples]
-    for _, encoded in encoder.encode_chunk(samples, bad_rows):
+    for place, encoded in encoder.encode_chunk(samples, bad_rows):
         by_row[encoded.row].encoded.append(encoded)
+        by_row[encoded.row].typed.append(encoder.typed_in(samples[place]))
     for bad in bad_rows:
         by_row[bad.row].bad = bad
 
@@ -114,6 +117,7 @@ class Summary:
         images_per_row: number of rows per number of images.
         num_videos, video_frames: number of videos, and the frames of each before sampling.
         image_uses: path -> number of uses, without images in memory.
+        typed_text, typed_ids: number of each special token in rows that stays text, and that becomes its id.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
         same_content: names of files with equal content (with `hash_files`).
         num_again: number of rows equal to an earlier row. again: the first of them, and the earlier row.
@@ -135,6 +139,8 @@ class Summary:
         self.images_per_row: Counter[int] = Counter()
         self.image_uses: Counter[str] = Counter()
         self.image_sizes: list[tuple[int, int]] = []
+        self.typed_text: Counter[str] = Counter()
+        self.typed_ids: Counter[str] = Counter()
         self.lengths: list[tuple[int, str, int]] = []
         self.has_tokens = False
         self.num_again = 0
@@ -172,6 +178,9 @@ class Summary:
             self.video_frames += [video.num_frames for video in sample.videos]
             for image in sample.images:
                 self._add_image(image)
+        for typed in checked.typed:
+            self.typed_text.update(typed.text)
+            self.typed_ids.update(typed.ids)
         for encoded in checked.encoded:
             self.has_tokens = True
             group["tokens"].append(encoded.num_tokens)
@@ -253,13 +262,14 @@ class Summary:
         tokens = np.array([length for length, _, _ in self.lengths], dtype=np.int64)
         table = []
         for capacity in CAPACITIES:
-            plan = plan_packs(tokens, capacity, on_overflow="drop")
+            fitting = tokens[tokens <= capacity]
+            plan = plan_packs(fitting, capacity)
             table.append(
                 {
                     "capacity": capacity,
                     "packs": plan.num_packs,
                     "utilization": round(plan.utilization, 4),
-                    "too_long": plan.num_dropped,
+                    "too_long": len(tokens) - len(fitting),
                 }
             )
         return table
@@ -286,6 +296,8 @@ class Summary:
             figures["equal_image_files"] = sum(len(paths) - 1 for paths in self.same_content)
         if self.has_tokens:
             tokens = np.array([length for length, _, _ in self.lengths])
+            figures["typed_text"] = dict(self.typed_text)
+            figures["typed_ids"] = dict(self.typed_ids)
             figures["tokens"] = int(tokens.sum())
             figures["tokens_median"] = int(np.median(tokens))
             figures["tokens_p99"] = int(np.percentile(tokens, 99))

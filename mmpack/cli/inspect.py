@@ -5,7 +5,7 @@ Everything is taken from the assembled `Pack`, not from the rows, so this shows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mmpack.cli.tables import aligned
 from mmpack.cli.terminal import one_line, printable
+from mmpack.cli.token_text import TokenText
 from mmpack.data import images, videos
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
@@ -27,7 +28,6 @@ from mmpack.packing.dataset import PackedDataset
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
 from mmpack.vision_spec import VisionSpec
 
-Decode = Callable[[list[int]], str]
 _SUPERVISED, _FOLDED, _PLAIN = (
     "\x1b[30;42m",
     "\x1b[36m",
@@ -254,7 +254,7 @@ def size_in_patches(medium: Medium) -> str:
     return "x".join(map(str, medium.grid_thw[1:] if is_image else medium.grid_thw))
 
 
-def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> str:
+def text(view: PackView, segment: int, decode: TokenText | None, color: bool) -> str:
     """A segment's text, with an image's placeholders as one word. Supervised tokens are green or, without color,
     between [[ and ]].
 
@@ -282,10 +282,11 @@ def text(view: PackView, segment: int, decode: Decode | None, color: bool) -> st
     return f"--- segment {segment}: {place}\n{''.join(parts)}"
 
 
-def span_text(view: PackView, span: Span, decode: Decode | None) -> str:
-    """A span's text with control and format characters escaped, or its ids."""
+def span_text(view: PackView, span: Span, decode: TokenText | None) -> str:
+    """A span's text with control and format characters escaped and spelled out special tokens dotted, or its
+    ids."""
     ids = view.pack.input_ids[span.begin : span.end].tolist()
-    return " ".join(map(str, ids)) if decode is None else printable(decode(ids))
+    return " ".join(map(str, ids)) if decode is None else printable(decode.shown(ids))
 
 
 def _folded(view: PackView, span: Span) -> str:
@@ -299,8 +300,9 @@ def _folded(view: PackView, span: Span) -> str:
     return f"<{place}: {height}x{width} patches, {span.end - span.begin:,} tokens>"
 
 
-def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dict[str, Any]:
-    """The pack and its segments `chosen` for JSON; `begin` and `end` are positions in the pack."""
+def as_dict(view: PackView, decode: TokenText | None, chosen: Sequence[int]) -> dict[str, Any]:
+    """The pack and its segments `chosen` for JSON; `begin`, `end` and those of `special` tokens are positions in
+    the pack."""
     segments = []
     for segment in chosen:
         sample = view.samples[segment]
@@ -312,7 +314,10 @@ def as_dict(view: PackView, decode: Decode | None, chosen: Sequence[int]) -> dic
             if span.medium >= 0:
                 what: dict[str, Any] = {"medium": view.media[span.medium].name}
             else:
-                what = {"ids": ids} if decode is None else {"text": decode(ids)}
+                what = {"ids": ids}
+                if decode is not None:
+                    special = [(span.begin + n, word) for n, word in decode.special(ids)]
+                    what = {"text": decode(ids), "special": special}
             spans.append(where | what)
         media = [
             {
@@ -361,7 +366,7 @@ def frames(
     return frames_of(patches, medium.grid_thw, vision)
 
 
-def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | None, str]:
+def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[TokenText | None, str]:
     """(ids to text, a note to the user), from the named tokenizer, else from the recorded one if it is on this
     machine: it is not downloaded."""
     about = _store_of(dataset).about
@@ -386,9 +391,4 @@ def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[Decode | N
         before is None or before == Encoder(tokenizer, dataset.vision).settings()["the tokenizer"]
     )
     note = "" if is_same else f"{name or recorded} is not the tokenizer this was packed with"
-
-    def decode(ids: list[int]) -> str:
-        words: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return words
-
-    return decode, note
+    return TokenText(tokenizer), note

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.inspect import (
-    Decode,
     Medium,
     PackView,
     Span,
@@ -27,6 +26,7 @@ from mmpack.cli.inspect import (
     view_pack,
 )
 from mmpack.cli.terminal import one_line
+from mmpack.cli.token_text import TokenText
 from mmpack.data import images, videos
 from mmpack.errors import counted
 from mmpack.packing.dataset import PackedDataset
@@ -78,7 +78,7 @@ class Page:
     characters: int = _MOST_CHARACTERS
     image_bytes: int = _MOST_IMAGE_BYTES
 
-    def add(self, view: PackView, decode: Decode | None) -> None:
+    def add(self, view: PackView, decode: TokenText | None) -> None:
         """Add a pack to the page, with as much text and as many images as fit."""
         data = {
             "number": view.number,
@@ -141,7 +141,7 @@ class Page:
         self.image_bytes -= len(data)
         return {"jpeg": base64.b64encode(data).decode()}
 
-    def _segment(self, view: PackView, segment: int, decode: Decode | None) -> dict[str, Any]:
+    def _segment(self, view: PackView, segment: int, decode: TokenText | None) -> dict[str, Any]:
         sample, (begin, end) = view.samples[segment], view.bounds(segment)
         return {
             "row": sample.row,
@@ -152,7 +152,7 @@ class Page:
             "spans": [self._span(view, span, decode) for span in view.spans_of(segment)],
         }
 
-    def _span(self, view: PackView, span: Span, decode: Decode | None) -> dict[str, Any]:
+    def _span(self, view: PackView, span: Span, decode: TokenText | None) -> dict[str, Any]:
         self.characters -= _SPAN
         what: dict[str, Any] = {"begin": span.begin, "end": span.end}
         if span.medium >= 0:
@@ -168,7 +168,7 @@ class Page:
 def write_page(
     dataset: PackedDataset,
     packs: range | None,
-    decode: Decode | None,
+    decode: TokenText | None,
     path: str,
     *,
     name: str,

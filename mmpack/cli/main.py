@@ -126,6 +126,7 @@ def _encoder(
             "max_pixels": options.video_max_pixels,
         },
         on_error=on_error,
+        typed_tokens=options.typed_tokens,
         **_reading(options),
         **packing,
     )

@@ -24,6 +24,7 @@ from mmpack.cli.examples import (
     TRAIN_EXAMPLES,
 )
 from mmpack.errors import MAX_BAD, check_max_bad
+from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
 
@@ -81,6 +82,10 @@ class ProcessorOptions:
 
     tokenizer: str | None = option(TOKENIZER_HELP, None, metavar="FOLDER")
     config: str | None = None  # its purpose differs by command
+    typed_tokens: Literal["ids", "text"] = option(
+        "special tokens in rows, other than those of turns and images: their ids, or plain text",
+        "ids",
+    )
     max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
     min_pixels: int | None = option("minimum pixels per image (default: processor's)", None)
     video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)
@@ -132,8 +137,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         for name, values in schema_of(Planning).items():
             if isinstance(given := getattr(self, name), (int, float)):
                 check(given, values, flag(name))
-        if self.stage == "sft" and self.on_overflow == "split":
-            raise ValueError("a conversation cannot be split; --on-overflow split is for documents")
+        check_split(str(self.on_overflow), self.stage)
 
     @property
     def planning(self) -> Planning:

@@ -78,6 +78,14 @@ def check_table(summary: Summary) -> str:
         "rows by images  " + _counts(dict(sorted(summary.images_per_row.items()))),
         f"{unit}  {lengths.sum():,} in total; per row: median {int(np.median(lengths)):,}, "
         f"p99 {int(np.percentile(lengths, 99)):,}, longest {lengths.max():,}",
+        *(
+            f"special tokens in rows that {what}  {_counts(counts)}"
+            for what, counts in (
+                ("stay text", summary.typed_text),
+                ("become their ids", summary.typed_ids),
+            )
+            if counts
+        ),
         f"rows by {unit}  "
         + ", ".join(f"<= {end:,}: {count:,}" for end, count in summary.histogram().items()),
         "longest rows  "

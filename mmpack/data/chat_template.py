@@ -1,24 +1,34 @@
 """The layout that a tokenizer's chat template gives a conversation: everything but the conversation's own texts.
 
 The template is rendered with stand-ins once per conversation shape, which shows which characters the template
-wrote. It is also rendered with the real texts, and a row whose text it rewrites is refused. A document has no
-template.
+wrote. It is also rendered with the real texts, and a row whose text it rewrites is refused. Tools and tool calls are
+written by the template, so they are part of the shape. A document has no template.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from mmpack.data.rendering import (
+    MARKS,
+    Piece,
+    Renderer,
+    kind_of,
+    marked_call,
+    marked_tool,
+    texts_of,
+)
+from mmpack.data.special_tokens import END_OF_DOCUMENT, SpecialTokens
+from mmpack.data.template_errors import check_marks, not_written, rewritten
 from mmpack.errors import RowError
-from mmpack.types import IGNORE, Media, Message, VideoRef
+from mmpack.types import IGNORE, Message, Sample
 from mmpack.vision_spec import VisionSpec
 
-_END_OF_DOCUMENT = "<|endoftext|>"  # as in Qwen's base models; the instruct models' eos ends a turn
-_STAND_IN = "\ue000{}\ue001"  # private use characters: no template tests for them
+_MOST_LAYOUTS = 4096  # kept; every row with tool calls has its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +42,17 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The template's text around one text of the row, between two special tokens."""
+    """The template's text around texts of the row, between two special tokens: before each text, and after the
+    last. An answer is its slot's only text."""
 
-    before: str
-    after: str
+    around: tuple[str, ...]
     is_answer: bool = False
-    before_ids: tuple[int, ...] = ()  # for an answer: the ids of `before` alone
-    ends_early: bool = False  # for an answer: `after` is not part of it
+    before_ids: tuple[int, ...] = ()  # for an answer: the ids of the text before it alone
+    ends_early: bool = False  # for an answer: the text after it is not part of it
+
+    def filled(self, texts: Iterator[str]) -> str:
+        """The slot with the row's texts, up to the last of them."""
+        return "".join([before + next(texts) for before in self.around[:-1]])
 
 
 class Clip(NamedTuple):
@@ -50,17 +64,9 @@ class Clip(NamedTuple):
 Layout = tuple[Fixed | Slot | Clip, ...]  # a rendered conversation with its texts left out
 
 
-class _Piece(NamedTuple):
-    """The text between two special tokens of a rendered template."""
-
-    before: str = ""
-    slot: int | None = None  # index of the conversation's text; None: template text only
-    after: str = ""
-
-
 class Template:
-    """The special tokens, and a cached layout per conversation shape. Options are those of `mmpack.Encoder`;
-    with `is_prompt` the layout ends where the assistant's turn begins."""
+    """A cached layout per conversation shape. Options are those of `mmpack.Encoder`; with `is_prompt` the layout
+    ends where the assistant's turn begins."""
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class Template:
         *,
         train_on_prompt: bool = False,
         mask_history: bool = False,
+        typed_tokens: str = "ids",
         is_prompt: bool = False,
     ) -> None:
         self._vision = vision
@@ -81,53 +88,62 @@ class Template:
         self._train_on_prompt = train_on_prompt
         self._mask_history = mask_history
         self.is_prompt = is_prompt
-        self._render: Callable[..., str] = functools.partial(
+        render = functools.partial(
             tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=is_prompt
         )
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        self._special_tokens = {
-            token_id: token.content
-            for token_id, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-        self._special_ids = {token: token_id for token_id, token in self._special_tokens.items()}
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        self._pieces = re.compile(
-            "|".join([_STAND_IN.format(r"(\d+)"), *map(re.escape, longest_first)])
-        )
-        self._layouts: dict[tuple[tuple[str, ...], ...], Layout] = {}
+        inner = getattr(tokenizer, "tokenizer", tokenizer)
+        self._eos_token_id = inner.eos_token_id
+        ids = {t.content: n for n, t in inner.added_tokens_decoder.items() if t.special}
+        self._renderer = Renderer(render, ids)
+        self._turn_end: int | None = None  # the special token that ends an assistant's turn
+        written = {token for token in ids if token in str(tokenizer.chat_template)}
+        for roles in (("system", "user", "assistant"), ("user", "assistant")):
+            written.update(self._tried(roles))  # a template can put a token together
+        self.special_tokens = SpecialTokens(inner, vision, written, typed_tokens)
+        self.tokenize = self.special_tokens.tokenize
+        self._layouts: dict[Any, Layout] = {}
 
-    def layout(self, messages: tuple[Message, ...]) -> Layout:
+    def _tried(self, roles: Sequence[str]) -> list[str]:
+        """The special tokens of a short conversation; [] if the template refuses it."""
+        try:
+            items = self._renderer.stand_ins([Message(role, ("?",)) for role in roles])
+        except RowError:
+            return []
+        for place, item in enumerate(items):
+            if isinstance(item, Piece) and len(roles) - 1 in item.slots:
+                ends = [end for end in items[place:] if isinstance(end, int)]
+                self._turn_end = ends[0] if ends else None
+        return [text for text, number in self._renderer.special_ids.items() if number in items]
+
+    def layout(self, sample: Sample) -> Layout:
         """The layout of the conversation's shape, checked against the template's rendering of its texts.
 
         Raises:
-            RowError: the template rewrites, drops or reorders the texts.
+            RowError: the template refuses the conversation, or rewrites, drops or reorders its texts, tools or
+                tool calls.
         """
+        messages, tools = sample.messages, sample.tools
         if messages[0].role == "document":
             return self._document_layout(messages[0])
-        shape = tuple(
-            (
-                message.role,
-                message.loss,
-                *map(_kind, message.content),
-            )
-            for message in messages
-        )
-        if shape not in self._layouts:
-            self._layouts[shape] = self._make_layout(messages)
-        layout = self._layouts[shape]
+        key: Any = tuple([(m.role, m.loss, *map(kind_of, m.content)) for m in messages])
+        calls = [message.tool_calls for message in messages]
+        if tools or any(calls):
+            key = (key, json.dumps([tools, calls]))
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = self._make_layout(messages, tools)
         texts = texts_of(messages)
         remaining = iter(texts)
         filled = [
-            item.before + next(remaining) + item.after if isinstance(item, Slot) else item.text
+            item.filled(remaining) + item.around[-1] if isinstance(item, Slot) else item.text
             for item in layout
         ]
-        if "".join(filled) != self._render(_chat(messages, texts)):
-            raise RowError(
-                "the chat template rewrites this row's text (trims it, or strips reasoning), so its "
-                "answer cannot be located",
-                "clean the row or use another template",
-            )
+        rendered = self._renderer.render(messages, texts, calls, tools)
+        if "".join(filled) != rendered:
+            around = [item.around if isinstance(item, Slot) else (item.text,) for item in layout]
+            raise rewritten(messages, around, rendered)
         return layout
 
     def _document_layout(self, document: Message) -> Layout:
@@ -138,137 +154,189 @@ class Template:
             self._vision.vision_end_token_id,
         )
         image = Fixed("", run, (IGNORE,) * len(run))
-        text = Slot("", "", is_answer=True)
-        parts = [text if isinstance(part, str) else image for part in document.content]
-        end = self._special_ids.get(_END_OF_DOCUMENT, self._tokenizer.eos_token_id)
+        text = Slot(("", ""), is_answer=True)
+        parts = [text if isinstance(part, str) else image for part in document.content if part]
+        end = self.special_tokens.ids.get(END_OF_DOCUMENT, self._eos_token_id)
         if end is None:
-            raise ValueError(f"the tokenizer has neither {_END_OF_DOCUMENT} nor an eos_token")
+            raise ValueError(f"the tokenizer has neither {END_OF_DOCUMENT} nor an eos_token")
         return (*parts, Fixed("", (end,), (end,)))
 
-    def _make_layout(self, messages: tuple[Message, ...]) -> Layout:
-        stand_ins = [_STAND_IN.format(n) for n in range(len(texts_of(messages)))]
-        items = self._split(self._render(_chat(messages, stand_ins)))
+    def _make_layout(self, messages: Sequence[Message], given: Sequence[Any]) -> Layout:
+        broken = self.special_tokens.broken
+        tools = [marked_tool(broken(tool), number) for number, tool in enumerate(given)]
+        turns: list[int] = []  # of each call
+        calls: list[list[Any]] = []
+        for turn, message in enumerate(messages):
+            numbered = enumerate(message.tool_calls, len(tools) + len(turns))
+            calls.append([marked_call(broken(call), number) for number, call in numbered])
+            turns += [turn] * len(message.tool_calls)
+        items = self._renderer.stand_ins(messages, calls, tools)
+        marks = [mark for item in items if isinstance(item, Piece) for mark in item.marks]
+        wanted = [int(mark) for mark in MARKS.findall(json.dumps(calls, ensure_ascii=False))]
+        check_marks(marks, wanted, len(tools), turns)
+        turns_of = self._turns_of(items, messages, turns, len(tools))
 
-        # The slots and images must be those of the conversation, in its order.
-        slots = iter(range(len(stand_ins)))
-        parts = [
-            next(slots) if isinstance(p, str) else _kind(p) for m in messages for p in m.content
-        ]
-        held = [
-            item.slot if isinstance(item, _Piece) else self._media_of.get(item) for item in items
-        ]
-        if [part for part in held if part is not None] != parts:
-            raise RowError(
-                "the chat template does not write every text, image and video of the row once and in order",
-                "is it the template of a Qwen-VL model?",
-            )
-
-        answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
-        supervised = answers[-1:] if self._mask_history else answers
-        supervised = [n for n in supervised if messages[n].loss == "default"]
-        message_of = iter([n for n, message in enumerate(messages) for _ in message.content])
-        parts_left = [len(message.content) for message in messages]
+        answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        if self._mask_history:
+            answers = answers[-1:]
+        supervised: dict[int, int] = {}  # item -> its turn
+        silent = set[int]()  # items that have no loss even with `train_on_prompt`
+        for turn, message in enumerate(messages):
+            places = self._places(items, turns_of, turn, bool(calls[turn]))
+            if message.loss == "none":
+                silent.update(places)
+            elif message.loss == "default" and turn in answers:
+                supervised |= dict.fromkeys(places, turn)
+        is_first = {turn: place for place, turn in reversed(supervised.items())}
         layout: list[Fixed | Slot | Clip] = []
-        message, ends = 0, False
-        for item, part in zip(items, held):
-            is_answer = is_silent = False
-            if part is not None:
-                message = next(message_of)
-                parts_left[message] -= 1
-                is_answer = message in supervised and isinstance(item, _Piece)
-                is_silent = messages[message].loss == "none"
-                ends = parts_left[message] == 0
-            elif ends and not isinstance(item, _Piece) and item not in self._vision_ids:
-                is_answer, ends = message in supervised, False
-                is_silent = messages[message].loss == "none"
-            layout.append(self._item(item, is_answer, self._train_on_prompt and not is_silent))
+        before: dict[int, str] | None = None
+        for place, item in enumerate(items):
+            turn = supervised.get(place, -1)
+            with_prompt = self._train_on_prompt and place not in silent
+            if isinstance(item, int):
+                layout.append(self._special(item, turn >= 0 or with_prompt))
+            elif turn < 0 or with_prompt:
+                layout.append(self._plain(item, with_prompt))
+            elif is_first[turn] == place and (item.is_marked_first or not item.slots):
+                if before is None:
+                    before = self._before_calls(messages, calls, tools)
+                layout.append(self._called(item, turn, before.get(turn)))
+            else:
+                layout.append(self._answered(item, bool(calls[turn])))
         return tuple(layout)
 
-    def _item(self, item: _Piece | int, is_answer: bool, with_prompt: bool) -> Fixed | Slot | Clip:
-        """The layout of an item, supervised if it is part of an answer or `with_prompt`."""
-        if isinstance(item, int):
-            if self._media_of.get(item) == "video" and self._vision.video_spec.has_timestamps:
-                return Clip(self._special_tokens[item])
-            is_answer |= with_prompt and item not in self._vision_ids
-            return Fixed(self._special_tokens[item], (item,), (item if is_answer else IGNORE,))
-        if item.slot is None:
-            (ids,) = map(tuple, self.tokenize([item.before]))
-            return Fixed(item.before, ids, ids if with_prompt else (IGNORE,) * len(ids))
-        if not is_answer or with_prompt:
-            return Slot(item.before, item.after, with_prompt)
-        (before_ids,) = map(tuple, self.tokenize([item.before]))
-        return Slot(item.before, item.after, True, before_ids, ends_early=bool(item.after))
+    def _turns_of(
+        self,
+        items: Sequence[Piece | int],
+        messages: Sequence[Message],
+        turns_of_calls: Sequence[int],
+        num_tools: int,
+    ) -> list[set[int]]:
+        """The turns whose texts, media and calls are in each item.
 
-    def _split(self, rendered: str) -> list[_Piece | int]:
-        """Split a rendering of stand-ins into ids of special tokens and the pieces between them."""
-        items: list[_Piece | int] = []
-        piece = _Piece()
-        position = 0
-        for match in [*self._pieces.finditer(rendered), None]:
-            plain = rendered[position : match.start() if match else len(rendered)]
-            piece = (
-                piece._replace(before=plain) if piece.slot is None else piece._replace(after=plain)
-            )
-            if match and match[1] is not None:
-                if piece.slot is not None:
-                    raise ValueError("the chat template writes no special token between two texts")
-                piece = piece._replace(slot=int(match[1]))
-            else:
-                if piece != _Piece():
-                    items.append(piece)
-                piece = _Piece()
-                if match:
-                    items.append(self._special_ids[match[0]])
-            position = match.end() if match else position
-        return items
-
-    def tokenize(self, strings: list[str]) -> list[list[int]]:
-        """The ids of each string; special tokens in a string are text.
-
-        Calls the backend's `encode_batch_fast` with the settings of the tokenizer's `__call__`, which takes 1.5x
-        the time here because it builds a dict per string. No string is truncated to the model's maximum.
+        Raises:
+            RowError: the template does not write all of them once and in order.
         """
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True
-        return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
+        parts = [
+            (turn, kind_of(part))
+            for turn, message in enumerate(messages)
+            for part in message.content
+            if part != ""
+        ]
+        number = iter(range(len(parts)))
+        wanted = [next(number) if kind == "text" else kind for _, kind in parts]
+        held: list[int | str] = []
+        turns_of: list[set[int]] = []
+        for item in items:
+            turns: set[int] = set()
+            found = item.slots if isinstance(item, Piece) else [self._media_of.get(item)]
+            for part in found:
+                if part is not None:
+                    turns.update({turn for turn, _ in parts[len(held) : len(held) + 1]})
+                    held.append(part)
+            if isinstance(item, Piece):
+                calls = [mark - num_tools for mark in item.marks if mark >= num_tools]
+                turns.update(turns_of_calls[call] for call in calls)
+            turns_of.append(turns)
+        order = [turn for turns in turns_of for turn in sorted(turns)]
+        if held != wanted or order != sorted(order):
+            raise not_written(messages, held)
+        return turns_of
+
+    def _places(
+        self, items: Sequence[Piece | int], turns_of: Sequence[set[int]], turn: int, has_calls: bool
+    ) -> list[int]:
+        """The items of a turn, in order, with the token that ends it: the first special token that is not of an
+        image; calls can have special tokens, so after these the token that ends other turns."""
+        own = [place for place, turns in enumerate(turns_of) if turn in turns]
+        if not own:
+            return []
+        rest = range(own[-1] + 1, len(items))
+        following = next((place for place in rest if turns_of[place]), len(items))
+        ends = [
+            place
+            for place in range(own[-1] + 1, following)
+            if isinstance(items[place], int) and items[place] not in self._vision_ids
+        ]
+        end = ends[:1]
+        if has_calls:
+            own = list(range(own[0], own[-1] + 1))
+            end = [place for place in ends if items[place] == self._turn_end][:1] or end
+            own += range(own[-1] + 1, end[0] if end else following)
+        return own + end
+
+    def _special(self, item: int, is_supervised: bool) -> Fixed | Clip:
+        text = self.special_tokens.texts[item]
+        if self._media_of.get(item) == "video" and self._vision.video_spec.has_timestamps:
+            return Clip(text)
+        is_supervised &= item not in self._vision_ids
+        return Fixed(text, (item,), (item if is_supervised else IGNORE,))
+
+    def _plain(self, item: Piece, is_supervised: bool) -> Fixed | Slot:
+        """A piece that is supervised as a whole, or not at all."""
+        if item.slots:
+            return Slot(tuple(item.around), is_supervised)
+        ids = self._ids(item.around[0])
+        return Fixed(item.around[0], ids, ids if is_supervised else (IGNORE,) * len(ids))
+
+    def _answered(self, item: Piece, has_calls: bool) -> Fixed | Slot:
+        """A piece of an answer with a text, or behind one."""
+        if not item.slots:
+            ids = self._ids(item.around[0])
+            return Fixed(item.around[0], ids, ids)
+        if len(item.slots) > 1:
+            raise RowError(
+                "the chat template writes no special token between an answer and another text",
+                "use a template that does; otherwise the answer's tokens cannot be told from the others",
+            )
+        before, after = item.around
+        return Slot((before, after), True, self._ids(before), bool(after) and not has_calls)
+
+    def _before_calls(
+        self, messages: Sequence[Message], calls: Sequence[Sequence[Any]], tools: Sequence[Any]
+    ) -> dict[int, str]:
+        """For each turn, what the template writes before its text, if turns of calls alone have a text, too."""
+        worded = [
+            replace(one, content=("?",)) if one.tool_calls and not texts_of([one]) else one
+            for one in messages
+        ]
+        turns = [turn for turn, message in enumerate(worded) for _ in texts_of([message])]
+        return {
+            turns[item.slots[0]]: item.around[0]
+            for item in self._renderer.stand_ins(worded, calls, tools)
+            if isinstance(item, Piece) and item.slots and not item.is_marked_first
+        }
+
+    def _called(self, item: Piece, turn: int, before: str | None) -> Fixed:
+        """A piece of calls without text, which begins an answer after `before`."""
+        (text, *others) = item.around
+        if before is None or others or not text.startswith(before):
+            raise RowError(
+                f"the chat template does not show where the tool calls of turn {turn} begin",
+                "use a template that writes them after the text of their turn",
+            )
+        ids = self._ids(text)
+        begin = common_prefix(ids, self._ids(before))
+        return Fixed(text, ids, (IGNORE,) * begin + ids[begin:])
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenize([text])[0])
 
 
 def strings(layout: Layout, texts: Iterable[str]) -> Iterator[str]:
-    """The strings to tokenize: each slot whole, then without `after` if that text follows an answer."""
+    """The strings to tokenize: each slot whole, then without the text after an answer if that ends it early."""
     remaining = iter(texts)
     for item in layout:
         if isinstance(item, Slot):
-            text = item.before + next(remaining)
-            yield text + item.after
+            text = item.filled(remaining)
+            yield text + item.around[-1]
             if item.ends_early:
                 yield text
 
 
-def _kind(part: str | Media) -> str:
-    if isinstance(part, str):
-        return "text"
-    return "video" if isinstance(part, VideoRef) else "image"
-
-
-def texts_of(messages: Iterable[Message]) -> list[str]:
-    return [part for message in messages for part in message.content if isinstance(part, str)]
-
-
-def _chat(messages: Iterable[Message], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Messages in the form chat templates take, with their texts replaced by `texts`."""
-    replacement = iter(texts)
-    chat = []
-    for message in messages:
-        if any(not isinstance(part, str) for part in message.content):
-            content: Any = [
-                {"type": "text", "text": next(replacement)}
-                if isinstance(part, str)
-                else {"type": _kind(part)}
-                for part in message.content
-            ]
-        else:
-            content = "".join(next(replacement) for _ in message.content)
-        chat.append({"role": message.role, "content": content})
-    return chat
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences begin with in common."""
+    for n, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return n
+    return min(len(a), len(b))

@@ -1,8 +1,8 @@
 """Rows in ShareGPT, OpenAI or Alpaca shape, prompts with completions, and pairs -> turns.
 
 Fields have the meaning LLaMA-Factory gives them (`data/converter.py` there), `prompt` and `completion` TRL's,
-`query` and `response` ms-swift's, and `texts` FineVision's. Tool use becomes text in the form of
-Qwen2.5's and Qwen3's chat templates, because Qwen2-VL's template has no tools.
+`query` and `response` ms-swift's, and `texts` FineVision's. Which roles may follow each other, and how tools and
+calls are written, is up to the chat template (`mmpack.data.chat_template`).
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ from mmpack.data.row_keys import (
     turn_keys,
 )
 from mmpack.data.row_values import short, structured, text_of
-from mmpack.data.tool_texts import calls_text, tools_text
+from mmpack.data.tool_calls import calls_of, spoken_calls
 from mmpack.errors import RowError, names
 from mmpack.types import Loss
 
 _PAIR = frozenset(("user", "assistant"))
-DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen-VL's templates write it if there is none
 
 
 @dataclass(slots=True)
 class Turn:
-    """A turn before its media are placed. Role: system, user or assistant; "document" for a document."""
+    """A turn before its media are placed. Role: system, developer, user, assistant or tool; "document" for a
+    document."""
 
     role: str
     parts: list[Part]
+    tool_calls: tuple[dict[str, Any], ...] = ()
     loss: Loss = "default"
 
 
 def turns_of(
     row: dict[str, Any], fields: Fields, unread: set[str], *, is_prompt: bool = False
 ) -> list[Turn]:
-    """The turns of a row: an optional system turn, then user and assistant alternating. The last turn is the
-    assistant's, or in a prompt the user's.
+    """The turns of a row, in its order, which the chat template accepts or not. The last turn is the assistant's,
+    or in a prompt the user's or a tool's.
 
     Args:
         unread: keys of turns and parts that are not read are added to it (`mmpack.data.row_keys`).
 
     Raises:
-        RowError: a field is missing or not text, a role is unknown, turns are out of order, or a key means
-            something that is not supported.
+        RowError: a field is missing or not text, a role is unknown, an answer is empty, the last turn is another, or
+            a key means something that is not supported.
     """
     columns = fields.columns
     shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
@@ -62,16 +63,9 @@ def turns_of(
             unread.add(columns["system"])
         else:
             turns.insert(0, Turn("system", _parts(system, "the system prompt", unread)))
-    tools = row.get(columns["tools"])
-    if not is_absent(tools):
-        if turns[0].role != "system":
-            turns.insert(0, Turn("system", [DEFAULT_SYSTEM]))
-        turns[0].parts.append(tools_text(tools))
-    _check_order([turn.role for turn in turns], "user" if is_prompt else "assistant")
+    _check_roles(turns, is_prompt)
     for number, turn in enumerate(turns):
-        if turn.role == "assistant" and not any(
-            isinstance(part, MediaPart) or part.strip() for part in turn.parts
-        ):
+        if turn.role == "assistant" and not turn.tool_calls and not _has_content(turn):
             raise RowError(
                 f"the assistant's text in turn {number} is empty", "add an answer or drop the row"
             )
@@ -111,14 +105,14 @@ def _message_turns(
     """The turns of messages; the answers of the first `num_prompt` are part of the prompt."""
     plain = frozenset((tags["role_tag"], tags["content_tag"], "tool_calls"))
     roles = {
+        "developer": "developer",
         tags["user_tag"]: "user",
         tags["assistant_tag"]: "assistant",
         tags["system_tag"]: "system",
-        tags["observation_tag"]: "observation",
+        tags["observation_tag"]: "tool",
         tags["function_tag"]: "function_call",
     }
     turns: list[Turn] = []
-    was_observation = False
     for number, message in enumerate(messages):
         where = f"turn {number}"
         if not isinstance(message, dict) or tags["role_tag"] not in message:
@@ -135,28 +129,24 @@ def _message_turns(
                 f"use one of {sorted(roles)}, or map it in a dataset_info.json",
             )
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
-        speaker = {"observation": "user", "function_call": "assistant"}.get(role, role)
         loss: Loss = "prompt" if number < num_prompt else "default"
         if not message.keys() <= plain:
             turn_keys(message, plain | LOSS_KEYS, where, unread)
+            speaker = "assistant" if role == "function_call" else role
             if not loss_of(message, loss if loss == "prompt" else speaker, where):
                 loss = "none"
-        if calls and speaker != "assistant":
-            raise RowError(f"{where} is the {speaker}'s and has 'tool_calls'", "remove them")
-        parts = [] if calls and not content else _parts(content, where, unread)
         if role == "function_call":
-            parts = [calls_text(parts[0] if parts else "", where)]
-        elif calls:
-            text = calls_text(calls, where)
-            parts.append("\n" + text if parts else text)
-        elif role == "observation":
-            parts = ["<tool_response>\n", *parts, "\n</tool_response>"]
-            if was_observation:  # several tools answer in one turn
-                turns[-1].parts.extend(["\n", *parts])
-                turns[-1].loss = loss if loss == "none" else turns[-1].loss
-                continue
-        was_observation = role == "observation"
-        turns.append(Turn(speaker, parts, loss))
+            turns.append(Turn("assistant", [], spoken_calls(content, where), loss))
+            continue
+        calls = None if is_absent(calls) else calls
+        if calls and role != "assistant":
+            raise RowError(f"{where} has 'tool_calls', but its role is {name!r}", "fix the row")
+        parts = [] if calls and content is None else _parts(content, where, unread)
+        if calls and parts == [""] and not isinstance(content, str):
+            raise RowError(
+                f"{where} has an empty text part beside its tool calls", "remove the part"
+            )
+        turns.append(Turn(role, parts, calls_of(calls, where) if calls else (), loss))
     return turns
 
 
@@ -222,17 +212,19 @@ def _alpaca_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list
     return turns
 
 
-def _check_order(roles: Sequence[str], last: str) -> None:
-    first = int(roles[0] == "system")
-    for number, role in enumerate(roles[first:], first):
-        expected = "assistant" if (number - first) % 2 else "user"
-        if role != expected:
-            raise RowError(
-                f"turn {number} has role {role!r}, expected {expected!r} (roles: {' '.join(roles)[:80]})",
-                "alternate user and assistant, after an optional system turn",
-            )
-    if len(roles) == first or roles[-1] != last:
+def _has_content(turn: Turn) -> bool:
+    return any(isinstance(part, MediaPart) or part.strip() for part in turn.parts)
+
+
+def _check_roles(turns: Sequence[Turn], is_prompt: bool) -> None:
+    roles = " ".join(turn.role for turn in turns)
+    if turns[-1].role not in (("user", "tool") if is_prompt else ("assistant",)):
+        last = "user's or a tool's" if is_prompt else "assistant's"
         raise RowError(
-            f"the last turn must be the {last}'s (roles: {' '.join(roles)[-80:]})",
-            "remove the turns after it",
+            f"the last turn must be the {last} (roles: {roles[-80:]})", "remove the turns after it"
+        )
+    if not is_prompt and all(turn.role == "assistant" for turn in turns):
+        raise RowError(
+            f"all turns are the assistant's (roles: {roles[:80]})",
+            "add what it answers; a document is read with --stage pretrain (stage='pretrain')",
         )

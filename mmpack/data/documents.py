@@ -77,7 +77,12 @@ def _written(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> li
 
 
 def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> list[Part]:
-    turns = [turn for turn in chat_turns(row, fields, unread) if any(turn.parts)]
+    turns = chat_turns(row, fields, unread)
+    if any(turn.tool_calls for turn in turns):
+        raise RowError(
+            "the document has tool calls", "for conversations use --stage sft (stage='sft')"
+        )
+    turns = [turn for turn in turns if any(turn.parts)]
     if [turn.role for turn in turns] not in ([], ["assistant"]):
         roles = " ".join(turn.role for turn in turns)
         raise RowError(

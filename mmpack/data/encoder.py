@@ -1,10 +1,9 @@
 """Encoder: rows -> Sample -> EncodedSample. Chat template, label mask, one marker per image or video.
 
 The tokenizer's chat template is rendered once with the row's texts and once with stand-ins, which shows which
-characters the template wrote. Only special tokens written *by the template* become special tokens; the text
-between two of them (role, newline and content together) is tokenized in one piece with
-`split_special_tokens=True`. So the ids equal those of the rendered text, and a control token typed by a user stays
-text and opens no turn.
+characters the template wrote. The text between two special tokens of the template (role, newline and content
+together) is tokenized in one piece. So the ids equal those of the rendered text, except that control tokens typed
+in a row stay text and open no turn (`mmpack.data.special_tokens`).
 
 For videos with timestamps, the marker is repeated for each temporal patch, after its time and inside its own
 vision start and end tokens, all between those that the template wrote, as in transformers' `Qwen3VLProcessor`.
@@ -17,16 +16,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mmpack.data import images, videos
-from mmpack.data.chat_template import Clip, Fixed, Layout, Template, strings, texts_of
+from mmpack.data.chat_template import Clip, Fixed, Layout, Template, common_prefix, strings
 from mmpack.data.chunks import chunks
 from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
+from mmpack.data.rendering import texts_of
+from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Message, Sample
 from mmpack.vision_spec import VisionSpec
@@ -52,6 +53,8 @@ class Encoder(Reader):
         vision: patch sizes, pixel budget and token ids.
         train_on_prompt: supervise all text, but no vision tokens.
         mask_history: supervise the last answer only.
+        typed_tokens: special tokens in a row's text, other than control tokens (those of turns, images and videos),
+            become their "ids", as in transformers, or stay "text". Control tokens always stay text.
         stage, mapping, media_dir, on_error, missing_marker, verify: as in `Reader`.
 
     Raises:
@@ -62,9 +65,12 @@ class Encoder(Reader):
     vision: VisionSpec
     train_on_prompt: bool = field(default=False, kw_only=True)
     mask_history: bool = field(default=False, kw_only=True)
+    typed_tokens: Literal["ids", "text"] = field(default="ids", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.typed_tokens not in ("ids", "text"):
+            raise ValueError(f"typed_tokens must be 'ids' or 'text', got {self.typed_tokens!r}")
         if self.train_on_prompt and self.mask_history:
             raise ValueError(
                 "train_on_prompt supervises every turn, mask_history only the last; leave out "
@@ -163,7 +169,14 @@ class Encoder(Reader):
         """All settings that a row's ids depend on, for JSON; the tokenizer as a hash of its content."""
         inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         content = inner.backend_tokenizer.to_str() + repr(self.tokenizer.chat_template)
-        names = ("stage", "missing_marker", "verify", "train_on_prompt", "mask_history")
+        names = (
+            "stage",
+            "missing_marker",
+            "verify",
+            "train_on_prompt",
+            "mask_history",
+            "typed_tokens",
+        )
         values = {name: getattr(self, name) for name in names} | asdict(self.vision)
         values["on_error"] = "raise" if self.on_error == "raise" else "skip"
         digest = hashlib.sha256(content.encode()).hexdigest()
@@ -172,8 +185,8 @@ class Encoder(Reader):
     def encode(self, samples: Iterable[Sample]) -> Iterator[EncodedSample]:
         """Encode samples: ids with one marker per image or video, labels, and grids from image headers.
 
-        The assistant's text and the token that ends its turn (`<|im_end|>`) are supervised, the newline after it
-        is not. A token that spans template text and answer (an answer that begins with a newline) counts as
+        The assistant's text, its tool calls and the token that ends its turn (`<|im_end|>`) are supervised, the
+        newline after it is not. A token that spans template text and answer (an answer that begins with a newline) counts as
         answer. A document (`stage="pretrain"`) has no template: it is encoded as its texts, its images as
         `<|vision_start|>` marker `<|vision_end|>`, and `<|endoftext|>`; everything except the images is
         supervised.
@@ -203,9 +216,17 @@ class Encoder(Reader):
         """Like `encode`, for callers that bring their own chunks; yields (index in the chunk, encoded sample)."""
         return self._encode(self._template, samples, on_error)
 
-    def encode_prompt(self, messages: tuple[Message, ...]) -> EncodedSample:
+    def typed_in(self, sample: Sample) -> TypedTokens:
+        """The special tokens in a sample's texts, tools and tool calls: how many stay text, how many become ids."""
+        calls = [message.tool_calls for message in sample.messages]
+        texts = texts_of(sample.messages)
+        return self._template.special_tokens.typed([texts, calls, sample.tools])
+
+    def encode_prompt(
+        self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] = ()
+    ) -> EncodedSample:
         """Encode a conversation up to the start of the assistant's turn; nothing is supervised."""
-        sample = Sample(messages, source="prompt", row=0)
+        sample = Sample(messages, source="prompt", row=0, tools=tools)
         ((_, encoded),) = self._encode(self._prompt_template, [sample], "raise")
         return encoded
 
@@ -216,11 +237,12 @@ class Encoder(Reader):
             self.vision,
             train_on_prompt=self.train_on_prompt,
             mask_history=self.mask_history,
+            typed_tokens=self.typed_tokens,
         )
 
     @cached_property
     def _prompt_template(self) -> Template:
-        return Template(self.tokenizer, self.vision, is_prompt=True)
+        return Template(self.tokenizer, self.vision, typed_tokens=self.typed_tokens, is_prompt=True)
 
     @cached_property
     def _timestamp_ids(self) -> Callable[[str], tuple[int, ...]]:
@@ -233,7 +255,7 @@ class Encoder(Reader):
         to_tokenize: list[str] = []
         for place, sample in enumerate(samples):
             try:
-                layout = template.layout(sample.messages)
+                layout = template.layout(sample)
                 media = self._place(sample)
             except ValueError as error:
                 _report(sample, error, on_error)
@@ -307,8 +329,8 @@ class Encoder(Reader):
             input_ids += ids
             # An answer begins at the first token that differs from the ids of `before` alone, and ends at the
             # first that differs from the ids of `before` and the answer without `after`.
-            start = _common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
-            stop = _common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
+            start = common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
+            stop = common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
             labels += [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - max(start, stop))
         return EncodedSample(
             input_ids=np.array(input_ids, dtype=np.int32),
@@ -331,13 +353,6 @@ def _named(ref: Media, grid_of: Callable[..., tuple[int, int, int]], *sizes: Any
     except RowError as error:
         kind = "image" if isinstance(ref, ImageRef) else "video"
         raise RowError(f"{kind} {ref.path}: {error.error}", error.advice) from None
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for n, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return n
-    return min(len(a), len(b))
 
 
 def _report(sample: Sample, error: ValueError, on_error: OnError) -> None:

@@ -35,6 +35,7 @@ from mmpack.data.row_keys import (
     unread_line,
 )
 from mmpack.data.row_values import structured
+from mmpack.data.tool_calls import tools_of
 from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
 from mmpack.types import Media, Message, Sample
 
@@ -238,13 +239,14 @@ class RowReader:
         else:
             turns = turns_of(content, fields, unread)
         self.unread.count(unread)
+        tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
         if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":
             _prepend(turns, values)
         messages = self.place_media(turns, values)
-        return Sample(messages=messages, source=row.source, row=row.number)
+        return Sample(messages=messages, source=row.source, row=row.number, tools=tools)
 
     def _columns(
         self, content: dict[str, Any]
@@ -301,11 +303,8 @@ class RowReader:
                 else:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
-            messages.append(
-                Message(
-                    turn.role, tuple(part for part in content if part != "") or ("",), turn.loss
-                )
-            )
+            kept = tuple(part for part in content if part != "") or (("",) if content else ())
+            messages.append(Message(turn.role, kept, turn.tool_calls, turn.loss))
         return tuple(messages)
 
     def _locate(self, value: Any, kind: str) -> Media:
@@ -327,7 +326,7 @@ def _is_given(part: MediaPart) -> bool:
 def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
     """Put markers in front of the first turn for images, and for videos, if the turns have none."""
     kinds = {part.kind for part in _media_parts(turns)}
-    first = next(turn.parts for turn in turns if turn.role != "system")
+    first = next(t.parts for t in turns if t.role not in ("system", "developer"))
     for kind, listed in values.items():
         if kind not in kinds:
             first[:0] = [MediaPart(kind=kind)] * len(listed)

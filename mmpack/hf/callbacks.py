@@ -28,6 +28,14 @@ from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import find_inner
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import PackCounter, TrainedCosts
+from mmpack.hf.trainer_checks import (
+    check_arguments,
+    check_collator,
+    check_metrics,
+    tell_batch_size,
+    tell_evaluation,
+    tell_weights,
+)
 from mmpack.packing.dataset import EvenPacks, PackedDataset
 from mmpack.packing.stream import PackStream
 
@@ -83,6 +91,8 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         if attention_every is not None and attention_every < 1:
             raise ValueError(f"attention_every must be positive, got {attention_every}")
+        if attention_every is None and attention_layers is not None:
+            raise ValueError("attention_layers does not apply without attention_every; pass both")
         self.dataset = dataset
         self.attention_every = attention_every
         self.attention_layers = attention_layers
@@ -121,7 +131,10 @@ class PackingCallback(TrainerCallback):
                 "the Trainer already has a PackingCallback; attach one, and pass none in "
                 "Trainer(callbacks=[...])"
             )
+        check_metrics(trainer)
         even = self._prepare(trainer.args, trainer.model)
+        if trainer.args.should_log:
+            tell_evaluation(trainer)
         if trainer.train_dataset is self.dataset:
             trainer.train_dataset = even
         elif isinstance(even, EvenPacks):
@@ -150,7 +163,11 @@ class PackingCallback(TrainerCallback):
 
     def _prepare(self, args: TrainingArguments, model: nn.Module | None) -> EvenPacks | PackStream:
         """Set the arguments that Trainer reads when it trains; returns the data to train on."""
+        check_arguments(args)
         args.logging_nan_inf_filter = False
+        if args.should_log:
+            size, capacity = args.train_batch_size, self.dataset.capacity
+            tell_batch_size("per_device_train_batch_size", size, capacity)
         if model is not None:
             self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # PEFT adapters have their own files
@@ -174,11 +191,15 @@ class PackingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        loader: Any = kwargs.get("train_dataloader")
+        check_collator(getattr(loader, "collate_fn", None), model)
+        if args.should_log:
+            tell_weights(model)
         if state.global_step and checkpoint_folder(args, state).is_dir():
             # the stream checks for its own file
             own = "" if self._stream is None else STREAM_FILE.format(rank=args.process_index)
             check_checkpoint(checkpoint_folder(args, state), own)
-        self._data.on_train_begin(args, state, kwargs.get("train_dataloader"))
+        self._data.on_train_begin(args, state, loader)
         self._waiting.clear()
         if state.global_step:
             if self._weights is not None:
@@ -290,6 +311,8 @@ class PackingCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self._trainer is not None:
+            check_metrics(self._trainer)
         if self._evaluation is not None:
             self._evaluation.count(eval_dataloader)
 

@@ -29,7 +29,7 @@ from mmpack.data.readers import media_folders
 from mmpack.errors import counted, counting
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
-from mmpack.packing.overflow import OnOverflow
+from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.plan import plan_epoch, plan_samples
@@ -89,12 +89,13 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         the config of the model to train, or (N,) numbers (from `costs_of` if parts of the model are frozen).
 
         `on_overflow` is what to do with a longer sample: "error"; "drop" it and list it in `plan.dropped`;
-        "truncate" it with `truncate_sample` and list it in `plan.truncated`, or drop it if no answer is left;
+        "truncate" it with `truncate_sample` and list it in `plan.truncated`, or drop it if no answer is left (both
+        log how many and name the first);
         "split" (documents only) it into pieces, which `samples` then holds, see `mmpack.packing.split_documents`.
 
         Raises:
-            ValueError: a sample is too long and `on_overflow` is "error", or an image is too large to split
-                around; the message gives file and row.
+            ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an
+                image is too large to split around; the message gives file and row.
         """
         if on_overflow == "split":
             samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
@@ -135,6 +136,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
                 row. Or too many were skipped.
         """
         encoder = Encoder.of(encoder, cost)
+        check_split(on_overflow, encoder.stage)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
         given = data if isinstance(data, (str, os.PathLike)) else list(data)
         folders, total = None, None if isinstance(given, (str, os.PathLike)) else len(given)

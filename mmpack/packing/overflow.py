@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
+from mmpack.errors import counted
 from mmpack.packing.split_documents import piece_of, split_bounds
 from mmpack.packing.truncate import truncate_sample
 from mmpack.types import EncodedSample
 
 OnOverflow = Literal["error", "drop", "truncate", "split"]
+CONVERSATION = "a conversation cannot be split; --on-overflow split (on_overflow) is for documents, --stage pretrain (stage)"
+_log = logging.getLogger(__name__)
+_NAMED = 3  # rows in a log line
 TOO_LONG_ADVICE = (
     "raise --capacity (capacity), lower --max-pixels (max_pixels), or pass --on-overflow drop or truncate "
     "(on_overflow)"
@@ -47,3 +53,44 @@ def fit_sample(
         cut = truncate_sample(sample, capacity, patch_capacity)
         return [cut] if cut.is_supervised else []
     return []
+
+
+def tell_overflow(fate: str, rows: Sequence[str], num_samples: int, room: str) -> None:
+    """Log what a plan took from samples that are too long, unless there are none: how many, and the first.
+
+    Args:
+        fate: "left out", or "cut".
+        rows: the samples in words, such as "row 3 of train.json".
+        num_samples: samples in all. room: the capacity in words.
+    """
+    if rows:
+        rest = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
+        _log.warning(
+            "%s: %s of %s, too long for a pack of %s: %s%s",
+            fate,
+            f"{len(rows):,}",
+            counted(num_samples, "sample"),
+            room,
+            ", ".join(rows[:_NAMED]),
+            rest,
+        )
+
+
+def check_choice(on_overflow: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such choice.
+    """
+    if on_overflow not in get_args(OnOverflow):
+        raise ValueError(
+            f"on_overflow must be 'error', 'drop', 'truncate' or 'split', got {on_overflow!r}"
+        )
+
+
+def check_split(on_overflow: str, stage: str) -> None:
+    """
+    Raises:
+        ValueError: conversations would be split.
+    """
+    if stage == "sft" and on_overflow == "split":
+        raise ValueError(CONVERSATION)

@@ -58,8 +58,31 @@ class MediaPolicy:
         return kept or [EncodedSample.filler(1, samples[0].vision)]
 
 
+_NO_FIELDS = (
+    "an item of a packed data set is the samples of one pack, without fields such as input_ids; make batches of "
+    "items with PackCollator: Trainer(data_collator=PackCollator(model=model), ...)"
+)
+
+
+class _NoFields(dict[str, Any]):
+    """What a pack's `vars` are: transformers' default collator looks for labels in them."""
+
+    def __contains__(self, name: object) -> bool:
+        raise TypeError(_NO_FIELDS)
+
+
+class _Item:
+    """Tells collators that are not for packs what is missing."""
+
+    __slots__ = ()
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        return _NoFields()
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class PackSamples(Sequence[EncodedSample]):
+class PackSamples(_Item, Sequence[EncodedSample]):
     """The samples of one pack, one per segment, already truncated if needed.
 
     `PackCollator` makes a batch of one or several items, `mmpack.assemble(item)` a `Pack`.
@@ -80,6 +103,8 @@ class PackSamples(Sequence[EncodedSample]):
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            raise TypeError(_NO_FIELDS)
         return self.samples[index]
 
     def __repr__(self) -> str:

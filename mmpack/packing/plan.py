@@ -18,7 +18,13 @@ from numpy.typing import ArrayLike
 from mmpack import _native
 from mmpack.errors import counted
 from mmpack.packing.cost import costs_of, sizes_of
-from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, fit_sample, is_too_long
+from mmpack.packing.overflow import (
+    TOO_LONG_ADVICE,
+    OnOverflow,
+    fit_sample,
+    is_too_long,
+    tell_overflow,
+)
 from mmpack.types import EncodedSample, Int64, PackPlan
 
 
@@ -46,8 +52,8 @@ def plan_packs(
             `mmpack.packing.pack_stats.busiest` measures the result.
         seed: decides the order of packs, and of samples of equal size. The same arguments give the same plan on
             every machine.
-        on_overflow: what to do with a sample that exceeds a pack. "error" raises; "drop" leaves it out and lists
-            it in `plan.dropped`; "truncate" plans it at the capacity and lists it in `plan.truncated`; the caller
+        on_overflow: what to do with a sample that exceeds a pack. "error" raises; "drop" leaves it out, lists
+            it in `plan.dropped` and logs how many there are; "truncate" plans it at the capacity and lists it in `plan.truncated`; the caller
             must cut it with `mmpack.packing.truncate.truncate_sample`.
 
     Returns:
@@ -57,6 +63,23 @@ def plan_packs(
         ValueError: sizes, costs or capacities are invalid, or a sample is too long and `on_overflow` is "error";
             the message counts the samples and names the longest.
     """
+    plan = _plan_sizes(num_tokens, capacity, num_patches, patch_capacity, cost, seed, on_overflow)
+    for fate, numbers in (("left out", plan.dropped), ("planned at the capacity", plan.truncated)):
+        rows = [f"sample {number}" for number in numbers.tolist()]
+        tell_overflow(fate, rows, len(plan.num_tokens), _room(capacity, patch_capacity))
+    return plan
+
+
+def _plan_sizes(
+    num_tokens: ArrayLike,
+    capacity: int,
+    num_patches: ArrayLike | None,
+    patch_capacity: int | None,
+    cost: ArrayLike | None,
+    seed: int,
+    on_overflow: OnOverflow,
+) -> PackPlan:
+    """`plan_packs`, which also tells what it left out."""
     tokens = _sizes(num_tokens, "num_tokens")
     patches = None if num_patches is None else _sizes(num_patches, "num_patches")
     if capacity < 1 or (patch_capacity is not None and patch_capacity < 1):
@@ -120,11 +143,8 @@ def plan_samples(
     if overflow and on_overflow == "error":
         longest = max(overflow, key=lambda n: (int(num_tokens[n]), int(num_patches[n])))
         sample = samples[longest]
-        room = f"{capacity:,} tokens"
-        if patch_capacity is not None:
-            room += f" and {patch_capacity:,} patches"
         raise ValueError(
-            f"too long for a pack of {room}: {len(overflow):,} of {counted(len(samples), 'sample')}; the longest, "
+            f"too long for a pack of {_room(capacity, patch_capacity)}: {len(overflow):,} of {counted(len(samples), 'sample')}; the longest, "
             f"row {sample.row} of {sample.source}, has {num_tokens[longest]:,} tokens and "
             f"{num_patches[longest]:,} patches; {TOO_LONG_ADVICE}"
         )
@@ -138,15 +158,11 @@ def plan_samples(
         config, cost = cost, costs_of(samples, cost)
         if truncated:
             cost[list(truncated)] = costs_of(list(truncated.values()), config)
-    plan = plan_packs(
-        num_tokens,
-        capacity,
-        num_patches=num_patches,
-        patch_capacity=patch_capacity,
-        cost=cost,
-        seed=seed,
-        on_overflow="drop" if on_overflow == "truncate" else on_overflow,
-    )
+    how: OnOverflow = "drop" if on_overflow == "truncate" else on_overflow
+    plan = _plan_sizes(num_tokens, capacity, num_patches, patch_capacity, cost, seed, how)
+    for fate, numbers in (("left out", plan.dropped.tolist()), ("cut", list(truncated))):
+        rows = [f"row {s.row} of {s.source}" for s in map(samples.__getitem__, numbers)]
+        tell_overflow(fate, rows, len(samples), _room(capacity, patch_capacity))
     return replace(plan, truncated=np.array(list(truncated), dtype=np.int64))
 
 
@@ -219,6 +235,11 @@ def padded_utilization(num_tokens: ArrayLike, batch_size: int = 8, seed: int = 0
     batches = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
     room = sum(len(batch) * int(batch.max()) for batch in batches)
     return float(tokens.sum()) / room if room else 1.0
+
+
+def _room(capacity: int, patch_capacity: int | None) -> str:
+    patches = "" if patch_capacity is None else f" and {patch_capacity:,} patches"
+    return f"{capacity:,} tokens{patches}"
 
 
 def _sizes(values: ArrayLike, name: str) -> Int64:

@@ -17,6 +17,7 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
 from mmpack.data.readers import RowGroup, RowReader, log_unread
 from mmpack.data.row_fields import detect_fields
+from mmpack.data.tool_calls import tools_of
 from mmpack.packing.assemble import assemble
 from mmpack.types import Int64
 
@@ -35,6 +36,7 @@ def render_prompt(
     encoder: Any,
     images: Sequence[Any] = (),
     videos: Sequence[Any] = (),
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Prompt:
     """The ids of a conversation up to the assistant's turn, placeholders expanded.
 
@@ -42,12 +44,13 @@ def render_prompt(
     message stay text, as in training.
 
     Args:
-        messages: `role`/`content` turns, the last one the user's; `content` has one `<image>` per image, or OpenAI
+        messages: `role`/`content` turns, the last one the user's or a tool's; `content` has one `<image>` per image, or OpenAI
             content parts.
         encoder: the `Encoder` used for training, or a transformers Qwen-VL processor. Its `missing_marker` and
             `verify` apply; its `media_dir` does not, because the caller's paths are trusted.
         images: paths, bytes or PIL images, in the order of their markers.
         videos: paths, bytes or lists of frames, in the order of their markers.
+        tools: functions that the model may call; the chat template writes them.
 
     Returns:
         Inputs for `generate`, without pixels: `input_ids` (T,), `image_grid_thw` (images, 3), `position_ids` (4,
@@ -63,6 +66,7 @@ def render_prompt(
     log_unread("messages", dict.fromkeys(unread, 1))
     reader = RowReader(encoder, RowGroup((), None, MediaFolders([".", os.sep])))
     messages_in_place = reader.place_media(turns, {"image": list(images), "video": list(videos)})
-    pack = assemble([encoder.encode_prompt(messages_in_place)], pixels=False)
+    sample = encoder.encode_prompt(messages_in_place, tools_of(list(tools)))
+    pack = assemble([sample], pixels=False)
     grids = np.split(pack.grid_thw, [pack.num_images])
     return Prompt(pack.input_ids, grids[0], pack.position_ids, grids[1])

@@ -42,7 +42,8 @@ def split_bounds(
     Each piece is as long as the capacities allow.
 
     Raises:
-        RowError: an image does not fit into a pack with a text token, or the sample has videos.
+        RowError: an image does not fit into a pack with a text token, or the sample has videos, or text that is not
+            supervised, as conversations have.
     """
     if capacity < 2:
         raise ValueError(f"--capacity (capacity) must be at least 2 to split, got {capacity}")
@@ -56,6 +57,10 @@ def split_bounds(
     ends, patch_ends = (np.concatenate([[0], sizes.cumsum()]) for sizes in (width, patches))
     edges = (vision.vision_start_token_id, vision.vision_end_token_id)
     is_text = ~(is_marker | np.isin(ids, edges))
+    if (sample.labels[1:][is_text[1:]] == IGNORE).any():  # all of a document's text is supervised
+        raise RowError(
+            "a conversation cannot be split", "pass --on-overflow drop or truncate (on_overflow)"
+        )
     in_text = np.concatenate([[False], is_text[:-1] & is_text[1:], [True]])
     before_image = np.append(ids == vision.vision_start_token_id, False)
     cuts = np.flatnonzero(in_text | before_image)

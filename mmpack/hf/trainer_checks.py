@@ -1,0 +1,143 @@
+"""What `PackingCallback` refuses or says about a Trainer before it trains or evaluates on packs.
+
+The command line cannot run into these: `mmpack train` patches the model, keeps float32 weights, and trains on one
+pack per batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from mmpack.errors import counted
+from mmpack.hf.collator import PackCollator
+from mmpack.hf.compat import loads_whole_checkpoints
+from mmpack.hf.model_parts import find_inner
+from mmpack.hf.model_patch import is_patched
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.stream import PackStream
+
+_log = logging.getLogger(__name__)
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse arguments under which a step would not train on its planned packs.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size would change the packs per step while training; set per_device_train_batch_size, "
+            "or pack with a smaller capacity"
+        )
+    if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
+        raise ValueError(
+            "dataloader_in_order=False would train on packs in the order in which workers finish, which a resumed "
+            "run cannot continue; leave it out"
+        )
+
+
+def check_collator(collator: Any, model: nn.Module) -> None:
+    """Refuse a collator that cannot read packs, or whose batches the model cannot; warn if the model is not patched.
+
+    A collator of one's own, or around `PackCollator`, is not known and passes.
+
+    Raises:
+        ValueError: it is one of transformers' or TRL's, or makes batches for patched models only.
+    """
+    collator = getattr(
+        collator, "data_collator", collator
+    )  # Trainer's, which removes unused columns
+    kind = collator if hasattr(collator, "__name__") else type(collator)
+    if str(kind.__module__).partition(".")[0] in ("transformers", "trl"):
+        raise ValueError(
+            f"Trainer's data_collator is {kind.__name__}, which cannot make batches of packs; pass "
+            "data_collator=PackCollator(model=model)"
+        )
+    if find_inner(model) is None or is_patched(model):
+        return
+    advice = "call patch_model(model) before the Trainer is made"
+    if isinstance(collator, PackCollator):
+        for option in ("pixels='uint8'", "assemble='device'"):
+            name, value = option.replace("'", "").split("=")
+            if getattr(collator, name) == value:
+                raise ValueError(
+                    f"Trainer's model is not patched, but PackCollator({option}) makes batches for a patched "
+                    f"model; {advice}"
+                )
+    _log.warning(
+        "the model is not patched: stock transformers trains it on packs, which is slower, and with "
+        "gradient_accumulation_steps it may weight each pack equally, however many supervised tokens it has; %s",
+        advice,
+    )
+
+
+def check_metrics(trainer: Trainer) -> None:
+    """Refuse `compute_metrics` on logits of supervised tokens only, which stand beside the labels of every token.
+
+    Raises:
+        ValueError: the collator leaves logits out.
+    """
+    collator = trainer.data_collator
+    if trainer.compute_metrics is None or trainer.args.prediction_loss_only:
+        return
+    if isinstance(collator, PackCollator) and not collator.full_logits:
+        raise ValueError(
+            "compute_metrics would get the labels of every token but the logits of supervised tokens only; pass "
+            "PackCollator(full_logits=True), or prediction_loss_only=True to evaluate the loss alone"
+        )
+
+
+def tell_batch_size(option: str, size: int, capacity: int) -> None:
+    """Warn if several packs are put into one row; `option` is the argument that says how many."""
+    if size > 1:
+        _log.warning(
+            "%s=%d puts %d packs, up to %s tokens, into each batch, and one pack of %s tokens is a full batch; pass "
+            "%s=1%s",
+            option,
+            size,
+            size,
+            f"{size * capacity:,}",
+            f"{capacity:,}",
+            option,
+            f" and gradient_accumulation_steps={size} for as many packs per step"
+            if "train" in option
+            else "",
+        )
+
+
+def tell_evaluation(trainer: Trainer) -> None:
+    """Warn if Trainer's evaluation puts several packs into a batch, which its default of 8 does."""
+    sets = trainer.eval_dataset
+    for one in sets.values() if isinstance(sets, Mapping) else [sets]:
+        if isinstance(one, PackedDataset | PackStream):
+            size = trainer.args.eval_batch_size
+            tell_batch_size("per_device_eval_batch_size", size, one.capacity)
+            return
+
+
+def tell_weights(model: nn.Module) -> None:
+    """Warn if trained weights have 8 or 11 bits, in which small updates are lost. DeepSpeed keeps float32 copies."""
+    if loads_whole_checkpoints():
+        return
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for dtype, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
+        low = [weight for weight in weights if weight.dtype == dtype]
+        if low:
+            name = str(dtype).removeprefix("torch.")
+            _log.warning(
+                "%s of %s to train are %s, which keeps %d bits of a value: updates below about 1/%d of it are "
+                "lost, as most are at a learning rate of 1e-5; load the model with dtype=torch.float32 and pass "
+                "TrainingArguments(bf16=True)",
+                f"{len(low):,}",
+                counted(len(weights), "weight"),
+                name,
+                bits,
+                2**bits,
+            )
