@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmpack.errors import counted
 from mmpack.packing.split_documents import piece_of, split_bounds
@@ -73,6 +73,17 @@ def tell_overflow(fate: str, rows: Sequence[str], num_samples: int, room: str) -
             room,
             ", ".join(rows[:_NAMED]),
             rest,
+        )
+
+
+def check_choice(on_overflow: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such choice.
+    """
+    if on_overflow not in get_args(OnOverflow):
+        raise ValueError(
+            f"on_overflow must be 'error', 'drop', 'truncate' or 'split', got {on_overflow!r}"
         )
 
 

@@ -30,14 +30,8 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
 from mmpack.data.readers import RowReader, log_unread
 from mmpack.errors import BadRow, RowError, Skip, counted, counting, refuse
+from mmpack.packing import overflow
 from mmpack.packing.cost import costs_of
-from mmpack.packing.overflow import (
-    TOO_LONG_ADVICE,
-    OnOverflow,
-    check_split,
-    fit_sample,
-    is_too_long,
-)
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_select import choose, hashed
@@ -93,7 +87,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         *,
         buffer: int = 200,
         patch_capacity: int | None = None,
-        on_overflow: OnOverflow = "error",
+        on_overflow: overflow.OnOverflow = "error",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -102,16 +96,13 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
                 f"capacity, patch_capacity and buffer must be positive, got {capacity}, "
                 f"{patch_capacity} and {buffer}"
             )
-        if on_overflow not in ("error", "drop", "truncate", "split"):
-            raise ValueError(
-                f"on_overflow must be 'error', 'drop', 'truncate' or 'split', got {on_overflow!r}"
-            )
+        overflow.check_choice(on_overflow)
         self.source, self.capacity, self.buffer, self.seed = source, capacity, buffer, seed
         self.patch_capacity, self.on_overflow = patch_capacity, on_overflow
         self._config = cost
         self._encoder = None if encoder is None else Encoder.of(encoder, cost)
         if self._encoder is not None:
-            check_split(on_overflow, self._encoder.stage)
+            overflow.check_split(on_overflow, self._encoder.stage)
             how = self._encoder.on_error
             if isinstance(how, list) or (isinstance(how, Skip) and how.into is not None):
                 raise ValueError(
@@ -395,11 +386,11 @@ class _Shard:
         name = f"row {number} of the stream has {sample.num_tokens:,} tokens and "
         name += f"{sample.num_patches:,} patches, too many for a pack"
         if stream.on_overflow == "error":
-            if is_too_long(sample.num_tokens, sample.num_patches, *limits):
-                raise ValueError(f"{name}; {TOO_LONG_ADVICE}")
+            if overflow.is_too_long(sample.num_tokens, sample.num_patches, *limits):
+                raise ValueError(f"{name}; {overflow.TOO_LONG_ADVICE}")
             return [sample]
         try:
-            fitting = fit_sample(sample, *limits, stream.on_overflow)
+            fitting = overflow.fit_sample(sample, *limits, stream.on_overflow)
         except RowError as error:
             raise ValueError(f"row {number} of the stream: {error}") from None
         if not fitting:
