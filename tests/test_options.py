@@ -367,6 +367,11 @@ def test_every_option_has_a_case():
     assert {(case.command, case.options) for case in CASES} <= every
 
 
+def test_python_refuses_videos_of_documents_too(world):
+    with pytest.raises(ValueError, match=r"\(fps\) do not apply: documents have no videos"):
+        Encoder.from_folder(world / "tokenizer", video={"fps": 1.0}, stage="pretrain")
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
