@@ -69,7 +69,7 @@ def places(encoder, row):
 # ---------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("key", LOSS_KEYS)
+@pytest.mark.parametrize("key", sorted(LOSS_KEYS))
 @pytest.mark.parametrize("no", [False, 0, 0.0])
 def test_a_turn_marked_without_loss_is_not_supervised(small_encoder, key, no):
     both = supervised(small_encoder, TWO_ANSWERS)
@@ -217,8 +217,8 @@ def test_an_element_named_bbox_is_text():
         "data:image/png;base64,AAAA",
         {"bytes": b"x", "path": None},
         [{"bytes": None, "path": "a"}],
-        Image.new("RGB", (2, 2)),
-        [Image.new("RGB", (2, 2))],
+        pytest.param(Image.new("RGB", (2, 2)), id="a PIL image"),
+        pytest.param([Image.new("RGB", (2, 2))], id="PIL images"),
     ],
     ids=str,
 )
