@@ -133,7 +133,8 @@ def pack(rows, shared, tmp_path, capsys):
     def run(*options):
         arguments = ["pack", str(rows[1]), "--out", str(tmp_path / "out"), "--json"]
         arguments += ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--on-error", "skip"]
-        code = main([*arguments, "--capacity", "4096", *options])
+        capacity = [] if "--capacity" in options else ["--capacity", "4096"]
+        code = main([*arguments, *capacity, *options])
         out, err = capsys.readouterr()
         return code, err if code else json.loads(out)
 

@@ -58,7 +58,7 @@ READING = [
 ]
 PIXELS = [
     ("max_pixels", "rows.json", "--max-pixels 3136"),
-    ("min_pixels", "rows.json", "--min-pixels 300000"),
+    ("min_pixels", "rows.json", "--min-pixels 150000"),
     ("video_fps", "video.json", "--video-fps 1"),
     ("video_max_frames", "video.json", "--video-max-frames 4"),
     ("video_max_pixels", "video.json", "--video-max-pixels 3136"),
@@ -111,6 +111,7 @@ CASES = [
     Case("check", "typed_tokens", "boxes.json --tokenizer boxes", TYPED),
     Case("pack", "typed_tokens", pack("boxes.json").replace(" tokenizer ", " boxes "), TYPED),
     Case("train", "typed_tokens", pack("boxes.json", "train").replace(" tokenizer ", " boxes "), TYPED),
+    Case("check", "config", "video.json --tokenizer tokenizer", "--config config.json", "only Qwen2.5-VL's"),
     Case("check", "tokenizer", "rows.json", "--tokenizer tokenizer"),
     Case("check", "data", "rows.json", "docs.jsonl"),
     Case("check", "bad", "damaged.json --decode", "--bad {out}/bad.jsonl"),
@@ -366,6 +367,11 @@ def test_every_option_has_a_case():
     assert {(case.command, case.options) for case in CASES} <= every
 
 
+def test_python_refuses_videos_of_documents_too(world):
+    with pytest.raises(ValueError, match=r"\(fps\) do not apply: documents have no videos"):
+        Encoder.from_folder(world / "tokenizer", video={"fps": 1.0}, stage="pretrain")
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -452,6 +458,29 @@ def test_a_training_argument_without_effect_is_refused(name):
     words = [f"--{name}", value_of(name), "--use_cpu", *WITHOUT.get(name, [])]
     with pytest.raises(ValueError, match=f"^--{name} .*does not apply: "):
         parse_training_arguments(words)
+
+
+def test_what_is_given_reaches_the_trainer(tmp_path):
+    """Also where mmpack train has a default of its own."""
+    given = {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 7, "learning_rate": 0.5,
+        "lr_scheduler_type": "cosine", "warmup_steps": 3, "optim": "adafactor", "optim_args": "a=1",
+        "weight_decay": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5,
+        "gradient_accumulation_steps": 3, "average_tokens_across_devices": False, "max_grad_norm": 0.5,
+        "gradient_checkpointing": True, "neftune_noise_alpha": 1.5, "torch_empty_cache_steps": 3,
+        "logging_strategy": "epoch", "logging_first_step": True, "log_on_each_node": False,
+        "log_level": "error", "log_level_replica": "error",
+        "disable_tqdm": True, "save_strategy": "epoch", "full_determinism": True, "seed": 5, "use_cpu": True,
+        "use_cache": True, "dataloader_num_workers": 2, "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 3, "dataloader_multiprocessing_context": "spawn",
+        "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 3, "ddp_broadcast_buffers": True,
+        "ddp_static_graph": True, "ddp_timeout": 60, "skip_memory_metrics": False,
+        "resume_from_checkpoint": "last",
+    }  # fmt: skip
+    args = parse_training_arguments(
+        [str(w) for name, value in given.items() for w in (f"--{name}", value)]
+    )
+    assert {name: getattr(args, name) for name in given} == given
 
 
 @pytest.mark.parametrize("name", sorted(UNPASSABLE))

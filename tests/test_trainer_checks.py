@@ -118,6 +118,8 @@ def test_metrics_need_the_logits_of_every_token(tmp_path):
     [
         ({"auto_find_batch_size": True}, "would change the packs per step"),
         ({"dataloader_in_order": False, "dataloader_num_workers": 1}, "in which workers finish"),
+        ({"data_seed": 3}, "data_seed does not apply"),
+        ({"dataloader_drop_last": True}, "would leave packs out of an evaluation"),
         ({"train_sampling_strategy": "group_by_length"}, "would reorder planned packs"),
     ],
 )
@@ -145,8 +147,13 @@ def test_several_packs_per_batch_are_told(tmp_path, caplog):
     assert evaluation.startswith("per_device_eval_batch_size=3 puts 3 packs, up to 120 tokens, ")
     caplog.clear()
     trainer_of(tmp_path, eval_dataset=packs())
-    trainer_of(tmp_path, eval_dataset=[sample(0, 9)], per_device_eval_batch_size=8)  # not packs
-    assert warned(caplog) == []
+    trainer = trainer_of(tmp_path, eval_dataset=[sample(0, 9)], per_device_eval_batch_size=8)
+    assert warned(caplog) == []  # samples are no packs
+    for _ in range(2):
+        trainer.evaluate(packs())
+    assert [text.partition(" puts")[0] for text in warned(caplog)] == [
+        "per_device_eval_batch_size=8"
+    ]
 
 
 def test_transformers_batch_of_8_is_told(tmp_path, caplog):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -29,16 +28,15 @@ from mmpack.cli.options import (
     TrainOptions,
     parse,
 )
-from mmpack.cli.refused_options import check_applies, is_packed
+from mmpack.cli.refused_options import check_applies
 from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import Reader, media_folders
-from mmpack.errors import BadRow, OnError, Skip
-from mmpack.store.manifest import Planning
+from mmpack.data.readers import Reader
+from mmpack.errors import OnError
 
 # What mmpack[train] installs.
 _TRAIN = {"transformers", "huggingface_hub", "accelerate", "pyarrow", "filelock", "tqdm"}
@@ -138,6 +136,12 @@ def _check(options: CheckOptions) -> int:
     from mmpack.cli.tables import check_table, json_line
 
     reader = Reader(**_reading(options)) if options.tokenizer is None else _encoder(options)
+    if options.config is not None and isinstance(reader, Encoder):
+        video = reader.vision.video
+        if video is not None and video.tokens_per_second is None:
+            raise ValueError(
+                "--config does not apply: only Qwen2.5-VL's videos depend on the model's config; leave it out"
+            )
     groups = list(reader.groups(options.data))
     summary = Summary(hash_files=options.decode)
     summary.add_files(group.file for group in groups)
@@ -261,104 +265,9 @@ def _reading(options: ReadingOptions) -> dict[str, Any]:
 
 
 def _train(options: TrainOptions) -> None:
-    from mmpack.cli.pack import cut_long
-    from mmpack.hf.checkpoints import last_checkpoint
-    from mmpack.hf.loading import load_model
-    from mmpack.hf.model_parts import freeze
-    from mmpack.hf.training import train
-    from mmpack.hf.training_options import parse_training_arguments
-    from mmpack.packing.cost import costs_of
-    from mmpack.packing.dataset import PackedDataset
+    from mmpack.cli.train import run_train
 
-    ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
-    args = parse_training_arguments([*ours, *options.training], options.quiet)
-    if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = last_checkpoint(args.output_dir)
-        where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
-        print(f"continuing from {where}", file=sys.stderr)
-    if is_packed(options.data):
-        dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
-        if options.media_dir:
-            dataset.media_folders = options.media_dir
-        store: Any = getattr(dataset.samples, "samples", dataset.samples)
-        _tell_other_costs(store.about.planning, options.frozen)
-    elif options.tokenizer is None or options.capacity is None:
-        raise ValueError(
-            f"{' '.join(options.data)} is not a folder written by mmpack pack; to pack rows now, pass "
-            "--tokenizer and --capacity"
-        )
-    else:
-        bad_rows: list[BadRow] = []
-        config = _config(options.model or options.config, options.frozen)
-        skip = Skip(options.max_bad, bad_rows)
-        encoder = _encoder(options, skip if options.on_error == "skip" else "raise")
-        groups = list(encoder.groups(options.data))
-        with row_progress("encoding", groups) as (groups, bar):
-            found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
-        samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, options.planning)
-        dataset = PackedDataset.from_samples(
-            samples,
-            options.capacity,
-            None if config is None else costs_of(samples, config, options.frozen),
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=options.plan_seed,
-        )
-        dataset.media_folders = media_folders(groups)
-        for row in bad_rows:
-            print(f"left out {one_line(row)}", file=sys.stderr)
-    dataset.on_bad_image, dataset.max_bad = options.on_bad_image, options.max_bad
-    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
-    freeze(model, options.frozen)
-    with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
-        print(f"{full}; weights in {options.weights_dtype}")
-        folders = dataset.media_folders
-        if folders is None:
-            print("images and videos are read from anywhere; --media-dir FOLDER confines them")
-        else:
-            print(f"images and videos are read from {' and '.join(folders)}")
-        try:
-            result = train(model, dataset, args)
-        except KeyboardInterrupt:
-            if args.process_index:
-                raise
-            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
-    print(json.dumps(result))
-
-
-def _how_to_continue(words: Sequence[str], args: Any) -> str:
-    """How to resume an interrupted run, in words."""
-    from mmpack.hf.checkpoints import last_checkpoint
-
-    last = last_checkpoint(args.output_dir)
-    if last is None:
-        return (
-            f"no checkpoint was saved in {args.output_dir} yet; the same command starts over "
-            "(--save_steps N saves earlier)"
-        )
-    if args.world_size > 1:
-        return f"to continue from {last}: the same command with --resume_from_checkpoint last"
-    name, kept = "resume_from_checkpoint", list(words)
-    places = [n for n, word in enumerate(kept) if word.lstrip("-").replace("-", "_") == name]
-    for place in reversed(places):
-        del kept[place : place + 2]
-    command = shlex.join(["mmpack", *kept, f"--{name}", "last"])
-    return f"to continue from {last}:\n  {command}"
-
-
-def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
-    """Warn if a store's packs were balanced for other frozen parts."""
-    if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
-        words = [
-            f"--frozen {' --frozen '.join(p)}" if p else "no --frozen"
-            for p in (planning.frozen, frozen)
-        ]
-        print(
-            f"mmpack: the packs were planned for {words[0]}, but this run has {words[1]}: their costs are not "
-            "balanced, and ranks will wait for each other; pack again with the same --frozen options",
-            file=sys.stderr,
-        )
+    run_train(options, _encoder, _config)
 
 
 def _demo(options: DemoOptions) -> None:

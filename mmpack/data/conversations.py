@@ -55,10 +55,9 @@ def turns_of(
             a key means something that is not supported.
     """
     columns = fields.columns
-    shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
-    turns = shapes.get(fields.formatting, _chat_turns)(row, fields, unread)
+    turns = _SHAPES.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if not is_absent(system):
+    if system:
         if turns[0].role == "system":  # a system turn takes precedence over the column
             unread.add(columns["system"])
         else:
@@ -228,3 +227,6 @@ def _check_roles(turns: Sequence[Turn], is_prompt: bool) -> None:
             f"all turns are the assistant's (roles: {roles[:80]})",
             "add what it answers; a document is read with --stage pretrain (stage='pretrain')",
         )
+
+
+_SHAPES = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}

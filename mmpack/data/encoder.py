@@ -145,6 +145,11 @@ class Encoder(Reader):
         vision = replace(vision, resizer=resizer, min_pixels=low, max_pixels=high)
         chosen = {name: value for name, value in (video or {}).items() if value is not None}
         if chosen:
+            if options.get("stage") == "pretrain":
+                raise ValueError(
+                    f"video settings ({', '.join(chosen)}) do not apply: documents have no videos "
+                    "(stage='pretrain'); leave out video"
+                )
             if vision.video is None:
                 raise ValueError(
                     f"{folder} is a Qwen2.5-VL processor, whose videos need the model's config; "

@@ -33,7 +33,6 @@ from mmpack.hf.trainer_checks import (
     check_collator,
     check_metrics,
     tell_batch_size,
-    tell_evaluation,
     tell_weights,
 )
 from mmpack.packing.dataset import EvenPacks, PackedDataset
@@ -133,8 +132,8 @@ class PackingCallback(TrainerCallback):
             )
         check_metrics(trainer)
         even = self._prepare(trainer.args, trainer.model)
-        if trainer.args.should_log:
-            tell_evaluation(trainer)
+        if self._evaluation is not None:
+            self._evaluation.tell(trainer.eval_dataset)
         if trainer.train_dataset is self.dataset:
             trainer.train_dataset = even
         elif isinstance(even, EvenPacks):

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from mmpack.hf.compat import forward_hooks, remainder_of
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.trainer_checks import tell_evaluation
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
 
@@ -76,9 +77,14 @@ class Evaluation:
         self._rank, self._num_ranks = args.process_index, args.world_size
         self._batch_size = args.eval_batch_size
         self._hook = _hook_of(model, self._num_ranks > 1 and self._batch_size > 1)
+        self._is_told = not args.should_log
         self._loader: Any = None
         self._sums: list[torch.Tensor] = []
         self._tokens = 0
+
+    def tell(self, data: Any) -> None:
+        """Warn, once, if several packs of the data make a batch."""
+        self._is_told = self._is_told or tell_evaluation(data, self._batch_size)
 
     def count(self, loader: Any) -> None:
         """Count the batch that the loader just yielded and the model just evaluated.
@@ -91,6 +97,7 @@ class Evaluation:
             return
         if loader is not self._loader:  # a new evaluation; the last one may have been interrupted
             self._loader, self._sums, self._tokens = loader, [], 0
+            self.tell(getattr(loader, "dataset", None))
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
         num_items = self._num_real(loader, len(ends) - 1)
         tokens = supervised[ends[num_items]] if num_items < len(ends) - 1 else supervised[-1]

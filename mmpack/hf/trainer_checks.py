@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Refuse arguments under which a step would not train on its planned packs.
+    """Refuse arguments under which a step would not train on its planned packs, and those that packs ignore.
 
     Raises:
         ValueError: names the argument.
@@ -35,6 +35,15 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             "auto_find_batch_size would change the packs per step while training; set per_device_train_batch_size, "
             "or pack with a smaller capacity"
+        )
+    if args.data_seed is not None:
+        raise ValueError(
+            "data_seed does not apply, because the plan determines the order of packs; leave it out, or plan with "
+            "another seed (--plan-seed, seed)"
+        )
+    if args.dataloader_drop_last:
+        raise ValueError(
+            "dataloader_drop_last=True would leave packs out of an evaluation, and training drops none; leave it out"
         )
     if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
         raise ValueError(
@@ -112,14 +121,14 @@ def tell_batch_size(option: str, size: int, capacity: int) -> None:
         )
 
 
-def tell_evaluation(trainer: Trainer) -> None:
-    """Warn if Trainer's evaluation puts several packs into a batch, which its default of 8 does."""
-    sets = trainer.eval_dataset
-    for one in sets.values() if isinstance(sets, Mapping) else [sets]:
+def tell_evaluation(data: Any, size: int) -> bool:
+    """Warn if an evaluation puts several packs into a batch, which Trainer's default of 8 does. `data` is a data set
+    or a dict of them; returns whether there are packs in it."""
+    for one in data.values() if isinstance(data, Mapping) else [data]:
         if isinstance(one, PackedDataset | PackStream):
-            size = trainer.args.eval_batch_size
             tell_batch_size("per_device_eval_batch_size", size, one.capacity)
-            return
+            return True
+    return False
 
 
 def tell_weights(model: nn.Module) -> None:

@@ -35,6 +35,8 @@ def unavailable() -> Iterator[None]:
             raise ValueError(_one_line(error)) from error
         raise ValueError(f"{package} is not installed; pip install {package}") from error
     except ImportError as error:
+        if str(error.name).startswith(("mmpack", "torch")):
+            raise
         raise ValueError(_one_line(error)) from error
     except RuntimeError as error:
         if "to be installed" not in str(error):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from mmpack.errors import counted
@@ -55,25 +55,22 @@ def fit_sample(
     return []
 
 
-def tell_overflow(fate: str, rows: Sequence[str], num_samples: int, room: str) -> None:
+def tell_overflow(
+    fate: str, numbers: Sequence[int], name: Callable[[int], str], num_samples: int, room: str
+) -> None:
     """Log what a plan took from samples that are too long, unless there are none: how many, and the first.
 
     Args:
         fate: "left out", or "cut".
-        rows: the samples in words, such as "row 3 of train.json".
+        numbers: of the samples. name: a sample in words, such as "row 3 of train.json".
         num_samples: samples in all. room: the capacity in words.
     """
-    if rows:
-        rest = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
-        _log.warning(
-            "%s: %s of %s, too long for a pack of %s: %s%s",
-            fate,
-            f"{len(rows):,}",
-            counted(num_samples, "sample"),
-            room,
-            ", ".join(rows[:_NAMED]),
-            rest,
-        )
+    if not numbers:
+        return
+    first = ", ".join(map(name, numbers[:_NAMED]))
+    rest = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
+    of = f"{len(numbers):,} of {counted(num_samples, 'sample')}"
+    _log.warning(f"{fate}: {of}, too long for a pack of {room}: {first}{rest}")
 
 
 def check_choice(on_overflow: str) -> None:

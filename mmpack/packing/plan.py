@@ -65,8 +65,8 @@ def plan_packs(
     """
     plan = _plan_sizes(num_tokens, capacity, num_patches, patch_capacity, cost, seed, on_overflow)
     for fate, numbers in (("left out", plan.dropped), ("planned at the capacity", plan.truncated)):
-        rows = [f"sample {number}" for number in numbers.tolist()]
-        tell_overflow(fate, rows, len(plan.num_tokens), _room(capacity, patch_capacity))
+        room = _room(capacity, patch_capacity)
+        tell_overflow(fate, numbers.tolist(), "sample {}".format, len(plan.num_tokens), room)
     return plan
 
 
@@ -160,9 +160,12 @@ def plan_samples(
             cost[list(truncated)] = costs_of(list(truncated.values()), config)
     how: OnOverflow = "drop" if on_overflow == "truncate" else on_overflow
     plan = _plan_sizes(num_tokens, capacity, num_patches, patch_capacity, cost, seed, how)
+
+    def name(number: int) -> str:
+        return f"row {samples[number].row} of {samples[number].source}"
+
     for fate, numbers in (("left out", plan.dropped.tolist()), ("cut", list(truncated))):
-        rows = [f"row {s.row} of {s.source}" for s in map(samples.__getitem__, numbers)]
-        tell_overflow(fate, rows, len(samples), _room(capacity, patch_capacity))
+        tell_overflow(fate, numbers, name, len(samples), _room(capacity, patch_capacity))
     return replace(plan, truncated=np.array(list(truncated), dtype=np.int64))
 
 
