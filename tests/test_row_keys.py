@@ -118,7 +118,7 @@ def test_marks_and_the_options_of_loss(small_encoder):
         (with_turn(2, loss="no"), "turn 2 has 'loss' 'no', only true"),
         (with_turn(1, loss=True), "turn 1 is the user's and asks for a loss with 'loss'; remove"),
         (with_turn(0, weight=1), "turn 0 is the system's and asks for a loss with 'weight'"),
-        (with_turn(1, tool_calls=[{}]), "turn 1 has 'tool_calls', but its role is 'user'"),
+        (with_turn(1, tool_calls=[{}]), "turn 1 is the user's and has 'tool_calls'"),
         (with_turn(2, weight=1, loss=False), "turn 2 has 'loss' and 'weight' that differ"),
         (
             {"messages": [with_turn(1, loss_scale=2)["messages"][1], TWO_ANSWERS["messages"][2]]},
