@@ -30,10 +30,12 @@ def finished(tmp_path_factory):
     return folder
 
 
-def train(folder, output, *options):
-    words = [str(w) for name, value in QUIET.items() for w in (f"--{name}", value)]
+def train(folder, output, *options, steps=4):
+    quiet = {**QUIET, "save_strategy": "steps"}
+    del quiet["per_device_eval_batch_size"]  # there is no evaluation
+    words = [str(w) for name, value in quiet.items() for w in (f"--{name}", value)]
     words = ["train", "--data", folder / "packed", "--config", folder / "config.json", *words]
-    words += ["--output_dir", output, "--save_strategy", "steps", "--steps", 4, *options]
+    words += ["--output_dir", output, "--steps", steps, *options]
     return main(list(map(str, words)))
 
 
@@ -113,8 +115,8 @@ def test_the_command_line(finished, tmp_path, capsys):
     """A checkpoint named by hand is refused with the file's name; `last` says what it skipped."""
     output = copy_of(finished / "run", tmp_path / "run")
     (output / "checkpoint-4" / "optimizer.pt").unlink()
-    resume = ["--resume_from_checkpoint", output / "checkpoint-4", "--max_steps", 6]
-    assert train(finished, output, *resume) == 1
+    resume = ["--resume_from_checkpoint", output / "checkpoint-4"]
+    assert train(finished, output, *resume, steps=6) == 1
     assert "is not a complete checkpoint: optimizer.pt is missing" in capsys.readouterr().err
     assert train(finished, output, "--resume_from_checkpoint", "last") == 0
     assert f"continuing from {output / 'checkpoint-2'}" in capsys.readouterr().err

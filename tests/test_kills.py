@@ -84,6 +84,7 @@ def recorded(patch, path):
 def train_packs(folder, data, seen):
     mmpack.hf.training.patch_model = recorded(mmpack.hf.training.patch_model, seen)
     options = {**QUIET, **OPTIONS, "save_strategy": "steps", "resume_from_checkpoint": "last"}
+    del options["per_device_eval_batch_size"]  # there is no evaluation
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     config = ["--config", str(data), "--output_dir", str(folder)]
     os._exit(cli.main(["train", "--data", str(data / "packed"), *config, *words]))
