@@ -130,10 +130,11 @@ def test_skipped_rows_warn(rows, encoder):
 def pack(rows, shared, tmp_path, capsys):
     """Run `mmpack pack` on the rows: (its exit code, its report or error)."""
 
-    def run(*options, capacity="4096"):
+    def run(*options):
         arguments = ["pack", str(rows[1]), "--out", str(tmp_path / "out"), "--json"]
         arguments += ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--on-error", "skip"]
-        code = main([*arguments, "--capacity", capacity, *options])
+        capacity = [] if "--capacity" in options else ["--capacity", "4096"]
+        code = main([*arguments, *capacity, *options])
         out, err = capsys.readouterr()
         return code, err if code else json.loads(out)
 
@@ -153,9 +154,9 @@ def test_the_same_again_encodes_nothing(pack, tmp_path, rows, monkeypatch):
         assert again["reused"]
         assert {**again, "reused": 0, "seconds": 0} == {**first, "reused": 0, "seconds": 0}
         # Another plan is made of the samples that are there, if one may be replaced.
-        code, error = pack(capacity="2048")
+        code, error = pack("--capacity", "2048")
         assert "choose another --out, or --overwrite it: capacity changed since" in error
-        assert pack("--overwrite", capacity="2048")[1]["reused"]
+        assert pack("--capacity", "2048", "--overwrite")[1]["reused"]
     after = (tmp_path / "out" / "samples.arrow").stat()
     assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     assert (tmp_path / "out" / "bad_rows.jsonl").read_text() == bad_rows

@@ -14,6 +14,7 @@ from test_assemble import same
 from test_video_files import film
 
 from mmpack import Encoder, Reader, RowError, VideoSpec, VisionSpec, assemble
+from mmpack.cli.main import main
 from mmpack.data import images, videos
 from mmpack.media_options import MediaOptions
 from mmpack.packing.prompt import render_prompt
@@ -317,3 +318,19 @@ def test_a_picture_that_changed_is_found_with_options_too(folder):
         ValueError, match="is now 224 x 90 pixels, but was planned as a grid of 6 x 8"
     ):
         images.load_patches(ref, grid, spec)
+
+
+def test_min_pixels_is_an_option(small_set, tmp_path, capsys):
+    tokenizer = small_set / "tokenizer"
+    low = Encoder.from_folder(tokenizer).vision
+    vision = Encoder.from_folder(tokenizer, min_pixels=200_000, max_pixels=300_000).vision
+    assert vision == dataclasses.replace(low, min_pixels=200_000, max_pixels=300_000)
+    words = ["check", str(small_set / "train.json"), "--tokenizer", str(tokenizer)]
+    counts = []
+    for more in ([], ["--min-pixels", "150000"]):
+        assert main([*words, *more, "--json"]) == 0
+        counts.append(capsys.readouterr().out)
+    assert counts[0] != counts[1]
+    assert main([*words, "--min-pixels", "99999999999"]) == 1
+    error = capsys.readouterr().err
+    assert "change --min-pixels (min_pixels) or --max-pixels (max_pixels)" in error

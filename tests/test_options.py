@@ -58,7 +58,7 @@ READING = [
 ]
 PIXELS = [
     ("max_pixels", "rows.json", "--max-pixels 3136"),
-    ("min_pixels", "rows.json", "--min-pixels 300000"),
+    ("min_pixels", "rows.json", "--min-pixels 150000"),
     ("video_fps", "video.json", "--video-fps 1"),
     ("video_max_frames", "video.json", "--video-max-frames 4"),
     ("video_max_pixels", "video.json", "--video-max-pixels 3136"),

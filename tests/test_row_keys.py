@@ -22,7 +22,8 @@ TWO_ANSWERS = {
         {"role": "assistant", "content": "A good answer."},
     ]
 }
-NO_MEANING = [None, "", [], {}, float("nan")]  # Arrow and pandas add such keys
+# Arrow and pandas add such keys.
+NO_MEANING = [None, "", [], {}, [None], {"ref": None, "bbox": []}, float("nan")]
 
 
 def with_turn(number, **keys):
@@ -68,7 +69,7 @@ def places(encoder, row):
 # ---------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("key", LOSS_KEYS)
+@pytest.mark.parametrize("key", sorted(LOSS_KEYS))
 @pytest.mark.parametrize("no", [False, 0, 0.0])
 def test_a_turn_marked_without_loss_is_not_supervised(small_encoder, key, no):
     both = supervised(small_encoder, TWO_ANSWERS)
@@ -117,7 +118,7 @@ def test_marks_and_the_options_of_loss(small_encoder):
         (with_turn(2, loss="no"), "turn 2 has 'loss' 'no', only true"),
         (with_turn(1, loss=True), "turn 1 is the user's and asks for a loss with 'loss'; remove"),
         (with_turn(0, weight=1), "turn 0 is the system's and asks for a loss with 'weight'"),
-        (with_turn(1, tool_calls=[{}]), "turn 1 is the user's and has 'tool_calls'; remove"),
+        (with_turn(1, tool_calls=[{}]), "turn 1 has 'tool_calls', but its role is 'user'"),
         (with_turn(2, weight=1, loss=False), "turn 2 has 'loss' and 'weight' that differ"),
         (
             {"messages": [with_turn(1, loss_scale=2)["messages"][1], TWO_ANSWERS["messages"][2]]},
@@ -216,8 +217,8 @@ def test_an_element_named_bbox_is_text():
         "data:image/png;base64,AAAA",
         {"bytes": b"x", "path": None},
         [{"bytes": None, "path": "a"}],
-        Image.new("RGB", (2, 2)),
-        [Image.new("RGB", (2, 2))],
+        pytest.param(Image.new("RGB", (2, 2)), id="a PIL image"),
+        pytest.param([Image.new("RGB", (2, 2))], id="PIL images"),
     ],
     ids=str,
 )

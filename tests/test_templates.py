@@ -1,6 +1,7 @@
 """Eight real chat templates (Qwen2-VL's and Qwen2.5-VL's are equal): ids are stock transformers', or the row is
 refused with a reason. `templates/README.md` says where they are from."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +25,14 @@ ADDED = [
     "<tool_response>",
     "</tool_response>",
 ]
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>"]
+CONTROL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|image_pad|>",
+    "<|vision_pad|>",
+]
 TOOL = {
     "type": "function",
     "function": {"name": "zoom", "description": "Grö\u00dfer <b>", "parameters": {}},
@@ -35,19 +43,17 @@ TEXT_CALL = {"function": {"name": "zoom", "arguments": '{"box":[1,2],"k":"\\u00f
 
 @pytest.fixture(scope="module")
 def base():
-    """A small tokenizer with Qwen's special tokens, and one that a user added."""
+    """A small tokenizer with Qwen's special tokens, and some that a user added."""
     tokenizer = _tokenizer(
         ["zoom box find the small print, Three crops. function name arguments"] * 3
     )
-    tokenizer.add_special_tokens(
-        {
-            "extra_special_tokens": [
-                "<|box_start|>",
-                "<|box_end|>",
-                AddedToken("<|dose|>", special=True),
-            ]
-        }
-    )
+    own = [
+        AddedToken("<|dose|>", special=True),
+        AddedToken("<|wide|>", special=True, lstrip=True, rstrip=True),
+        AddedToken("solo", special=True, single_word=True),
+    ]
+    qwens = ["<|box_start|>", "<|box_end|>", "<|vision_pad|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": [*qwens, *own]})
     tokenizer.add_tokens(ADDED)
     return tokenizer
 
@@ -107,6 +113,8 @@ WORDS = [
     "</think>",
     "<|box_start|>",
     "<|dose|>",
+    "<|wide|>",
+    "solo",
     "ü中",
     '"',
     "{",
@@ -230,7 +238,7 @@ AGENT = {
         result([{"type": "image", "image": "a.png"}]),
         answer(None, CALL),
         result("three"),
-        answer("Done."),
+        {**answer("Done."), "tool_calls": None},
     ]
 }
 
@@ -265,6 +273,74 @@ def test_the_options_for_supervision_beside_tools(encoder_of):
     row = {"messages": AGENT["messages"][:2]}
     text = marked(encoder_of("qwen3_vl", train_on_prompt=True), row)
     assert (text[:2], text[-2:], text.count("[[")) == ("[[", "]]", 1)
+
+
+def test_supervised_is_what_a_template_generates(encoder_of, base):
+    """transformers' own mask, by `{% generation %}` around what the template writes for an answer."""
+    encoder = encoder_of("qwen3_vl")
+    start, end, text = "{{- '<|im_start|>' + message.role + '\\n' }}", "{{- '<|im_end|>\\n' }}", ""
+    for branch in base.chat_template.split("{%- elif message.role == "):
+        if branch.startswith('"assistant"'):
+            head, body, tail = branch.partition(start)
+            body, tail = tail.rsplit(end, 1)
+            tail = "{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}" + tail
+            branch = f"{head}{start}{{%- generation %}}{body}{tail}"
+        text += ("{%- elif message.role == " if text else "") + branch
+    base.chat_template = text
+    refused = []
+    encoder = dataclasses.replace(encoder, on_error=refused)
+    compared = []
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(rows())
+    def check(row):
+        for sample in encoder.encode(encoder.read([row])):
+            stock = base.apply_chat_template(
+                row["messages"],
+                tools=row.get("tools"),
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            assert sample.input_ids.tolist() == stock["input_ids"]
+            # A token that an answer's newline shares with the template's counts as answer in both.
+            assert (sample.labels >= 0).tolist() == [mask == 1 for mask in stock["assistant_masks"]]
+            compared.append("tool_calls" in str(row))
+
+    check()
+    assert sum(compared) >= 5
+    assert len(compared) - sum(compared) >= 5
+
+
+OWN = (
+    "{% set ns = namespace(n=0) %}{% for m in messages %}<|im_start|>{{ m.role }} {% for p in m.content %}"
+    "{% if p.type == 'image' %}{% set ns.n = ns.n + 1 %}Picture {{ ns.n }}: <|vision_start|><|image_pad|>"
+    "<|vision_end|>{% else %}{% if m.role == 'assistant' %}{% generation %}{{ p.text }}{% endgeneration %}"
+    "{% else %}{{ p.text }}{% endif %}{% endif %}{% endfor %}<|im_end|>{% endfor %}<|endoftext|>"
+)
+
+
+def test_a_template_of_ones_own(encoder_of, base):
+    encoder = encoder_of("qwen3_vl")
+    base.chat_template = OWN.replace("for p in m.content", "for p in parts").replace(
+        "<|im_start|>",
+        "{% set parts = [{'type': 'text', 'text': m.content}] if m.content is string else m.content %}"
+        "<|im_start|>",
+    )
+    image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": " or "}
+    row = {"messages": [user([image, text, image]), answer("Both.")]}
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert marked(encoder, row) == (
+        f"<|im_start|>user Picture 1: {picture} or Picture 2: {picture}<|im_end|>"
+        "<|im_start|>assistant [[Both.<|im_end|>]]<|endoftext|>"
+    )
+    assert encoded(encoder, row).input_ids.tolist() == stock_ids(base, row)
+    base.chat_template = base.chat_template.replace(
+        "{{ m.role }} ", "{{ m.role }}|{{ '<|' + 'dose|>' }}"
+    )
+    typed = {"messages": [user("<|dose|>"), answer("a")]}  # now a token of the template
+    ids = encoded(dataclasses.replace(encoder), typed).input_ids.tolist()
+    assert ids.count(base.convert_tokens_to_ids("<|dose|>")) == 2
 
 
 def test_turns_without_loss_beside_tools(encoder_of):
@@ -327,7 +403,7 @@ def test_sharegpt_calls_are_those_of_openai(encoder_of):
         ("qwen3_vl", {"messages": [user(), answer([{"type": "text", "text": ""}], CALL)]},
          "turn 1 has an empty text part beside its tool calls"),
         ("qwen3_vl", {"messages": [{**user(), "tool_calls": [CALL]}, answer("a")]},
-         "turn 0 has 'tool_calls', but its role is 'user'"),
+         "turn 0 is the user's and has 'tool_calls'"),
         ("qwen3_vl", {"messages": [user(), answer("a")], "tools": [{"type": "function"}]},
          "'tools' has a function without a name"),
     ],
@@ -406,6 +482,19 @@ def test_other_special_tokens_become_ids(encoder_of):
     }  # fmt: skip
     with pytest.raises(ValueError, match="typed_tokens must be 'ids' or 'text', got 'no'"):
         encoder_of("qwen3_vl", typed_tokens="no")
+
+
+def test_documents_and_typed_tokens(encoder_of, base):
+    """A document has no template, but turn tokens are control tokens in it, too."""
+    encoder = encoder_of("qwen3_vl", stage="pretrain")
+    base.chat_template = None
+    text = "a" + " " * 50_000 + "<|im_start|> \n <|wide|> \n<|dose|>"
+    (sample,) = encoder.encode(encoder.read([{"text": text}]))
+    stays = encoder.tokenizer(
+        "a" + " " * 50_000 + "<|im_start|>", split_special_tokens=True, add_special_tokens=False
+    ).input_ids
+    names = ["<|wide|>", "<|dose|>", "<|endoftext|>"]
+    assert sample.input_ids.tolist() == stays + base.convert_tokens_to_ids(names)
 
 
 def test_a_prompt_with_tools_is_stocks(encoder_of):

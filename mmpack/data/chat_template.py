@@ -28,7 +28,8 @@ from mmpack.errors import RowError
 from mmpack.types import IGNORE, Message, Sample
 from mmpack.vision_spec import VisionSpec
 
-_MOST_LAYOUTS = 4096  # kept; every row with tool calls has its own
+_MOST_LAYOUTS = 4096  # kept of conversations without tools
+_MOST_TOOL_LAYOUTS = 64  # these hold the ids of tools and calls; every row with calls has its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Template:
         self.special_tokens = SpecialTokens(inner, vision, written, typed_tokens)
         self.tokenize = self.special_tokens.tokenize
         self._layouts: dict[Any, Layout] = {}
+        self._tool_layouts: dict[Any, Layout] = {}
 
     def _tried(self, roles: Sequence[str]) -> list[str]:
         """The special tokens of a short conversation; [] if the template refuses it."""
@@ -127,13 +129,15 @@ class Template:
             return self._document_layout(messages[0])
         key: Any = tuple([(m.role, m.loss, *map(kind_of, m.content)) for m in messages])
         calls = [message.tool_calls for message in messages]
+        layouts, most = self._layouts, _MOST_LAYOUTS
         if tools or any(calls):
             key = (key, json.dumps([tools, calls]))
-        layout = self._layouts.get(key)
+            layouts, most = self._tool_layouts, _MOST_TOOL_LAYOUTS
+        layout = layouts.get(key)
         if layout is None:
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
-            layout = self._layouts[key] = self._make_layout(messages, tools)
+            if len(layouts) >= most:
+                layouts.clear()
+            layout = layouts[key] = self._make_layout(messages, tools)
         texts = texts_of(messages)
         remaining = iter(texts)
         filled = [

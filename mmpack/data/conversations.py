@@ -55,10 +55,9 @@ def turns_of(
             a key means something that is not supported.
     """
     columns = fields.columns
-    shapes = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}
-    turns = shapes.get(fields.formatting, _chat_turns)(row, fields, unread)
+    turns = _SHAPES.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if not is_absent(system):
+    if system:
         if turns[0].role == "system":  # a system turn takes precedence over the column
             unread.add(columns["system"])
         else:
@@ -135,12 +134,12 @@ def _message_turns(
             speaker = "assistant" if role == "function_call" else role
             if not loss_of(message, loss if loss == "prompt" else speaker, where):
                 loss = "none"
+        calls = None if is_absent(calls) else calls
+        if calls and role != "assistant":
+            raise RowError(f"{where} is the {role}'s and has 'tool_calls'", "remove them")
         if role == "function_call":
             turns.append(Turn("assistant", [], spoken_calls(content, where), loss))
             continue
-        calls = None if is_absent(calls) else calls
-        if calls and role != "assistant":
-            raise RowError(f"{where} has 'tool_calls', but its role is {name!r}", "fix the row")
         parts = [] if calls and content is None else _parts(content, where, unread)
         if calls and parts == [""] and not isinstance(content, str):
             raise RowError(
@@ -228,3 +227,6 @@ def _check_roles(turns: Sequence[Turn], is_prompt: bool) -> None:
             f"all turns are the assistant's (roles: {roles[:80]})",
             "add what it answers; a document is read with --stage pretrain (stage='pretrain')",
         )
+
+
+_SHAPES = {"alpaca": _alpaca_turns, "completion": _completion_turns, "pairs": _pair_turns}

@@ -46,6 +46,8 @@ def described(given: Mapping[str, Any], kind: str) -> tuple[Any, MediaOptions | 
     }
     a_kind = "an image" if kind == "image" else "a video"
     sources = [key for key in source_keys(kind) if key in named]
+    if len(sources) > 1:  # an empty text or list beside another key is a gap, too
+        sources = [k for k in sources if not isinstance(named[k], (str, list)) or named[k]]
     if len(sources) > 1 and sources != [
         "path",
         "bytes",

@@ -216,7 +216,8 @@ class RowReader:
             raise RowError(f"a row must be an object, got {type(content).__name__}", "fix the row")
         fields, columns, read = self._columns(content)
         for media in ("videos", "video", "audios", "audio")[0 if self._are_documents else 2 :]:
-            if not is_absent(content.get(columns.get(media, media))):
+            value = content.get(columns.get(media, media))
+            if value is not None and not is_absent(value):
                 advice = (
                     "remove it; documents can only have images"
                     if self._are_documents
@@ -224,7 +225,8 @@ class RowReader:
                 )
                 raise RowError(f"the row has {media!r}", advice)
         keys = unread_keys(content, read, ROW_KEYS, "the row")
-        self.unread.count(map(str, keys))
+        if keys:
+            self.unread.count(str(key)[:60] for key in keys)
         for column in {name for name in self._unnamed if content.get(columns[name])}:
             self._unnamed.discard(column)
             _log.warning(
@@ -238,7 +240,8 @@ class RowReader:
             turns = [Turn("document", document_of(content, fields, unread))]
         else:
             turns = turns_of(content, fields, unread)
-        self.unread.count(unread)
+        if unread:
+            self.unread.count(unread)
         tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
         if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
@@ -348,7 +351,7 @@ def _as_list(value: Any, kind: str) -> list[Any]:
     if value is None:
         return []
     value = structured(value)
-    if is_absent(value):
+    if isinstance(value, str) and value == "":
         return []
     if not isinstance(value, list):
         return [value]

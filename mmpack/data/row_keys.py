@@ -29,6 +29,7 @@ PICTURE_SUFFIXES = (
     *(".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"),
 )
 _MOST_KEYS = 1000  # different unread keys that are counted per file
+_LONGEST_KEY = 60  # characters of a key that are shown
 _LONGEST_PATH = 1000  # characters of a text that can be a path
 
 
@@ -99,18 +100,20 @@ _EVERYWHERE = {
     "audios": _AUDIO,
     "input_audio": _AUDIO,
     "reasoning_content": _THOUGHT,
-    "reasoning": _THOUGHT,
     "thinking": _THOUGHT,
     "thought": _THOUGHT,
     "loss_scale": _WEIGHT,
+    "channel": _CHANNEL,
+    "chat_template_kwargs": _TEMPLATE,
+    "enable_thinking": _TEMPLATE,
+}
+_OF_TURN = {
+    "reasoning": _THOUGHT,
     "loss_mask": _MASK,
     "mask": _MASK,
     "train": _FLAG,
     "training": _FLAG,
-    "channel": _CHANNEL,
     "prefix": _PREFIX,
-    "chat_template_kwargs": _TEMPLATE,
-    "enable_thinking": _TEMPLATE,
 }
 ROW_KEYS = {
     **_EVERYWHERE,
@@ -125,6 +128,7 @@ ROW_KEYS = {
 }
 TURN_KEYS = {
     **_EVERYWHERE,
+    **_OF_TURN,
     **dict.fromkeys(_MEDIA, _ON_PART),
     **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA_OF_TURN),
     "train_detail": _FLAG._replace(use="the mark of parts with loss", advice="remove it"),
@@ -139,6 +143,7 @@ _CONTENT = frozenset(  # keys of a part that hold its content; it has one of the
 PAIR_KEYS = {**TURN_KEYS, **dict.fromkeys(LOSS_KEYS, _WEIGHT)}  # of a question with its answer
 PART_KEYS = {
     **_EVERYWHERE,
+    **_OF_TURN,
     **dict.fromkeys(LOSS_KEYS, _WEIGHT),
     **dict.fromkeys((*_MEDIA, "detail"), _ON_PART),
     **dict.fromkeys(
@@ -158,9 +163,13 @@ READ_PART_KEYS = {
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value is null, NaN or empty."""
-    if isinstance(value, (str, list, tuple, dict)):
+    """Whether a value is null, NaN or empty, or holds only nulls, as structs and lists of Arrow do."""
+    if isinstance(value, str):
         return not value
+    if isinstance(value, dict):
+        return all(map(is_absent, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(one is None for one in value)
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -194,7 +203,7 @@ def unread_keys(
             unread.append(key)
         elif not (isinstance(value, (bool, int, float, str)) and value in meaning.neutral):
             raise RowError(
-                f"{where} has {key!r}, {meaning.use} in {meaning.tools}, which mmpack does not support",
+                f"{where} has {str(key)[:40]!r}, {meaning.use} in {meaning.tools}, which mmpack does not support",
                 meaning.advice,
             )
     return unread
@@ -214,7 +223,7 @@ def turn_keys(
     """
     keys = unread_keys(turn, read, table, where)
     refuse_pictures(turn, keys, where)
-    unread.update(f"{key} of a turn" for key in keys)
+    unread.update(f"{str(key)[:_LONGEST_KEY]} of a turn" for key in keys)
 
 
 def part_keys(content: Any, where: str, unread: set[str]) -> None:
@@ -238,7 +247,7 @@ def part_keys(content: Any, where: str, unread: set[str]) -> None:
             raise RowError(f"{name} has {' and '.join(map(repr, given))}", "keep one of them")
         keys = unread_keys(part, read, PART_KEYS, name)
         refuse_pictures(part, keys, name)
-        unread.update(f"{key} of a part" for key in keys)
+        unread.update(f"{str(key)[:_LONGEST_KEY]} of a part" for key in keys)
 
 
 def loss_of(turn: Mapping[str, Any], role: str, where: str) -> bool:
@@ -338,4 +347,4 @@ def unread_line(source: str, fields: Mapping[str, int]) -> str:
 
 
 def _plain(field: str) -> str:
-    return field[:60] if field.isprintable() else f"{field!a:.60}"
+    return field if field.isprintable() else f"{field!a}"

@@ -1,7 +1,7 @@
 """Special tokens in a row's text: which become their ids, and which stay text.
 
 Control tokens are those that give a conversation its structure: the tokenizer's bos, eos and pad tokens, the vision
-tokens of the spec, and every special token that the chat template writes. Typed in a row, they stay text, so a row
+tokens of the spec, Qwen's turn tokens, and every special token that the chat template writes. Typed in a row, they stay text, so a row
 cannot open a turn or claim an image. All other special tokens of the tokenizer (Qwen's `<|box_start|>`, tokens that
 a user added) become their ids, as in transformers; with `typed_tokens="text"`, they stay text, too.
 """
@@ -17,7 +17,8 @@ from mmpack.errors import RowError
 from mmpack.vision_spec import VisionSpec
 
 END_OF_DOCUMENT = "<|endoftext|>"  # as in Qwen's base models; the instruct models' eos ends a turn
-_OTHER_CONTROL = (END_OF_DOCUMENT, "<|vision_pad|>")  # of Qwen, whatever template and spec name
+# Qwen's, also if neither template nor spec has them; a document has no template.
+_OTHER_CONTROL = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>", "<|vision_pad|>")
 _BROKEN = "\ufdd8"  # a noncharacter of Unicode, around the code of a token's first character
 _BREAK = re.compile(f"{_BROKEN}([0-9a-f]+){_BROKEN}")
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")  # for a program's own use, never in text
@@ -151,8 +152,8 @@ def _pattern(token: Any) -> str:
     pattern: str = re.escape(token.content)
     if token.single_word:
         pattern = rf"(?<!\w){pattern}(?!\w)"
-    before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
-    return before + pattern + after
+    before = r"(?:(?<!\s)\s+)?" if token.lstrip else ""  # tried once per run of white space
+    return before + pattern + (r"\s*" if token.rstrip else "")
 
 
 def _strings(value: Any) -> Iterator[str]:
