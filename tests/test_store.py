@@ -220,7 +220,7 @@ def test_who_waited_does_not_repeat_a_failure(run, tmp_path, monkeypatch):
 def test_workers_end_with_the_process_that_reads(data, tmp_path):
     """Killed, it cannot end them."""
     code = "import sys; from mmpack.cli.main import main; main(sys.argv[1:])"
-    arguments = [*data, "--jobs", 2, "--out", tmp_path / "out"]
+    arguments = [*data[:-1], 2, "--out", tmp_path / "out"]  # --jobs
     process = start(code, *arguments, start_new_session=True)
     workers = set()
     while len(workers) < 4 and process.poll() is None:  # a resource tracker and a fork server too
