@@ -418,6 +418,7 @@ def test_a_processor_of_time_needs_the_config(tmp_path, tokenizer, stock):
         video_processor=processor_of(2, stock[0]),
         tokenizer=tokenizer,
         apply_chat_template=tokenizer.apply_chat_template,
+        chat_template=tokenizer.chat_template,
         model_input_names=["input_ids", "second_per_grid_ts"],
     )
     assert VisionSpec.from_processor(processor).video is None
