@@ -15,6 +15,7 @@ from mmpack.boxes import relative_boxes, resized_boxes
 from mmpack.data.encoder import Encoder
 from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, RowError, Skip
+from mmpack.media_options import MediaOptions
 from mmpack.packing.assemble import assemble
 from mmpack.packing.cost import costs_of
 from mmpack.packing.pack_stats import busiest, cost_floor, rank_imbalance
@@ -41,6 +42,7 @@ __all__ = [
     "EncodedSample",
     "Encoder",
     "ImageRef",
+    "MediaOptions",
     "Message",
     "Pack",
     "PackPlan",
