@@ -132,7 +132,6 @@ def _encoder(
 
 def _check(options: CheckOptions) -> int:
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
-    from mmpack.cli.plots import check_picture
     from mmpack.cli.tables import check_table, json_line
 
     reader = Reader(**_reading(options)) if options.tokenizer is None else _encoder(options)
@@ -158,6 +157,8 @@ def _check(options: CheckOptions) -> int:
     else:
         say(check_table(summary))
     if options.png is not None:
+        from mmpack.cli.plots import check_picture  # imports torch, two seconds
+
         check_picture(summary, options.png)
     return 1 if summary.bad_rows else 0
 
