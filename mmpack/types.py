@@ -99,7 +99,7 @@ class Message:
     Attributes:
         role: "system", "developer", "user", "assistant" or "tool"; "document" for a document's only message.
         content: text, images and videos in reading order. Positions of images are explicit, so `<image>` in a text
-            is literal text. Empty only beside `tool_calls`.
+            is literal text. Empty only beside `tool_calls`. A `mmpack.data.thoughts.Thought` comes first.
         tool_calls: an assistant's calls as the row has them: `{"function": {"name": ..., "arguments": {...}}}` or
             `{"name": ..., "arguments": {...}}`; the chat template writes them.
         loss: "default": an answer has a loss, other turns only with `train_on_prompt`. "prompt": none, except with

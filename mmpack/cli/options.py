@@ -123,6 +123,7 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
     )
     train_on_prompt: bool = option("supervise all text", False)
     mask_history: bool = option("supervise the last answer only", False)
+    mask_thinking: bool = option("leave thoughts and their <think> tags unsupervised", False)
     frozen: tuple[Literal["vision", "merger", "language"], ...] = option(
         "part of the model that is frozen, repeatable: lowers the cost of packs; mmpack train freezes it",
         (),

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
 
+from mmpack.data.layouts import (
+    Clip,
+    Fixed,
+    Layout,
+    Shape,
+    Slot,
+    around_texts,
+    common_prefix,
+    is_thought_twice,
+)
 from mmpack.data.rendering import (
     MARKS,
     Piece,
@@ -23,46 +34,27 @@ from mmpack.data.rendering import (
     texts_of,
 )
 from mmpack.data.special_tokens import END_OF_DOCUMENT, SpecialTokens
-from mmpack.data.template_errors import check_marks, not_written, rewritten
+from mmpack.data.template_errors import (
+    check_marks,
+    no_thoughts,
+    not_written,
+    rewritten,
+    thought_twice,
+)
+from mmpack.data.thoughts import (
+    Thought,
+    filled,
+    fitted,
+    thinking_turn,
+    ways,
+    without_thoughts,
+)
 from mmpack.errors import RowError
 from mmpack.types import IGNORE, Message, Sample
 from mmpack.vision_spec import VisionSpec
 
 _MOST_LAYOUTS = 4096  # kept of conversations without tools
 _MOST_TOOL_LAYOUTS = 64  # these hold the ids of tools and calls; every row with calls has its own
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """Template text without row text: the same for every conversation of a shape."""
-
-    text: str
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The template's text around texts of the row, between two special tokens: before each text, and after the
-    last. An answer is its slot's only text."""
-
-    around: tuple[str, ...]
-    is_answer: bool = False
-    before_ids: tuple[int, ...] = ()  # for an answer: the ids of the text before it alone
-    ends_early: bool = False  # for an answer: the text after it is not part of it
-
-    def filled(self, texts: Iterator[str]) -> str:
-        """The slot with the row's texts, up to the last of them."""
-        return "".join([before + next(texts) for before in self.around[:-1]])
-
-
-class Clip(NamedTuple):
-    """A video's marker, for families that repeat it for each temporal patch."""
-
-    text: str
-
-
-Layout = tuple[Fixed | Slot | Clip, ...]  # a rendered conversation with its texts left out
 
 
 class Template:
@@ -76,6 +68,7 @@ class Template:
         *,
         train_on_prompt: bool = False,
         mask_history: bool = False,
+        mask_thinking: bool = False,
         typed_tokens: str = "ids",
         is_prompt: bool = False,
     ) -> None:
@@ -88,6 +81,7 @@ class Template:
         }
         self._train_on_prompt = train_on_prompt
         self._mask_history = mask_history
+        self._mask_thinking = mask_thinking
         self.is_prompt = is_prompt
         render = functools.partial(
             tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=is_prompt
@@ -102,8 +96,8 @@ class Template:
             written.update(self._tried(roles))  # a template can put a token together
         self.special_tokens = SpecialTokens(inner, vision, written, typed_tokens)
         self.tokenize = self.special_tokens.tokenize
-        self._layouts: dict[Any, Layout] = {}
-        self._tool_layouts: dict[Any, Layout] = {}
+        self._shapes: dict[Any, Shape] = {}
+        self._tool_shapes: dict[Any, Shape] = {}
 
     def _tried(self, roles: Sequence[str]) -> list[str]:
         """The special tokens of a short conversation; [] if the template refuses it."""
@@ -117,38 +111,72 @@ class Template:
                 self._turn_end = ends[0] if ends else None
         return [text for text, number in self._renderer.special_ids.items() if number in items]
 
-    def layout(self, sample: Sample) -> Layout:
-        """The layout of the conversation's shape, checked against the template's rendering of its texts.
+    @functools.cached_property
+    def _takes_thoughts(self) -> bool:
+        turns = [Message("user", ("?",)), Message("assistant", (Thought("?"), "?"))]
+        try:
+            items = self._renderer.stand_ins(turns)
+        except RowError:
+            return False
+        return any(isinstance(item, Piece) and 1 in item.slots for item in items)
+
+    def layout(self, sample: Sample) -> tuple[Layout, list[str]]:
+        """The layout of the conversation's shape, and the texts in it as the template writes them: thoughts on
+        their own, trimmed where it trims them, without thoughts that it leaves out.
 
         Raises:
             RowError: the template refuses the conversation, or rewrites, drops or reorders its texts, tools or
                 tool calls.
         """
         messages, tools = sample.messages, sample.tools
+        texts = texts_of(messages)
         if messages[0].role == "document":
-            return self._document_layout(messages[0])
-        key: Any = tuple([(m.role, m.loss, *map(kind_of, m.content)) for m in messages])
+            return self._document_layout(messages[0]), texts
+        if any(isinstance(text, Thought) for text in texts) and not self._takes_thoughts:
+            raise no_thoughts(messages)
+        thinking = thinking_turn(messages)
+        splits = thinking is not None and self._takes_thoughts
         calls = [message.tool_calls for message in messages]
-        layouts, most = self._layouts, _MOST_LAYOUTS
+        rendered: str | None = None
+        reason: RowError | None = None
+        for way in ways(messages, splits):
+            try:
+                layout, dropped = self._shape(way, calls, tools)
+            except RowError as error:
+                reason = error if way is messages else reason
+                continue
+            if rendered is None:
+                rendered = self._renderer.render(messages, texts, calls, tools)
+            own = texts if way is messages else texts_of(way)
+            own = [text for n, text in enumerate(own) if n not in dropped] if dropped else own
+            around = around_texts(layout)
+            if filled(own, around) != rendered:
+                own = fitted(own, around, rendered)
+                if filled(own, around) != rendered:
+                    if way is messages and reason is None:
+                        kept = without_thoughts(messages, dropped)
+                        reason = rewritten(kept, own, around, rendered)
+                    continue
+            if thinking is not None and splits and is_thought_twice(layout, own):
+                raise thought_twice(thinking)
+            return layout, own
+        assert reason is not None
+        raise reason
+
+    def _shape(
+        self, messages: Sequence[Message], calls: Sequence[Sequence[Any]], tools: Sequence[Any]
+    ) -> Shape:
+        key: Any = tuple([(m.role, m.loss, *map(kind_of, m.content)) for m in messages])
+        shapes, most = self._shapes, _MOST_LAYOUTS
         if tools or any(calls):
             key = (key, json.dumps([tools, calls]))
-            layouts, most = self._tool_layouts, _MOST_TOOL_LAYOUTS
-        layout = layouts.get(key)
-        if layout is None:
-            if len(layouts) >= most:
-                layouts.clear()
-            layout = layouts[key] = self._make_layout(messages, tools)
-        texts = texts_of(messages)
-        remaining = iter(texts)
-        filled = [
-            item.filled(remaining) + item.around[-1] if isinstance(item, Slot) else item.text
-            for item in layout
-        ]
-        rendered = self._renderer.render(messages, texts, calls, tools)
-        if "".join(filled) != rendered:
-            around = [item.around if isinstance(item, Slot) else (item.text,) for item in layout]
-            raise rewritten(messages, around, rendered)
-        return layout
+            shapes, most = self._tool_shapes, _MOST_TOOL_LAYOUTS
+        shape = shapes.get(key)
+        if shape is None:
+            if len(shapes) >= most:
+                shapes.clear()
+            shape = shapes[key] = self._make_shape(messages, tools)
+        return shape
 
     def _document_layout(self, document: Message) -> Layout:
         """Texts, images and the token that ends a document, without a template. All text is supervised."""
@@ -165,7 +193,7 @@ class Template:
             raise ValueError(f"the tokenizer has neither {END_OF_DOCUMENT} nor an eos_token")
         return (*parts, Fixed("", (end,), (end,)))
 
-    def _make_layout(self, messages: Sequence[Message], given: Sequence[Any]) -> Layout:
+    def _make_shape(self, messages: Sequence[Message], given: Sequence[Any]) -> Shape:
         broken = self.special_tokens.broken
         tools = [marked_tool(broken(tool), number) for number, tool in enumerate(given)]
         turns: list[int] = []  # of each call
@@ -178,7 +206,11 @@ class Template:
         marks = [mark for item in items if isinstance(item, Piece) for mark in item.marks]
         wanted = [int(mark) for mark in MARKS.findall(json.dumps(calls, ensure_ascii=False))]
         check_marks(marks, wanted, len(tools), turns)
-        turns_of = self._turns_of(items, messages, turns, len(tools))
+        written = {slot for item in items if isinstance(item, Piece) for slot in item.slots}
+        texts = enumerate(texts_of(messages))
+        thoughts = frozenset(number for number, text in texts if isinstance(text, Thought))
+        dropped = thoughts - written
+        turns_of = self._turns_of(items, messages, turns, len(tools), dropped)
 
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         if self._mask_history:
@@ -206,8 +238,10 @@ class Template:
                     before = self._before_calls(messages, calls, tools)
                 layout.append(self._called(item, turn, before.get(turn)))
             else:
-                layout.append(self._answered(item, bool(calls[turn])))
-        return tuple(layout)
+                has_thought = bool(item.slots) and item.slots[0] in thoughts
+                begins = self._mask_thinking and is_first[turn] == place
+                layout.append(self._answered(item, bool(calls[turn]), has_thought, begins))
+        return Shape(tuple(layout), dropped)
 
     def _turns_of(
         self,
@@ -215,20 +249,22 @@ class Template:
         messages: Sequence[Message],
         turns_of_calls: Sequence[int],
         num_tools: int,
+        dropped: frozenset[int],
     ) -> list[set[int]]:
         """The turns whose texts, media and calls are in each item.
 
         Raises:
-            RowError: the template does not write all of them once and in order.
+            RowError: the template does not write all of them but the dropped thoughts once and in order.
         """
-        parts = [
-            (turn, kind_of(part))
+        number = count()
+        parts: list[tuple[int, int | str]] = [
+            (turn, next(number) if isinstance(part, str) else kind_of(part))
             for turn, message in enumerate(messages)
             for part in message.content
             if part != ""
         ]
-        number = iter(range(len(parts)))
-        wanted = [next(number) if kind == "text" else kind for _, kind in parts]
+        parts = [part for part in parts if part[1] not in dropped]
+        wanted = [part for _, part in parts]
         held: list[int | str] = []
         turns_of: list[set[int]] = []
         for item in items:
@@ -244,7 +280,7 @@ class Template:
             turns_of.append(turns)
         order = [turn for turns in turns_of for turn in sorted(turns)]
         if held != wanted or order != sorted(order):
-            raise not_written(messages, held)
+            raise not_written(without_thoughts(messages, dropped), held)
         return turns_of
 
     def _places(
@@ -283,25 +319,37 @@ class Template:
         ids = self._ids(item.around[0])
         return Fixed(item.around[0], ids, ids if is_supervised else (IGNORE,) * len(ids))
 
-    def _answered(self, item: Piece, has_calls: bool) -> Fixed | Slot:
-        """A piece of an answer with a text, or behind one."""
+    def _answered(
+        self, item: Piece, has_calls: bool, has_thought: bool, masks_thought: bool
+    ) -> Fixed | Slot:
+        """A piece of an answer with a text or a thought, or behind one."""
         if not item.slots:
             ids = self._ids(item.around[0])
             return Fixed(item.around[0], ids, ids)
-        if len(item.slots) > 1:
+        if len(item.slots) > 1 + has_thought:
             raise RowError(
                 "the chat template writes no special token between an answer and another text",
                 "use a template that does; otherwise the answer's tokens cannot be told from the others",
             )
-        before, after = item.around
-        return Slot((before, after), True, self._ids(before), bool(after) and not has_calls)
+        before, after = item.around[0], item.around[-1]
+        has_answer = len(item.slots) > has_thought
+        return Slot(
+            tuple(item.around),
+            True,
+            self._ids(before),
+            bool(after) and has_answer and not has_calls,
+            has_thought,
+            masks_thought,
+        )
 
     def _before_calls(
         self, messages: Sequence[Message], calls: Sequence[Sequence[Any]], tools: Sequence[Any]
     ) -> dict[int, str]:
         """For each turn, what the template writes before its text, if turns of calls alone have a text, too."""
         worded = [
-            replace(one, content=("?",)) if one.tool_calls and not texts_of([one]) else one
+            replace(one, content=(*texts_of([one]), "?"))
+            if one.tool_calls and all(isinstance(text, Thought) for text in texts_of([one]))
+            else one
             for one in messages
         ]
         turns = [turn for turn, message in enumerate(worded) for _ in texts_of([message])]
@@ -325,22 +373,3 @@ class Template:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenize([text])[0])
-
-
-def strings(layout: Layout, texts: Iterable[str]) -> Iterator[str]:
-    """The strings to tokenize: each slot whole, then without the text after an answer if that ends it early."""
-    remaining = iter(texts)
-    for item in layout:
-        if isinstance(item, Slot):
-            text = item.filled(remaining)
-            yield text + item.around[-1]
-            if item.ends_early:
-                yield text
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences begin with in common."""
-    for n, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return n
-    return min(len(a), len(b))

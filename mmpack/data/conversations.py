@@ -16,13 +16,16 @@ from mmpack.data.row_fields import Fields, detect_fields
 from mmpack.data.row_keys import (
     LOSS_KEYS,
     PAIR_KEYS,
+    THOUGHT_KEYS,
     is_absent,
     loss_of,
     part_keys,
     refuse_placeholders,
+    thought_of,
     turn_keys,
 )
 from mmpack.data.row_values import short, structured, text_of
+from mmpack.data.thoughts import Thought
 from mmpack.data.tool_calls import calls_of, spoken_calls
 from mmpack.errors import RowError, names
 from mmpack.types import Loss
@@ -39,6 +42,7 @@ class Turn:
     parts: list[Part]
     tool_calls: tuple[dict[str, Any], ...] = ()
     loss: Loss = "default"
+    thought: tuple[Thought, ...] = ()  # of a field of its own
 
 
 def turns_of(
@@ -129,23 +133,30 @@ def _message_turns(
             )
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
         loss: Loss = "prompt" if number < num_prompt else "default"
+        thought: tuple[Thought, ...] = ()
         if not message.keys() <= plain:
-            turn_keys(message, plain | LOSS_KEYS, where, unread)
             speaker = "assistant" if role == "function_call" else role
+            read = plain | LOSS_KEYS
+            if speaker == "assistant":
+                read |= THOUGHT_KEYS
+                text = thought_of(message, content, where)
+                thought = (Thought(text),) if text else ()
+            turn_keys(message, read, where, unread)
             if not loss_of(message, loss if loss == "prompt" else speaker, where):
                 loss = "none"
         calls = None if is_absent(calls) else calls
         if calls and role != "assistant":
             raise RowError(f"{where} is the {role}'s and has 'tool_calls'", "remove them")
         if role == "function_call":
-            turns.append(Turn("assistant", [], spoken_calls(content, where), loss))
+            turns.append(Turn("assistant", [], spoken_calls(content, where), loss, thought))
             continue
         parts = [] if calls and content is None else _parts(content, where, unread)
         if calls and parts == [""] and not isinstance(content, str):
             raise RowError(
                 f"{where} has an empty text part beside its tool calls", "remove the part"
             )
-        turns.append(Turn(role, parts, calls_of(calls, where) if calls else (), loss))
+        calls = calls_of(calls, where) if calls else ()
+        turns.append(Turn(role, parts, calls, loss, thought))
     return turns
 
 

@@ -82,6 +82,10 @@ def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> lis
         raise RowError(
             "the document has tool calls", "for conversations use --stage sft (stage='sft')"
         )
+    if any(turn.thought for turn in turns):
+        raise RowError(
+            "the document has a thought", "for conversations use --stage sft (stage='sft')"
+        )
     turns = [turn for turn in turns if any(turn.parts)]
     if [turn.role for turn in turns] not in ([], ["assistant"]):
         roles = " ".join(turn.role for turn in turns)

@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mmpack.data import images, videos
-from mmpack.data.chat_template import Clip, Fixed, Layout, Template, common_prefix, strings
+from mmpack.data.chat_template import Template
 from mmpack.data.chunks import chunks
+from mmpack.data.layouts import Clip, Fixed, Layout, common_prefix, strings
 from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
@@ -53,6 +54,7 @@ class Encoder(Reader):
         vision: patch sizes, pixel budget and token ids.
         train_on_prompt: supervise all text, but no vision tokens.
         mask_history: supervise the last answer only.
+        mask_thinking: leave thoughts and their `<think>` tags unsupervised.
         typed_tokens: special tokens in a row's text, other than control tokens (those of turns, images and videos),
             become their "ids", as in transformers, or stay "text". Control tokens always stay text.
         stage, mapping, media_dir, on_error, missing_marker, verify: as in `Reader`.
@@ -65,6 +67,7 @@ class Encoder(Reader):
     vision: VisionSpec
     train_on_prompt: bool = field(default=False, kw_only=True)
     mask_history: bool = field(default=False, kw_only=True)
+    mask_thinking: bool = field(default=False, kw_only=True)
     typed_tokens: Literal["ids", "text"] = field(default="ids", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,15 @@ class Encoder(Reader):
             raise ValueError(
                 "train_on_prompt supervises every turn, mask_history only the last; leave out "
                 "--train-on-prompt (train_on_prompt) or --mask-history (mask_history)"
+            )
+        if self.train_on_prompt and self.mask_thinking:
+            raise ValueError(
+                "train_on_prompt supervises all text, mask_thinking leaves thoughts out; leave out "
+                "--train-on-prompt (train_on_prompt) or --mask-thinking (mask_thinking)"
+            )
+        if self.stage == "pretrain" and self.mask_thinking:
+            raise ValueError(
+                "documents have no thoughts; leave out --mask-thinking (mask_thinking)"
             )
         if self.stage == "pretrain" and (self.train_on_prompt or self.mask_history):
             raise ValueError(
@@ -180,6 +192,7 @@ class Encoder(Reader):
             "verify",
             "train_on_prompt",
             "mask_history",
+            "mask_thinking",
             "typed_tokens",
         )
         values = {name: getattr(self, name) for name in names} | asdict(self.vision)
@@ -190,7 +203,7 @@ class Encoder(Reader):
     def encode(self, samples: Iterable[Sample]) -> Iterator[EncodedSample]:
         """Encode samples: ids with one marker per image or video, labels, and grids from image headers.
 
-        The assistant's text, its tool calls and the token that ends its turn (`<|im_end|>`) are supervised, the
+        The assistant's thought, its text, its tool calls and the token that ends its turn (`<|im_end|>`) are supervised, the
         newline after it is not. A token that spans template text and answer (an answer that begins with a newline) counts as
         answer. A document (`stage="pretrain"`) has no template: it is encoded as its texts, its images as
         `<|vision_start|>` marker `<|vision_end|>`, and `<|endoftext|>`; everything except the images is
@@ -242,6 +255,7 @@ class Encoder(Reader):
             self.vision,
             train_on_prompt=self.train_on_prompt,
             mask_history=self.mask_history,
+            mask_thinking=self.mask_thinking,
             typed_tokens=self.typed_tokens,
         )
 
@@ -260,12 +274,12 @@ class Encoder(Reader):
         to_tokenize: list[str] = []
         for place, sample in enumerate(samples):
             try:
-                layout = template.layout(sample)
+                layout, texts = template.layout(sample)
                 media = self._place(sample)
             except ValueError as error:
                 _report(sample, error, on_error)
                 continue
-            to_tokenize += strings(layout, texts_of(sample.messages))
+            to_tokenize += strings(layout, texts)
             laid_out.append((place, sample, layout, media))
         ids = iter(template.tokenize(to_tokenize))
         for place, sample, layout, media in laid_out:
@@ -336,6 +350,8 @@ class Encoder(Reader):
             # first that differs from the ids of `before` and the answer without `after`.
             start = common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
             stop = common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
+            if item.masks_thought:
+                start = common_prefix(ids, next(tokenized))
             labels += [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - max(start, stop))
         return EncodedSample(
             input_ids=np.array(input_ids, dtype=np.int32),

@@ -307,7 +307,7 @@ class RowReader:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
             kept = tuple(part for part in content if part != "") or (("",) if content else ())
-            messages.append(Message(turn.role, kept, turn.tool_calls, turn.loss))
+            messages.append(Message(turn.role, (*turn.thought, *kept), turn.tool_calls, turn.loss))
         return tuple(messages)
 
     def _locate(self, value: Any, kind: str) -> Media:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmpack.data.special_tokens import restored
+from mmpack.data.thoughts import Thought
 from mmpack.errors import RowError
 from mmpack.types import Media, Message, VideoRef
 
@@ -131,14 +132,17 @@ def _marked(value: Any, number: int) -> Any:
 
 
 def kind_of(part: str | Media) -> str:
-    """ "image", "video", "text", or "" for an empty text, which has no stand-in because templates test for it."""
+    """ "image", "video", "text", "thought", or "" for an empty text, which has no stand-in because templates test for
+    it."""
+    if isinstance(part, Thought):
+        return "thought"
     if isinstance(part, str):
         return "text" if part else ""
     return "video" if isinstance(part, VideoRef) else "image"
 
 
 def texts_of(messages: Iterable[Message]) -> list[str]:
-    """The texts of all messages that are not empty."""
+    """The texts and thoughts of all messages that are not empty."""
     return [p for message in messages for p in message.content if isinstance(p, str) and p]
 
 
@@ -150,16 +154,20 @@ def _chat(
     chat = []
     for message, message_calls in zip(messages, calls):
         turn: dict[str, Any] = {"role": message.role}
-        if any(not isinstance(part, str) for part in message.content):
+        content = message.content
+        if content and isinstance(content[0], Thought):
+            turn["reasoning_content"] = next(replacement)
+            content = content[1:]
+        if any(not isinstance(part, str) for part in content):
             turn["content"] = [
                 {"type": "text", "text": next(replacement)}
                 if isinstance(part, str)
                 else {"type": kind_of(part)}
-                for part in message.content
+                for part in content
                 if part != ""
             ]
-        elif message.content or not message_calls:
-            turn["content"] = "".join(next(replacement) for part in message.content if part)
+        elif content or not message_calls:
+            turn["content"] = "".join(next(replacement) for part in content if part)
         if message_calls:
             turn["tool_calls"] = list(message_calls)
         chat.append(turn)

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mmpack.data.media_keys import RATE_KEYS, media_keys
-from mmpack.data.row_values import short
+from mmpack.data.row_values import short, text_of
 from mmpack.errors import RowError, counted
 from mmpack.media_options import VIDEO_KEYS
 
 # Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
+THOUGHT_KEYS = frozenset(("reasoning_content", "thinking"))  # of an assistant's turn
 GROUNDING = "docs/grounding.md"
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"),
@@ -59,7 +60,7 @@ _AUDIO = Meaning("LLaMA-Factory, ms-swift and OpenAI", "audio", "remove it; audi
 _THOUGHT = Meaning(
     "chat templates of reasoning models",
     "the thought before an answer",
-    "remove it; reasoning rows are not supported yet",
+    "write it as 'reasoning_content' of the assistant's turn",
 )
 _WEIGHT = Meaning(
     "ms-swift and other trainers",
@@ -272,6 +273,25 @@ def loss_of(turn: Mapping[str, Any], role: str, where: str) -> bool:
     if len(set(map(bool, given.values()))) > 1:
         raise RowError(f"{where} has {' and '.join(map(repr, given))} that differ", "keep one")
     return all(given.values())
+
+
+def thought_of(turn: Mapping[str, Any], content: Any, where: str) -> str:
+    """The thought in a field of an assistant's turn; "" for none.
+
+    Raises:
+        RowError: it is not text, or the turn has another, in a field or its content.
+    """
+    given = [key for key in sorted(THOUGHT_KEYS) if not is_absent(turn.get(key))]
+    if not given:
+        return ""
+    if len(given) > 1:
+        raise RowError(f"{where} has {' and '.join(map(repr, given))}", "keep one of them")
+    thought = text_of(turn[given[0]], f"{given[0]!r} of {where}")
+    texts = content if isinstance(content, list) else [content]
+    texts = [one.get("text") if isinstance(one, dict) else one for one in texts]
+    if any(isinstance(text, str) and "<think>" in text for text in texts):
+        raise RowError(f"{where} has {given[0]!r} and <think> in its text", "keep one thought")
+    return thought
 
 
 def refuse_pictures(holder: Mapping[Any, Any], keys: Iterable[Any], where: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from mmpack.data.rendering import kind_of
+from mmpack.data.rendering import kind_of, texts_of
+from mmpack.data.thoughts import filled
 from mmpack.errors import RowError
 from mmpack.types import Message
 
@@ -26,8 +27,8 @@ def not_written(messages: Sequence[Message], held: Sequence[str | int]) -> RowEr
     number = 0
     what = "something is written again"
     for place, (turn, kind) in enumerate(parts):
-        wanted: str | int = number if kind == "text" else kind
-        number += kind == "text"
+        wanted: str | int = number if kind in ("text", "thought") else kind
+        number += kind in ("text", "thought")
         if held[place : place + 1] != [wanted]:
             is_missing = wanted not in held[place:]
             how = "missing" if is_missing else "not in its place"
@@ -68,38 +69,53 @@ def check_marks(
 
 
 def rewritten(
-    messages: Sequence[Message], around: Iterable[Sequence[str]], rendered: str
+    messages: Sequence[Message], texts: Sequence[str], around: Sequence[str], rendered: str
 ) -> RowError:
     """The template changes a text.
 
     Args:
-        around: the strings around the row's texts, per item of a layout.
+        texts: n texts and thoughts that the template writes, in the form in which it does as far as there is one.
+        around: n + 1 strings of the template, before each text and after the last.
         rendered: what the template writes.
     """
-    texts = ((n, p) for n, m in enumerate(messages) for p in m.content if isinstance(p, str) and p)
-    filled = ""
-    places: list[tuple[int, int, str]] = []  # where a text begins, its turn, the text
-    for strings in around:
-        filled += strings[0]
-        for after in strings[1:]:
-            turn, text = next(texts)
-            places.append((len(filled), turn, text))
-            filled += text + after
-    at = next((n for n, (a, b) in enumerate(zip(filled, rendered)) if a != b), None)
-    at = min(len(filled), len(rendered)) if at is None else at
-    start, turn, text = next((p for p in places if p[0] + len(p[2]) >= at), places[-1])
+    ours = filled(texts, around)
+    at = next((n for n, (a, b) in enumerate(zip(ours, rendered)) if a != b), None)
+    at = min(len(ours), len(rendered)) if at is None else at
+    turns = [turn for turn, message in enumerate(messages) for _ in texts_of([message])]
+    end = len(around[0])
+    turn, text = turns[-1], texts[-1]
+    for number, one in enumerate(texts):
+        if end + len(one) >= at:
+            turn, text = turns[number], one
+            break
+        end += len(one) + len(around[number + 1])
     role = messages[turn].role
-    is_trimmed = at >= start and text != text.strip() and rendered.startswith(text.strip(), start)
-    if not is_trimmed and role == "assistant" and ("<think>" in text or "</think>" in text):
+    if role == "assistant" and ("<think>" in text or "</think>" in text):
         return RowError(
             f"the chat template rewrites this row's text: it moves or removes the thought in turn {turn} ({role})",
-            "use a template that keeps thoughts as they are, such as an Instruct model's; later versions of mmpack "
-            "will follow templates that move them",
+            "begin the text with the thought, once, as <think>...</think>, or write it as the turn's "
+            "'reasoning_content'",
         )
-    how = "trims" if is_trimmed else "changes"
     begin = max(at - _SHOWN // 2, 0)
-    ours, theirs = (s[begin : begin + _SHOWN] for s in (filled, rendered))
+    shown, theirs = (s[begin : begin + _SHOWN] for s in (ours, rendered))
     return RowError(
-        f"the chat template rewrites this row's text: it {how} the text of turn {turn} ({role})",
-        f"change the row or use another template; the row has {ours!a}, and the template writes {theirs!a}",
+        f"the chat template rewrites this row's text: it changes the text of turn {turn} ({role})",
+        f"change the row or use another template; the row has {shown!a}, and the template writes {theirs!a}",
+    )
+
+
+def no_thoughts(messages: Sequence[Message]) -> RowError:
+    """The template ignores thoughts."""
+    turn = next(n for n, m in enumerate(messages) if "thought" in map(kind_of, m.content))
+    return RowError(
+        f"the chat template does not write the thought of turn {turn} ('reasoning_content')",
+        "use the template of a model that thinks, or begin the turn's text with <think>...</think>",
+    )
+
+
+def thought_twice(turn: int) -> RowError:
+    """The template writes an empty thought before the one in the text."""
+    return RowError(
+        f"the chat template writes an empty thought before the one in the text of turn {turn}",
+        "move the thought from the text to the turn's 'reasoning_content'",
     )
