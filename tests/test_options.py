@@ -44,7 +44,7 @@ PACKED_ALREADY = {
     "tokenizer": "tokenizer", "typed_tokens": "ids", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "resizer": "pillow", "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
-    "mask_history": "", "plan_seed": "0",
+    "mask_history": "", "mask_thinking": "", "plan_seed": "0",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
 READING = [
@@ -73,6 +73,7 @@ PACKING = [
     ("on_overflow", "long.json", "--on-overflow truncate"),
     ("train_on_prompt", "rows.json", "--train-on-prompt"),
     ("mask_history", "rows.json", "--mask-history"),
+    ("mask_thinking", "thought.json", "--mask-thinking"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
 ]
 TYPED = "--typed-tokens text"
@@ -129,6 +130,7 @@ CASES = [
     Case("pack", "on_overflow", pack("rows.json"), "--on-overflow split", "is for documents"),
     Case("pack", "train_on_prompt", pack("docs.jsonl --stage pretrain"), "--train-on-prompt", "have no turns"),
     Case("pack", "mask_history", pack("rows.json --train-on-prompt"), "--mask-history", "leave out"),
+    Case("pack", "mask_thinking", pack("thought.json --train-on-prompt"), "--mask-thinking", "leave out"),
     Case("pack", "data", pack("rows.json"), "more.json"),
     Case("pack", "overwrite", "rows.json --tokenizer tokenizer --capacity 700 --out {copy}", "--overwrite"),
     Case("pack", "jobs", pack("rows.json"), "--jobs 1"),
@@ -244,6 +246,7 @@ def world(tmp_path_factory):
     vision = Encoder.from_folder(folder / "tokenizer").vision
     tiny_config(4096, vision=vision, family="qwen2_5_vl").to_json_file(folder / "timed.json")
     shutil.copy(folder / "config.json", folder / "model.json")
+    write("thought.json", {"conversations": turns("Hello", "<think>All</think>together")})
     write("boxes.json", {"conversations": turns("Hello", "At <|box_start|>(1,2)")})
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|box_start|>"]})

@@ -153,16 +153,22 @@ INLINE = st.tuples(
     st.sampled_from(["\n</think>\n\n", "</think>", "</think> "]),
     TEXT,
 ).map("".join)
-ANSWER = st.fixed_dictionaries(
-    {"role": st.just("assistant"), "content": st.one_of(TEXT, TEXT, INLINE, PARTS)},
-    optional={"reasoning_content": THOUGHT},
+SPEAKS = {"role": st.just("assistant")}
+ANSWER = st.one_of(
+    st.fixed_dictionaries({**SPEAKS, "content": st.one_of(TEXT, TEXT, PARTS)}),
+    st.fixed_dictionaries({**SPEAKS, "content": st.one_of(TEXT, TEXT, PARTS)}),
+    st.fixed_dictionaries({**SPEAKS, "content": INLINE}),
+    st.fixed_dictionaries({**SPEAKS, "content": SHORT, "reasoning_content": THOUGHT}),
 )
-CALLING = st.fixed_dictionaries(
-    {"role": st.just("assistant"), "tool_calls": CALLS},
-    optional={
-        "content": st.one_of(TEXT, INLINE, st.none(), st.just("")),
-        "reasoning_content": THOUGHT,
-    },
+CALLING = st.one_of(
+    st.fixed_dictionaries(
+        {**SPEAKS, "tool_calls": CALLS},
+        optional={"content": st.one_of(TEXT, INLINE, st.none(), st.just(""))},
+    ),
+    st.fixed_dictionaries(
+        {**SPEAKS, "tool_calls": CALLS, "content": st.just("")},
+        optional={"reasoning_content": THOUGHT},
+    ),
 )
 RESULT = st.fixed_dictionaries({"role": st.just("tool"), "content": st.one_of(TEXT, PARTS)})
 FIRST = st.fixed_dictionaries(
@@ -197,7 +203,7 @@ def rows(draw):
 def test_ids_are_stocks_or_the_row_is_refused(encoder_of, name):
     refused = []
     encoder = encoder_of(name, on_error=refused)
-    ends = Counter()
+    ends, thoughts = Counter(), Counter()
 
     @settings(max_examples=120, deadline=None, database=None, derandomize=True,
               suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -211,10 +217,14 @@ def test_ids_are_stocks_or_the_row_is_refused(encoder_of, name):
             (bad,) = refused
             assert bad.advice
         ends[bool(found)] += 1
+        thinks = "reasoning_content" in str(row) or "</think>" in str(row["messages"])
+        thoughts[bool(found)] += thinks
 
     check()
     # Qwen2-VL's and Qwen2.5-VL's template have neither tools nor calls.
     assert ends[True] > (0.1 if name == "qwen2_5_vl" else 0.25) * ends.total(), ends
+    if name not in ("qwen2_5_vl", "qwen3_vl"):  # these take no `reasoning_content`
+        assert thoughts[True] > 0.3 * thoughts.total(), thoughts
 
 
 def user(content="Find it."):
@@ -489,6 +499,13 @@ def test_other_special_tokens_become_ids(encoder_of):
     }  # fmt: skip
     with pytest.raises(ValueError, match="typed_tokens must be 'ids' or 'text', got 'no'"):
         encoder_of("qwen3_vl", typed_tokens="no")
+
+
+def test_a_single_word_token_inside_a_word_of_a_call(encoder_of):
+    encoder = encoder_of("qwen3_vl")
+    call = {"name": "f", "arguments": {"box": "cropsolo solo", "<|wide|>": " <|wide|> "}}
+    row = {"messages": [user(), answer(None, call)], "tools": [{"name": "solos"}]}
+    assert encoded(encoder, row).input_ids.tolist() == stock_ids(encoder.tokenizer, row)
 
 
 def test_documents_and_typed_tokens(encoder_of, base):

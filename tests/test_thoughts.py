@@ -173,7 +173,7 @@ def test_a_thought_before_an_image(encoder_of):
 @pytest.mark.parametrize(
     ("name", "turn", "reason"),
     [
-        ("qwen3_vl", with_field("x", "a"), r"not write the thought of turn 1 \('reasoning_content'\)"),
+        ("qwen3_vl", with_field("x", "a"), r"not write the thought of turn 1 \(reasoning_content, thinking\)"),
         ("qwen2_5_vl", with_field("x", "a", key="thinking"), "use the template of a model that thinks"),
         ("qwen3_8", with_field("x", INLINE), "turn 1 has 'reasoning_content' and <think> in its text; keep"),
         ("qwen3_8", {**with_field("x", "a"), "thinking": "y"}, "turn 1 has 'reasoning_content' and 'thinking'"),
@@ -194,7 +194,10 @@ def test_others_do_not_think(encoder_of):
         with pytest.raises(ValueError, match="write it as 'reasoning_content' of the assistant's"):
             encoded(encoder_of("qwen3_8"), {"messages": [user(), other, answer("a")]})
     documents = encoder_of("qwen3_8", stage="pretrain")
-    with pytest.raises(ValueError, match="the document has a thought; for conversations use"):
+    with pytest.raises(
+        ValueError,
+        match="the document has a thought .reasoning_content, thinking.; for conversations use",
+    ):
         encoded(documents, {"messages": [with_field("x", "a")]})
 
 

@@ -84,7 +84,8 @@ def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> lis
         )
     if any(turn.thought for turn in turns):
         raise RowError(
-            "the document has a thought", "for conversations use --stage sft (stage='sft')"
+            "the document has a thought (reasoning_content, thinking)",
+            "for conversations use --stage sft (stage='sft')",
         )
     turns = [turn for turn in turns if any(turn.parts)]
     if [turn.role for turn in turns] not in ([], ["assistant"]):

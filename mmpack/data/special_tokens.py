@@ -68,6 +68,8 @@ class SpecialTokens:
         self._become_ids = set(self.ids) - self.control if typed_tokens == "ids" else set()
         longest_first = sorted(special.values(), key=lambda token: -len(token.content))
         self._any = re.compile("|".join(_pattern(token) for token in longest_first) or "(?!)")
+        # Also inside a word, where one that is a `single_word` is text: a rendering is split at all of these.
+        self._written = re.compile("|".join(re.escape(t.content) for t in longest_first) or "(?!)")
         self._becomes_id = re.compile(
             "|".join(_pattern(t) for t in longest_first if t.content in self._become_ids) or "(?!)"
         )
@@ -131,16 +133,14 @@ class SpecialTokens:
                 f"a tool or tool call has U+{ord(found[0]):04X}, which is no character of Unicode",
                 "remove it",
             )
-        return self._any.sub(self._break, value)
-
-    def _break(self, match: re.Match[str]) -> str:
-        token = self._token(match)
-        at = match[0].index(token)
-        first = f"{_BROKEN}{ord(token[0]):x}{_BROKEN}"
-        return match[0][:at] + first + match[0][at + 1 :]
+        return self._written.sub(_break, value)
 
     def _token(self, match: re.Match[str]) -> str:
         return match[0] if match[0] in self.ids else match[0].strip()
+
+
+def _break(match: re.Match[str]) -> str:
+    return f"{_BROKEN}{ord(match[0][0]):x}{_BROKEN}{match[0][1:]}"
 
 
 def restored(text: str) -> str:

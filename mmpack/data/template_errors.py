@@ -108,7 +108,7 @@ def no_thoughts(messages: Sequence[Message]) -> RowError:
     """The template ignores thoughts."""
     turn = next(n for n, m in enumerate(messages) if "thought" in map(kind_of, m.content))
     return RowError(
-        f"the chat template does not write the thought of turn {turn} ('reasoning_content')",
+        f"the chat template does not write the thought of turn {turn} (reasoning_content, thinking)",
         "use the template of a model that thinks, or begin the turn's text with <think>...</think>",
     )
 
