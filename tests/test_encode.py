@@ -170,13 +170,24 @@ def templated(tokenizer):
     tokenizer.chat_template = kept
 
 
-def test_a_template_that_trims_is_refused_where_it_matters(templated, vision):
+def test_texts_are_trimmed_as_the_template_does_and_no_further(templated, vision):
     tokenizer = templated(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     )
     assert encode_one(chat("Hi", "Ho"), tokenizer, vision).is_supervised
-    with pytest.raises(ValueError, match="the chat template rewrites this row's text"):
-        encode_one(chat("Hi ", "Ho"), tokenizer, vision)
+    trimmed = encode_one(chat("Hi ", "\nHo"), tokenizer, vision)
+    plain = encode_one(chat("Hi", "Ho"), tokenizer, vision)
+    assert trimmed.input_ids.tolist() == plain.input_ids.tolist()
+    assert trimmed.labels.tolist() == plain.labels.tolist()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "| trim", "| trim | replace('H', 'h')"
+    )
+    match = (
+        r"changes the text of turn 1 \(assistant\); .* the row has '.*assistant..?nHo<.*', "
+        r"and the template writes '.*assistant..?nho<"
+    )
+    with pytest.raises(ValueError, match=match):
+        encode_one(chat("hi ", "Ho"), tokenizer, vision)
 
 
 def test_a_template_that_ignores_images_is_refused(templated, vision, tmp_path):
