@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import (
     FAMILIES,
+    HYBRIDS,
     SMALL_SPEC,
     encoded,
     float64_loss,
@@ -56,7 +57,7 @@ QUICK = [
 ]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(FAMILIES, IMPLS, MODES)
+    for case in itertools.product([*FAMILIES, *HYBRIDS], IMPLS, MODES)
 ]
 
 
