@@ -49,7 +49,10 @@ CUTS_SECONDS = "int(next(second_per_grid_ts))" in inspect.getsource(Qwen2_5_VLMo
 SECONDS = 2.0 if CUTS_SECONDS else 0.65  # a temporal patch of `encoded`'s videos
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-HYBRIDS = ["qwen3_5", "qwen3_5_moe"]  # stock models that take no packs: apart from what compares with those
+HYBRIDS = [
+    "qwen3_5",
+    "qwen3_5_moe",
+]  # stock models that take no packs: apart from what compares with those
 # What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
 TOWER = {"hidden_size": 32, "intermediate_size": 48}
 VISION = {

@@ -13,6 +13,7 @@ from builders import (
     FAMILIES,
     HYBRIDS,
     SMALL_SPEC,
+    assert_within_budget,
     encoded,
     float64_loss,
     loss_and_grads,
@@ -54,6 +55,14 @@ QUICK = [
     ("qwen3_vl_moe", "libraries float64", "LoRA"),
     ("qwen3_vl_moe", "libraries float32", "reentrant"),
     ("qwen3_vl_moe", "kernels float32", "checkpointing"),
+    ("qwen3_5", "reference float64", "checkpointing"),
+    ("qwen3_5", "libraries float64", "LoRA checkpointing"),
+    ("qwen3_5", "libraries float64", "frozen tower"),
+    ("qwen3_5", "libraries float32", "LoRA"),
+    ("qwen3_5", "kernels float32", "reentrant"),
+    ("qwen3_5_moe", "reference float64", "LoRA"),
+    ("qwen3_5_moe", "libraries float64", "reentrant"),
+    ("qwen3_5_moe", "libraries float32", "checkpointing"),
 ]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
@@ -85,6 +94,16 @@ def model_of(dtype, mode, impl=None, family="qwen2_vl"):
     return model.train()
 
 
+def exact_grads(family, mode, stock, num_items):
+    """Stock's float64 gradients of the rows alone, with the weights of the float32 model."""
+    model = model_of(torch.float32, mode, family=family).double()
+    head = model.get_base_model() if "LoRA" in mode else model
+    head.loss_function = float64_loss
+    if family.endswith("_moe"):
+        head.set_experts_implementation("eager")
+    return loss_and_grads(model, stock, num_items)[1]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize(("family", "impl", "mode"), CASES)
 def test_the_theorem(family, impl, mode):
@@ -94,8 +113,13 @@ def test_the_theorem(family, impl, mode):
     expected_loss, expected = loss_and_grads(rows_alone, stock, num_items)
     loss, grads = loss_and_grads(model_of(dtype, mode, name, family), [batch], num_items)
     assert loss == pytest.approx(expected_loss, rel=tolerance)
-    difference, parameter = worst_difference(grads, expected)
-    assert difference <= tolerance, parameter
+    if family in HYBRIDS and dtype == torch.float32:  # a pass of stock's own is 5e-5 off
+        exact = exact_grads(family, mode, stock, num_items)
+        for parameter, gradient in grads.items():
+            assert_within_budget(parameter, gradient, expected[parameter], exact[parameter])
+    else:
+        difference, parameter = worst_difference(grads, expected)
+        assert difference <= tolerance, parameter
     assert any(gradient.abs().max() > 0 for gradient in grads.values())
 
 
@@ -131,6 +155,8 @@ def test_autocast(family, impl):
         pytest.param("qwen3_vl", "auto", "host", marks=pytest.mark.slow),
         ("qwen3_vl", "auto", "device"),
         pytest.param("qwen3_vl_moe", "auto", "host", marks=pytest.mark.slow),
+        pytest.param("qwen3_5", "auto", "host", marks=pytest.mark.slow),
+        pytest.param("qwen3_5_moe", "auto", "device", marks=pytest.mark.slow),
     ],
 )
 def test_the_whole_step_compiles_into_one_graph(family, impl, assemble_on):
@@ -149,7 +175,7 @@ def test_the_whole_step_compiles_into_one_graph(family, impl, assemble_on):
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_no_data_is_asked_for_in_a_step(family, impl):
     """Train mode, forward and backward on the meta device, where a question to the data is an error;
     floats and text alone (uint8 pixels: test_pixels)."""
@@ -161,7 +187,7 @@ def test_no_data_is_asked_for_in_a_step(family, impl):
         from mmpack.hf.model_patch import _STATE
 
         getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
-    if family == "qwen3_vl_moe":
+    if family.endswith("_moe"):
         model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
     loss = model.to("meta")(**on_meta(batch), num_items_in_batch=torch.tensor(3)).loss
     loss.backward()

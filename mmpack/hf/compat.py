@@ -82,8 +82,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "deepstack's features would be added by a mask, which synchronizes with the device",
     "text: linear_attn, layer_types":
         "Qwen3.5's Gated DeltaNets would not be found, and segments would share their states",
-    "text: Gated DeltaNet without a cache, and with cu_seq_lens_q and seq_idx":
-        "segments would share states: in an unpatched Qwen3.5, and where its kernels are installed",
+    "text: Gated DeltaNet's kernels get seq_idx, cu_seqlens, cu_seqlens_cpu":
+        "segments would share states where the kernels are installed, and in an unpatched Qwen3.5",
     "config: _attn_implementation":
         "unpatch_model could not restore the attention",
     "config: _name_or_path":
