@@ -112,7 +112,7 @@ def depthwise(grad_out, x, w, *options, out_shape=None):
     204 M for 3 M. The gradients of input and weight cost a forward each."""
     *_, groups, mask = options
     if groups == 1:
-        return conv_backward_flop(grad_out, x, w, *options, out_shape=out_shape)
+        return conv_backward_flop.__wrapped__(grad_out, x, w, *options, out_shape=out_shape)
     return sum(mask[:2]) * 2 * prod(grad_out) * prod(w[1:])
 
 

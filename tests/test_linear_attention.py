@@ -77,7 +77,7 @@ def test_stock_mixes_segments(family):
 @every_hybrid
 def test_an_unpatched_model_refuses_the_batch(family):
     batch = collator(family)(
-        [packed([encoded(SMALL_SPEC, 1, (2, 4), 2), encoded(SMALL_SPEC, 3, 4)])]
+        [packed([encoded(SMALL_SPEC, 1, (2, 4), 2), encoded(SMALL_SPEC, 3, 4)], family)]
     )
     assert batch["cu_seq_lens_q"].tolist() == list(batch["mmpack"]["offsets"])
     assert batch["seq_idx"].tolist() == [batch["mmpack"]["segment_ids"].tolist()]

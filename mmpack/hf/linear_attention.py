@@ -7,7 +7,6 @@ knows no positions, so only the calls themselves can keep segments apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def linear_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         if mmpack["impl"] != "reference" and hidden_states.is_cuda and has_linear_kernels():
             on_host = torch.tensor(offsets, dtype=torch.int32)  # or the device would be asked
             return stock(self, hidden_states, **linear_keywords(mmpack), cu_seqlens_cpu=on_host)
-        lengths = [end - start for start, end in pairwise(offsets)]
+        lengths = [end - start for start, end in zip(offsets, offsets[1:])]
         parts = hidden_states.split(lengths, dim=1)
         return torch.cat([stock(self, part) for part in parts], dim=1)
 
