@@ -49,10 +49,8 @@ CUTS_SECONDS = "int(next(second_per_grid_ts))" in inspect.getsource(Qwen2_5_VLMo
 SECONDS = 2.0 if CUTS_SECONDS else 0.65  # a temporal patch of `encoded`'s videos
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-HYBRIDS = [
-    "qwen3_5",
-    "qwen3_5_moe",
-]  # stock models that take no packs: apart from what compares with those
+# With linear attention: a stock model takes no packs, so they are not in what compares packs with stock.
+HYBRIDS = ["qwen3_5", "qwen3_5_moe"]
 # What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
 TOWER = {"hidden_size": 32, "intermediate_size": 48}
 VISION = {
@@ -285,7 +283,8 @@ def loss_and_grads(model, batches, num_items):
     model.zero_grad()
     total = 0.0
     first = next(model.parameters())
-    exact = first.dtype == torch.float64 and "qwen3_5" in getattr(model.config, "model_type", "")
+    config = getattr(model, "config", None)
+    exact = first.dtype == torch.float64 and "qwen3_5" in getattr(config, "model_type", "")
     with float64_stays() if exact else contextlib.nullcontext():
         for batch in batches:
             loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss

@@ -117,7 +117,7 @@ pieces = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(samples=st.lists(pieces.map(lambda p: encoded(SMALL_SPEC, *p)), min_size=1, max_size=3))
 def test_indices_of_assembled_packs(samples):
     if torch.cuda.is_available():

@@ -13,7 +13,6 @@ from builders import (
     FAMILIES,
     HYBRIDS,
     SMALL_SPEC,
-    assert_within_budget,
     encoded,
     float64_loss,
     loss_and_grads,
@@ -94,32 +93,25 @@ def model_of(dtype, mode, impl=None, family="qwen2_vl"):
     return model.train()
 
 
-def exact_grads(family, mode, stock, num_items):
-    """Stock's float64 gradients of the rows alone, with the weights of the float32 model."""
-    model = model_of(torch.float32, mode, family=family).double()
-    head = model.get_base_model() if "LoRA" in mode else model
-    head.loss_function = float64_loss
-    if family.endswith("_moe"):
-        head.set_experts_implementation("eager")
-    return loss_and_grads(model, stock, num_items)[1]
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize(("family", "impl", "mode"), CASES)
 def test_the_theorem(family, impl, mode):
+    """float64: to 1e-10. float32: of float64 on the rows alone to 1e-5, or, where stock float32 on the rows alone is
+    further from it (an adapter's large random weights), no further than twice stock's distance."""
     name, dtype, tolerance = IMPLS[impl]
     batch, stock, num_items = made_up_rows(family)
     rows_alone = model_of(dtype, mode, family=family)
     expected_loss, expected = loss_and_grads(rows_alone, stock, num_items)
     loss, grads = loss_and_grads(model_of(dtype, mode, name, family), [batch], num_items)
     assert loss == pytest.approx(expected_loss, rel=tolerance)
-    if family in HYBRIDS and dtype == torch.float32:  # a pass of stock's own is 5e-5 off
-        exact = exact_grads(family, mode, stock, num_items)
-        for parameter, gradient in grads.items():
-            assert_within_budget(parameter, gradient, expected[parameter], exact[parameter])
-    else:
-        difference, parameter = worst_difference(grads, expected)
-        assert difference <= tolerance, parameter
+    if dtype == torch.float32:
+        single = expected
+        exact = model_of(torch.float64, mode, family=family)
+        exact.load_state_dict(model_of(dtype, mode, family=family).state_dict())
+        _, expected = loss_and_grads(exact, stock, num_items)
+        tolerance = max(tolerance, 2 * worst_difference(single, expected)[0])
+    difference, parameter = worst_difference(grads, expected)
+    assert difference <= tolerance, parameter
     assert any(gradient.abs().max() > 0 for gradient in grads.values())
 
 

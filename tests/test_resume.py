@@ -155,7 +155,7 @@ def test_a_weight_that_does_not_come_is_an_error(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "step", [1, 4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 11))]
+    "step", [4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 11))]
 )
 def test_the_next_packs_come_next(tmp_path, step):
     """7 batches per epoch make 4 steps of up to 2; over three epochs, within one and where one ends."""

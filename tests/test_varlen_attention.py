@@ -208,7 +208,7 @@ def test_tiles_made_on_the_device(causal, device):
     assert_within_budget(case, case.run("triton", tiles="device"))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4),
     causal=st.booleans(),
@@ -228,7 +228,7 @@ def test_any_lengths(lengths, causal, heads):
 @pytest.mark.parametrize("causal", [True, False])
 def test_segments_do_not_leak(causal, impl, device):
     """Other keys and values in one segment leave every other segment's results equal to the bit."""
-    case = Case([40, 150, 30, 3, 200], (2, 1), 64, causal, torch.float32, device)
+    case = Case([40, 150, 30, 3], (2, 1), 64, causal, torch.float32, device)
     before = case.run(impl)
     for segment in (0, 1, 2):  # in a shared tile, alone, between
         begin, end = case.offsets[segment : segment + 2]
