@@ -53,8 +53,8 @@ def plan_packs(
         seed: decides the order of packs, and of samples of equal size. The same arguments give the same plan on
             every machine.
         on_overflow: what to do with a sample that exceeds a pack. "error" raises; "drop" leaves it out, lists
-            it in `plan.dropped` and logs how many there are; "truncate" plans it at the capacity and lists it in `plan.truncated`; the caller
-            must cut it with `mmpack.packing.truncate.truncate_sample`.
+            it in `plan.dropped` and logs how many there are; "truncate" plans it at the capacity and lists it in
+            `plan.truncated`; the caller must cut it with `mmpack.packing.truncate.truncate_sample`.
 
     Returns:
         The plan: every sample that is not dropped is in exactly one pack, and no capacity is exceeded.

@@ -44,8 +44,8 @@ def render_prompt(
     message stay text, as in training.
 
     Args:
-        messages: `role`/`content` turns, the last one the user's or a tool's; `content` has one `<image>` per image, or OpenAI
-            content parts.
+        messages: `role`/`content` turns, the last one the user's or a tool's; `content` has one `<image>` per
+            image, or OpenAI content parts.
         encoder: the `Encoder` used for training, or a transformers Qwen-VL processor. Its `missing_marker` and
             `verify` apply; its `media_dir` does not, because the caller's paths are trusted.
         images: paths, bytes or PIL images, in the order of their markers.
