@@ -40,6 +40,8 @@ class Family:
         has_position_table: the tower adds learned positions, interpolated to each image's grid.
         has_deepstack: features of inner blocks are added after the first text layers.
         has_experts: text tokens are routed to experts, so matrix products vary in length with the routing.
+        has_linear_attention: most text layers are Gated DeltaNets, which pass a state from token to token and know
+            no positions; the others gate the output of their attention.
         tower_width, feature_width: names of the tower's width and of its features' width.
         mlp_width: name of the hidden width of a block's MLP; None: `tower_width` times `mlp_ratio`.
         mlp_products: number of linear layers in a block's MLP, 3 if it is gated.
@@ -53,6 +55,7 @@ class Family:
     has_position_table: bool = False
     has_deepstack: bool = False
     has_experts: bool = False
+    has_linear_attention: bool = False
     tower_width: str = "hidden_size"
     feature_width: str = "out_hidden_size"
     mlp_width: str | None = "intermediate_size"
@@ -78,6 +81,7 @@ _QWEN3_VL = Family(
     has_position_table=True,
     has_deepstack=True,
 )
+_QWEN3_5 = replace(_QWEN3_VL, has_deepstack=False, has_linear_attention=True)
 FAMILIES = {  # by `model_type` of the config
     "qwen2_vl": Family(
         processor="Qwen2VLProcessor",
@@ -95,6 +99,8 @@ FAMILIES = {  # by `model_type` of the config
     ),
     "qwen3_vl": _QWEN3_VL,
     "qwen3_vl_moe": replace(_QWEN3_VL, has_experts=True),
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": replace(_QWEN3_5, has_experts=True),
 }
 
 

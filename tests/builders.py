@@ -1,9 +1,11 @@
 """Tiny models, and what stock transformers says about one row on its own."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,6 +49,8 @@ CUTS_SECONDS = "int(next(second_per_grid_ts))" in inspect.getsource(Qwen2_5_VLMo
 SECONDS = 2.0 if CUTS_SECONDS else 0.65  # a temporal patch of `encoded`'s videos
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+# With linear attention: a stock model takes no packs, so they are not in what compares packs with stock.
+HYBRIDS = ["qwen3_5", "qwen3_5_moe"]
 # What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
 TOWER = {"hidden_size": 32, "intermediate_size": 48}
 VISION = {
@@ -55,11 +59,19 @@ VISION = {
     "qwen3_vl": {**TOWER, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
 }
 VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
+VISION["qwen3_5"] = VISION["qwen3_5_moe"] = {**TOWER, "num_position_embeddings": 36}
 # A text layer more than deepstack has levels: what is added after the last one reaches no loss.
 TEXT = {"qwen3_vl": {"head_dim": 8, "num_hidden_layers": 3}}
-TEXT["qwen3_vl_moe"] = TEXT["qwen3_vl"] | {
-    "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+TEXT["qwen3_vl_moe"] = TEXT["qwen3_vl"] | EXPERTS
+TEXT["qwen3_5"] = {
+    "head_dim": 16,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
+TEXT["qwen3_5_moe"] = TEXT["qwen3_5"] | EXPERTS | {"shared_expert_intermediate_size": 16}
 
 
 def small_spec(family="qwen2_vl"):
@@ -122,7 +134,7 @@ def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-    if dtype == torch.float64 and config.model_type == "qwen3_vl_moe":
+    if dtype == torch.float64 and config.model_type.endswith("_moe"):
         model.set_experts_implementation("eager")  # torch's grouped products know no float64
     return model.to(dtype).train()
 
@@ -131,9 +143,9 @@ def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
 def collator(family="qwen2_vl", assemble="host"):
     """For models of `small_config(family)`."""
     model = tiny_model(small_config(family))
-    if assemble == "device":
-        return PackCollator(model=patch_model(model), assemble="device")
-    return PackCollator(model=model)
+    if assemble == "device" or family in HYBRIDS:
+        model = patch_model(model)
+    return PackCollator(model=model, assemble=assemble)
 
 
 def packed(samples, family="qwen2_vl", seed=0):
@@ -248,14 +260,41 @@ def with_noise(samples, seed=0):
     return item_of(noisy)
 
 
+@contextlib.contextmanager
+def float64_stays():
+    """Casts of float64 to float32 do nothing. Qwen3.5 casts weights, whose gradients would be sums in float32: over
+    the tokens of the pack, or over those of each row."""
+    to = torch.Tensor.to
+
+    def without(self, *args, **kwargs):
+        if self.dtype == torch.float64:
+            args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        return to(self, *args, **kwargs)
+
+    def floats(self):
+        # Text positions, (3, 1, 1, T) in 5.17: their matrix product with float64 frequencies needs one dtype.
+        are_positions = self.dtype == torch.int64 and self.ndim == 4
+        return without(self.double() if are_positions else self, torch.float32)
+
+    with (
+        mock.patch.object(torch.Tensor, "to", without),
+        mock.patch.object(torch.Tensor, "float", floats),
+    ):
+        yield
+
+
 def loss_and_grads(model, batches, num_items):
     """Sum of the losses over `num_items`, and every parameter's gradient (zero where it has none)."""
     model.zero_grad()
     total = 0.0
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss
-        loss.backward()
-        total += loss.item()
+    first = next(model.parameters())
+    config = getattr(model, "config", None)
+    exact = first.dtype == torch.float64 and "qwen3_5" in getattr(config, "model_type", "")
+    with float64_stays() if exact else contextlib.nullcontext():
+        for batch in batches:
+            loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss
+            loss.backward()
+            total += loss.item()
     grads = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()

@@ -10,13 +10,14 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from builders import FAMILIES, QUIET, small_config, tiny_model
+from builders import FAMILIES, HYBRIDS, QUIET, small_config, tiny_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AttentionInterface, AutoConfig, Trainer, TrainerCallback, TrainingArguments
@@ -204,7 +205,7 @@ def _(family):
     text.set_attn_implementation("mmpack_probe")
     positions = torch.arange(3).expand(3, 1, 3)
     text(inputs_embeds=torch.randn(1, 3, 32), position_ids=positions, mmpack={}, use_cache=False)
-    return len(seen) == len(text.layers) and all(
+    return len(seen) == sum(has(layer, "self_attn") for layer in text.layers) and all(
         {"scaling", "dropout", "mmpack"} <= names for names in seen
     )
 
@@ -219,7 +220,7 @@ def _(family):
 
 @check("text: q_proj, k_proj, v_proj, o_proj, head_dim, scaling, attention_dropout")
 def _(family):
-    attention = model_of(family).model.language_model.layers[0].self_attn
+    attention = model_of(family).model.language_model.layers[-1].self_attn
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "attention_dropout"]
     return has(attention, *names, "config", "layer_idx") and hasattr(
         attention, "q_norm"
@@ -251,6 +252,41 @@ def _(family):
     return takes(method, "hidden_states", "visual_pos_masks", "visual_embeds")
 
 
+@check("text: linear_attn, layer_types", "has_linear_attention")
+def _(family):
+    text = model_of(family).model.language_model
+    kinds = {
+        "linear_attention": ("linear_attn", "self_attn"),
+        "full_attention": ("self_attn", "linear_attn"),
+    }
+    pairs = [(layer, *kinds[kind]) for layer, kind in zip(text.layers, text.config.layer_types)]
+    return len({there for _, there, _ in pairs}) == 2 and all(
+        has(layer, there) and not has(layer, absent) for layer, there, absent in pairs
+    )
+
+
+@check(
+    "text: Gated DeltaNet's kernels get seq_idx, cu_seqlens, cu_seqlens_cpu", "has_linear_attention"
+)
+def _(family):
+    layer = model_of(family).model.language_model.layers[0].linear_attn
+    module, got = sys.modules[type(layer).__module__], {}
+
+    def convolution(x, *args, **kwargs):
+        got["convolution"] = kwargs
+        return x
+
+    def rule(query, key, value, **kwargs):
+        got["rule"] = kwargs
+        return value, None
+
+    names = {"causal_conv1d_fn": convolution, "torch_chunk_gated_delta_rule": rule}
+    with mock.patch.multiple(module, **names):
+        layer(torch.randn(1, 5, 32), cu_seq_lens_q="bounds", seq_idx="ids", cu_seqlens_cpu="host")
+    given = got["rule"]["cu_seqlens"], got["rule"]["cu_seqlens_cpu"], got["convolution"]["seq_idx"]
+    return given == ("bounds", "host", "ids")
+
+
 @check("config: _attn_implementation")
 def _(family):
     base = copy.deepcopy(model_of(family).model)
@@ -271,7 +307,7 @@ def _(family):
     base = model_of(family).model
     return (
         has(base, "visual", "language_model", "get_input_embeddings", "get_rope_index")
-        and all(has(layer, "self_attn") for layer in base.language_model.layers)
+        and all(has(x, "self_attn") or has(x, "linear_attn") for x in base.language_model.layers)
         and base.config.model_type == family
     )
 
@@ -434,7 +470,7 @@ def test_what_mmpack_leans_on(name, tmp_path):
     """Of every family that has it; what names no family's model is looked at once."""
     trait, holds = CHECKS[name]
     of_model = not name.startswith(("torch", "Trainer", "accelerate"))
-    for family in FAMILIES if of_model else FAMILIES[:1]:
+    for family in [*FAMILIES, *HYBRIDS] if of_model else FAMILIES[:1]:
         if not trait or getattr(families.FAMILIES[family], trait):
             arguments = (tmp_path,) if "folder" in inspect.signature(holds).parameters else ()
             assert holds(family, *arguments), f"{family}, {name}: {compat.CONTRACTS[name]}"

@@ -1,4 +1,5 @@
-"""What Qwen2.5-VL and Qwen3-VL add: windows, a table of positions, deepstack, experts."""
+"""What Qwen2.5-VL and Qwen3-VL add: windows, a table of positions, deepstack, experts (Qwen3.5's linear attention:
+test_linear_attention.py)."""
 
 import ast
 import copy
@@ -11,6 +12,7 @@ import pytest
 import torch
 from builders import (
     FAMILIES,
+    HYBRIDS,
     SMALL_SPEC,
     collator,
     encoded,
@@ -74,7 +76,7 @@ def test_positions_far_from_the_origin_are_transformers_too():
     assert_positions_are_transformers([(1, 4096, 4), (1, 62, 90)], 48)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_text_positions_are_the_models(family):
     """`get_rope_index` of each sample alone."""
     base = tiny_model(small_config(family)).model
@@ -106,7 +108,7 @@ def test_features_are_named_in_the_order_of_the_windows():
     assert batch["window_offsets"][-1] == batch["num_patches"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_features_at_every_level_are_stocks(family):
     """The tower gives what stock's gives, in the order the batch names it, and without a permutation
     in the backward."""
@@ -119,7 +121,7 @@ def test_features_at_every_level_are_stocks(family):
     patch_model(model)
     pack = {**batch["mmpack"], "impl": "auto"}
     features = run_tower(model.model, pixels, grid_thw, pack)
-    assert len(features) == (3 if family.startswith("qwen3") else 1)
+    assert len(features) == (3 if families.FAMILIES[family].has_deepstack else 1)
     natural = pack["feature_index"][pack["feature_index"] >= 0].long()
     for ours, theirs in zip(features, levels, strict=True):
         torch.testing.assert_close(ours[natural], theirs, rtol=1e-12, atol=1e-12)
@@ -141,12 +143,12 @@ def graph_of(tensor):
 
 def test_no_float_that_a_wrapper_might_round():
     """FSDP2 and DeepSpeed cast floating inputs to bf16; indices and shares must not be."""
-    for family in FAMILIES:
+    for family in [*FAMILIES, *HYBRIDS]:
         tensors = collator(family)([packed(SAMPLES, family)])["mmpack"].values()
         assert not any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_a_collator_that_does_not_know_the_tower_is_told(family):
     model = patch_model(tiny_model(small_config(family)))
     batch = PackCollator()([packed(SAMPLES, family)])
@@ -246,7 +248,7 @@ def test_a_new_family_is_one_record(monkeypatch):
 def test_names_of_families_are_in_one_file():
     """And names of their processors; prose is free."""
     package = Path(families.__file__).parent
-    name = re.compile(r"qwen\d_?\d*_vl|Qwen[\d_]+VL\w*Processor\b")
+    name = re.compile(r"qwen\d_?\d*_vl|qwen3_5|Qwen[\d_]+VL\w*Processor\b")
     for path in package.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         prose = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
@@ -259,7 +261,7 @@ def test_names_of_families_are_in_one_file():
         assert bool(found) == (path.name == "families.py"), (path, found)
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("family", [*FAMILIES[1:], *HYBRIDS])
 def test_mmpack_train_takes_the_families(family, tmp_path):
     """`mmpack train`'s Trainer, with uneven packs and its callback's costs."""
     samples = [encoded(small_spec(family), n, 1 + n, 2 + n) for n in range(3, 30, 3)]

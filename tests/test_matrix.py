@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import (
     FAMILIES,
+    HYBRIDS,
     SMALL_SPEC,
     encoded,
     float64_loss,
@@ -53,6 +54,14 @@ QUICK = [
     ("qwen3_vl_moe", "libraries float64", "LoRA"),
     ("qwen3_vl_moe", "libraries float32", "reentrant"),
     ("qwen3_vl_moe", "kernels float32", "checkpointing"),
+    ("qwen3_5", "reference float64", "checkpointing"),
+    ("qwen3_5", "libraries float64", "LoRA checkpointing"),
+    ("qwen3_5", "libraries float64", "frozen tower"),
+    ("qwen3_5", "libraries float32", "LoRA"),
+    ("qwen3_5", "kernels float32", "reentrant"),
+    ("qwen3_5_moe", "reference float64", "LoRA"),
+    ("qwen3_5_moe", "libraries float64", "reentrant"),
+    ("qwen3_5_moe", "libraries float32", "checkpointing"),
 ]
 # On the oldest transformers too; what kernels compute does not depend on transformers.
 SMOKE = [case for case in QUICK if case[1] != "kernels float32"]
@@ -61,7 +70,7 @@ CASES = [
         *case,
         marks=pytest.mark.smoke if case in SMOKE else () if case in QUICK else pytest.mark.slow,
     )
-    for case in itertools.product(FAMILIES, IMPLS, MODES)
+    for case in itertools.product([*FAMILIES, *HYBRIDS], IMPLS, MODES)
 ]
 
 
@@ -142,6 +151,8 @@ def test_autocast(family, impl):
         pytest.param("qwen3_vl", "auto", "host", marks=pytest.mark.slow),
         ("qwen3_vl", "auto", "device"),
         pytest.param("qwen3_vl_moe", "auto", "host", marks=pytest.mark.slow),
+        pytest.param("qwen3_5", "auto", "host", marks=pytest.mark.slow),
+        pytest.param("qwen3_5_moe", "auto", "device", marks=pytest.mark.slow),
     ],
 )
 def test_the_whole_step_compiles_into_one_graph(family, impl, assemble_on):
@@ -160,7 +171,7 @@ def test_the_whole_step_compiles_into_one_graph(family, impl, assemble_on):
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_no_data_is_asked_for_in_a_step(family, impl):
     """Train mode, forward and backward on the meta device, where a question to the data is an error;
     floats and text alone (uint8 pixels: test_pixels)."""
@@ -172,7 +183,7 @@ def test_no_data_is_asked_for_in_a_step(family, impl):
         from mmpack.hf.model_patch import _STATE
 
         getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
-    if family == "qwen3_vl_moe":
+    if family.endswith("_moe"):
         model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
     loss = model.to("meta")(**on_meta(batch), num_items_in_batch=torch.tensor(3)).loss
     loss.backward()

@@ -292,10 +292,10 @@ def test_other_models_are_refused(model):
         ValueError, match=r"cannot patch Linear .* supported: qwen2_vl, qwen2_5_vl, q"
     ):
         patch_model(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"model_type None.*qwen3_vl, qwen3_vl_moe$"):
+    with pytest.raises(ValueError, match=r"model_type None.*qwen3_5, qwen3_5_moe$"):
         PackCollator(model=torch.nn.Linear(2, 2))
-    model.model.config.model_type = "qwen3_5"
-    with pytest.raises(ValueError, match=r"cannot patch .* \(model_type 'qwen3_5'\); supported: "):
+    model.model.config.model_type = "glm4v"
+    with pytest.raises(ValueError, match=r"cannot patch .* \(model_type 'glm4v'\); supported: "):
         patch_model(model)
     model.model.config.model_type = "qwen2_vl"
     model.model.visual.blocks[0].attn.forward = model.model.visual.blocks[0].attn.forward

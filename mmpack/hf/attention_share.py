@@ -93,19 +93,25 @@ def image_share(
 
 
 def chosen_layers(model: nn.Module, base: Any, layers: Sequence[int] | None) -> Sequence[int]:
-    """The text layers to record: `layers`, or by default the middle and the last one.
+    """The text layers to record: `layers`, or by default the middle and the last one of those with attention.
 
     Raises:
-        ValueError: the model is not patched, or lacks a layer.
+        ValueError: the model is not patched, or lacks a layer, or it is a Gated DeltaNet (Qwen3.5).
     """
     if not is_patched(model):
         raise ValueError(
             "attention_every needs a patched model; call patch_model(model) before training"
         )
-    num_layers = len(base.language_model.layers)
+    text = base.language_model.layers
+    with_attention = [n for n, layer in enumerate(text) if hasattr(layer, "self_attn")]
     if layers is None:
-        return [num_layers // 2, num_layers - 1]
-    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-    if wrong or not layers:
-        raise ValueError(f"attention_layers must be from 0 to {num_layers - 1}, got {list(layers)}")
+        return [with_attention[len(with_attention) // 2], with_attention[-1]]
+    if not layers or any(not 0 <= layer < len(text) for layer in layers):
+        raise ValueError(f"attention_layers must be from 0 to {len(text) - 1}, got {list(layers)}")
+    linear = [layer for layer in layers if layer not in with_attention]
+    if linear:
+        raise ValueError(
+            f"attention_layers {linear} are Gated DeltaNets, which have no attention to record; choose from "
+            f"{with_attention}"
+        )
     return layers

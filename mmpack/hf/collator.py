@@ -20,7 +20,7 @@ from mmpack.data.encoder import Encoder
 from mmpack.errors import counted
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
-from mmpack.hf.model_parts import TowerSpec, inner_model, tower_of
+from mmpack.hf.model_parts import TowerSpec, family_of, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
@@ -74,8 +74,10 @@ class PackCollator:
     With `pixels="uint8"`, `pixel_values` are (P, C * p * p) uint8, an eighth of the bytes of float32, and
     `pixel_values_videos` (P, C * t * p * p), a quarter. The patched model's patch embedding normalizes them.
 
-    Qwen2.5-VL's and Qwen3-VL's towers need extra indices that depend on the model (attention windows, rows of a
-    position table). The worker computes them, given `model`.
+    Qwen2.5-VL's, Qwen3-VL's and Qwen3.5's towers need extra indices that depend on the model (attention windows,
+    rows of a position table). The worker computes them, given `model`. A Qwen3.5's batch also has `cu_seq_lens_q
+    (S + 1,)` and `seq_idx (1, T)`, on which transformers raises if the model is not patched and
+    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them).
 
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
@@ -92,8 +94,8 @@ class PackCollator:
             to the same bits.
 
     Raises:
-        ValueError: uint8 pixels or assembly on the device without a patched model, an unsupported model, or
-            `pad_to` below 1. In a call: items that cannot form a batch; names the item.
+        ValueError: uint8 pixels or assembly on the device without a patched model, an unsupported model, an
+            unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a batch; names the item.
     """
 
     def __init__(
@@ -121,13 +123,18 @@ class PackCollator:
                 f"{asked} needs a patched model, but {found}; "
                 f"pass PackCollator(model=patch_model(model), {asked})"
             )
+        base = None if model is None else inner_model(model)
+        if base is not None and family_of(base).has_linear_attention and not is_patched(base):
+            raise ValueError(
+                f"{type(model).__name__} is not patched, and its Gated DeltaNet layers would mix the segments of a "
+                "pack; pass PackCollator(model=patch_model(model))"
+            )
         if pad_to is not None and pad_to < 1:
             raise ValueError(f"pad_to must be positive, got {pad_to}")
         self.pixels = pixels
         self.full_logits = full_logits
         self.pad_to = pad_to
         self.assemble = assemble
-        base = None if model is None else inner_model(model)
         self.tower = TowerSpec() if base is None else tower_of(base)
         self._num_ids = None if base is None else num_ids(base)
         self._told = set[str]()  # fields of raw rows that are not read, named in the log

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import is_causal_conv1d_available, is_flash_linear_attention_available
 from transformers.vision_utils import (
     get_vision_interpolation_indices_and_weights,
     get_vision_window_index,
@@ -79,6 +80,10 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "deepstack's features would not reach Qwen3-VL's text layers",
     "text: _deepstack_process":
         "deepstack's features would be added by a mask, which synchronizes with the device",
+    "text: linear_attn, layer_types":
+        "Qwen3.5's Gated DeltaNets would not be found, and segments would share their states",
+    "text: Gated DeltaNet's kernels get seq_idx, cu_seqlens, cu_seqlens_cpu":
+        "segments would share states where the kernels are installed, and in an unpatched Qwen3.5",
     "config: _attn_implementation":
         "unpatch_model could not restore the attention",
     "config: _name_or_path":
@@ -139,6 +144,19 @@ def tower_keywords(pack: MmpackDict, has_windows: bool, has_table: bool) -> dict
         weights = pack["position_weight_bits"].view(torch.float32)
         keywords |= {"interp_indices": pack["position_index"], "interp_weights": weights}
     return keywords
+
+
+def linear_keywords(pack: MmpackDict) -> dict[str, Any]:
+    """Keywords, from a batch's `mmpack` dict, with which a stock Gated DeltaNet begins each segment anew, if its
+    kernels are installed; otherwise it refuses them (transformers 5.17: ignores them)."""
+    return {"cu_seq_lens_q": pack["cu_seqlens"], "seq_idx": pack["segment_ids"][None]}
+
+
+def has_linear_kernels(both: bool = True) -> bool:
+    """Whether flash-linear-attention and causal-conv1d are installed, by which a Gated DeltaNet then runs on a GPU;
+    with `both=False`, whether one of them is."""
+    installed = is_flash_linear_attention_available(), is_causal_conv1d_available()
+    return all(installed) if both else any(installed)
 
 
 def attention_name(config: Any) -> str:

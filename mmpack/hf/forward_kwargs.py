@@ -1,6 +1,7 @@
 """A pack -> keyword arguments of a forward.
 
-The top level has only names that transformers knows, so an unpatched model computes the same loss, only slower.
+The top level has only names that transformers knows, so an unpatched model computes the same loss, only slower; or,
+if it has Gated DeltaNets, refuses the batch (`compat.linear_keywords`).
 All else is in one nested dict, `mmpack`, for the patched model's hook (`mmpack.hf.mmpack_dict`).
 
 A compact pack's batch has `input_ids (1, n)` with one marker per image and empty `position_ids (4, 1, 0)`, on
@@ -19,6 +20,7 @@ from mmpack.data import images
 from mmpack.hf.compat import (
     get_vision_interpolation_indices_and_weights,
     get_vision_window_index,
+    linear_keywords,
 )
 from mmpack.hf.fit import facts_of_data
 from mmpack.hf.mmpack_dict import CompactDict, MmpackDict
@@ -84,6 +86,8 @@ def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> d
         )
         batch["mmpack"]["position_index"] = index.int()
         batch["mmpack"]["position_weight_bits"] = weight.view(torch.int32)
+    if tower.has_linear_attention:
+        batch |= linear_keywords(batch["mmpack"])
     return batch
 
 

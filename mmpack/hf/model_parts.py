@@ -13,15 +13,17 @@ from mmpack.families import FAMILIES, Family
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """Which indices the collator computes for a tower, beyond those of Qwen2-VL.
+    """What the collator computes for a model, beyond Qwen2-VL's: indices for its tower, and keywords.
 
     Attributes:
         window_side: side of an attention window in features; None: no windows.
         table_side: side of the learned position table; None: no table.
+        has_linear_attention: the batch tells unpatched Gated DeltaNets where segments begin.
     """
 
     window_side: int | None = None
     table_side: int | None = None
+    has_linear_attention: bool = False
 
 
 def family_of(base: Any) -> Family:
@@ -37,7 +39,7 @@ def tower_of(base: Any) -> TowerSpec:
         window_side = config.window_size // config.spatial_merge_size // config.patch_size
     if family.has_position_table:
         table_side = int(config.num_position_embeddings**0.5)
-    return TowerSpec(window_side, table_side)
+    return TowerSpec(window_side, table_side, family.has_linear_attention)
 
 
 def parts_of(model: nn.Module, base: Any) -> dict[str, list[nn.Parameter]]:

@@ -7,7 +7,8 @@ Nothing in transformers is replaced. On one model instance, patching
   that do not;
 - switches text attention to the registered "mmpack" (`mmpack.hf.attention`);
 - binds a forward on each vision attention and on the patch embedding;
-- Qwen2.5-VL: keeps the features in window order; Qwen3-VL: adds deepstack features by index (`mmpack.hf.tower`).
+- Qwen2.5-VL: keeps the features in window order; Qwen3-VL: adds deepstack features by index (`mmpack.hf.tower`);
+  Qwen3.5: binds a forward on each Gated DeltaNet (`mmpack.hf.linear_attention`).
   `mmpack.families` says how families differ.
 
 A batch without the `mmpack` dict takes the stock path: generation, padded evaluation and saving are unchanged.
@@ -27,6 +28,7 @@ from mmpack.hf import attention, tower
 from mmpack.hf.compat import (
     DEEPSTACK_METHOD,
     attention_name,
+    has_linear_kernels,
     is_replica,
     is_sharded,
     remove_hook,
@@ -34,6 +36,7 @@ from mmpack.hf.compat import (
 from mmpack.hf.embedding import embed
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
+from mmpack.hf.linear_attention import linear_forward
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import check_videos, family_of, inner_model, tower_of
@@ -58,8 +61,8 @@ class _Patch:
 
 
 def patch_model(model: Model, impl: str = "auto") -> Model:
-    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE in place to train on packs; returns the model.
-    Patching a patched model only changes `impl`.
+    """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5, dense or MoE, in place to train on packs; returns the
+    model. Patching a patched model only changes `impl`.
 
     A self-test follows: it runs a small pack twice with different first segments, and the second segment's hidden
     states must be equal to the bit (with experts: up to rounding). If it cannot run yet (weights on the meta
@@ -101,7 +104,9 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer has not yet moved to its GPU cannot run kernels.
-    needs_gpu = impl not in ("auto", "sdpa", "reference", "flex")
+    needs_gpu = impl not in ("auto", "sdpa", "reference", "flex") or (
+        family_of(base).has_linear_attention and has_linear_kernels(both=False)
+    )
     if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
         try:
             _check_once(base)
@@ -270,7 +275,10 @@ def _bindings(base: Any) -> list[tower.Binding]:
     """The methods to bind on the model's tower and text layers."""
     text = base.language_model
     bound: list[tower.Binding] = [
-        (layer.self_attn, "forward", text_forward) for layer in text.layers
+        (layer.self_attn, "forward", text_forward)
+        if hasattr(layer, "self_attn")
+        else (layer.linear_attn, "forward", linear_forward)
+        for layer in text.layers
     ]
     if family_of(base).has_deepstack:
         bound.append((text, DEEPSTACK_METHOD, tower.deepstack_by_index))

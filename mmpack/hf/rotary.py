@@ -72,9 +72,12 @@ def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
         if pack is None or "rotary" not in pack:
             return stock(self, hidden_states, attention_mask=attention_mask, **kwargs)
         rows = hidden_states[0]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (x(rows).unflatten(1, (-1, self.head_dim)) for x in projections)
-        if hasattr(self, "q_norm"):  # Qwen3-VL
+        gate = None
+        q, k, v = (x(rows) for x in (self.q_proj, self.k_proj, self.v_proj))
+        if q.shape[1] == 2 * self.config.num_attention_heads * self.head_dim:  # Qwen3.5
+            q, gate = q.unflatten(1, (-1, 2, self.head_dim)).unbind(2)
+        q, k, v = (x.reshape(len(rows), -1, self.head_dim) for x in (q, k, v))
+        if hasattr(self, "q_norm"):  # Qwen3-VL, Qwen3.5
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, k, *pack["rotary"])
         out, weights = attention_of(self.config)(
@@ -86,6 +89,9 @@ def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
             sliding_window=getattr(self, "sliding_window", None),
             mmpack=pack,
         )
-        return self.o_proj(out.flatten(2)), weights
+        out = out.flatten(2)
+        if gate is not None:
+            out = out * gate.flatten(1).sigmoid()
+        return self.o_proj(out), weights
 
     return forward

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from mmpack.errors import counted
+from mmpack.families import FAMILIES
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.compat import loads_whole_checkpoints
 from mmpack.hf.model_parts import find_inner
@@ -58,7 +59,8 @@ def check_collator(collator: Any, model: nn.Module) -> None:
     A collator of one's own, or around `PackCollator`, is not known and passes.
 
     Raises:
-        ValueError: it is one of transformers' or TRL's, or makes batches for patched models only.
+        ValueError: it is one of transformers' or TRL's, or makes batches for patched models only; the model is an
+            unpatched Qwen3.5.
     """
     collator = getattr(
         collator, "data_collator", collator
@@ -69,7 +71,8 @@ def check_collator(collator: Any, model: nn.Module) -> None:
             f"Trainer's data_collator is {kind.__name__}, which cannot make batches of packs; pass "
             "data_collator=PackCollator(model=model)"
         )
-    if find_inner(model) is None or is_patched(model):
+    base = find_inner(model)
+    if base is None or is_patched(model):
         return
     advice = "call patch_model(model) before the Trainer is made"
     if isinstance(collator, PackCollator):
@@ -80,6 +83,12 @@ def check_collator(collator: Any, model: nn.Module) -> None:
                     f"Trainer's model is not patched, but PackCollator({option}) makes batches for a patched "
                     f"model; {advice}"
                 )
+    family = FAMILIES.get(base.config.model_type)
+    if family is not None and family.has_linear_attention:
+        raise ValueError(
+            "Trainer's model is not patched, and its Gated DeltaNet layers would mix the segments of a pack; "
+            f"{advice}"
+        )
     _log.warning(
         "the model is not patched: stock transformers trains it on packs, which is slower, and with "
         "gradient_accumulation_steps it may weight each pack equally, however many supervised tokens it has; %s",

@@ -82,12 +82,13 @@ def sample_flops(
     merger_linear = 2 * (1 + merger_trained + features_need_grad)  # its norm comes first
 
     text = _value(config, "text_config", default=config)
-    head, linear, attention = _text_sizes(text)
-    layers = _value(text, "num_hidden_layers")
+    head, linear, attention = _text_sizes(family, text)
     flops: Int64 = text_linear * (linear * n + head * supervised)
     # scores and their product with the values, 2 FLOPs each over n (n + 1) / 2 pairs
-    forward = layers * 2 * attention * n * (n + 1)
+    forward = 2 * attention * n * (n + 1)
     flops += forward * 7 // 2 if language_trained or features_need_grad else forward
+    if family.has_linear_attention:
+        flops += _delta_rule(text, n, language_trained or features_need_grad)
     if not len(grids):
         return flops
 
@@ -136,18 +137,50 @@ def sizes_of(samples: Sequence[EncodedSample]) -> tuple[Int64, Int64]:
     return sizes[:, 0].copy(), sizes[:, 1].copy()
 
 
-def _text_sizes(text: Any) -> tuple[int, int, int]:
-    """(multiply-adds per token of the head, of all layers' linears; attention width)."""
+def _text_sizes(family: Family, text: Any) -> tuple[int, int, int]:
+    """(multiply-adds per token of the head, of all layers' linears; attention width, summed over the layers)."""
     hidden, heads = _value(text, "hidden_size"), _value(text, "num_attention_heads")
     head_dim = _value(text, "head_dim", default=None) or hidden // heads
     kv_heads = _value(text, "num_key_value_heads", default=None) or heads
     layers, (sparse, experts) = _value(text, "num_hidden_layers"), _experts(text)
-    linear = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim)
-    linear += (layers - sparse) * 3 * hidden * _value(text, "intermediate_size")
-    if sparse:  # the router, and the chosen experts
+    deltas = _num_deltas(text) if family.has_linear_attention else 0
+    products = 3 if family.has_linear_attention else 2  # queries and output, and the output's gate
+    linear = (layers - deltas) * hidden * head_dim * (products * heads + 2 * kv_heads)
+    if deltas:
+        heads_v, key, value = _delta_sizes(text)
+        mixed = 2 * _value(text, "linear_num_key_heads") * key + heads_v * value
+        linear += deltas * hidden * (mixed + 2 * heads_v * value + 2 * heads_v)
+        linear += deltas * mixed * _value(text, "linear_conv_kernel_dim")
+    if layers > sparse:
+        linear += (layers - sparse) * 3 * hidden * _value(text, "intermediate_size")
+    if sparse:  # the router, the chosen experts, and the one that all tokens share, with its gate
         chosen = _value(text, "num_experts_per_tok") * _value(text, "moe_intermediate_size")
-        linear += sparse * hidden * (experts + 3 * chosen)
-    return hidden * _value(text, "vocab_size"), linear, heads * head_dim
+        shared = _value(text, "shared_expert_intermediate_size", default=None) or 0
+        linear += sparse * hidden * (experts + 3 * chosen + 3 * shared + bool(shared))
+    return hidden * _value(text, "vocab_size"), linear, (layers - deltas) * heads * head_dim
+
+
+def _num_deltas(text: Any) -> int:
+    """Number of layers that are Gated DeltaNets."""
+    return sum(kind == "linear_attention" for kind in _value(text, "layer_types"))
+
+
+def _delta_sizes(text: Any) -> tuple[int, int, int]:
+    """(value heads; head dims of keys and values) of a Gated DeltaNet; key heads are repeated."""
+    names = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    heads, key, value = (int(_value(text, name)) for name in names)
+    return heads, key, value
+
+
+def _delta_rule(text: Any, n: Int64, needs_grad: bool) -> Int64:
+    """FLOPs of the matrix products of all Gated DeltaNets' rules, which take 64 tokens at once."""
+    heads, key, value = _delta_sizes(text)
+    chunks, size = -(-n // 64), 64
+    state = size * key * value  # a product with the state, per chunk
+    forward: Int64 = chunks * (3 * state + size**2 * (2 * key + value))
+    if needs_grad:  # also of the triangular system; the first state is zero, the last one unused
+        forward += chunks * (2 * state + size**2 * (5 * key + 3 * value)) + (chunks - 1) * 4 * state
+    return 2 * _num_deltas(text) * heads * forward
 
 
 def _experts(text: Any) -> tuple[int, int]:
