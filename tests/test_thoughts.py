@@ -17,6 +17,8 @@ from test_templates import (
     user,
 )
 
+from mmpack import render_prompt
+
 __all__ = ["base", "encoder_of", "picture"]
 THINKING = sorted(set(TEMPLATES) - {"qwen3_vl", "qwen2_5_vl"})
 SPLITTING = sorted(set(THINKING) - {"qwen3_8"})  # take a thought out of the text
@@ -209,3 +211,15 @@ def test_what_mask_thinking_contradicts(encoder_of):
     settings = encoder_of("qwen3_8").settings().items()
     changed = encoder_of("qwen3_8", mask_thinking=True).settings().items()
     assert changed - settings == {("mask_thinking", "True")}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_a_prompt_after_thoughts_is_stocks(encoder_of, name):
+    encoder = encoder_of(name)
+    first = [user(), with_field("x", "one"), user("a"), with_field("y", "", CALL), result("two")]
+    prompt = render_prompt(first, encoder, tools=[TOOL])
+    text = encoder.tokenizer.apply_chat_template(
+        first, tools=[TOOL], tokenize=False, add_generation_prompt=True
+    )
+    assert "<think>\ny\n</think>" in text
+    assert prompt.input_ids.tolist() == encoder.tokenizer(text).input_ids

@@ -143,7 +143,7 @@ class Template:
             try:
                 layout, dropped = self._shape(way, calls, tools)
             except RowError as error:
-                reason = error if way is messages else reason
+                reason = reason or error
                 continue
             if rendered is None:
                 rendered = self._renderer.render(messages, texts, calls, tools)
@@ -153,8 +153,8 @@ class Template:
             if filled(own, around) != rendered:
                 own = fitted(own, around, rendered)
                 if filled(own, around) != rendered:
-                    if way is messages and reason is None:
-                        kept = without_thoughts(messages, dropped)
+                    if reason is None:
+                        kept = without_thoughts(way, dropped)
                         reason = rewritten(kept, own, around, rendered)
                     continue
             if thinking is not None and splits and is_thought_twice(layout, own):
