@@ -41,7 +41,7 @@ class Case(NamedTuple):
 # A store cannot be trained on as if its rows were read now.
 PACKED_ALREADY = {
     "stage": "pretrain", "dataset": "a", "allow_data_uri": "", "missing_marker": "refuse", "decode": "",
-    "tokenizer": "tokenizer", "typed_tokens": "ids", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
+    "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "resizer": "pillow", "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
     "mask_history": "", "mask_thinking": "", "plan_seed": "0",
@@ -77,6 +77,7 @@ PACKING = [
     ("plan_seed", "rows.json", "--plan-seed 7"),
 ]
 TYPED = "--typed-tokens text"
+ARGUMENT = "--template-arg add_vision_id=true"
 PACK = "{data} --tokenizer tokenizer --capacity 2048 --out {out}/packed"
 ROWS = "--data {data} --tokenizer tokenizer --capacity 2048 --config config.json"
 TRAIN = "--data packed --config config.json --output_dir {out}/run"
@@ -94,7 +95,8 @@ CASES = [
     *[
         Case("check", name, "rows.json", words, "pass --tokenizer too")
         for name, _, words in (
-            *PIXELS, ("config", "", "--config config.json"), ("typed_tokens", "", TYPED)
+            *PIXELS, ("config", "", "--config config.json"), ("typed_tokens", "", TYPED),
+            ("template_arg", "", ARGUMENT),
         )
     ],
     *[
@@ -109,6 +111,11 @@ CASES = [
     Case("check", "config", "docs.jsonl --stage pretrain --tokenizer tokenizer", "--config config.json",
          "documents have no videos"),
     Case("check", "config", "video.json --tokenizer timed", "--config timed.json"),
+    Case("check", "template_arg", "rows.json --tokenizer tokenizer", ARGUMENT),
+    Case("pack", "template_arg", pack("rows.json"), ARGUMENT),
+    Case("train", "template_arg", pack("rows.json", "train"), ARGUMENT),
+    Case("pack", "template_arg", pack("rows.json"), "--template-arg add_vision_id", "takes NAME=VALUE"),
+    Case("pack", "template_arg", pack("rows.json"), ARGUMENT.replace("vision", "v"), "no argument 'add_v_id' to set"),
     Case("check", "typed_tokens", "boxes.json --tokenizer boxes", TYPED),
     Case("pack", "typed_tokens", pack("boxes.json").replace(" tokenizer ", " boxes "), TYPED),
     Case("train", "typed_tokens", pack("boxes.json", "train").replace(" tokenizer ", " boxes "), TYPED),

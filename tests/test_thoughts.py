@@ -223,3 +223,45 @@ def test_a_prompt_after_thoughts_is_stocks(encoder_of, name):
     )
     assert "<think>\ny\n</think>" in text
     assert prompt.input_ids.tolist() == encoder.tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("qwen3_5_think", {"enable_thinking": False}),
+        ("qwen3_6", {"preserve_thinking": True}),
+        ("qwen3_8", {"reasoning_effort": "low", "preserve_thinking": False}),
+        ("qwen2_5_vl", {"add_vision_id": True}),
+    ],
+)
+def test_arguments_of_the_template(encoder_of, name, arguments):
+    encoder = encoder_of(name, template_args=arguments)
+    image = {"type": "image", "image": "a.png"}
+    thought = {} if name == "qwen2_5_vl" else {"reasoning_content": "x"}
+    parts = [image, {"type": "text", "text": "Find it."}]
+    messages = [user(parts), {**answer("one"), **thought}, user("a"), {**answer("b"), **thought}]
+    render = encoder.tokenizer.apply_chat_template
+    text = render(messages, tokenize=False, **arguments)
+    ids = encoded(encoder, {"messages": messages}).input_ids.tolist()
+    assert ids == encoder.tokenizer(text, add_special_tokens=False).input_ids
+    begun = render([user()], tokenize=False, add_generation_prompt=True, **arguments)
+    assert render_prompt([user()], encoder).input_ids.tolist() == encoder.tokenizer(begun).input_ids
+    plain = [
+        render(messages, tokenize=False),
+        render([user()], tokenize=False, add_generation_prompt=True),
+    ]
+    assert plain != [text, begun]
+    changed = encoder.settings().items() - encoder_of(name).settings().items()
+    assert changed == {("template_args", repr(sorted(arguments.items())))}
+
+
+@pytest.mark.parametrize(
+    "name", ["enable_think", "tools", "messages", "padding", "image_count", "role"]
+)
+def test_arguments_that_a_template_does_not_have(encoder_of, name):
+    with pytest.raises(ValueError, match=f"no argument '{name}' to set; leave it out"):
+        encoder_of("qwen3_5_think", template_args={name: True})
+    with pytest.raises(
+        ValueError, match="documents have no chat template; leave out --template-arg"
+    ):
+        encoder_of("qwen3_5_think", template_args={"enable_thinking": True}, stage="pretrain")

@@ -125,9 +125,23 @@ def _encoder(
         },
         on_error=on_error,
         typed_tokens=options.typed_tokens,
+        template_args=_template_args(options.template_arg),
         **_reading(options),
         **packing,
     )
+
+
+def _template_args(words: Sequence[str]) -> dict[str, Any] | None:
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name or name in arguments:
+            raise ValueError(f"--template-arg takes NAME=VALUE, each name once, got {word!r:.80}")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments or None
 
 
 def _check(options: CheckOptions) -> int:

@@ -86,6 +86,9 @@ class ProcessorOptions:
         "special tokens in rows, other than those of turns and images: their ids, or plain text",
         "ids",
     )
+    template_arg: tuple[str, ...] = option(
+        "argument of the chat template, repeatable; VALUE is JSON or text", (), metavar="NAME=VALUE"
+    )
     max_pixels: int | None = option("maximum pixels per image (default: processor's)", None)
     min_pixels: int | None = option("minimum pixels per image (default: processor's)", None)
     video_fps: float | None = option("frames sampled per second (default: processor's, or 2)", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -59,7 +59,7 @@ _MOST_TOOL_LAYOUTS = 64  # these hold the ids of tools and calls; every row with
 
 class Template:
     """A cached layout per conversation shape. Options are those of `mmpack.Encoder`; with `is_prompt` the layout
-    ends where the assistant's turn begins."""
+    ends where the assistant's turn begins. `arguments` are the template's own."""
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class Template:
         mask_thinking: bool = False,
         typed_tokens: str = "ids",
         is_prompt: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self._vision = vision
         self._media_of = {vision.image_token_id: "image", vision.video_token_id: "video"}
@@ -84,7 +85,10 @@ class Template:
         self._mask_thinking = mask_thinking
         self.is_prompt = is_prompt
         render = functools.partial(
-            tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=is_prompt
+            tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=is_prompt,
+            **(arguments or {}),
         )
         inner = getattr(tokenizer, "tokenizer", tokenizer)
         self._eos_token_id = inner.eos_token_id

@@ -29,6 +29,7 @@ from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
 from mmpack.data.rendering import texts_of
 from mmpack.data.special_tokens import TypedTokens
+from mmpack.data.template_errors import check_arguments
 from mmpack.errors import BadRow, OnError, RowError, Skip, counting, refuse
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Message, Sample
 from mmpack.vision_spec import VisionSpec
@@ -57,6 +58,7 @@ class Encoder(Reader):
         mask_thinking: leave thoughts and their `<think>` tags unsupervised.
         typed_tokens: special tokens in a row's text, other than control tokens (those of turns, images and videos),
             become their "ids", as in transformers, or stay "text". Control tokens always stay text.
+        template_args: arguments of the chat template for all rows and prompts, such as `{"enable_thinking": False}`.
         stage, mapping, media_dir, on_error, missing_marker, verify: as in `Reader`.
 
     Raises:
@@ -69,11 +71,14 @@ class Encoder(Reader):
     mask_history: bool = field(default=False, kw_only=True)
     mask_thinking: bool = field(default=False, kw_only=True)
     typed_tokens: Literal["ids", "text"] = field(default="ids", kw_only=True)
+    template_args: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.typed_tokens not in ("ids", "text"):
             raise ValueError(f"typed_tokens must be 'ids' or 'text', got {self.typed_tokens!r}")
+        if self.template_args:
+            check_arguments(self.template_args, self.tokenizer, self.stage)
         if self.train_on_prompt and self.mask_history:
             raise ValueError(
                 "train_on_prompt supervises every turn, mask_history only the last; leave out "
@@ -196,6 +201,7 @@ class Encoder(Reader):
             "typed_tokens",
         )
         values = {name: getattr(self, name) for name in names} | asdict(self.vision)
+        values["template_args"] = sorted((self.template_args or {}).items())
         values["on_error"] = "raise" if self.on_error == "raise" else "skip"
         digest = hashlib.sha256(content.encode()).hexdigest()
         return {"the tokenizer": digest} | {n: repr(v) for n, v in sorted(values.items())}
@@ -257,11 +263,18 @@ class Encoder(Reader):
             mask_history=self.mask_history,
             mask_thinking=self.mask_thinking,
             typed_tokens=self.typed_tokens,
+            arguments=self.template_args,
         )
 
     @cached_property
     def _prompt_template(self) -> Template:
-        return Template(self.tokenizer, self.vision, typed_tokens=self.typed_tokens, is_prompt=True)
+        return Template(
+            self.tokenizer,
+            self.vision,
+            typed_tokens=self.typed_tokens,
+            is_prompt=True,
+            arguments=self.template_args,
+        )
 
     @cached_property
     def _timestamp_ids(self) -> Callable[[str], tuple[int, ...]]:

@@ -74,7 +74,11 @@ _FLAG = Meaning(
 _MASK = _FLAG._replace(tools="NeMo and others", neutral=())
 _CHANNEL = Meaning("TRL and ms-swift", "a channel of the answer or the loss", "remove it")
 _PREFIX = Meaning("Mistral", "an answer to continue", "remove it", (False,))
-_TEMPLATE = Meaning("TRL", "variables for the chat template", "remove it")
+_TEMPLATE = Meaning(
+    "TRL",
+    "variables for the chat template",
+    "remove it; --template-arg (template_args) sets them for all rows",
+)
 _ON_PART = Meaning(
     "qwen-vl-utils",
     "the size or sampling of an image or a video",

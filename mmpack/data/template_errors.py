@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmpack.data.rendering import kind_of, texts_of
 from mmpack.data.thoughts import filled
 from mmpack.errors import RowError
 from mmpack.types import Message
 
+_GENERATION = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")  # transformers' own tags
+_GIVEN = frozenset(("messages", "namespace", "raise_exception", "strftime_now"))
 _SHOWN = 40  # characters of a difference
+
+
+def check_arguments(arguments: Mapping[str, Any], tokenizer: Any, stage: str) -> None:
+    """Check that a template's arguments act.
+
+    Raises:
+        ValueError: the template does not have one of them, it is set by mmpack, or documents have no template.
+    """
+    if stage == "pretrain":
+        raise ValueError(
+            "documents have no chat template; leave out --template-arg (template_args)"
+        )
+    from jinja2 import Environment, meta  # transformers needs it for templates, not for documents
+
+    templates = getattr(tokenizer, "chat_template", None) or ""
+    templates = list(templates.values()) if isinstance(templates, dict) else [templates]
+    source = _GENERATION.sub("", "".join(templates))
+    read = meta.find_undeclared_variables(
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    )
+    for name in arguments:
+        if (
+            name not in read
+            or name in _GIVEN
+            or name in inspect.signature(tokenizer.apply_chat_template).parameters
+        ):
+            raise ValueError(
+                f"the chat template has no argument {name!r} to set; leave it out of --template-arg (template_args)"
+            )
 
 
 def not_written(messages: Sequence[Message], held: Sequence[str | int]) -> RowError:
