@@ -99,6 +99,7 @@ FAMILIES = {  # by `model_type` of the config
     ),
     "qwen3_vl": _QWEN3_VL,
     "qwen3_vl_moe": replace(_QWEN3_VL, has_experts=True),
+    "cosmos3_omni": _QWEN3_VL,  # NVIDIA's Cosmos 3 reasoner, a Qwen3-VL by another name
     "qwen3_5": _QWEN3_5,
     "qwen3_5_moe": replace(_QWEN3_5, has_experts=True),
 }

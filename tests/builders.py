@@ -51,6 +51,7 @@ SECONDS = 2.0 if CUTS_SECONDS else 0.65  # a temporal patch of `encoded`'s video
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 # With linear attention: a stock model takes no packs, so they are not in what compares packs with stock.
 HYBRIDS = ["qwen3_5", "qwen3_5_moe"]
+ALIASES = {"cosmos3_omni": "qwen3_vl"}  # the same classes by another name
 # What the families' configs have of their own. Windows of 2 x 2 features, so that small images have several.
 TOWER = {"hidden_size": 32, "intermediate_size": 48}
 VISION = {
@@ -60,6 +61,7 @@ VISION = {
 }
 VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
 VISION["qwen3_5"] = VISION["qwen3_5_moe"] = {**TOWER, "num_position_embeddings": 36}
+VISION |= {name: VISION[family] for name, family in ALIASES.items()}
 # A text layer more than deepstack has levels: what is added after the last one reaches no loss.
 TEXT = {"qwen3_vl": {"head_dim": 8, "num_hidden_layers": 3}}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
@@ -72,11 +74,12 @@ TEXT["qwen3_5"] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
 TEXT["qwen3_5_moe"] = TEXT["qwen3_5"] | EXPERTS | {"shared_expert_intermediate_size": 16}
+TEXT |= {name: TEXT[family] for name, family in ALIASES.items()}
 
 
 def small_spec(family="qwen2_vl"):
     """`SMALL_SPEC` with the family's patches and what videos are to it."""
-    is_third = family.startswith("qwen3")
+    is_third = ALIASES.get(family, family).startswith("qwen3")
     video = VideoSpec(
         min_pixels=1,
         max_pixels=1,

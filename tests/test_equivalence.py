@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from builders import (
+    ALIASES,
     FAMILIES,
     HYBRIDS,
     float64_loss,
@@ -184,7 +185,7 @@ def test_packs_side_by_side_in_one_batch(packs, expected):
     [
         *(
             pytest.param(family, "auto", torch.float64, marks=pytest.mark.smoke)
-            for family in [*FAMILIES, *HYBRIDS]
+            for family in [*FAMILIES, *HYBRIDS, *ALIASES]
         ),
         *((family, "reference", torch.float64) for family in [*FAMILIES, *HYBRIDS]),
         # float32 of Qwen3.5, where stock's own is 5e-5 off: test_matrix.py

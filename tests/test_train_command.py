@@ -1,17 +1,18 @@
 """`mmpack train` trains: float32 weights under --bf16, and the parts that are not frozen."""
 
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from builders import QUIET, encoded, small_spec, tiny_config, tiny_model
+from builders import QUIET, VOCAB, encoded, small_spec, tiny_config, tiny_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from mmpack import PackedDataset
+from mmpack import Encoder, PackedDataset
 from mmpack.cli.main import main
 from mmpack.hf.training_options import parse_training_arguments
 from mmpack.store.encoded_store import write_store
@@ -86,6 +87,18 @@ def test_random_weights_too(folder, tmp_path):
     assert train(folder, tmp_path, "--config", folder / "config.json") == 0
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+
+
+def test_qwen3_5_packs_and_trains(small_set, tmp_path, capsys):
+    """Rows to a run: linear attention in one of two layers."""
+    vision = Encoder.from_folder(small_set / "tokenizer").vision
+    config = tiny_config(VOCAB, family="qwen3_5", vision=vision)
+    config.to_json_file(tmp_path / "config.json")
+    words = ["train", "--data", small_set / "train.json", "--tokenizer", small_set / "tokenizer"]
+    words += ["--config", tmp_path / "config.json", "--capacity", 1024, "--steps", 2]
+    words += ["--save_strategy", "no", "--output_dir", tmp_path / "run"]
+    assert main(list(map(str, words))) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 2
 
 
 def test_a_file_beside_the_command_sets_no_option(tmp_path, monkeypatch):
