@@ -31,6 +31,7 @@ ROOMS = {
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
     "huggingface_hub": {"data/model_folder"},
+    "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
     "pyarrow": {
         "data/columnar_files",
