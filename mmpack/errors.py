@@ -107,6 +107,11 @@ class Skip:
 OnError = Literal["raise", "skip"] | list[BadRow] | Skip
 
 
+def a_kind(kind: str) -> str:
+    """ "image" or "video" with its article."""
+    return f"an {kind}" if kind == "image" else f"a {kind}"
+
+
 def names(keys: Iterable[Any]) -> str:
     """A row's keys for an error message: sorted, shortened, at most 12."""
     shown = [f"{str(key):.40}" for key in sorted(keys, key=str)]

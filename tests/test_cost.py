@@ -5,6 +5,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from builders import small_config
 from torch.utils.flop_counter import (
     FlopCounterMode,
     conv_backward_flop,
@@ -200,6 +201,12 @@ def test_samples_are_counted_one_by_one():
             )
             assert alone[0] == together[n] > 0
         assert together.dtype == np.int64
+
+
+def test_a_family_by_another_name_costs_the_same():
+    row = ([100], [9], [(1, 8, 8)], [0, 1])
+    costs = [sample_flops(small_config(name), *row) for name in ("qwen3_vl", "cosmos3_omni")]
+    assert costs[0] == costs[1] > 0
 
 
 def test_windows_cost_less_than_whole_images():

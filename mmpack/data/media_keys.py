@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mmpack.errors import RowError, names
+from mmpack.errors import RowError, a_kind, names
 from mmpack.media_options import IMAGE_KEYS, SAMPLING_KEYS, VIDEO_KEYS, MediaOptions
 from mmpack.types import Media, VideoRef
 
@@ -44,7 +44,6 @@ def described(given: Mapping[str, Any], kind: str) -> tuple[Any, MediaOptions | 
         for key, value in named.items()
         if value is not None and not (isinstance(value, float) and value != value)  # NaN: a gap
     }
-    a_kind = "an image" if kind == "image" else "a video"
     sources = [key for key in source_keys(kind) if key in named]
     if len(sources) > 1:  # an empty text or list beside another key is a gap, too
         sources = [k for k in sources if not isinstance(named[k], (str, list)) or named[k]]
@@ -52,10 +51,10 @@ def described(given: Mapping[str, Any], kind: str) -> tuple[Any, MediaOptions | 
         "path",
         "bytes",
     ]:  # the latter is how `datasets` names bytes
-        raise RowError(f"{a_kind} has both {sources[0]!r} and {sources[1]!r}", "keep one")
+        raise RowError(f"{a_kind(kind)} has both {sources[0]!r} and {sources[1]!r}", "keep one")
     if named.get("detail", "auto") != "auto":
         raise RowError(
-            f"'detail' {named['detail']!a:.40} of {a_kind} is not supported",
+            f"'detail' {named['detail']!a:.40} of {a_kind(kind)} is not supported",
             "remove it, or give 'max_pixels'",
         )
     if kind == "image":
@@ -76,7 +75,7 @@ def described(given: Mapping[str, Any], kind: str) -> tuple[Any, MediaOptions | 
     if inner is not None:
         twice = sorted(inner.given.keys() & options.keys())
         if twice:
-            raise RowError(f"{a_kind} has {twice[0]!r} twice", "keep one")
+            raise RowError(f"{a_kind(kind)} has {twice[0]!r} twice", "keep one")
         options |= inner.given
     return source, MediaOptions(**options) if options else None
 
@@ -93,12 +92,12 @@ def entry_of(value: Any, kind: str) -> tuple[Any, MediaOptions | None]:
     source, options = described(value, kind)
     if source is None:
         raise RowError(
-            f"{'an image' if kind == 'image' else 'a video'} needs 'path' or 'bytes', got {names(value)}",
+            f"{a_kind(kind)} needs 'path' or 'bytes', got {names(value)}",
             "rename its keys",
         )
     if unknown:
         raise RowError(
-            f"{'an image' if kind == 'image' else 'a video'} has the unknown key {unknown[0]!a:.60}",
+            f"{a_kind(kind)} has the unknown key {unknown[0]!a:.60}",
             f"remove it; keys are {', '.join(media_keys(kind))}",
         )
     return source, options

@@ -21,7 +21,7 @@ from mmpack.data.path_forms import (
     other_unicode_form,
     path_of_url,
 )
-from mmpack.errors import RowError, names
+from mmpack.errors import RowError, a_kind, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, VideoRef
 from mmpack.video_spec import is_rate
@@ -108,14 +108,14 @@ class MediaFolders:
             data, path = value.get("bytes"), value.get("path")
             if data is None and path is None:
                 raise RowError(
-                    f"{_a(kind)} needs 'path' or 'bytes', got {names(value)}",
+                    f"{a_kind(kind)} needs 'path' or 'bytes', got {names(value)}",
                     "rename its keys",
                 )
             if data is None:
                 return self.locate(path, kind)
             if not isinstance(data, (bytes, bytearray)):
                 raise RowError(
-                    f"the bytes of {_a(kind)} must be bytes, got {type(data).__name__}",
+                    f"the bytes of {a_kind(kind)} must be bytes, got {type(data).__name__}",
                     "give its path",
                 )
             name = (
@@ -130,7 +130,7 @@ class MediaFolders:
             width, height = value.size
             return ImageRef("image in memory", value, (height, width))
         raise RowError(
-            f"{_a(kind)} must be a path, bytes or {'a PIL image' if kind == 'image' else 'a list of frames'}, "
+            f"{a_kind(kind)} must be a path, bytes or {'a PIL image' if kind == 'image' else 'a list of frames'}, "
             f"got {type(value).__name__}",
             "give its path",
         )
@@ -224,7 +224,7 @@ class MediaFolders:
             return self._decode_uri(text, kind)
         if not self._takes_data_uris:
             raise RowError(
-                f"{_a(kind)} is given as 'base64' in the row; this is not allowed by default",
+                f"{a_kind(kind)} is given as 'base64' in the row; this is not allowed by default",
                 f"allow it with --allow-data-uri ({DATA_URIS!r} in media_dir)",
             )
         return ImageRef("base64", decoded_base64(text, kind))
@@ -276,10 +276,6 @@ def _not_a_file(error: NotRegularError, kind: str) -> RowError:
         f"{kind} {str(error.path):.300} is {error.kind}, not a regular file",
         "fix the path",
     )
-
-
-def _a(kind: str) -> str:
-    return f"an {kind}" if kind == "image" else f"a {kind}"
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -27,8 +27,12 @@ _STARTS = {  # first characters of base64 of a format: (its name, its media type
     "GkXfo": ("Matroska", "video/webm"),
     "Qk": ("BMP", "image/bmp"),  # last: the least telling
 }
-# Suffixes of `mmpack.data.images.FORMATS`.
-_PICTURES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .mpo .jp2 .j2k .ppm .pgm .pbm".split()
+# Suffixes of `mmpack.data.images.FORMATS`, and of videos.
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".mpo", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm"),
+)
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v")
 _MOST_FRAMES = 100_000  # files in a folder of frames; more is the folder of a whole data set
 _told: set[str] = set()
 
@@ -135,7 +139,7 @@ def frames_in(folder: str) -> list[str]:
     if not names:
         raise RowError(f"the folder {folder:.200} has no frames", "name a folder of pictures")
     names.sort(key=_natural)
-    others = [name for name in names if os.path.splitext(name)[1].lower() not in _PICTURES]
+    others = [name for name in names if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES]
     if others:
         raise RowError(
             f"the folder {folder:.200}, given as a video, has {others[0]!a:.80}, "

@@ -36,7 +36,7 @@ from mmpack.data.row_keys import (
 )
 from mmpack.data.row_values import structured
 from mmpack.data.tool_calls import tools_of
-from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, a_kind, counted, counting, refuse
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -366,11 +366,11 @@ def _as_list(value: Any, kind: str) -> list[Any]:
 
 def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:
     text = "".join(part for turn in turns for part in turn.parts if isinstance(part, str))
-    short, a_kind = ("img", "an image") if kind == "image" else (kind, "a video")
+    short = "img" if kind == "image" else kind
     spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
     if markers < num_values and MARKERS[kind] in text:  # in a string it would be a marker
         return (
-            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind} is a part of its own: "
+            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind(kind)} is a part of its own: "
             f'{{"type": "{kind}"}}'
         )
     if markers == 0 and any(near in text.lower() for near in spellings):

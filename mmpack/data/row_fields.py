@@ -101,25 +101,25 @@ def mapped_fields(mapping: dict[str, Any]) -> Fields:
         raise ValueError(
             f"formatting {short(formatting)} is not supported; use sharegpt, openai or alpaca"
         )
-    hubs = [name for name in mapping if name.endswith("_url") and mapping[name]]
-    for option in (*_REFUSED, *hubs):
-        if (mapping.get(option) or columns.get(option)) and mapping.get(option) != "train":
+    for option, value in (*mapping.items(), *columns.items()):
+        is_refused = option in _REFUSED or option.endswith("_url")
+        if value and is_refused and (option, value) != ("split", "train"):
             raise ValueError(
                 f"a dataset_info.json entry with {option!r} is not supported; remove it"
             )
     for part, known, given in (
-        ("the entry", _ENTRY, mapping),
-        ("'columns'", _COLUMNS, columns),
-        ("'tags'", _SHAREGPT_TAGS, tags),
+        ("columns", _COLUMNS, columns),
+        ("tags", _SHAREGPT_TAGS, tags),
     ):
         unknown = [name for name, value in given.items() if value and name not in known]
-        if unknown and part == "the entry":
-            _log.warning("a dataset_info.json entry has keys that are not read: %s", names(unknown))
-        elif unknown:
+        if unknown:
             raise ValueError(
-                f"{part} of a dataset_info.json entry has {names(unknown)}, which have no meaning there; "
+                f"{part!r} of a dataset_info.json entry has {names(unknown)}, which have no meaning there; "
                 f"use {names(known)}"
             )
+    unread = [name for name, value in mapping.items() if value and name not in _ENTRY]
+    if unread:
+        _log.warning("a dataset_info.json entry has keys that are not read: %s", names(unread))
     kept = [f"{name}={base.tags[name]!r}" for name in base.tags if tags and not tags.get(name)]
     unnamed = tuple(name for name in ("system", "tools") if columns and name not in columns)
     return Fields(

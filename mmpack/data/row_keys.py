@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mmpack.data.media_keys import RATE_KEYS, media_keys
+from mmpack.data.path_forms import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 from mmpack.data.row_values import short, text_of
 from mmpack.errors import RowError, counted
 from mmpack.media_options import VIDEO_KEYS
@@ -25,10 +26,6 @@ from mmpack.media_options import VIDEO_KEYS
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
 THOUGHT_KEYS = frozenset(("reasoning_content", "thinking"))  # of an assistant's turn
 GROUNDING = "docs/grounding.md"
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"),
-    *(".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"),
-)
 _MOST_KEYS = 1000  # different unread keys that are counted per file
 _LONGEST_KEY = 60  # characters of a key that are shown
 _LONGEST_PATH = 1000  # characters of a text that can be a path
@@ -320,8 +317,8 @@ def looks_like_media(value: Any) -> bool:
         return bool(value) and all(looks_like_media(item) for item in value)
     if isinstance(value, str):
         one_line = len(value) <= _LONGEST_PATH and "\n" not in value
-        return value.startswith("data:image/") or (
-            one_line and value.lower().endswith(PICTURE_SUFFIXES)
+        return value.startswith(("data:image/", "data:video/")) or (
+            one_line and value.lower().endswith(PICTURE_SUFFIXES + VIDEO_SUFFIXES)
         )
     if isinstance(value, dict):
         return value.keys() <= {"bytes", "path"} and not all(map(is_absent, value.values()))
