@@ -171,6 +171,16 @@ def test_the_log_counts_what_was_dropped(tmp_path):
     assert last["pack/dropped_segments"] == 1
 
 
+def test_a_share_without_dropping_is_refused(tmp_path):
+    """As --max-bad is without --on-bad-image drop."""
+    dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
+    dataset.max_bad = 0.5
+    with pytest.raises(ValueError, match="max_bad is 0.5, but the first bad image stops the run"):
+        dataset[0]
+    dataset.on_bad_image = "drop"
+    assert len(dataset[0].samples) == 2
+
+
 def test_another_word_for_it_is_refused(tmp_path):
     dataset = PackedDataset.from_samples(rows(tmp_path, 2), CAPACITY)
     dataset.on_bad_image = "skip"

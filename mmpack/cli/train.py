@@ -72,7 +72,9 @@ def run_train(
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
-    dataset.on_bad_image, dataset.max_bad = options.on_bad_image, options.max_bad
+    dataset.on_bad_image = options.on_bad_image
+    if options.on_bad_image == "drop":  # else --max-bad is about rows
+        dataset.max_bad = options.max_bad
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     freeze(model, options.frozen)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):

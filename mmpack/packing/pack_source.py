@@ -101,5 +101,10 @@ class PackSource:
             raise ValueError(
                 f"--on-bad-image (on_bad_image) must be 'raise' or 'drop', got {self.on_bad_image!r}"
             )
+        if self.on_bad_image == "raise" and self.max_bad != MAX_BAD:
+            raise ValueError(
+                f"max_bad is {self.max_bad!r}, but the first bad image stops the run; set on_bad_image to 'drop', "
+                "or leave max_bad out"
+            )
         policy = MediaPolicy(self.on_bad_image, self.max_bad, self._media, self._dropped)
         return PackSamples(samples, self.capacity, policy, resume)
