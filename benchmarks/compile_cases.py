@@ -127,23 +127,30 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
         ("bwd_dkv", varlen.kernels._varlen_attention_bwd_dkv_kernel),
     ):
         options = varlen.launch_options(name, K, {"fp32": torch.float32}.get(dtype))
-        launch = {key: options.pop(key) for key in ("num_warps", "enable_fp_fusion")}
+        launch = {
+            key: options.pop(key)
+            for key in ("num_warps", "maxnreg", "enable_fp_fusion")
+            if key in options
+        }
         constants = {"H": G, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": varlen.TILE}
         constants |= {"CAUSAL": causal, **options}
         arguments = {}
         for argument in kernel.arg_names:
-            if argument.endswith("_desc"):  # q0_desc: queries, the first D0 columns
+            if argument.endswith("1_desc") and not D1:
+                constants[argument] = None
+            elif argument.endswith("_desc"):  # q0_desc: queries, the first D0 columns
                 rows = constants["BN" if argument[0] in "kv" else "BM"]
                 columns = D1 if D1 and "1_" in argument else D0
                 arguments[argument] = f"tensordesc<{dtype}[{rows}, {columns}]>"
-            elif argument.endswith("_step"):
+            elif argument.endswith(("_step", "_stride")):
                 arguments[argument] = "i32:16"
             elif argument not in constants:
                 arguments[argument] = {
                     "lse_ptr": "*fp32:16",
                     "delta_ptr": "*fp32:16",
                     "tiles_ptr": "*i32:16",
-                    "segment_ids_ptr": "*i32:16",
+                    "segment_ids_ptr": "*i32",
+                    "cu_seqlens_ptr": "*i32",
                     "T": "i32",
                     "scale": "fp32",
                     "scale_log2": "fp32",
