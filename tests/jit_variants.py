@@ -94,9 +94,9 @@ def launch(T, S, I, F, R, num_tiles, D=64, attends=True):
     how = (torch.rand(64), (16, 24, 24), False, 1.0)
     mrope.apply_mrope_fwd(q, k, positions, *how)
     if attends:
-        tiles = (zeros(num_tiles, 4), zeros(T))
-        out, lse = varlen_attention_fwd(q, k, k, *tiles, True, 0.1)
-        varlen_attention_bwd(out, q, k, k, out, lse, *tiles, True, 0.1)
+        of_pack = (zeros(num_tiles, 4), zeros(T), zeros(S + 1))
+        out, lse = varlen_attention_fwd(q, k, k, *of_pack, True, 0.1)
+        varlen_attention_bwd(out, q, k, k, out, lse, *of_pack, True, 0.1)
 
 
 def main(argument):
