@@ -15,6 +15,7 @@ from mmpack.ops.assembly import offsets
 
 embed = sys.modules["mmpack.ops.embed_features"]
 varlen = sys.modules["mmpack.ops.varlen_triton"]
+cast = sys.modules["mmpack.ops.cast_patches"]
 sequence = sys.modules["mmpack.ops.assembly.assemble_sequence"]
 patches = sys.modules["mmpack.ops.assembly.assemble_patches"]
 attention_tiles = sys.modules["mmpack.ops.assembly.attention_tiles"]
@@ -181,6 +182,18 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
     return cases
 
 
+def _cast_case(p: int, N: int) -> Case:
+    return Case(
+        f"cast_patches {p} pixels bf16",
+        cast._cast_patches_fwd_kernel,
+        {"out_ptr": "*bf16:16", "patches_ptr": "*u8:16", "P": "i32"},
+        {"N": N, "W": cast.padded_width(N), "ROWS": cast.ROWS, "BLOCK": cast.BLOCK},
+        {"num_warps": 4},
+        programs=_everywhere(8),
+        needs=("STG.128",),
+    )
+
+
 _TEXT = {"sections": (16, 24, 24), "interleaved": False, "num_freqs": 64}
 _QWEN3 = {"sections": (24, 20, 20), "interleaved": True, "num_freqs": 64}
 _VISION = {"sections": (20, 20), "interleaved": False, "num_freqs": 20}
@@ -301,6 +314,7 @@ CASES = _INDEX_CASES + [
     for dtype, D in (("bf16", 1536), ("bf16", 3584), ("bf16", 8192), ("fp32", 3584))
     for case in _embed_cases(dtype, D)
 ]
+CASES += [_cast_case(14, 588), _cast_case(16, 768)]
 CASES += [
     _mrope_case("12 + 2 heads", "bf16", 12, 2, 128, _TEXT),
     _mrope_case("28 + 4 heads", "bf16", 28, 4, 128, _TEXT),
