@@ -61,5 +61,3 @@ def make(job):
         raise MemoryError("no room for the inputs")
     print("a library prints this")
     return FakeTrial(JOBS[job])
-
-
