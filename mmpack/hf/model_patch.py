@@ -195,7 +195,7 @@ def _take_pack(
         kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
     pack = {**pack, "impl": impl, "tuned": patch.choice}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
-    if impl == "triton" or not patch.choice.keys().isdisjoint(("rotary", "vision_rotary")):
+    if impl == "triton" or "rotary" in patch.choice or "vision_rotary" in patch.choice:
         pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
     features: list[Any] = [None]
     nothing: torch.Tensor | None = None

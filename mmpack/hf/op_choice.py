@@ -33,14 +33,16 @@ def roles_of(config: Any) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
     in_text = {"H": heads, "Hk": key_heads, "K": head_dim}
     in_tower = {"H": tower_heads, "Hk": tower_heads, "K": tower_dim}
     full = {**in_tower, "causal": 0, "window": 0}
-    sections = tuple(text.rope_parameters["mrope_section"])
+    sections = text.rope_parameters.get("mrope_section")
     roles: dict[str, tuple[str, dict[str, int]]] = {
         "attention": ("varlen_attention", {**in_text, "causal": 1, "window": 0}),
         "vision_attention": ("varlen_attention", full),
-        "rotary": ("apply_mrope", {**in_text, **_sections(sections, family.is_interleaved)}),
         "vision_rotary": ("apply_mrope", {**in_tower, **_sections((tower_dim // 4,) * 2)}),
         "embedding": ("embed_features", {"V": text.vocab_size, "D": text.hidden_size}),
     }
+    if sections:  # published configs have them; otherwise they are constants of the model's class
+        interleaved = _sections(tuple(sections), family.is_interleaved)
+        roles["rotary"] = ("apply_mrope", {**in_text, **interleaved})
     if family.has_windows:
         side = tower.window_size // tower.patch_size
         roles["window_attention"] = ("varlen_attention", {**full, "window": side * side})
@@ -57,8 +59,15 @@ def shape_classes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[Shap
     mixed precision keeps weights.
 
     Args:
-        config: the model's config, of a supported family.
+        config: the model's config.
+
+    Raises:
+        ValueError: the model's family is not supported.
     """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"a model of model_type {config.model_type!r} has no packs; supported: {', '.join(FAMILIES)}"
+        )
     found: dict[ShapeClass, None] = {}  # in order, without those that two roles share
     for role, (op, sizes) in roles_of(config).items():
         for one in (dtype, torch.float32) if role == "embedding" else (dtype,):
