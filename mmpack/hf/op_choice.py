@@ -87,11 +87,15 @@ def choose(config: Any, table: Table) -> Choice:
 
 
 def table_here(device: torch.device) -> Table:
-    """What was measured on this machine, without implementations that cannot be imported; empty on a CPU."""
+    """What was measured on this machine and can be used; empty on a CPU."""
     if device.type != "cuda":
         return {}
     with torch.cuda.device(device):
-        table = read_table(machine())
+        return usable(read_table(machine()))
+
+
+def usable(table: Table) -> Table:
+    """A table without implementations that can no longer be imported, each named in a warning."""
     for measured in table.values():
         for name in [name for name in measured.seconds if name != "libraries"]:
             if why := why_not_installed(name):
