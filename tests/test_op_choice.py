@@ -10,6 +10,7 @@ from builders import FAMILIES, made_up_rows, small_config, tiny_model
 from ranks import on_ranks
 
 import mmpack.ops
+from benchmarks import tune_models
 from mmpack import reference
 from mmpack.hf import attention, model_patch, op_choice, patch_model, rank_choice
 from mmpack.hf.op_choice import ShapeClass, choose, roles_of, shape_classes, tell_choice, usable
@@ -180,6 +181,13 @@ def test_what_is_measured_for_a_model():
     assert len(texts) == len(set(texts)) == 6 == len([t for t in texts if "float" in t])
     assert [text for text in texts if "float32" in text] == ["embed_features float32 V=100 D=32"]
     assert set(table_of(dtype=torch.float16)) <= set(texts)
+
+
+def test_a_dry_run_of_the_benchmarks_model_lists_it(capsys):
+    assert tune_models.main(["--dry-run"]) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "varlen_attention bfloat16 H=12 Hk=2 K=128 causal=1 window=0"
+    assert last == "apply_mrope bfloat16 H=12 Hk=2 K=128 S0=16 S1=24 S2=24 interleaved=0"
 
 
 def test_one_line_says_how_to_measure(caplog):
