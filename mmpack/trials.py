@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -156,11 +157,9 @@ class _Child:
         threading.Thread(target=self._listen, daemon=True).start()
         assert self._process.stdin is not None
         work = {"module": make.__module__, "function": make.__qualname__, "refused": refused}
-        try:
+        with suppress(BrokenPipeError):  # it has ended; `end` says why
             self._process.stdin.write(json.dumps(work).encode() + b"\n")
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it has ended; `end` says why
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -191,11 +190,10 @@ class _Child:
 
     def end(self) -> str:
         """Kill it if it still runs, and say how it ended."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs may keep it
+            self._process.wait(10)
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -195,9 +195,11 @@ def test_one_line_says_how_to_measure(caplog):
     tell_choice({}, torch.device("cpu"))
     assert not caplog.messages
     tell_choice({}, torch.device("cuda"))
+    tell_choice({}, torch.device("cuda"), ranks=2)
     tell_choice({"attention": {torch.bfloat16: "triton"}}, torch.device("cuda"))
-    assert "`mmpack tune MODEL` does that" in caplog.messages[0]
-    assert caplog.messages[1:] == ["ops by `mmpack tune`: attention bfloat16 triton"]
+    assert "on this GPU; `mmpack tune MODEL` does that" in caplog.messages[0]
+    assert "on the GPU of every rank; `mmpack tune" in caplog.messages[1]
+    assert caplog.messages[2:] == ["ops by `mmpack tune`: attention bfloat16 triton"]
 
 
 def test_a_library_that_is_gone_is_not_used(monkeypatch, caplog):
@@ -213,7 +215,7 @@ def test_a_library_that_is_gone_is_not_used(monkeypatch, caplog):
 
 
 def args(**options):
-    return SimpleNamespace(device="cpu", should_log=True, **options)
+    return SimpleNamespace(device="cpu", should_log=True, world_size=1, **options)
 
 
 def begin(model, state, capacity=8192):

@@ -104,16 +104,17 @@ def usable(table: Table) -> Table:
     return table
 
 
-def tell_choice(choice: Choice, device: torch.device) -> None:
-    """Log what was chosen on a GPU, or how to choose."""
+def tell_choice(choice: Choice, device: torch.device, ranks: int = 1) -> None:
+    """Log what was chosen on the GPUs of all ranks, or how to choose."""
     if device.type != "cuda":
         return
     if choice:
         _log.info("ops by `mmpack tune`: %s", ", ".join(in_words(choice)))
         return
     _log.warning(
-        "impl='auto' uses library ops, because nothing was measured for this model on this GPU; `mmpack tune "
-        "MODEL` does that in minutes, and impl='libraries' is silent"
+        "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` does "
+        "that, and impl='libraries' needs no measurement",
+        "this GPU" if ranks == 1 else "the GPU of every rank",
     )
 
 

@@ -58,7 +58,7 @@ def agree_on_ops(
     state.stateful_callbacks[KEY] = {"impl": impl, **as_record(choice)}
     if is_auto and args.should_log:
         if is_new:
-            tell_choice(choice, device)
+            tell_choice(choice, device, args.world_size)
         _tell_capacity(base.config, choice, table, capacity)
 
 
