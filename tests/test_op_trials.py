@@ -17,7 +17,10 @@ CASES = [
 ]  # fmt: skip
 
 
-def trial(text, device=torch.device("cpu"), dtype="float32", tokens=64):
+CPU = torch.device("cpu")
+
+
+def trial(text, device=CPU, dtype="float32", tokens=64):
     shape = ShapeClass.parse(text.format(dtype))
     return TRIALS[shape.op](shape, tokens, device)
 
