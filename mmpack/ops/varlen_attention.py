@@ -93,15 +93,9 @@ def varlen_attention(
     return run(q_THK, k, v, cu_seqlens, max_seqlen, offsets, causal, scale)
 
 
-def why_not_installed(impl: str) -> str | None:
-    """Why an implementation cannot be imported; None if it can. Does not consider devices and dtypes."""
-    reason: str | None = libraries.why_not(impl)
-    return reason
-
-
 def why_not(impl: str, q_THK: Tensor) -> str | None:
     """Why an implementation does not support this q; None if it does."""
-    reason = why_not_installed(impl)
+    reason = libraries.why_not(impl)
     if reason:
         return reason
     device, dtype = q_THK.device.type, q_THK.dtype
@@ -126,13 +120,6 @@ def why_not(impl: str, q_THK: Tensor) -> str | None:
         if q_THK.shape[2] > 128:
             return f"it takes head dims up to 128, q has {q_THK.shape[2]}"
     return None
-
-
-def candidates(q_THK: Tensor) -> list[str]:
-    """The implementations that `mmpack tune` measures for this q: all but FlexAttention, which torch compiles
-    again for other shapes, and the reference."""
-    names = dict.fromkeys(("triton", *AUTO, "flash4", "sdpa"))
-    return [impl for impl in names if not why_not(impl, q_THK)]
 
 
 def auto_impl(q_THK: Tensor) -> str:
@@ -186,3 +173,16 @@ def _check_tiles(tiles, q_THK):
                 f"{name} must be int32 {shape} on {q_THK.device}, got {tensor.dtype} "
                 f"{tuple(tensor.shape)} on {tensor.device}"
             )
+
+
+def candidates(q_THK: Tensor) -> list[str]:
+    """The implementations that `mmpack tune` measures for this q: all but FlexAttention, which torch compiles
+    again for other shapes, and the reference."""
+    names = dict.fromkeys(("triton", *AUTO, "flash4", "sdpa"))
+    return [impl for impl in names if not why_not(impl, q_THK)]
+
+
+def why_not_installed(impl: str) -> str | None:
+    """Why an implementation cannot be imported; None if it can. Does not consider devices and dtypes."""
+    reason: str | None = libraries.why_not(impl)
+    return reason
