@@ -176,6 +176,19 @@ def test_the_self_test_runs_again_with_other_ops(here, monkeypatch):
     assert not model_patch.use_choice(model, dict(choice), cpu) and len(tested) == 2
 
 
+@pytest.mark.slow
+def test_a_compiled_model_with_a_choice_is_one_graph(here):
+    here(
+        table_of(roles=["attention", "vision_attention"])
+        | table_of(roles=["rotary"], libraries=1.0)
+    )
+    model = patch_model(tiny_model(CONFIG))
+    expected = model(**batch()).loss.item()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(**batch()).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_is_measured_for_a_model():
     texts = [str(shape) for shape in shape_classes(CONFIG, torch.float16)]
     assert len(texts) == len(set(texts)) == 6 == len([t for t in texts if "float" in t])

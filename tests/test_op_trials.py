@@ -6,7 +6,7 @@ import torch
 from mmpack.ops import op_trials
 from mmpack.ops.op_trials import TRIALS, fresh_memory_is_nan, make_trial, worst_row
 from mmpack.ops.tuning import ShapeClass
-from mmpack.trials import WrongResultError, run_trial
+from mmpack.trials import WrongResultError, run_trial, run_trials
 
 ATTENTION = "varlen_attention {} H=2 Hk=1 K=16 causal={} window={}"
 ROTARY = "apply_mrope {} H=2 Hk=1 K=20 S0=2 S1=3 S2=3 interleaved=1"
@@ -52,6 +52,15 @@ def test_runs_are_timed_on_a_gpu(case):
     found = run_trial(make_trial(f"1024 {case.format('bfloat16')}"), {})
     assert found.refused == {} and {"triton", found.default} <= found.seconds.keys()
     assert all(0 < seconds < 1 for seconds in found.seconds.values())
+
+
+@pytest.mark.slow
+def test_a_child_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    job = f"64 {EMBEDDING.format('float32')}"
+    ((name, outcome),) = run_trials(make_trial, [job])
+    assert name == job and "CUDA" in outcome.failed and not outcome.seconds
 
 
 def attend(fault):
