@@ -16,7 +16,7 @@ import torch
 from mmpack.families import FAMILIES
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.ops.tuning import ShapeClass, Table, machine, read_table
-from mmpack.ops.varlen_attention import why_not_installed
+from mmpack.ops.varlen_attention import IMPLEMENTATIONS, why_not_installed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Choice = dict[str, dict[torch.dtype, str]]  # role -> dtype -> implementation
@@ -97,7 +97,7 @@ def table_here(device: torch.device) -> Table:
 def usable(table: Table) -> Table:
     """A table without implementations that can no longer be imported, each named in a warning."""
     for measured in table.values():
-        for name in [name for name in measured.seconds if name != "libraries"]:
+        for name in [name for name in measured.seconds if name in IMPLEMENTATIONS]:
             if why := why_not_installed(name):
                 _log.warning("%s was measured here, but cannot be used: %s", name, why)
                 del measured.seconds[name]
