@@ -135,7 +135,7 @@ def as_record(choice: Choice) -> dict[str, str]:
 
 def impl_for(pack: MmpackDict | Mapping[str, Any], role: str, dtype: torch.dtype) -> str:
     """The implementation for a role and the dtype it computes in; "auto" means a library's."""
-    impl: str = pack["impl"]
+    impl: str = pack.get("impl", "auto")
     if impl != "auto" or "tuned" not in pack:
         return impl
     chosen: str = pack["tuned"].get(role, {}).get(dtype, "auto")
