@@ -372,7 +372,9 @@ def test_input_require_grads_needs_the_module(batch, fused_calls):
 
 
 def test_an_unknown_implementation_is_refused(model):
-    with pytest.raises(ValueError, match="impl must be 'auto' or one of triton, .* got 'fast'"):
+    with pytest.raises(
+        ValueError, match="impl must be 'auto', 'libraries' or one of triton, .* got 'fast'"
+    ):
         patch_model(model, impl="fast")
 
 
