@@ -21,8 +21,13 @@ def check_device(device):
     """Check that a device runs kernels."""
     if torch.compiler.is_compiling():  # checked in eager mode
         return
-    if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+    if not runs_kernels(device.type):
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
+
+
+def runs_kernels(device):
+    """Whether kernels run on tensors of this type of device, such as "cuda"."""
+    return device in ("cuda", "meta") or triton.knobs.runtime.interpret
 
 
 def on_its_device(launches):
