@@ -116,7 +116,9 @@ def _div(parts):
 
 def _rem(parts):
     _only(parts)
-    return lambda a, b: np.where(b == 0, a, a - _quotient(a, b) * b).astype(a.dtype), [parts[-1]] * 2
+    return lambda a, b: np.where(b == 0, a, a - _quotient(a, b) * b).astype(a.dtype), [
+        parts[-1]
+    ] * 2
 
 
 def _extremum(integers, numbers, with_nan):
@@ -148,7 +150,9 @@ def _shift(parts):
 
     def shift(a, by):
         moved = move(a, np.minimum(by, bits - 1).astype(a.dtype))
-        return moved if kind[0] == "s" and not is_left else np.where(by < bits, moved, a.dtype.type(0))
+        return (
+            moved if kind[0] == "s" and not is_left else np.where(by < bits, moved, a.dtype.type(0))
+        )
 
     return shift, [kind, "u32"]
 

@@ -60,7 +60,7 @@ class Barrier:
 
     def __init__(self, count):
         self.count = self.arrivals = count
-        self.bytes, self.phase, self.copies = 0, 0, []
+        self.bytes, self.phase, self.copies, self.is_polled = 0, 0, [], False
 
     def arrive(self, num_bytes):
         if not self.arrivals:
@@ -74,19 +74,30 @@ class Barrier:
             self.arrivals, self.phase = self.count, 1 - self.phase
 
     def is_done(self, parity):
-        """Whether the phase of this parity is over. Late copies are done now, for those who wait for them."""
-        if self.phase == parity:
-            waiting, self.copies = self.copies, []
-            for copy in waiting:
-                copy()
+        """Whether the phase of this parity is over. Late copies are done for those who ask a second time: who asks
+        once and goes on does not wait."""
+        if self.phase == parity and self.copies:
+            if self.is_polled:
+                waiting, self.copies = self.copies, []
+                for copy in waiting:
+                    copy()
+            self.is_polled = not self.is_polled
         return self.phase != parity
 
 
 def _barrier(t, lane, address):
+    """The barrier that a thread asks or arrives at."""
     key = int(t.block[lane]), int(address)
+    if t.shared.race_check:
+        t.shared.race_check.reads(*_touched(t, lane, address))
     if key not in t.shared.barriers:
         raise Fault(f"a barrier at {address - SHARED_BASE} that is not initialized")
     return t.shared.barriers[key]
+
+
+def _touched(t, lane, address):
+    lanes = np.array([lane])
+    return t.shared.places(0, np.array([address]), 8, "barrier"), 8, t, lanes
 
 
 def _active(t, mask):
@@ -103,17 +114,24 @@ def make_mbarrier(parts, operands, code):
             addresses = address(t)
             for lane in _active(t, mask):
                 key = int(t.block[lane]), int(addresses[lane])
-                t.shared.places(0, addresses[lane : lane + 1], 8, "barrier")
+                touched = _touched(t, lane, addresses[lane])
+                if t.shared.race_check:
+                    t.shared.race_check.writes(*touched)
                 if count:
                     t.shared.barriers[key] = Barrier(int(t.spread(count(t))[lane]))
                 else:
-                    if _barrier(t, lane, addresses[lane]).copies:
-                        raise Fault("a barrier ends while copies to it are under way")
-                    del t.shared.barriers[key]
+                    barrier = t.shared.barriers.pop(key, None)
+                    if barrier is None or barrier.copies:
+                        raise Fault(
+                            "a barrier ends that is not there, or while copies to it are under way"
+                        )
 
         return change
     if kind == "arrive":
-        if not set(parts[2:]) <= {"expect_tx", "shared", "shared::cta", "b64"} or operands[0] != "_":
+        if (
+            not set(parts[2:]) <= {"expect_tx", "shared", "shared::cta", "b64"}
+            or operands[0] != "_"
+        ):
             raise KeyError(parts)
         address = code.address(operands[1])
         num_bytes = code.read(operands[2] if "expect_tx" in parts else "0", "u32")
@@ -126,15 +144,23 @@ def make_mbarrier(parts, operands, code):
         return arrive
     if kind not in ("try_wait", "test_wait") or "parity" not in parts:
         raise KeyError(parts)
-    write, address, parity = code.write(operands[0]), code.address(operands[1]), code.read(operands[2], "u32")
+    write, address, parity = (
+        code.write(operands[0]),
+        code.address(operands[1]),
+        code.read(operands[2], "u32"),
+    )
 
     def wait(t, mask):
         addresses, parities, seen = address(t), t.spread(parity(t)), {}
         is_done = np.ones(t.n, bool)
         for lane in _active(t, mask):
-            key = int(t.block[lane]), int(addresses[lane]), int(parities[lane])
+            key = int(t.block[lane]), t.tid[lane] // 32, int(addresses[lane]), int(parities[lane])
             if key not in seen:
-                seen[key] = _barrier(t, lane, addresses[lane]).is_done(key[2])
+                barrier = _barrier(t, lane, addresses[lane])
+                of = key[0], *key[2:]
+                if of not in seen:
+                    seen[of] = barrier.is_done(key[3])
+                seen[key] = seen[of]
             is_done[lane] = seen[key]
         t.is_blocked = not is_done.all()
         write(t, is_done, mask)
@@ -184,14 +210,29 @@ def make_cp(parts, operands, code):
 
 
 def _make_tma(parts, operands, code):
-    known = ("cp", "async", "bulk", "tensor", "2d", "shared::cta", "global", "mbarrier::complete_tx::bytes")
+    known = (
+        "cp",
+        "async",
+        "bulk",
+        "tensor",
+        "2d",
+        "shared::cta",
+        "global",
+        "mbarrier::complete_tx::bytes",
+    )
     if tuple("shared::cta" if part == "shared::cluster" else part for part in parts) != known:
         raise KeyError(parts)
-    found = re.fullmatch(r"\[\s*([%\w]+)\s*,\s*\{\s*([%\w-]+)\s*,\s*([%\w-]+)\s*\}\s*\]", operands[1])
+    found = re.fullmatch(
+        r"\[\s*([%\w]+)\s*,\s*\{\s*([%\w-]+)\s*,\s*([%\w-]+)\s*\}\s*\]", operands[1]
+    )
     if not found:
         raise Unknown(f"TMA of {operands[1]}")
     target, barrier = code.address(operands[0]), code.address(operands[2])
-    tensor_map, x, y = code.read(found[1], "s64"), code.read(found[2], "s32"), code.read(found[3], "s32")
+    tensor_map, x, y = (
+        code.read(found[1], "s64"),
+        code.read(found[2], "s32"),
+        code.read(found[3], "s32"),
+    )
 
     def copy(t, mask):
         values = [t.spread(value) for value in (target(t), barrier(t), tensor_map(t), x(t), y(t))]
@@ -228,7 +269,9 @@ def _tma_job(t, chunks, of, x, y, barrier):
         top, bottom = max(y, 0), min(y + rows, of.shape[0])
         left, right = max(x, 0), min(x + columns, of.shape[1])
         if top < bottom and left < right:
-            word = next(n for n in (16, 8, 4, 2, 1) if (left * size | (right - left) * size) % n == 0)
+            word = next(
+                n for n in (16, 8, 4, 2, 1) if (left * size | (right - left) * size) % n == 0
+            )
             row_begins = of.address + np.arange(top, bottom) * (of.strides[0] * size) + left * size
             places = row_begins[:, None] + np.arange(0, (right - left) * size, word)
             words = t.launch.memory.load(places.reshape(-1), word)

@@ -57,7 +57,11 @@ class Driver:
         return torch.device("cpu")
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": MAX_SHARED[self.arch], "multiprocessor_count": 132, "warpSize": 32}
+        return {
+            "max_shared_mem": MAX_SHARED[self.arch],
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+        }
 
     def _about_to_load(self, module, function, name, metadata_group, hash):
         self._ptx = next(Path(path) for path in metadata_group.values() if path.endswith(".ptx"))
@@ -90,7 +94,9 @@ class Driver:
             elif kind != "constexpr":
                 values.append(value)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        tensors += [value.base for value in args if hasattr(value, "base") and hasattr(value, "strides")]
+        tensors += [
+            value.base for value in args if hasattr(value, "base") and hasattr(value, "strides")
+        ]
         memory = GlobalMemory([tensor for tensor in tensors if tensor.numel()])
         parameters, maps = _parameters(program.kernel, values, memory)
         launch = schedule.Launch(

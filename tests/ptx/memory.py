@@ -59,7 +59,9 @@ class GlobalMemory:
         inside &= self.is_allocated[ends] & self.is_allocated[ends + size - 1]
         if not inside.all():
             bad = int(places[~inside][0])
-            told = (f"{bad - at} of the {end - begin} at {begin:#x}" for begin, end, at in self.regions)
+            told = (
+                f"{bad - at} of the {end - begin} at {begin:#x}" for begin, end, at in self.regions
+            )
             raise Fault(f"{what} of {size} bytes outside of all tensors: byte {' or '.join(told)}")
         return _aligned(places, size, what)
 
@@ -139,7 +141,14 @@ def make(parts, operands, code):
             space = part.split("::")[0]
         elif part in ("v2", "v4", "v8"):
             count = int(part[1:])
-        elif part not in ("relaxed", "volatile", "nc", "L1::evict_last", "L1::evict_first", "L1::no_allocate"):
+        elif part not in (
+            "relaxed",
+            "volatile",
+            "nc",
+            "L1::evict_last",
+            "L1::evict_first",
+            "L1::no_allocate",
+        ):
             raise KeyError(part)
     bits = int(kind[1:])
     size = count * bits // 8

@@ -33,11 +33,17 @@ def add_options(parser):
     group = parser.getgroup("emulator")
     group.addoption("--emulate", action="store_true", help="run tests of GPUs on the PTX emulator")
     group.addoption(
-        "--emulate-late", action="store_true", help="copies and products no earlier than they are waited for"
+        "--emulate-late",
+        action="store_true",
+        help="copies and products no earlier than they are waited for",
     )
     group.addoption("--emulate-warps", type=int, metavar="SEED", help="warps in random order")
-    group.addoption("--emulate-races", action="store_true", help="find missing barriers; implies late")
-    group.addoption("--emulate-arch", type=int, default=90, metavar="N", help="80 for sm_80; default 90")
+    group.addoption(
+        "--emulate-races", action="store_true", help="find missing barriers; implies late"
+    )
+    group.addoption(
+        "--emulate-arch", type=int, default=90, metavar="N", help="80 for sm_80; default 90"
+    )
 
 
 def start(config):

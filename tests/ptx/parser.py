@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from ptx.faults import Unknown
 
 WIDTHS = {"pred": 1, "b16": 16, "b32": 32, "b64": 64}
-_STATEMENT = re.compile(r"\s*(?:(?P<scope>[{}])|(?P<label>[$\w]+):|(?P<loc>\.loc[^\n]*)|(?P<text>[^;{}]+(?:\{[^;{}]*(?:\{[^{}]*\})?[^;{}]*\}[^;{}]*)*);)")
+_STATEMENT = re.compile(
+    r"\s*(?:(?P<scope>[{}])|(?P<label>[$\w]+):|(?P<loc>\.loc[^\n]*)|(?P<text>[^;{}]+(?:\{[^;{}]*(?:\{[^{}]*\})?[^;{}]*\}[^;{}]*)*);)"
+)
 _GUARD = re.compile(r"@(!?)([%$\w@]+)\s+")
 
 
@@ -90,7 +92,9 @@ class _Body:
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
-        self.scopes: list[tuple[int, set[str]]] = []  # of inline assembly: number, names declared in it
+        self.scopes: list[
+            tuple[int, set[str]]
+        ] = []  # of inline assembly: number, names declared in it
         self.num_scopes = 0
         self.families: dict[str, int] = {}  # %r<10> declares %r0 to %r9: width by "%r"
 
@@ -161,7 +165,7 @@ class _Body:
 
 
 def split_operands(text: str) -> list[str]:
-    """"%r1, {%r2, %r3}, [%rd1+4]" -> ["%r1", "{%r2, %r3}", "[%rd1+4]"]"""
+    """ "%r1, {%r2, %r3}, [%rd1+4]" -> ["%r1", "{%r2, %r3}", "[%rd1+4]"]"""
     parts, depth, begin = [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "[{(") - (character in ")}]")
@@ -172,5 +176,5 @@ def split_operands(text: str) -> list[str]:
 
 
 def names_of(operand: str) -> list[str]:
-    """"{%r1, %r2}" or "%r1" -> the names"""
+    """ "{%r1, %r2}" or "%r1" -> the names"""
     return [name.strip() for name in operand.strip("{} ").split(",")]

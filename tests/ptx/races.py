@@ -42,7 +42,9 @@ class RaceCheck:
         self._check(touched, self.written, self.writer, warp, "written by warps {} and {}")
         for chunks in self.pending:
             if np.isin(touched // 16, chunks).any():
-                raise Fault("race: shared memory is overwritten before the wgmma that reads it is waited for")
+                raise Fault(
+                    "race: shared memory is overwritten before the wgmma that reads it is waited for"
+                )
         self.written[touched], self.writer[touched] = self.epoch, warp
 
     def copy_begins(self, chunks, warp):
@@ -64,7 +66,9 @@ class RaceCheck:
         if bad.any():
             place = int(touched[bad][0])
             other = "several" if who[place] == _SEVERAL else who[place]
-            raise Fault(f"race: byte {place} of shared memory is {told.format(other, warp)}, no barrier between")
+            raise Fault(
+                f"race: byte {place} of shared memory is {told.format(other, warp)}, no barrier between"
+            )
 
 
 def _by_warp(places, size, t, lanes):

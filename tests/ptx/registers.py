@@ -161,7 +161,9 @@ class Operands:
                 value = value.astype(f"i{dtype.itemsize}" if value.dtype.kind == "i" else dtype)
             if mask is not None:
                 old = t.registers[place]
-                value = np.where(mask, value.view(dtype), poison if old is None else old.view(dtype))
+                value = np.where(
+                    mask, value.view(dtype), poison if old is None else old.view(dtype)
+                )
             elif value.shape != (t.n,):
                 value = np.repeat(value, t.n)
             t.registers[place] = value

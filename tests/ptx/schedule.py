@@ -110,7 +110,9 @@ class Program:
             return arithmetic.make_packed_cvt(parts, operands, code)
         function, kinds = arithmetic.make(parts)
         write = code.write(operands[0])
-        sources = [code.read(operand, kind) for operand, kind in zip(operands[1:], kinds, strict=True)]
+        sources = [
+            code.read(operand, kind) for operand, kind in zip(operands[1:], kinds, strict=True)
+        ]
         if len(sources) == 1:
             (read,) = sources
             return lambda t, mask: write(t, function(read(t)), mask)
@@ -334,7 +336,9 @@ def _release(t):
         places = np.unique(t.pcs[of_block])
         if len(places) > 1:
             texts = [f"{place - 1}" for place in places]
-            raise Fault(f"the threads of a CTA wait at different barriers, instructions {', '.join(texts)}")
+            raise Fault(
+                f"the threads of a CTA wait at different barriers, instructions {', '.join(texts)}"
+            )
         t.waiting &= ~of_block
         if t.shared.race_check:
             t.shared.race_check.barrier()

@@ -30,7 +30,12 @@ def make_wgmma(parts, operands, code):
         return lambda t, mask: t.wgmma.wait(pending, mask)
     shape, to, half = parts[4], parts[5], parts[6:]
     size = re.fullmatch(r"m64n(\d+)k16", shape)
-    if parts[1:4] != ("mma_async", "sync", "aligned") or to != "f32" or not size or half not in _HALVES:
+    if (
+        parts[1:4] != ("mma_async", "sync", "aligned")
+        or to != "f32"
+        or not size
+        or half not in _HALVES
+    ):
         raise KeyError(parts)
     N, half = int(size[1]), half[0]
     accumulator = [(code.read(name, "f32"), code.write(name)) for name in names_of(operands[0])]
@@ -42,7 +47,9 @@ def make_wgmma(parts, operands, code):
     a_is_transposed = bool(not is_in_registers and transposed and transposed[0])
     b_is_transposed = bool(transposed and transposed[-1])
     if len(accumulator) != N // 2 or (scale_a, scale_b) != (1, 1):
-        raise Unknown(f"wgmma {shape} with {len(accumulator)} registers, scales {scale_a} {scale_b}")
+        raise Unknown(
+            f"wgmma {shape} with {len(accumulator)} registers, scales {scale_a} {scale_b}"
+        )
 
     def issue(t, mask):
         warps = whole_warps(t, mask)
@@ -53,7 +60,9 @@ def make_wgmma(parts, operands, code):
         is_kept = t.spread(keep(t))[groups * 128]
         b_places = _chunks(t, _descriptors(t, b, groups), blocks, N, b_is_transposed)
         if is_in_registers:
-            matrix = _a_of_registers([t.spread(read(t)).reshape(-1, 128)[groups] for read in a], half)
+            matrix = _a_of_registers(
+                [t.spread(read(t)).reshape(-1, 128)[groups] for read in a], half
+            )
         else:
             a_places = _chunks(t, _descriptors(t, a[0], groups), blocks, 64, a_is_transposed)
 
@@ -74,7 +83,9 @@ def make_wgmma(parts, operands, code):
             fragments = np.ascontiguousarray(fragments).reshape(N // 2, -1, 128)
             if is_kept.any():
                 old = np.stack([read(t).reshape(-1, 128)[groups] for read, _ in accumulator])
-                fragments += old if is_kept.all() else np.where(is_kept[:, None], old, np.float32(0))
+                fragments += (
+                    old if is_kept.all() else np.where(is_kept[:, None], old, np.float32(0))
+                )
             if mask is not None:
                 some, fragments = fragments, np.zeros((N // 2, t.n // 128, 128), np.float32)
                 fragments[:, groups] = some
@@ -113,7 +124,12 @@ def _chunks(t, descriptors, blocks, rows, is_transposed):
             if span == 16:
                 raise Unknown("wgmma of a transposed matrix without a swizzle")
             k, row = np.arange(_K)[:, None], np.arange(0, rows, 8)
-            offsets = row // (span // 2) * leading + row % (span // 2) * 2 + k // 8 * stride + k % 8 * span
+            offsets = (
+                row // (span // 2) * leading
+                + row % (span // 2) * 2
+                + k // 8 * stride
+                + k % 8 * span
+            )
         places = swizzled(start + offsets, span)
         out.append(t.shared.chunks(block, places, "wgmma"))
     return np.stack(out)
@@ -156,7 +172,9 @@ def make_mma(parts, operands, code):
         # (rows' half, warp, column, pair, which) -> (warp, 16, 8)
         right = right.reshape(2, -1, 8, 4, 2).transpose(1, 0, 3, 4, 2).reshape(-1, _K, 8)
         old = np.stack([t.spread(read(t)) for read in c])
-        product = decode_half(np.ascontiguousarray(left), half) @ decode_half(np.ascontiguousarray(right), half)
+        product = decode_half(np.ascontiguousarray(left), half) @ decode_half(
+            np.ascontiguousarray(right), half
+        )
         # (warp, rows' half, row, pair, which) -> a row per register
         fragments = product.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
         for write, values in zip(writers, fragments + old):

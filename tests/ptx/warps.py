@@ -65,7 +65,13 @@ def make_elect(parts, operands, code):
 
 
 def make_redux(parts, operands, code):
-    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}[parts[2]]
+    reduce = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+    }[parts[2]]
     write, value = code.write(operands[0]), code.read(operands[1], parts[3])
 
     def reduction(t, mask):
@@ -98,7 +104,18 @@ def make_matrix(parts, operands, code):
     """ldmatrix and stmatrix of 1, 2 or 4 matrices of 16-bit numbers. Thread l of a warp has row l // 4, columns
     2 (l % 4) and 2 (l % 4) + 1 of each; the first 8 threads have the first one's row addresses, and so on."""
     is_load, is_transposed = parts[0] == "ldmatrix", "trans" in parts
-    if not set(parts[1:]) <= {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"}:
+    if not set(parts[1:]) <= {
+        "sync",
+        "aligned",
+        "m8n8",
+        "x1",
+        "x2",
+        "x4",
+        "trans",
+        "shared",
+        "shared::cta",
+        "b16",
+    }:
         raise KeyError(parts)
     count = next(int(part[1:]) for part in parts if part in ("x1", "x2", "x4"))
     registers, place = operands if is_load else reversed(operands)
