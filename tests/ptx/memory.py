@@ -59,10 +59,13 @@ class GlobalMemory:
         inside &= self.is_allocated[ends] & self.is_allocated[ends + size - 1]
         if not inside.all():
             bad = int(places[~inside][0])
-            told = (
-                f"{bad - at} of the {end - begin} at {begin:#x}" for begin, end, at in self.regions
+            begin, end, at = min(
+                self.regions, key=lambda r: max(r[2] - bad, bad - r[2] - r[1] + r[0])
             )
-            raise Fault(f"{what} of {size} bytes outside of all tensors: byte {' or '.join(told)}")
+            raise Fault(
+                f"{what} of {size} bytes outside of all tensors: byte {bad - at} of a storage of "
+                f"{end - begin}"
+            )
         return _aligned(places, size, what)
 
     def copy_back(self):

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from ptx.faults import Unknown
 
 WIDTHS = {"pred": 1, "b16": 16, "b32": 32, "b64": 64}
+# A statement may have braces: {%r1, %r2} or [%rd1, {%r1, %r2}].
 _STATEMENT = re.compile(
-    r"\s*(?:(?P<scope>[{}])|(?P<label>[$\w]+):|(?P<loc>\.loc[^\n]*)|(?P<text>[^;{}]+(?:\{[^;{}]*(?:\{[^{}]*\})?[^;{}]*\}[^;{}]*)*);)"
+    r"\s*(?:(?P<scope>[{}])|(?P<label>[$\w]+):|\.loc\s[^\n]*|"
+    r"(?P<text>[^;{}]+(?:\{[^;{}]*(?:\{[^{}]*\})?[^;{}]*\}[^;{}]*)*);)"
 )
 _GUARD = re.compile(r"@(!?)([%$\w@]+)\s+")
 

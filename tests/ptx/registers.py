@@ -110,7 +110,7 @@ class Operands:
 
     def _read_register(self, name, dtype):
         place, width = self.places[name], self.kernel.widths[name]
-        bits = 1 if dtype == bool else 8 * dtype.itemsize
+        bits = 1 if dtype.kind == "b" else 8 * dtype.itemsize
         if bits > width:
             raise Unknown(f"{name} of {width} bits read as {dtype}")
 
@@ -141,7 +141,7 @@ class Operands:
             value = int(operand.rstrip("U"), 0)
         else:
             raise Unknown(f"the operand {operand!r}")
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.array([bool(value)])
         bits = 8 * dtype.itemsize
         return np.array([value & ((1 << bits) - 1)], UNSIGNED[bits]).view(dtype)
@@ -156,7 +156,9 @@ class Operands:
         poison = np.array([POISON & ((1 << 8 * dtype.itemsize) - 1)]).astype(dtype)
 
         def write(t, value, mask):
-            if value.dtype.itemsize != dtype.itemsize or (value.dtype == bool) != (dtype == bool):
+            if value.dtype.itemsize != dtype.itemsize or (value.dtype.kind == "b") != (
+                dtype.kind == "b"
+            ):
                 # A narrow value in a wide register is extended by its sign, if it has one.
                 value = value.astype(f"i{dtype.itemsize}" if value.dtype.kind == "i" else dtype)
             if mask is not None:

@@ -6,7 +6,6 @@ counter go first. Order "warps" runs one CTA at a time, its warps in random turn
 
 from __future__ import annotations
 
-import itertools
 import random
 from dataclasses import dataclass, field
 
