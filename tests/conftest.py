@@ -129,6 +129,12 @@ def device(request):
 
 
 @pytest.fixture
+def emulated():
+    """The driver behind Triton under --emulate."""
+    return emulator
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """Fresh memory is full of NaN, so that a row nobody wrote is seen."""
     real = torch.Tensor.new_empty

@@ -15,7 +15,7 @@ from triton.backends.nvidia.driver import make_tensordesc_arg
 
 from ptx import schedule
 from ptx.asynchronous import TensorMap
-from ptx.faults import Fault
+from ptx.faults import Fault, Unknown
 from ptx.memory import GlobalMemory
 from ptx.parser import parse
 
@@ -40,7 +40,7 @@ class Driver:
         self.utils, self.launcher_cls = self, self._launcher
         self.programs: dict[str, schedule.Program] = {}
         self.edit = lambda ptx: ptx  # of every kernel that is loaded: tests put faults in
-        self.launches = 0
+        self.device = 0
         self._ptx = ""
         triton.knobs.runtime.kernel_load_start_hook = self._about_to_load
 
@@ -48,7 +48,7 @@ class Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device=None):
         return 0
@@ -87,6 +87,8 @@ class Driver:
             raise Fault(f"a grid of {x, y, z}: at most 2^31 - 1, 65535 and 65535")
         if not x * y * z:
             return
+        if getattr(metadata, "global_scratch_size", 0):
+            raise Unknown("scratch memory of a kernel")
         values, descriptors = [], iter(getattr(metadata, "tensordesc_meta", None) or [])
         for kind, value in zip(source.signature.values(), args, strict=True):
             if kind.startswith("tensordesc"):
@@ -102,7 +104,6 @@ class Driver:
         launch = schedule.Launch(
             memory, parameters, maps, (x, y, z), max(metadata.shared, 16), **vars(self.order)
         )
-        self.launches += 1
         schedule.run(program, launch)
         memory.copy_back()
 

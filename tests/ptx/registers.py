@@ -91,6 +91,7 @@ class Operands:
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
+        self.written: set[str] = set()  # by any instruction
         self.places = {name: place for place, name in enumerate(kernel.widths)}
         self.parameters = {p.name: PARAMETER_BASE + p.offset for p in kernel.parameters}
 
@@ -114,17 +115,22 @@ class Operands:
         if bits > width:
             raise Unknown(f"{name} of {width} bits read as {dtype}")
 
-        def read(t):
+        def stored(t):
             value = t.registers[place]
             if value is None:
-                raise Fault(f"{name} is read before it is written")
+                if name in self.written:
+                    raise Fault(f"{name} is read before it is written")
+                value = np.full(
+                    t.n, _poison(UNSIGNED[width])
+                )  # LLVM leaves undefined what nobody uses
+            return value
+
+        def read(t):
+            value = stored(t)
             return value if value.dtype == dtype else value.view(dtype)
 
         def read_low(t):
-            value = t.registers[place]
-            if value is None:
-                raise Fault(f"{name} is read before it is written")
-            return value.view(UNSIGNED[width]).astype(UNSIGNED[bits]).view(dtype)
+            return stored(t).view(UNSIGNED[width]).astype(UNSIGNED[bits]).view(dtype)
 
         return read if bits == width else read_low
 
@@ -153,7 +159,8 @@ class Operands:
         if operand not in self.places:
             raise Unknown(f"the destination {operand!r}")
         place, dtype = self.places[operand], UNSIGNED[self.kernel.widths[operand]]
-        poison = np.array([POISON & ((1 << 8 * dtype.itemsize) - 1)]).astype(dtype)
+        poison = _poison(dtype)
+        self.written.add(operand)
 
         def write(t, value, mask):
             if value.dtype.itemsize != dtype.itemsize or (value.dtype.kind == "b") != (
@@ -181,6 +188,10 @@ class Operands:
         kind = "u32" if self.kernel.widths.get(base) == 32 else "s64"
         read = self.read(base, kind)
         return lambda t: t.spread(read(t)).astype(np.int64) + offset
+
+
+def _poison(dtype):
+    return np.array(POISON & ((1 << 8 * dtype.itemsize) - 1), np.uint64).astype(dtype)
 
 
 _SPECIAL = {

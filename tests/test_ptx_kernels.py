@@ -1,0 +1,154 @@
+"""The emulator on attention's kernels: what it notices if something is taken out of their PTX, and launches' limits."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from mmpack import reference
+from mmpack.ops import varlen_kernels
+from mmpack.ops.varlen_triton import varlen_attention_bwd, varlen_attention_fwd
+
+pytestmark = pytest.mark.emulated
+WAITS = r"@!complete bra\.uni waitLoop;|wgmma\.wait_group\.sync\.aligned \d+;|cp\.async\.wait_group\s+\d+;"
+BARRIERS = r"bar\.sync\s+0;"
+
+
+class Case:
+    """Forward and backward of a long and two short segments."""
+
+    def __init__(self, K, lengths=(150, 20, 40)):
+        offsets = np.cumsum([0, *lengths])
+        self.q, self.k, self.v, self.dout = (
+            torch.randn(offsets[-1], 1, K).bfloat16() for _ in range(4)
+        )
+        tiles = reference.attention_tiles(offsets, causal=True), reference.segment_ids(offsets)
+        self.how = (*map(torch.from_numpy, tiles), True, K**-0.5)
+        inputs = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
+        out = reference.varlen_attention(*inputs, offsets.tolist(), causal=True, scale=K**-0.5)
+        self.exact = [out.detach(), *torch.autograd.grad(out, inputs, self.dout.double())]
+        self.out = self.lse = None
+
+    def forward(self):
+        self.out, self.lse = varlen_attention_fwd(self.q, self.k, self.v, *self.how)
+        return [self.out]
+
+    def backward(self):
+        saved = (self.out, self.lse)
+        return varlen_attention_bwd(self.dout, self.q, self.k, self.v, *saved, *self.how)
+
+    def is_right(self, kernel):
+        """Whether outputs of `kernel` are as near to exact ones as bf16 allows."""
+        found = self.forward() if kernel == "fwd" else self.backward()
+        exact = self.exact[:1] if kernel == "fwd" else self.exact[1:]
+        return all((x - y).norm() < 5e-3 * y.norm() for x, y in zip(found, exact))
+
+
+def load_again():
+    for name in ("fwd", "bwd_dq", "bwd_dkv"):
+        getattr(varlen_kernels, f"_varlen_attention_{name}_kernel").device_caches.clear()
+
+
+@pytest.fixture
+def driver(emulated, monkeypatch):
+    """The emulator, looking for races; kernels are loaded again before and after."""
+    from ptx.driver import Order
+
+    monkeypatch.setattr(emulated, "order", Order(late=True, check_races=True))
+    monkeypatch.setattr(emulated, "edit", emulated.edit)
+    load_again()
+    yield emulated
+    load_again()
+
+
+def without(pattern, numbers, kernel, counts):
+    """An edit that takes the matches with these numbers out of a kernel, and tells how many there are."""
+
+    def edit(ptx):
+        if f"_varlen_attention_{kernel}_kernel" not in ptx:
+            return ptx
+        places = list(re.finditer(pattern, ptx))
+        counts.append(len(places))
+        for place in reversed([place for n, place in enumerate(places) if n in numbers]):
+            ptx = ptx[: place.start()] + ptx[place.end() :]
+        return ptx
+
+    return edit
+
+
+def is_noticed(driver, case, kernel, pattern, numbers):
+    from ptx.faults import Fault
+
+    driver.edit = without(pattern, numbers, kernel, [])
+    load_again()
+    try:
+        return not case.is_right(kernel)
+    except Fault:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("K", "kernel"),
+    [
+        (64, "fwd"),
+        *[
+            pytest.param(K, kernel, marks=pytest.mark.slow)
+            for K in (64, 80, 128)
+            for kernel in ("fwd", "bwd_dq", "bwd_dkv")
+            if (K, kernel) != (64, "fwd")
+        ],
+    ],
+)
+def test_a_barrier_or_wait_that_is_taken_out_is_noticed(K, kernel, driver):
+    """Every wait; and of the barriers, taken out one after the other as long as nothing is noticed, most: Triton has
+    one before each copy of a thread that makes several in turn, where one would do."""
+    case = Case(K)
+    case.forward()
+    counts = []
+    driver.edit = without(BARRIERS, (), kernel, counts)
+    load_again()
+    assert case.is_right(kernel)
+    driver.edit = without(WAITS, (), kernel, counts)
+    load_again()
+    assert case.is_right(kernel)
+    barriers, waits = counts
+    assert barriers > 5 and waits > 2
+    unnoticed = [n for n in range(waits) if not is_noticed(driver, case, kernel, WAITS, {n})]
+    assert not unnoticed
+    spared = set()
+    for number in range(barriers):
+        if not is_noticed(driver, case, kernel, BARRIERS, {*spared, number}):
+            spared.add(number)
+    assert len(spared) < barriers / 2, spared
+
+
+@pytest.mark.parametrize(
+    "order", [{"late": True}, {"warp_seed": 1}, {"warp_seed": 2, "late": True}], ids=str
+)
+def test_results_do_not_depend_on_the_order(order, emulated, monkeypatch):
+    from ptx.driver import Order
+
+    case = Case(64)
+    expected = [*case.forward(), *case.backward()]
+    monkeypatch.setattr(emulated, "order", Order(**order))
+    for ours, other in zip([*case.forward(), *case.backward()], expected):
+        assert torch.equal(ours, other)
+
+
+def test_a_launch_has_limits(driver, monkeypatch):
+    from ptx import driver as drivers
+    from ptx.faults import Fault
+    from triton.runtime.errors import OutOfResources
+
+    case = Case(64)
+    kernel = varlen_kernels._varlen_attention_fwd_kernel
+    real = type(kernel).__getitem__
+    monkeypatch.setattr(type(kernel), "__getitem__", lambda self, grid: real(self, (1, 65536)))
+    with pytest.raises(Fault, match="a grid of .1, 65536, 1.: at most"):
+        case.forward()
+    monkeypatch.undo()
+    monkeypatch.setitem(drivers.MAX_SHARED, 90, 48 * 1024)
+    monkeypatch.setattr(driver, "device", 1)  # Triton asks each device once
+    with pytest.raises(OutOfResources, match="Required: .*, Hardware limit: 49152"):
+        case.forward()
