@@ -204,7 +204,7 @@ def test_what_it_does_not_know_it_names(line, told):
         ("ld.global.b32 %r3, [%rd1+2];", "misaligned read of 4 bytes"),
         ("ld.shared.b32 %r3, [global_smem+4096];", "shared memory: bytes 4096 to 4100 of 4096"),
         ("st.shared.v4.b32 [global_smem+8], {%r1, %r1, %r1, %r1};", "misaligned write of 16 bytes"),
-        ("add.s32 %r3, %r7, 1;", "%r7 is read before it is written: add.s32 %r3, %r7, 1"),
+        ("add.s32 %r3, %r7, 1;\nmov.b32 %r7, 1;", "%r7 is read before it is written: add.s32 %r3, %r7, 1"),
         ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [global_smem], 4;", "not initialized"),
         ("mbarrier.init.shared::cta.b64 [global_smem], 1;\n"
          "mbarrier.arrive.expect_tx.shared::cta.b64 _, [global_smem], 4;", "more arrivals"),
