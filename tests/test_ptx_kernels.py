@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mmpack import reference
-from mmpack.ops import varlen_kernels
-from mmpack.ops.varlen_triton import varlen_attention_bwd, varlen_attention_fwd
+from mmpack.ops import varlen_attention, varlen_kernels
 
 pytestmark = pytest.mark.emulated
 WAITS = r"@!complete bra\.uni waitLoop;|wgmma\.wait_group\.sync\.aligned \d+;|cp\.async\.wait_group\s+\d+;"
@@ -20,29 +19,26 @@ class Case:
 
     def __init__(self, K, lengths=(150, 20, 40)):
         offsets = np.cumsum([0, *lengths])
-        self.q, self.k, self.v, self.dout = (
-            torch.randn(offsets[-1], 1, K).bfloat16() for _ in range(4)
-        )
+        inputs = [torch.randn(offsets[-1], 1, K).bfloat16() for _ in range(4)]
+        *self.inputs, self.dout = inputs
         tiles = reference.attention_tiles(offsets, causal=True), reference.segment_ids(offsets)
-        self.how = (*map(torch.from_numpy, tiles), True, K**-0.5)
-        inputs = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
-        out = reference.varlen_attention(*inputs, offsets.tolist(), causal=True, scale=K**-0.5)
-        self.exact = [out.detach(), *torch.autograd.grad(out, inputs, self.dout.double())]
-        self.out = self.lse = None
+        self.how = {"causal": True, "scale": K**-0.5, "tiles": tuple(map(torch.from_numpy, tiles))}
+        self.cu_seqlens, self.longest = torch.tensor(offsets, dtype=torch.int32), max(lengths)
+        self.exact = self.run("reference", [x.double() for x in self.inputs])
 
-    def forward(self):
-        self.out, self.lse = varlen_attention_fwd(self.q, self.k, self.v, *self.how)
-        return [self.out]
-
-    def backward(self):
-        saved = (self.out, self.lse)
-        return varlen_attention_bwd(self.dout, self.q, self.k, self.v, *saved, *self.how)
+    def run(self, impl="triton", inputs=None, with_backward=True):
+        """The output; and the gradients of q, k and v."""
+        inputs = [x.detach().requires_grad_(with_backward) for x in inputs or self.inputs]
+        pack = (*inputs, self.cu_seqlens, self.longest)
+        out = varlen_attention(*pack, **self.how, impl=impl)
+        if not with_backward:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.dout.to(out.dtype))]
 
     def is_right(self, kernel):
-        """Whether outputs of `kernel` are as near to exact ones as bf16 allows."""
-        found = self.forward() if kernel == "fwd" else self.backward()
-        exact = self.exact[:1] if kernel == "fwd" else self.exact[1:]
-        return all((x - y).norm() < 5e-3 * y.norm() for x, y in zip(found, exact))
+        """Whether what `kernel` makes is as near to the exact result as bf16 allows."""
+        found = self.run(with_backward=kernel != "fwd")
+        return all((x - y).norm() < 5e-3 * y.norm() for x, y in zip(found, self.exact))
 
 
 def load_again():
@@ -104,7 +100,6 @@ def test_a_barrier_or_wait_that_is_taken_out_is_noticed(K, kernel, driver):
     """Every wait; and of the barriers, taken out one after the other as long as nothing is noticed, most: Triton has
     one before each copy of a thread that makes several in turn, where one would do."""
     case = Case(K)
-    case.forward()
     counts = []
     driver.edit = without(BARRIERS, (), kernel, counts)
     load_again()
@@ -130,9 +125,9 @@ def test_results_do_not_depend_on_the_order(order, emulated, monkeypatch):
     from ptx.driver import Order
 
     case = Case(64)
-    expected = [*case.forward(), *case.backward()]
+    expected = case.run()
     monkeypatch.setattr(emulated, "order", Order(**order))
-    for ours, other in zip([*case.forward(), *case.backward()], expected):
+    for ours, other in zip(case.run(), expected):
         assert torch.equal(ours, other)
 
 
@@ -146,9 +141,9 @@ def test_a_launch_has_limits(driver, monkeypatch):
     real = type(kernel).__getitem__
     monkeypatch.setattr(type(kernel), "__getitem__", lambda self, grid: real(self, (1, 65536)))
     with pytest.raises(Fault, match="a grid of .1, 65536, 1.: at most"):
-        case.forward()
+        case.run()
     monkeypatch.undo()
     monkeypatch.setitem(drivers.MAX_SHARED, 90, 48 * 1024)
     monkeypatch.setattr(driver, "device", 1)  # Triton asks each device once
     with pytest.raises(OutOfResources, match="Required: .*, Hardware limit: 49152"):
-        case.forward()
+        case.run()
