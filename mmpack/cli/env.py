@@ -43,6 +43,7 @@ KERNELS = {
     "embed_features": "the embedding and an index",
     "accumulate_embedding_grad": None,
     "apply_mrope": "transformers",
+    "cast_patches": "torch",
     "assemble_sequence": "the C++ core",
     "assemble_patches": "the C++ core",
     "attention_tiles": "the C++ core",

@@ -73,9 +73,10 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         model: a `Qwen2VLForConditionalGeneration` or another family's, its inner model, or a wrapper around one
             (PEFT).
         impl: which ops to use. "auto": those of libraries (torch, flash-attn). "triton": mmpack's kernels
-            (attention, rotary embedding, token embedding with feature insertion), on a CUDA device or in Triton's
-            interpreter; "auto" will choose them once they are measured on a GPU. Or an implementation of
-            `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or refused.
+            (attention, rotary embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA
+            device or in Triton's interpreter; "auto" will choose them once they are measured on a GPU. Or an
+            implementation of `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or
+            refused.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced a method that mmpack binds.
@@ -133,7 +134,8 @@ def unpatch_model(model: Model) -> Model:
         remove_hook(base.get_submodule(name), hook_id)
     for module, method, _ in _bindings(base):
         delattr(module, method)
-    vars(base.visual.patch_embed).pop("normalization", None)
+    for name in ("normalization", "impl"):
+        vars(base.visual.patch_embed).pop(name, None)
     vars(base.visual.merger).pop("merged", None)
     _set_text_attention(base, patch.text_attention)
     remove_loss(base, model)

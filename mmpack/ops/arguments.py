@@ -23,6 +23,14 @@ def check_device(device):
         return
     if not runs_kernels(device.type):
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                "the kernel needs a GPU of compute capability 8.0 or newer, {} has {}.{}".format(
+                    device, *capability
+                )
+            )
 
 
 def runs_kernels(device):
