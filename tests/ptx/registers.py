@@ -91,7 +91,9 @@ class Operands:
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
-        self.written: set[str] = set()  # by any instruction
+        # Names by whether the instruction that writes them has a guard; `is_guarded` is of the one in the making.
+        self.written: dict[bool, set[str]] = {False: set(), True: set()}
+        self.is_guarded = False
         self.places = {name: place for place, name in enumerate(kernel.widths)}
         self.parameters = {p.name: PARAMETER_BASE + p.offset for p in kernel.parameters}
 
@@ -160,7 +162,7 @@ class Operands:
             raise Unknown(f"the destination {operand!r}")
         place, dtype = self.places[operand], UNSIGNED[self.kernel.widths[operand]]
         poison = _poison(dtype)
-        self.written.add(operand)
+        self.written[self.is_guarded].add(operand)
 
         def write(t, value, mask):
             if value.dtype.itemsize != dtype.itemsize or (value.dtype.kind == "b") != (

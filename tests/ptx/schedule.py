@@ -7,7 +7,7 @@ counter go first. Order "warps" runs one CTA at a time, its warps in random turn
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,7 +35,6 @@ class Launch:
     late: bool = False  # asynchronous work when it is waited for, not at once
     warp_seed: int | None = None  # random turns of warps
     check_races: bool = False
-    steps: int = field(default=0)
 
 
 @dataclass
@@ -48,6 +47,7 @@ class Step:
     guard: object = None  # threads -> where the instruction is executed
     is_negated: bool = False
     target: int = -1
+    times: int = 0  # that some threads executed it
 
 
 class Program:
@@ -64,6 +64,7 @@ class Program:
             step.guard = self.code.read(instruction.guard[0], "pred")
             step.is_negated = instruction.guard[1]
         parts, operands = instruction.parts, instruction.operands
+        self.code.is_guarded = instruction.guard is not None
         try:
             if parts[0] == "bra":
                 step.kind, step.target = "branch", self.kernel.labels[operands[0]]
@@ -273,7 +274,7 @@ def _events(program, t):
                 elif not count and step.kind not in ("branch", "end"):
                     pc += 1
                     continue
-            t.launch.steps += 1
+            step.times += 1
             if step.kind == "branch":
                 if where is mask or where is None or np.array_equal(where, active):
                     pc = step.target
