@@ -120,11 +120,10 @@ class Operands:
         def stored(t):
             value = t.registers[place]
             if value is None:
-                if name in self.written:
+                if name in self.written[False] - self.written[True]:
                     raise Fault(f"{name} is read before it is written")
-                value = np.full(
-                    t.n, _poison(UNSIGNED[width])
-                )  # LLVM leaves undefined what nobody uses
+                # LLVM leaves undefined what nobody uses, guards leave out what no thread of a warp uses.
+                value = np.full(t.n, _poison(UNSIGNED[width]))
             return value
 
         def read(t):
