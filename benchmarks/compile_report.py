@@ -100,8 +100,8 @@ def programs_at_once(
     return min([*limits, TENSOR_COLUMNS // tensor_columns] if tensor_columns else limits)
 
 
-def compile_case(case: Case, arch: int = 90) -> Result:
-    """Compile and disassemble a case, and check its limits."""
+def compile_and_disassemble(case: Case, arch: int = 90) -> tuple[Any, str, str]:
+    """Triton's compiled kernel, its resource usage and its machine code, as NVIDIA's tools print them."""
     signature, attributes, constants = {}, {}, {}
     for place, name in enumerate(case.kernel.arg_names):
         if name in case.constants:
@@ -118,12 +118,19 @@ def compile_case(case: Case, arch: int = 90) -> Result:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     with tempfile.TemporaryDirectory() as scratch:
-        cubin, ptx = Path(scratch, "kernel.cubin"), Path(scratch, "kernel.ptx")
+        cubin = Path(scratch, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
-        sass = _run("nvdisasm", "-c", cubin)
-        target = re.search(r"\.target\s+([\w]+)", compiled.asm["ptx"])[1]
+        return compiled, usage, _run("nvdisasm", "-c", cubin)
+
+
+def compile_case(case: Case, arch: int = 90) -> Result:
+    """Compile and disassemble a case, and check its limits."""
+    compiled, usage, sass = compile_and_disassemble(case, arch)
+    target = re.search(r"\.target\s+([\w]+)", compiled.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        ptx = Path(scratch, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
         spills = _spills(ptx, target)
     registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
     columns = getattr(compiled.metadata, "tmem_size", None) or 0

@@ -21,7 +21,7 @@ def check_device(device):
     """Check that a device runs kernels."""
     if torch.compiler.is_compiling():  # checked in eager mode
         return
-    if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+    if not runs_kernels(device.type):
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
     if device.type == "cuda" and not torch.version.hip:
         capability = torch.cuda.get_device_capability(device)
@@ -31,6 +31,11 @@ def check_device(device):
                     device, *capability
                 )
             )
+
+
+def runs_kernels(device):
+    """Whether kernels run on tensors of this type of device, such as "cuda"."""
+    return device in ("cuda", "meta") or triton.knobs.runtime.interpret
 
 
 def on_its_device(launches):

@@ -111,7 +111,9 @@ def why_not(impl: str, q_THK: Tensor) -> str | None:
     if impl == "triton":
         import triton
 
-        if device not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+        from mmpack.ops import arguments
+
+        if not arguments.runs_kernels(device):
             return f"the kernel needs a CUDA device, q is on {device}"
         if device == "cuda" and torch.version.hip:
             return "the kernel is for NVIDIA GPUs, whose loads it uses (TMA)"
@@ -122,7 +124,7 @@ def why_not(impl: str, q_THK: Tensor) -> str | None:
             )
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"it takes bfloat16, float16 and float32, q is {dtype}"
-        if device == "cpu" and dtype == torch.bfloat16:
+        if device == "cpu" and dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
             return "bfloat16 sums are wrong in Triton's interpreter"
         if q_THK.shape[2] > 256:
             return f"it takes head dims up to 256, q has {q_THK.shape[2]}"
