@@ -79,7 +79,7 @@ def row_state(weights_L):
     return torch.full_like(weights_L, -torch.inf), torch.full_like(weights_L, torch.nan)
 
 
-def row_weights(labels_L, weights_L, dtype):
+def row_weights(labels_L: Tensor, weights_L: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(L,) the weight of each row's loss; 0 for a row without a label."""
     is_supervised = labels_L != IGNORE
     return is_supervised.to(dtype) if weights_L is None else is_supervised * weights_L.to(dtype)
@@ -95,7 +95,7 @@ def row_scales(weights_L, factor):
     return torch.where(weights_L != 0, weights_L * factor, 0.0)
 
 
-def denominator(num_items, weights_L):
+def denominator(num_items: Tensor | float | None, weights_L: Tensor) -> Tensor | float:
     """`num_items` on the weights' device, or the sum of the weights if it is None; 1 for 0."""
     if num_items is None:
         num_items = weights_L.sum()

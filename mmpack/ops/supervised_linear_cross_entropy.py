@@ -37,7 +37,7 @@ LEAST = 1 << 20  # logits of a chunk of a small batch: 2 MiB in bf16
 COLUMNS = 256  # a chunk is a multiple of this
 
 
-def columns_per_chunk(L, V):
+def columns_per_chunk(L: int, V: int) -> int:
     """C, the columns of a chunk; V if all logits are but one chunk."""
     columns = max(-(-V // CHUNKS), -(-LEAST // max(1, L)))
     return max(1, min(V, -(-columns // COLUMNS) * COLUMNS))
