@@ -61,8 +61,7 @@ def test_float64_equals_the_reference(L, D, V, num_items, weighted, small_chunks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_no_further_from_float64_than_what_transformers_computes(dtype, impl, device, monkeypatch):
-    """1.5 times, in the norm; in bf16 the gradient of the hidden states is at 1.35, as each chunk's part of it is
-    rounded once, the weight's at 1.0, and the loss at what the rounding of logits makes of it."""
+    """At most 1.1 times, in the norm: logits and their gradient are rounded as in stock, and the sums not at all."""
     if (impl, dtype, device.type) == ("triton", torch.bfloat16, "cpu"):
         pytest.skip("bf16 sums are wrong in the interpreter")
     monkeypatch.setattr(op, "LEAST", 1)
@@ -80,7 +79,7 @@ def test_no_further_from_float64_than_what_transformers_computes(dtype, impl, de
     assert op.columns_per_chunk(*labels.shape, len(weight)) < len(weight)
     for a, b, c in zip(ours, theirs, exact):
         assert a.dtype == b.dtype
-        assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-6 * c.norm()
+        assert (a - c).norm() <= 1.1 * (b - c).norm() + 1e-6 * c.norm()
 
 
 def test_kernels_and_torch_agree(small_chunks, device):
@@ -185,8 +184,8 @@ def test_peak_memory_is_the_formulas(trained, dtype):
     formula = s * L * C + 100 * L
     if dtype == torch.bfloat16:
         formula += exact * L * C
-    if hidden.requires_grad:
-        formula += (exact + s) * L * D if dtype == torch.bfloat16 else 0
+    if hidden.requires_grad and dtype == torch.bfloat16:
+        formula += exact * (L * D + C * D)
     assert backward - returned <= formula < 0.15 * s * L * V
 
 

@@ -10,11 +10,12 @@ bytes.) Only the gradient of the hidden states is added up over chunks, in float
 Peak memory beyond the arguments and the gradients returned, in bytes, with s bytes per number of the inputs, at most
 
     forward   s L C + 4 min(L C, CHUNK) + 100 L
-    backward  s L C + 4 min(L C, CHUNK) + 100 L + (4 + s) L D    the last: the sum, and one chunk's part of it
+    backward  s L C + 4 min(L C, CHUNK) + 100 L + 4 L D    the last: the sum
 
-with C of `columns_per_chunk`: 1/32 of the vocabulary, or more for few rows. For float64, 4 is 8; for both float32
-and float64, the backward lacks the second and the last term; kernels lack the second. Logits that are kept take
-s L V. Not measured on a GPU yet.
+with C of `columns_per_chunk`: 1/32 of the vocabulary, or more for few rows. For float64, 4 is 8; for float32 and
+float64 the backward lacks the second and the last term; kernels lack the second. On a CPU, bf16 factors of the sum
+are cast: there CHUNK is no limit, and the backward takes 4 C D more. Logits that are kept take s L V. Not measured
+on a GPU yet.
 """
 
 import torch
@@ -43,6 +44,15 @@ def columns_per_chunk(L: int, V: int) -> int:
     return max(1, min(V, -(-columns // COLUMNS) * COLUMNS))
 
 
+def add_product(sum_LD, a_LC, b_CD):
+    """Add a product to a float32 or float64 sum without rounding it to the factors' dtype first: TRL found that to
+    bias training (https://github.com/huggingface/trl, `kernels/chunked_logprob.py`)."""
+    if a_LC.is_cuda and a_LC.dtype != sum_LD.dtype:
+        torch.addmm(sum_LD, a_LC, b_CD, out_dtype=sum_LD.dtype, out=sum_LD)
+    else:
+        sum_LD.addmm_(a_LC.to(sum_LD.dtype), b_CD.to(sum_LD.dtype))
+
+
 def supervised_linear_cross_entropy_fwd(hidden_LD, weight_VD, labels_L, weights_L, impl):
     """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights."""
     lse_L, target_L = row_state(weights_L)
@@ -67,10 +77,8 @@ def supervised_linear_cross_entropy_bwd(
         part.cross_entropy_bwd(dlogits_LC, labels_L, scale_L, lse_L, first)
         if needs_weight:
             torch.mm(dlogits_LC.T, hidden_LD, out=dweight[first : first + C])
-        if needs_hidden and dhidden.dtype == hidden_LD.dtype:
-            dhidden.addmm_(dlogits_LC, weight_CD)
-        elif needs_hidden:
-            dhidden += dlogits_LC @ weight_CD
+        if needs_hidden:
+            add_product(dhidden, dlogits_LC, weight_CD)
         del dlogits_LC  # before the next chunk's
     return dhidden.to(hidden_LD.dtype), dweight
 
