@@ -34,7 +34,7 @@ class _Head:
 
 
 def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
-    """The forward to bind on a head: (1, 1, 1), the weighted sum of the rows' losses, where that pays; else logits."""
+    """The forward to bind on a head: the weighted sum of the rows' losses, (1, 1, 1), where that pays, else logits."""
     state = vars(self).get(_STATE)
     targets, weight = None, self.weight
     if state is not None:
