@@ -348,6 +348,14 @@ def _(family):
     return are_found and not called and len(compat.all_hooks(linear)) == 2
 
 
+@check("torch: FSDP2's hooks are of torch.distributed.fsdp")
+def _(family):
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState  # the hooks' owner
+
+    hooks = (FSDPState._pre_forward, FSDPState._post_forward)
+    return all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+
+
 @check("torch: _is_replica")
 def _(family):
     linear = nn.Linear(1, 1)
