@@ -14,7 +14,7 @@ from builders import tiny_config
 import mmpack.cli.demo
 from mmpack.cli import options
 from mmpack.cli.main import main
-from mmpack.cli.options import command_line
+from mmpack.cli.parser import command_line, parse
 from mmpack.data import progress
 from mmpack.hf.training import log_line
 from mmpack.hf.training_options import parse_training_arguments
@@ -263,7 +263,7 @@ def test_every_command_is_here():
 def test_dashes_and_underscores_are_alike():
     """Of what is ours; transformers' parser takes both itself."""
     words = ["train", "--data", "a_b", "--max_pixels=3", "--video-max_frames", "2", "--plan-seed=1"]
-    _, given = options.parse([*words, "--learning-rate", "1e-3", "--weight_decay=0.1"])
+    _, given = parse([*words, "--learning-rate", "1e-3", "--weight_decay=0.1"])
     assert (given.data, given.max_pixels, given.video_max_frames) == (("a_b",), 3, 2)
     assert given.training == ("--learning-rate", "1e-3", "--weight_decay=0.1")
     arguments = parse_training_arguments(given.training)
@@ -272,8 +272,8 @@ def test_dashes_and_underscores_are_alike():
 
 def test_defaults_that_follow_from_others():
     pack = ["pack", "x", "--tokenizer", "t", "--capacity", "8", "--out", "o"]
-    assert options.parse(pack)[1].planning == Planning(capacity=8)
-    _, given = options.parse([*pack, "--stage", "pretrain", "--frozen", "vision"])
+    assert parse(pack)[1].planning == Planning(capacity=8)
+    _, given = parse([*pack, "--stage", "pretrain", "--frozen", "vision"])
     expected = Planning(capacity=8, on_overflow="split", frozen=("vision",))
     assert given.planning == expected
     with pytest.raises(FrozenInstanceError):
@@ -290,9 +290,9 @@ def test_an_option_is_a_field(monkeypatch, capsys):
         more_so: Literal["a", "b"] = options.option("one more", "a")
 
     monkeypatch.setitem(options.COMMANDS, "env", (More, ""))
-    assert options.parse(["env"])[1].more_so == "a"
-    assert options.parse(["env", "--more_so", "b"])[1].more_so == "b"
+    assert parse(["env"])[1].more_so == "a"
+    assert parse(["env", "--more_so", "b"])[1].more_so == "b"
     for words in (["env", "--more-so", "c"], ["env", "--help"]):
         with pytest.raises(SystemExit):
-            options.parse(words)
+            parse(words)
     assert "--more-so {a,b}  one more" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.cli.options import COMMANDS, flag
 from mmpack.hf import training_options
-from mmpack.hf.training_options import NEEDED, REFUSED, parse_training_arguments
+from mmpack.hf.training_options import EVALUATION, NEEDED, REFUSED, parse_training_arguments
 from mmpack.hf.unavailable import unavailable
 from mmpack.ops import tuning
 from mmpack.store.encoded_store import open_store
@@ -182,6 +182,11 @@ CASES = [
     Case("train", "on_bad_image", TRAIN, "--on-bad-image drop"),
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
+    Case("train", "eval_data", TRAIN, "--eval-data packed"),
+    Case("train", "eval_data", TRAIN, "--eval-data packed rows.json", "one of 2 --eval-data, but a packed folder"),
+    Case("train", "tokenizer", TRAIN + " --eval-data rows.json", "--tokenizer tokenizer"),
+    Case("train", "lora_rank", "--data packed --model model", "--lora-rank 4"),
+    Case("train", "lora_rank", TRAIN, "--lora-rank 4", "LoRA adapts trained weights (--lora-rank); pass --model"),
     Case("train", "weights_dtype", TRAIN, "--weights-dtype bfloat16"),
     Case("train", "model", "--data packed", "--model model"),
     Case("train", "config", "--data packed", "--config config.json"),
@@ -310,10 +315,12 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl):
+    def train(model, dataset, args, impl, eval_dataset, processor):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
+        if eval_dataset is not None:
+            seen["evaluated"] = eval_dataset.fingerprint()
         return {"steps": 0}
 
     monkeypatch.setattr(Encoder, "from_folder", keep_spec)
@@ -324,6 +331,9 @@ def run(world, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(
         "mmpack.hf.model_parts.freeze", lambda model, parts: seen.update(frozen=parts)
+    )
+    monkeypatch.setattr(
+        "mmpack.hf.lora.add_lora", lambda model, rank, name: seen.update(lora=rank) or model
     )
     for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
@@ -457,8 +467,9 @@ WITHOUT = {
 def test_every_training_argument_is_known():
     names = {one.name for one in dataclasses.fields(TrainingArguments)}
     needed = {name for group, _, _ in NEEDED for name in group}
-    assert names == TRAINERS | UNPASSABLE | set(REFUSED) | needed
-    assert not TRAINERS & set(REFUSED) | TRAINERS & needed | set(REFUSED) & needed
+    assert names == TRAINERS | UNPASSABLE | set(REFUSED) | set(EVALUATION) | needed
+    assert not TRAINERS & (set(REFUSED) | set(EVALUATION) | needed)
+    assert set(REFUSED) & needed == {"metric_for_best_model"}  # other metrics are refused
 
 
 def value_of(name):
@@ -479,7 +490,9 @@ def value_of(name):
     return "True" if "bool" in words else "3" if "int" in words or "float" in words else "a"
 
 
-@pytest.mark.parametrize("name", [*REFUSED, *(name for group, _, _ in NEEDED for name in group)])
+@pytest.mark.parametrize(
+    "name", [*REFUSED, *EVALUATION, *(name for group, _, _ in NEEDED for name in group)]
+)
 def test_a_training_argument_without_effect_is_refused(name):
     words = [f"--{name}", value_of(name), "--use_cpu", *WITHOUT.get(name, [])]
     with pytest.raises(ValueError, match=f"^--{name} .*does not apply: "):
@@ -523,8 +536,48 @@ def test_what_is_so_anyway_may_be_said():
     )
     assert (args.save_steps, args.num_train_epochs, args.eval_strategy) == (7, 2, "no")
     for words in ("--save_strategy best", "--lr_scheduler_type greedy"):
-        with pytest.raises(ValueError, match=f"^{words} does not apply: mmpack train has no eval"):
+        with pytest.raises(ValueError, match=f"^{words} does not apply: there is no eval"):
             parse_training_arguments(words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {"eval_strategy": "epoch", "save_strategy": "steps"}),
+        ("--save_strategy epoch", {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        ("--save_steps 7 --save_strategy steps", {"eval_strategy": "steps", "eval_steps": 7}),
+        ("--eval_strategy steps", {"eval_steps": 500}),
+        ("--load_best_model_at_end", {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        (
+            "--load_best_model_at_end --eval_strategy steps --eval_steps 7",
+            {"eval_steps": 7, "save_strategy": "steps", "save_steps": 7},
+        ),
+        ("--save_strategy best --eval_delay 3", {"eval_strategy": "epoch", "eval_delay": 3}),
+        ("--per_device_eval_batch_size 2", {"per_device_eval_batch_size": 2}),
+        (
+            "--load_best_model_at_end --metric_for_best_model loss",
+            {"metric_for_best_model": "loss", "greater_is_better": False},
+        ),
+    ],
+)
+def test_evaluation_options_act_with_an_evaluation_set(words, expected):
+    args = parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--eval_strategy no", "--eval-data would never be evaluated"),
+        ("--do_eval False", "--eval-data would never be evaluated"),
+        ("--metric_for_best_model accuracy", "mmpack train evaluates the loss alone"),
+        ("--metric_for_best_model loss", "it needs --load_best_model_at_end"),
+        ("--eval_steps 3", "it needs --eval_strategy steps"),
+    ],
+)
+def test_evaluation_options_without_effect_are_refused(words, text):
+    with pytest.raises(ValueError, match=f"^--{words[2:].split()[0]} .*does not apply: {text}"):
+        parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
 
 
 # What an option needs

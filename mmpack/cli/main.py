@@ -27,8 +27,8 @@ from mmpack.cli.options import (
     ReadingOptions,
     TrainOptions,
     TuneOptions,
-    parse,
 )
+from mmpack.cli.parser import parse
 from mmpack.cli.refused_options import check_applies
 from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
