@@ -189,6 +189,22 @@ def test_the_stages_name_every_file_with_a_gpu_test():
     assert len(named) == len(set(named)) and set(named) == on_gpu
 
 
+def test_tuning_comes_after_the_tests_of_ops_and_before_the_benchmarks():
+    names = [stage.name for stage in STAGES]
+    assert names.index("assembly") < names.index("tune") < names.index("bench varlen_attention")
+    (tune,) = (stage for stage in STAGES if stage.name == "tune")
+    assert tune.dry == ("--dry-run",)  # test_op_choice.py runs it
+
+
+def test_a_dry_run_of_a_command_has_further_arguments(tmp_path):
+    words = ("-c", "import sys; print(*sys.argv[1:])", "all")
+    stages = [Stage("tune", 20, "tune.txt", words, selects=False, dry=("--dry-run",))]
+    for dry, said in ((False, "all"), (True, "all --dry-run")):
+        (done,) = gpu_run.run(stages, tmp_path, dry=dry, least=1)
+        assert done.end == "ok"
+        assert (tmp_path / "tune.txt").read_text().splitlines()[-1] == said
+
+
 def test_the_limits_fit_into_the_deadline():
     assert gpu_run.DEADLINE + gpu_run.GRACE <= 9 * 60
     of_tests = sum(stage.limit for stage in STAGES if stage.log == "tests.txt")

@@ -27,6 +27,7 @@ if find_spec("triton"):
     from mmpack.ops.assembly.assemble_sequence import assemble_sequence
     from mmpack.ops.assembly.attention_tiles import attention_tiles
     from mmpack.ops.assembly.dense_mask import dense_mask
+    from mmpack.ops.cast_patches import cast_patches
     from mmpack.ops.embed_features import embed_features
     from mmpack.ops.mrope import apply_mrope
 
@@ -36,6 +37,7 @@ if find_spec("triton"):
         "assemble_patches",
         "assemble_sequence",
         "attention_tiles",
+        "cast_patches",
         "dense_mask",
         "embed_features",
     ]
