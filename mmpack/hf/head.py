@@ -100,7 +100,7 @@ def unbind_heads(model: nn.Module) -> None:
 
 def give_targets(linear: Any, kwargs: dict[str, Any] | None, impl: str) -> None:
     """Hand a head the targets of a packed batch's keywords; with None, take back what it has not used."""
-    state = vars(linear).get(_STATE)
+    state = None if linear is None else vars(linear).get(_STATE)
     if state is None:
         return
     state.targets = None

@@ -61,10 +61,10 @@ def _columns(labels, first, C):
 
 
 def implementation(impl, logits):
-    """`Torch` or the kernels' module, by `impl`; logits of float64 are always torch's."""
+    """`Torch` or the kernels' module, by `impl`; always torch for float64 and for columns that are not adjacent."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl != "triton" or logits.dtype == torch.float64:
+    if impl != "triton" or logits.dtype == torch.float64 or logits.stride(-1) != 1:
         return Torch
     from mmpack.ops import cross_entropy_kernels  # late: Triton may be missing
     from mmpack.ops.arguments import check_device
@@ -170,8 +170,8 @@ def supervised_cross_entropy(
             1, so that a batch without supervised rows has loss 0.
         weights_L: (L,) float32 or float64, finite and not negative; None: all 1. A row of weight 0 is one without
             loss: it adds nothing, whatever its logits.
-        impl: "torch", "triton" (our kernels, but for float64), or "auto": torch, until the kernels are measured on
-            a GPU. Not used in a compiled graph, which fuses torch's cross entropy itself.
+        impl: "torch", "triton" (our kernels, but for float64 and columns that are not adjacent), or "auto": torch,
+            until the kernels are measured on a GPU. Not used in a compiled graph, which fuses torch's cross entropy.
 
     Raises:
         ValueError: shapes or the dtype of the weights do not match, an unknown `impl`, or a device that does not
@@ -193,4 +193,5 @@ def supervised_cross_entropy(
         logits_LV = torch.where(weights_L[:, None] != 0, logits_LV.to(dtype), 0.0)
         losses_L = F.cross_entropy(logits_LV, labels_L, reduction="none")
         return (losses_L * weights_L).sum() / num_items
-    return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, weights_L, num_items, impl)
+    rows = (labels_L.contiguous(), weights_L)
+    return SupervisedCrossEntropyFunction.apply(logits_LV, *rows, num_items, impl)

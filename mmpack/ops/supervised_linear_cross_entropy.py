@@ -176,6 +176,7 @@ def supervised_linear_cross_entropy(
         )
     check_weights(weights_L, labels_L)
     implementation(impl, hidden_LD)
+    hidden_LD, labels_L = hidden_LD.contiguous(), labels_L.contiguous()
     dtype = torch.promote_types(hidden_LD.dtype, torch.float32)
     weights_L = row_weights(labels_L, weights_L, dtype)
     num_items = denominator(num_items, weights_L)
