@@ -35,7 +35,8 @@ from mmpack.hf.trainer_checks import (
     tell_batch_size,
     tell_weights,
 )
-from mmpack.packing.dataset import EvenPacks, PackedDataset
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.stream import PackStream
 
 _log = logging.getLogger(__name__)

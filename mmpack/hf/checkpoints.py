@@ -29,7 +29,8 @@ from mmpack.hf.compat import (
     loads_whole_checkpoints,
 )
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.packing.dataset import EvenPacks, PackedDataset
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.plan import plan_epoch
 
 _BY_HAND = "PackingCallback was not attached; use PackingCallback(dataset).attach(trainer)"
