@@ -36,6 +36,12 @@ class PackedLoss:
         mmpack: MmpackDict | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        weights = None
+        if mmpack is not None and "loss_weight_bits" in mmpack:
+            weights = mmpack["loss_weight_bits"].view(torch.float32).to(logits.device)
+            if shift_labels is None:  # full_logits
+                rows = mmpack["supervised_index"]
+                logits, shift_labels = logits[:, rows], labels[:, rows + 1]
         if mmpack is None or shift_labels is None:
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels
@@ -48,7 +54,10 @@ class PackedLoss:
             )
         rows_LV = logits.reshape(-1, logits.shape[-1])
         return supervised_cross_entropy(
-            rows_LV, shift_labels.reshape(-1).to(rows_LV.device), num_items_in_batch
+            rows_LV,
+            shift_labels.reshape(-1).to(rows_LV.device),
+            num_items_in_batch,
+            weights_L=weights,
         )
 
 

@@ -1,4 +1,4 @@
-"""Cross entropy over the supervised rows, without a float32 copy of the logits.
+"""Weighted cross entropy over the supervised rows, without a float32 copy of the logits.
 
 transformers casts all logits to float32 and keeps the cast, its softmax and its gradient: 12 bytes per logit, in
 addition to 2 for bf16. Here rows are processed in chunks, and the backward overwrites the logits with their
@@ -22,28 +22,42 @@ def _chunks(*tensors):
     return zip(*(tensor.split(rows) for tensor in tensors))
 
 
-def supervised_cross_entropy_fwd(logits_LV, labels_L):
-    """(sum of the rows' losses, log-sum-exp of each row (L,)), float32, or float64 for float64 logits."""
-    dtype = torch.promote_types(logits_LV.dtype, torch.float32)
-    total = torch.zeros((), dtype=dtype, device=logits_LV.device)
-    lse_L = torch.empty(len(logits_LV), dtype=dtype, device=logits_LV.device)
-    for logits, labels, lse in _chunks(logits_LV, labels_L, lse_L):
-        is_supervised = labels != IGNORE
-        target = torch.where(is_supervised, labels, 0)[:, None]
+def row_weights(labels_L, weights_L, dtype):
+    """(L,) the weight of each row's loss; 0 for a row without a label."""
+    is_supervised = labels_L != IGNORE
+    return is_supervised.to(dtype) if weights_L is None else is_supervised * weights_L.to(dtype)
+
+
+def denominator(num_items, weights_L):
+    """`num_items` on the weights' device, or their sum if it is None; 1 for 0."""
+    if num_items is None:
+        num_items = weights_L.sum()
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(weights_L.device, weights_L.dtype, non_blocking=True)
+        return num_items + (num_items == 0)
+    return num_items or 1
+
+
+def supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L):
+    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights."""
+    dtype = weights_L.dtype
+    total, lse_L = weights_L.new_zeros(()), torch.empty_like(weights_L)
+    for logits, labels, weights, lse in _chunks(logits_LV, labels_L, weights_L, lse_L):
+        target = torch.where(weights != 0, labels, 0)[:, None]
         torch.logsumexp(logits.to(dtype), dim=1, out=lse)
         losses = lse - logits.gather(1, target)[:, 0].to(dtype)
-        total = total + torch.where(is_supervised, losses, 0.0).sum()
+        total = total + torch.where(weights != 0, weights * losses, 0.0).sum()
     return total, lse_L
 
 
-def supervised_cross_entropy_bwd(logits_LV, labels_L, lse_L, factor):
-    """Overwrite the logits with factor * (softmax - one-hot), rounded once."""
-    for logits, labels, lse in _chunks(logits_LV, labels_L, lse_L):
-        is_supervised = (labels != IGNORE)[:, None]
-        target = torch.where(is_supervised, labels[:, None], 0)
+def supervised_cross_entropy_bwd(logits_LV, labels_L, weights_L, lse_L, factor):
+    """Overwrite the logits with factor * weight * (softmax - one-hot), rounded once."""
+    for logits, labels, weights, lse in _chunks(logits_LV, labels_L, weights_L, lse_L):
+        weights = weights[:, None]
+        target = torch.where(weights != 0, labels[:, None], 0)
         gradient = (logits.to(lse.dtype) - lse[:, None]).exp_()
         gradient.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=lse.dtype))
-        logits.copy_(torch.where(is_supervised, gradient.mul_(factor), 0.0))
+        logits.copy_(torch.where(weights != 0, gradient.mul_(weights * factor), 0.0))
     return logits_LV
 
 
@@ -51,26 +65,28 @@ class SupervisedCrossEntropyFunction(torch.autograd.Function):
     """Cross entropy whose backward overwrites the logits with their gradient; torch refuses a second backward."""
 
     @staticmethod
-    def forward(ctx, logits_LV, labels_L, num_items):
-        total, lse_L = supervised_cross_entropy_fwd(logits_LV, labels_L)
-        ctx.save_for_backward(logits_LV, labels_L, lse_L)
+    def forward(ctx, logits_LV, labels_L, weights_L, num_items):
+        total, lse_L = supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L)
+        ctx.save_for_backward(logits_LV, labels_L, weights_L, lse_L)
         ctx.num_items = num_items
         return total / num_items
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        logits_LV, labels_L, lse_L = ctx.saved_tensors
-        gradient = supervised_cross_entropy_bwd(
-            logits_LV.detach(), labels_L, lse_L, dloss / ctx.num_items
-        )
-        return gradient, None, None
+        logits_LV, *rows = ctx.saved_tensors
+        gradient = supervised_cross_entropy_bwd(logits_LV.detach(), *rows, dloss / ctx.num_items)
+        return gradient, None, None, None
 
 
 def supervised_cross_entropy(
-    logits_LV: Tensor, labels_L: Tensor, num_items: Tensor | int | None = None
+    logits_LV: Tensor,
+    labels_L: Tensor,
+    num_items: Tensor | float | None = None,
+    *,
+    weights_L: Tensor | None = None,
 ) -> Tensor:
-    """The sum of the rows' cross entropies divided by `num_items`; a scalar, float32 or float64.
+    """The weighted sum of the rows' cross entropies divided by `num_items`; a scalar, float32 or float64.
 
     Equal to transformers' `ForCausalLMLoss` for rows and labels that are already shifted. **The backward
     overwrites the logits**; read them before.
@@ -78,12 +94,14 @@ def supervised_cross_entropy(
     Args:
         logits_LV: (L, V), any floating dtype.
         labels_L: (L,) int64 ids; -100 marks a row without loss.
-        num_items: supervised tokens of the whole optimizer step, as counted by Trainer, an int or a scalar tensor;
-            None: the number of these rows with a loss. 0 counts as 1, so that a batch without supervised rows
-            has loss 0.
+        num_items: sum of the weights of the whole optimizer step's supervised tokens (without weights their
+            number, as counted by Trainer), a number or a scalar tensor; None: the sum over these rows. 0 counts as
+            1, so that a batch without supervised rows has loss 0.
+        weights_L: (L,) float32 or float64, finite and not negative; None: all 1. A row of weight 0 is one without
+            loss: it adds nothing, whatever its logits.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes or the dtype of the weights do not match.
         RuntimeError: on a second backward through the same loss, by torch.
     """
     if logits_LV.ndim != 2 or labels_L.shape != logits_LV.shape[:1]:
@@ -91,14 +109,19 @@ def supervised_cross_entropy(
             f"logits must be (L, V) and labels (L,), got {tuple(logits_LV.shape)} and "
             f"{tuple(labels_L.shape)}"
         )
-    if num_items is None:
-        num_items = (labels_L != IGNORE).sum()
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(logits_LV.device, non_blocking=True).clamp_min(1)
-    else:
-        num_items = max(1, num_items)
+    if weights_L is not None and (
+        weights_L.shape != labels_L.shape or weights_L.dtype not in (torch.float32, torch.float64)
+    ):
+        raise ValueError(
+            f"weights must be ({len(labels_L)},) float32 or float64, one per row, got "
+            f"{tuple(weights_L.shape)} {weights_L.dtype}"
+        )
+    dtype = torch.promote_types(logits_LV.dtype, torch.float32)
+    weights_L = row_weights(labels_L, weights_L, dtype)
+    num_items = denominator(num_items, weights_L)
     if torch.compiler.is_compiling():
         # the compiler fuses the casts, and cannot mutate in a backward
-        dtype = torch.promote_types(logits_LV.dtype, torch.float32)
-        return F.cross_entropy(logits_LV.to(dtype), labels_L, reduction="sum") / num_items
-    return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, num_items)
+        logits_LV = torch.where(weights_L[:, None] != 0, logits_LV.to(dtype), 0.0)
+        losses_L = F.cross_entropy(logits_LV, labels_L, reduction="none")
+        return (losses_L * weights_L).sum() / num_items
+    return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, weights_L, num_items)
