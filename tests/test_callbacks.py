@@ -417,7 +417,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
 
     def gather(ranks, mine):
         assert mine[0] is seen[0]
-        ranks[:] = [(rank, None) for rank in seen]
+        ranks[:] = [(rank, None, {}) for rank in seen]
 
     group = {"is_available": lambda: True, "is_initialized": lambda: True}
     group |= {"get_world_size": lambda: 2, "all_gather_object": gather}

@@ -38,6 +38,12 @@ class PackedLoss:
     ) -> torch.Tensor:
         weights = None
         if mmpack is not None and "loss_weight_bits" in mmpack:
+            if num_items_in_batch is not None and not mmpack.get("is_counted"):
+                raise ValueError(
+                    "the batch has weights of the loss, but num_items_in_batch is not their sum; use "
+                    "PackingCallback(dataset).attach(trainer), or in a loop of your own "
+                    "num_items_in_batch=mmpack.hf.loss_denominator(batches)"
+                )
             weights = mmpack["loss_weight_bits"].view(torch.float32).to(logits.device)
             if shift_labels is None:  # full_logits
                 rows = mmpack["supervised_index"]
@@ -53,12 +59,20 @@ class PackedLoss:
                 **kwargs,
             )
         rows_LV = logits.reshape(-1, logits.shape[-1])
-        return supervised_cross_entropy(
+        take, losses = mmpack.get("take_losses"), None
+        if take is not None:
+            dtype = torch.promote_types(rows_LV.dtype, torch.float32)
+            losses = torch.empty(len(rows_LV), dtype=dtype, device=rows_LV.device)
+        loss = supervised_cross_entropy(
             rows_LV,
             shift_labels.reshape(-1).to(rows_LV.device),
             num_items_in_batch,
             weights_L=weights,
+            losses_L=losses,
         )
+        if take is not None:
+            take(losses)
+        return loss
 
 
 def install_loss(base: nn.Module, model: nn.Module) -> None:

@@ -76,11 +76,15 @@ def check_collator(collator: Any, model: nn.Module) -> None:
         return
     advice = "call patch_model(model) before the Trainer is made"
     if isinstance(collator, PackCollator):
-        for option in ("pixels='uint8'", "assemble='device'"):
-            name, value = option.replace("'", "").split("=")
+        for name, value in (
+            ("pixels", "uint8"),
+            ("assemble", "device"),
+            ("loss_reduction", "sample"),
+            ("loss_reduction", "sqrt"),
+        ):
             if getattr(collator, name) == value:
                 raise ValueError(
-                    f"Trainer's model is not patched, but PackCollator({option}) makes batches for a patched "
+                    f"Trainer's model is not patched, but PackCollator({name}={value!r}) makes batches for a patched "
                     f"model; {advice}"
                 )
     family = FAMILIES.get(base.config.model_type)

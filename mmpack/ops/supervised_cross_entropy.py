@@ -38,15 +38,19 @@ def denominator(num_items, weights_L):
     return num_items or 1
 
 
-def supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L):
-    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights."""
+def supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, losses_L=None):
+    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights. The rows' losses
+    without weights are written to `losses_L`."""
     dtype = weights_L.dtype
     total, lse_L = weights_L.new_zeros(()), torch.empty_like(weights_L)
-    for logits, labels, weights, lse in _chunks(logits_LV, labels_L, weights_L, lse_L):
+    losses_L = torch.empty_like(weights_L) if losses_L is None else losses_L
+    rows = (logits_LV, labels_L, weights_L, lse_L, losses_L)
+    for logits, labels, weights, lse, kept in _chunks(*rows):
         target = torch.where(weights != 0, labels, 0)[:, None]
         torch.logsumexp(logits.to(dtype), dim=1, out=lse)
         losses = lse - logits.gather(1, target)[:, 0].to(dtype)
         total = total + torch.where(weights != 0, weights * losses, 0.0).sum()
+        kept.copy_(torch.where(weights != 0, losses, 0.0))
     return total, lse_L
 
 
@@ -65,8 +69,8 @@ class SupervisedCrossEntropyFunction(torch.autograd.Function):
     """Cross entropy whose backward overwrites the logits with their gradient; torch refuses a second backward."""
 
     @staticmethod
-    def forward(ctx, logits_LV, labels_L, weights_L, num_items):
-        total, lse_L = supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L)
+    def forward(ctx, logits_LV, labels_L, weights_L, num_items, losses_L):
+        total, lse_L = supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, losses_L)
         ctx.save_for_backward(logits_LV, labels_L, weights_L, lse_L)
         ctx.num_items = num_items
         return total / num_items
@@ -76,7 +80,7 @@ class SupervisedCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, dloss):
         logits_LV, *rows = ctx.saved_tensors
         gradient = supervised_cross_entropy_bwd(logits_LV.detach(), *rows, dloss / ctx.num_items)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def supervised_cross_entropy(
@@ -85,6 +89,7 @@ def supervised_cross_entropy(
     num_items: Tensor | float | None = None,
     *,
     weights_L: Tensor | None = None,
+    losses_L: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of the rows' cross entropies divided by `num_items`; a scalar, float32 or float64.
 
@@ -99,6 +104,8 @@ def supervised_cross_entropy(
             1, so that a batch without supervised rows has loss 0.
         weights_L: (L,) float32 or float64, finite and not negative; None: all 1. A row of weight 0 is one without
             loss: it adds nothing, whatever its logits.
+        losses_L: (L,) in the loss's dtype, overwritten with the rows' cross entropies without weights, for logs; 0
+            for a row without loss.
 
     Raises:
         ValueError: shapes or the dtype of the weights do not match.
@@ -122,6 +129,8 @@ def supervised_cross_entropy(
     if torch.compiler.is_compiling():
         # the compiler fuses the casts, and cannot mutate in a backward
         logits_LV = torch.where(weights_L[:, None] != 0, logits_LV.to(dtype), 0.0)
-        losses_L = F.cross_entropy(logits_LV, labels_L, reduction="none")
-        return (losses_L * weights_L).sum() / num_items
-    return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, weights_L, num_items)
+        rows_L = F.cross_entropy(logits_LV, labels_L, reduction="none")
+        if losses_L is not None:
+            losses_L.copy_(torch.where(weights_L != 0, rows_L.detach(), 0.0))
+        return (rows_L * weights_L).sum() / num_items
+    return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, weights_L, num_items, losses_L)
