@@ -329,6 +329,7 @@ def test_weights_of_samples_are_positive_numbers(bad):
         ({"b.json": 0}, r"\(source_weights\) of 'b.json' is 0, not a number from 0.000001"),
         ({"b.json": float("nan")}, "'b.json' is nan"),
         ({"b.json": "2"}, "'b.json' is '2'"),
+        ({"a.json": 3, "b.json": 3}, r"gives every source of the data \(2\) one weight"),
         ({"c.json": 2}, "names 'c.json', but the data's sources are 'a.json', 'b.json'; use"),
     ],
 )
@@ -339,10 +340,11 @@ def test_weights_of_sources_are_checked(weights, message):
 
 def test_shards_are_one_source():
     shards = [
-        dataclasses.replace(one, source=f"train-0000{n}-of-00006.parquet")
+        dataclasses.replace(one, source=f"train-0000{n}-of-00006.parquet" if n else "other.json")
         for n, one in enumerate(samples())
     ]
     data = PackedDataset.from_samples(shards, 30)
     data.source_weights = {"train.parquet": 4}
-    assert {float(w) for item in data for one in item for w in one.weights} >= {4.0, 2.0, 12.0}
+    weights = [one.weights for item in data for one in item if one.source != "other.json"]
+    assert {float(w) for one in weights for w in one} >= {4.0, 2.0, 12.0}
     assert json.dumps(data.fingerprint()["source weights"]) == '{"train.parquet": 4.0}'

@@ -86,7 +86,8 @@ def check_source_weights(weights: Mapping[str, float], sources: Iterable[str] | 
         sources: the names of the data's files; None: not known.
 
     Raises:
-        ValueError: a weight is not a positive number, or none of the samples are of its source.
+        ValueError: a weight is not a positive number, none of the samples are of its source, or all would have the
+            same weight.
     """
     for name, weight in weights.items():
         if not isinstance(weight, (int, float)) or not is_weight(weight):
@@ -101,3 +102,8 @@ def check_source_weights(weights: Mapping[str, float], sources: Iterable[str] | 
                 f"--source-weight (source_weights) names {name!r}, but the data's sources are "
                 f"{', '.join(map(repr, known[:12]))}{', ...' if len(known) > 12 else ''}; use one of these names"
             )
+    if known and len({weights.get(name, 1) for name in known}) == 1:
+        raise ValueError(
+            f"--source-weight (source_weights) gives every source of the data ({len(known)}) one weight, which changes "
+            "nothing; leave it out, or give sources different weights"
+        )
