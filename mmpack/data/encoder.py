@@ -288,15 +288,15 @@ class Encoder(Reader):
         for place, sample in enumerate(samples):
             try:
                 layout, texts = template.layout(sample)
-                media = self._place(sample)
+                media, of_turns = self._place(sample), turn_weights(sample)
             except ValueError as error:
                 _report(sample, error, on_error)
                 continue
             to_tokenize += strings(layout, texts)
-            laid_out.append((place, sample, layout, media))
+            laid_out.append((place, sample, layout, media, of_turns))
         ids = iter(template.tokenize(to_tokenize))
-        for place, sample, layout, media in laid_out:
-            encoded = self._finish(sample, layout, media, ids)
+        for place, sample, layout, media, of_turns in laid_out:
+            encoded = self._finish(sample, layout, media, of_turns, ids)
             if encoded.is_supervised or template.is_prompt:
                 yield place, encoded
             else:
@@ -336,12 +336,12 @@ class Encoder(Reader):
         sample: Sample,
         layout: Layout,
         media: _Vision,
+        of_turns: list[float] | None,
         tokenized: Iterator[list[int]],
     ) -> EncodedSample:
         input_ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
-        of_turns = turn_weights(sample)
         timestamps = iter(media.timestamps)
         spec = self.vision
         for item in layout:
