@@ -271,6 +271,8 @@ def test_weights_that_nobody_counts_are_refused(tmp_path):
         one_step(data_set(), tmp_path, "token", attach=False, gradient_accumulation_steps=4)
     model = patch_model(model_of())
     batch = PackCollator(model=model)(samples())
+    with pytest.raises(ValueError, match="takes batches of PackCollator"):
+        loss_denominator([{}])
     with pytest.raises(ValueError, match="loss_denominator"):
         model(**batch, num_items_in_batch=torch.tensor(3))
 

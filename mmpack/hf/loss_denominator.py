@@ -65,10 +65,17 @@ def loss_denominator(batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
 
     Returns:
         A float64 scalar on the CPU. Nothing is read from the device.
+
+    Raises:
+        ValueError: a batch is not `PackCollator`'s.
     """
     total = 0.0
     for batch in batches:
-        pack = batch["mmpack"]
+        pack = batch.get("mmpack")
+        if pack is None:
+            raise ValueError(
+                "loss_denominator takes batches of PackCollator, this one has no 'mmpack'"
+            )
         pack["is_counted"] = True
         total += _total(pack)
     return torch.tensor(total, dtype=torch.float64)
