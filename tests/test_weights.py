@@ -79,7 +79,9 @@ def alone(reduction, factor=1.0):
     for inputs, weights in rows:
         labels = inputs.pop("labels")[0, 1:]
         logits = model(**inputs).logits[0, :-1][labels != -100]
-        loss = reference.weighted_loss(logits, labels[labels != -100], weights, denominator)
+        loss = reference.supervised_cross_entropy(
+            logits, labels[labels != -100], denominator, weights
+        )
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -48,7 +48,12 @@ KERNELS = {
     "attention_tiles": "the C++ core",
     "dense_mask": None,
 }
-PLAIN = ("block_mask", "patch_embed", "supervised_cross_entropy")
+PLAIN = (
+    "block_mask",
+    "patch_embed",
+    "supervised_cross_entropy",
+    "supervised_linear_cross_entropy",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -39,14 +39,12 @@ from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.linear_attention import linear_forward
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.hf.model_parts import check_videos, family_of, inner_model, tower_of
+from mmpack.hf.model_parts import PATCH, check_videos, family_of, inner_model, tower_of
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_STATE = "_mmpack_patch"
 
 
 @dataclass
@@ -86,8 +84,8 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
             f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
         )
     base = inner_model(model)
-    if hasattr(base, _STATE):
-        getattr(base, _STATE).impl = impl
+    if hasattr(base, PATCH):
+        getattr(base, PATCH).impl = impl
         return model
     bindings = _bindings(base)
     for module, method, _ in bindings:
@@ -100,7 +98,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
     text_attention = attention_name(base.language_model.config)
     facts = facts_of_model(base.config)
-    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl, facts))
+    setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer has not yet moved to its GPU cannot run kernels.
@@ -126,7 +124,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: it holds no model of a supported family.
     """
     base = inner_model(model)
-    patch = vars(base).get(_STATE)
+    patch = vars(base).get(PATCH)
     if patch is None:
         return model
     for name, hook_id in patch.hooks:
@@ -137,13 +135,13 @@ def unpatch_model(model: Model) -> Model:
     vars(base.visual.merger).pop("merged", None)
     _set_text_attention(base, patch.text_attention)
     remove_loss(base, model)
-    delattr(base, _STATE)
+    delattr(base, PATCH)
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the model, or one that it wraps, is patched."""
-    return any(_STATE in vars(module) for module in model.modules())
+    return any(PATCH in vars(module) for module in model.modules())
 
 
 def _take_pack(
@@ -161,7 +159,7 @@ def _take_pack(
     if not torch.compiler.is_compiling():  # host-side checks, skipped in a compiled graph
         _check_once(base)
         _check_batch(base, args, kwargs, pack)
-    impl = getattr(base, _STATE).impl
+    impl = getattr(base, PATCH).impl
     if "compact" in pack:
         kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
     pack = {**pack, "impl": impl}
@@ -242,12 +240,12 @@ def _check_batch(
         )
     if pack["video_rule"] is not None:
         check_videos(base, pack["video_rule"])
-    check_facts(getattr(base, _STATE).facts, pack["facts"])
+    check_facts(getattr(base, PATCH).facts, pack["facts"])
     check_ids(num_ids(base), pack["id_range"])
 
 
 def _check_once(base: Any) -> None:
-    patch = getattr(base, _STATE)
+    patch = getattr(base, PATCH)
     if not patch.is_isolated:
         patch.is_isolated = True  # set first, because the test's forwards come here too
         try:
