@@ -4,6 +4,7 @@ turns and sources and every reduction; and which weights are refused."""
 import dataclasses
 import functools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from mmpack.packing.loss_weights import loss_weights, with_weight
 from mmpack.packing.split_documents import split_samples
 from mmpack.packing.truncate import truncate_sample
 
+linear_op = sys.modules["mmpack.ops.supervised_linear_cross_entropy"]
 REDUCTIONS = ("token", "sample", "sqrt")
 SPEC = small_spec()
 EXACT = 1e-10
@@ -106,8 +108,9 @@ def assert_equal(loss, grads, expected, tolerance=EXACT):
 # ---------------------------------------------------------------------------------------- packs
 
 
-@pytest.mark.parametrize("assemble", ["host", "device"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("reduction", "assemble"), [*((one, "host") for one in REDUCTIONS), ("sqrt", "device")]
+)
 def test_packs_equal_their_rows_alone(reduction, assemble):
     if assemble == "device" and torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here, not in the interpreter")
@@ -124,6 +127,27 @@ def test_logits_of_every_token_have_the_same_loss(reduction):
     model = patch_model(model_of())
     collate = PackCollator(model=model, loss_reduction=reduction, full_logits=True)
     assert_equal(*summed(model, [collate(samples())]), alone(reduction))
+
+
+@pytest.mark.parametrize("without_logits", [False, True])
+def test_a_batch_tells_the_losses_of_its_rows(without_logits, monkeypatch):
+    if without_logits:
+        monkeypatch.setattr(linear_op, "LEAST", 1)
+        monkeypatch.setattr(linear_op, "COLUMNS", 4)
+    model = patch_model(model_of())
+    batch = PackCollator(model=model, loss_reduction="sqrt")(samples())
+    told = []
+    batch["mmpack"]["take_losses"] = told.append
+    output = model(**batch)
+    assert (output.logits is None) == without_logits
+    output.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert_equal(output.loss.item(), grads, alone("sqrt"))
+    weights = batch["mmpack"]["loss_weight_bits"].view(torch.float32).double()
+    (losses,) = told
+    assert not losses.requires_grad
+    mean = (losses * weights).sum() / weights.sum()
+    assert mean.item() == pytest.approx(output.loss.item(), rel=EXACT)
 
 
 def test_the_weights_are_the_references():
@@ -242,6 +266,22 @@ def test_a_stream(reduction, tmp_path):
     assert_equal(loss, grads, alone(reduction, 2.0))
 
 
+def test_a_stream_names_sources_that_it_never_had(tmp_path, caplog):
+    stream = PackStream(samples(), None, 30)
+    stream.source_weights = {"b.json": 2.0, "c.json": 2.0}
+    one_step(
+        stream,
+        tmp_path,
+        "token",
+        gradient_accumulation_steps=4,
+        accelerator_config={"dispatch_batches": False},
+    )
+    assert (
+        "no sample of the source 'c.json', which has a weight (source_weights), was" in caplog.text
+    )
+    assert "source 'b.json'" not in caplog.text
+
+
 def step_on_a_rank(folder):
     import os
 
@@ -261,6 +301,21 @@ def test_two_ranks(tmp_path):
             assert_equal(loss, grads, alone(reduction))
         names = [{n for n in rank["log"] if n.startswith("pack/loss/")} for rank in ranks]
         assert names == [{"pack/loss/a.json", "pack/loss/b.json"}] * 2
+
+
+@pytest.mark.parametrize(("reduction", "size"), [("sample", 1), ("token", 3)])
+def test_an_evaluation_has_the_same_weights(reduction, size, tmp_path):
+    model, data = patch_model(model_of()), data_set()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), **{**QUIET, "per_device_eval_batch_size": size}),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=PackCollator(model=model, loss_reduction=reduction),
+    )
+    PackingCallback(data).attach(trainer)
+    found = trainer.evaluate()["eval_loss"]
+    assert found == pytest.approx(alone(reduction)[0], rel=EXACT)
 
 
 # ---------------------------------------------------------------------------------------- refused

@@ -35,6 +35,7 @@ from mmpack.hf.trainer_checks import (
     check_collator,
     check_metrics,
     tell_batch_size,
+    tell_unseen,
     tell_weights,
 )
 from mmpack.packing.dataset import PackedDataset
@@ -59,8 +60,9 @@ class PackingCallback(TrainerCallback):
     - Lists a checkpoint's files and sizes last, so that incomplete ones are detected
       (`mmpack.hf.checkpoint_files`).
     - Makes `eval_loss` the mean over all supervised tokens (`mmpack.hf.evaluation`).
+    - Divides the loss by the sum of its weights (`mmpack.hf.loss_denominator`); Trainer counts labels.
     - Adds `pack/` values to the log beside the loss: utilization, tokens/s, imbalance, TFLOP/s, MFU, attention
-      to images. "What the log says" in docs/trainer.md defines them.
+      to images, the loss of each source. "What the log says" in docs/trainer.md defines them.
 
     It does not synchronize with the device and draws no random numbers; ranks communicate only when they log or
     save. A compiled model stays one graph, except in steps whose attention is recorded.
@@ -230,6 +232,8 @@ class PackingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._remove_hooks()
+        if self._stream is not None:
+            tell_unseen(self.dataset.source_weights, self._batches.counter.losses.seen)
         if (
             self._weights is not None
             and args.load_best_model_at_end

@@ -15,9 +15,14 @@ _OTHERS = "other sources"
 
 
 class SourceLosses:
-    """Sums of weight * loss and of weights, by source, since the last log."""
+    """Sums of weight * loss and of weights, by source, since the last log.
+
+    Attributes:
+        seen: the sources of all batches.
+    """
 
     def __init__(self) -> None:
+        self.seen = set[str]()
         self._rows: list[torch.Tensor] = []  # of each batch since `count`
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}
         self._weights = defaultdict[str, float](float)
@@ -28,6 +33,7 @@ class SourceLosses:
 
     def count(self, packs: Sequence[MmpackDict]) -> None:
         """Add the batches whose losses were taken; `packs` are their `mmpack` dicts."""
+        self.seen.update(name for pack in packs for name in pack["sources"])
         rows, self._rows = self._rows, []
         if len(rows) != len(packs):
             return  # another loss than mmpack's, which tells no rows

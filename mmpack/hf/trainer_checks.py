@@ -144,6 +144,16 @@ def tell_evaluation(data: Any, size: int) -> bool:
     return False
 
 
+def tell_unseen(weights: Mapping[str, float], seen: set[str]) -> None:
+    """Name sources with a weight of which this rank trained on no sample; a stream's are not known before."""
+    for name in weights.keys() - seen:
+        _log.warning(
+            "no sample of the source %r, which has a weight (source_weights), was in this rank's packs; it had %s",
+            name,
+            ", ".join(map(repr, sorted(seen)[:12])),
+        )
+
+
 def tell_weights(model: nn.Module) -> None:
     """Warn if trained weights have 8 or 11 bits, in which small updates are lost. DeepSpeed keeps float32 copies."""
     if loads_whole_checkpoints():
