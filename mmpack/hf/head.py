@@ -17,6 +17,7 @@ from torch import nn
 
 from mmpack.hf.compat import all_hooks, is_sharded
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.ops.supervised_cross_entropy import empty_losses
 from mmpack.ops.supervised_linear_cross_entropy import (
     columns_per_chunk,
     supervised_linear_cross_entropy,
@@ -30,7 +31,7 @@ _SHARDING = ("deepspeed.", "torch.distributed.fsdp.")  # whose hooks do not touc
 class _Head:
     """What a head's next forward scores; None: it returns logits."""
 
-    targets: tuple[torch.Tensor, torch.Tensor | None, str] | None = None  # labels, weights, impl
+    targets: tuple[Any, ...] | None = None  # labels, weights, impl, `take_losses`
 
 
 def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,8 @@ def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
     ):
         logits: torch.Tensor = type(self).forward(self, rows)
         return logits
-    labels, weights, impl = targets
+    labels, weights, impl, take = targets
+    losses = None if take is None else empty_losses(labels[0], rows)
     total = supervised_linear_cross_entropy(
         rows[0],
         weight,
@@ -57,7 +59,10 @@ def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
         1,
         weights_L=None if weights is None else weights.to(rows.device),
         impl="triton" if impl == "triton" else "auto",
+        losses_L=losses,
     )
+    if take is not None:
+        take(losses)
     return total.view(1, 1, 1)
 
 
@@ -108,4 +113,4 @@ def give_targets(linear: Any, kwargs: dict[str, Any] | None, impl: str) -> None:
         pack: MmpackDict = kwargs["mmpack"]
         bits = pack.get("loss_weight_bits")
         weights = None if bits is None else bits.view(torch.float32)
-        state.targets = (kwargs["shift_labels"], weights, impl)
+        state.targets = (kwargs["shift_labels"], weights, impl, pack.get("take_losses"))

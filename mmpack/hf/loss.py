@@ -20,6 +20,7 @@ from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import PATCH
 from mmpack.ops.supervised_cross_entropy import (
     denominator,
+    empty_losses,
     row_weights,
     supervised_cross_entropy,
 )
@@ -45,6 +46,12 @@ class PackedLoss:
     ) -> torch.Tensor:
         weights = None
         if mmpack is not None and "loss_weight_bits" in mmpack:
+            if num_items_in_batch is not None and not mmpack.get("is_counted"):
+                raise ValueError(
+                    "the batch has weights of the loss, but num_items_in_batch is not their sum; use "
+                    "PackingCallback(dataset).attach(trainer), or in a loop of your own "
+                    "num_items_in_batch=mmpack.hf.loss_denominator(batches)"
+                )
             weights = mmpack["loss_weight_bits"].view(torch.float32).to(logits.device)
             if shift_labels is None:  # full_logits
                 rows = mmpack["supervised_index"]
@@ -63,13 +70,19 @@ class PackedLoss:
         if has_no_logits(logits):
             weights_L = row_weights(labels_L, weights, logits.dtype)
             return logits.sum() / denominator(num_items_in_batch, weights_L)
-        return supervised_cross_entropy(
+        take = mmpack.get("take_losses")
+        losses = None if take is None else empty_losses(labels_L, logits)
+        loss = supervised_cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             labels_L,
             num_items_in_batch,
             weights_L=weights,
             impl="triton" if mmpack.get("impl") == "triton" else "auto",
+            losses_L=losses,
         )
+        if take is not None:
+            take(losses)
+        return loss
 
 
 def install_loss(base: nn.Module, model: nn.Module) -> None:
