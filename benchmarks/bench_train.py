@@ -167,11 +167,15 @@ class Run:
             "padded, 8 rows": (None, padded),
             "padded, 8 rows of like length": (None, grouped),
             "transformers packed": (None, [stock(batch) for batch in packs]),
-            "mmpack": ("auto", packs_of_bytes),
+            "mmpack": ("libraries", packs_of_bytes),
         }
         if ON_GPU:
             self.candidates["torch varlen"] = ("torch_varlen", packs)
             self.candidates["mmpack, triton"] = ("triton", packs_of_bytes)
+            self.candidates["mmpack, tuned"] = (
+                "auto",
+                packs_of_bytes,
+            )  # by an earlier `mmpack tune`
         self.batches = {name: len(batches) for name, (_, batches) in self.candidates.items()}
 
     def flops(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from mmpack.ops import cross_entropy_kernels as loss
 from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
 from mmpack.ops import mrope, varlen_triton  # noqa: F401
 from mmpack.ops.assembly import offsets
@@ -251,6 +252,38 @@ def _index_case(name: str, kernel: Any, constants: dict[str, Any], programs: int
     )
 
 
+def _loss_cases(dtype: str) -> list[Case]:
+    """A chunk of the vocabulary, as wide as all but the last."""
+    arguments = {
+        "lse_ptr": "*fp32:16",
+        "target_ptr": "*fp32:16",
+        "scale_ptr": "*fp32:16",
+        "labels_ptr": "*i64:16",
+        "stride": "i32:16",
+        "C": "i32:16",
+        "first": "i32",
+    }
+    return [
+        Case(
+            f"cross_entropy_{name} {dtype}",
+            kernel,
+            {
+                argument: arguments.get(argument, f"*{dtype}:16")
+                for argument in kernel.arg_names
+                if argument != "BLOCK_C"
+            },
+            {"BLOCK_C": loss.BLOCK_C},
+            {"num_warps": loss.NUM_WARPS},
+            programs=_everywhere(65536 // (64 * 32 * loss.NUM_WARPS)),
+            needs=("LDG.128", "STG.128") if name == "bwd" else ("LDG.128",),
+        )
+        for name, kernel in (
+            ("fwd", loss._cross_entropy_fwd_kernel),
+            ("bwd", loss._cross_entropy_bwd_kernel),
+        )
+    ]
+
+
 _MERGE = {"MERGE": 2}
 _INDEX_CASES = [
     _index_case(
@@ -315,6 +348,7 @@ CASES = _INDEX_CASES + [
     for case in _embed_cases(dtype, D)
 ]
 CASES += [_cast_case(14, 588), _cast_case(16, 768)]
+CASES += [case for dtype in ("bf16", "fp16", "fp32") for case in _loss_cases(dtype)]
 CASES += [
     _mrope_case("12 + 2 heads", "bf16", 12, 2, 128, _TEXT),
     _mrope_case("28 + 4 heads", "bf16", 28, 4, 128, _TEXT),

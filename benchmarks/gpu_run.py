@@ -11,7 +11,8 @@ written line by line, so that a killed run only loses what it had not done:
     tests.csv        every test: selected, started, outcome (`benchmarks.outcomes`)
     benchmarks.txt   output of the benchmarks
     latest.csv       their measurements
-    environment.txt  build, `mmpack env`, nvidia-smi
+    tune.txt         what `mmpack tune` measured and chose
+    environment.txt  build, `mmpack env`
 
 To publish: copy latest.csv to benchmarks/results/MACHINE/published.csv and tests.csv beside it, then run `python
 -m benchmarks.report`. A dry run (`benchmarks.dry_run`) selects everything, runs nothing and cannot be published.
@@ -40,7 +41,7 @@ LEAST = 15  # with less time left a stage is not started
 GRACE = 15  # from SIGINT to SIGKILL
 TEST_LIMIT = 60  # seconds per test, including the compilation of its kernels
 FILES = (
-    "summary.txt", "tests.txt", "tests.csv", "benchmarks.txt", "latest.csv", "environment.txt",
+    "summary.txt", "tests.txt", "tests.csv", "tune.txt", "benchmarks.txt", "latest.csv", "environment.txt",
 )  # fmt: skip
 # After one of these errors, nothing works in the process.
 STICKY = (
@@ -59,6 +60,7 @@ class Stage:
     command: tuple[str, ...]  # of python; {folder}, {commit} and {workers} are filled in
     selects: bool = True  # runs pytest with benchmarks.outcomes; selecting no test is a failure
     kept: float = 0  # seconds reserved for it by the stages before
+    dry: tuple[str, ...] = ()  # further arguments in a dry run
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ STAGES = (
     Stage("environment", 30, "environment.txt", ("-c", _ENV), selects=False),
     _tests("attention", 90, "varlen_attention"),
     _tests("embedding, rope, patches, loss", 60, "embed_features", "mrope", "patch_embed",
-           "supervised_cross_entropy"),
+           "supervised_cross_entropy", "supervised_linear_cross_entropy", "op_trials"),
     _tests("assembly", 50, "assemble_sequence", "device_batches", "attention_masks"),
+    Stage("tune", 75, "tune.txt", ("-m", "benchmarks.tune_models"), selects=False, dry=("--dry-run",)),
     _tests("models", 75, "equivalence", "matrix"),
     _bench("varlen_attention", 100),
     _bench("embed_features", 45),
@@ -145,6 +148,8 @@ def run(
             command = [sys.executable, *(argument.format(**fill) for argument in stage.command)]
             if dry and stage.selects:
                 command += ["-p", "benchmarks.dry_run"]
+            elif dry:
+                command += stage.dry
             begun = time.monotonic()
             try:
                 done.append(_run_stage(stage, command, folder, min(stage.limit, left), grace))

@@ -245,8 +245,10 @@ def outcomes(path, found):
     return path
 
 
+FUSED = {"test_supervised_linear_cross_entropy": "passed"}
 GREEN = {
-    name: "passed" for name in ("test_collator", "test_pixels", "test_supervised_cross_entropy")
+    **FUSED,
+    **dict.fromkeys(("test_collator", "test_pixels", "test_supervised_cross_entropy"), "passed"),
 }
 
 
@@ -274,14 +276,16 @@ def test_the_report_makes_a_table_and_pictures(results, capsys):
     "event", ["failed", "error", "crashed", "started", "selected", "dry", "skipped", None]
 )
 def test_the_report_withholds_what_no_green_test_stands_for(results, event, capsys):
-    found = {**GREEN, "test_supervised_cross_entropy": event}
+    loss = ("test_supervised_cross_entropy", *FUSED)
+    found = {**GREEN, **dict.fromkeys(loss, event)}
     found = {name: event for name, event in found.items() if event}
     code, table, pictures, told = published(results, found, capsys)
     assert code == 1 and not pictures
     assert "MiB" not in table
-    assert "withheld: `tests/test_supervised_cross_entropy.py` not green" in table
+    assert f"withheld: {', '.join(f'`tests/{name}.py`' for name in loss)} not green" in table
     assert "4.0 x transformers" in table  # what its own tests stand for
-    assert "withheld, as tests/test_supervised_cross_entropy.py is not green: head on cpu" in told
+    files = ", ".join(f"tests/{name}.py" for name in loss)
+    assert f"withheld, as {files} is not green: head on cpu" in told
 
 
 def test_a_file_that_is_skipped_beside_one_that_is_green_is_not_red(results, capsys):
@@ -303,14 +307,16 @@ def on_a_gpu(results):
 @pytest.mark.parametrize(
     "on_gpu",
     [
-        {"test_supervised_cross_entropy": "failed"},
+        {"test_supervised_cross_entropy": "failed", **FUSED},
         {
             "test_supervised_cross_entropy::a": "passed",
             "test_supervised_cross_entropy::b": "started",
+            **FUSED,
         },
         {
             "test_supervised_cross_entropy::a": "passed",
             "test_supervised_cross_entropy::b": "selected",
+            **FUSED,
         },
         {"test_varlen_attention": "passed"},  # its stage was left out
     ],
@@ -324,7 +330,7 @@ def test_figures_of_a_gpu_need_its_own_tests_green(results, on_gpu, capsys):
     with pytest.raises(SystemExit):
         report.main(arguments)
     assert "no tests.csv of its tests beside it" in capsys.readouterr().err
-    outcomes(path.with_name("tests.csv"), {"test_supervised_cross_entropy": "passed"})
+    outcomes(path.with_name("tests.csv"), {"test_supervised_cross_entropy": "passed", **FUSED})
     assert report.main(arguments) == 0
     row = next(r for r in results.with_name("report.md").read_text().split("\n") if "logits" in r)
     assert row.count("**57.6 MiB**") == 2
@@ -333,7 +339,9 @@ def test_figures_of_a_gpu_need_its_own_tests_green(results, on_gpu, capsys):
     row = next(r for r in results.with_name("report.md").read_text().split("\n") if "logits" in r)
     _, _, cpu, gpu, _ = row.split("|")
     assert "**57.6 MiB**" in cpu  # a GPU's tests are not the CPU's
-    assert gpu.strip() == "withheld: `tests/test_supervised_cross_entropy.py` not green"
+    red = ["`tests/test_supervised_cross_entropy.py`"]
+    red += ["`tests/test_supervised_linear_cross_entropy.py`"] * ("test_varlen_attention" in on_gpu)
+    assert gpu.strip() == f"withheld: {', '.join(red)} not green"
 
 
 def test_a_test_that_names_an_implementation_stands_for_that_one(tmp_path):

@@ -371,8 +371,9 @@ def test_a_compiled_model_stays_one_graph():
     model = patch_model(tiny_model(CONFIG))
     batches = [PackCollator()([dataset[n]]) for n in range(2)]
     expected = [model(**batch).loss.item() for batch in batches]
-    args = SimpleNamespace(device=torch.device("cpu"), process_index=0)
-    state, control = SimpleNamespace(global_step=0), TrainerControl()
+    args = SimpleNamespace(device=torch.device("cpu"), process_index=0, should_log=False)
+    state = SimpleNamespace(global_step=0, stateful_callbacks={})
+    control = TrainerControl()
     callback, step = PackingCallback(dataset), (args, state, control)
     callback.on_train_begin(*step, model=model)
     callback.on_step_begin(*step)

@@ -1,9 +1,13 @@
 """uint8 patches cast for a product on tensor cores: equal to torch, in rows of 16 bytes."""
 
+import sys
+
 import pytest
 import torch
 from test_patch_embed import NORMAL, make_case, run
+from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
+from mmpack.hf.uint8_pixels import patch_embed_forward
 from mmpack.ops import cast_patches, patch_embed
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -59,3 +63,17 @@ def test_what_does_not_fit_is_refused(device):
     case = make_case(2, 0, 14, device=device)[:4]
     with pytest.raises(ValueError, match="impl must be 'torch' or 'triton', got 'fast'"):
         patch_embed(*case, *NORMAL, impl="fast")
+
+
+@pytest.mark.parametrize(("impl", "casts"), [("triton", 1), ("auto", 0), ("sdpa", 0)])
+def test_a_model_patched_with_triton_casts_in_the_kernel(impl, casts, monkeypatch, device):
+    module = PatchEmbed(patch_size=14, embed_dim=8).to(device)
+    module.normalization, module.impl = NORMAL, impl  # by the tower, from the pack
+    calls, file = [], sys.modules["mmpack.ops.cast_patches"]
+    real = file.cast_patches
+    monkeypatch.setattr(file, "cast_patches", lambda *a: calls.append(a) or real(*a))
+    patches = torch.randint(0, 256, (5, 588), dtype=torch.uint8).to(device)
+    out = patch_embed_forward(PatchEmbed.forward)(module, patches)
+    weight, bias = module.proj.weight, module.proj.bias
+    assert torch.allclose(out, patch_embed(patches, None, weight, bias, *NORMAL), atol=1e-5)
+    assert len(calls) == casts

@@ -31,6 +31,8 @@ STAGE_TESTS = {
     "sticky": "def test_it(): raise RuntimeError('CUDA error: an illegal memory access was seen')",
     "late": "def test_it(): pass",
 }
+# Plugins that take longer to import than these tests.
+LIGHT = tuple(f"-p no:{name}" for name in ("cacheprovider", "hypothesispytest", "anyio"))
 
 
 def stage(folder, name, limit=20.0, *options):
@@ -42,8 +44,7 @@ def stage(folder, name, limit=20.0, *options):
         "--stage",
         name,
         "--tb=no",
-        "-p",
-        "no:cacheprovider",
+        *LIGHT,
     )
     command = ("-m", "pytest", "-p", "benchmarks.outcomes", str(path), *kept, *options)
     return Stage(name, limit, "tests.txt", command)
@@ -156,21 +157,23 @@ def test_a_run_that_is_killed_leaves_what_it_knew(tmp_path):
     assert "stages: 1 of 2 over: 1 ok" in summary and "stuck" + " " * 28 + "running" in summary
 
 
-def test_a_dry_run_selects_what_a_gpu_would_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["attention", pytest.param("bench head", marks=pytest.mark.slow)])
+def test_a_dry_run_selects_what_a_gpu_would_run(name, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    names = ("attention", "bench head")
-    done = gpu_run.run([s for s in STAGES if s.name in names], tmp_path, commit="abc", dry=True)
-    assert [one.end for one in done] == ["ok", "ok"]
-    events = {}
-    for outcome in read_outcomes(tmp_path / "tests.csv"):
-        events.setdefault(outcome.stage, []).append(outcome)
-    assert len(events["attention"]) >= 60
-    assert {o.event for o in events["attention"]} == {"dry"}  # which is not "passed"
-    assert all("[cuda" in o.test for o in events["attention"] if "implementation" in o.test)
-    assert {o.event for o in events["bench head"]} <= {"dry", "skipped"}
+    (stage,) = (s for s in STAGES if s.name == name)
+    (done,) = gpu_run.run([stage], tmp_path, commit="abc", dry=True)
+    assert done.end == "ok"
+    outcomes = read_outcomes(tmp_path / "tests.csv")
+    assert {outcome.stage for outcome in outcomes} == {name}
+    if name == "attention":
+        assert len(outcomes) >= 60
+        assert {o.event for o in outcomes} == {"dry"}  # which is not "passed"
+        assert all("[cuda" in o.test for o in outcomes if "implementation" in o.test)
+    assert {o.event for o in outcomes} <= {"dry", "skipped"}
     assert "DRY RUN, nothing ran" in (tmp_path / "summary.txt").read_text()
-    with open(tmp_path / "latest.csv", newline="") as file:
-        assert {row["machine"] for row in csv.DictReader(file)} == {"dry run, no GPU"}
+    if name == "bench head":
+        with open(tmp_path / "latest.csv", newline="") as file:
+            assert {row["machine"] for row in csv.DictReader(file)} == {"dry run, no GPU"}
 
 
 def test_the_stages_name_every_file_with_a_gpu_test():
@@ -184,6 +187,22 @@ def test_the_stages_name_every_file_with_a_gpu_test():
                     on_gpu.add(f"tests/{path.name}")
     named = [a for stage in STAGES for a in stage.command if a.startswith("tests/")]
     assert len(named) == len(set(named)) and set(named) == on_gpu
+
+
+def test_tuning_comes_after_the_tests_of_ops_and_before_the_benchmarks():
+    names = [stage.name for stage in STAGES]
+    assert names.index("assembly") < names.index("tune") < names.index("bench varlen_attention")
+    (tune,) = (stage for stage in STAGES if stage.name == "tune")
+    assert tune.dry == ("--dry-run",)  # test_op_choice.py runs it
+
+
+def test_a_dry_run_of_a_command_has_further_arguments(tmp_path):
+    words = ("-c", "import sys; print(*sys.argv[1:])", "all")
+    stages = [Stage("tune", 20, "tune.txt", words, selects=False, dry=("--dry-run",))]
+    for dry, said in ((False, "all"), (True, "all --dry-run")):
+        (done,) = gpu_run.run(stages, tmp_path, dry=dry, least=1)
+        assert done.end == "ok"
+        assert (tmp_path / "tune.txt").read_text().splitlines()[-1] == said
 
 
 def test_the_limits_fit_into_the_deadline():

@@ -33,6 +33,7 @@ ROOMS = {
     "huggingface_hub": {"data/model_folder"},
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
+    "platformdirs": {"ops/tuning"},
     "pyarrow": {
         "data/columnar_files",
         "data/file_bytes",

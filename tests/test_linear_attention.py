@@ -87,6 +87,31 @@ def test_an_unpatched_model_refuses_the_batch(family):
         unpatch_model(model)(**batch)
 
 
+@pytest.mark.skipif(
+    not STOCK_REFUSES, reason="this transformers ignores seq_idx without its kernels"
+)
+@every_hybrid
+def test_a_collator_that_knows_no_model_leaks_nothing(family):
+    samples = [packed([encoded(SMALL_SPEC, 1, (2, 4), 2), encoded(SMALL_SPEC, 3, 4)], family)]
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        tiny_model(small_config(family))(**PackCollator()(samples))
+
+
+def test_a_collator_that_knows_no_model_is_right_for_a_qwen3_vl():
+    texts = [packed([encoded(SMALL_SPEC, 1, 2), encoded(SMALL_SPEC, 3, 4)], "qwen3_vl")]
+    batch = PackCollator()(texts)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 4]
+    model = tiny_model(small_config("qwen3_vl"))
+    rows = collator("qwen3_vl")(texts)
+    assert "cu_seq_lens_q" not in rows
+    rows.pop("mmpack")
+    expected = model(**rows).loss
+    patched = patch_model(model)(**batch).loss.item()
+    batch.pop("mmpack")
+    assert unpatch_model(model)(**batch).loss == expected
+    assert patched == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.smoke
 def test_the_collator_and_the_callback_refuse_an_unpatched_model():
     model = tiny_model(small_config("qwen3_5"))

@@ -40,7 +40,6 @@ QUICK = [
     ("qwen2_vl", "libraries float64", "reentrant"),
     ("qwen2_vl", "libraries float32", "checkpointing"),
     ("qwen2_vl", "kernels float32", "reentrant"),
-    ("qwen2_vl", "kernels float32", "LoRA"),
     ("qwen2_5_vl", "reference float64", "LoRA"),
     ("qwen2_5_vl", "libraries float64", "checkpointing"),
     ("qwen2_5_vl", "libraries float32", "reentrant"),
@@ -50,10 +49,8 @@ QUICK = [
     ("qwen3_vl", "libraries float64", "LoRA checkpointing"),
     ("qwen3_vl", "libraries float32", "LoRA"),
     ("qwen3_vl", "libraries float32", "frozen tower"),
-    ("qwen3_vl", "kernels float32", "checkpointing"),
     ("qwen3_vl_moe", "libraries float64", "LoRA"),
     ("qwen3_vl_moe", "libraries float32", "reentrant"),
-    ("qwen3_vl_moe", "kernels float32", "checkpointing"),
     ("qwen3_5", "reference float64", "checkpointing"),
     ("qwen3_5", "libraries float64", "LoRA checkpointing"),
     ("qwen3_5", "libraries float64", "frozen tower"),
@@ -156,11 +153,11 @@ def test_autocast(family, impl):
     ],
 )
 def test_the_whole_step_compiles_into_one_graph(family, impl, assemble_on):
-    """Forward and backward, no graph break, the same numbers; and again for another pack."""
+    """Forward and backward, no graph break, the same numbers."""
     batch, _, num_items = made_up_rows(family, assemble_on)
-    expected = loss_and_grads(model_of(torch.float32, "plain", impl, family), [batch], num_items)
     model = model_of(torch.float32, "plain", impl, family)
-    loss_and_grads(model, [batch], num_items)  # an eager step, which asks what may be asked once
+    # An eager step, which asks what may be asked once.
+    expected = loss_and_grads(model, [batch], num_items)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     loss, grads = loss_and_grads(compiled, [batch], num_items)

@@ -23,7 +23,9 @@ from mmpack.cli.options import COMMANDS, flag
 from mmpack.hf import training_options
 from mmpack.hf.training_options import NEEDED, REFUSED, parse_training_arguments
 from mmpack.hf.unavailable import unavailable
+from mmpack.ops import tuning
 from mmpack.store.encoded_store import open_store
+from mmpack.trials import Outcome
 
 VIDEO_PART = "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}"
 
@@ -185,9 +187,16 @@ CASES = [
     Case("train", "config", "--data packed", "--config config.json"),
     Case("train", "steps", TRAIN, "--steps 3"),
     Case("train", "data", TRAIN, "--data rows.json", "a packed folder must be the only one"),
+    Case("train", "impl", TRAIN, "--impl libraries"),
     Case("train", "json", TRAIN, "--json"),
     Case("train", "quiet", TRAIN, "--quiet"),
     # others
+    Case("tune", "models", "config.json", "wide.json"),
+    Case("tune", "capacity", "config.json", "--capacity 1000"),
+    Case("tune", "capacity", "config.json", "--capacity 0", "--capacity must be positive, got 0"),
+    Case("tune", "dtype", "config.json", "--dtype float16"),
+    Case("tune", "json", "config.json", "--json"),
+    Case("tune", "quiet", "config.json", "--quiet"),
     Case("demo", "write", "", "--write {out}/kept"),
     Case("demo", "json", "", "--json"),
     Case("demo", "quiet", "", "--quiet"),
@@ -253,6 +262,7 @@ def world(tmp_path_factory):
     vision = Encoder.from_folder(folder / "tokenizer").vision
     tiny_config(4096, vision=vision, family="qwen2_5_vl").to_json_file(folder / "timed.json")
     shutil.copy(folder / "config.json", folder / "model.json")
+    tiny_config(8192, vision=vision).to_json_file(folder / "wide.json")
     write("thought.json", {"conversations": turns("Hello", "<think>All</think>together")})
     write("boxes.json", {"conversations": turns("Hello", "At <|box_start|>(1,2)")})
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -300,10 +310,10 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args):
+    def train(model, dataset, args, impl):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
-        seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps}
+        seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
         return {"steps": 0}
 
     monkeypatch.setattr(Encoder, "from_folder", keep_spec)
@@ -317,6 +327,12 @@ def run(world, tmp_path, monkeypatch, capsys):
     )
     for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
+    monkeypatch.setattr(tuning, "machine", lambda: {"GPU": "NVIDIA H200"})
+    monkeypatch.setattr(tuning, "cache_folder", lambda: Path("cache"))
+    monkeypatch.setattr(
+        tuning, "run_trials",
+        lambda make, jobs, limit: seen.update(jobs=jobs) or ((job, Outcome("a", {"a": 1.0})) for job in jobs),
+    )  # fmt: skip
     monkeypatch.setattr("mmpack.cli.demo.run_demo", lambda folder: print("figures", folder) or {})
     places = iter(range(9))
 

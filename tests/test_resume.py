@@ -226,6 +226,7 @@ def test_a_checkpoint_without_the_callback_is_refused(finished, tmp_path):
     checkpoint = copy_of(finished, tmp_path) / "checkpoint-2"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["stateful_callbacks"].pop("mmpack")["made of"]["samples"] == 24
+    assert state["stateful_callbacks"]["mmpack_ops"] == {"impl": "auto"}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"saved without PackingCallback"):
         run(tmp_path, resume=checkpoint)

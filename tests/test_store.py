@@ -29,7 +29,7 @@ from mmpack.store.manifest import About
 from mmpack.store.plan_file import save_plan
 from mmpack.types import PackPlan
 
-ROWS = 1000  # four chunks
+ROWS = 600  # three chunks
 
 
 @pytest.fixture(scope="module")
@@ -413,13 +413,13 @@ def test_one_flipped_bit_is_found_or_changes_nothing(count, whole, tmp_path):
 def test_a_damaged_sample_is_named(whole, tmp_path):
     out = copy(whole, tmp_path)
     store = open_store(out)
-    ids = store[700].input_ids
+    ids = store[400].input_ids
     flip(out / "samples.arrow", (whole / "samples.arrow").read_bytes().index(ids.tobytes()))
     dataset = PackedDataset.from_store(out)
-    place = f"row {store[700].row} of rows.jsonl"
-    with pytest.raises(ValueError, match=rf"sample 700 \({place}\) has changed; pack"):
-        dataset.samples[700]
-    assert dataset.samples[699].row == store[699].row
+    place = f"row {store[400].row} of rows.jsonl"
+    with pytest.raises(ValueError, match=rf"sample 400 \({place}\) has changed; pack"):
+        dataset.samples[400]
+    assert dataset.samples[399].row == store[399].row
 
 
 def test_packing_again_mends_damage(run, whole, tmp_path):

@@ -1,13 +1,16 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmpack import VisionSpec
+from mmpack.data.processor_folder import IMAGE_DEFAULTS, image_settings
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
 
@@ -91,3 +94,61 @@ def test_a_text_tokenizer_is_refused():
 def test_a_senseless_budget_is_refused():
     with pytest.raises(ValueError, match="min_pixels must be positive"):
         dataclasses.replace(SPEC, max_pixels=100)
+
+
+EDGES = {"shortest_edge": 3136, "longest_edge": 100_000}
+SAVED = {  # changes of a published file; all that transformers' class makes of them is what we read
+    "published": {},
+    "the class's defaults": None,
+    "older names": {"min_pixels": 784, "max_pixels": 50_176},
+    "one older name": {"max_pixels": 50_176},
+    "older names and a size": {"size": EDGES, "min_pixels": 784},
+    "a size": {"size": EDGES},
+    "no size": {"size": None},
+    "Qwen3-VL": {
+        "patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+    },
+    "null": {"image_mean": None, "do_rescale": None, "patch_size": None},
+    "fields we do not read": {"processor_class": "Qwen2VLProcessor", "focal": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("change", SAVED)
+def test_an_image_processors_folder_is_read_as_transformers_reads_it(change, nested, tmp_path):
+    """By us, as importing transformers' class takes seconds."""
+    saved = {"image_processor_type": "Qwen2VLImageProcessor"}
+    if SAVED[change] is not None:
+        saved = Qwen2VLImageProcessorPil().to_dict() | SAVED[change]
+    if nested:
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": saved}))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 99}))
+    else:
+        (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "x"}))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    stock = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    ours = image_settings(tmp_path)
+    for name in IMAGE_DEFAULTS:
+        expected = dict(stock.size) if name == "size" else getattr(stock, name)
+        given = getattr(ours, name)
+        if name == "size":
+            expected = {edge: expected[edge] for edge in EDGES}
+            given = {edge: given[edge] for edge in EDGES}
+        assert given == expected or list(given) == list(expected), name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no preprocessor_config.json"),
+        ("{", "JSONDecodeError"),
+        ("[]", "AttributeError"),
+        ('{"size": {"height": 224, "width": 224}}', "size has no shortest_edge"),
+        ('{"size": 224}', "TypeError"),
+    ],
+)
+def test_a_folder_without_an_image_processor_is_refused(text, said, tmp_path):
+    if text is not None:
+        (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"has no Qwen-VL image processor: .*{said}"):
+        image_settings(tmp_path)

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mmpack.cli.tables import aligned
+from mmpack.cli.tune import as_dict, tuned_table
 
 # Package -> module to import; "": only its version is looked up, because mmpack does not import it.
 PACKAGES = {
@@ -49,7 +50,12 @@ KERNELS = {
     "attention_tiles": "the C++ core",
     "dense_mask": None,
 }
-PLAIN = ("block_mask", "patch_embed", "supervised_cross_entropy")
+PLAIN = (
+    "block_mask",
+    "patch_embed",
+    "supervised_cross_entropy",
+    "supervised_linear_cross_entropy",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -60,6 +66,8 @@ def environment() -> dict[str, Any]:
     ops: dict[str, dict[str, str | None]] = {}
     auto: list[str] = []
     broken = _reason(lambda: _look_at_ops(ops, auto, "cuda" if gpus else "cpu"))
+    tuned: dict[str, Any] = {}
+    why_not_tuned = _reason(lambda: tuned.update(_tuned()))
     return {
         "mmpack": sys.modules["mmpack"].__version__,
         "python": platform.python_version(),
@@ -71,6 +79,8 @@ def environment() -> dict[str, Any]:
         "ops": ops,
         "auto": auto[0] if auto else None,
         "why_no_ops": broken,
+        "tuned": tuned,
+        "why_not_tuned": why_not_tuned,
     }
 
 
@@ -92,9 +102,13 @@ def env_table(found: dict[str, Any]) -> str:
         for name, reason in implementations.items():
             state = "available" if reason is None else f"no: {reason}"
             if op == "varlen_attention" and name == found["auto"]:
-                state += "; the choice of impl='auto'"
+                state += "; impl='auto' without mmpack tune"
             rows.append((op, name, state))
-    lines += aligned(rows, left=(0, 1, 2)) if found["ops"] else []
+    lines += [*aligned(rows, left=(0, 1, 2)), ""] if found["ops"] else []
+    if found["tuned"]:
+        lines += tuned_table(found["tuned"])
+    else:
+        lines.append(f"mmpack tune: {found['why_not_tuned'] or 'nothing was measured on this GPU'}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -158,6 +172,13 @@ def _look_at_ops(ops: dict[str, dict[str, str | None]], auto: list[str], device:
             return getattr(import_module("mmpack.ops"), op)
 
         ops[op] = {"torch": _reason(look)}
+
+
+def _tuned() -> dict[str, Any]:
+    """What `mmpack tune` measured on this GPU, by shape class."""
+    tuning = import_module("mmpack.ops.tuning")
+    table = tuning.read_table(tuning.machine())
+    return {name: as_dict(measured) for name, measured in table.items()}
 
 
 def _why_no_kernel(op: str, device: str) -> str | None:

@@ -44,6 +44,13 @@ examples:
   mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
+TUNE_EXAMPLES = """Each implementation runs in a process of its own, so one that crashes or hangs is left out. Results are kept in
+the user's cache folder; patch_model(impl="auto"), which mmpack train uses, reads them. mmpack env shows them.
+
+examples:
+  mmpack tune Qwen/Qwen2-VL-2B-Instruct
+  mmpack tune run1/config.json --capacity 32768 --json
+"""
 DEMO_EXAMPLES = """examples:
   mmpack demo
   mmpack demo --write demo_data

@@ -1,4 +1,4 @@
-"""The command line: mmpack check | pack | merge | inspect | train | demo | env.
+"""The command line: mmpack check | pack | merge | inspect | train | tune | demo | env.
 
 `ValueError`, `OSError` and a missing extra print one line and exit with 1. Any other exception is a bug in mmpack
 and shows its traceback.
@@ -26,6 +26,7 @@ from mmpack.cli.options import (
     PackOptions,
     ReadingOptions,
     TrainOptions,
+    TuneOptions,
     parse,
 )
 from mmpack.cli.refused_options import check_applies
@@ -285,6 +286,13 @@ def _train(options: TrainOptions) -> None:
     run_train(options, _encoder, _config)
 
 
+def _tune(options: TuneOptions) -> int:
+    from mmpack.cli.tune import run_tune
+
+    configs = [load_config(local_path(model)) for model in options.models]
+    return run_tune(configs, options)
+
+
 def _demo(options: DemoOptions) -> None:
     from mmpack.cli.demo import run_demo
 
@@ -310,6 +318,7 @@ _COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "merge": _merge,
     "inspect": _inspect,
     "train": _train,
+    "tune": _tune,
     "demo": _demo,
     "env": _env,
 }

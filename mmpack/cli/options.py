@@ -22,6 +22,7 @@ from mmpack.cli.examples import (
     MERGE_EXAMPLES,
     PACK_EXAMPLES,
     TRAIN_EXAMPLES,
+    TUNE_EXAMPLES,
 )
 from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.packing.overflow import check_split
@@ -245,8 +246,28 @@ class TrainOptions(PackingOptions, Options):
         "dtype of the stored weights, also with --bf16; in bfloat16, small updates are lost",
         "float32",
     )
+    impl: Literal["auto", "libraries", "triton"] = option(
+        "ops: what mmpack tune chose on this GPU (else libraries'), libraries', or mmpack's kernels",
+        "auto",
+    )
     training: tuple[str, ...] = ()  # other words, for TrainingArguments
     words: tuple[str, ...] = ()  # all words, to print the command that continues the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(Options):
+    """measure mmpack's kernels and libraries' on this GPU; training then takes the fastest that are right"""
+
+    models: tuple[str, ...] = option(
+        "config.json, folder or Hugging Face name of a model, for its sizes",
+        positional=True,
+        nargs="+",
+        metavar="MODEL",
+    )
+    capacity: int = option("tokens per pack, for timing (default: 8192)", 8192)
+    dtype: Literal["bfloat16", "float16", "float32"] = option(
+        "dtype of computations, that of mixed precision if it is used", "bfloat16"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +288,7 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {  # options, examples
     "merge": (MergeOptions, MERGE_EXAMPLES),
     "inspect": (InspectOptions, INSPECT_EXAMPLES),
     "train": (TrainOptions, TRAIN_EXAMPLES),
+    "tune": (TuneOptions, TUNE_EXAMPLES),
     "demo": (DemoOptions, DEMO_EXAMPLES),
     "env": (EnvOptions, ENV_EXAMPLES),
 }

@@ -86,7 +86,7 @@ def run_train(
         else:
             print(f"images and videos are read from {' and '.join(folders)}")
         try:
-            result = train(model, dataset, args)
+            result = train(model, dataset, args, options.impl)
         except KeyboardInterrupt:
             if args.process_index:
                 raise

@@ -12,20 +12,30 @@ from types import SimpleNamespace
 from typing import Any
 
 from mmpack.families import family_of_processor, video_rule
+from mmpack.video_spec import BICUBIC
 from mmpack.vision_spec import VisionSpec
 
+IMAGE_DEFAULTS: dict[str, Any] = {  # of transformers' `Qwen2VLImageProcessorPil`
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+    "resample": BICUBIC,
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 NO_NETWORK = {"local_files_only": True, "trust_remote_code": False}  # nor code from the folder
 
 
 def load_processor(folder: str | os.PathLike[str], config: Any = None) -> tuple[Any, VisionSpec]:
     """(tokenizer, VisionSpec) from a local folder; arguments and errors as in `Encoder.from_folder`."""
-    from transformers import Qwen2VLImageProcessorPil
-
     tokenizer = load_tokenizer(folder)
-    try:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no Qwen-VL image processor: {error}") from None
+    image_processor = image_settings(Path(folder))
     if config is None and (Path(folder) / "config.json").is_file():
         config = load_config(folder)
     video_processor = _video_processor(Path(folder), config)
@@ -52,6 +62,33 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
             )
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
+
+
+def image_settings(folder: Path) -> SimpleNamespace:
+    """The settings of a folder's image processor, read as transformers' class reads them: importing the class takes
+    longer than importing torch.
+
+    Raises:
+        ValueError: there are none, or they are not a Qwen-VL image processor's.
+    """
+    nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+    try:
+        settings = None
+        if nested.is_file():
+            settings = json.loads(nested.read_text(encoding="utf-8")).get("image_processor")
+        if settings is None:
+            settings = json.loads(own.read_text(encoding="utf-8"))
+        size = dict(settings.get("size") or IMAGE_DEFAULTS["size"])
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # older names
+        size |= {edges[name]: settings[name] for name in edges if settings.get(name) is not None}
+        if missing := [name for name in edges.values() if name not in size]:
+            raise ValueError(f"size has no {missing[0]}")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no Qwen-VL image processor: no {own.name}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} has no Qwen-VL image processor: {said}") from None
+    return SimpleNamespace(**{**IMAGE_DEFAULTS, **settings, "size": size})
 
 
 def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from mmpack.hf.compat import AttentionMaskInterface, sdpa_attention_forward, sdpa_mask
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.op_choice import compute_dtype, impl_for
 from mmpack.hf.rotary import rotate_vision
 from mmpack.ops.varlen_attention import varlen_attention
 
@@ -52,7 +53,7 @@ def text_attention(
         )
     if "watch" in mmpack:
         mmpack["watch"](module.layer_idx, query[0], key[0], kwargs["scaling"], mmpack)
-    dtype = _compute_dtype(value)
+    dtype = compute_dtype(value)
     q_THK, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     out = varlen_attention(
         q_THK,
@@ -64,7 +65,7 @@ def text_attention(
         scale=kwargs["scaling"],
         tiles=(mmpack["tiles"], mmpack["segment_ids"]),
         offsets=mmpack["offsets"],
-        impl=mmpack["impl"],
+        impl=impl_for(mmpack, "attention", dtype),
     )
     return out[None], None
 
@@ -90,7 +91,7 @@ def vision_forward(
         num_patches = len(hidden_states)
         q, k, v = self.qkv(hidden_states).reshape(num_patches, 3, self.num_heads, -1).unbind(1)
         q, k = rotate_vision(q, k, position_embeddings, mmpack)  # type: ignore[arg-type]  # given
-        q, k, v = (x.to(_compute_dtype(v)) for x in (q, k, v))
+        q, k, v = (x.to(compute_dtype(v)) for x in (q, k, v))
         out = varlen_attention(
             q,
             k,
@@ -101,20 +102,12 @@ def vision_forward(
             scale=self.scaling,
             tiles=(mmpack[f"{segments}_tiles"], mmpack[f"{segments}_segment_ids"]),
             offsets=mmpack[f"{segments}_offsets"],
-            impl=mmpack["impl"],
+            impl=impl_for(mmpack, f"{segments}_attention", q.dtype),
         )
         projected: torch.Tensor = self.proj(out.reshape(num_patches, -1))
         return projected
 
     return forward
-
-
-def _compute_dtype(value: torch.Tensor) -> torch.dtype:
-    """The dtype to attend in: under autocast, q and k arrive in float32 (rope), v in the autocast dtype."""
-    device = value.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return value.dtype
 
 
 AttentionInterface.register(NAME, text_attention)

@@ -26,6 +26,7 @@ from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import find_inner
+from mmpack.hf.rank_choice import agree_on_ops
 from mmpack.hf.stream_state import StreamKeeper
 from mmpack.hf.throughput import PackCounter, TrainedCosts
 from mmpack.hf.trainer_checks import (
@@ -49,7 +50,7 @@ class PackingCallback(TrainerCallback):
     - Sets the epoch where every DataLoader worker reads it; accelerate's `set_epoch` does not reach persistent
       workers.
     - Resumes with the packs that would have come next and with the checkpoint's weights
-      (`mmpack.hf.checkpoints`).
+      (`mmpack.hf.checkpoints`) and ops, which are the same on all ranks (`mmpack.hf.rank_choice`).
     - Ends a run whose loss, gradients or weights are not finite, naming the step and its rows, before anything
       is logged or saved (`mmpack.hf.divergence`). Disables `logging_nan_inf_filter`, which hides such losses.
     - Refuses data that was encoded for another model (token ids, patches, normalization).
@@ -104,8 +105,7 @@ class PackingCallback(TrainerCallback):
         self._weights: WeightKeeper | None = None
         self._waiting: list[MmpackDict] = []  # a stream's batches in the current step
         self._hooks: list[Any] = []
-        self._is_in_step = False
-        self._is_watched = False
+        self._is_in_step = self._is_watched = False
         self._packs: list[MmpackDict] = []
         self._counter = PackCounter()
         self._trainer: Trainer | None = None  # the one it is attached to
@@ -204,6 +204,7 @@ class PackingCallback(TrainerCallback):
             if self._weights is not None:
                 self._weights.check(model)
             check_unfinished(state)
+        agree_on_ops(model, args, state, self.dataset.capacity)
         self._take_places()
         self._remove_hooks()
         base = find_inner(model)

@@ -77,7 +77,8 @@ class PackCollator:
     Qwen2.5-VL's, Qwen3-VL's and Qwen3.5's towers need extra indices that depend on the model (attention windows,
     rows of a position table). The worker computes them, given `model`. A Qwen3.5's batch also has `cu_seq_lens_q
     (S + 1,)` and `seq_idx (1, T)`, on which transformers raises if the model is not patched and
-    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them).
+    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without `model`,
+    so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read them.
 
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
@@ -162,7 +163,11 @@ class PackCollator:
             batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
             pack = assemble(samples, pixels=False, empty=worker_buffers.empty)
-            batch = batch_of(pack, values, self.tower)
+            tower = self.tower
+            if self._num_ids is None:  # no model: it may be a hybrid
+                may_be = pack.vision.video is not None and pack.vision.video.has_timestamps
+                tower = replace(tower, has_linear_attention=may_be)
+            batch = batch_of(pack, values, tower)
         batch["mmpack"]["items"] = (0, *accumulate(map(len, segments)))
         if self._num_ids is not None:  # here, because a compiled model runs no host checks
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)

@@ -15,6 +15,7 @@ from torch import nn
 from mmpack import reference
 from mmpack.hf.compat import all_hooks, is_sharded
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.op_choice import impl_for
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -24,10 +25,9 @@ def embed(
     input_ids_T: torch.Tensor,
     features_FD: torch.Tensor | None,
     pack: MmpackDict,
-    impl: str,
 ) -> torch.Tensor:
-    """(T, D) embeddings in the table's dtype, with features inserted; `impl` as in `patch_model`."""
-    if impl == "triton" and is_plain(embedding):
+    """(T, D) embeddings in the table's dtype, with features inserted."""
+    if is_plain(embedding) and impl_for(pack, "embedding", embedding.weight.dtype) == "triton":
         from mmpack.ops import embed_features
 
         weight_VD = embedding.weight

@@ -83,12 +83,14 @@ class MmpackDict(EveryBatch, total=False):
     compact: CompactDict  # until expanded; forward_kwargs, model_patch
 
     # Written by the collator.
+    loss_weight_bits: Int32  # (L,) the rows' loss weights, bits of float32; absent: all 1; loss
     items: tuple[int, ...]  # items + 1, item offsets in the segments; evaluation
     resume: bytes  # stream only: `PackSamples.resume` of the last item; stream_state
 
     # Written by the model's hooks.
-    impl: str  # from `patch_model`; attention
-    rotary: tuple[Any, ...]  # with impl "triton", `rotary.rotations` of the text; rotary
+    impl: str  # from `patch_model`; op_choice
+    tuned: dict[str, dict[torch.dtype, str]]  # with impl "auto", `op_choice.Choice`; op_choice
+    rotary: tuple[Any, ...]  # where our kernel rotates, `rotary.rotations` of the text; rotary
     vision_rotary: tuple[Any, ...]  # the same for the tower; rotary
     deepstack: Sequence[torch.Tensor]  # (F, D) features for each text layer (Qwen3-VL); tower
     watch: Callable[..., None]  # `AttentionShare.take`, in recorded steps; attention

@@ -17,7 +17,7 @@ A batch without the `mmpack` dict takes the stock path: generation, padded evalu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -39,14 +39,20 @@ from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.linear_attention import linear_forward
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.hf.model_parts import check_videos, family_of, inner_model, tower_of
+from mmpack.hf.model_parts import (
+    PATCH,
+    check_videos,
+    family_of,
+    find_inner,
+    inner_model,
+    tower_of,
+)
+from mmpack.hf.op_choice import Choice, choose, table_here, tell_choice
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_STATE = "_mmpack_patch"
 
 
 @dataclass
@@ -58,6 +64,8 @@ class _Patch:
     impl: str
     facts: dict[str, Any]  # what data must be encoded with (`mmpack.hf.fit`)
     is_isolated: bool = False
+    choice: Choice = field(default_factory=dict)  # with impl "auto"; made at the first forward
+    chosen_for: str = ""  # the type of its device
 
 
 def patch_model(model: Model, impl: str = "auto") -> Model:
@@ -72,23 +80,25 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
     Args:
         model: a `Qwen2VLForConditionalGeneration` or another family's, its inner model, or a wrapper around one
             (PEFT).
-        impl: which ops to use. "auto": those of libraries (torch, flash-attn). "triton": mmpack's kernels
-            (attention, rotary embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA
-            device or in Triton's interpreter; "auto" will choose them once they are measured on a GPU. Or an
-            implementation of `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or
+        impl: which ops to use. "auto": what `mmpack tune` found to be right and fastest on this GPU, else
+            libraries' (torch, flash-attn), with a warning; under Trainer, all ranks use the same
+            (`PackingCallback`). "libraries": only libraries'. "triton": mmpack's kernels (attention, rotary
+            embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in Triton's
+            interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or
             refused.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced a method that mmpack binds.
         RuntimeError: the self-test found that segments attend to each other.
     """
-    if impl not in ("auto", *IMPLEMENTATIONS):
+    if impl not in ("auto", "libraries", *IMPLEMENTATIONS):
         raise ValueError(
-            f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+            f"impl must be 'auto', 'libraries' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
         )
     base = inner_model(model)
-    if hasattr(base, _STATE):
-        getattr(base, _STATE).impl = impl
+    if hasattr(base, PATCH):
+        patch = getattr(base, PATCH)
+        patch.impl, patch.choice, patch.chosen_for = impl, {}, ""
         return model
     bindings = _bindings(base)
     for module, method, _ in bindings:
@@ -101,11 +111,11 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
     text_attention = attention_name(base.language_model.config)
     facts = facts_of_model(base.config)
-    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl, facts))
+    setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer has not yet moved to its GPU cannot run kernels.
-    needs_gpu = impl not in ("auto", "sdpa", "reference", "flex") or (
+    needs_gpu = impl not in ("auto", "libraries", "sdpa", "reference", "flex") or (
         family_of(base).has_linear_attention and has_linear_kernels(both=False)
     )
     if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
@@ -127,7 +137,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: it holds no model of a supported family.
     """
     base = inner_model(model)
-    patch = vars(base).get(_STATE)
+    patch = vars(base).get(PATCH)
     if patch is None:
         return model
     for name, hook_id in patch.hooks:
@@ -139,13 +149,34 @@ def unpatch_model(model: Model) -> Model:
     vars(base.visual.merger).pop("merged", None)
     _set_text_attention(base, patch.text_attention)
     remove_loss(base, model)
-    delattr(base, _STATE)
+    delattr(base, PATCH)
     return model
+
+
+def patch_of(model: nn.Module) -> tuple[Any, str] | None:
+    """(inner model, `impl`) of a patched model; None for others."""
+    base = find_inner(model)
+    patch = None if base is None else vars(base).get(PATCH)
+    return None if patch is None else (base, patch.impl)
+
+
+def use_choice(model: nn.Module, choice: Choice, device: torch.device) -> bool:
+    """Use these ops from now on in a patched model with impl "auto"; returns whether that is new. The self-test
+    runs again if they are others."""
+    base = inner_model(model)
+    patch = getattr(base, PATCH)
+    is_new: bool = patch.chosen_for != device.type or patch.choice != choice
+    if patch.choice != choice:
+        patch.is_isolated = False
+    patch.choice, patch.chosen_for = choice, device.type
+    if _has_weights(base) and base.device.type == device.type:
+        _check_once(base)  # later, in a compiled graph, it could not run
+    return is_new
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the model, or one that it wraps, is patched."""
-    return any(_STATE in vars(module) for module in model.modules())
+    return any(PATCH in vars(module) for module in model.modules())
 
 
 def _take_pack(
@@ -160,15 +191,17 @@ def _take_pack(
             "nn.DataParallel splits batches along the first dimension, which a packed row does not have; "
             "start one process per GPU: torchrun --nproc_per_node N, or accelerate launch"
         )
+    patch = getattr(base, PATCH)
     if not torch.compiler.is_compiling():  # host-side checks, skipped in a compiled graph
+        _choose_once(base, kwargs)
         _check_once(base)
         _check_batch(base, args, kwargs, pack)
-    impl = getattr(base, _STATE).impl
+    impl = "auto" if patch.impl == "libraries" else patch.impl
     if "compact" in pack:
         kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
-    pack = {**pack, "impl": impl}
+    pack = {**pack, "impl": impl, "tuned": patch.choice}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
-    if impl == "triton":
+    if impl == "triton" or "rotary" in patch.choice or "vision_rotary" in patch.choice:
         pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
     features: list[Any] = [None]
     nothing: torch.Tensor | None = None
@@ -178,7 +211,7 @@ def _take_pack(
             features = tower.run_tower(base, *tower.pixels_and_grids(kwargs), pack)
         elif tower.must_run(base.visual):
             nothing = 0 * tower.run_on_nothing(base, impl)
-    embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features[0], pack, impl)
+    embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features[0], pack)
     if nothing is not None:
         embeds_TD = embeds_TD + nothing.to(embeds_TD.device, embeds_TD.dtype)
     if features[1:]:
@@ -244,12 +277,23 @@ def _check_batch(
         )
     if pack["video_rule"] is not None:
         check_videos(base, pack["video_rule"])
-    check_facts(getattr(base, _STATE).facts, pack["facts"])
+    check_facts(getattr(base, PATCH).facts, pack["facts"])
     check_ids(num_ids(base), pack["id_range"])
 
 
+def _choose_once(base: Any, kwargs: dict[str, Any]) -> None:
+    """Choose ops for the device of the first batch, unless that was done for all ranks (`rank_choice`)."""
+    patch, device = getattr(base, PATCH), kwargs["mmpack"]["supervised_index"].device
+    if patch.impl == "auto" and patch.chosen_for != device.type:
+        choice = choose(base.config, table_here(device))
+        if choice != patch.choice:
+            patch.choice, patch.is_isolated = choice, False
+        patch.chosen_for = device.type
+        tell_choice(choice, device)
+
+
 def _check_once(base: Any) -> None:
-    patch = getattr(base, _STATE)
+    patch = getattr(base, PATCH)
     if not patch.is_isolated:
         patch.is_isolated = True  # set first, because the test's forwards come here too
         try:

@@ -14,6 +14,7 @@ import torch
 from mmpack.hf.compat import apply_rotary_pos_emb_vision, attention_of
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import family_of
+from mmpack.hf.op_choice import compute_dtype, impl_for
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]  # hidden states; attention weights
 
@@ -53,7 +54,7 @@ def rotate_vision(
     q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], pack: MmpackDict
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A tower's q and k (P, H, K), rotated by the kernel if the pack has `vision_rotary`, else as in stock."""
-    if "vision_rotary" in pack:
+    if "vision_rotary" in pack and impl_for(pack, "vision_rotary", q.dtype) == "triton":
         return rotate(q, k, *pack["vision_rotary"])
     rotated: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb_vision(q, k, *cos_sin)
     return rotated
@@ -69,7 +70,11 @@ def text_forward(stock: Callable[..., Attended]) -> Callable[..., Attended]:
         **kwargs: Any,
     ) -> Attended:
         pack: MmpackDict | None = kwargs.get("mmpack")
-        if pack is None or "rotary" not in pack:
+        if (
+            pack is None
+            or "rotary" not in pack
+            or impl_for(pack, "rotary", compute_dtype(hidden_states)) != "triton"
+        ):
             return stock(self, hidden_states, attention_mask=attention_mask, **kwargs)
         rows = hidden_states[0]
         gate = None

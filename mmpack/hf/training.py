@@ -96,9 +96,11 @@ def _machine_failure(error: Exception, args: TrainingArguments) -> str | None:
     return None
 
 
-def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> dict[str, Any]:
+def train(
+    model: nn.Module, dataset: PackedDataset, args: TrainingArguments, impl: str = "auto"
+) -> dict[str, Any]:
     """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
-    folder to resume from.
+    folder to resume from; `impl` as in `patch_model`.
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`.
@@ -108,7 +110,7 @@ def train(model: nn.Module, dataset: PackedDataset, args: TrainingArguments) -> 
             another run; a DataLoader worker was killed; the disk is full.
     """
     check_fit(inner_model(model), dataset)
-    patch_model(model)
+    patch_model(model, impl=impl)
     with unavailable():
         trainer = Trainer(
             model=model,

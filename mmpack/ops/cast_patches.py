@@ -41,8 +41,9 @@ def _cast_patches_fwd_kernel(
         at = start + tl.arange(0, BLOCK)
         row, column = at // W, at % W
         is_value = (at < values) & (column < N)
-        x = tl.load(patches_ptr + row * N + column, mask=is_value, other=128)
-        shifted = x.to(tl.float32) - 128.0
+        # Not `other=128`: Triton 3.6 and 3.7 fill a vector of int8 with the sign of a negative one.
+        x = tl.load(patches_ptr + row * N + column, mask=is_value, other=0)
+        shifted = tl.where(is_value, x.to(tl.float32) - 128.0, 0.0)
         tl.store(out_ptr + at, shifted.to(out_ptr.dtype.element_ty), mask=at < values)
 
 

@@ -190,3 +190,16 @@ def _check_tiles(tiles, q_THK):
                 f"{name} must be int32 {shape} on {q_THK.device}, got {tensor.dtype} "
                 f"{tuple(tensor.shape)} on {tensor.device}"
             )
+
+
+def candidates(q_THK: Tensor) -> list[str]:
+    """The implementations that `mmpack tune` measures for this q: all but FlexAttention, which torch compiles
+    again for other shapes, and the reference."""
+    names = dict.fromkeys(("triton", *AUTO, "flash4", "sdpa"))
+    return [impl for impl in names if not why_not(impl, q_THK)]
+
+
+def why_not_installed(impl: str) -> str | None:
+    """Why an implementation cannot be imported; None if it can. Does not consider devices and dtypes."""
+    reason: str | None = libraries.why_not(impl)
+    return reason

@@ -337,8 +337,9 @@ def _varlen_attention_bwd_dkv_kernel(
             whole_begin = segment_end
         steps = tl.cdiv(segment_end - queries_begin, BM)
         for step in tl.range(0, G * steps, num_stages=STAGES):
-            query_head = head * G + step // steps
-            m = queries_begin + step % steps * BM
+            # A division less, and its registers, where heads have no groups.
+            query_head = head * G + step // steps if G > 1 else head
+            m = queries_begin + (step % steps if G > 1 else step) * BM
             at = _within_segment(m, segment_end, is_shared, BM)
             rows = at + tl.arange(0, BM)
             q0, q1 = _load(q0_desc, q1_desc, at, query_head * q_step, D0, D1)
