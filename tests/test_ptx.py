@@ -1,6 +1,10 @@
 """The PTX emulator of tests/ptx on small programs: what instructions do, as PTX's manual has it, and its faults."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from ptx.faults import Fault, Unknown
 from ptx.memory import GlobalMemory
 from ptx.parser import parse
 
+ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 .version 8.7
 .target sm_90a
@@ -391,3 +396,19 @@ def test_the_emulated_device_is_the_cpu_to_torch():
         torch.nn.Linear(2, 2).to(DEVICE).weight,
     )
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", ["installed", "3.6.0"])
+def test_all_tests_of_gpus_pass_in_the_emulator(triton, tmp_path):
+    """Five minutes of a processor each. The oldest Triton supported is fetched."""
+    path = [str(ROOT)]
+    if triton != "installed":
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
+        subprocess.run([*pip, "--target", str(tmp_path), f"triton=={triton}"], check=True)
+        path.insert(0, str(tmp_path))
+    command = [sys.executable, "-m", "pytest", "--emulate", "-m", "(gpu or emulated) and not slow"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout
