@@ -78,6 +78,8 @@ def shape_classes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[Shap
 def choose(config: Any, table: Table) -> Choice:
     """The choice for each role and dtype that was measured."""
     choice: Choice = {}
+    if not table:
+        return choice
     for role, (op, sizes) in roles_of(config).items():
         for dtype in DTYPES:
             measured = table.get(str(ShapeClass(op, _name(dtype), sizes)))
