@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from mmpack.ops import cross_entropy_kernels as loss
 from mmpack.ops import embed_features as _  # noqa: F401  (the name is the op's, not the file's)
 from mmpack.ops import mrope, varlen_triton  # noqa: F401
 from mmpack.ops.assembly import offsets
 
 embed = sys.modules["mmpack.ops.embed_features"]
 varlen = sys.modules["mmpack.ops.varlen_triton"]
+cast = sys.modules["mmpack.ops.cast_patches"]
 sequence = sys.modules["mmpack.ops.assembly.assemble_sequence"]
 patches = sys.modules["mmpack.ops.assembly.assemble_patches"]
 attention_tiles = sys.modules["mmpack.ops.assembly.attention_tiles"]
@@ -26,7 +28,8 @@ class Case:
     """A kernel as launched in a GPU run, and its limits.
 
     `arguments` are Triton types; ":16" marks divisibility by 16, which arguments that the kernel does not
-    specialize must not have. `needs` are required instructions, `lacks` forbidden ones.
+    specialize must not have. `programs` are those that a multiprocessor must hold at once, by architecture on which
+    the kernel is offered. `needs` are required instructions, `lacks` forbidden ones.
     """
 
     name: str
@@ -34,10 +37,14 @@ class Case:
     arguments: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
-    max_registers: int
+    programs: dict[int, int]
     needs: tuple[str, ...] = ()
     max_spill_bytes: int = 0
     lacks: tuple[str, ...] = ("LDL", "STL", "ATOM")
+
+
+def _everywhere(programs: int) -> dict[int, int]:
+    return dict.fromkeys((80, 89, 90, 100), programs)
 
 
 def _embed_cases(dtype: str, D: int) -> list[Case]:
@@ -71,7 +78,7 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
             },
             copies,
             options,
-            max_registers=64,
+            programs=_everywhere(8),
             needs=("LDG.128", "STG.128"),
         )
     ]
@@ -94,7 +101,7 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
                 },
                 {**sums, **copies, "ACCUMULATE": accumulate},
                 options,
-                max_registers=96,
+                programs=_everywhere(5),
                 needs=("LDG.128", "STG.128"),
             ),
             Case(
@@ -109,7 +116,7 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
                 },
                 {**sums, "ACCUMULATE": accumulate},
                 options,
-                max_registers=96,
+                programs=_everywhere(5),
                 needs=("LDG.128", "STG.128"),
             ),
         ]
@@ -118,8 +125,13 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
 
 def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
     D0, D1 = varlen.split_head_dim(K)
-    at_the_limit = K == 128 or dtype == "fp32"  # where dk and dv must not spill
-    registers = {"fwd": 250, "bwd_dq": 222, "bwd_dkv": 255 if at_the_limit else 230}
+    # As the launch options intend; with two, one computes while the other waits.
+    programs = dict.fromkeys(("fwd", "bwd_dq"), 2 if K <= 96 else 1)
+    programs["bwd_dkv"] = 2 if K <= 128 else 1
+    # At 256, dk and dv take 128 registers, and ptxas spills addresses in shared memory that it computes before the
+    # loop: with Triton 3.7.1 the loop loads 21 of them and stores none. Exact float32 products use no tensor cores.
+    spills = dict.fromkeys(("fwd", "bwd_dq"), 64)
+    spills["bwd_dkv"] = 64 if K <= 128 else 320
     cases = []
     for name, kernel in (
         ("fwd", varlen.kernels._varlen_attention_fwd_kernel),
@@ -127,23 +139,30 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
         ("bwd_dkv", varlen.kernels._varlen_attention_bwd_dkv_kernel),
     ):
         options = varlen.launch_options(name, K, {"fp32": torch.float32}.get(dtype))
-        launch = {key: options.pop(key) for key in ("num_warps", "enable_fp_fusion")}
+        launch = {
+            key: options.pop(key)
+            for key in ("num_warps", "maxnreg", "enable_fp_fusion")
+            if key in options
+        }
         constants = {"H": G, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": varlen.TILE}
         constants |= {"CAUSAL": causal, **options}
         arguments = {}
         for argument in kernel.arg_names:
-            if argument.endswith("_desc"):  # q0_desc: queries, the first D0 columns
+            if argument.endswith("1_desc") and not D1:
+                constants[argument] = None
+            elif argument.endswith("_desc"):  # q0_desc: queries, the first D0 columns
                 rows = constants["BN" if argument[0] in "kv" else "BM"]
                 columns = D1 if D1 and "1_" in argument else D0
                 arguments[argument] = f"tensordesc<{dtype}[{rows}, {columns}]>"
-            elif argument.endswith("_step"):
+            elif argument.endswith(("_step", "_stride")):
                 arguments[argument] = "i32:16"
             elif argument not in constants:
                 arguments[argument] = {
                     "lse_ptr": "*fp32:16",
                     "delta_ptr": "*fp32:16",
                     "tiles_ptr": "*i32:16",
-                    "segment_ids_ptr": "*i32:16",
+                    "segment_ids_ptr": "*i32",
+                    "cu_seqlens_ptr": "*i32",
                     "T": "i32",
                     "scale": "fp32",
                     "scale_log2": "fp32",
@@ -155,14 +174,25 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
                 arguments,
                 constants,
                 launch,
-                max_registers=registers[name],
+                programs={90: 1 if dtype == "fp32" else programs[name], 100: 1},
                 needs=("UTMALDG",) if dtype == "fp32" else ("FFMA", "HGMMA", "UTMALDG", "STG.128"),
-                lacks=("ATOM",) if dtype == "fp32" else ("LDL", "STL", "ATOM"),
-                # Exact float32 products use no tensor cores; Triton 3.6 spills a little at K = 128.
-                max_spill_bytes=512 if dtype == "fp32" else 0,
+                lacks=("ATOM",),
+                max_spill_bytes=512 if dtype == "fp32" else spills[name],
             )
         )
     return cases
+
+
+def _cast_case(p: int, N: int) -> Case:
+    return Case(
+        f"cast_patches {p} pixels bf16",
+        cast._cast_patches_fwd_kernel,
+        {"out_ptr": "*bf16:16", "patches_ptr": "*u8:16", "P": "i32"},
+        {"N": N, "W": cast.padded_width(N), "ROWS": cast.ROWS, "BLOCK": cast.BLOCK},
+        {"num_warps": 4},
+        programs=_everywhere(8),
+        needs=("STG.128",),
+    )
 
 
 _TEXT = {"sections": (16, 24, 24), "interleaved": False, "num_freqs": 64}
@@ -191,12 +221,12 @@ def _mrope_case(name: str, dtype: str, H: int, HK: int, K: int, rope: dict[str, 
         arguments,
         constants,
         mrope.OPTIONS,
-        max_registers=128,
+        programs=_everywhere(2),
         needs=("FFMA", "LDG.128", "STG.128"),
     )
 
 
-def _index_case(name: str, kernel: Any, constants: dict[str, Any], registers: int) -> Case:
+def _index_case(name: str, kernel: Any, constants: dict[str, Any], programs: int) -> Case:
     """Cases of a kernel that writes indices: pointers are int32, unless the name says otherwise."""
     types = {
         "input_ids_out_ptr": "*i64:16",
@@ -217,7 +247,41 @@ def _index_case(name: str, kernel: Any, constants: dict[str, Any], registers: in
     }
     num_warps = {"_cut_tiles_kernel": 1, "_text_runs_kernel": 8}.get(kernel.__name__, 4)
     needs = ("STG.128",) if "HIDDEN" in constants else ()
-    return Case(name, kernel, arguments, constants, {"num_warps": num_warps}, registers, needs)
+    return Case(
+        name, kernel, arguments, constants, {"num_warps": num_warps}, _everywhere(programs), needs
+    )
+
+
+def _loss_cases(dtype: str) -> list[Case]:
+    """A chunk of the vocabulary, as wide as all but the last."""
+    arguments = {
+        "lse_ptr": "*fp32:16",
+        "target_ptr": "*fp32:16",
+        "scale_ptr": "*fp32:16",
+        "labels_ptr": "*i64:16",
+        "stride": "i32:16",
+        "C": "i32:16",
+        "first": "i32",
+    }
+    return [
+        Case(
+            f"cross_entropy_{name} {dtype}",
+            kernel,
+            {
+                argument: arguments.get(argument, f"*{dtype}:16")
+                for argument in kernel.arg_names
+                if argument != "BLOCK_C"
+            },
+            {"BLOCK_C": loss.BLOCK_C},
+            {"num_warps": loss.NUM_WARPS},
+            programs=_everywhere(65536 // (64 * 32 * loss.NUM_WARPS)),
+            needs=("LDG.128", "STG.128") if name == "bwd" else ("LDG.128",),
+        )
+        for name, kernel in (
+            ("fwd", loss._cross_entropy_fwd_kernel),
+            ("bwd", loss._cross_entropy_bwd_kernel),
+        )
+    ]
 
 
 _MERGE = {"MERGE": 2}
@@ -226,7 +290,7 @@ _INDEX_CASES = [
         "assemble_sequence outline",
         sequence._outline_kernel,
         {**_MERGE, "LOG_I": offsets.search_steps(300), "BLOCK_I": sequence.BLOCK_I},
-        128,
+        1,
     ),
     _index_case(
         "assemble_sequence",
@@ -237,31 +301,31 @@ _INDEX_CASES = [
             "LOG_I": offsets.search_steps(300),
             "BLOCK_T": sequence.BLOCK_T,
         },
-        128,
+        4,
     ),
     _index_case(
         "assemble_sequence text runs",
         sequence._text_runs_kernel,
         {"MAX_RUN": sequence.MAX_RUN, "BLOCK_X": sequence.BLOCK_X},
-        128,
+        1,
     ),
     _index_case(
         "assemble_patches",
         patches._assemble_patches_kernel,
         {**_MERGE, "LOG_FRAMES": offsets.search_steps(300), "BLOCK_P": patches.BLOCK_P},
-        96,
+        5,
     ),
     _index_case(
         "attention_tiles cut",
         attention_tiles._cut_tiles_kernel,
         {"TILE": attention_tiles.TILE, "BLOCK_CUT": attention_tiles.BLOCK_CUT},
-        96,
+        1,
     ),
     _index_case(
         "attention_tiles rank",
         attention_tiles._rank_tiles_kernel,
         {"CAUSAL": True, "BLOCK_N": attention_tiles.BLOCK_N, "BLOCK_M": attention_tiles.BLOCK_M},
-        168,  # Triton 3.6 takes 158
+        3,
     ),
     *[
         _index_case(
@@ -273,7 +337,7 @@ _INDEX_CASES = [
                 "BLOCK_Q": masks.BLOCK_Q,
                 "BLOCK_KV": masks.BLOCK_KV,
             },
-            168,
+            3,
         )
         for name, hidden in (("bool", 0), ("bf16", torch.finfo(torch.bfloat16).min))
     ],
@@ -283,6 +347,8 @@ CASES = _INDEX_CASES + [
     for dtype, D in (("bf16", 1536), ("bf16", 3584), ("bf16", 8192), ("fp32", 3584))
     for case in _embed_cases(dtype, D)
 ]
+CASES += [_cast_case(14, 588), _cast_case(16, 768)]
+CASES += [case for dtype in ("bf16", "fp16", "fp32") for case in _loss_cases(dtype)]
 CASES += [
     _mrope_case("12 + 2 heads", "bf16", 12, 2, 128, _TEXT),
     _mrope_case("28 + 4 heads", "bf16", 28, 4, 128, _TEXT),
@@ -298,9 +364,11 @@ CASES += [
         ("bf16", 128, 7, True),  # 7B
         ("fp16", 128, 7, True),
         ("bf16", 128, 1, False),
-        ("bf16", 80, 1, False),  # the vision tower
+        ("bf16", 80, 1, False),  # Qwen2-VL's and Qwen2.5-VL's towers
+        ("bf16", 72, 1, False),  # Qwen3-VL's
         ("bf16", 96, 1, False),
         ("bf16", 64, 1, True),
+        ("bf16", 256, 8, True),  # Qwen3.5
         ("fp32", 128, 7, True),
         ("fp32", 80, 1, False),
     )

@@ -189,7 +189,7 @@ def memory(rows: Sequence[Row]) -> Any:
     seen: dict[str, str] = {}
     for impl in dict.fromkeys(row.impl for row in found):
         of = {row.x: row for row in found if row.impl == impl}
-        shown = "logits once + the head's gradient" if impl == CEILING else impl
+        shown = "the gradients alone" if impl == CEILING else impl
         _line(axes, [of[x] for x in sorted(of)], impl, seen, 1, label=shown)
     axes.set(xlabel="share of tokens that are supervised", ylabel="MiB at most", ylim=(0, None))
     axes.set_xlim(0, 1.02)

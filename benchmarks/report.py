@@ -41,7 +41,7 @@ TESTS = {
     "assemble": ("test_assemble",),
     "batch": ("test_assemble", "test_assemble_sequence", "test_device_batches"),
     "embed_features": ("test_embed_features",),
-    "head": ("test_supervised_cross_entropy",),
+    "head": ("test_supervised_cross_entropy", "test_supervised_linear_cross_entropy"),
     "headers": ("test_images",),
     "host": ("test_collator", "test_pixels"),
     "index": ("test_build", "test_encode"),

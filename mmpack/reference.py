@@ -280,3 +280,30 @@ def varlen_attention(
             scores = scores.masked_fill(future, -torch.inf)
         parts.append((scores.softmax(dim=2) @ v_s).transpose(0, 1).to(q_THK.dtype))
     return torch.cat(parts) if parts else q_THK
+
+
+def supervised_cross_entropy(
+    logits_LV: torch.Tensor,
+    labels_L: torch.Tensor,
+    num_items: float | None = None,
+    weights_L: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sum over rows of weight * -log(softmax(logits)[label]), divided by `num_items` or, if None, by the sum of
+    the weights; 0 counts as 1. A row without a label (-100) or of weight 0 adds nothing, whatever its logits."""
+    weights = torch.ones(len(labels_L)) if weights_L is None else weights_L
+    kept = [n for n in range(len(labels_L)) if labels_L[n] != IGNORE and weights[n] != 0]
+    total = logits_LV.new_zeros((), dtype=torch.promote_types(logits_LV.dtype, torch.float32))
+    for n in kept:
+        total = total - weights[n] * logits_LV[n].to(total.dtype).log_softmax(0)[labels_L[n]]
+    return total / ((sum(float(weights[n]) for n in kept) if num_items is None else num_items) or 1)
+
+
+def supervised_linear_cross_entropy(
+    hidden_LD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_L: torch.Tensor,
+    num_items: float | None = None,
+    weights_L: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of a head (V, D) on hidden states (L, D)."""
+    return supervised_cross_entropy(hidden_LD @ weight_VD.T, labels_L, num_items, weights_L)

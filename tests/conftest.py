@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+from ptx import mode
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,12 +26,31 @@ LONGEST = (
 )  # fmt: skip
 
 
+emulator = None  # the driver behind Triton if the tests of GPUs run in the emulator
+
+
+def pytest_addoption(parser):
+    mode.add_options(parser)
+
+
+def pytest_configure(config):
+    global emulator
+    if config.getoption("emulate", False):
+        emulator = mode.start(config)
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):  # its keywords name folders too
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if emulator:
+        mode.choose(items)
+        return
+    for item in items:
+        if item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.skip(reason="needs pytest --emulate"))
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -103,12 +120,18 @@ def small_set(tmp_path_factory):
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where kernels run: a GPU, or Triton's interpreter on CPU tensors (bf16 sums are wrong there)."""
+    """Where kernels run: a GPU or its emulator, or Triton's interpreter on CPU tensors (bf16 sums are wrong there)."""
     if request.param == "cuda":
-        return torch.device("cuda")
-    if torch.cuda.is_available():
+        return mode.DEVICE if emulator else torch.device("cuda")
+    if emulator or torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here, not in the interpreter")
     return torch.device("cpu")
+
+
+@pytest.fixture
+def emulated():
+    """The driver behind Triton under --emulate."""
+    return emulator
 
 
 @pytest.fixture
@@ -147,7 +170,7 @@ def seed():
 @pytest.fixture
 def wide_tiles(monkeypatch):
     """In the interpreter a program costs milliseconds whatever its size: models get few of them."""
-    if not torch.cuda.is_available():
+    if not (emulator or torch.cuda.is_available()):
         from mmpack.ops import mrope
 
         monkeypatch.setattr(mrope, "BLOCK_T", 256)

@@ -22,6 +22,8 @@ from mmpack.ops import embed_features, mrope  # noqa: F401
 from mmpack.ops.assembly.assemble_patches import assemble_patches_fwd
 from mmpack.ops.assembly.assemble_sequence import assemble_sequence_fwd
 from mmpack.ops.assembly.dense_mask import dense_mask_fwd
+from mmpack.ops.cast_patches import cast_patches_fwd
+from mmpack.ops.cross_entropy_kernels import cross_entropy_bwd, cross_entropy_fwd
 from mmpack.ops.varlen_triton import varlen_attention_bwd, varlen_attention_fwd
 
 embed = sys.modules["mmpack.ops.embed_features"]
@@ -88,15 +90,21 @@ def launch(T, S, I, F, R, num_tiles, D=64, attends=True):
     )
     if I:
         assemble_patches_fwd(torch.ones(I, 3, dtype=INT64), I, P, num_tiles, 2)
+    cast_patches_fwd(zeros(P, 588, dtype=torch.uint8), BF16)
     dense_mask_fwd(zeros(min(T, 512)), True, torch.bool)
     positions = zeros(4, T, dtype=INT64)[1:]  # the first row is the text's
     q, k = (torch.empty(T, H, 128, dtype=BF16) for H in (2, 1))
     how = (torch.rand(64), (16, 24, 24), False, 1.0)
     mrope.apply_mrope_fwd(q, k, positions, *how)
+    L, V = max(1, T // 3), 5000  # rows, and columns of the last of two chunks
+    rows = zeros(L, dtype=INT64), torch.zeros(L), torch.zeros(L)
+    for first, C in ((0, 4864), (4864, V - 4864)):
+        cross_entropy_fwd(zeros(L, C, dtype=BF16), *rows, first)
+        cross_entropy_bwd(zeros(L, C, dtype=BF16), *rows, first)
     if attends:
-        tiles = (zeros(num_tiles, 4), zeros(T))
-        out, lse = varlen_attention_fwd(q, k, k, *tiles, True, 0.1)
-        varlen_attention_bwd(out, q, k, k, out, lse, *tiles, True, 0.1)
+        of_pack = (zeros(num_tiles, 4), zeros(T), zeros(S + 1))
+        out, lse = varlen_attention_fwd(q, k, k, *of_pack, True, 0.1)
+        varlen_attention_bwd(out, q, k, k, out, lse, *of_pack, True, 0.1)
 
 
 def main(argument):

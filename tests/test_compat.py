@@ -348,6 +348,14 @@ def _(family):
     return are_found and not called and len(compat.all_hooks(linear)) == 2
 
 
+@check("torch: FSDP2's hooks are of torch.distributed.fsdp")
+def _(family):
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState  # the hooks' owner
+
+    hooks = (FSDPState._pre_forward, FSDPState._post_forward)
+    return all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+
+
 @check("torch: _is_replica")
 def _(family):
     linear = nn.Linear(1, 1)
@@ -497,7 +505,7 @@ def test_private_names_of_others_are_in_one_file():
     texts = {path: path.read_text(encoding="utf-8") for path in files if path.name != "compat.py"}
     made = re.compile(r"(?:def |class |self\.|^)(_[a-z]\w*)(?:\(| = |: )", re.M)
     ours = {name for text in texts.values() for name in made.findall(text)}
-    ours |= {"_native", "_mmpack_patch", "_mmpack_loss_hook"}  # the core; attributes we set
+    ours |= {"_native", "_mmpack_patch", "_mmpack_loss_hooks", "_mmpack_head"}  # core; attributes
     ours |= {"_loss", "_replace"}  # the end of a metric's name; a method of named tuples
     for path, text in texts.items():
         assert set(private_names(ast.parse(text))) <= ours, path

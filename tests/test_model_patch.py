@@ -331,7 +331,8 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, *NOT_PLAIN])
-def test_the_embedding_is_fused_only_where_it_is_a_lookup(kind, batch, fused_calls):
+def test_the_embedding_is_fused_only_where_it_is_a_lookup(kind, fused_calls):
+    batch = batch_of(*(SAMPLES if kind == "as it is" else TEXT))
     models = [tiny_model(CONFIG), tiny_model(CONFIG)]
     for model in models:
         {**PLAIN, **NOT_PLAIN}[kind](model.get_input_embeddings())

@@ -59,9 +59,9 @@ def calls(monkeypatch):
     seen = []
     real = mmpack.ops.patch_embed
 
-    def record(stills, video, weight, *rest):
+    def record(stills, video, weight, *rest, impl):
         seen.append((stills.dtype, type(weight), weight.dtype))
-        return real(stills, video, weight, *rest)
+        return real(stills, video, weight, *rest, impl=impl)
 
     monkeypatch.setattr(mmpack.ops, "patch_embed", record)
     return seen

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmpack.hf.loss import PackedLoss
 from mmpack.ops import supervised_cross_entropy as door
 
 
@@ -31,11 +32,15 @@ def in_torch(logits, labels, num_items):
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 @pytest.mark.parametrize(("L", "V"), [(1, 7), (13, 101), (9, 999), (400, 3)])
-def test_loss_and_gradient(L, V, dtype, device):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_loss_and_gradient(L, V, dtype, impl, device):
+    if (impl, dtype, device.type) == ("triton", torch.bfloat16, "cpu"):
+        pytest.skip("bf16 sums are wrong in the interpreter")
+    L = min(L, 40) if impl == "triton" else L  # the interpreter takes 1 ms a row
     logits = 3 * torch.randn(L, V, dtype=torch.float64).to(device, dtype)
     labels = torch.randint(V, (L,), device=device)
     labels[L // 2] = -100 if L > 1 else labels[L // 2]
-    loss, gradient = run(door, logits, 1.0, labels, 17)
+    loss, gradient = run(lambda *a: door(*a, impl=impl), logits, 1.0, labels, 17)
     exact, exact_gradient = run(in_torch, logits.double(), 1.0, labels, 17)
     plain, plain_gradient = run(in_torch, logits, 1.0, labels, 17)
     for ours, true, theirs in ((loss, exact, plain), (gradient, exact_gradient, plain_gradient)):
@@ -135,3 +140,79 @@ def test_no_float32_copy_of_all_logits(monkeypatch):
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"\(L, V\) and labels \(L,\), got \(2, 3, 4\) and \(3,\)"):
         door(torch.randn(2, 3, 4), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64], ids=str)
+def test_weights(dtype, weight_dtype, device):
+    logits = torch.randn(30, 50, dtype=torch.float64).to(device, dtype)
+    labels = torch.randint(50, (30,), device=device)
+    labels[3] = -100
+    weights = torch.rand(30, dtype=weight_dtype, device=device)
+
+    def in_float64(logits, labels, num_items):
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return (losses * weights).sum() / num_items
+
+    total = weights.double()[labels != -100].sum().item()
+    exactly = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-8}[dtype]
+    for num_items in (0.3, torch.tensor(0.3, dtype=torch.float64), None):
+        loss, gradient = run(lambda *a: door(*a, weights_L=weights), logits, 1.0, labels, num_items)
+        truth = run(in_float64, logits.double(), 1.0, labels, total if num_items is None else 0.3)
+        assert loss.dtype == torch.promote_types(dtype, torch.float32)
+        assert (loss - truth[0]).abs() <= min(exactly, 2e-6) * truth[0]
+        assert (gradient - truth[1]).abs().max() <= exactly * truth[1].abs().max()
+        assert (gradient[3] == 0).all()
+
+
+def compiled(logits, labels, num_items=None, **weights):
+    torch._dynamo.reset()
+    return torch.compile(door, backend="aot_eager", fullgraph=True)(
+        logits, labels, num_items, **weights
+    )
+
+
+@pytest.mark.parametrize("loss_of", [door, compiled], ids=["eager", "compiled"])
+def test_a_row_of_weight_zero_adds_nothing_whatever_its_logits(loss_of):
+    logits, labels = torch.randn(6, 11), torch.randint(11, (6,))
+    weights = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0, 1.0])
+    without, without_gradient = run(
+        lambda *a: door(*a, weights_L=weights[weights > 0]),
+        logits[weights > 0], 1.0, labels[weights > 0], None,
+    )  # fmt: skip
+    logits[1], logits[3] = torch.inf, torch.nan
+    loss, gradient = run(lambda *a: loss_of(*a, weights_L=weights), logits, 1.0, labels, None)
+    assert torch.allclose(loss, without, rtol=1e-6)
+    assert torch.allclose(gradient[weights > 0], without_gradient, rtol=1e-6, atol=1e-8)
+    assert (gradient[weights == 0] == 0).all()
+
+
+def test_weights_of_one_change_no_bit():
+    logits, labels = torch.randn(6, 11), torch.randint(11, (6,))
+    labels[2] = -100
+    for num_items in (None, 7):
+        plain = run(door, logits, 1.0, labels, num_items)
+        ones = run(lambda *a: door(*a, weights_L=torch.ones(6)), logits, 1.0, labels, num_items)
+        assert all(map(torch.equal, plain, ones))
+
+
+def test_weights_that_do_not_fit():
+    logits, labels = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
+    for weights in (torch.ones(3), torch.ones(2, dtype=torch.bfloat16), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=r"weights must be \(2,\) float32 or float64, one per row, got"):  # fmt: skip
+            door(logits, labels, weights_L=weights)
+
+
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_a_packed_batch_is_weighted_by_its_dict(full_logits):
+    """Float32 bits in an int32 tensor, which FSDP2 and DeepSpeed do not cast."""
+    logits, rows = torch.randn(1, 9, 11), torch.tensor([1, 2, 6])
+    labels = torch.randint(11, (1, 9))
+    targets, weights = labels[0, rows + 1], torch.tensor([0.1, 0.0, 3.0])
+    pack = {"loss_weight_bits": weights.view(torch.int32), "supervised_index": rows}
+    kwargs = {} if full_logits else {"shift_labels": targets[None]}
+    loss = PackedLoss(None)(
+        logits if full_logits else logits[:, rows], labels, 11, torch.tensor(7.0), mmpack=pack, **kwargs
+    )  # fmt: skip
+    losses = F.cross_entropy(logits[0, rows].double(), targets, reduction="none")
+    assert loss.item() == pytest.approx((losses * weights).sum().item() / 7, rel=1e-6)

@@ -44,12 +44,18 @@ KERNELS = {
     "embed_features": "the embedding and an index",
     "accumulate_embedding_grad": None,
     "apply_mrope": "transformers",
+    "cast_patches": "torch",
     "assemble_sequence": "the C++ core",
     "assemble_patches": "the C++ core",
     "attention_tiles": "the C++ core",
     "dense_mask": None,
 }
-PLAIN = ("block_mask", "patch_embed", "supervised_cross_entropy")
+PLAIN = (
+    "block_mask",
+    "patch_embed",
+    "supervised_cross_entropy",
+    "supervised_linear_cross_entropy",
+)
 
 
 def environment() -> dict[str, Any]:

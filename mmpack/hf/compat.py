@@ -97,6 +97,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "Trainer would weight micro-batches equally, whatever their supervised tokens",
     "torch: hook tables":
         "hooks would stay on an unpatched model, and modules with hooks would count as plain",
+    "torch: FSDP2's hooks are of torch.distributed.fsdp":
+        "a head that is an FSDP2 group of its own would keep its logits",
     "torch: _is_replica":
         "nn.DataParallel would split packs instead of being refused",
     # Loading

@@ -1,8 +1,9 @@
 """The loss of a packed batch, installed as the model's `loss_function`.
 
 A packed batch holds the supervised rows (`logits_to_keep`) and their targets (`shift_labels`). Logits are (1, L,
-V), and the loss is a sum over L rows divided by the supervised tokens of the whole optimizer step, which Trainer
-counts over micro-batches and ranks. Other batches get the model's own loss.
+V), or (1, 1, 1) if the head has already summed the losses (`mmpack.hf.head`). The loss is the sum over L rows
+divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks.
+Other batches get the model's own loss.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ import torch
 from torch import nn
 
 from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
+from mmpack.hf.head import bind_head, give_targets, has_no_logits, unbind_heads
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
+from mmpack.hf.model_parts import PATCH
+from mmpack.ops.supervised_cross_entropy import (
+    denominator,
+    row_weights,
+    supervised_cross_entropy,
+)
 
-_HOOK = "_mmpack_loss_hook"
+_HOOKS = "_mmpack_loss_hooks"
 
 
 class PackedLoss:
@@ -36,6 +43,12 @@ class PackedLoss:
         mmpack: MmpackDict | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        weights = None
+        if mmpack is not None and "loss_weight_bits" in mmpack:
+            weights = mmpack["loss_weight_bits"].view(torch.float32).to(logits.device)
+            if shift_labels is None:  # full_logits
+                rows = mmpack["supervised_index"]
+                logits, shift_labels = logits[:, rows], labels[:, rows + 1]
         if mmpack is None or shift_labels is None:
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels
@@ -46,14 +59,22 @@ class PackedLoss:
                 num_items_in_batch=num_items_in_batch,
                 **kwargs,
             )
-        rows_LV = logits.reshape(-1, logits.shape[-1])
+        labels_L = shift_labels.reshape(-1).to(logits.device)
+        if has_no_logits(logits):
+            weights_L = row_weights(labels_L, weights, logits.dtype)
+            return logits.sum() / denominator(num_items_in_batch, weights_L)
         return supervised_cross_entropy(
-            rows_LV, shift_labels.reshape(-1).to(rows_LV.device), num_items_in_batch
+            logits.reshape(-1, logits.shape[-1]),
+            labels_L,
+            num_items_in_batch,
+            weights_L=weights,
+            impl="triton" if mmpack.get("impl") == "triton" else "auto",
         )
 
 
 def install_loss(base: nn.Module, model: nn.Module) -> None:
-    """Install the packed loss on every module of `model` with a head over `base`, unless a user has set its loss.
+    """Install the packed loss on every module of `model` with a head over `base`, unless a user has set its loss;
+    and bind the forward of `mmpack.hf.head` on the head.
 
     Also sets `accepts_loss_kwargs`; otherwise Trainer averages micro-batches as if they had equally many
     supervised tokens. It reads the attribute before the forward's signature, and Qwen2.5-VL and Qwen3-VL set it to
@@ -63,8 +84,10 @@ def install_loss(base: nn.Module, model: nn.Module) -> None:
         if own_loss(head) is None:
             head.loss_function = PackedLoss(head.loss_function)
         head.accepts_loss_kwargs = True
-        hook = head.register_forward_pre_hook(_refuse_lost_labels, with_kwargs=True)
-        setattr(head, _HOOK, hook.id)
+        bind_head(head.get_output_embeddings())
+        before = head.register_forward_pre_hook(_before, with_kwargs=True)
+        after = head.register_forward_hook(_after)
+        setattr(head, _HOOKS, (before.id, after.id))
 
 
 def remove_loss(base: nn.Module, model: nn.Module) -> None:
@@ -73,7 +96,9 @@ def remove_loss(base: nn.Module, model: nn.Module) -> None:
         if isinstance(own_loss(head), PackedLoss):
             remove_own_loss(head)
         vars(head).pop("accepts_loss_kwargs", None)
-        remove_hook(head, vars(head).pop(_HOOK, None))
+        for hook_id in vars(head).pop(_HOOKS, ()):
+            remove_hook(head, hook_id)
+        unbind_heads(head)
 
 
 def _heads(base: nn.Module, model: nn.Module) -> list[Any]:
@@ -84,14 +109,37 @@ def _heads(base: nn.Module, model: nn.Module) -> list[Any]:
     ]
 
 
-def _refuse_lost_labels(head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of
-    every token: with logits of supervised rows they would fail or be wrong."""
-    if kwargs.get("mmpack") is None or "shift_labels" not in kwargs or not head.training:
-        return
-    if kwargs.get("labels") is None:
-        raise ValueError(
-            "the batch has no labels: label_smoothing_factor or compute_loss_func removed them, but a packed "
-            "batch has logits of supervised tokens only. Leave out label_smoothing_factor (transformers does not "
-            "shift these models' labels for it); for compute_loss_func, pass PackCollator(full_logits=True)"
-        )
+def _before(
+    head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: hands the head the targets of a packed batch in training, and its loss `impl`.
+
+    Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of every
+    token: with logits of supervised rows they would fail or be wrong."""
+    linear, pack = head.get_output_embeddings(), kwargs.get("mmpack")
+    give_targets(linear, None, "")
+    if pack is None:
+        return None
+    impl = getattr(head.model, PATCH).impl
+    if "shift_labels" in kwargs and head.training:
+        if kwargs.get("labels") is None:
+            raise ValueError(
+                "the batch has no labels: label_smoothing_factor or compute_loss_func removed them, but a packed "
+                "batch has logits of supervised tokens only. Leave out label_smoothing_factor (transformers does "
+                "not shift these models' labels for it); for compute_loss_func, pass "
+                "PackCollator(full_logits=True)"
+            )
+        if torch.is_grad_enabled() and isinstance(own_loss(head), PackedLoss):
+            give_targets(linear, kwargs, impl)
+    return args, {**kwargs, "mmpack": {**pack, "impl": impl}}
+
+
+def _after(head: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: an output whose losses the head has summed has no logits."""
+    give_targets(head.get_output_embeddings(), None, "")
+    if isinstance(output, tuple):
+        has_none = len(output) > 1 and has_no_logits(output[1])
+        return (output[0], *output[2:]) if has_none else None
+    if has_no_logits(getattr(output, "logits", None)):
+        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+    return None

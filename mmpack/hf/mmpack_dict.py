@@ -83,6 +83,7 @@ class MmpackDict(EveryBatch, total=False):
     compact: CompactDict  # until expanded; forward_kwargs, model_patch
 
     # Written by the collator.
+    loss_weight_bits: Int32  # (L,) the rows' loss weights, bits of float32; absent: all 1; loss
     items: tuple[int, ...]  # items + 1, item offsets in the segments; evaluation
     resume: bytes  # stream only: `PackSamples.resume` of the last item; stream_state
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from mmpack.families import FAMILIES, Family
 
+PATCH = "_mmpack_patch"  # the attribute of a patched inner model that holds `model_patch._Patch`
+
 
 @dataclass(frozen=True)
 class TowerSpec:

@@ -39,15 +39,20 @@ from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.linear_attention import linear_forward
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.hf.model_parts import check_videos, family_of, find_inner, inner_model, tower_of
+from mmpack.hf.model_parts import (
+    PATCH,
+    check_videos,
+    family_of,
+    find_inner,
+    inner_model,
+    tower_of,
+)
 from mmpack.hf.op_choice import Choice, choose, table_here, tell_choice
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_STATE = "_mmpack_patch"
 
 
 @dataclass
@@ -78,8 +83,8 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         impl: which ops to use. "auto": what `mmpack tune` found to be right and fastest on this GPU, else
             libraries' (torch, flash-attn), with a warning; under Trainer, all ranks use the same
             (`PackingCallback`). "libraries": only libraries'. "triton": mmpack's kernels (attention, rotary
-            embedding, token embedding with feature insertion), on a CUDA device or in Triton's interpreter. Or an
-            implementation of `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or
+            embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in Triton's
+            interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or
             refused.
 
     Raises:
@@ -91,8 +96,8 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
             f"impl must be 'auto', 'libraries' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
         )
     base = inner_model(model)
-    if hasattr(base, _STATE):
-        patch = getattr(base, _STATE)
+    if hasattr(base, PATCH):
+        patch = getattr(base, PATCH)
         patch.impl, patch.choice, patch.chosen_for = impl, {}, ""
         return model
     bindings = _bindings(base)
@@ -106,7 +111,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
     text_attention = attention_name(base.language_model.config)
     facts = facts_of_model(base.config)
-    setattr(base, _STATE, _Patch(_register_hooks(base), text_attention, impl, facts))
+    setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer has not yet moved to its GPU cannot run kernels.
@@ -132,25 +137,26 @@ def unpatch_model(model: Model) -> Model:
         ValueError: it holds no model of a supported family.
     """
     base = inner_model(model)
-    patch = vars(base).get(_STATE)
+    patch = vars(base).get(PATCH)
     if patch is None:
         return model
     for name, hook_id in patch.hooks:
         remove_hook(base.get_submodule(name), hook_id)
     for module, method, _ in _bindings(base):
         delattr(module, method)
-    vars(base.visual.patch_embed).pop("normalization", None)
+    for name in ("normalization", "impl"):
+        vars(base.visual.patch_embed).pop(name, None)
     vars(base.visual.merger).pop("merged", None)
     _set_text_attention(base, patch.text_attention)
     remove_loss(base, model)
-    delattr(base, _STATE)
+    delattr(base, PATCH)
     return model
 
 
 def patch_of(model: nn.Module) -> tuple[Any, str] | None:
     """(inner model, `impl`) of a patched model; None for others."""
     base = find_inner(model)
-    patch = None if base is None else vars(base).get(_STATE)
+    patch = None if base is None else vars(base).get(PATCH)
     return None if patch is None else (base, patch.impl)
 
 
@@ -158,7 +164,7 @@ def use_choice(model: nn.Module, choice: Choice, device: torch.device) -> bool:
     """Use these ops from now on in a patched model with impl "auto"; returns whether that is new. The self-test
     runs again if they are others."""
     base = inner_model(model)
-    patch = getattr(base, _STATE)
+    patch = getattr(base, PATCH)
     is_new: bool = patch.chosen_for != device.type or patch.choice != choice
     if patch.choice != choice:
         patch.is_isolated = False
@@ -170,7 +176,7 @@ def use_choice(model: nn.Module, choice: Choice, device: torch.device) -> bool:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the model, or one that it wraps, is patched."""
-    return any(_STATE in vars(module) for module in model.modules())
+    return any(PATCH in vars(module) for module in model.modules())
 
 
 def _take_pack(
@@ -185,7 +191,7 @@ def _take_pack(
             "nn.DataParallel splits batches along the first dimension, which a packed row does not have; "
             "start one process per GPU: torchrun --nproc_per_node N, or accelerate launch"
         )
-    patch = getattr(base, _STATE)
+    patch = getattr(base, PATCH)
     if not torch.compiler.is_compiling():  # host-side checks, skipped in a compiled graph
         _choose_once(base, kwargs)
         _check_once(base)
@@ -271,13 +277,13 @@ def _check_batch(
         )
     if pack["video_rule"] is not None:
         check_videos(base, pack["video_rule"])
-    check_facts(getattr(base, _STATE).facts, pack["facts"])
+    check_facts(getattr(base, PATCH).facts, pack["facts"])
     check_ids(num_ids(base), pack["id_range"])
 
 
 def _choose_once(base: Any, kwargs: dict[str, Any]) -> None:
     """Choose ops for the device of the first batch, unless that was done for all ranks (`rank_choice`)."""
-    patch, device = getattr(base, _STATE), kwargs["mmpack"]["supervised_index"].device
+    patch, device = getattr(base, PATCH), kwargs["mmpack"]["supervised_index"].device
     if patch.impl == "auto" and patch.chosen_for != device.type:
         choice = choose(base.config, table_here(device))
         if choice != patch.choice:
@@ -287,7 +293,7 @@ def _choose_once(base: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _check_once(base: Any) -> None:
-    patch = getattr(base, _STATE)
+    patch = getattr(base, PATCH)
     if not patch.is_isolated:
         patch.is_isolated = True  # set first, because the test's forwards come here too
         try:

@@ -21,8 +21,21 @@ def check_device(device):
     """Check that a device runs kernels."""
     if torch.compiler.is_compiling():  # checked in eager mode
         return
-    if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+    if not runs_kernels(device.type):
         raise ValueError(f"the kernel needs a CUDA device, the tensors are on {device}")
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                "the kernel needs a GPU of compute capability 8.0 or newer, {} has {}.{}".format(
+                    device, *capability
+                )
+            )
+
+
+def runs_kernels(device):
+    """Whether kernels run on tensors of this type of device, such as "cuda"."""
+    return device in ("cuda", "meta") or triton.knobs.runtime.interpret
 
 
 def on_its_device(launches):

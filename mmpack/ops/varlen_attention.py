@@ -62,8 +62,8 @@ def varlen_attention(
             if `cu_seqlens` is not on the CPU.
         impl: "auto" or one of IMPLEMENTATIONS, which is an error if it is unavailable. "auto" is the first
             available one of AUTO for bf16 and fp16 on a GPU, else "sdpa". "triton" takes float32, bf16 and fp16
-            and K up to 128 (64, 80, 96 and 128 exactly, others are padded), is deterministic, and needs a GPU with
-            TMA (H100 and newer) or Triton's interpreter.
+            and K up to 256 (a K that is no multiple of 8 is padded, of 4 for float32), is deterministic, and needs
+            compute capability 9.0 to 11.x (H100 to B300) or Triton's interpreter.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or `impl` is not available.
@@ -104,22 +104,39 @@ def why_not(impl: str, q_THK: Tensor) -> str | None:
             return f"it needs a CUDA device, q is on {device}"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 and float16, q is {dtype}"
+        if not torch.version.hip and _capability(q_THK) < (8, 0):
+            return f"it needs compute capability 8.0, the GPU has {_version(q_THK)}"
     if impl == "flex" and device == "cpu" and q_THK.requires_grad and torch.is_grad_enabled():
         return "FlexAttention has no backward on the CPU"
     if impl == "triton":
         import triton
 
-        if device not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+        from mmpack.ops import arguments
+
+        if not arguments.runs_kernels(device):
             return f"the kernel needs a CUDA device, q is on {device}"
-        if device == "cuda" and torch.cuda.get_device_capability(q_THK.device) < (9, 0):
-            return "the kernel needs a GPU with TMA (compute capability 9.0)"
+        if device == "cuda" and torch.version.hip:
+            return "the kernel is for NVIDIA GPUs, whose loads it uses (TMA)"
+        if device == "cuda" and not (9, 0) <= _capability(q_THK) < (12, 0):
+            return (
+                "the kernel needs TMA and 227 KB of shared memory (compute capability 9.0 to 11.x), the GPU has "
+                f"{_version(q_THK)}"
+            )
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"it takes bfloat16, float16 and float32, q is {dtype}"
-        if device == "cpu" and dtype == torch.bfloat16:
+        if device == "cpu" and dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
             return "bfloat16 sums are wrong in Triton's interpreter"
-        if q_THK.shape[2] > 128:
-            return f"it takes head dims up to 128, q has {q_THK.shape[2]}"
+        if q_THK.shape[2] > 256:
+            return f"it takes head dims up to 256, q has {q_THK.shape[2]}"
     return None
+
+
+def _capability(q_THK: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(q_THK.device)
+
+
+def _version(q_THK: Tensor) -> str:
+    return "{}.{}".format(*_capability(q_THK))
 
 
 def auto_impl(q_THK: Tensor) -> str:

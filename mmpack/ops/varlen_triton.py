@@ -19,62 +19,72 @@ def split_head_dim(K):
     return D0, max(16, triton.next_power_of_2(K - D0)) if K > D0 else 0
 
 
+# (BM, BN, stages, warps) of the kernels for half precision, up to a head dim. With up to 96, two programs share a
+# multiprocessor: one computes while the other waits. `benchmarks.compile_report` checks that they fit.
+_BLOCKS = {
+    "fwd": {96: (128, 64, 2, 8), 128: (128, 128, 3, 8), 256: (128, 64, 2, 8)},
+    "bwd_dq": {96: (128, 64, 2, 8), 128: (128, 64, 3, 8), 256: (128, 32, 2, 8)},
+    "bwd_dkv": {128: (64, 64, 2, 4), 256: (32, 64, 2, 8)},
+}
+
+
 def launch_options(kernel, K, dtype):
-    """Blocks, stages and warps of a kernel: the largest blocks for which `benchmarks.compile_report` shows no
-    spills. Blocks are small for float32, whose exact sums use no tensor cores. Scores are scaled and shifted by
-    one FFMA each; newer versions of Triton fuse only with this option."""
+    """Blocks, stages, warps and registers of a kernel. Blocks are small for float32, whose exact sums use no tensor
+    cores. Scores are scaled and shifted by one FFMA each; newer versions of Triton fuse only with this option."""
+    largest = next(D for D in _BLOCKS[kernel] if K <= D)
+    BM, BN, stages, num_warps = _BLOCKS[kernel][largest]
+    options = {"enable_fp_fusion": True}
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
-        blocks = {"BM": 16, "BN": 16, "STAGES": 1, "num_warps": 8}
-    elif kernel != "bwd_dkv":
-        BN = 64 if kernel == "bwd_dq" else 128
-        blocks = {"BM": 128, "BN": BN, "STAGES": 2, "num_warps": 8}
-    elif K <= 64:
-        blocks = {"BM": 64, "BN": 128, "STAGES": 2, "num_warps": 8}
-    else:
-        blocks = {"BM": 64, "BN": 64, "STAGES": 2, "num_warps": 4}  # two per multiprocessor
-    return {**blocks, "enable_fp_fusion": True}
+        BM, BN, stages, num_warps = 16, 16, 1, 8
+    elif largest == 96:
+        options["maxnreg"] = 128  # 65,536 registers over two programs of 256 threads
+    return {**options, "BM": BM, "BN": BN, "STAGES": stages, "num_warps": num_warps}
 
 
 def _descriptors(x_THK, rows, D0, D1):
-    """Two TMA descriptors, of blocks (rows, D0) and (rows, D1) of x as (T, columns)."""
+    """Two TMA descriptors, of blocks (rows, D0) and (rows, D1) of x as (T, columns); the second is None if D1 is 0.
+    Reads after the last column give 0."""
     T, H, K = x_THK.shape
     shape, strides = [T, (H - 1) * x_THK.stride(1) + K], [x_THK.stride(0), 1]
-    first = TensorDescriptor(x_THK, shape, strides, [rows, D0])
-    return first, TensorDescriptor(x_THK, shape, strides, [rows, D1]) if D1 else first
+    blocks = ([rows, D0], [rows, D1] if D1 else None)
+    return [block and TensorDescriptor(x_THK, shape, strides, block) for block in blocks]
 
 
 def _readable(x_THK, D):
-    """x if TMA can read its heads as columns: base and row stride are multiples of 16 bytes, heads lie within a
-    row and are D wide. Else a copy."""
+    """x if TMA can read its heads as columns: base, row stride and head are multiples of 16 bytes, and heads lie
+    within a row. Else a copy, padded to D columns if K is not such a multiple."""
     T, H, K = x_THK.shape
-    if K != D:
-        return torch.nn.functional.pad(x_THK, (0, D - K))
     size = x_THK.element_size()
+    if K * size % 16:
+        return torch.nn.functional.pad(x_THK, (0, D - K))
     aligned = x_THK.stride(0) * size % 16 == 0 and x_THK.storage_offset() * size % 16 == 0
-    within = x_THK.stride(2) == 1 and (H - 1) * x_THK.stride(1) + D <= x_THK.stride(0)
+    within = x_THK.stride(2) == 1 and (H - 1) * x_THK.stride(1) + K <= x_THK.stride(0)
     return x_THK if aligned and within else x_THK.clone(memory_format=torch.contiguous_format)
 
 
 @on_its_device
-def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
+def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, cu_seqlens, causal, scale):
     """(out (T, H, K), lse (H, T) float32 in base 2); arguments are not checked again."""
     T, H, K = q_THK.shape
     out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
     D0, D1 = split_head_dim(K)
-    q_THK, k, v = (_readable(x, D0 + D1) for x in (q_THK, k, v))
+    inputs = [_readable(x, D0 + D1) for x in (q_THK, k, v)]
     options = launch_options("fwd", K, q_THK.dtype)
     num_blocks = len(tiles_n4) * (TILE // options["BM"])
     if num_blocks:
         kernels._varlen_attention_fwd_kernel[(num_blocks * H,)](
             out_THK,
             lse_HT,
-            *_descriptors(q_THK, options["BM"], D0, D1),
-            *_descriptors(k, options["BN"], D0, D1),
-            *_descriptors(v, options["BN"], D0, D1),
+            *inputs,
+            *_descriptors(inputs[0], options["BM"], D0, D1),
+            *_descriptors(inputs[1], options["BN"], D0, D1),
+            *_descriptors(inputs[2], options["BN"], D0, D1),
             tiles_n4,
             segment_ids_T,
+            cu_seqlens.contiguous(),
             T,
-            *(x.stride(1) for x in (q_THK, k, v)),
+            *(x.stride(0) for x in inputs),
+            *(x.stride(1) for x in inputs),
             scale * LOG2_E,
             H=H,
             G=H // k.shape[1],
@@ -89,30 +99,34 @@ def varlen_attention_fwd(q_THK, k, v, tiles_n4, segment_ids_T, causal, scale):
 
 
 @on_its_device
-def varlen_attention_bwd(dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T, causal, scale):
+def varlen_attention_bwd(
+    dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T, cu_seqlens, causal, scale
+):
     """(dq, dk, dv), contiguous, in two launches; arguments are not checked again."""
     (T, H, K), G = q.shape, q.shape[1] // k.shape[1]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta_HT = lse_HT.new_empty(lse_HT.shape)
-    D0, D1 = split_head_dim(K)
-    q, k, v, out, dout_THK = (_readable(x, D0 + D1) for x in (q, k, v, out, dout_THK))
-    constants = {"H": H, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": TILE, "CAUSAL": causal}
     if not len(tiles_n4):
         return dq, dk, dv
+    D0, D1 = split_head_dim(K)
+    q, k, v, dout_THK, out = (_readable(x, D0 + D1) for x in (q, k, v, dout_THK, out))
+    inputs = (q, k, v, dout_THK)
+    constants = {"H": H, "G": G, "K": K, "D0": D0, "D1": D1, "TILE": TILE, "CAUSAL": causal}
+    of_pack = (tiles_n4, segment_ids_T, cu_seqlens.contiguous(), T)
     options = launch_options("bwd_dq", K, q.dtype)
     kernels._varlen_attention_bwd_dq_kernel[(len(tiles_n4) * (TILE // options["BM"]) * H,)](
         dq,
         delta_HT,
         lse_HT,
+        *inputs,
         *_descriptors(q, options["BM"], D0, D1),
         *_descriptors(k, options["BN"], D0, D1),
         *_descriptors(v, options["BN"], D0, D1),
         *_descriptors(out, options["BM"], D0, D1),
         *_descriptors(dout_THK, options["BM"], D0, D1),
-        tiles_n4,
-        segment_ids_T,
-        T,
-        *(x.stride(1) for x in (q, k, v, out, dout_THK)),
+        *of_pack,
+        *(x.stride(0) for x in inputs),
+        *(x.stride(1) for x in (*inputs, out)),
         scale,
         scale * LOG2_E,
         **constants,
@@ -124,14 +138,14 @@ def varlen_attention_bwd(dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T
         dv,
         lse_HT,
         delta_HT,
+        *inputs,
         *_descriptors(q, options["BM"], D0, D1),
         *_descriptors(k, options["BN"], D0, D1),
         *_descriptors(v, options["BN"], D0, D1),
         *_descriptors(dout_THK, options["BM"], D0, D1),
-        tiles_n4,
-        segment_ids_T,
-        T,
-        *(x.stride(1) for x in (q, k, v, dout_THK)),
+        *of_pack,
+        *(x.stride(0) for x in inputs),
+        *(x.stride(1) for x in inputs),
         scale,
         scale * LOG2_E,
         **constants,
@@ -142,13 +156,20 @@ def varlen_attention_bwd(dout_THK, q, k, v, out, lse_HT, tiles_n4, segment_ids_T
 
 @torch.library.custom_op("mmpack::varlen_attention", mutates_args=())
 def _varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, segment_ids: Tensor, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    segment_ids: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return varlen_attention_fwd(q, k, v, tiles, segment_ids, causal, scale)
+    return varlen_attention_fwd(q, k, v, tiles, segment_ids, cu_seqlens, causal, scale)
 
 
 @_varlen_attention.register_fake
-def _(q, k, v, tiles, segment_ids, causal, scale):
+def _(q, *rest):
     T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
 
@@ -163,10 +184,13 @@ def _varlen_attention_backward(
     lse: Tensor,
     tiles: Tensor,
     segment_ids: Tensor,
+    cu_seqlens: Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return varlen_attention_bwd(dout, q, k, v, out, lse, tiles, segment_ids, causal, scale)
+    return varlen_attention_bwd(
+        dout, q, k, v, out, lse, tiles, segment_ids, cu_seqlens, causal, scale
+    )
 
 
 @_varlen_attention_backward.register_fake
@@ -175,19 +199,16 @@ def _(dout, q, k, v, *rest):
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, tiles, segment_ids, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, tiles, segment_ids)
+    q, k, v, *of_pack, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *of_pack)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 7
-    q, k, v, out, lse, tiles, segment_ids = ctx.saved_tensors
-    gradients = _varlen_attention_backward(
-        dout, q, k, v, out, lse, tiles, segment_ids, ctx.causal, ctx.scale
-    )
-    return *gradients, None, None, None, None
+        return (None,) * 8
+    gradients = _varlen_attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return *gradients, None, None, None, None, None
 
 
 _varlen_attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -221,4 +242,4 @@ def varlen_attention_triton(q_THK, k, v, cu_seqlens, tiles, causal, scale):
         tiles = tiles_from_cu_seqlens(cu_seqlens, len(q_THK))
     if scale <= 0:  # maxima are taken before scaling, so the scale must be positive
         q_THK, scale = (-q_THK, -scale) if scale else (q_THK * 0, 1.0)
-    return _varlen_attention(q_THK, k, v, *tiles, causal, scale)[0]
+    return _varlen_attention(q_THK, k, v, *tiles, cu_seqlens, causal, scale)[0]
