@@ -11,9 +11,11 @@ from mmpack.trials import WrongResultError, run_trial, run_trials
 ATTENTION = "varlen_attention {} H=2 Hk=1 K=16 causal={} window={}"
 ROTARY = "apply_mrope {} H=2 Hk=1 K=20 S0=2 S1=3 S2=3 interleaved=1"
 EMBEDDING = "embed_features {} V=100 D=40"
+LOSS = "supervised_cross_entropy {} V=500"
+HEAD = "supervised_linear_cross_entropy {} V=4000 D=16"
 CASES = [
     ATTENTION.format("{}", 1, 0), ATTENTION.format("{}", 0, 64), ROTARY, EMBEDDING,
-    "apply_mrope {} H=2 Hk=2 K=16 S0=4 S1=4 S2=0 interleaved=0",
+    "apply_mrope {} H=2 Hk=2 K=16 S0=4 S1=4 S2=0 interleaved=0", LOSS, HEAD,
 ]  # fmt: skip
 
 
@@ -130,6 +132,11 @@ def test_no_fault_is_seen_where_there_is_none(monkeypatch):
     assert sum(lengths) == 128 and set(lengths) == {64}
 
 
+def share(rows):
+    """Depends on a row of the segment that is changed."""
+    return rows[150].norm() / rows[5].norm()
+
+
 @pytest.mark.parametrize(
     ("case", "acts", "message"),
     [
@@ -142,15 +149,25 @@ def test_no_fault_is_seen_where_there_is_none(monkeypatch):
             lambda run: {**run, "dfeatures": run["dfeatures"].roll(1, 0)},
             "dfeatures: not copied bit by bit",
         ),
+        (LOSS, lambda run: {**run, "loss": run["loss"] * 1.001}, "loss: error"),
+        (LOSS, lambda run: {**run, "dlogits": run["dlogits"] + 1e-4}, "dlogits: error"),
+        (HEAD, lambda run: {**run, "dweight": run["dweight"] * 1.001}, "dweight: error"),
+        (
+            HEAD,
+            lambda run: {**run, "dhidden": run["dhidden"] * (1 + 2e-6 * share(run["dhidden"]))},
+            "dhidden: a change in one segment changed another",
+        ),
     ],
 )
 def test_a_fault_of_the_other_ops_is_noticed(case, acts, message, monkeypatch):
     one = trial(case)
     real = one.run
-    monkeypatch.setattr(
-        one, "run", lambda name, given: acts(real("libraries", given)) if name == "triton" else real(name, given)
-    )  # fmt: skip
-    one.check("libraries")
+
+    def run(name, given):
+        return acts(real(one.plain, given)) if name == "triton" else real(name, given)
+
+    monkeypatch.setattr(one, "run", run)
+    one.check(one.plain)
     with pytest.raises(WrongResultError, match=message):
         one.check("triton")
 

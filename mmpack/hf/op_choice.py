@@ -1,7 +1,7 @@
 """Which implementation each op of a model uses with `patch_model(impl="auto")`: what `mmpack tune` found on this GPU.
 
 A model has one shape class per role: text attention, attention in the tower and its windows, rotary embedding of
-both, and the token embedding. The dtype is known in the forward only (autocast, mixed precision), so a choice
+both, the token embedding, and the loss, of kept logits or in the head. The dtype is known in the forward only (autocast, mixed precision), so a choice
 is one implementation per role and dtype. Where nothing was measured, a library's ops run.
 """
 
@@ -32,13 +32,16 @@ def roles_of(config: Any) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
     tower_dim = getattr(tower, family.tower_width) // tower_heads
     in_text = {"H": heads, "Hk": key_heads, "K": head_dim}
     in_tower = {"H": tower_heads, "Hk": tower_heads, "K": tower_dim}
+    table = {"V": text.vocab_size, "D": text.hidden_size}
     full = {**in_tower, "causal": 0, "window": 0}
     sections = text.rope_parameters.get("mrope_section")
     roles: dict[str, tuple[str, dict[str, int]]] = {
         "attention": ("varlen_attention", {**in_text, "causal": 1, "window": 0}),
         "vision_attention": ("varlen_attention", full),
         "vision_rotary": ("apply_mrope", {**in_tower, **_sections((tower_dim // 4,) * 2)}),
-        "embedding": ("embed_features", {"V": text.vocab_size, "D": text.hidden_size}),
+        "embedding": ("embed_features", table),
+        "loss": ("supervised_cross_entropy", {"V": text.vocab_size}),
+        "head": ("supervised_linear_cross_entropy", table),
     }
     if sections:  # published configs have them; otherwise they are constants of the model's class
         interleaved = _sections(tuple(sections), family.is_interleaved)

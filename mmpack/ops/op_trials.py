@@ -29,6 +29,7 @@ REPEATS = 5  # runs per timing
 # benchmarks.bench_varlen_attention.
 TEXT_ROWS = (36, 55, 82, 118, 181, 268, 513, 1703)
 IMAGE_ROWS = (196, 224, 312, 576, 840, 1296, 3996)
+SMALL_VOCABULARY = 4000  # of checks, so that errors are per row; the head cuts it into two chunks
 PATCHES_PER_TOKEN = 2  # half of a pack's tokens are images', of four patches each
 
 Tensors = dict[str, Tensor]
@@ -314,10 +315,63 @@ class EmbeddingTrial(OpTrial):
         return {"out": out.detach(), "dweight": dweight, "dfeatures": dfeatures}
 
 
+class LossTrial(OpTrial):
+    """`supervised_cross_entropy`: size V. The backward overwrites the logits, so each run copies them."""
+
+    default = plain = "torch"
+    by_row = ("logits", "dlogits")
+
+    def candidates(self) -> Sequence[str]:
+        return ["torch", OURS]
+
+    def timed_lengths(self) -> list[int]:
+        return [min(2048, -(-self.tokens // 4))]  # supervised rows
+
+    def inputs(self, lengths: Sequence[int], is_timed: bool) -> Tensors:
+        L = sum(lengths)
+        V = self.sizes["V"] if is_timed else min(self.sizes["V"], SMALL_VOCABULARY)
+        return {"logits": self.random(L, V), "labels": self.labels(L, V)}
+
+    def labels(self, L: int, V: int) -> Tensor:
+        """Ids, every seventh -100."""
+        ids = torch.arange(L, device=self.device)
+        return torch.where(ids % 7 == 6, -100, ids * 7919 % V)
+
+    def run(self, name: str, given: Tensors) -> Tensors:
+        from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
+
+        logits = given["logits"].clone().requires_grad_()
+        loss = supervised_cross_entropy(logits, given["labels"], 100, impl=name)
+        (dlogits,) = torch.autograd.grad(loss, logits)
+        return {"loss": loss.detach().reshape(1, 1), "dlogits": dlogits}
+
+
+class HeadTrial(LossTrial):
+    """`supervised_linear_cross_entropy`: sizes V, D."""
+
+    by_row = ("hidden", "dhidden")
+
+    def inputs(self, lengths: Sequence[int], is_timed: bool) -> Tensors:
+        L, D = sum(lengths), self.sizes["D"]
+        V = self.sizes["V"] if is_timed else min(self.sizes["V"], SMALL_VOCABULARY)
+        weight = self.random(V, D) * D**-0.5
+        return {"hidden": self.random(L, D), "weight": weight, "labels": self.labels(L, V)}
+
+    def run(self, name: str, given: Tensors) -> Tensors:
+        from mmpack.ops.supervised_linear_cross_entropy import supervised_linear_cross_entropy
+
+        hidden, weight = (given[one].detach().requires_grad_() for one in ("hidden", "weight"))
+        loss = supervised_linear_cross_entropy(hidden, weight, given["labels"], 100, impl=name)
+        dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+        return {"loss": loss.detach().reshape(1, 1), "dhidden": dhidden, "dweight": dweight}
+
+
 TRIALS: dict[str, type[OpTrial]] = {
     "varlen_attention": AttentionTrial,
     "apply_mrope": RotaryTrial,
     "embed_features": EmbeddingTrial,
+    "supervised_cross_entropy": LossTrial,
+    "supervised_linear_cross_entropy": HeadTrial,
 }
 
 
