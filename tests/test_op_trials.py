@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mmpack.ops import op_trials
-from mmpack.ops.op_trials import TRIALS, fresh_memory_is_nan, make_trial, worst_row
+from mmpack.ops import op_trials, trial_cases
+from mmpack.ops.op_trials import fresh_memory_is_nan, worst_row
+from mmpack.ops.trial_cases import TRIALS, make_trial
 from mmpack.ops.tuning import ShapeClass
 from mmpack.trials import WrongResultError, run_trial, run_trials
 
@@ -13,9 +14,10 @@ ROTARY = "apply_mrope {} H=2 Hk=1 K=20 S0=2 S1=3 S2=3 interleaved=1"
 EMBEDDING = "embed_features {} V=100 D=40"
 LOSS = "supervised_cross_entropy {} V=500"
 HEAD = "supervised_linear_cross_entropy {} V=4000 D=16"
+PATCHES = "patch_embed {} E=24 C=3 t=2 p=14"
 CASES = [
     ATTENTION.format("{}", 1, 0), ATTENTION.format("{}", 0, 64), ROTARY, EMBEDDING,
-    "apply_mrope {} H=2 Hk=2 K=16 S0=4 S1=4 S2=0 interleaved=0", LOSS, HEAD,
+    "apply_mrope {} H=2 Hk=2 K=16 S0=4 S1=4 S2=0 interleaved=0", PATCHES, LOSS, HEAD,
 ]  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def test_a_child_without_a_gpu_says_so():
 
 def attend(fault):
     """`varlen_attention`, whose "triton" is a library's with a fault in its output."""
-    real = op_trials.varlen_attention
+    real = trial_cases.varlen_attention
     calls = []
 
     def run(q, k, v, cu_seqlens, max_seqlen, *, impl, **options):
@@ -116,7 +118,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault, monkeypatch):
     acts, message = FAULTS[fault]
-    monkeypatch.setattr(op_trials, "varlen_attention", attend(acts))
+    monkeypatch.setattr(trial_cases, "varlen_attention", attend(acts))
     one = trial(CASES[0])
     one.check("sdpa")
     with pytest.raises(WrongResultError, match=message):
@@ -124,7 +126,7 @@ def test_a_fault_is_noticed(fault, monkeypatch):
 
 
 def test_no_fault_is_seen_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(op_trials, "varlen_attention", attend(lambda out, q, call: out))
+    monkeypatch.setattr(trial_cases, "varlen_attention", attend(lambda out, q, call: out))
     one = trial(CASES[1])
     one.check("triton")
     assert one.seconds("triton") > 0
@@ -149,6 +151,8 @@ def share(rows):
             lambda run: {**run, "dfeatures": run["dfeatures"].roll(1, 0)},
             "dfeatures: not copied bit by bit",
         ),
+        (PATCHES, lambda run: {**run, "out": run["out"].roll(1, 0)}, "out: error"),
+        (PATCHES, lambda run: {**run, "dweight": run["dweight"] * 1.001}, "dweight: error"),
         (LOSS, lambda run: {**run, "loss": run["loss"] * 1.001}, "loss: error"),
         (LOSS, lambda run: {**run, "dlogits": run["dlogits"] + 1e-4}, "dlogits: error"),
         (HEAD, lambda run: {**run, "dweight": run["dweight"] * 1.001}, "dweight: error"),
