@@ -188,6 +188,22 @@ def test_uint8_patches(chosen, impl, here, monkeypatch):
     assert seen == [(impl, (E, C, t, p, p))]
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_the_head(impl, here, monkeypatch):
+    """Which sums its losses where that pays."""
+    here(table_of(roles=["head"]) if impl == "triton" else {})
+    seen, real = [], head.supervised_linear_cross_entropy
+
+    def score(*args, impl, **options):
+        seen.append(impl)
+        return real(*args, impl="auto", **options)
+
+    monkeypatch.setattr(head, "pays", lambda *sizes: True)
+    monkeypatch.setattr(head, "supervised_linear_cross_entropy", score)
+    patch_model(tiny_model(CONFIG)).train()(**batch())
+    assert seen == [impl]
+
+
 def test_the_dtype_is_that_of_the_computation(calls, here):
     here(table_of(dtype=torch.bfloat16))
     model = patch_model(tiny_model(CONFIG))
