@@ -23,6 +23,7 @@ from mmpack import reference
 from mmpack.hf import (
     PackCollator,
     attention,
+    head,
     loss,
     model_patch,
     op_choice,
