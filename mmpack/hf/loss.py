@@ -18,6 +18,7 @@ from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
 from mmpack.hf.head import bind_head, give_targets, has_no_logits, unbind_heads
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import PATCH
+from mmpack.hf.op_choice import impl_for
 from mmpack.ops.supervised_cross_entropy import (
     denominator,
     empty_losses,
@@ -77,7 +78,7 @@ class PackedLoss:
             labels_L,
             num_items_in_batch,
             weights_L=weights,
-            impl="triton" if mmpack.get("impl") == "triton" else "auto",
+            impl="triton" if impl_for(mmpack, "loss", logits.dtype) == "triton" else "auto",
             losses_L=losses,
         )
         if take is not None:
@@ -130,10 +131,11 @@ def _before(
     Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of every
     token: with logits of supervised rows they would fail or be wrong."""
     linear, pack = head.get_output_embeddings(), kwargs.get("mmpack")
-    give_targets(linear, None, "")
+    give_targets(linear, None)
     if pack is None:
         return None
-    impl = getattr(head.model, PATCH).impl
+    patch = getattr(head.model, PATCH)
+    pack = {**pack, "impl": patch.impl, "tuned": patch.choice}
     if "shift_labels" in kwargs and head.training:
         if kwargs.get("labels") is None:
             raise ValueError(
@@ -143,13 +145,13 @@ def _before(
                 "PackCollator(full_logits=True)"
             )
         if torch.is_grad_enabled() and isinstance(own_loss(head), PackedLoss):
-            give_targets(linear, kwargs, impl)
-    return args, {**kwargs, "mmpack": {**pack, "impl": impl}}
+            give_targets(linear, {**kwargs, "mmpack": pack})
+    return args, {**kwargs, "mmpack": pack}
 
 
 def _after(head: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: an output whose losses the head has summed has no logits."""
-    give_targets(head.get_output_embeddings(), None, "")
+    give_targets(head.get_output_embeddings(), None)
     if isinstance(output, tuple):
         has_none = len(output) > 1 and has_no_logits(output[1])
         return (output[0], *output[2:]) if has_none else None
