@@ -33,6 +33,7 @@ ROOMS = {
     "huggingface_hub": {"data/model_folder"},
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
+    "peft": {"hf/lora"},
     "platformdirs": {"ops/tuning"},
     "pyarrow": {
         "data/columnar_files",
@@ -46,6 +47,7 @@ ROOMS = {
         "reference",
         "data/images",
         "packing/dataset",
+        "packing/even_packs",
         "packing/pack_source",
         "packing/stream",
         "packing/stream_source",

@@ -49,6 +49,7 @@ def run_train(
     frozen = tuple(dict.fromkeys(frozen))
     read = _Reading(options, encoder_of, config_of, frozen)
     dataset = read.dataset(options.data, "--data")
+    dataset.source_weights = _source_weights(options.source_weight)
     eval_dataset = None
     if evaluates:
         eval_dataset = read.dataset(options.eval_data, "--eval-data", dataset.capacity)
@@ -71,7 +72,13 @@ def run_train(
             print(f"images and videos are read from {' and '.join(folders)}")
         try:
             result = train(
-                model, dataset, args, options.impl, eval_dataset=eval_dataset, processor=read.files
+                model,
+                dataset,
+                args,
+                options.impl,
+                options.loss_reduction,
+                eval_dataset=eval_dataset,
+                processor=read.files,
             )
         except KeyboardInterrupt:
             if args.process_index:
@@ -165,6 +172,21 @@ class _Reading:
         if flag == "--data":
             self.files = ProcessorFiles(local_path(options.tokenizer), encoder.vision)
         return dataset
+
+
+def _source_weights(words: Sequence[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for word in words:
+        name, equals, value = word.rpartition("=")
+        try:
+            if name in weights or not name:
+                raise ValueError
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"--source-weight takes NAME=FACTOR, each name once, got {word!r:.80}"
+            ) from None
+    return weights
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:
