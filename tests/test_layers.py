@@ -34,6 +34,7 @@ ROOMS = {
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
     "peft": {"hf/lora"},
+    "yaml": {"cli/option_file"},
     "platformdirs": {"ops/tuning"},
     "pyarrow": {
         "data/columnar_files",

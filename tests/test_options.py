@@ -20,6 +20,7 @@ from mmpack import Encoder, PackedDataset
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.cli.options import COMMANDS, flag
+from mmpack.cli.parser import parse
 from mmpack.hf import training_options
 from mmpack.hf.training_options import EVALUATION, NEEDED, REFUSED, parse_training_arguments
 from mmpack.hf.unavailable import unavailable
@@ -183,6 +184,12 @@ CASES = [
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
     Case("train", "eval_data", TRAIN, "--eval-data packed"),
+    Case("train", "options", TRAIN, "--options options.yaml"),
+    Case("train", "options", TRAIN, "--options unknown.yaml", "unknown.yaml: max_step is not an option of mmpack train or TrainingArguments; did you mean max_steps?"),
+    Case("train", "options", TRAIN, "--options empty.yaml", "empty.yaml has no options; write one per line"),
+    Case("train", "options", TRAIN, "--options broken.yaml", "broken.yaml is not a YAML file: "),
+    Case("train", "options", TRAIN, "--options twice.yaml", "twice.yaml: max_steps is given twice"),
+    Case("train", "options", TRAIN, "--options none.yaml", "none.yaml: max_steps has no value"),
     Case("train", "eval_data", TRAIN, "--eval-data packed rows.json", "one of 2 --eval-data, but a packed folder"),
     Case("train", "tokenizer", TRAIN + " --eval-data rows.json", "--tokenizer tokenizer"),
     Case("train", "lora_rank", "--data packed --model model", "--lora-rank 4"),
@@ -234,6 +241,11 @@ def world(tmp_path_factory):
     (folder / "pictures").mkdir()
     for name, side in (("a.png", 140), ("b.png", 280), ("pictures/c.png", 112)):
         Image.effect_noise((side, side), 60).convert("RGB").save(folder / name)
+    for name, text in {
+        "options": "max_steps: 3", "unknown": "max_step: 3", "empty": "", "broken": "[", "none": "max_steps:",
+        "twice": "max_steps: 3\nmax_steps: 4",
+    }.items():  # fmt: skip
+        (folder / f"{name}.yaml").write_text(text)
     damaged = bytearray((folder / "b.png").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (folder / "damaged.png").write_bytes(damaged)
@@ -585,6 +597,52 @@ def test_evaluation_options_act_with_an_evaluation_set(words, expected):
 def test_evaluation_options_without_effect_are_refused(words, text):
     with pytest.raises(ValueError, match=f"^--{words[2:].split()[0]} .*does not apply: {text}"):
         parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
+
+
+def test_a_file_of_options_is_the_command_line(tmp_path):
+    """In every form a value has; what is passed as well replaces the file's, under either name."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        """
+        data: [a.json, b.json]
+        tokenizer: t
+        capacity: 512
+        frozen: [vision, merger]
+        template-arg: {enable_thinking: false, name: x y}
+        mask_thinking: true
+        decode: false
+        learning_rate: 1e-5
+        bf16: true
+        average_tokens_across_devices: false
+        max_steps: 3
+        report_to: [none]
+        lr_scheduler_kwargs: {min_lr_rate: 0.1}
+        """
+    )
+    words = ["train", "--options", str(file), "--steps", "5", "--capacity=700", "--use_cpu"]
+    _, options = parse(words)
+    assert options.data == ("a.json", "b.json")
+    assert (options.capacity, options.steps, options.frozen) == (700, 5, ("vision", "merger"))
+    assert options.template_arg == ("enable_thinking=false", 'name="x y"')
+    assert (options.mask_thinking, options.decode) == (True, False)
+    assert "decode" not in options.given
+    assert options.words == tuple(words)
+    args = parse_training_arguments(options.training)
+    assert (args.learning_rate, args.bf16, args.average_tokens_across_devices) == (
+        1e-5,
+        True,
+        False,
+    )
+    assert (args.report_to, args.lr_scheduler_kwargs) == ([], {"min_lr_rate": 0.1})
+
+
+def test_the_docs_file_of_options_is_read(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (tmp_path / "run1.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    _, options = parse(["train", "--options", str(tmp_path / "run1.yaml")])
+    assert (options.lora_rank, options.frozen) == (16, ("vision", "merger"))
+    args = parse_training_arguments([*options.training, "--use_cpu"])
+    assert (args.learning_rate, args.lr_scheduler_kwargs) == (1e-4, {"min_lr_rate": 0.1})
 
 
 # What an option needs

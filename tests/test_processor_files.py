@@ -39,7 +39,8 @@ LAYOUTS = {  # of published models, and of transformers' own save_pretrained
     },
     "saved by transformers": {
         "processor_config.json": {
-            "image_processor": {**QWEN3, "size": LARGE}, "processor_class": "Qwen3VLProcessor",
+            "image_processor": {**QWEN3, "size": LARGE, "image_processor_type": "Qwen2VLImageProcessor"},
+            "processor_class": "Qwen3VLProcessor",
             "video_processor": {**QWEN3, "size": CLIP, "video_processor_type": "Qwen3VLVideoProcessor"},
         },
     },

@@ -237,6 +237,11 @@ class TrainOptions(PackingOptions, Options):
         None,
     )
     steps: int | None = option("optimizer steps; short for --max_steps", None)
+    options: str | None = option(
+        "YAML file of options, these and TrainingArguments'; those passed replace the file's",
+        None,
+        metavar="FILE",
+    )
     on_bad_image: Literal["raise", "drop"] = option(
         "if an image or video can no longer be decoded: stop, or drop its row from the pack",
         "raise",

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmpack.cli.examples import CODES
+from mmpack.cli.option_file import expanded
 from mmpack.cli.options import COMMANDS, Options, TrainOptions, flag
 
 _METAVARS = {int: "N", float: "N", str: "PATH"}
@@ -20,14 +21,14 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     """Parse words into (command, options). Dashes and underscores in option names are equivalent.
 
     Raises:
-        ValueError: options contradict each other.
+        ValueError: options contradict each other, or the option file of `mmpack train` cannot be used.
         SystemExit: an option is unknown or malformed, or help was requested.
     """
     parser = command_line()
     known = {flag(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
     dashed = []
     words = sys.argv[1:] if words is None else words
-    for word in words:
+    for word in expanded(words):
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         dashed.append(name + equals + value if name in known else word)
