@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -655,6 +656,7 @@ def test_the_docs_file_of_options_is_read(tmp_path):
         ("--report_to tensorboard", "tensorboard"),
         ("--optim adamw_8bit", "bitsandbytes"),
         ("--optim paged_lion_32bit", "bitsandbytes"),
+        ("--optim ademamix", "bitsandbytes"),
         ("--use_liger_kernel", "liger-kernel"),
         ("--deepspeed zero3.json", "deepspeed"),
     ],
@@ -665,6 +667,17 @@ def test_a_missing_package_is_named_before_anything_is_loaded(words, package, mo
     option = words.replace(" zero3.json", "")
     message = f"mmpack: {option} needs {package}, which is not installed; pip install {package}"
     assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+def test_a_folder_of_runs_is_not_the_package(tmp_path, monkeypatch, capsys):
+    """wandb writes runs to a folder of its name, which Python takes for a package."""
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("wandb") is not None
+    assert main(["train", "--data", "nowhere", "--report_to", "wandb"]) == 1
+    assert "--report_to wandb needs wandb, which is not installed" in capsys.readouterr().err
 
 
 class ConnectError(Exception):

@@ -65,11 +65,11 @@ def _read(path: str) -> dict[str, Any]:
 
 def _words(path: str, key: str, value: Any) -> Iterator[str]:
     """The words of one option."""
-    from transformers import TrainingArguments
+    from mmpack.hf.training_options import argument_names
 
     name = key.replace("-", "_")
     ours = {one.name for one in fields(TrainOptions) if one.metadata} - {"options"}
-    theirs = {one.name for one in fields(TrainingArguments)}
+    theirs = set(argument_names())
     if name not in ours | theirs:
         close = get_close_matches(name, ours | theirs, 1)
         guess = f"; did you mean {close[0]}?" if close else ""

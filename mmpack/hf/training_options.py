@@ -151,6 +151,11 @@ NEEDED: list[tuple[tuple[str, ...], Callable[[TrainingArguments], bool], str]] =
 ]
 
 
+def argument_names() -> list[str]:
+    """The names of all options of `TrainingArguments`."""
+    return [one.name for one in dataclasses.fields(TrainingArguments)]
+
+
 def parse_training_arguments(
     options: Sequence[str], quiet: bool = False, evaluates: bool = False
 ) -> TrainingArguments:
@@ -165,7 +170,7 @@ def parse_training_arguments(
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.
         SystemExit: an option is unknown or malformed.
     """
-    names = [one.name for one in dataclasses.fields(TrainingArguments)]
+    names = argument_names()
     parser = HfArgumentParser(
         TrainingArguments, prog="mmpack train", usage=_USAGE, allow_abbrev=False
     )
@@ -249,13 +254,16 @@ def _require_packages(args: TrainingArguments) -> None:
         if name in _TRACKERS or (name == "tensorboard" and find_spec("tensorboardX") is None):
             _require(f"--report_to {name}", name)
     optimizer = str(args.optim.value)
-    if "torch" not in optimizer and any(part in optimizer for part in ("8bit", "32bit", "bnb")):
+    if "torch" not in optimizer and any(
+        part in optimizer for part in ("8bit", "32bit", "bnb", "ademamix")
+    ):
         _require(f"--optim {optimizer}", "bitsandbytes")
     if args.use_liger_kernel:
         _require("--use_liger_kernel", "liger_kernel")
 
 
 def _require(option: str, module: str) -> None:
-    if find_spec(module) is None:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:  # a folder of this name, as wandb makes for its runs
         package = module.replace("_", "-")
         raise ValueError(f"{option} needs {package}, which is not installed; pip install {package}")
