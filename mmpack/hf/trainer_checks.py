@@ -154,6 +154,21 @@ def tell_unseen(weights: Mapping[str, float], seen: set[str]) -> None:
         )
 
 
+def check_evaluation(data: Any, args: TrainingArguments) -> None:
+    """Refuse to evaluate a stream whose batches accelerate would split. `data` is a data set or a dict of them.
+
+    Raises:
+        ValueError: it would.
+    """
+    sets = data.values() if isinstance(data, Mapping) else [data]
+    is_split = args.accelerator_config.dispatch_batches is not False
+    if is_split and any(isinstance(one, PackStream) for one in sets):
+        raise ValueError(
+            "accelerate would split the batches of the stream in eval_dataset; pass "
+            'TrainingArguments(accelerator_config={"dispatch_batches": False})'
+        )
+
+
 def tell_weights(model: nn.Module) -> None:
     """Warn if trained weights have 8 or 11 bits, in which small updates are lost. DeepSpeed keeps float32 copies."""
     if loads_whole_checkpoints():
