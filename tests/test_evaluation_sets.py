@@ -3,7 +3,7 @@
 import pytest
 from builders import small_config, tiny_model
 from test_evaluation import dataset_of, mean_loss, samples_of, trainer_of
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from mmpack import PackStream
 from mmpack.hf import patch_model
@@ -83,6 +83,19 @@ def test_batches_that_accelerate_split_are_refused(tmp_path):
     trainer = trainer_of(tmp_path, dataset_of(64), None)
     with pytest.raises(ValueError, match="'dispatch_batches': False"):
         trainer.evaluate(stream_of())
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_ranks_that_would_repeat_packs_are_refused(tmp_path, is_given, monkeypatch):
+    """On two ranks, 7 packs are 8 to accelerate, which does not tell which of a stream's are repeats."""
+    evaluated = {"a": dataset_of(40), "b": stream_of()}
+    trainer = trainer_of(tmp_path, dataset_of(64), None, **OWN_BATCHES)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="to give all 2 ranks equally many, and eval_loss would"):
+        if is_given:
+            trainer_of(tmp_path, dataset_of(64), evaluated, **OWN_BATCHES)
+        else:
+            trainer.evaluate(evaluated["b"])
 
 
 def test_a_run_stops_early(tmp_path):
