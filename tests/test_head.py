@@ -199,7 +199,11 @@ def test_weights_of_the_rows_are_heard(batch, calls):
     weights[::5] = 0
     weighted = {
         **batch,
-        "mmpack": {**batch["mmpack"], "loss_weight_bits": weights.view(torch.int32)},
+        "mmpack": {
+            **batch["mmpack"],
+            "loss_weight_bits": weights.view(torch.int32),
+            "is_counted": True,
+        },
     }
     model = patch_model(model_of())
     for num_items in (None, torch.tensor(0.7)):

@@ -225,6 +225,7 @@ def test_a_packed_batch_is_weighted_by_its_dict(full_logits):
     labels = torch.randint(11, (1, 9))
     targets, weights = labels[0, rows + 1], torch.tensor([0.1, 0.0, 3.0])
     pack = {"loss_weight_bits": weights.view(torch.int32), "supervised_index": rows}
+    pack["is_counted"] = True
     kwargs = {} if full_logits else {"shift_labels": targets[None]}
     loss = PackedLoss(None)(
         logits if full_logits else logits[:, rows], labels, 11, torch.tensor(7.0), mmpack=pack, **kwargs

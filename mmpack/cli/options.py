@@ -250,6 +250,15 @@ class TrainOptions(PackingOptions, Options):
         "ops: what mmpack tune chose on this GPU (else libraries'), libraries', or mmpack's kernels",
         "auto",
     )
+    loss_reduction: Literal["token", "sample", "sqrt"] = option(
+        "what counts once in the loss: each supervised token, or each row; sqrt: a row of n tokens sqrt(n) times",
+        "token",
+    )
+    source_weight: tuple[str, ...] = option(
+        "factor of the loss of a data file's rows, repeatable; NAME is the file's name",
+        (),
+        metavar="NAME=FACTOR",
+    )
     training: tuple[str, ...] = ()  # other words, for TrainingArguments
     words: tuple[str, ...] = ()  # all words, to print the command that continues the run
 

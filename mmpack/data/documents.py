@@ -99,4 +99,6 @@ def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> lis
         raise RowError(
             f"the document's turn is marked as one without loss ({marks})", "drop the row"
         )
+    if turns and turns[0].weight != 1:
+        raise RowError("the document's turn has a weight", "move it to the row's 'weight'")
     return turns[0].parts if turns else []
