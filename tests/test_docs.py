@@ -23,9 +23,9 @@ import pytest
 import mmpack
 import mmpack.hf
 import mmpack.ops
+from mmpack.cli.command_line import command_line
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
-from mmpack.cli.options import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # for users
