@@ -101,6 +101,7 @@ def logits_of(model, batch, **kwargs):
     return model(**batch, **kwargs).logits
 
 
+@pytest.mark.smoke
 def test_an_output_without_logits_says_so(batch, calls):
     model = patch_model(model_of())
     output = model(**batch)
@@ -236,6 +237,7 @@ def test_implementations_reach_both_paths(impl, calls, wide_tiles, monkeypatch):
     assert summed.item() == pytest.approx(unsummed.item(), rel=1e-5)
 
 
+@pytest.mark.smoke
 def test_copies_and_unpatching(batch, calls):
     model = patch_model(model_of())
     other = copy.deepcopy(model)

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, TrainingArguments
 
 import mmpack.errors
 from mmpack import Encoder, PackedDataset
+from mmpack.cli.command_line import COMMANDS, parse
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
-from mmpack.cli.options import COMMANDS, flag
-from mmpack.cli.parser import parse
+from mmpack.cli.options import flag
 from mmpack.hf import training_options
 from mmpack.hf.training_options import EVALUATION, NEEDED, REFUSED, parse_training_arguments
 from mmpack.hf.unavailable import unavailable

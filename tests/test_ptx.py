@@ -210,6 +210,13 @@ def test_a_missing_barrier_is_found():
         Fault, match="byte 128 of shared memory is written by warp 1, read by 0, no barrier"
     ):
         run(broken, inputs, threads=64, check_races=True)
+    same = EXCHANGE.replace("[%r6], %r1", "[%r5], VALUE").replace("[%r8]", "[%r5]")
+    same = same.format(barrier="bar.sync 0;")
+    assert (
+        run(same.replace("VALUE", "7"), inputs, threads=64, check_races=True).view(np.uint32) == 7
+    ).all()
+    with pytest.raises(Fault, match="byte 0 of shared memory is written by warps 0 and 1"):
+        run(same.replace("VALUE", "%r1"), inputs, threads=64, check_races=True)
     found = [run(broken, inputs, threads=64, warp_seed=seed).view(np.uint32) for seed in range(4)]
     assert not all((out == threads ^ 32).all() for out in found)
 

@@ -41,13 +41,13 @@ examples:
   mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1
   mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
       --resume_from_checkpoint last
-  mmpack train --options run1.yaml --learning_rate 2e-5
+  mmpack train --options run1.yaml --data packed --learning_rate 2e-5
   mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 --frozen vision \\
       --frozen merger --lora-rank 16 --eval-data packed_eval --load_best_model_at_end
   mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
-TUNE_EXAMPLES = """Each implementation runs in a process of its own, so one that crashes or hangs is left out. Results are kept in
+TUNE_EXAMPLES = """Implementations run in a child process, so one that crashes or hangs is left out. Results are kept in
 the user's cache folder; patch_model(impl="auto"), which mmpack train uses, reads them. mmpack env shows them.
 
 examples:

@@ -1,23 +1,11 @@
-"""Options of the command line: a dataclass of options for each command.
-
-`mmpack.cli.parser` builds the parser from the fields, each of which is an option with its help text.
-"""
+"""Options of the command line: a dataclass for each command, whose fields are its options with their help texts
+(`mmpack.cli.command_line` builds the parser from them)."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-from mmpack.cli.examples import (
-    CHECK_EXAMPLES,
-    DEMO_EXAMPLES,
-    ENV_EXAMPLES,
-    INSPECT_EXAMPLES,
-    MERGE_EXAMPLES,
-    PACK_EXAMPLES,
-    TRAIN_EXAMPLES,
-    TUNE_EXAMPLES,
-)
 from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
@@ -29,13 +17,18 @@ TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (own
 
 def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
     """A dataclass field that is an option: `max_pixels` is `--max-pixels`. Its type determines its values
-    (`mmpack.cli.parser`), and without a default it is required.
+    (`command_line._taken`), and without a default it is required.
 
     Args:
         argument: further arguments of `add_argument`; `positional=True` makes it a positional argument, and
             options with the same `either` exclude each other.
     """
     return field(default=default, metadata={"help": help, **argument})
+
+
+def flag(name: str) -> str:
+    """The option of a field, `max_pixels` -> `--max-pixels`."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,20 +290,3 @@ class DemoOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class EnvOptions(Options):
     """versions, GPUs and available implementations, for bug reports"""
-
-
-COMMANDS: dict[str, tuple[type[Options], str]] = {  # options, examples
-    "check": (CheckOptions, CHECK_EXAMPLES),
-    "pack": (PackOptions, PACK_EXAMPLES),
-    "merge": (MergeOptions, MERGE_EXAMPLES),
-    "inspect": (InspectOptions, INSPECT_EXAMPLES),
-    "train": (TrainOptions, TRAIN_EXAMPLES),
-    "tune": (TuneOptions, TUNE_EXAMPLES),
-    "demo": (DemoOptions, DEMO_EXAMPLES),
-    "env": (EnvOptions, ENV_EXAMPLES),
-}
-
-
-def flag(name: str) -> str:
-    """The option of a field, `max_pixels` -> `--max-pixels`."""
-    return f"--{name.replace('_', '-')}"

@@ -61,10 +61,12 @@ def _columns(labels, first, C):
 
 
 def implementation(impl, logits):
-    """`Torch` or the kernels' module, by `impl`; always torch for float64 and for columns that are not adjacent."""
+    """`Torch` or the kernels' module, by `impl`; always torch for float64, for columns that are not adjacent
+    and on the meta device, where a kernel has nothing to read."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl != "triton" or logits.dtype == torch.float64 or logits.stride(-1) != 1:
+    is_plain = logits.dtype != torch.float64 and logits.stride(-1) == 1 and not logits.is_meta
+    if impl != "triton" or not is_plain:
         return Torch
     from mmpack.ops import cross_entropy_kernels  # late: Triton may be missing
     from mmpack.ops.arguments import check_device

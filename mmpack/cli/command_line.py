@@ -1,4 +1,4 @@
-"""The parser of the command line, built from the dataclasses of `mmpack.cli.options`."""
+"""The command line: its parser, built from the options' dataclasses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,42 @@ from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mmpack.cli.examples import CODES
+from mmpack.cli.examples import (
+    CHECK_EXAMPLES,
+    CODES,
+    DEMO_EXAMPLES,
+    ENV_EXAMPLES,
+    INSPECT_EXAMPLES,
+    MERGE_EXAMPLES,
+    PACK_EXAMPLES,
+    TRAIN_EXAMPLES,
+    TUNE_EXAMPLES,
+)
 from mmpack.cli.option_file import expanded
-from mmpack.cli.options import COMMANDS, Options, TrainOptions, flag
+from mmpack.cli.options import (
+    CheckOptions,
+    DemoOptions,
+    EnvOptions,
+    InspectOptions,
+    MergeOptions,
+    Options,
+    PackOptions,
+    TrainOptions,
+    TuneOptions,
+    flag,
+)
 
 _METAVARS = {int: "N", float: "N", str: "PATH"}
+COMMANDS: dict[str, tuple[type[Options], str]] = {  # options, examples
+    "check": (CheckOptions, CHECK_EXAMPLES),
+    "pack": (PackOptions, PACK_EXAMPLES),
+    "merge": (MergeOptions, MERGE_EXAMPLES),
+    "inspect": (InspectOptions, INSPECT_EXAMPLES),
+    "train": (TrainOptions, TRAIN_EXAMPLES),
+    "tune": (TuneOptions, TUNE_EXAMPLES),
+    "demo": (DemoOptions, DEMO_EXAMPLES),
+    "env": (EnvOptions, ENV_EXAMPLES),
+}
 
 
 def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
