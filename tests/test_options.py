@@ -353,7 +353,7 @@ def run(world, tmp_path, monkeypatch, capsys):
         "mmpack.hf.model_parts.freeze", lambda model, parts: seen.update(frozen=parts)
     )
     monkeypatch.setattr(
-        "mmpack.hf.lora.add_lora", lambda model, rank, name: seen.update(lora=rank) or model
+        "mmpack.hf.lora.add_lora", lambda model, rank, name, seed: seen.update(lora=rank) or model
     )
     for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmpack import Encoder
 from mmpack.cli.main import main
+from mmpack.hf.lora import add_lora
 
 FAMILY = "qwen2_vl"
 BUDGET = 56 * 56
@@ -101,6 +102,20 @@ def test_generate_from_the_run_with_stock_classes(world, lora_run, monkeypatch, 
             # lora_alpha is twice the rank
             weights[layer] += 2 * saved[name.replace("lora_A", "lora_B")] @ saved[name]
     assert answer(stock) == answer(byhand) != before
+
+
+def test_the_seed_determines_the_adapters(world):
+    """And not what was random before."""
+
+    def adapters(seed):
+        torch.rand(1)
+        model = AutoModelForImageTextToText.from_pretrained(world / "model")
+        adapted = add_lora(model, 2, str(world / "model"), seed)
+        return [weight for name, weight in adapted.named_parameters() if ".lora_A." in name]
+
+    first, again, other = adapters(1), adapters(1), adapters(2)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
 
 
 @pytest.mark.parametrize("where", ["", "checkpoint"])

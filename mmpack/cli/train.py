@@ -56,7 +56,7 @@ def run_train(
         _tell_other_settings(dataset, eval_dataset)
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     if options.lora_rank is not None:
-        model = add_lora(model, options.lora_rank, str(options.model))
+        model = add_lora(model, options.lora_rank, str(options.model), args.seed)
     freeze(model, options.frozen)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"

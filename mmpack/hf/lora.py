@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from torch import nn
+from transformers import set_seed
 
 from mmpack.data.model_folder import local_path, pinned
 from mmpack.hf.model_parts import inner_model
@@ -14,7 +15,7 @@ from mmpack.hf.model_parts import inner_model
 FROZEN = ("vision", "merger")
 
 
-def add_lora(model: nn.Module, rank: int, name: str) -> nn.Module:
+def add_lora(model: nn.Module, rank: int, name: str, seed: int) -> nn.Module:
     """The model with LoRA adapters of this rank, everything else frozen.
 
     Adapted are all `nn.Linear` layers in the text model's layers: projections of attention, of Gated DeltaNets and
@@ -24,6 +25,7 @@ def add_lora(model: nn.Module, rank: int, name: str) -> nn.Module:
     Args:
         name: what the model was loaded from, which the adapter's config records: an absolute path, or a name on the
             Hugging Face Hub with its commit.
+        seed: determines the adapters' first values, on every rank alike.
 
     Raises:
         ValueError: PEFT is not installed.
@@ -37,6 +39,7 @@ def add_lora(model: nn.Module, rank: int, name: str) -> nn.Module:
             "--lora-rank needs peft, which is not installed; pip install peft"
         ) from None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_targets(model))
+    set_seed(seed)
     adapted: nn.Module = get_peft_model(model, config)
     source = pinned(name)
     if source.startswith("hf:"):
