@@ -154,7 +154,7 @@ def broken(works, small_set, tmp_path):
         "split turns": ([*works["pack"], "--on-overflow", "split"], 1, "cannot be split"),
         "typo": ([*works["train"], "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
         "no number": ([*works["train"], "--learning_rate", "x"], 2, "invalid float value: 'x'"),
-        "no evaluation": ([*works["train"], "--eval_strategy", "steps"], 1, "has no evaluation set"),
+        "no evaluation": ([*works["train"], "--eval_strategy", "steps"], 1, "there is no evaluation set"),
         "--write under a file": (["demo", "--write", under_file], 1, "Not a directory"),
     }  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_colours(works, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_says_how_it_goes_on(works, monkeypatch, capsys, tmp_path):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmpack.hf.training.train", interrupt)

@@ -33,6 +33,8 @@ ROOMS = {
     "huggingface_hub": {"data/model_folder"},
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
+    "peft": {"hf/lora"},
+    "yaml": {"cli/option_file"},
     "platformdirs": {"ops/tuning"},
     "pyarrow": {
         "data/columnar_files",

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,12 @@ from transformers import AutoTokenizer, TrainingArguments
 
 import mmpack.errors
 from mmpack import Encoder, PackedDataset
-from mmpack.cli.command_line import COMMANDS
+from mmpack.cli.command_line import COMMANDS, parse
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.cli.options import flag
 from mmpack.hf import training_options
-from mmpack.hf.training_options import NEEDED, REFUSED, parse_training_arguments
+from mmpack.hf.training_options import EVALUATION, NEEDED, REFUSED, parse_training_arguments
 from mmpack.hf.unavailable import unavailable
 from mmpack.ops import tuning
 from mmpack.store.encoded_store import open_store
@@ -183,6 +184,17 @@ CASES = [
     Case("train", "on_bad_image", TRAIN, "--on-bad-image drop"),
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
+    Case("train", "eval_data", TRAIN, "--eval-data packed"),
+    Case("train", "options", TRAIN, "--options options.yaml"),
+    Case("train", "options", TRAIN, "--options unknown.yaml", "unknown.yaml: max_step is not an option of mmpack train or TrainingArguments; did you mean max_steps?"),
+    Case("train", "options", TRAIN, "--options empty.yaml", "empty.yaml has no options; write one per line"),
+    Case("train", "options", TRAIN, "--options broken.yaml", "broken.yaml is not a YAML file: "),
+    Case("train", "options", TRAIN, "--options twice.yaml", "twice.yaml: max_steps is given twice"),
+    Case("train", "options", TRAIN, "--options none.yaml", "none.yaml: max_steps has no value"),
+    Case("train", "eval_data", TRAIN, "--eval-data packed rows.json", "one of 2 --eval-data, but a packed folder"),
+    Case("train", "tokenizer", TRAIN + " --eval-data rows.json", "--tokenizer tokenizer"),
+    Case("train", "lora_rank", "--data packed --model model", "--lora-rank 4"),
+    Case("train", "lora_rank", TRAIN, "--lora-rank 4", "LoRA adapts trained weights (--lora-rank); pass --model"),
     Case("train", "weights_dtype", TRAIN, "--weights-dtype bfloat16"),
     Case("train", "loss_reduction", TRAIN, "--loss-reduction sample"),
     Case("train", "loss_reduction", pack("rows.json", "train"), "--loss-reduction sqrt"),
@@ -230,6 +242,11 @@ def world(tmp_path_factory):
     (folder / "pictures").mkdir()
     for name, side in (("a.png", 140), ("b.png", 280), ("pictures/c.png", 112)):
         Image.effect_noise((side, side), 60).convert("RGB").save(folder / name)
+    for name, text in {
+        "options": "max_steps: 3", "unknown": "max_step: 3", "empty": "", "broken": "[", "none": "max_steps:",
+        "twice": "max_steps: 3\nmax_steps: 4",
+    }.items():  # fmt: skip
+        (folder / f"{name}.yaml").write_text(text)
     damaged = bytearray((folder / "b.png").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (folder / "damaged.png").write_bytes(damaged)
@@ -317,10 +334,12 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl, loss_reduction):
+    def train(model, dataset, args, impl, loss_reduction, eval_dataset, processor):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
+        if eval_dataset is not None:
+            seen["evaluated"] = eval_dataset.fingerprint()
         seen["trained"]["reduction"] = loss_reduction
         return {"steps": 0}
 
@@ -332,6 +351,9 @@ def run(world, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(
         "mmpack.hf.model_parts.freeze", lambda model, parts: seen.update(frozen=parts)
+    )
+    monkeypatch.setattr(
+        "mmpack.hf.lora.add_lora", lambda model, rank, name: seen.update(lora=rank) or model
     )
     for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
@@ -465,8 +487,9 @@ WITHOUT = {
 def test_every_training_argument_is_known():
     names = {one.name for one in dataclasses.fields(TrainingArguments)}
     needed = {name for group, _, _ in NEEDED for name in group}
-    assert names == TRAINERS | UNPASSABLE | set(REFUSED) | needed
-    assert not TRAINERS & set(REFUSED) | TRAINERS & needed | set(REFUSED) & needed
+    assert names == TRAINERS | UNPASSABLE | set(REFUSED) | set(EVALUATION) | needed
+    assert not TRAINERS & (set(REFUSED) | set(EVALUATION) | needed)
+    assert set(REFUSED) & needed == {"metric_for_best_model"}  # other metrics are refused
 
 
 def value_of(name):
@@ -487,7 +510,9 @@ def value_of(name):
     return "True" if "bool" in words else "3" if "int" in words or "float" in words else "a"
 
 
-@pytest.mark.parametrize("name", [*REFUSED, *(name for group, _, _ in NEEDED for name in group)])
+@pytest.mark.parametrize(
+    "name", [*REFUSED, *EVALUATION, *(name for group, _, _ in NEEDED for name in group)]
+)
 def test_a_training_argument_without_effect_is_refused(name):
     words = [f"--{name}", value_of(name), "--use_cpu", *WITHOUT.get(name, [])]
     with pytest.raises(ValueError, match=f"^--{name} .*does not apply: "):
@@ -531,8 +556,94 @@ def test_what_is_so_anyway_may_be_said():
     )
     assert (args.save_steps, args.num_train_epochs, args.eval_strategy) == (7, 2, "no")
     for words in ("--save_strategy best", "--lr_scheduler_type greedy"):
-        with pytest.raises(ValueError, match=f"^{words} does not apply: mmpack train has no eval"):
+        with pytest.raises(ValueError, match=f"^{words} does not apply: there is no eval"):
             parse_training_arguments(words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {"eval_strategy": "epoch", "save_strategy": "steps"}),
+        ("--save_strategy epoch", {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        ("--save_steps 7 --save_strategy steps", {"eval_strategy": "steps", "eval_steps": 7}),
+        ("--eval_strategy steps", {"eval_steps": 500}),
+        ("--load_best_model_at_end", {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        (
+            "--load_best_model_at_end --eval_strategy steps --eval_steps 7",
+            {"eval_steps": 7, "save_strategy": "steps", "save_steps": 7},
+        ),
+        ("--save_strategy best --eval_delay 3", {"eval_strategy": "epoch", "eval_delay": 3}),
+        ("--per_device_eval_batch_size 2", {"per_device_eval_batch_size": 2}),
+        (
+            "--load_best_model_at_end --metric_for_best_model loss",
+            {"metric_for_best_model": "loss", "greater_is_better": False},
+        ),
+    ],
+)
+def test_evaluation_options_act_with_an_evaluation_set(words, expected):
+    args = parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--eval_strategy no", "--eval-data would never be evaluated"),
+        ("--do_eval False", "--eval-data would never be evaluated"),
+        ("--metric_for_best_model accuracy", "mmpack train evaluates the loss alone"),
+        ("--metric_for_best_model loss", "it needs --load_best_model_at_end"),
+        ("--eval_steps 3", "it needs --eval_strategy steps"),
+    ],
+)
+def test_evaluation_options_without_effect_are_refused(words, text):
+    with pytest.raises(ValueError, match=f"^--{words[2:].split()[0]} .*does not apply: {text}"):
+        parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
+
+
+def test_a_file_of_options_is_the_command_line(tmp_path):
+    """In every form a value has; what is passed as well replaces the file's, under either name."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        """
+        data: [a.json, b.json]
+        tokenizer: t
+        capacity: 512
+        frozen: [vision, merger]
+        template-arg: {enable_thinking: false, name: x y}
+        mask_thinking: true
+        decode: false
+        learning_rate: 1e-5
+        bf16: true
+        average_tokens_across_devices: false
+        max_steps: 3
+        report_to: [none]
+        lr_scheduler_kwargs: {min_lr_rate: 0.1}
+        """
+    )
+    words = ["train", "--options", str(file), "--steps", "5", "--capacity=700", "--use_cpu"]
+    _, options = parse(words)
+    assert options.data == ("a.json", "b.json")
+    assert (options.capacity, options.steps, options.frozen) == (700, 5, ("vision", "merger"))
+    assert options.template_arg == ("enable_thinking=false", 'name="x y"')
+    assert (options.mask_thinking, options.decode) == (True, False)
+    assert "decode" not in options.given
+    assert options.words == tuple(words)
+    args = parse_training_arguments(options.training)
+    assert (args.learning_rate, args.bf16, args.average_tokens_across_devices) == (
+        1e-5,
+        True,
+        False,
+    )
+    assert (args.report_to, args.lr_scheduler_kwargs) == ([], {"min_lr_rate": 0.1})
+
+
+def test_the_docs_file_of_options_is_read(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (tmp_path / "run1.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    _, options = parse(["train", "--options", str(tmp_path / "run1.yaml")])
+    assert (options.lora_rank, options.frozen) == (16, ("vision", "merger"))
+    args = parse_training_arguments([*options.training, "--use_cpu"])
+    assert (args.learning_rate, args.lr_scheduler_kwargs) == (1e-4, {"min_lr_rate": 0.1})
 
 
 # What an option needs
@@ -545,6 +656,7 @@ def test_what_is_so_anyway_may_be_said():
         ("--report_to tensorboard", "tensorboard"),
         ("--optim adamw_8bit", "bitsandbytes"),
         ("--optim paged_lion_32bit", "bitsandbytes"),
+        ("--optim ademamix", "bitsandbytes"),
         ("--use_liger_kernel", "liger-kernel"),
         ("--deepspeed zero3.json", "deepspeed"),
     ],
@@ -555,6 +667,17 @@ def test_a_missing_package_is_named_before_anything_is_loaded(words, package, mo
     option = words.replace(" zero3.json", "")
     message = f"mmpack: {option} needs {package}, which is not installed; pip install {package}"
     assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+def test_a_folder_of_runs_is_not_the_package(tmp_path, monkeypatch, capsys):
+    """wandb writes runs to a folder of its name, which Python takes for a package."""
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("wandb") is not None
+    assert main(["train", "--data", "nowhere", "--report_to", "wandb"]) == 1
+    assert "--report_to wandb needs wandb, which is not installed" in capsys.readouterr().err
 
 
 class ConnectError(Exception):

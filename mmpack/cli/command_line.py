@@ -21,6 +21,7 @@ from mmpack.cli.examples import (
     TRAIN_EXAMPLES,
     TUNE_EXAMPLES,
 )
+from mmpack.cli.option_file import expanded
 from mmpack.cli.options import (
     CheckOptions,
     DemoOptions,
@@ -51,14 +52,14 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     """Parse words into (command, options). Dashes and underscores in option names are equivalent.
 
     Raises:
-        ValueError: options contradict each other.
+        ValueError: options contradict each other, or the option file of `mmpack train` cannot be used.
         SystemExit: an option is unknown or malformed, or help was requested.
     """
     parser = command_line()
     known = {flag(one.name) for kind, _ in COMMANDS.values() for one in fields(kind)}
     dashed = []
     words = sys.argv[1:] if words is None else words
-    for word in words:
+    for word in expanded(words):
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         dashed.append(name + equals + value if name in known else word)

@@ -41,6 +41,9 @@ examples:
   mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1
   mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 \\
       --resume_from_checkpoint last
+  mmpack train --options run1.yaml --data packed --learning_rate 2e-5
+  mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 --frozen vision \\
+      --frozen merger --lora-rank 16 --eval-data packed_eval --load_best_model_at_end
   mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """

@@ -41,7 +41,7 @@ from mmpack.errors import OnError
 
 # What mmpack[train] installs.
 _TRAIN = {"transformers", "huggingface_hub", "accelerate", "pyarrow", "filelock", "tqdm"}
-_TRAIN |= {"tokenizers", "safetensors"}  # with transformers
+_TRAIN |= {"tokenizers", "safetensors", "yaml"}  # with transformers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

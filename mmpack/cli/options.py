@@ -215,11 +215,26 @@ class TrainOptions(PackingOptions, Options):
     data: tuple[str, ...] = option(
         "folder written by mmpack pack, or rows to pack now", nargs="+", metavar="DATA"
     )
+    eval_data: tuple[str, ...] = option(
+        "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch)",
+        (),
+        nargs="+",
+        metavar="DATA",
+    )
     model: str | None = option(
         "model with weights: a folder, or a Hugging Face name (owner/name)", None, metavar="FOLDER"
     )
     config: str | None = option("config.json, folder or name, to start with random weights", None)
+    lora_rank: int | None = option(
+        "train LoRA adapters of this rank on the text model's linear layers, and freeze the rest",
+        None,
+    )
     steps: int | None = option("optimizer steps; short for --max_steps", None)
+    options: str | None = option(
+        "YAML file of options, these and TrainingArguments'; those passed replace the file's",
+        None,
+        metavar="FILE",
+    )
     on_bad_image: Literal["raise", "drop"] = option(
         "if an image or video can no longer be decoded: stop, or drop its row from the pack",
         "raise",

@@ -41,8 +41,8 @@ def check_applies(options: Options) -> None:
             raise ValueError(f"{listed} {do} not apply: {error}; {advice}")
 
 
-def is_packed(data: Iterable[str]) -> bool:
-    """Whether `--data` is a folder that `mmpack pack` wrote.
+def is_packed(data: Iterable[str], option: str = "--data") -> bool:
+    """Whether `--data` (or `option`) is a folder that `mmpack pack` wrote.
 
     Raises:
         ValueError: it is one among others.
@@ -51,7 +51,7 @@ def is_packed(data: Iterable[str]) -> bool:
     packed = [folder for folder in folders if (Path(folder) / "mmpack.json").exists()]
     if packed and len(folders) > 1:
         raise ValueError(
-            f"{packed[0]} is one of {len(folders)} --data, but a packed folder must be the only one; pack the "
+            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one; pack the "
             "data files of all of them together with mmpack pack"
         )
     return bool(packed)
@@ -87,12 +87,20 @@ def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
 
 
 def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str, str]]:
-    if not is_packed(options.data):
+    sets = [("--data", options.data)]
+    if options.eval_data:
+        sets.append(("--eval-data", options.eval_data))
+    packed = [data[0] for flag, data in sets if is_packed(data, flag)]
+    if not packed:
         why = "rows are read and packed now, so they cannot differ from earlier packs"
         yield ["on_changed_data"], why, "leave it out"
+    if options.lora_rank is not None:
+        why = "LoRA adapts trained weights (--lora-rank)"
+        yield [] if options.model else ["config"], why, "pass --model"
+    if len(packed) < len(sets):  # some are rows
         return
     packing = [one.name for one in fields(PackingOptions) if one.name not in _ON_PACKS]
-    why = f"{options.data[0]} is packed, and mmpack pack has settled this"
+    why = f"{' and '.join(packed)} {'is' if len(packed) == 1 else 'are'} packed, and mmpack pack has settled this"
     yield packing, why, "pack again with it, or leave it out"
     if options.on_bad_image == "raise":
         why = "the first bad image stops the run"

@@ -7,12 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict, replace
 from typing import Any
 
 from mmpack.cli.options import TrainOptions
 from mmpack.cli.refused_options import is_packed
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
+from mmpack.data.model_folder import local_path
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import media_folders
 from mmpack.errors import BadRow, OnError, Skip
@@ -26,45 +28,140 @@ def run_train(
 ) -> None:
     """Train on packs, or on rows packed now; print the figures as the last line. `encoder_of` and `config_of` make
     the encoder and the model's config for costs."""
-    from mmpack.cli.pack import cut_long
     from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
+    from mmpack.hf.lora import FROZEN as LORA_FROZEN
+    from mmpack.hf.lora import add_lora
     from mmpack.hf.model_parts import freeze
     from mmpack.hf.training import train
     from mmpack.hf.training_options import parse_training_arguments
-    from mmpack.packing.cost import costs_of
-    from mmpack.packing.dataset import PackedDataset
 
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
-    args = parse_training_arguments([*ours, *options.training], options.quiet)
+    evaluates = bool(options.eval_data)
+    args = parse_training_arguments([*ours, *options.training], options.quiet, evaluates)
+    if options.lora_rank is not None and options.lora_rank < 1:
+        raise ValueError(f"--lora-rank must be positive, got {options.lora_rank}")
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
         print(f"continuing from {where}", file=sys.stderr)
-    if is_packed(options.data):
-        dataset = PackedDataset.from_store(options.data[0], options.on_changed_data)
-        if options.media_dir:
-            dataset.media_folders = options.media_dir
-        store: Any = getattr(dataset.samples, "samples", dataset.samples)
-        _tell_other_costs(store.about.planning, options.frozen)
-    elif options.tokenizer is None or options.capacity is None:
-        raise ValueError(
-            f"{' '.join(options.data)} is not a folder written by mmpack pack; to pack rows now, pass "
-            "--tokenizer and --capacity"
-        )
-    else:
+    frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
+    frozen = tuple(dict.fromkeys(frozen))
+    read = _Reading(options, encoder_of, config_of, frozen)
+    dataset = read.dataset(options.data, "--data")
+    dataset.source_weights = _source_weights(options.source_weight)
+    eval_dataset = None
+    if evaluates:
+        eval_dataset = read.dataset(options.eval_data, "--eval-data", dataset.capacity)
+        _tell_other_settings(dataset, eval_dataset)
+    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
+    if options.lora_rank is not None:
+        model = add_lora(model, options.lora_rank, str(options.model))
+    freeze(model, options.frozen)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
+        print(f"{full}; weights in {options.weights_dtype}")
+        if eval_dataset is not None:
+            print(
+                f"evaluation: {len(eval_dataset):,} packs, {eval_dataset.plan.utilization:.1%} full"
+            )
+        folders = dataset.media_folders
+        if folders is None:
+            print("images and videos are read from anywhere; --media-dir FOLDER confines them")
+        else:
+            print(f"images and videos are read from {' and '.join(folders)}")
+        try:
+            result = train(
+                model,
+                dataset,
+                args,
+                options.impl,
+                options.loss_reduction,
+                eval_dataset=eval_dataset,
+                processor=read.files,
+            )
+        except KeyboardInterrupt:
+            if args.process_index:
+                raise
+            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
+    print(json.dumps(result))
+
+
+class _Reading:
+    """`--data` and `--eval-data` -> data sets.
+
+    Attributes:
+        files: the tokenizer and processor of the training data, which is read first.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        encoder_of: Callable[[TrainOptions, OnError], Encoder],
+        config_of: Callable[[str | None, Sequence[str]], Any],
+        frozen: Sequence[str],
+    ) -> None:
+        self.files: Any = None
+        self._options, self._frozen = options, frozen
+        self._encoder_of, self._config_of = encoder_of, config_of
+
+    def dataset(
+        self, data: Sequence[str], flag: str, capacity: int | None = None
+    ) -> Any:  # a PackedDataset, whose module imports torch
+        """The data set of an option. `capacity`: tokens per pack of rows, by default `--capacity`."""
+        options = self._options
+        is_training = flag == "--data"
+        if is_packed(data, flag):
+            dataset = self._packed(data[0], is_training)
+        else:
+            dataset = self._rows(data, flag, options.capacity or capacity)
+        dataset.on_bad_image = options.on_bad_image
+        if options.on_bad_image == "drop":  # else --max-bad is about rows
+            dataset.max_bad = options.max_bad
+        return dataset
+
+    def _packed(self, folder: str, is_training: bool) -> Any:
+        from mmpack.hf.processor_files import recorded_files
+        from mmpack.packing.dataset import PackedDataset
+
+        dataset = PackedDataset.from_store(folder, self._options.on_changed_data)
+        if self._options.media_dir:
+            dataset.media_folders = self._options.media_dir
+        if is_training:
+            store: Any = getattr(dataset.samples, "samples", dataset.samples)
+            is_lora = self._options.lora_rank is not None
+            _tell_other_costs(store.about.planning, self._frozen, is_lora)
+            self.files, why = recorded_files(store.about, dataset.vision)
+            if why:
+                print(f"mmpack: {why}", file=sys.stderr)
+        return dataset
+
+    def _rows(self, data: Sequence[str], flag: str, capacity: int | None) -> Any:
+        from mmpack.cli.pack import cut_long
+        from mmpack.hf.processor_files import ProcessorFiles
+        from mmpack.packing.cost import costs_of
+        from mmpack.packing.dataset import PackedDataset
+
+        options = self._options
+        if options.tokenizer is None or capacity is None:
+            needed = "--tokenizer and --capacity" if capacity is None else "--tokenizer"
+            raise ValueError(
+                f"{' '.join(data)} is not a folder written by mmpack pack; to pack rows now, pass "
+                f"{needed}"
+            )
         bad_rows: list[BadRow] = []
-        config = config_of(options.model or options.config, options.frozen)
+        config = self._config_of(options.model or options.config, self._frozen)
         skip = Skip(options.max_bad, bad_rows)
-        encoder = encoder_of(options, skip if options.on_error == "skip" else "raise")
-        groups = list(encoder.groups(options.data))
+        encoder = self._encoder_of(options, skip if options.on_error == "skip" else "raise")
+        groups = list(encoder.groups(data))
         with row_progress("encoding", groups) as (groups, bar):
             found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
-        samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, options.planning)
+        planning = replace(options.planning, capacity=capacity)
+        samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, planning)
         dataset = PackedDataset.from_samples(
             samples,
-            options.capacity,
-            None if config is None else costs_of(samples, config, options.frozen),
+            capacity,
+            None if config is None else costs_of(samples, config, self._frozen),
             patch_capacity=patch_capacity,
             on_overflow=on_overflow,
             seed=options.plan_seed,
@@ -72,27 +169,9 @@ def run_train(
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
-    dataset.on_bad_image = options.on_bad_image
-    if options.on_bad_image == "drop":  # else --max-bad is about rows
-        dataset.max_bad = options.max_bad
-    dataset.source_weights = _source_weights(options.source_weight)
-    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
-    freeze(model, options.frozen)
-    with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
-        print(f"{full}; weights in {options.weights_dtype}")
-        folders = dataset.media_folders
-        if folders is None:
-            print("images and videos are read from anywhere; --media-dir FOLDER confines them")
-        else:
-            print(f"images and videos are read from {' and '.join(folders)}")
-        try:
-            result = train(model, dataset, args, options.impl, options.loss_reduction)
-        except KeyboardInterrupt:
-            if args.process_index:
-                raise
-            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
-    print(json.dumps(result))
+        if flag == "--data":
+            self.files = ProcessorFiles(local_path(options.tokenizer), encoder.vision)
+        return dataset
 
 
 def _source_weights(words: Sequence[str]) -> dict[str, float]:
@@ -130,15 +209,30 @@ def _how_to_continue(words: Sequence[str], args: Any) -> str:
     return f"to continue from {last}:\n  {command}"
 
 
-def _tell_other_costs(planning: Planning | None, frozen: Sequence[str]) -> None:
-    """Warn if a store's packs were balanced for other frozen parts."""
+def _tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
+    """Warn if a store's packs were balanced for other frozen parts than this run's."""
     if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
             f"--frozen {' --frozen '.join(p)}" if p else "no --frozen"
             for p in (planning.frozen, frozen)
         ]
+        if is_lora:
+            words[1] += " (--lora-rank freezes vision and merger)"
         print(
             f"mmpack: the packs were planned for {words[0]}, but this run has {words[1]}: their costs are not "
             "balanced, and ranks will wait for each other; pack again with the same --frozen options",
+            file=sys.stderr,
+        )
+
+
+def _tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
+    """Warn if the evaluation set was encoded with other settings than the training data."""
+    ours, theirs = asdict(dataset.vision), asdict(eval_dataset.vision)
+    names = [name for name in ours if ours[name] != theirs[name]]
+    if names:
+        listed = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in names)
+        print(
+            f"mmpack: --eval-data was encoded with other settings than --data: {listed}; its loss is that of "
+            "other images, so encode both alike",
             file=sys.stderr,
         )

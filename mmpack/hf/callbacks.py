@@ -34,6 +34,7 @@ from mmpack.hf.throughput import PackCounter, TrainedCosts
 from mmpack.hf.trainer_checks import (
     check_arguments,
     check_collator,
+    check_evaluation,
     check_metrics,
     tell_batch_size,
     tell_unseen,
@@ -138,6 +139,7 @@ class PackingCallback(TrainerCallback):
         even = self._prepare(trainer.args, trainer.model)
         if self._evaluation is not None:
             self._evaluation.tell(trainer.eval_dataset)
+        check_evaluation(trainer.eval_dataset, trainer.args)
         if trainer.train_dataset is self.dataset:
             trainer.train_dataset = even
         elif isinstance(even, EvenPacks):

@@ -86,7 +86,8 @@ class PackCollator:
 
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
-            whatever `on_error` says, because a batch must have all rows requested.
+            whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
+            encoder's `media_dir`, by default the current folder: `Encoder.from_processor(processor, media_dir=...)`.
         model: the model that the batches are for; optional for Qwen2-VL with float32 pixels. It is inspected, not
             kept.
         pixels: "float32" or "uint8"; "uint8" needs a patched `model`.
@@ -221,7 +222,15 @@ class PackCollator:
             return [[sample] for sample in samples], self._processed_pixels(features)
         else:
             read = self.encoder.read_groups(self.encoder.groups(features), self._told)
-            groups = [[s] for s in self.encoder.encode(read)]
+            try:
+                groups = [[s] for s in self.encoder.encode(read)]
+            except ValueError as error:
+                if "(media_dir)" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{error}; rows of a PackCollator have their images in the current folder, unless its encoder "
+                    "names another: PackCollator(Encoder.from_processor(processor, media_dir=FOLDER))"
+                ) from error
         segments, buffer = load_pixels(groups, worker_buffers.empty)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)

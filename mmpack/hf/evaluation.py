@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from mmpack.hf.compat import forward_hooks, remainder_of
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.hf.trainer_checks import tell_evaluation
+from mmpack.hf.trainer_checks import check_evaluation, tell_evaluation
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
 
@@ -75,6 +75,7 @@ class Evaluation:
     """`PackingCallback`'s part: sums the losses of an evaluation on one rank."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
+        self._args = args
         self._rank, self._num_ranks = args.process_index, args.world_size
         self._batch_size = args.eval_batch_size
         self._hook = _hook_of(model, self._num_ranks > 1 and self._batch_size > 1)
@@ -99,6 +100,7 @@ class Evaluation:
         if loader is not self._loader:  # a new evaluation; the last one may have been interrupted
             self._loader, self._sums, self._weight = loader, [], 0.0
             self.tell(getattr(loader, "dataset", None))
+            check_evaluation(getattr(loader, "dataset", None), self._args)
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
         num_items = self._num_real(loader, len(ends) - 1)
         tokens = supervised[ends[num_items]] if num_items < len(ends) - 1 else supervised[-1]

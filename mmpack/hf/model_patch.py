@@ -258,6 +258,12 @@ def _check_batch(
             f"input_ids have shape {tuple(kwargs['input_ids'].shape)}, the pack has "
             f"(1, {num_tokens}); do not slice or stack the batches of PackCollator"
         )
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 3 and len(positions) < 3:
+        raise ValueError(
+            f"position_ids have shape {tuple(positions.shape)}; accelerate splits the batches of an "
+            "IterableDataset unless TrainingArguments has accelerator_config={'dispatch_batches': False}"
+        )
     family = family_of(base)
     pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
     num_patches = sum(len(values) for values in pixels if values is not None)

@@ -154,6 +154,28 @@ def tell_unseen(weights: Mapping[str, float], seen: set[str]) -> None:
         )
 
 
+def check_evaluation(data: Any, args: TrainingArguments) -> None:
+    """Refuse to evaluate a stream whose batches accelerate would split, or repeat on several ranks: it tells how many
+    are repeated for data sets only. `data` is a data set or a dict of them.
+
+    Raises:
+        ValueError: it would.
+    """
+    sets = data.values() if isinstance(data, Mapping) else [data]
+    if not any(isinstance(getattr(one, "dataset", one), PackStream) for one in sets):
+        return
+    if args.world_size > 1:
+        raise ValueError(
+            f"accelerate would repeat packs of the stream in eval_dataset to give all {args.world_size} ranks equally "
+            "many, and eval_loss would count them twice; evaluate a PackedDataset (PackedDataset.from_files)"
+        )
+    if args.accelerator_config.dispatch_batches is not False:
+        raise ValueError(
+            "accelerate would split the batches of the stream in eval_dataset; pass "
+            'TrainingArguments(accelerator_config={"dispatch_batches": False})'
+        )
+
+
 def tell_weights(model: nn.Module) -> None:
     """Warn if trained weights have 8 or 11 bits, in which small updates are lost. DeepSpeed keeps float32 copies."""
     if loads_whole_checkpoints():

@@ -25,6 +25,7 @@ from mmpack.hf.collator import PackCollator
 from mmpack.hf.fit import check_fit
 from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import patch_model
+from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.hf.unavailable import unavailable
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.loss_weights import LossReduction
@@ -105,25 +106,34 @@ def train(
     args: TrainingArguments,
     impl: str = "auto",
     loss_reduction: LossReduction = "token",
+    *,
+    eval_dataset: PackedDataset | None = None,
+    processor: ProcessorFiles | None = None,
 ) -> dict[str, Any]:
     """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
-    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`.
+    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `processor` is saved
+    with the model.
 
     Returns:
-        `steps`, `first_loss`, `last_loss`, `seconds`.
+        `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one, and
+        `best_checkpoint`, the folder of the best model, or None where no best model is kept.
 
     Raises:
         ValueError: the data was encoded for another model; the folder is not a complete checkpoint, or belongs to
             another run; a DataLoader worker was killed; the disk is full.
     """
-    check_fit(inner_model(model), dataset)
+    for data in (dataset, eval_dataset):
+        if data is not None:
+            check_fit(inner_model(model), data)
     patch_model(model, impl=impl)
     with unavailable():
         trainer = Trainer(
             model=model,
             args=args,
             train_dataset=dataset,
+            eval_dataset=eval_dataset,
             data_collator=PackCollator(model=model, loss_reduction=loss_reduction),
+            processing_class=processor,  # only saved
         )
     for theirs, ours in ((ProgressCallback, _BarLines), (PrinterCallback, _Lines)):
         if trainer.pop_callback(theirs) is not None:
@@ -151,10 +161,16 @@ def train(
         if reason is None:
             raise
         raise ValueError(f"{reason}; then pass --resume_from_checkpoint last") from error
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
+    log = trainer.state.log_history
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    result = {
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "seconds": round(seconds, 3),
     }
+    if eval_dataset is not None:
+        evaluated = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+        result["eval_loss"] = evaluated[-1] if evaluated else None
+        result["best_checkpoint"] = trainer.state.best_model_checkpoint
+    return result

@@ -1,7 +1,7 @@
 """The options of transformers' `TrainingArguments` in `mmpack train`: parsed, and refused where they do nothing.
 
-`REFUSED` are options that training on packs ignores or decides itself, `NEEDED` those that only act with another
-one. All other options act as in a script of one's own. `tests/test_options.py` lists every field, so that a new one
+`REFUSED` are options that training on packs ignores or decides itself, `EVALUATION` those that act with
+`--eval-data`, `NEEDED` those that only act with another one. All other options act as in a script of one's own. `tests/test_options.py` lists every field, so that a new one
 in transformers is noticed.
 """
 
@@ -22,9 +22,10 @@ from transformers import HfArgumentParser, TrainingArguments, logging
 from mmpack.hf.unavailable import unavailable
 
 _USAGE = "mmpack train --data PACKED --model FOLDER [options]; see mmpack train --help"
-_NO_EVALUATION = (
-    "mmpack train has no evaluation set",
-    "evaluate in a script: Trainer(eval_dataset=PackedDataset.from_store(FOLDER), ...)",
+_NO_EVALUATION = ("there is no evaluation set", "pass --eval-data too")
+_NO_METRICS = (
+    "mmpack train evaluates the loss alone, in the precision of training",
+    "leave it out, or evaluate in a script: Trainer(eval_dataset=PackedDataset.from_store(FOLDER), ...)",
 )
 _NO_COLUMNS = ("packs have no columns", "leave it out")
 _PLANNED = (
@@ -35,17 +36,16 @@ _PLANNED = (
 # option -> (values that are accepted because they say what happens anyway, why others do nothing, advice)
 REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     **dict.fromkeys(
-        ("do_eval", "do_predict", "eval_on_start", "load_best_model_at_end", "batch_eval_metrics",
-         "prediction_loss_only", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"),
-        ((False,), *_NO_EVALUATION),
+        ("do_predict", "batch_eval_metrics", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval",
+         "greater_is_better"),
+        ((False,), *_NO_METRICS),
     ),
+    "prediction_loss_only": ((True,), *_NO_METRICS),
     **dict.fromkeys(
-        ("eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_do_concat_batches",
-         "eval_accumulation_steps", "include_for_metrics", "metric_for_best_model", "greater_is_better"),
-        ((), *_NO_EVALUATION),
+        ("eval_do_concat_batches", "eval_accumulation_steps", "include_for_metrics", "label_names"),
+        ((), *_NO_METRICS),
     ),
-    "eval_strategy": (("no",), *_NO_EVALUATION),
-    "label_names": ((), *_NO_EVALUATION),
+    "metric_for_best_model": (("loss", "eval_loss"), *_NO_METRICS),
     "remove_unused_columns": ((False,), *_NO_COLUMNS),
     "length_column_name": ((), *_NO_COLUMNS),
     "train_sampling_strategy": ((), *_PLANNED),
@@ -78,7 +78,16 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     ),
 }  # fmt: skip
 
+# option -> values that are accepted without --eval-data
+EVALUATION: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("do_eval", "eval_on_start", "load_best_model_at_end"), (False,)),
+    **dict.fromkeys(
+        ("eval_steps", "eval_delay", "per_device_eval_batch_size", "metric_for_best_model"), ()
+    ),
+    "eval_strategy": ("no",),
+}
 _EVALUATED = {"save_strategy": ("best",), "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy")}
+_NEVER = {"do_eval": (False,), "eval_strategy": ("no",)}  # refused with --eval-data
 _TRACKERS = {"wandb", "mlflow", "comet_ml", "trackio", "swanlab"}  # that have names for runs
 # (options, whether the other arguments let them act, why they do not apply)
 NEEDED: list[tuple[tuple[str, ...], Callable[[TrainingArguments], bool], str]] = [
@@ -104,6 +113,16 @@ NEEDED: list[tuple[tuple[str, ...], Callable[[TrainingArguments], bool], str]] =
     ),
     (("num_train_epochs",), lambda args: args.max_steps <= 0, "--steps (--max_steps) decides"),
     (("save_steps",), lambda args: args.save_strategy == "steps", "it needs --save_strategy steps"),
+    (("eval_steps",), lambda args: args.eval_strategy == "steps", "it needs --eval_strategy steps"),
+    (
+        ("metric_for_best_model",),
+        lambda args: (
+            args.load_best_model_at_end
+            or args.save_strategy == "best"
+            or args.lr_scheduler_type in _EVALUATED["lr_scheduler_type"]
+        ),
+        "it needs --load_best_model_at_end or --save_strategy best",
+    ),
     (
         ("logging_steps",),
         lambda args: args.logging_strategy == "steps",
@@ -132,16 +151,26 @@ NEEDED: list[tuple[tuple[str, ...], Callable[[TrainingArguments], bool], str]] =
 ]
 
 
-def parse_training_arguments(options: Sequence[str], quiet: bool = False) -> TrainingArguments:
+def argument_names() -> list[str]:
+    """The names of all options of `TrainingArguments`."""
+    return [one.name for one in dataclasses.fields(TrainingArguments)]
+
+
+def parse_training_arguments(
+    options: Sequence[str], quiet: bool = False, evaluates: bool = False
+) -> TrainingArguments:
     """`TrainingArguments` from command line options.
 
     The default batch is one pack, because a pack is already a full batch. `quiet`: without progress bars.
+    `evaluates`: there is an evaluation set. By default it is evaluated when checkpoints are saved, if
+    --save_strategy says when, and else after every epoch; the best model can only be kept if both agree, so
+    --load_best_model_at_end also saves when it evaluates.
 
     Raises:
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.
         SystemExit: an option is unknown or malformed.
     """
-    names = [one.name for one in dataclasses.fields(TrainingArguments)]
+    names = argument_names()
     parser = HfArgumentParser(
         TrainingArguments, prog="mmpack train", usage=_USAGE, allow_abbrev=False
     )
@@ -160,7 +189,7 @@ def parse_training_arguments(options: Sequence[str], quiet: bool = False) -> Tra
         short = " (--steps is short for it)" if word == "__max_steps" else ""
         parser.error(f"--{word[2:]} is given twice{short}; pass it once")
     given = {n: v for n, v in vars(namespace).items() if v is not dataclasses.MISSING}
-    _refuse(given)
+    _refuse(given, evaluates)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "logging_steps": 1,
@@ -170,6 +199,14 @@ def parse_training_arguments(options: Sequence[str], quiet: bool = False) -> Tra
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "disable_tqdm": quiet or not sys.stderr.isatty(),
     }
+    if evaluates:
+        saves = given.get("save_strategy")
+        evaluated = given.get("eval_strategy", saves if saves in ("steps", "epoch") else "epoch")
+        defaults |= {"eval_strategy": evaluated, "per_device_eval_batch_size": 1}
+        if evaluated == "steps":  # instead of Trainer's default, logging_steps
+            defaults["eval_steps"] = given.get("save_steps", TrainingArguments.save_steps)
+        if given.get("load_best_model_at_end"):
+            defaults |= {"save_strategy": evaluated, "save_steps": given.get("eval_steps", 500)}
     if given.get("deepspeed") is not None:
         _require("--deepspeed", "deepspeed")
     with unavailable():
@@ -186,7 +223,7 @@ def parse_training_arguments(options: Sequence[str], quiet: bool = False) -> Tra
     return args
 
 
-def _refuse(given: dict[str, Any]) -> None:
+def _refuse(given: dict[str, Any], evaluates: bool) -> None:
     """
     Raises:
         ValueError: an option was passed that does nothing.
@@ -195,10 +232,15 @@ def _refuse(given: dict[str, Any]) -> None:
         accepted, why, advice = REFUSED.get(name, ((value,), "", ""))
         if value not in accepted:
             raise ValueError(f"--{name} {value} does not apply: {why}; {advice}")
-    for name, values in _EVALUATED.items():
-        if given.get(name) in values:
-            why, advice = _NO_EVALUATION
-            raise ValueError(f"--{name} {given[name]} does not apply: {why}; {advice}")
+        why, advice = _NO_EVALUATION
+        if not evaluates and (
+            value in _EVALUATED.get(name, ()) or value not in EVALUATION.get(name, (value,))
+        ):
+            raise ValueError(f"--{name} {value} does not apply: {why}; {advice}")
+        if evaluates and value in _NEVER.get(name, ()):
+            raise ValueError(
+                f"--{name} {value} does not apply: --eval-data would never be evaluated; leave one of them out"
+            )
 
 
 def _require_packages(args: TrainingArguments) -> None:
@@ -212,13 +254,16 @@ def _require_packages(args: TrainingArguments) -> None:
         if name in _TRACKERS or (name == "tensorboard" and find_spec("tensorboardX") is None):
             _require(f"--report_to {name}", name)
     optimizer = str(args.optim.value)
-    if "torch" not in optimizer and any(part in optimizer for part in ("8bit", "32bit", "bnb")):
+    if "torch" not in optimizer and any(
+        part in optimizer for part in ("8bit", "32bit", "bnb", "ademamix")
+    ):
         _require(f"--optim {optimizer}", "bitsandbytes")
     if args.use_liger_kernel:
         _require("--use_liger_kernel", "liger_kernel")
 
 
 def _require(option: str, module: str) -> None:
-    if find_spec(module) is None:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:  # a folder of this name, as wandb makes for its runs
         package = module.replace("_", "-")
         raise ValueError(f"{option} needs {package}, which is not installed; pip install {package}")
