@@ -14,6 +14,8 @@ setup(
                 "csrc/bindings.cpp",
                 "csrc/patchify.cpp",
                 "csrc/planner.cpp",
+                "csrc/resize.cpp",
+                "csrc/resize_kernels.cpp",
             ],
             depends=[
                 "csrc/assembler.h",
@@ -25,6 +27,8 @@ setup(
                 "csrc/patchify.h",
                 "csrc/planner.h",
                 "csrc/random.h",
+                "csrc/resize.h",
+                "csrc/resize_kernels.h",
             ],
             cxx_std=20,
             # No fused multiply-add: a plan is the same on every machine. No -march=native either: what is

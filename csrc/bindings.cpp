@@ -14,6 +14,7 @@
 #include "balance.h"
 #include "patchify.h"
 #include "planner.h"
+#include "resize.h"
 
 namespace py = pybind11;
 
@@ -23,6 +24,7 @@ constexpr std::int64_t kMost = std::int64_t{1} << 60;  // limit of sums over all
 constexpr py::ssize_t kAny = -1;                       // any extent
 
 constexpr std::int64_t kMostPixels = std::int64_t{1} << 20;  // per side
+constexpr std::int64_t kMostScratch = std::int64_t{1} << 32;  // bytes
 
 using Shape = std::initializer_list<py::ssize_t>;
 
@@ -172,6 +174,99 @@ void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
   if (out.empty()) return;
   py::gil_scoped_release release;
   mmpack::patchify(picture, grid, out.data());
+}
+
+void resize(const py::array& pixels, std::int64_t patch, std::int64_t merge, const py::array& patches,
+            std::int64_t frame, bool vertical_first, const std::string& kernel) {
+  const std::int64_t pixel_bytes = pixels.ndim() == 2 ? 1 : 4;
+  const auto bytes = pixel_bytes == 1 ? view<std::uint8_t>(pixels, "pixels", {kAny, kAny})
+                                      : view<std::uint8_t>(pixels, "pixels", {kAny, kAny, 4});
+  if (patch < 1 || merge < 1 || patch > kMostPixels || merge > kMostPixels)
+    refuse("patch and merge must be positive numbers of pixels and patches");
+  const mmpack::Source source{bytes.data(), pixels.shape(0), pixels.shape(1), pixel_bytes};
+  if (source.height < 1 || source.width < 1 || source.height > kMostPixels || source.width > kMostPixels)
+    refuse("pixels must have sides of 1 to 2^20, got " + std::to_string(source.height) + " x " +
+           std::to_string(source.width));
+  if (patches.ndim() != 4)
+    refuse("patches must be of shape (grid height, grid width, channels, values of a channel)");
+  const std::int64_t grid_h = patches.shape(0), grid_w = patches.shape(1), area = patch * patch;
+  if (grid_h < 1 || grid_w < 1 || grid_h % merge || grid_w % merge || grid_h > kMostPixels / patch ||
+      grid_w > kMostPixels / patch)
+    refuse("patches must be a grid of multiples of " + std::to_string(merge) +
+           ", at most 2^20 pixels per side, got " + std::to_string(grid_h) + " x " +
+           std::to_string(grid_w));
+  const std::int64_t frames = std::max(patches.shape(3) / area, py::ssize_t{1});
+  if (frame < 0 || frame >= frames)
+    refuse("frame must be from 0 to " + std::to_string(frames - 1) +
+           ", the frames that patches have room for");
+  const auto out = writable<std::uint8_t>(patches, "patches", {grid_h, grid_w, 3, frames * area});
+  const auto kernels = mmpack::resize_kernels();
+  const auto chosen = kernel.empty() ? kernels.begin() : std::ranges::find(kernels, kernel, &mmpack::Kernels::name);
+  if (chosen == kernels.end()) refuse("kernel must be one of RESIZE_KERNELS, got '" + kernel + "'");
+  const mmpack::PatchGrid grid{grid_h, grid_w, patch, merge, frames, frame};
+  if (mmpack::resize_scratch(source, grid, vertical_first) > kMostScratch)
+    refuse("a resize may take 4 GiB for rows between its passes; pixels are " +
+           std::to_string(source.height) + " x " + std::to_string(source.width) + ", patches " +
+           std::to_string(grid_h * patch) + " x " + std::to_string(grid_w * patch));
+  py::gil_scoped_release release;
+  mmpack::resize(source, grid, vertical_first, *chosen, out.data());
+}
+
+// The Arrow C data interface, as https://arrow.apache.org/docs/format/CDataInterface.html defines it.
+struct ArrowSchema {
+  const char* format;
+  const char* name;
+  const char* metadata;
+  std::int64_t flags;
+  std::int64_t n_children;
+  ArrowSchema** children;
+  ArrowSchema* dictionary;
+  void (*release)(ArrowSchema*);
+  void* private_data;
+};
+
+struct ArrowArray {
+  std::int64_t length;
+  std::int64_t null_count;
+  std::int64_t offset;
+  std::int64_t n_buffers;
+  std::int64_t n_children;
+  const void** buffers;
+  ArrowArray** children;
+  ArrowArray* dictionary;
+  void (*release)(ArrowArray*);
+  void* private_data;
+};
+
+// The pixels behind what Pillow's __arrow_c_array__ returns, without a copy: (height, width) of a
+// grey image, else (height, width, 4). They stay valid while the array lives.
+py::array arrow_pixels(const py::object& schema, const py::object& array, py::ssize_t height,
+                       py::ssize_t width) {
+  if (!PyCapsule_IsValid(schema.ptr(), "arrow_schema")) refuse("schema must be an arrow_schema capsule");
+  if (!PyCapsule_IsValid(array.ptr(), "arrow_array")) refuse("array must be an arrow_array capsule");
+  if (height < 1 || width < 1 || height > kMostPixels || width > kMostPixels)
+    refuse("height and width must be from 1 to 2^20");
+  const auto* type = static_cast<ArrowSchema*>(PyCapsule_GetPointer(schema.ptr(), "arrow_schema"));
+  const auto* values = static_cast<ArrowArray*>(PyCapsule_GetPointer(array.ptr(), "arrow_array"));
+  if (!type->release || !values->release) refuse("schema and array must not be released");
+  const std::string format = type->format;
+  const py::ssize_t pixel_bytes = format == "C" ? 1 : 4;
+  if (values->length != height * width || values->offset || values->null_count)
+    refuse("array must have height times width pixels, got " + std::to_string(values->length));
+  if (pixel_bytes == 4) {
+    if (format != "+w:4" || type->n_children != 1 || values->n_children != 1 ||
+        std::string(type->children[0]->format) != "C")
+      refuse("schema must be of bytes or of four bytes, got " + format);
+    values = values->children[0];
+    if (values->length != 4 * height * width || values->offset || values->null_count)
+      refuse("array must have four bytes per pixel");
+  }
+  if (values->n_buffers != 2 || !values->buffers[1]) refuse("array must have pixels");
+  std::vector<py::ssize_t> shape{height, width};
+  if (pixel_bytes == 4) shape.push_back(4);
+  py::array pixels(py::dtype::of<std::uint8_t>(), shape, values->buffers[1], array);
+  pixels.attr("setflags")(py::arg("write") = false);
+  return pixels;
 }
 
 void normalize(const py::array& patches, const py::array& table, std::int64_t frames,
@@ -333,6 +428,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
         py::arg("patches"), py::arg("frame") = 0,
         "Writes one picture as a frame of patches; see csrc/patchify.h.");
+  py::list kernel_names;
+  for (const mmpack::Kernels& kernels : mmpack::resize_kernels()) kernel_names.append(kernels.name);
+  m.attr("RESIZE_KERNELS") = py::tuple(kernel_names);
+  m.def("resize", &resize, py::arg("pixels"), py::arg("patch"), py::arg("merge"), py::arg("patches"),
+        py::arg("frame") = 0, py::arg("vertical_first") = false, py::arg("kernel") = "",
+        "Resizes one picture as Pillow does and writes it as a frame of patches; see csrc/resize.h.");
+  m.def("arrow_pixels", &arrow_pixels, py::arg("schema"), py::arg("array"), py::arg("height"),
+        py::arg("width"), "The pixels of an image that Pillow exports, without a copy.");
   m.def("normalize", &normalize, py::arg("patches"), py::arg("table"), py::arg("frames"),
         py::arg("values"), "Converts bytes to floats by a table; see csrc/patchify.h.");
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
