@@ -200,6 +200,9 @@ void resize(const py::array& pixels, std::int64_t patch, std::int64_t merge, con
     refuse("frame must be from 0 to " + std::to_string(frames - 1) +
            ", the frames that patches have room for");
   const auto out = writable<std::uint8_t>(patches, "patches", {grid_h, grid_w, 3, frames * area});
+  const std::less<const std::uint8_t*> before;
+  if (before(bytes.data(), out.data() + out.size()) && before(out.data(), bytes.data() + bytes.size()))
+    refuse("patches must not share memory with pixels");
   const auto kernels = mmpack::resize_kernels();
   const auto chosen = kernel.empty() ? kernels.begin() : std::ranges::find(kernels, kernel, &mmpack::Kernels::name);
   if (chosen == kernels.end()) refuse("kernel must be one of RESIZE_KERNELS, got '" + kernel + "'");

@@ -94,7 +94,7 @@ def test_stores(samples, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("image_std", (1.0, 1.0, 1.0)), ("resizer", "torch"), ("max_pixels", 2)]
+    ("field", "value"), [("image_std", (1.0, 1.0, 1.0)), ("max_pixels", 2)]
 )
 def test_the_spec(samples, field, value):
     other = replace(SPEC, **{field: value})
