@@ -13,11 +13,13 @@ setup(
                 "csrc/balance.cpp",
                 "csrc/bindings.cpp",
                 "csrc/patchify.cpp",
+                "csrc/pixel_bindings.cpp",
                 "csrc/planner.cpp",
                 "csrc/resize.cpp",
                 "csrc/resize_kernels.cpp",
             ],
             depends=[
+                "csrc/array_checks.h",
                 "csrc/assembler.h",
                 "csrc/balance.h",
                 "csrc/bin_state.h",

@@ -67,7 +67,10 @@ def random_case(rng):
     height, width = (int(side) for side in np.exp(rng.uniform(0, np.log(600), 2)))
     block = patch * merge
     size = [max(1, int(side / block)) * block for side in np.exp(rng.uniform(2, np.log(500), 2))]
-    height, width = size[0] if rng.random() < 0.1 else height, size[1] if rng.random() < 0.1 else width
+    height, width = (
+        size[0] if rng.random() < 0.1 else height,
+        size[1] if rng.random() < 0.1 else width,
+    )
     mode = "L" if rng.random() < 0.3 else "RGB"
     kind = "noise" if rng.random() < 0.7 else "black and white"
     return picture_of(rng, height, width, mode, kind), tuple(size), patch, merge
@@ -124,7 +127,7 @@ def test_the_plain_version_is_always_there():
 
 def test_pillows_own_memory_is_read():
     picture = picture_of(np.random.default_rng(0), 30, 40, "RGB")
-    if not hasattr(picture, "__arrow_c_array__"):
+    if not resize.exports_memory():
         pytest.skip("this Pillow cannot export its memory")
     pixels = resize.pixels_of(picture)
     assert pixels.shape == (30, 40, 4)
@@ -144,18 +147,11 @@ def test_a_picture_in_several_blocks_of_memory_is_copied(mode):
     assert_equals_pillow(picture, (112, 112), 14, 2, "")
 
 
-def without_arrow(picture):
-    class Old:  # what Pillow 10 has
-        mode, size, height, width = picture.mode, picture.size, picture.height, picture.width
-        tobytes = staticmethod(picture.tobytes)
-
-    return Old
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_pillow_that_exports_nothing(mode):
+def test_a_pillow_that_exports_nothing(mode, monkeypatch):
+    monkeypatch.setattr(resize, "exports_memory", lambda: False)
     picture = picture_of(np.random.default_rng(0), 30, 40, mode)
-    pixels = resize.pixels_of(without_arrow(picture))
+    pixels = resize.pixels_of(picture)
     colors = pixels if mode == "L" else pixels[:, :, :3]
     assert np.array_equal(colors, np.asarray(picture))
 
@@ -220,6 +216,12 @@ GREY = np.zeros((30, 60), dtype=np.uint8)
 PATCHES = np.zeros((2, 4, 3, 196), dtype=np.uint8)
 
 
+def test_patches_that_are_not_contiguous_are_refused():
+    picture = Image.new("RGB", (60, 30))
+    with pytest.raises(ValueError, match="patches must be contiguous"):
+        resize.write_resized(picture, (2, 4), 14, 2, np.zeros((8, 2 * 588), np.uint8)[:, ::2])
+
+
 def nothing(*shape):
     """An array of that shape with few bytes of memory, if it has any."""
     return np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), shape, (0,) * len(shape))
@@ -274,9 +276,7 @@ def capsules(mode="RGB"):
     return Image.new(mode, (60, 30)).__arrow_c_array__()
 
 
-@pytest.mark.skipif(
-    not hasattr(Image.Image, "__arrow_c_array__"), reason="this Pillow cannot export its memory"
-)
+@pytest.mark.skipif(not resize.exports_memory(), reason="this Pillow cannot export its memory")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

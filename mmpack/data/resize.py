@@ -49,24 +49,37 @@ def write_resized(
             np.broadcast_to(channels, (*resized.shape[:2], 3)), patch, merge, out, frame
         )
         return
+    if not out.flags.c_contiguous:  # reshape would make a copy
+        raise ValueError("patches must be contiguous")
     grid_h, grid_w = grid_hw
     vertical_first = rule((picture.height, picture.width), (grid_h * patch, grid_w * patch))
-    rows = out.reshape(grid_h, grid_w, 3, -1) if out.flags.c_contiguous else out
-    _native.resize(pixels_of(picture), patch, merge, rows, frame, vertical_first)
+    by_place = out.reshape(grid_h, grid_w, 3, -1)
+    _native.resize(pixels_of(picture), patch, merge, by_place, frame, vertical_first)
 
 
 def pixels_of(picture: Image) -> Bytes:
     """Read-only (height, width, 4) of an RGB picture, the fourth byte unused, or (height, width) of a grey one.
 
-    Pillow's own memory, if it can export it: Pillow from 11.2 on, pictures up to 16 MiB. Else a copy.
+    Pillow's own memory, if it can export it: Pillow from 13 on, pictures up to 16 MiB. Else a copy.
     """
     width, height = picture.size
-    try:
-        return _native.arrow_pixels(*picture.__arrow_c_array__(), height, width)
-    except (AttributeError, ValueError):  # an older Pillow; a picture in several blocks of memory
-        is_grey = picture.mode == "L"
-        pixels = np.frombuffer(picture.tobytes("raw", "L" if is_grey else "RGBX"), dtype=np.uint8)
-        return pixels.reshape((height, width) if is_grey else (height, width, 4))
+    if exports_memory():
+        try:
+            return _native.arrow_pixels(*picture.__arrow_c_array__(), height, width)
+        except ValueError:  # a picture in several blocks of memory
+            pass
+    is_grey = picture.mode == "L"
+    pixels = np.frombuffer(picture.tobytes("raw", "L" if is_grey else "RGBX"), dtype=np.uint8)
+    return pixels.reshape((height, width) if is_grey else (height, width, 4))
+
+
+@functools.cache
+def exports_memory() -> bool:
+    """Whether the installed Pillow's Arrow interface can be used. Before 13 it crashes on grey pictures (seen with
+    12.0.0) and takes rows for contiguous that are not."""
+    from PIL import __version__
+
+    return int(__version__.split(".")[0]) >= 13
 
 
 def _never(size: Size, out_size: Size) -> bool:
