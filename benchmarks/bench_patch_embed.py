@@ -45,13 +45,17 @@ class Case:
 
     def forwards(self) -> dict:
         """The forward of each candidate."""
-        return {
+
+        def ours(impl):
+            arguments = self.pixels, None, self.weight, None, *self.normalization
+            return lambda: patch_embed(*arguments, impl=impl)
+
+        made = {
             "transformers": lambda: conv3d_patch_embed(self.pixel_values, self.weight),
             "linear": lambda: linear_patch_embed(self.pixel_values, self.weight),
-            "mmpack": lambda: patch_embed(
-                self.pixels, None, self.weight, None, *self.normalization
-            ),
+            "mmpack": ours("torch"),
         }
+        return made | ({"mmpack, cast_patches": ours("triton")} if ON_GPU else {})
 
     def steps(self) -> dict:
         """The forward and backward of each candidate."""
@@ -112,7 +116,7 @@ def test_patch_embed(mode, P, p, E, benchmark, recorder, copy_ceiling, quick):
         ceiling=copy_ceiling if mode != "to the device" else None,
     )
     for name in medians:
-        sent = case.host["uint8" if name == "mmpack" else "float32"].nbytes
+        sent = case.host["uint8" if name.startswith("mmpack") else "float32"].nbytes
         recorder.add(
             "patch_embed", name, mode, metric="to the device", unit="B", values=[sent],
             x=("P", P), config=config,

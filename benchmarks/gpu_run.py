@@ -98,10 +98,11 @@ BUILD = Stage("build", 120, "environment.txt", _PIP, selects=False)
 # the training step.
 STAGES = (
     Stage("environment", 30, "environment.txt", ("-c", _ENV), selects=False),
-    _tests("attention", 90, "varlen_attention"),
+    _tests("attention", 90, "varlen_attention", "varlen_limits"),
     _tests("embedding, rope, patches, loss", 60, "embed_features", "mrope", "patch_embed",
-           "supervised_cross_entropy", "supervised_linear_cross_entropy", "op_trials"),
+           "cast_patches", "supervised_cross_entropy", "supervised_linear_cross_entropy"),
     _tests("assembly", 50, "assemble_sequence", "device_batches", "attention_masks"),
+    _tests("trials", 40, "op_trials"),
     Stage("tune", 75, "tune.txt", ("-m", "benchmarks.tune_models"), selects=False, dry=("--dry-run",)),
     _tests("models", 75, "equivalence", "matrix"),
     _bench("varlen_attention", 100),

@@ -47,7 +47,7 @@ TESTS = {
     "index": ("test_build", "test_encode"),
     "mrope": ("test_mrope", "test_rotary"),
     "opening": ("test_store",),
-    "patch_embed": ("test_patch_embed",),
+    "patch_embed": ("test_patch_embed", "test_cast_patches"),
     "pixels": ("test_images", "test_pixels"),
     "plan": ("test_plan", "test_balance", "test_cost"),
     "ranks": ("test_plan", "test_balance", "test_cost"),
@@ -55,7 +55,7 @@ TESTS = {
     "stream": ("test_stream",),
     "tower": ("test_vision_spec", "test_families", "test_equivalence"),
     "train": ("test_equivalence", "test_model_patch"),
-    "varlen_attention": ("test_varlen_attention",),
+    "varlen_attention": ("test_varlen_attention", "test_varlen_limits"),
 }
 
 # Test files that run on a GPU, completely or in part.

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from mmpack.types import IGNORE, MAX_RUN, TILE, EncodedSample, Int32, Int64, Pack
+from mmpack.types import IGNORE, MAX_RUN, TILE, EncodedSample, Float32, Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
 
 _Run = tuple[int, tuple[int, int, int]]  # (first token of a run of placeholders, its grid)
@@ -94,6 +94,28 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
         video_pixels=None,
         vision=vision,
     )
+
+
+def loss_weights(samples: Sequence[EncodedSample], reduction: str) -> Float32:
+    """(L,) the weight of each supervised row of a pack.
+
+    A token's own weight is that of its row times that of its turn times that of its source. With the reduction
+    "sample", the weights of a sample with n supervised tokens are divided by n, so that samples count equally; with
+    "sqrt" by the square root of n. The n of a piece of a split document is the document's.
+    """
+    weights: list[float] = []
+    for sample in samples:
+        markers = (sample.vision.image_token_id, sample.vision.video_token_id)
+        own = np.ones(len(sample.labels)) if sample.weights is None else sample.weights
+        rows = [
+            float(weight)
+            for token, label, weight in list(zip(sample.input_ids, sample.labels, own))[1:]
+            if label != IGNORE and token not in markers
+        ]
+        n = sample.of_document or len(rows)
+        by = {"token": 1, "sample": n, "sqrt": n**0.5}[reduction]
+        weights += [weight / by for weight in rows]
+    return np.array(weights, dtype=np.float32)
 
 
 def text_by_id(input_ids: Int64, feature_index: Int32) -> tuple[Int32, Int32]:

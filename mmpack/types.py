@@ -6,9 +6,8 @@ a pack, S segments, I images, P patches, F features, N samples, L supervised tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,12 +103,14 @@ class Message:
             `{"name": ..., "arguments": {...}}`; the chat template writes them.
         loss: "default": an answer has a loss, other turns only with `train_on_prompt`. "prompt": none, except with
             `train_on_prompt`, as for an answer inside a prompt. "none": no loss at all (`"loss": false` in a row).
+        weight: factor of its tokens' loss, from 1e-6 to 1e6; for an assistant's turn.
     """
 
     role: str
     content: tuple[str | Media, ...]
     tool_calls: tuple[dict[str, Any], ...] = ()
     loss: Loss = "default"
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +122,14 @@ class Sample:
         source: the row's file.
         row: the row's number in the file, from 0.
         tools: descriptions of functions as the row has them; the chat template writes them.
+        weight: factor of its tokens' loss, from 1e-6 to 1e6.
     """
 
     messages: tuple[Message, ...]
     source: str
     row: int
     tools: tuple[dict[str, Any], ...] = ()
+    weight: float = 1.0
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -165,6 +168,8 @@ class EncodedSample:
         source, row: the sample's origin, for errors.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next
             (`VisionSpec.temporal_step`); None: one.
+        weights: (n,) float32 factors of the tokens' losses, above 0; None: one.
+        of_document: for a piece of a split document: supervised tokens of the whole document; else 0.
     """
 
     input_ids: Int32
@@ -175,6 +180,8 @@ class EncodedSample:
     source: str = ""
     row: int = -1
     temporal_step: Float32 | None = None
+    weights: Float32 | None = None
+    of_document: int = 0
 
     def __repr__(self) -> str:
         from mmpack.errors import counted  # here: it needs this module
@@ -220,34 +227,6 @@ class EncodedSample:
     def is_supervised(self) -> bool:
         """Whether any token has a loss."""
         return self.num_supervised > 0
-
-
-class SizedSamples(Protocol):
-    """Encoded samples with sizes that are known without reading samples: `EncodedStore`, `SplitSamples`."""
-
-    @property
-    def num_tokens(self) -> Int64:
-        """(N,) lengths in a pack."""
-
-    @property
-    def num_patches(self) -> Int64:
-        """(N,) patches that enter the vision tower."""
-
-    @property
-    def num_supervised(self) -> Int64:
-        """(N,) tokens that have a loss."""
-
-    @property
-    def sources(self) -> NDArray[Any]:
-        """(N,) the data file of each sample."""
-
-    def grids(self) -> tuple[Int32, Int64]:
-        """(grid_thw of all markers (I, 3), offsets of the samples in it (N + 1,))."""
-
-
-def are_sized(samples: Sequence[EncodedSample]) -> TypeGuard[SizedSamples]:
-    """Whether sizes are known without reading samples; false for a list."""
-    return hasattr(samples, "num_tokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -369,7 +369,8 @@ def test_an_unpatched_model_is_counted_too(tmp_path):
 def test_a_compiled_model_stays_one_graph():
     dataset = dataset_of()
     model = patch_model(tiny_model(CONFIG))
-    batches = [PackCollator()([dataset[n]]) for n in range(2)]
+    collate = PackCollator(model=model, loss_reduction="sample")
+    batches = [collate([dataset[n]]) for n in range(2)]
     expected = [model(**batch).loss.item() for batch in batches]
     args = SimpleNamespace(device=torch.device("cpu"), process_index=0, should_log=False)
     state = SimpleNamespace(global_step=0, stateful_callbacks={})
@@ -385,7 +386,12 @@ def test_a_compiled_model_stays_one_graph():
         assert compiled(**batch).loss.item() == pytest.approx(loss, rel=1e-6)
         assert [float(x) for x in callback._divergence._losses] == [pytest.approx(loss, rel=1e-6)]
         after(*step)
-    seen = callback._counter._seen
+    counter = callback._batches.counter
+    (told,) = counter.losses.pop().values()  # of one source: the whole loss, from inside the graph
+    weights = [sum(batch["mmpack"]["loss_weight_sums"]) for batch in batches]
+    assert told[0] == pytest.approx(np.dot(weights, expected), rel=1e-6)
+    assert told[1] == pytest.approx(sum(weights))
+    seen = counter._seen
     packs = [dataset[0], dataset[1]]
     counted = (seen.tokens, seen.supervised, seen.patches, seen.useful_flops, seen.flops[-1])
     assert counted == sizes(packs)
@@ -418,7 +424,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
 
     def gather(ranks, mine):
         assert mine[0] is seen[0]
-        ranks[:] = [(rank, None) for rank in seen]
+        ranks[:] = [(rank, None, {}) for rank in seen]
 
     group = {"is_available": lambda: True, "is_initialized": lambda: True}
     group |= {"get_world_size": lambda: 2, "all_gather_object": gather}

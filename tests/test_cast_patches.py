@@ -65,10 +65,16 @@ def test_what_does_not_fit_is_refused(device):
         patch_embed(*case, *NORMAL, impl="fast")
 
 
-@pytest.mark.parametrize(("impl", "casts"), [("triton", 1), ("auto", 0), ("sdpa", 0)])
-def test_a_model_patched_with_triton_casts_in_the_kernel(impl, casts, monkeypatch, device):
+FOUND = {"patches": {torch.float32: "triton"}}  # by `mmpack tune`
+
+
+@pytest.mark.parametrize(
+    ("impl", "tuned", "casts"),
+    [("triton", {}, 1), ("auto", {}, 0), ("auto", FOUND, 1), ("sdpa", {}, 0)],
+)
+def test_a_patched_model_casts_in_the_kernel_if_chosen(impl, tuned, casts, monkeypatch, device):
     module = PatchEmbed(patch_size=14, embed_dim=8).to(device)
-    module.normalization, module.impl = NORMAL, impl  # by the tower, from the pack
+    module.normalization, module.choice = NORMAL, {"impl": impl, "tuned": tuned}  # by the tower
     calls, file = [], sys.modules["mmpack.ops.cast_patches"]
     real = file.cast_patches
     monkeypatch.setattr(file, "cast_patches", lambda *a: calls.append(a) or real(*a))

@@ -10,12 +10,14 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from builders import FAMILIES, HYBRIDS, QUIET, small_config, tiny_model
 from torch import nn
@@ -423,6 +425,29 @@ def _(family, folder):
     return order == list(range(5)) and has(
         trainer.args, "logging_nan_inf_filter", "ignore_data_skip"
     )
+
+
+@check("Trainer: _get_num_items_in_batch, model_accepts_loss_kwargs, label_smoother")
+def _(family, folder):
+    trainer, seen = trainer_of(folder), []
+    trainer.model_accepts_loss_kwargs = True
+    batches = [{"labels": None, "shift_labels": torch.tensor([[1, -100, 2]])}]
+    stock = compat.stock_count(trainer, batches, torch.device("cpu"))
+    compat.bind_count(trainer, lambda *given: seen.append(given) or 7)
+    found = trainer.get_batch_samples(iter(batches), 1, torch.device("cpu"))
+    return (
+        (int(stock), found) == (2, (batches, 7))
+        and seen == [(batches, torch.device("cpu"))]
+        and has(trainer, "label_smoother", "compute_loss_func")
+    )
+
+
+@check("Trainer: get_tp_size; accelerate: parallelism_config.non_data_parallel_size")
+def _(family, folder):
+    trainer = trainer_of(folder)
+    alone = compat.num_replicas(trainer)
+    trainer.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(cp_size=2))
+    return (alone, compat.num_replicas(trainer)) == (1, 2)
 
 
 @check("accelerate: remainder, end_of_dataloader")

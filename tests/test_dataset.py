@@ -13,7 +13,7 @@ pytest.importorskip("datasets")
 from mmpack import Encoder, PackedDataset, VisionSpec, assemble
 from mmpack.hf import PackCollator, PackingCallback
 from mmpack.packing.cost import sizes_of
-from mmpack.packing.dataset import EvenPacks
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.store.encoded_store import open_store, write_store
 from mmpack.store.manifest import About
 from mmpack.store.plan_file import save_plan

@@ -23,9 +23,9 @@ import pytest
 import mmpack
 import mmpack.hf
 import mmpack.ops
+from mmpack.cli.command_line import command_line
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
-from mmpack.cli.options import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # for users
@@ -174,7 +174,7 @@ def options():
     (commands,) = (a for a in parsers[0]._actions if isinstance(a.choices, dict))
     parsers += commands.choices.values()
     known = {name for p in parsers for action in p._actions for name in action.option_strings}
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "ptx" / "mode.py"]:
         known.update(re.findall(r'add_?(?:argument|option)\(\s*"(--[\w-]+)"', path.read_text()))
     return known | {"--nproc_per_node", "--dist"}  # torchrun's, pytest's
 

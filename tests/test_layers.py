@@ -46,6 +46,7 @@ ROOMS = {
         "reference",
         "data/images",
         "packing/dataset",
+        "packing/even_packs",
         "packing/pack_source",
         "packing/stream",
         "packing/stream_source",

@@ -192,9 +192,9 @@ def test_kernels_on_a_gpu_get_the_bounds_of_segments(monkeypatch):
 def test_the_self_test_waits_for_the_gpu_that_kernels_need(monkeypatch):
     monkeypatch.setattr(model_patch, "has_linear_kernels", lambda both: True)
     model = patch_model(tiny_model(small_config("qwen3_5")))
-    assert not getattr(model.model, model_patch._STATE).is_isolated
+    assert not getattr(model.model, model_patch.PATCH).is_isolated
     others = patch_model(tiny_model(small_config("qwen3_vl")))
-    assert getattr(others.model, model_patch._STATE).is_isolated
+    assert getattr(others.model, model_patch.PATCH).is_isolated
 
 
 @pytest.mark.smoke

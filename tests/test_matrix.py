@@ -177,9 +177,9 @@ def test_no_data_is_asked_for_in_a_step(family, impl):
     if impl == "auto":
         loss_and_grads(model, [batch], num_items)
     else:
-        from mmpack.hf.model_patch import _STATE
+        from mmpack.hf.model_parts import PATCH
 
-        getattr(model.model, _STATE).is_isolated = True  # the self-test reads its own result
+        getattr(model.model, PATCH).is_isolated = True  # the self-test reads its own result
     if family.endswith("_moe"):
         model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
     loss = model.to("meta")(**on_meta(batch), num_items_in_batch=torch.tensor(3)).loss

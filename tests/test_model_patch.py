@@ -330,6 +330,7 @@ NOT_PLAIN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("kind", [*PLAIN, *NOT_PLAIN])
 def test_the_embedding_is_fused_only_where_it_is_a_lookup(kind, fused_calls):
     batch = batch_of(*(SAMPLES if kind == "as it is" else TEXT))

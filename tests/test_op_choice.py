@@ -6,19 +6,41 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from builders import FAMILIES, made_up_rows, small_config, tiny_model
+from builders import (
+    FAMILIES,
+    SMALL_SPEC,
+    encoded,
+    made_up_rows,
+    packed,
+    small_config,
+    tiny_model,
+)
 from ranks import on_ranks
 
 import mmpack.ops
 from benchmarks import tune_models
 from mmpack import reference
-from mmpack.hf import attention, model_patch, op_choice, patch_model, rank_choice
+from mmpack.hf import (
+    PackCollator,
+    attention,
+    head,
+    loss,
+    model_patch,
+    op_choice,
+    patch_model,
+    rank_choice,
+)
 from mmpack.hf.op_choice import ShapeClass, choose, roles_of, shape_classes, tell_choice, usable
 from mmpack.hf.rank_choice import KEY, agree_on_ops
 from mmpack.ops.tuning import Measured, agreed
 
 CONFIG = small_config()
 OPS = {"varlen_attention": "reference", "apply_mrope": "triton", "embed_features": "triton"}
+OPS |= {
+    "patch_embed": "triton",
+    "supervised_cross_entropy": "triton",
+    "supervised_linear_cross_entropy": "triton",
+}
 
 
 def measured(default="sdpa", **seconds):
@@ -32,6 +54,7 @@ def table_of(config=CONFIG, dtype=torch.float32, roles=None, **seconds):
         if roles is None or role in roles:
             name = str(ShapeClass(op, str(dtype).removeprefix("torch."), sizes))
             default = "sdpa" if op == "varlen_attention" else "libraries"
+            default = "torch" if op.startswith(("supervised", "patch")) else default
             found[name] = measured(default, **(seconds or {default: 2.0, OPS[op]: 1.0}))
     return found
 
@@ -61,6 +84,13 @@ def calls(monkeypatch):
         seen.append(("embed_features", dict(zip("VD", weight.shape))))
         return reference.embed_features(ids, index, weight, features)
 
+    real_loss = loss.supervised_cross_entropy
+
+    def score(logits, *args, impl, **options):
+        seen.append((f"loss {impl}", {"V": logits.shape[1]}))
+        return real_loss(logits, *args, impl="auto", **options)
+
+    monkeypatch.setattr(loss, "supervised_cross_entropy", score)
     monkeypatch.setattr(attention, "varlen_attention", attend)
     monkeypatch.setattr(mmpack.ops, "apply_mrope", rotate)
     monkeypatch.setattr(mmpack.ops, "embed_features", embed)
@@ -89,7 +119,7 @@ def names(calls):
         for impl, sizes in calls
         if "causal" in sizes
     }
-    return found | {op for op, sizes in calls if "causal" not in sizes}
+    return found | {op for op, sizes in calls if "causal" not in sizes and op != "loss auto"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,7 +130,8 @@ def test_the_roles_are_what_ops_are_called_with(family, calls):
     of_calls = {tuple(sorted(sizes.items())) for _, sizes in calls}
     of_roles = {
         tuple(sorted((name, size) for name, size in sizes if name != "window"))
-        for _, sizes in roles_of(config).values()
+        for role, (_, sizes) in roles_of(config).items()
+        if role not in ("head", "patches")  # such a small head makes logits; pixels are floats
     }
     assert of_calls == of_roles
     windows = [
@@ -117,7 +148,11 @@ def test_the_roles_are_what_ops_are_called_with(family, calls):
         (["vision_attention"], {"text auto", "tower reference"}),
         (["embedding"], {"text auto", "tower auto", "embed_features"}),
         (["rotary"], {"text auto", "tower auto", "apply_mrope"}),
-        (None, {"text reference", "tower reference", "apply_mrope", "embed_features"}),
+        (["loss"], {"text auto", "tower auto", "loss triton"}),
+        (
+            None,
+            {"text reference", "tower reference", "apply_mrope", "embed_features", "loss triton"},
+        ),
     ],
 )
 def test_each_role_uses_its_own_choice(roles, used, calls, here):
@@ -136,6 +171,40 @@ def test_a_rotation_of_one_side_leaves_the_other(calls, here):
     assert {sizes["S2"] for op, sizes in calls if op == "apply_mrope"} == {0}  # the tower's
 
 
+@pytest.mark.parametrize(("chosen", "impl"), [({}, "torch"), (None, "triton")])
+def test_uint8_patches(chosen, impl, here, monkeypatch):
+    here(table_of(roles=["patches"]) if chosen is None else {})
+    seen, real = [], mmpack.ops.patch_embed
+
+    def patch_embed(stills, video, weight, *args, impl):
+        seen.append((impl, tuple(weight.shape)))
+        return real(stills, video, weight, *args, impl="torch")
+
+    monkeypatch.setattr(mmpack.ops, "patch_embed", patch_embed)
+    model = patch_model(tiny_model(CONFIG))
+    collate = PackCollator(model=model, pixels="uint8")
+    model(**collate([packed([encoded(SMALL_SPEC, 1, (2, 4), 2, 3)])]))
+    (_, sizes) = roles_of(CONFIG)["patches"]
+    E, C, t, p = dict(sizes).values()
+    assert seen == [(impl, (E, C, t, p, p))]
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_the_head(impl, here, monkeypatch):
+    """Which sums its losses where that pays."""
+    here(table_of(roles=["head"]) if impl == "triton" else {})
+    seen, real = [], head.supervised_linear_cross_entropy
+
+    def score(*args, impl, **options):
+        seen.append(impl)
+        return real(*args, impl="auto", **options)
+
+    monkeypatch.setattr(head, "pays", lambda *sizes: True)
+    monkeypatch.setattr(head, "supervised_linear_cross_entropy", score)
+    patch_model(tiny_model(CONFIG)).train()(**batch())
+    assert seen == [impl]
+
+
 def test_the_dtype_is_that_of_the_computation(calls, here):
     here(table_of(dtype=torch.bfloat16))
     model = patch_model(tiny_model(CONFIG))
@@ -145,7 +214,7 @@ def test_the_dtype_is_that_of_the_computation(calls, here):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch())
     # the table of embeddings stays float32
-    assert names(calls) == {"text reference", "tower reference", "apply_mrope"}
+    assert names(calls) == {"text reference", "tower reference", "apply_mrope", "loss triton"}
 
 
 def test_libraries_and_named_implementations_opt_out(calls, here):
@@ -191,7 +260,7 @@ def test_a_compiled_model_with_a_choice_is_one_graph(here):
 
 def test_what_is_measured_for_a_model():
     texts = [str(shape) for shape in shape_classes(CONFIG, torch.float16)]
-    assert len(texts) == len(set(texts)) == 6 == len([t for t in texts if "float" in t])
+    assert len(texts) == len(set(texts)) == 9 == len([t for t in texts if "float" in t])
     assert [text for text in texts if "float32" in text] == ["embed_features float32 V=100 D=32"]
     assert set(table_of(dtype=torch.float16)) <= set(texts)
 

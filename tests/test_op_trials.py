@@ -3,17 +3,21 @@
 import pytest
 import torch
 
-from mmpack.ops import op_trials
-from mmpack.ops.op_trials import TRIALS, fresh_memory_is_nan, make_trial, worst_row
+from mmpack.ops import op_trials, trial_cases
+from mmpack.ops.op_trials import fresh_memory_is_nan, worst_row
+from mmpack.ops.trial_cases import TRIALS, make_trial
 from mmpack.ops.tuning import ShapeClass
 from mmpack.trials import WrongResultError, run_trial, run_trials
 
 ATTENTION = "varlen_attention {} H=2 Hk=1 K=16 causal={} window={}"
 ROTARY = "apply_mrope {} H=2 Hk=1 K=20 S0=2 S1=3 S2=3 interleaved=1"
 EMBEDDING = "embed_features {} V=100 D=40"
+LOSS = "supervised_cross_entropy {} V=500"
+HEAD = "supervised_linear_cross_entropy {} V=4000 D=16"
+PATCHES = "patch_embed {} E=24 C=3 t=2 p=14"
 CASES = [
     ATTENTION.format("{}", 1, 0), ATTENTION.format("{}", 0, 64), ROTARY, EMBEDDING,
-    "apply_mrope {} H=2 Hk=2 K=16 S0=4 S1=4 S2=0 interleaved=0",
+    "apply_mrope {} H=2 Hk=2 K=16 S0=4 S1=4 S2=0 interleaved=0", PATCHES, LOSS, HEAD,
 ]  # fmt: skip
 
 
@@ -65,7 +69,7 @@ def test_a_child_without_a_gpu_says_so():
 
 def attend(fault):
     """`varlen_attention`, whose "triton" is a library's with a fault in its output."""
-    real = op_trials.varlen_attention
+    real = trial_cases.varlen_attention
     calls = []
 
     def run(q, k, v, cu_seqlens, max_seqlen, *, impl, **options):
@@ -114,7 +118,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault, monkeypatch):
     acts, message = FAULTS[fault]
-    monkeypatch.setattr(op_trials, "varlen_attention", attend(acts))
+    monkeypatch.setattr(trial_cases, "varlen_attention", attend(acts))
     one = trial(CASES[0])
     one.check("sdpa")
     with pytest.raises(WrongResultError, match=message):
@@ -122,12 +126,17 @@ def test_a_fault_is_noticed(fault, monkeypatch):
 
 
 def test_no_fault_is_seen_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(op_trials, "varlen_attention", attend(lambda out, q, call: out))
+    monkeypatch.setattr(trial_cases, "varlen_attention", attend(lambda out, q, call: out))
     one = trial(CASES[1])
     one.check("triton")
     assert one.seconds("triton") > 0
     lengths = one.timed_lengths()
     assert sum(lengths) == 128 and set(lengths) == {64}
+
+
+def share(rows):
+    """Depends on a row of the segment that is changed."""
+    return rows[150].norm() / rows[5].norm()
 
 
 @pytest.mark.parametrize(
@@ -142,15 +151,27 @@ def test_no_fault_is_seen_where_there_is_none(monkeypatch):
             lambda run: {**run, "dfeatures": run["dfeatures"].roll(1, 0)},
             "dfeatures: not copied bit by bit",
         ),
+        (PATCHES, lambda run: {**run, "out": run["out"].roll(1, 0)}, "out: error"),
+        (PATCHES, lambda run: {**run, "dweight": run["dweight"] * 1.001}, "dweight: error"),
+        (LOSS, lambda run: {**run, "loss": run["loss"] * 1.001}, "loss: error"),
+        (LOSS, lambda run: {**run, "dlogits": run["dlogits"] + 1e-4}, "dlogits: error"),
+        (HEAD, lambda run: {**run, "dweight": run["dweight"] * 1.001}, "dweight: error"),
+        (
+            HEAD,
+            lambda run: {**run, "dhidden": run["dhidden"] * (1 + 2e-6 * share(run["dhidden"]))},
+            "dhidden: a change in one segment changed another",
+        ),
     ],
 )
 def test_a_fault_of_the_other_ops_is_noticed(case, acts, message, monkeypatch):
     one = trial(case)
     real = one.run
-    monkeypatch.setattr(
-        one, "run", lambda name, given: acts(real("libraries", given)) if name == "triton" else real(name, given)
-    )  # fmt: skip
-    one.check("libraries")
+
+    def run(name, given):
+        return acts(real(one.plain, given)) if name == "triton" else real(name, given)
+
+    monkeypatch.setattr(one, "run", run)
+    one.check(one.plain)
     with pytest.raises(WrongResultError, match=message):
         one.check("triton")
 

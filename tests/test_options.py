@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, TrainingArguments
 
 import mmpack.errors
 from mmpack import Encoder, PackedDataset
+from mmpack.cli.command_line import COMMANDS
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
-from mmpack.cli.options import COMMANDS, flag
+from mmpack.cli.options import flag
 from mmpack.hf import training_options
 from mmpack.hf.training_options import NEEDED, REFUSED, parse_training_arguments
 from mmpack.hf.unavailable import unavailable
@@ -182,6 +183,12 @@ CASES = [
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
     Case("train", "weights_dtype", TRAIN, "--weights-dtype bfloat16"),
+    Case("train", "loss_reduction", TRAIN, "--loss-reduction sample"),
+    Case("train", "loss_reduction", pack("rows.json", "train"), "--loss-reduction sqrt"),
+    Case("train", "source_weight", pack("rows.json --data more.json", "train"), "--source-weight more.json=2"),
+    Case("train", "source_weight", TRAIN, "--source-weight rows.json=2", "which changes nothing; leave it out"),
+    Case("train", "source_weight", TRAIN, "--source-weight rows=2", "the data's sources are 'rows.json'"),
+    Case("train", "source_weight", TRAIN, "--source-weight rows.json", "takes NAME=FACTOR, each name once"),
     Case("train", "model", "--data packed", "--model model"),
     Case("train", "config", "--data packed", "--config config.json"),
     Case("train", "steps", TRAIN, "--steps 3"),
@@ -309,10 +316,11 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl):
+    def train(model, dataset, args, impl, loss_reduction):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
+        seen["trained"]["reduction"] = loss_reduction
         return {"steps": 0}
 
     monkeypatch.setattr(Encoder, "from_folder", keep_spec)

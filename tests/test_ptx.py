@@ -1,61 +1,19 @@
 """The PTX emulator of tests/ptx on small programs: what instructions do, as PTX's manual has it, and its faults."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ptx import schedule
 from ptx.asynchronous import TensorMap
 from ptx.faults import Fault, Unknown
-from ptx.memory import GlobalMemory
-from ptx.parser import parse
+from ptx.small_programs import LOAD, STORE, run
 
-PROGRAM = """
-.version 8.7
-.target sm_90a
-.extern .shared .align 16 .b8 global_smem[];
-.visible .entry kernel(
-	.param .u64 .ptr .global .align 1 in_ptr,
-	.param .u64 .ptr .global .align 1 out_ptr,
-	.param .align 64 .b8 map[128]
-)
-.reqntid {threads}
-{{
-	.reg .pred 	%p<9>;
-	.reg .b16 	%rs<9>;
-	.reg .b32 	%r<20>;
-	.reg .b64 	%rd<20>;
-	ld.param.b64 	%rd1, [in_ptr];
-	ld.param.b64 	%rd2, [out_ptr];
-	mov.u32 	%r1, %tid.x;
-	mul.wide.u32 	%rd3, %r1, {size};
-	add.s64 	%rd4, %rd1, %rd3;
-	add.s64 	%rd5, %rd2, %rd3;
-{body}
-	ret;
-}}
-"""
-# %r1 is the thread's number, %rd4 and %rd5 its places in the input and in the output.
-LOAD, STORE = "ld.global.b32 %r2, [%rd4];", "st.global.b32 [%rd5], %r3;"
-
-
-def run(body, inputs, threads=32, size=4, shared_bytes=4096, tensor_map=None, **order):
-    """The output of a program whose threads have `size` bytes of input and of output each."""
-    program = schedule.Program(parse(PROGRAM.format(body=body, threads=threads, size=size)))
-    inputs = torch.as_tensor(np.asarray(inputs))
-    out = torch.zeros(threads * size, dtype=torch.uint8)
-    memory = GlobalMemory([inputs, out])
-    parameters = np.array([memory.address(x.data_ptr()) for x in (inputs, out)]).tobytes()
-    maps = {}
-    if tensor_map:
-        maps[64] = TensorMap(memory.address(inputs.data_ptr()), **tensor_map)
-    launch = schedule.Launch(
-        memory, parameters.ljust(192, b"\0"), maps, (1, 1, 1), shared_bytes, **order
-    )
-    schedule.run(program, launch)
-    memory.copy_back()
-    return out.numpy()
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def compute(body, *values, dtype=np.uint32):
@@ -252,6 +210,13 @@ def test_a_missing_barrier_is_found():
         Fault, match="byte 128 of shared memory is written by warp 1, read by 0, no barrier"
     ):
         run(broken, inputs, threads=64, check_races=True)
+    same = EXCHANGE.replace("[%r6], %r1", "[%r5], VALUE").replace("[%r8]", "[%r5]")
+    same = same.format(barrier="bar.sync 0;")
+    assert (
+        run(same.replace("VALUE", "7"), inputs, threads=64, check_races=True).view(np.uint32) == 7
+    ).all()
+    with pytest.raises(Fault, match="byte 0 of shared memory is written by warps 0 and 1"):
+        run(same.replace("VALUE", "%r1"), inputs, threads=64, check_races=True)
     found = [run(broken, inputs, threads=64, warp_seed=seed).view(np.uint32) for seed in range(4)]
     assert not all((out == threads ^ 32).all() for out in found)
 
@@ -391,3 +356,19 @@ def test_the_emulated_device_is_the_cpu_to_torch():
         torch.nn.Linear(2, 2).to(DEVICE).weight,
     )
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", ["installed", "3.6.0"])
+def test_all_tests_of_gpus_pass_in_the_emulator(triton, tmp_path):
+    """Five minutes of a processor each. The oldest Triton supported is fetched."""
+    path = [str(ROOT)]
+    if triton != "installed":
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
+        subprocess.run([*pip, "--target", str(tmp_path), f"triton=={triton}"], check=True)
+        path.insert(0, str(tmp_path))
+    command = [sys.executable, "-m", "pytest", "--emulate", "-m", "(gpu or emulated) and not slow"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout

@@ -96,13 +96,10 @@ def is_noticed(driver, case, kernel, pattern, numbers):
 @pytest.mark.parametrize(
     ("K", "kernel"),
     [
-        (64, FORWARD),
-        *[
-            pytest.param(K, kernel, marks=pytest.mark.slow)
-            for K in (64, 80, 128)
-            for kernel in KERNELS
-            if (K, kernel) != (64, FORWARD)
-        ],
+        pytest.param(K, f"_varlen_attention_{name}_kernel", marks=marks, id=f"{name}-{K}")
+        for name in ("fwd", "bwd_dq", "bwd_dkv")
+        for K in (64, 80, 128)
+        for marks in [() if (name, K) == ("fwd", 64) else pytest.mark.slow]
     ],
 )
 def test_a_barrier_or_wait_that_is_taken_out_is_noticed(K, kernel, driver):

@@ -1,5 +1,6 @@
 """A run that was stopped, and continued from its checkpoint, is the run that was not."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -23,13 +24,20 @@ OTHER_MEAN = replace(SMALL_SPEC, image_mean=(0.5, 0.5, 0.5))
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
 
 
-def dataset_of(count=24, capacity=CAPACITY, seed=0, spec=SMALL_SPEC, shift=0, mask=False):
+def dataset_of(
+    count=24, capacity=CAPACITY, seed=0, spec=SMALL_SPEC, shift=0, mask=False, source_weights=()
+):
     """Text samples of 6 to 18 tokens; the second token is 3 more than its number. With `mask` a label of one
     of them is not supervised."""
     samples = [encoded(spec, 1 + shift, n + 3, [2] * (4 + 5 * n % 13)) for n in range(count)]
+    samples = [
+        dataclasses.replace(one, source=["even", "odd"][n % 2]) for n, one in enumerate(samples)
+    ]
     if mask:
         samples[13].labels[-1] = -100
-    return PackedDataset.from_samples(samples, capacity, [1.0] * count, seed=seed)
+    dataset = PackedDataset.from_samples(samples, capacity, [1.0] * count, seed=seed)
+    dataset.source_weights = dict(source_weights)
+    return dataset
 
 
 class Keeper(TrainerCallback):
@@ -50,7 +58,7 @@ class Keeper(TrainerCallback):
         self._keep(state, model)
 
 
-def run(folder, model=None, dataset=None, resume=None, callbacks=(), **options):
+def run(folder, model=None, dataset=None, resume=None, callbacks=(), reduction="token", **options):
     """(trainer, ids of every batch trained on, weights by step) of a run with PackingCallback."""
     dataset = dataset or dataset_of()
     model = model or patch_model(tiny_model(small_config()))
@@ -62,7 +70,7 @@ def run(folder, model=None, dataset=None, resume=None, callbacks=(), **options):
         model,
         TrainingArguments(str(folder), **{**QUIET, **SAVING, **options}),
         train_dataset=dataset,
-        data_collator=PackCollator(model=model),
+        data_collator=PackCollator(model=model, loss_reduction=reduction),
         callbacks=[keeper, *callbacks],
     )
     PackingCallback(dataset).attach(trainer)
@@ -198,13 +206,15 @@ def test_ranks_batches_and_accumulated_batches_may_change(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "options", "reason"),
     [
-        ({"capacity": 48}, {}, r"other packs: capacity was 40 and is 48, packs was"),
-        ({"count": 23}, {}, "other packs: samples was 24 and is 23"),
+        ({"capacity": 48}, {}, r"another loss: capacity was 40 and is 48, packs was"),
+        ({"count": 23}, {}, "another loss: samples was 24 and is 23"),
         ({"seed": 1}, {}, r"seed of the plan was 0 and is 1.*from_pretrained"),
-        ({"shift": 1}, {}, r"other packs: checksum of the samples was \d+ and is \d+; to train"),
-        ({"mask": True}, {}, r"other packs: checksum of the samples was \d+ and is \d+; to train"),
-        ({"spec": OTHER_MEAN}, {}, r"other packs: the spec's image_mean was \[0\.48.* is \[0\.5, "),
+        ({"shift": 1}, {}, r"another loss: checksum of the samples was \d+ and is \d+; to train"),
+        ({"mask": True}, {}, r"another loss: checksum of the samples was \d+ and is \d+; to train"),
+        ({"spec": OTHER_MEAN}, {}, r"another loss: the spec's image_mean was \[0\.48.* is \[0\.5, "),
         ({}, {"gradient_accumulation_steps": 2}, r"had 1 pack in the checkpoint \(1 rank x 1 per batch x 1 acc.*has 2 now \(1"),
+        ({}, {"reduction": "sample"}, "another loss: loss reduction was token and is sample; to train"),
+        ({"source_weights": {"odd": 2}}, {}, r"another loss: source weights was \{\} and is \{'odd': 2.0\}"),
         ({}, {"ignore_data_skip": True}, "ignore_data_skip would repeat this epoch's packs"),
     ],
     ids=str,

@@ -95,7 +95,7 @@ def test_a_mark_that_asks_for_the_usual_changes_nothing(small_encoder):
     for number in (0, 1):
         row = with_turn(number, loss=False, weight=0)
         assert encoded(small_encoder, row).labels.tolist() == usual
-    for value in NO_MEANING:
+    for value in NO_MEANING[:-1]:  # NaN would be a weight of 1, see tests/test_weights.py
         assert encoded(small_encoder, with_turn(4, weight=value)).labels.tolist() == usual
 
 
@@ -121,8 +121,11 @@ def test_marks_and_the_options_of_loss(small_encoder):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (with_turn(2, weight=0.5), "turn 2 has 'weight' 0.5, only true, false, 1 and 0"),
-        (with_turn(2, loss="no"), "turn 2 has 'loss' 'no', only true"),
+        (
+            with_turn(2, weight=-0.5),
+            "turn 2 has 'weight' -0.5; a weight of the loss is true, false",
+        ),
+        (with_turn(2, loss="no"), "turn 2 has 'loss' 'no'; a weight of the loss is true, false"),
         (with_turn(1, loss=True), "turn 1 is the user's and asks for a loss with 'loss'; remove"),
         (with_turn(0, weight=1), "turn 0 is the system's and asks for a loss with 'weight'"),
         (with_turn(1, tool_calls=[{}]), "turn 1 is the user's and has 'tool_calls'"),

@@ -14,7 +14,7 @@ from mmpack import Encoder, VideoSpec
 from mmpack.data.file_formats import Row
 from mmpack.data.media_paths import MediaFolders
 from mmpack.data.readers import RowGroup, RowReader
-from mmpack.data.row_keys import LOSS_KEYS, PART_KEYS, ROW_KEYS, TURN_KEYS
+from mmpack.data.row_keys import LOSS_KEYS, PART_KEYS, ROW_KEYS, ROW_WEIGHT_KEYS, TURN_KEYS
 from mmpack.errors import RowError
 
 TEMPLATE = Path(__file__).parent / "templates" / "qwen3_vl.jinja"  # writes tools and their calls
@@ -24,6 +24,7 @@ MEANT = {
     "loss": [False, 0, 0.5, "no"],
     "weight": [0, 0.0, 0.25, 2],
     "loss_weight": [0, 0.5],
+    "sample_weight": [0, 0.5, "much"],
     "loss_scale": [0, 2.5, "last_round"],
     "train": [False],
     "training": [False],
@@ -170,7 +171,8 @@ class Outcome:
             return str(error), set(reader.unread)
         except ValueError as error:  # while encoding
             return str(error), set(reader.unread)
-        arrays = (sample.input_ids, sample.labels, sample.grid_thw, sample.temporal_step)
+        arrays = (sample.input_ids, sample.labels, sample.grid_thw)
+        arrays += (sample.temporal_step, sample.weights)
         found = tuple(None if array is None else array.tolist() for array in arrays)
         return found, set(reader.unread)
 
@@ -214,7 +216,15 @@ def test_no_key_is_passed_over_in_silence(outcome):
             silent.append((shape, path, key, value, found if isinstance(found, str) else "used"))
     assert not silent, "\n".join(map(repr, silent))
     assert fates["honoured"] >= 40
-    assert honoured == {*LOSS_KEYS, *OF_MEDIA, "system", "tools", "tool_calls", "videos"}
+    assert honoured == {
+        *LOSS_KEYS,
+        *ROW_WEIGHT_KEYS,
+        *OF_MEDIA,
+        "system",
+        "tools",
+        "tool_calls",
+        "videos",
+    }
     assert fates["refused"] >= 500
     assert fates["named"] >= 100
     assert fates["no request"] < 60

@@ -196,6 +196,21 @@ def test_weights_of_one_change_no_bit():
         assert all(map(torch.equal, plain, ones))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_views(impl, device):
+    """Rows of a wider tensor, columns of a transposed one, and every second label."""
+    wide, labels = torch.randn(6, 40).to(device), torch.randint(11, (12,), device=device)[::2]
+    weights = torch.rand(12, device=device)[::2]
+    for view_of in (lambda x: x[:, 7:18], lambda x: x.reshape(40, 6)[:11].T):
+        logits = view_of(wide).contiguous()
+        exact = run(lambda *a: door(*a, weights_L=weights), logits, 1.0, labels.contiguous(), 3)
+        base = wide.clone().requires_grad_()
+        loss = door(view_of(base * 1), labels, 3, impl=impl, weights_L=weights)
+        (gradient,) = torch.autograd.grad(loss, base)
+        assert torch.allclose(loss, exact[0], rtol=1e-6)
+        assert torch.allclose(view_of(gradient), exact[1], rtol=1e-5, atol=1e-7)
+
+
 def test_weights_that_do_not_fit():
     logits, labels = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
     for weights in (torch.ones(3), torch.ones(2, dtype=torch.bfloat16), torch.ones(2, 1)):
@@ -210,6 +225,7 @@ def test_a_packed_batch_is_weighted_by_its_dict(full_logits):
     labels = torch.randint(11, (1, 9))
     targets, weights = labels[0, rows + 1], torch.tensor([0.1, 0.0, 3.0])
     pack = {"loss_weight_bits": weights.view(torch.int32), "supervised_index": rows}
+    pack["is_counted"] = True
     kwargs = {} if full_logits else {"shift_labels": targets[None]}
     loss = PackedLoss(None)(
         logits if full_logits else logits[:, rows], labels, 11, torch.tensor(7.0), mmpack=pack, **kwargs

@@ -43,7 +43,7 @@ def test_what_is_not_finite_stays_in_its_segment(name, value, segment, causal, d
 def test_infinities_in_a_tile_are_as_in_torch(device):
     """Its rows are repeated one by one: what torch finds finite is the same, what it does not is not. A causal row
     of ours does not multiply the rows after it, torch's does."""
-    case = Case([3, 5, 7], (3, 1), 24, True, torch.float32, device)
+    case = Case([3, 5, 3], (2, 1), 24, True, torch.float32, device)
     before = case.run("triton")
     case.v[5] = INF  # of the second segment, rows 3 to 8
     found = case.run("triton")
@@ -87,7 +87,7 @@ def test_one_descriptor_for_a_head_of_one_part(K, number):
 )
 def test_head_dim_256(dtype, device):
     """Qwen3.5's text."""
-    case = Case([3, 129, 40], (2, 1), 256, True, dtype, device)
+    case = Case([3, 129], (2, 1), 256, True, dtype, device)
     assert_within_budget(case, case.run("triton"))
 
 

@@ -117,6 +117,7 @@ class Summary:
         images_per_row: number of rows per number of images.
         num_videos, video_frames: number of videos, and the frames of each before sampling.
         image_uses: path -> number of uses, without images in memory.
+        weights: those of the loss other than 1, of rows and turns. num_weighted: number of rows with any.
         typed_text, typed_ids: number of each special token in rows that stays text, and that becomes its id.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
         same_content: names of files with equal content (with `hash_files`).
@@ -139,6 +140,8 @@ class Summary:
         self.images_per_row: Counter[int] = Counter()
         self.image_uses: Counter[str] = Counter()
         self.image_sizes: list[tuple[int, int]] = []
+        self.weights: list[float] = []
+        self.num_weighted = 0
         self.typed_text: Counter[str] = Counter()
         self.typed_ids: Counter[str] = Counter()
         self.lengths: list[tuple[int, str, int]] = []
@@ -174,6 +177,10 @@ class Summary:
             self.images_per_row[len(sample.images)] += 1
             self.num_images += len(sample.images)
             group["images"] += len(sample.images)
+            weights = [sample.weight, *(message.weight for message in sample.messages)]
+            weights = [weight for weight in weights if weight != 1]
+            self.weights += weights
+            self.num_weighted += bool(weights)
             self.num_videos += len(sample.videos)
             self.video_frames += [video.num_frames for video in sample.videos]
             for image in sample.images:
@@ -292,6 +299,9 @@ class Summary:
             "turns_by_role": dict(self.roles),
             "rows_by_images": {str(n): count for n, count in sorted(self.images_per_row.items())},
         }
+        if self.weights:
+            figures["rows_weighted"] = self.num_weighted
+            figures["weights"] = [min(self.weights), max(self.weights)]
         if self._hash_files:
             figures["equal_image_files"] = sum(len(paths) - 1 for paths in self.same_content)
         if self.has_tokens:

@@ -44,7 +44,7 @@ examples:
   mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
-TUNE_EXAMPLES = """Each implementation runs in a process of its own, so one that crashes or hangs is left out. Results are kept in
+TUNE_EXAMPLES = """Implementations run in a child process, so one that crashes or hangs is left out. Results are kept in
 the user's cache folder; patch_model(impl="auto"), which mmpack train uses, reads them. mmpack env shows them.
 
 examples:

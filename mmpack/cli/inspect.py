@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.cli.tables import aligned
+from mmpack.cli.tables import aligned, supervised_cell
 from mmpack.cli.terminal import one_line, printable
 from mmpack.cli.token_text import TokenText
 from mmpack.data import images, videos
@@ -224,7 +224,7 @@ def table(view: PackView, width: int | None = None) -> str:
                 f"{sample.row} of {one_line(sample.source)}",
                 f"{end - begin:,}",
                 f"{(end - begin) / tokens:.1%}",
-                f"{view.num_supervised(segment):,}",
+                supervised_cell(view.num_supervised(segment), sample),
                 media[0] if media else "",
             )
         )

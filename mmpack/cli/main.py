@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmpack.cli.command_line import parse
 from mmpack.cli.options import (
     CheckOptions,
     DemoOptions,
@@ -27,7 +28,6 @@ from mmpack.cli.options import (
     ReadingOptions,
     TrainOptions,
     TuneOptions,
-    parse,
 )
 from mmpack.cli.refused_options import check_applies
 from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width

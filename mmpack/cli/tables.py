@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mmpack.cli.check import Summary
 from mmpack.cli.terminal import one_line
 from mmpack.data.row_keys import unread_line
+from mmpack.errors import counted
 from mmpack.packing.pack_stats import (
     busiest,
     cost_floor,
@@ -23,7 +24,7 @@ from mmpack.packing.pack_stats import (
     share_spread,
     token_shares,
 )
-from mmpack.types import PackPlan
+from mmpack.types import IGNORE, EncodedSample, PackPlan
 
 _SHOWN_BAD = 10
 SHOWN_SOURCES = 10
@@ -64,6 +65,10 @@ def check_table(summary: Summary) -> str:
             f"videos  {summary.num_videos:,}; {frames.min():,}-{frames.max():,} frames, median "
             f"{int(np.median(frames)):,}"
         )
+    if summary.weights:
+        low, high = min(summary.weights), max(summary.weights)
+        rows = counted(summary.num_weighted, "row")
+        lines.append(f"weights of the loss  {rows}, from {low:g} to {high:g}; 1 elsewhere")
     if summary.same_content:
         extra = sum(len(paths) - 1 for paths in summary.same_content)
         example = " = ".join(one_line(Path(path).name) for path in summary.same_content[0])
@@ -134,6 +139,15 @@ def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
         rows.append((f"{line['capacity']:,}", f"{line['packs']:,}", full, f"{line['too_long']:,}"))
     padded = summary.as_dict()["padded_utilization"]
     return [*aligned(rows), f"padded batches of 8 would be {padded:.0%} full"]
+
+
+def supervised_cell(number: int, sample: EncodedSample) -> str:
+    """A segment's number of supervised tokens, and their weights if they have any."""
+    if sample.weights is None or not number:
+        return f"{number:,}"
+    weights = sample.weights[1:][sample.labels[1:] != IGNORE]
+    low, high = weights.min(), weights.max()
+    return f"{number:,} x {low:g}" + (f" to {high:g}" if low < high else "")
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:

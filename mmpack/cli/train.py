@@ -75,6 +75,7 @@ def run_train(
     dataset.on_bad_image = options.on_bad_image
     if options.on_bad_image == "drop":  # else --max-bad is about rows
         dataset.max_bad = options.max_bad
+    dataset.source_weights = _source_weights(options.source_weight)
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     freeze(model, options.frozen)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
@@ -86,12 +87,27 @@ def run_train(
         else:
             print(f"images and videos are read from {' and '.join(folders)}")
         try:
-            result = train(model, dataset, args, options.impl)
+            result = train(model, dataset, args, options.impl, options.loss_reduction)
         except KeyboardInterrupt:
             if args.process_index:
                 raise
             raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
     print(json.dumps(result))
+
+
+def _source_weights(words: Sequence[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for word in words:
+        name, equals, value = word.rpartition("=")
+        try:
+            if name in weights or not name:
+                raise ValueError
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"--source-weight takes NAME=FACTOR, each name once, got {word!r:.80}"
+            ) from None
+    return weights
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:

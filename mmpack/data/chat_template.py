@@ -39,6 +39,7 @@ from mmpack.data.template_errors import (
     no_thoughts,
     not_written,
     rewritten,
+    shares_tokens,
     thought_twice,
 )
 from mmpack.data.thoughts import (
@@ -170,7 +171,9 @@ class Template:
     def _shape(
         self, messages: Sequence[Message], calls: Sequence[Sequence[Any]], tools: Sequence[Any]
     ) -> Shape:
-        key: Any = tuple([(m.role, m.loss, *map(kind_of, m.content)) for m in messages])
+        key: Any = tuple(
+            [(m.role, m.loss, m.weight == 1, *map(kind_of, m.content)) for m in messages]
+        )
         shapes, most = self._shapes, _MOST_LAYOUTS
         if tools or any(calls):
             key = (key, json.dumps([tools, calls]))
@@ -221,8 +224,13 @@ class Template:
             answers = answers[-1:]
         supervised: dict[int, int] = {}  # item -> its turn
         silent = set[int]()  # items that have no loss even with `train_on_prompt`
+        spoken: dict[int, int] = {}  # item -> the assistant's turn whose weight it has
         for turn, message in enumerate(messages):
             places = self._places(items, turns_of, turn, bool(calls[turn]))
+            if message.role == "assistant":
+                spoken |= dict.fromkeys(places, turn)
+            if message.weight != 1 and any(len(turns_of[place]) > 1 for place in places):
+                raise shares_tokens(turn)
             if message.loss == "none":
                 silent.update(places)
             elif message.loss == "default" and turn in answers:
@@ -245,6 +253,8 @@ class Template:
                 has_thought = bool(item.slots) and item.slots[0] in thoughts
                 begins = self._mask_thinking and is_first[turn] == place
                 layout.append(self._answered(item, bool(calls[turn]), has_thought, begins))
+            if place in spoken and not isinstance(layout[-1], Clip):
+                layout[-1] = replace(layout[-1], turn=spoken[place])
         return Shape(tuple(layout), dropped)
 
     def _turns_of(

@@ -18,13 +18,13 @@ from mmpack.data.row_keys import (
     PAIR_KEYS,
     THOUGHT_KEYS,
     is_absent,
-    loss_of,
     part_keys,
     refuse_placeholders,
     thought_of,
     turn_keys,
 )
 from mmpack.data.row_values import short, structured, text_of
+from mmpack.data.row_weights import turn_weight
 from mmpack.data.thoughts import Thought
 from mmpack.data.tool_calls import calls_of, spoken_calls
 from mmpack.errors import RowError, names
@@ -43,6 +43,7 @@ class Turn:
     tool_calls: tuple[dict[str, Any], ...] = ()
     loss: Loss = "default"
     thought: tuple[Thought, ...] = ()  # of a field of its own
+    weight: float = 1.0
 
 
 def turns_of(
@@ -134,6 +135,7 @@ def _message_turns(
         content, calls = message.get(tags["content_tag"]), message.get("tool_calls")
         loss: Loss = "prompt" if number < num_prompt else "default"
         thought: tuple[Thought, ...] = ()
+        weight = 1.0
         if not message.keys() <= plain:
             speaker = "assistant" if role == "function_call" else role
             read = plain | LOSS_KEYS
@@ -142,13 +144,14 @@ def _message_turns(
                 text = thought_of(message, content, where)
                 thought = (Thought(text),) if text else ()
             turn_keys(message, read, where, unread)
-            if not loss_of(message, loss if loss == "prompt" else speaker, where):
-                loss = "none"
+            weight = turn_weight(message, loss if loss == "prompt" else speaker, where)
+            if not weight:
+                loss, weight = "none", 1.0
         calls = None if is_absent(calls) else calls
         if calls and role != "assistant":
             raise RowError(f"{where} is the {role}'s and has 'tool_calls'", "remove them")
         if role == "function_call":
-            turns.append(Turn("assistant", [], spoken_calls(content, where), loss, thought))
+            turns.append(Turn("assistant", [], spoken_calls(content, where), loss, thought, weight))
             continue
         parts = [] if calls and content is None else _parts(content, where, unread)
         if calls and parts == [""] and not isinstance(content, str):
@@ -156,7 +159,7 @@ def _message_turns(
                 f"{where} has an empty text part beside its tool calls", "remove the part"
             )
         calls = calls_of(calls, where) if calls else ()
-        turns.append(Turn(role, parts, calls, loss, thought))
+        turns.append(Turn(role, parts, calls, loss, thought, weight))
     return turns
 
 

@@ -94,9 +94,13 @@ def _spoken(row: dict[str, Any], fields: Fields | None, unread: set[str]) -> lis
             f"{len(turns)} turns have content (roles: {roles:.80}), only the assistant's may",
             "for conversations use --stage sft (stage='sft')",
         )
+    marks = " or ".join(sorted(LOSS_KEYS))
     if turns and turns[0].loss != "default":
-        marks = " or ".join(sorted(LOSS_KEYS))
         raise RowError(
             f"the document's turn is marked as one without loss ({marks})", "drop the row"
+        )
+    if turns and turns[0].weight != 1:
+        raise RowError(
+            f"the document's turn has a weight ({marks})", "move it to the row's 'weight'"
         )
     return turns[0].parts if turns else []

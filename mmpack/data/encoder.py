@@ -23,7 +23,7 @@ import numpy as np
 from mmpack.data import images, videos
 from mmpack.data.chat_template import Template
 from mmpack.data.chunks import chunks
-from mmpack.data.layouts import Clip, Fixed, Layout, common_prefix, strings
+from mmpack.data.layouts import Clip, Fixed, Layout, common_prefix, strings, turn_weights
 from mmpack.data.model_folder import local_path
 from mmpack.data.processor_folder import load_processor
 from mmpack.data.readers import Reader
@@ -287,15 +287,15 @@ class Encoder(Reader):
         for place, sample in enumerate(samples):
             try:
                 layout, texts = template.layout(sample)
-                media = self._place(sample)
+                media, of_turns = self._place(sample), turn_weights(sample)
             except ValueError as error:
                 _report(sample, error, on_error)
                 continue
             to_tokenize += strings(layout, texts)
-            laid_out.append((place, sample, layout, media))
+            laid_out.append((place, sample, layout, media, of_turns))
         ids = iter(template.tokenize(to_tokenize))
-        for place, sample, layout, media in laid_out:
-            encoded = self._finish(sample, layout, media, ids)
+        for place, sample, layout, media, of_turns in laid_out:
+            encoded = self._finish(sample, layout, media, of_turns, ids)
             if encoded.is_supervised or template.is_prompt:
                 yield place, encoded
             else:
@@ -335,10 +335,12 @@ class Encoder(Reader):
         sample: Sample,
         layout: Layout,
         media: _Vision,
+        of_turns: list[float] | None,
         tokenized: Iterator[list[int]],
     ) -> EncodedSample:
         input_ids: list[int] = []
         labels: list[int] = []
+        weights: list[float] = []
         timestamps = iter(media.timestamps)
         spec = self.vision
         for item in layout:
@@ -351,20 +353,22 @@ class Encoder(Reader):
                     )
                     input_ids += (*self._timestamp_ids(text), *clip)
                 labels += [IGNORE] * (len(input_ids) - len(labels))
-                continue
-            if isinstance(item, Fixed):
+            elif isinstance(item, Fixed):
                 input_ids += item.ids
                 labels += item.labels
-                continue
-            ids = next(tokenized)
-            input_ids += ids
-            # An answer begins at the first token that differs from the ids of `before` alone, and ends at the
-            # first that differs from the ids of `before` and the answer without `after`.
-            start = common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
-            stop = common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
-            if item.masks_thought:
-                start = common_prefix(ids, next(tokenized))
-            labels += [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - max(start, stop))
+            else:
+                ids = next(tokenized)
+                input_ids += ids
+                # An answer begins at the first token that differs from the ids of `before` alone, and ends at the
+                # first that differs from the ids of `before` and the answer without `after`.
+                start = common_prefix(ids, item.before_ids) if item.is_answer else len(ids)
+                stop = common_prefix(ids, next(tokenized)) if item.ends_early else len(ids)
+                if item.masks_thought:
+                    start = common_prefix(ids, next(tokenized))
+                labels += [IGNORE] * start + ids[start:stop]
+                labels += [IGNORE] * (len(input_ids) - len(labels))
+            if of_turns is not None:
+                weights += [of_turns[item.turn]] * (len(labels) - len(weights))
         return EncodedSample(
             input_ids=np.array(input_ids, dtype=np.int32),
             labels=np.array(labels, dtype=np.int32),
@@ -376,6 +380,7 @@ class Encoder(Reader):
             temporal_step=np.array(media.steps, dtype=np.float32)
             if set(media.steps) - {1}
             else None,
+            weights=None if of_turns is None else np.array(weights, dtype=np.float32),
         )
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from mmpack.data.row_weights import RANGE, is_weight
 from mmpack.data.thoughts import closing, filled, thought_end
+from mmpack.errors import RowError
+from mmpack.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,7 @@ class Fixed:
     text: str
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    turn: int = -1  # the assistant's turn that it is part of; -1: of none
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Slot:
     ends_early: bool = False  # for an answer: the text after it is not part of it
     has_thought: bool = False  # its first text is a thought of its own
     masks_thought: bool = False  # the thought, also one in the answer's text, is not supervised
+    turn: int = -1  # as in `Fixed`
 
     def until_answer(self, text: str) -> str:
         """The slot up to the end of its thought, or to its first text."""
@@ -42,6 +47,7 @@ class Clip(NamedTuple):
     """A video's marker, for families that repeat it for each temporal patch."""
 
     text: str
+    turn: int = -1
 
 
 Layout = tuple[Fixed | Slot | Clip, ...]  # a rendered conversation with its texts left out
@@ -52,6 +58,21 @@ class Shape(NamedTuple):
 
     layout: Layout
     dropped: frozenset[int] = frozenset()
+
+
+def turn_weights(sample: Sample) -> list[float] | None:
+    """The weight of each turn's tokens, and last that of tokens of no turn; None: all are 1.
+
+    Raises:
+        RowError: a weight is out of range.
+    """
+    weights = [sample.weight, *(message.weight for message in sample.messages)]
+    if all(weight == 1 for weight in weights):
+        return None
+    bad = [weight for weight in weights if not is_weight(weight)]
+    if bad:
+        raise RowError(f"a weight of the loss is {bad[0]!r}, not {RANGE}", "fix the weight")
+    return [*(sample.weight * weight for weight in weights[1:]), sample.weight]
 
 
 def strings(layout: Layout, texts: Iterable[str]) -> Iterator[str]:

@@ -28,15 +28,17 @@ from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
 from mmpack.data.row_keys import (
     ROW_KEYS,
+    ROW_WEIGHT_KEYS,
     UnreadFields,
     is_absent,
     refuse_pictures,
     unread_keys,
     unread_line,
 )
-from mmpack.data.row_values import structured
+from mmpack.data.row_media import count_advice, media_values
+from mmpack.data.row_weights import row_weight
 from mmpack.data.tool_calls import tools_of
-from mmpack.errors import BadRow, OnError, RowError, Skip, a_kind, counted, counting, refuse
+from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -224,7 +226,8 @@ class RowReader:
                     else "remove it; conversations can only have images and videos"
                 )
                 raise RowError(f"the row has {media!r}", advice)
-        keys = unread_keys(content, read, ROW_KEYS, "the row")
+        weight = row_weight(content, read)
+        keys = unread_keys(content, read | ROW_WEIGHT_KEYS, ROW_KEYS, "the row")
         if keys:
             self.unread.count(str(key)[:60] for key in keys)
         for column in {name for name in self._unnamed if content.get(columns[name])}:
@@ -243,13 +246,13 @@ class RowReader:
         if unread:
             self.unread.count(unread)
         tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
-        values = {kind: _media_values(content, columns, kind) for kind in MARKERS}
+        values = {kind: media_values(content, columns, kind) for kind in MARKERS}
         if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":
             _prepend(turns, values)
         messages = self.place_media(turns, values)
-        return Sample(messages=messages, source=row.source, row=row.number, tools=tools)
+        return Sample(messages, row.source, row.number, tools, weight)
 
     def _columns(
         self, content: dict[str, Any]
@@ -281,7 +284,7 @@ class RowReader:
             if markers != len(listed):
                 raise RowError(
                     f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
-                    _count_advice(turns, kind, markers, len(listed)),
+                    count_advice(turns, kind, markers, len(listed)),
                 )
         remaining = {kind: iter(listed) for kind, listed in values.items()}
         messages = []
@@ -307,7 +310,10 @@ class RowReader:
                     content.append(part)
             # Empty texts around images are dropped; an empty turn keeps one.
             kept = tuple(part for part in content if part != "") or (("",) if content else ())
-            messages.append(Message(turn.role, (*turn.thought, *kept), turn.tool_calls, turn.loss))
+            content = [*turn.thought, *kept]
+            messages.append(
+                Message(turn.role, tuple(content), turn.tool_calls, turn.loss, turn.weight)
+            )
         return tuple(messages)
 
     def _locate(self, value: Any, kind: str) -> Media:
@@ -333,54 +339,6 @@ def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
     for kind, listed in values.items():
         if kind not in kinds:
             first[:0] = [MediaPart(kind=kind)] * len(listed)
-
-
-def _media_values(row: dict[str, Any], columns: dict[str, str], kind: str) -> list[Any]:
-    """The row's images or videos as a list, in whichever form the row has them."""
-    column = columns.get(f"{kind}s", f"{kind}s")
-    values = _as_list(row.get(column), kind)
-    if column == f"{kind}s":  # `image` is LLaVA's and Qwen's own name for it
-        other = _as_list(row.get(kind), kind)
-        if values and other:
-            raise RowError(f"the row has both '{kind}s' and '{kind}'", "keep one of the fields")
-        return values or other
-    return values
-
-
-def _as_list(value: Any, kind: str) -> list[Any]:
-    if value is None:
-        return []
-    value = structured(value)
-    if isinstance(value, str) and value == "":
-        return []
-    if not isinstance(value, list):
-        return [value]
-    nulls = [place for place, one in enumerate(value) if one is None]
-    if nulls and len(nulls) < len(value):
-        raise RowError(
-            f"{kind} {nulls[0]} of {len(value)} in the row is null",
-            f"remove it and its {MARKERS[kind]}, or give the {kind}",
-        )
-    return [] if nulls else value
-
-
-def _count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int) -> str:
-    text = "".join(part for turn in turns for part in turn.parts if isinstance(part, str))
-    short = "img" if kind == "image" else kind
-    spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
-    if markers < num_values and MARKERS[kind] in text:  # in a string it would be a marker
-        return (
-            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind(kind)} is a part of its own: "
-            f'{{"type": "{kind}"}}'
-        )
-    if markers == 0 and any(near in text.lower() for near in spellings):
-        return f"write markers as {MARKERS[kind]}"
-    if markers < num_values:
-        return f"add a marker or drop the extra {kind}"
-    return (
-        f"add the missing {kind} or remove a marker; to keep a literal {MARKERS[kind]} in the text, write the "
-        "message as OpenAI content parts"
-    )
 
 
 def media_folders(groups: Iterable[RowGroup]) -> list[str]:

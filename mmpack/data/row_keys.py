@@ -2,7 +2,8 @@
 
 A key that is present but null or empty is absent (Arrow adds such keys). Of the others, a key is either
 
-- read: a column or tag of the row's `Fields`, a key of `READ_PART_KEYS`, or one of `LOSS_KEYS` (`loss_of`);
+- read: a column or tag of the row's `Fields`, a key of `READ_PART_KEYS`, or one of `LOSS_KEYS` and
+  `ROW_WEIGHT_KEYS` (`mmpack.data.row_weights`);
 - in one of the tables below: other tools act on it and mmpack does not, so the row is refused. A value in
   `Meaning.neutral` asks for nothing, and passes. Code that begins to honour a key removes its line here;
 - unknown: the row is used, and the key is counted and named once per file (`unread_line`).
@@ -18,12 +19,13 @@ from typing import Any, NamedTuple
 
 from mmpack.data.media_keys import RATE_KEYS, media_keys
 from mmpack.data.path_forms import PICTURE_SUFFIXES, VIDEO_SUFFIXES
-from mmpack.data.row_values import short, text_of
+from mmpack.data.row_values import text_of
 from mmpack.errors import RowError, counted
 from mmpack.media_options import VIDEO_KEYS
 
 # Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
+ROW_WEIGHT_KEYS = frozenset(("weight", "loss_weight", "sample_weight"))
 THOUGHT_KEYS = frozenset(("reasoning_content", "thinking"))  # of an assistant's turn
 GROUNDING = "docs/grounding.md"
 _MOST_KEYS = 1000  # different unread keys that are counted per file
@@ -62,7 +64,7 @@ _THOUGHT = Meaning(
 _WEIGHT = Meaning(
     "ms-swift and other trainers",
     "a weight of the loss",
-    'remove it; a turn without loss is marked with "loss": false',
+    "remove it; a turn's weight is a number in its 'weight', a row's in the row's 'weight'",
     (True,),  # equal to 1
 )
 _FLAG = Meaning(
@@ -120,7 +122,7 @@ _OF_TURN = {
 ROW_KEYS = {
     **_EVERYWHERE,
     **dict.fromkeys(_MEDIA, _ON_PART),
-    **dict.fromkeys((*LOSS_KEYS, "sample_weight"), _WEIGHT),
+    "loss": _WEIGHT,
     "labels": _LABEL,
     "completions": _PREFERENCE,
     "score_chosen": _PREFERENCE,
@@ -250,30 +252,6 @@ def part_keys(content: Any, where: str, unread: set[str]) -> None:
         keys = unread_keys(part, read, PART_KEYS, name)
         refuse_pictures(part, keys, name)
         unread.update(f"{str(key)[:_LONGEST_KEY]} of a part" for key in keys)
-
-
-def loss_of(turn: Mapping[str, Any], role: str, where: str) -> bool:
-    """Whether a turn may have a loss, from its `loss`, `weight` and `loss_weight`: true or 1 (the default), or
-    false or 0.
-
-    Raises:
-        RowError: another value, two that contradict each other, or true for a turn that is not the assistant's.
-    """
-    given = {key: turn[key] for key in sorted(LOSS_KEYS) if not is_absent(turn.get(key))}
-    for key, value in given.items():
-        if not (isinstance(value, (bool, int, float)) and value in (0, 1)):
-            raise RowError(
-                f"{where} has {key!r} {short(value)}, only true, false, 1 and 0 are supported",
-                "round it, or split the data by weight",
-            )
-        if value and role != "assistant":
-            raise RowError(
-                f"{where} is the {role}'s and asks for a loss with {key!r}",
-                "remove it; --train-on-prompt (train_on_prompt) supervises all text",
-            )
-    if len(set(map(bool, given.values()))) > 1:
-        raise RowError(f"{where} has {' and '.join(map(repr, given))} that differ", "keep one")
-    return all(given.values())
 
 
 def thought_of(turn: Mapping[str, Any], content: Any, where: str) -> str:

@@ -153,3 +153,11 @@ def thought_twice(turn: int) -> RowError:
         f"the chat template writes an empty thought before the one in the text of turn {turn}",
         "move the thought from the text to the turn's 'reasoning_content'",
     )
+
+
+def shares_tokens(turn: int) -> RowError:
+    """The template writes no special token between a turn with a weight and another."""
+    return RowError(
+        f"turn {turn} has a weight, but the chat template writes no special token between it and another turn",
+        "remove the weight, or use a template that does",
+    )

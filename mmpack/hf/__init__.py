@@ -3,12 +3,14 @@
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import last_checkpoint
 from mmpack.hf.collator import PackCollator
+from mmpack.hf.loss_denominator import loss_denominator
 from mmpack.hf.model_patch import patch_model, unpatch_model
 
 __all__ = [
     "PackCollator",
     "PackingCallback",
     "last_checkpoint",
+    "loss_denominator",
     "patch_model",
     "unpatch_model",
 ]

@@ -18,12 +18,14 @@ from transformers import (
 
 from mmpack.families import FAMILIES
 from mmpack.hf.attention_share import AttentionShare, chosen_layers
+from mmpack.hf.batch_hook import BatchHook
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.compat import callbacks_of, has_scaler
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
+from mmpack.hf.loss_denominator import WeightCount
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import find_inner
 from mmpack.hf.rank_choice import agree_on_ops
@@ -34,9 +36,11 @@ from mmpack.hf.trainer_checks import (
     check_collator,
     check_metrics,
     tell_batch_size,
+    tell_unseen,
     tell_weights,
 )
-from mmpack.packing.dataset import EvenPacks, PackedDataset
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.stream import PackStream
 
 _log = logging.getLogger(__name__)
@@ -57,8 +61,9 @@ class PackingCallback(TrainerCallback):
     - Lists a checkpoint's files and sizes last, so that incomplete ones are detected
       (`mmpack.hf.checkpoint_files`).
     - Makes `eval_loss` the mean over all supervised tokens (`mmpack.hf.evaluation`).
+    - Divides the loss by the sum of its weights (`mmpack.hf.loss_denominator`); Trainer counts labels.
     - Adds `pack/` values to the log beside the loss: utilization, tokens/s, imbalance, TFLOP/s, MFU, attention
-      to images. "What the log says" in docs/trainer.md defines them.
+      to images, the loss of each source. "What the log says" in docs/trainer.md defines them.
 
     It does not synchronize with the device and draws no random numbers; ranks communicate only when they log or
     save. A compiled model stays one graph, except in steps whose attention is recorded.
@@ -105,9 +110,7 @@ class PackingCallback(TrainerCallback):
         self._weights: WeightKeeper | None = None
         self._waiting: list[MmpackDict] = []  # a stream's batches in the current step
         self._hooks: list[Any] = []
-        self._is_in_step = self._is_watched = False
-        self._packs: list[MmpackDict] = []
-        self._counter = PackCounter()
+        self._batches = BatchHook()
         self._trainer: Trainer | None = None  # the one it is attached to
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)
@@ -131,6 +134,7 @@ class PackingCallback(TrainerCallback):
                 "Trainer(callbacks=[...])"
             )
         check_metrics(trainer)
+        WeightCount(trainer)
         even = self._prepare(trainer.args, trainer.model)
         if self._evaluation is not None:
             self._evaluation.tell(trainer.eval_dataset)
@@ -215,13 +219,11 @@ class PackingCallback(TrainerCallback):
         if is_costed and isinstance(self.dataset, PackedDataset):
             check_fit(base, self.dataset)
         costs = TrainedCosts(model, base) if is_costed else None
-        self._counter = PackCounter(costs, share)
+        self._batches.begin(PackCounter(costs, share))
         self._hooks = [
-            model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True),
+            model.register_forward_pre_hook(self._batches, with_kwargs=True, prepend=True),
             self._divergence.begin(model, args),
         ]
-        self._is_in_step = False
-        self._packs.clear()
 
     def on_train_end(
         self,
@@ -232,6 +234,8 @@ class PackingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._remove_hooks()
+        if self._stream is not None:
+            tell_unseen(self.dataset.source_weights, self._batches.counter.losses.seen)
         if (
             self._weights is not None
             and args.load_best_model_at_end
@@ -249,15 +253,15 @@ class PackingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         every = self.attention_every
-        self._is_watched = every is not None and (state.global_step + 1) % every == 0
-        self._is_in_step = True
+        self._batches.is_watched = every is not None and (state.global_step + 1) % every == 0
+        self._batches.is_in_step = True
         self._divergence.begin_step()
-        self._counter.begin_step()
+        self._batches.counter.begin_step()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._divergence.note_batches(self._packs, state.global_step + 1)
+        self._divergence.note_batches(self._batches.packs, state.global_step + 1)
         self._count()
 
     def on_pre_optimizer_step(
@@ -281,11 +285,11 @@ class PackingCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._is_in_step = False
-        self._divergence.note_batches(self._packs, state.global_step)
+        self._batches.is_in_step = False
+        self._divergence.note_batches(self._batches.packs, state.global_step)
         self._divergence.end_step()
         self._count()
-        self._counter.end_step()
+        self._batches.counter.end_step()
         if self._stream is not None:
             self._stream.consume(self._waiting)
             self._waiting.clear()
@@ -330,7 +334,7 @@ class PackingCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._counter.pause()
+        self._batches.counter.pause()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -338,7 +342,7 @@ class PackingCallback(TrainerCallback):
         if self._stream is not None:
             self._stream.on_save(args, state)
         write_list(checkpoint_folder(args, state), args.should_save)
-        self._counter.pause()
+        self._batches.counter.pause()
 
     def on_log(
         self,
@@ -352,10 +356,10 @@ class PackingCallback(TrainerCallback):
             return
         if self._evaluation is not None:
             self._evaluation.correct(logs, *state.log_history[-1:])
-        if "loss" not in logs or not self._counter.num_batches:
+        if "loss" not in logs or not self._batches.counter.num_batches:
             return  # the log of an evaluation or the summary, or no pack was counted
         capacity = self.dataset.capacity * state.train_batch_size  # every batch is full
-        values = self._counter.pop(capacity, self.dataset.num_dropped_segments, args.device)
+        values = self._batches.counter.pop(capacity, self.dataset.num_dropped_segments, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # Trainer copies the log before it calls callbacks
@@ -374,25 +378,12 @@ class PackingCallback(TrainerCallback):
         if control.should_save and args.should_save:
             begin_writing(checkpoint_folder(args, state))
 
-    def _take(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Pre-hook: keep a training batch's dict, and pass attention a callback in steps that record it.
-        torch.compile traces this; reading the integers here would make them constants of the graph."""
-        pack = kwargs.get("mmpack")
-        if pack is None or not self._is_in_step:
-            return None
-        self._packs.append(pack)
-        if not self._is_watched or self._counter.share is None:
-            return None
-        return args, {**kwargs, "mmpack": {**pack, "watch": self._counter.share.take}}
-
     def _count(self) -> None:
         """Count the batches that the hook kept."""
         if self._stream is not None:
-            self._waiting += self._packs
-        self._counter.count(self._packs)
-        self._packs.clear()
+            self._waiting += self._batches.packs
+        self._batches.counter.count(self._batches.packs)
+        self._batches.packs.clear()
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -29,7 +29,8 @@ from mmpack.hf.compat import (
     loads_whole_checkpoints,
 )
 from mmpack.hf.mmpack_dict import MmpackDict
-from mmpack.packing.dataset import EvenPacks, PackedDataset
+from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.plan import plan_epoch
 
 _BY_HAND = "PackingCallback was not attached; use PackingCallback(dataset).attach(trainer)"
@@ -132,6 +133,8 @@ class PackKeeper:
         Raises:
             ValueError: it would not; names what differs.
         """
+        if self._record is not None:
+            self._record["made of"]["loss reduction"] = reduction_of(dataloader)
         if not state.global_step:
             return
         then = state.stateful_callbacks.get(KEY)
@@ -145,8 +148,8 @@ class PackKeeper:
         changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
             raise ValueError(
-                f"the checkpoint was trained on other packs: {changed}; to train on these, start from its "
-                "weights (from_pretrained) instead of resuming"
+                f"the checkpoint was trained on other packs or another loss: {changed}; to train on these, start from "
+                "its weights (from_pretrained) instead of resuming"
             )
         steps = [_packs_of_a_step(record) for record in (then, self._record)]
         if steps[0] != steps[1]:
@@ -258,6 +261,13 @@ def check_checkpoint(folder: str | os.PathLike[str], ignored: str = "") -> None:
             f"{folder} is not a complete checkpoint: {why}; pass another one, or `last` for the newest complete "
             "one"
         )
+
+
+def reduction_of(dataloader: Any) -> str | None:
+    """The `loss_reduction` of a DataLoader's collator; None: it is not a `PackCollator`."""
+    collator = getattr(dataloader, "collate_fn", None)
+    collator = getattr(collator, "data_collator", collator)  # Trainer's, which removes columns
+    return getattr(collator, "loss_reduction", None)
 
 
 def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -20,14 +20,18 @@ from mmpack.data.encoder import Encoder
 from mmpack.errors import counted
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
+from mmpack.hf.loss_denominator import weight_entries
 from mmpack.hf.model_parts import TowerSpec, family_of, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
 from mmpack.packing.compact import compact
+from mmpack.packing.loss_weights import LossReduction, check_reduction
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.types import IGNORE, EncodedSample, Float32
 from mmpack.vision_spec import VisionSpec
+
+_STOCK = ("float32", "host", "token")  # values that an unpatched model can have
 
 
 class Batch(dict[str, Any]):
@@ -93,10 +97,14 @@ class PackCollator:
         assemble: "host" or "device". "device" needs a patched `model`: batches are compact (`input_ids (1, n)`
             with one marker per image, `position_ids (4, 1, 0)`), and the model's hook expands them on the device,
             to the same bits.
+        loss_reduction: "token": every supervised token counts once; "sample": every sample does, whatever its
+            length; "sqrt": a sample of n supervised tokens counts sqrt(n) times (InternVL's square averaging).
+            Weights of rows, turns and sources come on top, see `mmpack.packing.loss_weights`. Other values than
+            "token" need a patched `model`, and so do weights.
 
     Raises:
-        ValueError: uint8 pixels or assembly on the device without a patched model, an unsupported model, an
-            unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a batch; names the item.
+        ValueError: uint8 pixels, assembly on the device, a reduction or weights without a patched model, an
+            unsupported model, an unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a batch; names the item.
     """
 
     def __init__(
@@ -108,21 +116,25 @@ class PackCollator:
         full_logits: bool = False,
         pad_to: int | None = None,
         assemble: Literal["host", "device"] = "host",
+        loss_reduction: LossReduction = "token",
     ) -> None:
+        check_reduction(loss_reduction)
         for name, value, choices in (
             ("pixels", pixels, ("float32", "uint8")),
             ("assemble", assemble, ("host", "device")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
-        asked = "pixels='uint8'" if pixels == "uint8" else "assemble='device'"
-        if (pixels == "uint8" or assemble == "device") and (model is None or not is_patched(model)):
+        given = {"pixels": pixels, "assemble": assemble, "loss_reduction": loss_reduction}
+        asked = [f"{name}={value!r}" for name, value in given.items() if value not in _STOCK]
+        self._is_patched = model is not None and is_patched(model)
+        if asked and not self._is_patched:
             found = (
                 "no model was passed" if model is None else f"{type(model).__name__} is not patched"
             )
             raise ValueError(
-                f"{asked} needs a patched model, but {found}; "
-                f"pass PackCollator(model=patch_model(model), {asked})"
+                f"{asked[0]} needs a patched model, but {found}; "
+                f"pass PackCollator(model=patch_model(model), {asked[0]})"
             )
         base = None if model is None else inner_model(model)
         if base is not None and family_of(base).has_linear_attention and not is_patched(base):
@@ -136,6 +148,7 @@ class PackCollator:
         self.full_logits = full_logits
         self.pad_to = pad_to
         self.assemble = assemble
+        self.loss_reduction = loss_reduction
         self.tower = TowerSpec() if base is None else tower_of(base)
         self._num_ids = None if base is None else num_ids(base)
         self._told = set[str]()  # fields of raw rows that are not read, named in the log
@@ -162,12 +175,20 @@ class PackCollator:
         if self.assemble == "device":
             batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
-            pack = assemble(samples, pixels=False, empty=worker_buffers.empty)
+            whole = assemble(samples, pixels=False, empty=worker_buffers.empty)
             tower = self.tower
             if self._num_ids is None:  # no model: it may be a hybrid
-                may_be = pack.vision.video is not None and pack.vision.video.has_timestamps
+                may_be = whole.vision.video is not None and whole.vision.video.has_timestamps
                 tower = replace(tower, has_linear_attention=may_be)
-            batch = batch_of(pack, values, tower)
+            batch = batch_of(whole, values, tower)
+        pack = batch["mmpack"]
+        pack |= weight_entries(samples, self.loss_reduction, pack["supervised_offsets"])
+        if "loss_weight_bits" in pack and not self._is_patched:
+            first = next(sample for sample in samples if sample.weights is not None)
+            raise ValueError(
+                f"row {first.row} of {first.source} has a weight of the loss, which only a patched model applies; "
+                "pass PackCollator(model=patch_model(model))"
+            )
         batch["mmpack"]["items"] = (0, *accumulate(map(len, segments)))
         if self._num_ids is not None:  # here, because a compiled model runs no host checks
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)

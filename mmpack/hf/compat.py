@@ -113,6 +113,10 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "accelerate would repeat packs when ranks have different numbers of them",
     "Trainer: arguments are read when it trains":
         "packs would be in Trainer's order, and a diverged run would log 0.0",
+    "Trainer: _get_num_items_in_batch, model_accepts_loss_kwargs, label_smoother":
+        "a loss with weights would be divided by the number of labels, which PackedLoss refuses",
+    "Trainer: get_tp_size; accelerate: parallelism_config.non_data_parallel_size":
+        "weights of ranks that share a batch would be counted several times",
     "accelerate: remainder, end_of_dataloader":
         "eval_loss would count packs that accelerate repeats twice",
     "accelerate: base_dataloader":
@@ -244,6 +248,23 @@ def callbacks_of(trainer: Any) -> list[Any]:
     """A Trainer's own list of callbacks, in calling order."""
     callbacks: list[Any] = trainer.callback_handler.callbacks
     return callbacks
+
+
+def bind_count(trainer: Any, count: Callable[[list[Any], torch.device], Any]) -> None:
+    """Bind `count` on a Trainer in place of its count of a step's labels."""
+    trainer._get_num_items_in_batch = count
+
+
+def stock_count(trainer: Any, batches: list[Any], device: torch.device) -> Any:
+    """A Trainer's own count of a step's labels."""
+    return type(trainer)._get_num_items_in_batch(trainer, batches, device)
+
+
+def num_replicas(trainer: Any) -> int:
+    """How many ranks share a batch (tensor, context and sequence parallelism)."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    replicas: int = 1 if parallelism is None else parallelism.non_data_parallel_size
+    return max(replicas, int(trainer.get_tp_size()))
 
 
 def has_scaler(optimizer: Any) -> bool:

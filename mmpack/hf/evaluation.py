@@ -1,4 +1,5 @@
-"""`eval_loss`: the mean over all supervised tokens of the set, each counted once.
+"""`eval_loss`: the mean over all supervised tokens of the set, each counted once, or with its weight (of rows, turns,
+sources and the collator's `loss_reduction`), as in training.
 
 Trainer's `eval_loss` is a mean over batches of means over tokens. It depends on how samples are packed, batched
 and distributed over ranks, an empty pack counts as much as a full one, and accelerate repeats packs from the start
@@ -24,7 +25,7 @@ from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 @dataclass
 class _Batch:
     loss: torch.Tensor
-    num_items: Any  # the loss's divisor; None: the batch's supervised tokens
+    num_items: Any  # the loss's divisor; None: the sum of the batch's weights
     pack: MmpackDict
     rows: tuple[torch.Tensor, torch.Tensor] | None  # logits (1, L, V), labels (1, L)
 
@@ -80,7 +81,7 @@ class Evaluation:
         self._is_told = not args.should_log
         self._loader: Any = None
         self._sums: list[torch.Tensor] = []
-        self._tokens = 0
+        self._weight = 0.0
 
     def tell(self, data: Any) -> None:
         """Warn, once, if several packs of the data make a batch."""
@@ -96,27 +97,35 @@ class Evaluation:
         if batch is None:
             return
         if loader is not self._loader:  # a new evaluation; the last one may have been interrupted
-            self._loader, self._sums, self._tokens = loader, [], 0
+            self._loader, self._sums, self._weight = loader, [], 0.0
             self.tell(getattr(loader, "dataset", None))
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
         num_items = self._num_real(loader, len(ends) - 1)
         tokens = supervised[ends[num_items]] if num_items < len(ends) - 1 else supervised[-1]
         if not tokens:
             return  # empty, or all repeated
+        sums = batch.pack.get("loss_weight_sums")
+        weight = tokens if sums is None else sum(sums[: ends[num_items]])
         if tokens == supervised[-1]:
-            divisor = tokens if batch.num_items is None else batch.num_items
+            divisor = weight if batch.num_items is None else batch.num_items
             self._sums.append((batch.loss.double() * divisor).reshape(()))
         elif batch.rows is not None:
             logits, labels = (x.flatten(0, 1)[:tokens] for x in batch.rows)
+            weights = None
+            if sums is not None:
+                bits = batch.pack["loss_weight_bits"][:tokens].to(logits.device)
+                weights = bits.view(torch.float32)
             self._sums.append(
-                supervised_cross_entropy(logits, labels.to(logits.device), 1).double()
+                supervised_cross_entropy(
+                    logits, labels.to(logits.device), 1, weights_L=weights
+                ).double()
             )
         else:
             raise ValueError(
                 "accelerate repeats packs in the last batch, and with full_logits their share of the loss is "
                 "unknown; set per_device_eval_batch_size=1"
             )
-        self._tokens += tokens
+        self._weight += weight
 
     def _num_real(self, loader: Any, num_items: int) -> int:
         """The number of a batch's items that accelerate did not repeat from the start of the set."""
@@ -137,14 +146,14 @@ class Evaluation:
 
     def _pop(self) -> float | None:
         loss = float(torch.stack(self._sums).sum()) if self._sums else 0.0
-        mine: Any = (loss, self._tokens)
-        self._loader, self._sums, self._tokens = None, [], 0
+        mine: Any = (loss, self._weight)
+        self._loader, self._sums, self._weight = None, [], 0.0
         ranks = [mine]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
-        tokens = sum(count for _, count in ranks)
-        return sum(loss for loss, _ in ranks) / tokens if tokens else None
+        weight = sum(one for _, one in ranks)
+        return sum(loss for loss, _ in ranks) / weight if weight else None
 
 
 def _loss_name(logs: dict[str, Any]) -> str | None:

@@ -17,6 +17,8 @@ from torch import nn
 
 from mmpack.hf.compat import all_hooks, is_sharded
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.op_choice import compute_dtype, impl_for
+from mmpack.ops.supervised_cross_entropy import empty_losses
 from mmpack.ops.supervised_linear_cross_entropy import (
     columns_per_chunk,
     supervised_linear_cross_entropy,
@@ -30,7 +32,8 @@ _SHARDING = ("deepspeed.", "torch.distributed.fsdp.")  # whose hooks do not touc
 class _Head:
     """What a head's next forward scores; None: it returns logits."""
 
-    targets: tuple[torch.Tensor, torch.Tensor | None, str] | None = None  # labels, weights, impl
+    # labels, weights, the batch's dict
+    targets: tuple[torch.Tensor, torch.Tensor | None, MmpackDict] | None = None
 
 
 def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -49,15 +52,20 @@ def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
     ):
         logits: torch.Tensor = type(self).forward(self, rows)
         return logits
-    labels, weights, impl = targets
+    labels, weights, pack = targets
+    take = pack.get("take_losses")
+    losses = None if take is None else empty_losses(labels[0], rows)
     total = supervised_linear_cross_entropy(
         rows[0],
         weight,
         labels[0].to(rows.device),
         1,
         weights_L=None if weights is None else weights.to(rows.device),
-        impl="triton" if impl == "triton" else "auto",
+        impl="triton" if impl_for(pack, "head", compute_dtype(rows)) == "triton" else "auto",
+        losses_L=losses,
     )
+    if take is not None:
+        take(losses)
     return total.view(1, 1, 1)
 
 
@@ -98,9 +106,9 @@ def unbind_heads(model: nn.Module) -> None:
                 del module.forward
 
 
-def give_targets(linear: Any, kwargs: dict[str, Any] | None, impl: str) -> None:
+def give_targets(linear: Any, kwargs: dict[str, Any] | None) -> None:
     """Hand a head the targets of a packed batch's keywords; with None, take back what it has not used."""
-    state = vars(linear).get(_STATE)
+    state = None if linear is None else vars(linear).get(_STATE)
     if state is None:
         return
     state.targets = None
@@ -108,4 +116,4 @@ def give_targets(linear: Any, kwargs: dict[str, Any] | None, impl: str) -> None:
         pack: MmpackDict = kwargs["mmpack"]
         bits = pack.get("loss_weight_bits")
         weights = None if bits is None else bits.view(torch.float32)
-        state.targets = (kwargs["shift_labels"], weights, impl)
+        state.targets = (kwargs["shift_labels"], weights, pack)

@@ -18,8 +18,10 @@ from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
 from mmpack.hf.head import bind_head, give_targets, has_no_logits, unbind_heads
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import PATCH
+from mmpack.hf.op_choice import impl_for
 from mmpack.ops.supervised_cross_entropy import (
     denominator,
+    empty_losses,
     row_weights,
     supervised_cross_entropy,
 )
@@ -45,6 +47,12 @@ class PackedLoss:
     ) -> torch.Tensor:
         weights = None
         if mmpack is not None and "loss_weight_bits" in mmpack:
+            if num_items_in_batch is not None and not mmpack.get("is_counted"):
+                raise ValueError(
+                    "the batch has weights of the loss, but num_items_in_batch is not their sum; use "
+                    "PackingCallback(dataset).attach(trainer), or in a loop of your own "
+                    "num_items_in_batch=mmpack.hf.loss_denominator(batches)"
+                )
             weights = mmpack["loss_weight_bits"].view(torch.float32).to(logits.device)
             if shift_labels is None:  # full_logits
                 rows = mmpack["supervised_index"]
@@ -63,13 +71,19 @@ class PackedLoss:
         if has_no_logits(logits):
             weights_L = row_weights(labels_L, weights, logits.dtype)
             return logits.sum() / denominator(num_items_in_batch, weights_L)
-        return supervised_cross_entropy(
+        take = mmpack.get("take_losses")
+        losses = None if take is None else empty_losses(labels_L, logits)
+        loss = supervised_cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             labels_L,
             num_items_in_batch,
             weights_L=weights,
-            impl="triton" if mmpack.get("impl") == "triton" else "auto",
+            impl="triton" if impl_for(mmpack, "loss", logits.dtype) == "triton" else "auto",
+            losses_L=losses,
         )
+        if take is not None:
+            take(losses)
+        return loss
 
 
 def install_loss(base: nn.Module, model: nn.Module) -> None:
@@ -117,10 +131,11 @@ def _before(
     Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of every
     token: with logits of supervised rows they would fail or be wrong."""
     linear, pack = head.get_output_embeddings(), kwargs.get("mmpack")
-    give_targets(linear, None, "")
+    give_targets(linear, None)
     if pack is None:
         return None
-    impl = getattr(head.model, PATCH).impl
+    patch = getattr(head.model, PATCH)
+    pack = {**pack, "impl": patch.impl, "tuned": patch.choice}
     if "shift_labels" in kwargs and head.training:
         if kwargs.get("labels") is None:
             raise ValueError(
@@ -130,13 +145,13 @@ def _before(
                 "PackCollator(full_logits=True)"
             )
         if torch.is_grad_enabled() and isinstance(own_loss(head), PackedLoss):
-            give_targets(linear, kwargs, impl)
-    return args, {**kwargs, "mmpack": {**pack, "impl": impl}}
+            give_targets(linear, {**kwargs, "mmpack": pack})
+    return args, {**kwargs, "mmpack": pack}
 
 
 def _after(head: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: an output whose losses the head has summed has no logits."""
-    give_targets(head.get_output_embeddings(), None, "")
+    give_targets(head.get_output_embeddings(), None)
     if isinstance(output, tuple):
         has_none = len(output) > 1 and has_no_logits(output[1])
         return (output[0], *output[2:]) if has_none else None

@@ -84,6 +84,15 @@ class MmpackDict(EveryBatch, total=False):
 
     # Written by the collator.
     loss_weight_bits: Int32  # (L,) the rows' loss weights, bits of float32; absent: all 1; loss
+    loss_weight_sums: tuple[
+        float, ...
+    ]  # S sums of the weights; absent: all 1; loss_denominator, evaluation
+    sources: tuple[str, ...]  # of the rows, each once; source_losses
+    source_rows: Int32  # (L,) the number in `sources` of each row's; source_losses
+    source_sums: tuple[float, ...]  # the sum of the weights of each source; source_losses
+    is_counted: (
+        bool  # the loss's denominator is the sum of weights; written by loss_denominator; loss
+    )
     items: tuple[int, ...]  # items + 1, item offsets in the segments; evaluation
     resume: bytes  # stream only: `PackSamples.resume` of the last item; stream_state
 
@@ -93,4 +102,5 @@ class MmpackDict(EveryBatch, total=False):
     rotary: tuple[Any, ...]  # where our kernel rotates, `rotary.rotations` of the text; rotary
     vision_rotary: tuple[Any, ...]  # the same for the tower; rotary
     deepstack: Sequence[torch.Tensor]  # (F, D) features for each text layer (Qwen3-VL); tower
+    take_losses: Callable[..., None]  # `SourceLosses.take`; written by callbacks; loss
     watch: Callable[..., None]  # `AttentionShare.take`, in recorded steps; attention

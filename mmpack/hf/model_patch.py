@@ -84,8 +84,8 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
             libraries' (torch, flash-attn), with a warning; under Trainer, all ranks use the same
             (`PackingCallback`). "libraries": only libraries'. "triton": mmpack's kernels (attention, rotary
             embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in Triton's
-            interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named implementation is used or
-            refused.
+            interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named
+            implementation is used or refused.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced a method that mmpack binds.
@@ -144,7 +144,7 @@ def unpatch_model(model: Model) -> Model:
         remove_hook(base.get_submodule(name), hook_id)
     for module, method, _ in _bindings(base):
         delattr(module, method)
-    for name in ("normalization", "impl"):
+    for name in ("normalization", "choice"):
         vars(base.visual.patch_embed).pop(name, None)
     vars(base.visual.merger).pop("merged", None)
     _set_text_attention(base, patch.text_attention)

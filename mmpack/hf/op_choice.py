@@ -1,8 +1,8 @@
 """Which implementation each op of a model uses with `patch_model(impl="auto")`: what `mmpack tune` found on this GPU.
 
 A model has one shape class per role: text attention, attention in the tower and its windows, rotary embedding of
-both, and the token embedding. The dtype is known in the forward only (autocast, mixed precision), so a choice
-is one implementation per role and dtype. Where nothing was measured, a library's ops run.
+both, the embedding of tokens and of uint8 patches, and the loss, of kept logits or in the head. The dtype is only
+known in the forward (autocast, mixed precision), so a choice is one implementation per role and dtype. Where nothing was measured, a library's ops run.
 """
 
 from __future__ import annotations
@@ -29,16 +29,27 @@ def roles_of(config: Any) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
     heads, key_heads = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     tower_heads = tower.num_heads
-    tower_dim = getattr(tower, family.tower_width) // tower_heads
+    tower_width = getattr(tower, family.tower_width)
+    tower_dim = tower_width // tower_heads
     in_text = {"H": heads, "Hk": key_heads, "K": head_dim}
     in_tower = {"H": tower_heads, "Hk": tower_heads, "K": tower_dim}
+    table = {"V": text.vocab_size, "D": text.hidden_size}
+    patch = {
+        "E": tower_width,
+        "C": tower.in_channels,
+        "t": tower.temporal_patch_size,
+        "p": tower.patch_size,
+    }
     full = {**in_tower, "causal": 0, "window": 0}
     sections = text.rope_parameters.get("mrope_section")
     roles: dict[str, tuple[str, dict[str, int]]] = {
         "attention": ("varlen_attention", {**in_text, "causal": 1, "window": 0}),
         "vision_attention": ("varlen_attention", full),
         "vision_rotary": ("apply_mrope", {**in_tower, **_sections((tower_dim // 4,) * 2)}),
-        "embedding": ("embed_features", {"V": text.vocab_size, "D": text.hidden_size}),
+        "patches": ("patch_embed", patch),
+        "embedding": ("embed_features", table),
+        "loss": ("supervised_cross_entropy", {"V": text.vocab_size}),
+        "head": ("supervised_linear_cross_entropy", table),
     }
     if sections:  # published configs have them; otherwise they are constants of the model's class
         interleaved = _sections(tuple(sections), family.is_interleaved)
@@ -78,6 +89,8 @@ def shape_classes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[Shap
 def choose(config: Any, table: Table) -> Choice:
     """The choice for each role and dtype that was measured."""
     choice: Choice = {}
+    if not table:
+        return choice
     for role, (op, sizes) in roles_of(config).items():
         for dtype in DTYPES:
             measured = table.get(str(ShapeClass(op, _name(dtype), sizes)))

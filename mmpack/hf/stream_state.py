@@ -12,6 +12,7 @@ from transformers import TrainerState, TrainingArguments
 
 from mmpack.errors import counted
 from mmpack.hf.checkpoint_files import KEY, STREAM_FILE, checkpoint_folder
+from mmpack.hf.checkpoints import reduction_of
 from mmpack.hf.compat import base_loader, take_whole
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.stream import PackStream
@@ -26,6 +27,7 @@ class StreamKeeper:
         self._is_compared = False
         self._places: dict[tuple[int, int], MmpackDict] = {}  # since the last check
         self._rank = 0
+        self._reduction: str | None = None
 
     def prepare(self, args: TrainingArguments) -> PackStream:
         """Shard the stream, and disable Trainer's way of resuming, which assembles and discards all earlier packs.
@@ -59,10 +61,18 @@ class StreamKeeper:
                 )
             take_whole(shard)
         # A new DataLoader iterator draws a number from torch's generator, and a resumed run starts one more.
+        self._reduction = reduction_of(dataloader)
         base_loader(dataloader).generator = torch.Generator().manual_seed(args.seed)
         if not state.global_step:
             return
-        ranks = state.stateful_callbacks.get(KEY, {}).get("ranks", args.world_size)
+        then = state.stateful_callbacks.get(KEY, {})
+        before = then.get("loss reduction", self._reduction)
+        if before != self._reduction:
+            raise ValueError(
+                f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; use the "
+                "same, or start from its weights (from_pretrained) instead of resuming"
+            )
+        ranks = then.get("ranks", args.world_size)
         if ranks != args.world_size:
             raise ValueError(
                 f"the stream's state was saved on {counted(ranks, 'rank')}, this run has {args.world_size}, and "
@@ -78,8 +88,12 @@ class StreamKeeper:
             )
 
     def on_epoch_begin(self, state: TrainerState) -> None:
-        """Record in the state how many ranks save their position."""
-        state.stateful_callbacks[KEY] = {"ranks": self._ranks, "is a stream": True}
+        """Record in the state how many ranks save their position, and the loss."""
+        state.stateful_callbacks[KEY] = {
+            "ranks": self._ranks,
+            "is a stream": True,
+            "loss reduction": self._reduction,
+        }
 
     def consume(self, batches: Iterable[MmpackDict]) -> None:
         """Record the batches of a step as consumed; after the first step, compare what the ranks read.

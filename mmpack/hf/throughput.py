@@ -16,6 +16,7 @@ from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.compat import whole_numel
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import parts_of
+from mmpack.hf.source_losses import SourceLosses, mean_losses
 from mmpack.packing.cost import sample_flops
 from mmpack.types import Int64
 
@@ -93,6 +94,9 @@ class PackCounter:
     Args:
         costs: FLOPs of segments; None: FLOPs are not counted.
         share: records attention to images; None: not recorded.
+
+    Attributes:
+        losses: those of the data's sources.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class PackCounter:
     ) -> None:
         self.costs = costs
         self.share = share
+        self.losses = SourceLosses()
         self._seen = Seen()
 
     @property
@@ -140,6 +145,7 @@ class PackCounter:
                 flops = self.costs.of(tokens, supervised, grids, images)
                 seen.useful_flops += int(flops[is_useful].sum())
                 seen.flops[-1] += int(flops.sum())
+        self.losses.count(packs)
         if self.share is not None:
             self.share.begin()
 
@@ -154,12 +160,12 @@ class PackCounter:
         seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused
         seen.dropped = dropped
-        mine = (seen, self.share.pop() if self.share is not None else None)
+        mine = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
-        every = [rank for rank, _ in ranks]
+        every = [rank for rank, _, _ in ranks]
         room = capacity * sum(rank.num_batches for rank in every)
         values = {
             "utilization": sum(rank.tokens for rank in every) / room,
@@ -176,9 +182,11 @@ class PackCounter:
             if peak is not None:
                 values["mfu"] = tflops / peak
         if self.share is not None:
-            for layer, (mass, rows) in zip(self.share.layers, sum(share for _, share in ranks)):
+            for layer, (mass, rows) in zip(self.share.layers, sum(share for _, share, _ in ranks)):
                 if rows:
                     values[f"image_attention/layer_{layer}"] = mass / rows
+        losses = mean_losses(found for *_, found in ranks)
+        values |= {f"loss/{name}": loss for name, loss in losses.items()}
         dropped = sum(rank.dropped for rank in every)
         if dropped:
             values["dropped_segments"] = dropped

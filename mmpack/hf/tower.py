@@ -51,10 +51,8 @@ def run_tower(
     """
     tower, family = base.visual, family_of(base)
     if pixel_values.dtype == torch.uint8:
-        tower.patch_embed.normalization, tower.patch_embed.impl = (
-            pack["normalization"],
-            pack["impl"],
-        )
+        tower.patch_embed.normalization = pack["normalization"]
+        tower.patch_embed.choice = {name: pack.get(name, {}) for name in ("impl", "tuned")}
     else:
         pixel_values = pixel_values.type(tower.dtype)
     if family.has_windows:

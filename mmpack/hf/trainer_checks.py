@@ -76,11 +76,15 @@ def check_collator(collator: Any, model: nn.Module) -> None:
         return
     advice = "call patch_model(model) before the Trainer is made"
     if isinstance(collator, PackCollator):
-        for option in ("pixels='uint8'", "assemble='device'"):
-            name, value = option.replace("'", "").split("=")
+        for name, value in (
+            ("pixels", "uint8"),
+            ("assemble", "device"),
+            ("loss_reduction", "sample"),
+            ("loss_reduction", "sqrt"),
+        ):
             if getattr(collator, name) == value:
                 raise ValueError(
-                    f"Trainer's model is not patched, but PackCollator({option}) makes batches for a patched "
+                    f"Trainer's model is not patched, but PackCollator({name}={value!r}) makes batches for a patched "
                     f"model; {advice}"
                 )
     family = FAMILIES.get(base.config.model_type)
@@ -138,6 +142,16 @@ def tell_evaluation(data: Any, size: int) -> bool:
             tell_batch_size("per_device_eval_batch_size", size, one.capacity)
             return True
     return False
+
+
+def tell_unseen(weights: Mapping[str, float], seen: set[str]) -> None:
+    """Name sources with a weight of which this rank trained on no sample; a stream's are not known before."""
+    for name in weights.keys() - seen:
+        _log.warning(
+            "no sample of the source %r, which has a weight (source_weights), was in this rank's packs; it had %s",
+            name,
+            ", ".join(map(repr, sorted(seen)[:12])),
+        )
 
 
 def tell_weights(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import patch_model
 from mmpack.hf.unavailable import unavailable
 from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.loss_weights import LossReduction
 
 
 class _BarLines(ProgressCallback):
@@ -60,8 +61,8 @@ class _Lines(PrinterCallback):
 
 
 def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
-    """Trainer's log as one line. For a step: loss, gradient norm, learning rate, tokens/s, utilization and MFU; for
-    other logs, all values except times and rates."""
+    """Trainer's log as one line. For a step: loss, gradient norm, learning rate, tokens/s, utilization, MFU, and the
+    losses of up to 4 sources; for other logs, all values except times and rates."""
     line = [f"step {step:,}/{steps:,}"]
     if "loss" not in logs:
         hidden = ("runtime", "per_second", "epoch", "total_flos")
@@ -77,6 +78,8 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
     ):
         if name in logs:
             line.append(words.format(logs[name]))
+    parts = [(name, loss) for name, loss in logs.items() if name.startswith("pack/loss/")]
+    line += [f"{name.removeprefix('pack/loss/')} {loss:.4g}" for name, loss in parts[:4]]
     return "  ".join(line)
 
 
@@ -97,10 +100,14 @@ def _machine_failure(error: Exception, args: TrainingArguments) -> str | None:
 
 
 def train(
-    model: nn.Module, dataset: PackedDataset, args: TrainingArguments, impl: str = "auto"
+    model: nn.Module,
+    dataset: PackedDataset,
+    args: TrainingArguments,
+    impl: str = "auto",
+    loss_reduction: LossReduction = "token",
 ) -> dict[str, Any]:
     """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
-    folder to resume from; `impl` as in `patch_model`.
+    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`.
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`.
@@ -116,7 +123,7 @@ def train(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=PackCollator(model=model),
+            data_collator=PackCollator(model=model, loss_reduction=loss_reduction),
         )
     for theirs, ours in ((ProgressCallback, _BarLines), (PrinterCallback, _Lines)):
         if trainer.pop_callback(theirs) is not None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmpack.hf.embedding import is_bare
+from mmpack.hf.op_choice import compute_dtype, impl_for
 
 
 def patch_embed_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -23,7 +24,7 @@ def patch_embed_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., tor
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != torch.uint8:
             return stock(self, hidden_states)
-        mean, std = self.normalization  # set, like `impl`, by the hook from the pack
+        mean, std = self.normalization  # set, like `choice`, by the hook from the pack
         weight = self.proj.weight
         is_here = not isinstance(weight, DTensor) and weight.ndim == 5
         if is_here and is_bare(self.proj, nn.Conv3d):
@@ -33,7 +34,8 @@ def patch_embed_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., tor
             still_values = math.prod(weight.shape[1:]) // weight.shape[2]
             if hidden_states.shape[1] > still_values:
                 stills, video = hidden_states[:0, :still_values], hidden_states
-            impl = "triton" if self.impl == "triton" else "torch"
+            chosen = impl_for(self.choice, "patches", compute_dtype(weight))
+            impl = "triton" if chosen == "triton" else "torch"
             return patch_embed(stills, video, weight, self.proj.bias, mean, std, impl=impl)
         values = self.in_channels * self.temporal_patch_size * self.patch_size**2
         return stock(self, normalized(hidden_states, mean, std, values))

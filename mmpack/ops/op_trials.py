@@ -11,25 +11,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmpack import reference
 from mmpack.ops.tuning import ShapeClass
-from mmpack.ops.varlen_attention import auto_impl, candidates, varlen_attention
 from mmpack.trials import WrongResultError
 
 SEGMENTS = (1, 127, 130, 64, 3)  # around the 128 rows of a tile
 CHANGED = 2  # the segment that is changed to see whether others notice
 OURS = "triton"
 REPEATS = 5  # runs per timing
-# Segments to time: octiles of 155,556 real supervised rows in tokens, and of their 57,031 images in patches, as in
-# benchmarks.bench_varlen_attention.
-TEXT_ROWS = (36, 55, 82, 118, 181, 268, 513, 1703)
-IMAGE_ROWS = (196, 224, 312, 576, 840, 1296, 3996)
-PATCHES_PER_TOKEN = 2  # half of a pack's tokens are images', of four patches each
 
 Tensors = dict[str, Tensor]
 
@@ -75,7 +66,7 @@ class OpTrial:
 
     def timed_lengths(self) -> list[int]:
         """The lengths of the segments to time."""
-        return _fill(TEXT_ROWS, self.tokens)
+        raise NotImplementedError
 
     def check(self, name: str) -> None:
         """Raises: WrongResultError: says which output is wrong, and by how much."""
@@ -133,201 +124,6 @@ class OpTrial:
         return values.to(self.dtype)
 
 
-class AttentionTrial(OpTrial):
-    """`varlen_attention`: sizes H, Hk, K, causal; window > 0 means that all segments have so many rows."""
-
-    plain = "sdpa"
-    by_row = ("q", "k", "v", "dout", "out", "dq", "dk", "dv")
-
-    def __init__(self, shape: ShapeClass, tokens: int, device: torch.device) -> None:
-        sizes = dict(shape.sizes)
-        dtype = getattr(torch, shape.dtype)
-        one_row = torch.empty(
-            1, sizes["H"], sizes["K"], dtype=dtype, device=device, requires_grad=True
-        )
-        self.default, self._candidates = auto_impl(one_row), candidates(one_row)
-        super().__init__(shape, tokens, device)
-
-    def candidates(self) -> Sequence[str]:
-        return self._candidates
-
-    def timed_lengths(self) -> list[int]:
-        if self.sizes["causal"]:
-            return super().timed_lengths()
-        rows = (self.sizes["window"],) if self.sizes["window"] else IMAGE_ROWS
-        return _fill(rows, PATCHES_PER_TOKEN * self.tokens)
-
-    def inputs(self, lengths: Sequence[int], is_timed: bool) -> Tensors:
-        H, Hk, K, T = *(self.sizes[name] for name in ("H", "Hk", "K")), sum(lengths)
-        offsets = np.cumsum([0, *lengths]).astype(np.int32)
-        tiles = reference.attention_tiles(offsets, causal=bool(self.sizes["causal"]))
-        return {
-            **{name: self.random(T, heads, K) for name, heads in zip("qkv", (H, Hk, Hk))},
-            "dout": self.random(T, H, K),
-            "tiles": torch.from_numpy(tiles).to(self.device),
-            "segment_ids": torch.from_numpy(reference.segment_ids(offsets)).to(self.device),
-            "cu_seqlens": torch.from_numpy(offsets).to(self.device),
-            "offsets": torch.from_numpy(offsets),  # on the host
-        }
-
-    def run(self, name: str, given: Tensors) -> Tensors:
-        q, k, v = (given[one].detach().requires_grad_() for one in "qkv")
-        offsets = given["offsets"].numpy()
-        out = varlen_attention(
-            q,
-            k,
-            v,
-            given["cu_seqlens"],
-            int(np.diff(offsets).max()),
-            causal=bool(self.sizes["causal"]),
-            scale=self.sizes["K"] ** -0.5,
-            tiles=(given["tiles"], given["segment_ids"]),
-            offsets=offsets,  # type: ignore[arg-type]  # numpy integers serve as ints
-            impl=name,
-        )
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), given["dout"])
-        return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
-
-
-class RotaryTrial(OpTrial):
-    """`apply_mrope`: sizes H, Hk, K, sections S0, S1 and, for text, S2; interleaved."""
-
-    by_row = ("q", "k", "dq_out", "dk_out", "q_out", "k_out", "dq", "dk")
-
-    def _sections(self) -> list[int]:
-        return [size for size in (self.sizes[f"S{n}"] for n in range(3)) if size]
-
-    def timed_lengths(self) -> list[int]:
-        is_text = len(self._sections()) == 3
-        return [self.tokens] if is_text else [PATCHES_PER_TOKEN * self.tokens]
-
-    def inputs(self, lengths: Sequence[int], is_timed: bool) -> Tensors:
-        T, sections = sum(lengths), self._sections()
-        H, Hk, K = (self.sizes[name] for name in ("H", "Hk", "K"))
-        frequencies = sum(sections) if len(sections) == 3 else sections[0]
-        powers = torch.arange(frequencies, device=self.device) / frequencies
-        positions = torch.arange(T, device=self.device) % 1000
-        # (rows of positions, T)
-        shifted = torch.stack([(positions * (n + 1)) % 977 for n in range(len(sections))])
-        heads = {"q": H, "k": Hk, "dq_out": H, "dk_out": Hk}
-        given = {name: self.random(T, count, K) for name, count in heads.items()}
-        given |= {"position_ids": shifted, "inv_freq": 1e4**-powers}
-        given["angles"] = self._angles(shifted, given["inv_freq"])
-        return given
-
-    def _angles(self, positions: Tensor, inv_freq: Tensor) -> Tensor:
-        sections = self._sections()
-        axes = reference.rotary_axes(sections, bool(self.sizes["interleaved"]))
-        repeated = inv_freq.repeat(len(axes) // len(inv_freq))
-        return (positions[axes].T.float() * repeated)[:, None]  # (T, 1, frequencies)
-
-    def run(self, name: str, given: Tensors) -> Tensors:
-        q, k = (given[one].detach().requires_grad_() for one in "qk")
-        if name == OURS:
-            from mmpack.ops.mrope import apply_mrope
-
-            outputs = apply_mrope(
-                q,
-                k,
-                given["position_ids"],
-                given["inv_freq"],
-                tuple(self._sections()),
-                interleaved=bool(self.sizes["interleaved"]),
-            )
-        else:
-            outputs = self._as_transformers(q, k, given)
-        gradients = torch.autograd.grad(outputs, (q, k), (given["dq_out"], given["dk_out"]))
-        names = ("q_out", "k_out", "dq", "dk")
-        return dict(zip(names, (*(x.detach() for x in outputs), *gradients)))
-
-    def _as_transformers(self, q: Tensor, k: Tensor, given: Tensors) -> tuple[Tensor, Tensor]:
-        """As transformers rotates: text in its dtype, a tower in float32. cos and sin are made once for all layers
-        there, so only their use is timed."""
-        is_text = len(self._sections()) == 3
-        exact = q.dtype if is_text else torch.promote_types(q.dtype, torch.float32)
-        if "cos" not in given or given["cos"].dtype != exact:
-            angles = given["angles"].repeat(1, 1, 2)
-            given |= {"cos": angles.cos().to(exact), "sin": angles.sin().to(exact)}
-        cos, sin = given["cos"], given["sin"]
-
-        def rotate(x: Tensor) -> Tensor:
-            rotary, rest = x[..., : cos.shape[-1]].to(exact), x[..., cos.shape[-1] :]
-            first, second = rotary.chunk(2, dim=-1)
-            rotated = rotary * cos + torch.cat([-second, first], dim=-1) * sin
-            rotated = rotated.to(x.dtype)
-            return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
-
-        return rotate(q), rotate(k)
-
-
-class EmbeddingTrial(OpTrial):
-    """`embed_features`: sizes V, D."""
-
-    copied = ("out", "dfeatures")
-    by_row = ("features", "dout", "out", "dfeatures")
-    rows = {"features": "feature_token", "dfeatures": "feature_token"}
-
-    def timed_lengths(self) -> list[int]:
-        return [self.tokens]
-
-    def inputs(self, lengths: Sequence[int], is_timed: bool) -> Tensors:
-        T, D = sum(lengths), self.sizes["D"]
-        V = self.sizes["V"] if is_timed else min(self.sizes["V"], 1000)
-        places = torch.arange(T)
-        is_feature = (places % 64) >= 32  # runs of 32: half of the tokens
-        feature_index = torch.where(is_feature, is_feature.cumsum(0) - 1, -1).int()
-        uniform = torch.rand(T, generator=torch.Generator().manual_seed(0))
-        input_ids = (uniform**4 * V).long()  # a few ids are frequent
-        order, offsets = reference.text_by_id(input_ids.numpy(), feature_index.numpy())
-        indices = {
-            "input_ids": input_ids,
-            "feature_index": feature_index,
-            "feature_token": places[is_feature].int(),
-            "text_order": torch.from_numpy(order),
-            "text_id_offsets": torch.from_numpy(offsets),
-        }
-        return {
-            "weight": self.random(V, D),
-            "features": self.random(len(indices["feature_token"]), D),
-            "dout": self.random(T, D),
-            **{name: x.to(self.device) for name, x in indices.items()},
-        }
-
-    def run(self, name: str, given: Tensors) -> Tensors:
-        weight, features = (given[one].detach().requires_grad_() for one in ("weight", "features"))
-        if name == OURS:
-            from mmpack.ops.embed_features import embed_features
-
-            out = embed_features(
-                given["input_ids"],
-                given["feature_index"],
-                weight,
-                features,
-                feature_token=given["feature_token"],
-                text_order=given["text_order"],
-                text_id_offsets=given["text_id_offsets"],
-            )
-        else:
-            text = F.embedding(given["input_ids"], weight)
-            out = reference.insert_features(text, features, given["feature_token"])
-        dweight, dfeatures = torch.autograd.grad(out, (weight, features), given["dout"])
-        return {"out": out.detach(), "dweight": dweight, "dfeatures": dfeatures}
-
-
-TRIALS: dict[str, type[OpTrial]] = {
-    "varlen_attention": AttentionTrial,
-    "apply_mrope": RotaryTrial,
-    "embed_features": EmbeddingTrial,
-}
-
-
-def make_trial(job: str) -> OpTrial:
-    """The trial of "TOKENS SHAPE_CLASS" on the current CUDA device."""
-    tokens, _, text = job.partition(" ")
-    shape = ShapeClass.parse(text)
-    return TRIALS[shape.op](shape, int(tokens), torch.device("cuda"))
-
-
 def worst_row(found: Tensor, exact: Tensor) -> float:
     """The largest distance of a row from its exact value, relative to the rows' root mean square; inf if not
     finite."""
@@ -357,11 +153,3 @@ def fresh_memory_is_nan() -> Iterator[None]:
     finally:
         for owner, name in places:
             setattr(owner, name, real[name])
-
-
-def _fill(lengths: Sequence[int], total: int) -> list[int]:
-    """Lengths in turn until they fill `total`; the last one is cut."""
-    found: list[int] = []
-    while (left := total - sum(found)) > 0:
-        found.append(min(lengths[len(found) % len(lengths)], left))
-    return found

@@ -61,10 +61,12 @@ def _columns(labels, first, C):
 
 
 def implementation(impl, logits):
-    """`Torch` or the kernels' module, by `impl`; logits of float64 are always torch's."""
+    """`Torch` or the kernels' module, by `impl`; always torch for float64, for columns that are not adjacent
+    and on the meta device, where a kernel has nothing to read."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl != "triton" or logits.dtype == torch.float64:
+    is_plain = logits.dtype != torch.float64 and logits.stride(-1) == 1 and not logits.is_meta
+    if impl != "triton" or not is_plain:
         return Torch
     from mmpack.ops import cross_entropy_kernels  # late: Triton may be missing
     from mmpack.ops.arguments import check_device
@@ -88,6 +90,17 @@ def row_weights(labels_L: Tensor, weights_L: Tensor | None, dtype: torch.dtype) 
 def weighted_sum(weights_L, lse_L, target_L):
     """The sum of the rows' losses; rows of weight 0 add nothing, whatever their logits."""
     return torch.where(weights_L != 0, weights_L * (lse_L - target_L), 0.0).sum()
+
+
+def row_losses(weights_L, lse_L, target_L):
+    """(L,) the rows' losses, without their weights; 0 for a row without loss."""
+    return torch.where(weights_L != 0, lse_L - target_L, 0.0)
+
+
+def empty_losses(labels_L: Tensor, inputs: Tensor) -> Tensor:
+    """(L,) a `losses_L` for the loss of these logits or hidden states."""
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    return torch.empty(len(labels_L), dtype=dtype, device=inputs.device)
 
 
 def row_scales(weights_L, factor):
@@ -116,10 +129,13 @@ def check_weights(weights_L, labels_L):
         )
 
 
-def supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, impl):
-    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights."""
+def supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, impl, losses_L=None):
+    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights. Without weights,
+    the rows' losses are written to `losses_L`."""
     lse_L, target_L = row_state(weights_L)
     implementation(impl, logits_LV).cross_entropy_fwd(logits_LV, labels_L, lse_L, target_L, 0)
+    if losses_L is not None:
+        losses_L.copy_(row_losses(weights_L, lse_L, target_L))
     return weighted_sum(weights_L, lse_L, target_L), lse_L
 
 
@@ -134,8 +150,8 @@ class SupervisedCrossEntropyFunction(torch.autograd.Function):
     """Cross entropy whose backward overwrites the logits with their gradient; torch refuses a second backward."""
 
     @staticmethod
-    def forward(ctx, logits_LV, labels_L, weights_L, num_items, impl):
-        total, lse_L = supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, impl)
+    def forward(ctx, logits_LV, labels_L, weights_L, num_items, impl, losses_L):
+        total, lse_L = supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, impl, losses_L)
         ctx.save_for_backward(logits_LV, labels_L, weights_L, lse_L)
         ctx.num_items, ctx.impl = num_items, impl
         return total / num_items
@@ -146,7 +162,7 @@ class SupervisedCrossEntropyFunction(torch.autograd.Function):
         logits_LV, *rows = ctx.saved_tensors
         factor = dloss / ctx.num_items
         gradient = supervised_cross_entropy_bwd(logits_LV.detach(), *rows, factor, ctx.impl)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def supervised_cross_entropy(
@@ -156,6 +172,7 @@ def supervised_cross_entropy(
     *,
     weights_L: Tensor | None = None,
     impl: str = "auto",
+    losses_L: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of the rows' cross entropies divided by `num_items`; a scalar, float32 or float64.
 
@@ -170,8 +187,10 @@ def supervised_cross_entropy(
             1, so that a batch without supervised rows has loss 0.
         weights_L: (L,) float32 or float64, finite and not negative; None: all 1. A row of weight 0 is one without
             loss: it adds nothing, whatever its logits.
-        impl: "torch", "triton" (our kernels, but for float64), or "auto": torch, until the kernels are measured on
-            a GPU. Not used in a compiled graph, which fuses torch's cross entropy itself.
+        impl: "torch", "triton" (our kernels, but for float64 and columns that are not adjacent), or "auto": torch,
+            until the kernels are measured on a GPU. Not used in a compiled graph, which fuses torch's cross entropy.
+        losses_L: (L,) in the loss's dtype, overwritten with the rows' cross entropies without weights, for logs; 0
+            for a row without loss.
 
     Raises:
         ValueError: shapes or the dtype of the weights do not match, an unknown `impl`, or a device that does not
@@ -191,6 +210,9 @@ def supervised_cross_entropy(
     if torch.compiler.is_compiling():
         # the compiler fuses the casts, and cannot mutate in a backward
         logits_LV = torch.where(weights_L[:, None] != 0, logits_LV.to(dtype), 0.0)
-        losses_L = F.cross_entropy(logits_LV, labels_L, reduction="none")
-        return (losses_L * weights_L).sum() / num_items
-    return SupervisedCrossEntropyFunction.apply(logits_LV, labels_L, weights_L, num_items, impl)
+        rows_L = F.cross_entropy(logits_LV, labels_L, reduction="none")
+        if losses_L is not None:
+            losses_L.copy_(torch.where(weights_L != 0, rows_L.detach(), 0.0))
+        return (rows_L * weights_L).sum() / num_items
+    rows = (labels_L.contiguous(), weights_L)
+    return SupervisedCrossEntropyFunction.apply(logits_LV, *rows, num_items, impl, losses_L)

@@ -26,6 +26,7 @@ from mmpack.ops.supervised_cross_entropy import (
     check_weights,
     denominator,
     implementation,
+    row_losses,
     row_scales,
     row_state,
     row_weights,
@@ -54,13 +55,15 @@ def add_product(sum_LD, a_LC, b_CD):
 
 
 def supervised_linear_cross_entropy_fwd(hidden_LD, weight_VD, labels_L, weights_L, impl):
-    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights."""
+    """(weighted sum of the rows' losses, log-sum-exp of each row (L,), the rows' losses (L,)), in the dtype of the
+    weights."""
     lse_L, target_L = row_state(weights_L)
     part = implementation(impl, hidden_LD)
     C = columns_per_chunk(len(hidden_LD), len(weight_VD))
     for first, weight_CD in zip(range(0, len(weight_VD), C), weight_VD.split(C)):
         part.cross_entropy_fwd(F.linear(hidden_LD, weight_CD), labels_L, lse_L, target_L, first)
-    return weighted_sum(weights_L, lse_L, target_L), lse_L
+    losses_L = row_losses(weights_L, lse_L, target_L)
+    return weighted_sum(weights_L, lse_L, target_L), lse_L, losses_L
 
 
 def supervised_linear_cross_entropy_bwd(
@@ -86,13 +89,13 @@ def supervised_linear_cross_entropy_bwd(
 @torch.library.custom_op("mmpack::supervised_linear_cross_entropy", mutates_args=())
 def _supervised_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, impl: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return supervised_linear_cross_entropy_fwd(hidden, weight, labels, weights, impl)
 
 
 @_supervised_linear_cross_entropy.register_fake
 def _(hidden, weight, labels, weights, impl):
-    return weights.new_empty(()), torch.empty_like(weights)
+    return weights.new_empty(()), torch.empty_like(weights), torch.empty_like(weights)
 
 
 @torch.library.custom_op("mmpack::supervised_linear_cross_entropy_bwd", mutates_args=())
@@ -123,7 +126,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx, dtotal, dlse):
+def _backward(ctx, dtotal, dlse, dlosses):
     needs = ctx.needs_input_grad[:2]
     gradients = _supervised_linear_cross_entropy_bwd(*ctx.saved_tensors, dtotal, *needs, ctx.impl)
     dhidden, dweight = (g if needed else None for g, needed in zip(gradients, needs))
@@ -141,6 +144,7 @@ def supervised_linear_cross_entropy(
     *,
     weights_L: Tensor | None = None,
     impl: str = "auto",
+    losses_L: Tensor | None = None,
 ) -> Tensor:
     """`supervised_cross_entropy(hidden @ weight.T, ...)` without the logits; a scalar, float32 or float64.
 
@@ -150,7 +154,7 @@ def supervised_linear_cross_entropy(
     Args:
         hidden_LD: (L, D), any floating dtype, what the head is given in rows that have a label.
         weight_VD: (V, D), of the same dtype, the head's weight. A bias is not supported.
-        labels_L, num_items, weights_L: as in `supervised_cross_entropy`.
+        labels_L, num_items, weights_L, losses_L: as in `supervised_cross_entropy`.
         impl: "torch", "triton" (our kernels within a chunk, but for float64), or "auto": torch, until the kernels
             are measured on a GPU. The products are torch's.
 
@@ -176,8 +180,13 @@ def supervised_linear_cross_entropy(
         )
     check_weights(weights_L, labels_L)
     implementation(impl, hidden_LD)
+    hidden_LD, labels_L = hidden_LD.contiguous(), labels_L.contiguous()
     dtype = torch.promote_types(hidden_LD.dtype, torch.float32)
     weights_L = row_weights(labels_L, weights_L, dtype)
     num_items = denominator(num_items, weights_L)
-    total, _ = _supervised_linear_cross_entropy(hidden_LD, weight_VD, labels_L, weights_L, impl)
+    total, _, losses = _supervised_linear_cross_entropy(
+        hidden_LD, weight_VD, labels_L, weights_L, impl
+    )
+    if losses_L is not None:
+        losses_L.copy_(losses.detach())
     return total / num_items

@@ -215,7 +215,7 @@ def tune(
         OSError: the cache folder cannot be written.
     """
     if make is None:
-        from mmpack.ops.op_trials import make_trial
+        from mmpack.ops.trial_cases import make_trial
 
         make = make_trial
     facts, tokens = machine(), 1 << max(0, capacity - 1).bit_length()

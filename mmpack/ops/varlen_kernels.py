@@ -7,16 +7,16 @@ fill the gaps at the end. Blocks of keys that all rows see are not masked; in ot
 between its bounds: its segment's, or up to itself if causal. One kernel serves text and vision.
 
 q, k and v are read by TMA descriptors over (T, columns), where a head is a range of columns, so a view into a
-fused projection is read without a copy. A head dim that is not a power of two is split (80 = 64 + 16), and what
-the parts have too much (72 < 64 + 16: the next head's first columns) is zero in one operand of each product. The
-backward recomputes the scores from the saved log-sum-exp, once for dq (which also computes `delta` = rowsum(out *
+fused projection is read without a copy. A head dim that is not a power of two is split (80 = 64 + 16); columns
+that the parts have in excess (72 is read as 64 + 16: eight of the next head's) are zero in one operand of each
+product. The backward recomputes the scores from the saved log-sum-exp, once for dq (which also computes `delta` = rowsum(out *
 dout)) and once for dk and dv, whose programs add up a group's query heads in order: no atomics, so two backward
 passes give the same bits.
 
 Infinities and NaN stay in their segment. 0 x inf is NaN, so a product must not contain rows of other segments,
 even where p is 0. A tile of one long segment moves its last block back into the segment. A tile of whole segments
-looks at its sums, and repeats rows one by one if any is not finite, reading only what the row sees: slow, and
-without cost where numbers are finite.
+checks its sums, one FFMA each; if any is not finite, it repeats its rows one by one, slowly, and reads only what
+each row sees.
 
 Bytes: q, k, v and out once; k and v again from the L2 cache for each block of rows. FLOPs of a causal segment of n
 rows and H heads: 2 n^2 K H forward; the backward's seven products take 3.5 times that. Not measured on a GPU yet.

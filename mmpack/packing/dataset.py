@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from mmpack.packing.pack_source import PackSource
 from mmpack.packing.plan import plan_epoch, plan_samples
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
+from mmpack.sized_samples import are_sized
 from mmpack.store.row_checksum import contents_checksum
 from mmpack.types import IGNORE, EncodedSample, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec
@@ -59,6 +60,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             1,000 samples on, a larger share is an error that counts the reasons.
         media_folders: folders that must contain image and video files when they are opened, links resolved; None:
             any folder. `from_store` and `from_files` set the folders that the rows were read with.
+        source_weights: name of a data file -> factor of its samples' loss, see `PackSource`; they are not saved.
     """
 
     def __init__(self, samples: Sequence[EncodedSample], plan: PackPlan) -> None:
@@ -228,7 +230,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         """Write the samples and their plan, which `from_store` opens as an equal data set.
 
         Image and video files stay where they are; images in memory are written too. `media_folders` is kept,
-        `on_bad_image` and `max_bad` are not.
+        `on_bad_image`, `max_bad` and `source_weights` are not.
 
         Args:
             folder: a new one, or empty. It appears complete or not at all.
@@ -261,6 +263,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     def vision(self) -> VisionSpec:
         """The spec that all samples were encoded with."""
         return self.samples[0].vision
+
+    def _sources(self) -> Iterable[str]:
+        samples: Any = self.samples
+        return samples.sources if are_sized(samples) else {one.source for one in samples}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose plan items come from, also in running workers.
@@ -298,6 +304,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             "packs": plan.num_packs,
             "checksum of their sizes": _checksum(plan.num_tokens, plan.num_patches),
             "checksum of their costs": _checksum(plan.cost),
+            "source weights": self.source_weights,
             **_contents(self.samples),
             **{f"the spec's {name}": value for name, value in vision.items()},
             "checksum of the plan": _checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
@@ -331,7 +338,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
     def _pack(self, index: int) -> PackSamples:
         if index >= self.plan.num_packs:
-            return self._empty_pack()
+            return self.empty_pack()
         epoch = int(self._epoch[0])
         if self._planned[0] != epoch:
             self._planned = (epoch, plan_epoch(self.plan, epoch))
@@ -346,7 +353,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         )
         return int(self.plan.sample_index[np.lexsort((num_tokens, num_patches))[0]])
 
-    def _empty_pack(self) -> PackSamples:
+    def empty_pack(self) -> PackSamples:
+        """The smallest sample without its labels."""
         sample = self._sample(self._smallest)
         return self._item([replace(sample, labels=np.full_like(sample.labels, IGNORE))])
 
@@ -355,32 +363,6 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         if number in self._truncated:
             return truncate_sample(sample, self.plan.capacity, self._patch_capacity)
         return sample
-
-
-class EvenPacks(Dataset[PackSamples]):
-    """The packs of a data set, followed by empty ones up to a multiple of `multiple`; the data set itself is not
-    changed.
-
-    Attributes:
-        dataset: the data set; its attributes apply.
-        multiple: ranks times packs per batch, see `PackedDataset.append_empty_packs`.
-    """
-
-    def __init__(self, dataset: PackedDataset, multiple: int) -> None:
-        self.dataset = dataset
-        self.multiple = multiple
-
-    def __repr__(self) -> str:
-        return f"EvenPacks({self.dataset!r}, {counted(len(self), 'pack')} with the empty ones)"
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // self.multiple) * self.multiple
-
-    def __getitem__(self, index: Any) -> Any:
-        return item_at(index, len(self), self._pack, "pack")
-
-    def _pack(self, index: int) -> PackSamples:
-        return self.dataset[index] if index < len(self.dataset) else self.dataset._empty_pack()
 
 
 def _contents(samples: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import get_worker_info
 
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.errors import MAX_BAD, BadImageError, check_max_bad, count_reason, judge
+from mmpack.packing.loss_weights import check_source_weights, source_name, with_weight
 from mmpack.packing.pack_samples import MediaPolicy, PackSamples
 from mmpack.types import EncodedSample
 
@@ -67,6 +68,7 @@ class PackSource:
         on_bad_image: "raise" or "drop".
         max_bad: the largest share of samples with images or videos that "drop" may leave out; from 1,000 samples
             on, a larger share is an error.
+        source_weights: factors of the loss by source.
     """
 
     capacity: int
@@ -76,6 +78,28 @@ class PackSource:
         self.max_bad = MAX_BAD
         self._media: MediaFolders | None = None
         self._dropped = DroppedSegments()
+        self._source_weights: dict[str, float] = {}
+
+    @property
+    def source_weights(self) -> dict[str, float]:
+        """Factors of the loss by source: the name of a data file, without the number of a shard
+        (`train-00000-of-00010.parquet` is of the source `train.parquet`). Files of the same name in several folders
+        are one source. Sources that are not named count once. Set it before workers start.
+
+        Raises:
+            ValueError: when set: a weight is not a number from 0.000001 to 1,000,000, or no sample of a
+                `PackedDataset` is of the source.
+        """
+        return self._source_weights
+
+    @source_weights.setter
+    def source_weights(self, weights: Mapping[str, float]) -> None:
+        check_source_weights(weights, self._sources() if weights else None)
+        self._source_weights = {name: float(weight) for name, weight in weights.items()}
+
+    def _sources(self) -> Iterable[str] | None:
+        """The data files of all samples, if known."""
+        return None
 
     @property
     def media_folders(self) -> list[str] | None:
@@ -106,5 +130,11 @@ class PackSource:
                 f"max_bad is {self.max_bad!r}, but the first bad image stops the run; set on_bad_image to 'drop', "
                 "or leave max_bad out"
             )
+        if self._source_weights:
+            factors = [self._source_weights.get(source_name(one.source), 1.0) for one in samples]
+            samples = [
+                one if factor == 1 else with_weight(one, factor)
+                for one, factor in zip(samples, factors)
+            ]
         policy = MediaPolicy(self.on_bad_image, self.max_bad, self._media, self._dropped)
         return PackSamples(samples, self.capacity, policy, resume)

@@ -22,9 +22,10 @@ import numpy as np
 from mmpack.data.chunks import item_at
 from mmpack.errors import RowError
 from mmpack.packing.truncate import token_sizes
+from mmpack.sized_samples import are_sized
 from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
 from mmpack.store.records import damaged
-from mmpack.types import IGNORE, EncodedSample, Int64, are_sized
+from mmpack.types import IGNORE, EncodedSample, Int64
 from mmpack.vision_spec import VisionSpec
 
 _PIECES: dict[str, ArrayType] = {
@@ -96,6 +97,8 @@ def piece_of(sample: EncodedSample, start: int, end: int) -> EncodedSample:
         sample,
         input_ids=sample.input_ids[start:end],
         labels=labels,
+        weights=None if sample.weights is None else sample.weights[start:end],
+        of_document=sample.of_document or sample.num_supervised,
         grid_thw=sample.grid_thw[images],
         media=sample.media[images],
         temporal_step=None if sample.temporal_step is None else sample.temporal_step[images],

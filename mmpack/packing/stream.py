@@ -70,8 +70,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         seed: decides between samples that fit equally well.
 
     Attributes:
-        on_bad_image, max_bad, media_folders: as in `PackedDataset`; `media_folders` is the encoder's `media_dir`,
-            if given.
+        on_bad_image, max_bad, media_folders, source_weights: as in `PackedDataset`; `media_folders` is the encoder's
+            `media_dir`, if given.
         endless: start another pass over the source when one ends; `PackingCallback` sets it.
 
     Raises:
@@ -199,7 +199,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._consumed = {int(worker): place for worker, place in state["consumed"].items()}
 
     def _settings(self) -> dict[str, Any]:
-        names = ("capacity", "patch_capacity", "buffer", "on_overflow", "seed")
+        names = ("capacity", "patch_capacity", "buffer", "on_overflow", "seed", "source_weights")
         costed = self._config is not None
         settings = {name: getattr(self, name) for name in names}
         return {**settings, "cost": costed, "rank": self._rank, "ranks": self._world}

@@ -40,6 +40,7 @@ def truncate_sample(
         sample,
         input_ids=ids[:cut],
         labels=sample.labels[:cut],
+        weights=None if sample.weights is None else sample.weights[:cut],
         grid_thw=sample.grid_thw[:num_grids],
         media=sample.media[:num_refs],
         temporal_step=None if sample.temporal_step is None else sample.temporal_step[:num_grids],

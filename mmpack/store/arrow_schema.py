@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mmpack.data import images
 from mmpack.media_options import VIDEO_KEYS, MediaOptions
 from mmpack.store.media_file import Position
-from mmpack.store.row_checksum import files_of, options_of, row_checksum, videos_of
+from mmpack.store.row_checksum import arrays_of, files_of, options_of, row_checksum, videos_of
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
 from mmpack.vision_spec import VisionSpec
 
@@ -51,6 +51,8 @@ SCHEMA = pyarrow.schema(
         "videos": pyarrow.list_(pyarrow.struct(_VIDEO)),
         "options": pyarrow.list_(pyarrow.struct(_OPTIONS)),  # of images and videos that have any
         "temporal_step": pyarrow.list_(pyarrow.float32()),  # per marker, or null
+        "weights": pyarrow.list_(pyarrow.float32()),  # per id, or null
+        "of_document": pyarrow.int64(),
         "checksum": pyarrow.uint32(),  # covers everything but SIZES
     }
 )
@@ -112,15 +114,18 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
         clips,
         [[{"place": place, **given} for place, given in one] for one in options],
         [sample.temporal_step for sample in samples],
+        [sample.weights for sample in samples],
+        [sample.of_document for sample in samples],
         [
             row_checksum(
-                [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step],
+                arrays_of(sample),
                 [image.path for image in refs[begin:end]],
                 data[begin:end],
                 sample.source,
                 int(sample.row),
                 clip,
                 given,
+                sample.of_document,
             )
             for sample, clip, given, begin, end in zip(
                 samples, clips, options, file_offsets, file_offsets[1:]
@@ -222,7 +227,7 @@ def read_batch(data: Any) -> Any:
     except (pyarrow.ArrowException, EOFError) as error:  # some are not ValueErrors
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
-        num_nulls = 0 if name == "temporal_step" else column.null_count
+        num_nulls = 0 if name in ("temporal_step", "weights") else column.null_count
         if pyarrow.types.is_list(column.type) and name != "in_media":
             num_nulls += column.values.null_count
         for number in range(_REQUIRED.get(name, 0)):
@@ -262,9 +267,11 @@ def sample_of(
     """
     ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
     paths, at, source, number = (column[row].as_py() for column in columns[3:7])
-    *_, clips, options, step, checksum = columns
-    clips, step, checksum = clips[row].as_py(), step[row].values, checksum[row].as_py()
-    step = None if step is None else step.to_numpy()
+    *_, clips, options, step, weights, of_document, checksum = columns
+    clips, of_document, checksum = (one[row].as_py() for one in (clips, of_document, checksum))
+    step, weights = (
+        None if one[row].values is None else one[row].values.to_numpy() for one in (step, weights)
+    )
     given = [
         (one.pop("place"), {key: value for key, value in one.items() if value is not None})
         for one in options[row].as_py()
@@ -276,14 +283,16 @@ def sample_of(
         return None
     by_position = dict(zip(distinct, found))
     data = [None if pair is None else by_position[pair] for pair in pairs]
-    arrays = [ids, labels, grid, step]
-    if row_checksum(arrays, paths, data, source, number, clips, given) != checksum:
+    arrays = [ids, labels, grid, step, weights]
+    if row_checksum(arrays, paths, data, source, number, clips, given, of_document) != checksum:
         return None
     if (
         not len(ids)
         or len(labels) != len(ids)
         or len(grid) % 3
         or (step is not None and 3 * len(step) != len(grid))
+        or (weights is not None and len(weights) != len(ids))
+        or of_document < 0
         or len(data) != len(paths)
         or not all(0 <= clip["place"] < len(paths) for clip in clips)
     ):
@@ -305,6 +314,8 @@ def sample_of(
         source=source,
         row=number,
         temporal_step=step,
+        weights=weights,
+        of_document=of_document,
     )
 
 

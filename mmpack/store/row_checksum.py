@@ -46,12 +46,19 @@ def options_of(media: Sequence[Media]) -> list[tuple[int, dict[str, int | float]
     return [(n, ref.options.given) for n, ref in enumerate(media) if ref.options is not None]
 
 
+def arrays_of(sample: EncodedSample) -> list[NDArray[Any] | None]:
+    """The arrays of a row."""
+    grids = sample.grid_thw.ravel()
+    return [sample.input_ids, sample.labels, grids, sample.temporal_step, sample.weights]
+
+
 def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
     """CRC-32 of a row.
 
     Args:
-        arrays: ids, labels, flat grids and temporal steps.
-        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of` and `options_of`.
+        arrays: those of `arrays_of`.
+        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of`, `options_of` and
+            `of_document`.
     """
     checksum = 0
     for array in arrays:
@@ -73,8 +80,9 @@ def contents_checksum(samples: Iterable[EncodedSample]) -> int:
         files = files_of(sample.media)
         data = [file.data for file in files]
         data = [repr(one.size).encode() if hasattr(one, "size") else one for one in data]
-        arrays = [sample.input_ids, sample.labels, sample.grid_thw.ravel(), sample.temporal_step]
         paths = [file.path for file in files]
-        media = (videos_of(sample.media), options_of(sample.media))
-        rows.append(row_checksum(arrays, paths, data, sample.source, int(sample.row), *media))
+        rest = (videos_of(sample.media), options_of(sample.media), sample.of_document)
+        rows.append(
+            row_checksum(arrays_of(sample), paths, data, sample.source, int(sample.row), *rest)
+        )
     return zlib.crc32(np.array(rows, dtype="<u4").tobytes())

@@ -95,7 +95,7 @@ class SharedMemory:
     def store(self, t, lanes, addresses, words, size):
         places = self.places(t.block[lanes], addresses, size, "write")
         if self.race_check:
-            self.race_check.writes(places, size, t, lanes)
+            self.race_check.writes(places, size, t, lanes, self.bytes, words)
         self._views[size][places // size] = words
 
     def chunks(self, blocks, addresses, what):

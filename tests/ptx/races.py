@@ -1,6 +1,7 @@
 """Finds accesses to shared memory that no barrier separates.
 
-Between two barriers of its CTA, a byte may be read by any warps or written by one and touched by no other. Checked
+Between two barriers of its CTA, a byte may be read by any warps, or written by one and touched by no other but
+with the same value. Checked
 with all warps in step, so nothing depends on an order of warps. Order within a warp is taken for granted. TMA writes
 when it is issued and wgmma reads until it is waited for.
 """
@@ -33,13 +34,19 @@ class RaceCheck:
             self.reader[touched] = np.where(others, _SEVERAL, warp)
             self.read[touched] = self.epoch
 
-    def writes(self, places, size, t, lanes):
+    def writes(self, places, size, t, lanes, memory=None, words=None):
+        """Stores `words`, if any: warps may write the same, as they do if a tensor has fewer parts than threads."""
         for warp, touched in _by_warp(places, size, t, lanes):
-            self._write(touched, warp)
+            if words is None:
+                self._write(touched, warp)
+                continue
+            new = np.ascontiguousarray(words)[t.tid[lanes] // 32 == warp].view(np.uint8).reshape(-1)
+            self._write(touched, warp, memory[touched] != new)
+            memory[touched] = new
 
-    def _write(self, touched, warp):
+    def _write(self, touched, warp, is_new=True):
         self._check(touched, self.read, self.reader, warp, "read by warp {}, overwritten by {}")
-        self._check(touched, self.written, self.writer, warp, "written by warps {} and {}")
+        self._check(touched, self.written, self.writer, warp, "written by warps {} and {}", is_new)
         for chunks in self.pending:
             if np.isin(touched // 16, chunks).any():
                 raise Fault(
@@ -61,8 +68,8 @@ class RaceCheck:
         touched = (chunks.reshape(-1, 1) * 16 + np.arange(16)).reshape(-1)
         self.read[touched], self.reader[touched] = self.epoch, _SEVERAL
 
-    def _check(self, touched, when, who, warp, told):
-        bad = (when[touched] == self.epoch) & (who[touched] != warp)
+    def _check(self, touched, when, who, warp, told, is_new=True):
+        bad = (when[touched] == self.epoch) & (who[touched] != warp) & is_new
         if bad.any():
             place = int(touched[bad][0])
             other = "several" if who[place] == _SEVERAL else who[place]
