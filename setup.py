@@ -13,9 +13,13 @@ setup(
                 "csrc/balance.cpp",
                 "csrc/bindings.cpp",
                 "csrc/patchify.cpp",
+                "csrc/pixel_bindings.cpp",
                 "csrc/planner.cpp",
+                "csrc/resize.cpp",
+                "csrc/resize_kernels.cpp",
             ],
             depends=[
+                "csrc/array_checks.h",
                 "csrc/assembler.h",
                 "csrc/balance.h",
                 "csrc/bin_state.h",
@@ -25,6 +29,8 @@ setup(
                 "csrc/patchify.h",
                 "csrc/planner.h",
                 "csrc/random.h",
+                "csrc/resize.h",
+                "csrc/resize_kernels.h",
             ],
             cxx_std=20,
             # No fused multiply-add: a plan is the same on every machine. No -march=native either: what is

@@ -2,9 +2,8 @@
 
 All use the same rows, from a few packs of real rows if they are beside the checkout, else of the demo's. Peers:
 transformers' processor with padding; LLaMA-Factory's collator, on rows tokenized by its preprocessing; VeOmni's
-transform and collator, which pack, with our packs. Ours with float and with byte pixels, resized by Pillow and by
-torch. The ceiling is Pillow's decoding and resizing of the same images, the minimum for anything that resizes with
-Pillow.
+transform and collator, which pack, with our packs. Ours with float and with byte pixels. The ceiling is Pillow's
+decoding and resizing of the same images, the minimum for anything that resizes with Pillow.
 """
 
 from __future__ import annotations
@@ -79,16 +78,14 @@ def test_collate(peer, benchmark, recorder, quick):
         collate, rows = veomni_collator(processor, model), samples
         batches = [dataset.plan.samples_of(pack).tolist() for pack in packs]
     floats, in_bytes = PackCollator(), PackCollator(model=patch_model(model), pixels="uint8")
-    by_torch = PackedDataset([with_torch(sample) for sample in encoded], dataset.plan)
 
-    def packed(collate, packs_of=dataset):
-        return [collate([packs_of[pack]]) for pack in packs]
+    def packed(collate):
+        return [collate([dataset[pack]]) for pack in packs]
 
     candidates = {
         peer: lambda: [collate([rows[n] for n in batch]) for batch in batches],
         "mmpack": partial(packed, floats),
         "mmpack uint8": partial(packed, in_bytes),
-        "mmpack uint8 by torch": partial(packed, in_bytes, by_torch),
         CEILING: lambda: [decode_and_resize(picture, encoder.vision) for picture in pictures],
     }
     config = f"{which}: {len(numbers)} rows, {len(pictures)} images, {tokens} tokens"
@@ -103,11 +100,6 @@ def test_collate(peer, benchmark, recorder, quick):
 def in_memory(image):
     """The image with its file's bytes in memory."""
     return image if image.data is not None else replace(image, data=Path(image.path).read_bytes())
-
-
-def with_torch(sample):
-    """The sample, to be resized by torch."""
-    return replace(sample, vision=replace(sample.vision, resizer="torch"))
 
 
 def tiny_model():

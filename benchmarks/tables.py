@@ -91,8 +91,6 @@ LINES = [
          brief="assembling a pack of 8,192 tokens and 28 images, without decoding", **_HOST),
     Line("rows to a batch, images decoded", "host", "collate", "time", ("mmpack uint8",),
          _COLLATORS, brief="rows to a batch, images decoded", **_HOST),
-    Line("the same, resized by torch", "host", "collate", "time", ("mmpack uint8 by torch",),
-         _COLLATORS, has_ceiling=False, **_HOST),
     Line("a decoded picture of 1024 x 768 to patches", "pixels", "a picture", "time", ("mmpack",),
          {"transformers": "transformers"}, config="1024 x 768", **_HOST),
     Line("indexing rows", "index", "index", "time", ("mmpack",), {"transformers": "transformers"},

@@ -1,4 +1,4 @@
-// The only file that includes Python: check, release the GIL, call.
+// With pixel_bindings.cpp, the only files that include Python: check, release the GIL, call.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,58 +10,12 @@
 #include <string>
 #include <utility>
 
+#include "array_checks.h"
 #include "assembler.h"
 #include "balance.h"
-#include "patchify.h"
 #include "planner.h"
 
-namespace py = pybind11;
-
 namespace {
-
-constexpr std::int64_t kMost = std::int64_t{1} << 60;  // limit of sums over all samples
-constexpr py::ssize_t kAny = -1;                       // any extent
-
-constexpr std::int64_t kMostPixels = std::int64_t{1} << 20;  // per side
-
-using Shape = std::initializer_list<py::ssize_t>;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-bool has_shape(const py::array& array, Shape shape) {
-  return std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim(),
-                    [](py::ssize_t wanted, py::ssize_t is) { return wanted == kAny || wanted == is; });
-}
-
-std::string to_text(Shape shape) {
-  std::string text;
-  for (const py::ssize_t extent : shape) {
-    text += (text.empty() ? "" : ", ") + (extent == kAny ? "any" : std::to_string(extent));
-  }
-  return "(" + text + ")";
-}
-
-// The elements of an array, which must have this type and shape; nothing is converted.
-template <typename T>
-std::span<const T> view(const py::array& array, const char* name, Shape shape) {
-  if (!py::isinstance<py::array_t<T>>(array) || !has_shape(array, shape)) {
-    refuse(std::string(name) + " must be " + std::string(py::str(py::dtype::of<T>())) + " of shape " +
-           to_text(shape) + ", got " + std::string(py::str(array.dtype())) + " of shape " +
-           std::string(py::str(array.attr("shape"))));
-  }
-  constexpr int kPlain = int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
-  if ((array.flags() & kPlain) != kPlain) {
-    refuse(std::string(name) + " must be contiguous and aligned");
-  }
-  return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
-}
-
-template <typename T>
-std::span<T> writable(const py::array& array, const char* name, Shape shape) {
-  const auto values = view<T>(array, name, shape);
-  if (!array.writeable()) refuse(std::string(name) + " must be writable");
-  return {const_cast<T*>(values.data()), values.size()};
-}
 
 // The caller's output arrays, by name. None may share memory with another output or an input,
 // because writing would change an input that is already checked.
@@ -138,58 +92,6 @@ py::tuple plan(const py::array& num_tokens, std::int64_t capacity,
     plan = costs ? mmpack::balance(sizes, cost, seed) : mmpack::best_fit_decreasing(sizes, seed);
   }
   return py::make_tuple(to_numpy(plan.sample_index), to_numpy(plan.bin_offsets));
-}
-
-void patchify(const py::array& pixels, std::int64_t patch, std::int64_t merge,
-              const py::array& patches, std::int64_t frame) {
-  if (!py::isinstance<py::array_t<std::uint8_t>>(pixels) || pixels.ndim() != 3)
-    refuse("pixels must be uint8 (height, width, channels)");
-  if (patch < 1 || merge < 1 || patch > kMostPixels || merge > kMostPixels)
-    refuse("patch and merge must be positive numbers of pixels and patches");
-  const std::int64_t height = pixels.shape(0), width = pixels.shape(1), channels = pixels.shape(2);
-  if (channels < 1 || channels > kMost / (patch * patch))
-    refuse("pixels must have channels, and a patch of them at most 2^60 bytes, got " +
-           std::to_string(channels) + " channels");
-  const std::int64_t block = patch * merge;
-  if (height % block || width % block) {
-    refuse("height and width of pixels must be multiples of " + std::to_string(block) + ", got " +
-           std::to_string(height) + " x " + std::to_string(width));
-  }
-  const std::int64_t values = channels * patch * patch;
-  const std::int64_t frames =
-      std::max(patches.ndim() == 2 ? patches.shape(1) / values : 0, std::int64_t{1});
-  if (frame < 0 || frame >= frames)
-    refuse("frame must be from 0 to " + std::to_string(frames - 1) +
-           ", the frames that patches have room for");
-  const mmpack::PatchGrid grid{height / patch, width / patch, patch, merge, frames, frame};
-  const auto stride = [&](int axis) {  // an axis of length 1 may have any stride
-    return pixels.shape(axis) > 1 ? pixels.strides(axis) : 0;
-  };
-  const mmpack::Picture picture{static_cast<const std::uint8_t*>(pixels.data()), stride(0),
-                                stride(1), stride(2), channels};
-  const auto out = writable<std::uint8_t>(patches, "patches",
-                                          {grid.grid_h * grid.grid_w, frames * values});
-  if (out.empty()) return;
-  py::gil_scoped_release release;
-  mmpack::patchify(picture, grid, out.data());
-}
-
-void normalize(const py::array& patches, const py::array& table, std::int64_t frames,
-               const py::array& values) {
-  const auto bytes = view<std::uint8_t>(patches, "patches", {kAny, kAny});
-  const auto floats = view<float>(table, "table", {kAny, 256});
-  const py::ssize_t num_patches = patches.shape(0), width = patches.shape(1);
-  const py::ssize_t channels = table.shape(0);
-  if (!channels || width % channels) refuse("patches must have the same number of bytes per channel");
-  if (frames < 1 || frames > kMostPixels) refuse("frames must be positive");
-  if (width > kMost / frames)
-    refuse("patches times frames must be at most 2^60 values wide, got " + std::to_string(width) +
-           " x " + std::to_string(frames));
-  const auto out = writable<float>(values, "values", {num_patches, width * frames});
-  if (out.empty()) return;
-  py::gil_scoped_release release;
-  mmpack::normalize(bytes.data(), num_patches, channels, width / channels, frames, floats.data(),
-                    out.data());
 }
 
 mmpack::Samples view_samples(const py::array& input_ids, const py::array& labels,
@@ -330,11 +232,7 @@ PYBIND11_MODULE(_native, m) {
   PACK_ARRAYS(SAY)
 #undef SAY
   m.attr("PACK_ARRAYS") = pack_arrays;
-  m.def("patchify", &patchify, py::arg("pixels"), py::arg("patch"), py::arg("merge"),
-        py::arg("patches"), py::arg("frame") = 0,
-        "Writes one picture as a frame of patches; see csrc/patchify.h.");
-  m.def("normalize", &normalize, py::arg("patches"), py::arg("table"), py::arg("frames"),
-        py::arg("values"), "Converts bytes to floats by a table; see csrc/patchify.h.");
+  define_pixels(m);
   m.def("plan", &plan, py::arg("num_tokens"), py::arg("capacity"), py::arg("num_patches"),
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");

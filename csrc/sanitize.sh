@@ -21,7 +21,7 @@ done
 includes=$(python -m pybind11 --includes) || fail "pybind11 is not installed; pip install -e '.[test]'"
 
 case "${1:-}" in
-  "") tests=(tests/test_native.py tests/test_plan.py tests/test_balance.py tests/test_assemble.py) ;;
+  "") tests=(tests/test_native.py tests/test_resize.py tests/test_plan.py tests/test_balance.py tests/test_assemble.py) ;;
   --smoke) tests=(tests/test_native.py -k "not real_pack") ;;
   *) tests=("$@") ;;
 esac

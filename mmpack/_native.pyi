@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 TILE: int
 MAX_RUN: int
 PACK_ARRAYS: dict[str, tuple[str, str]]  # dtype and extents, as in mmpack.types
+RESIZE_KERNELS: tuple[str, ...]  # instruction sets of `resize` on this machine, the fastest first
 
 def patchify(
     pixels: NDArray[np.uint8],
@@ -14,6 +15,16 @@ def patchify(
     patches: NDArray[np.uint8],
     frame: int = 0,
 ) -> None: ...
+def resize(
+    pixels: NDArray[np.uint8],
+    patch: int,
+    merge: int,
+    patches: NDArray[np.uint8],
+    frame: int = 0,
+    vertical_first: bool = False,
+    kernel: str = "",
+) -> None: ...
+def arrow_pixels(schema: Any, array: Any, height: int, width: int) -> NDArray[np.uint8]: ...
 def normalize(
     patches: NDArray[np.uint8],
     table: NDArray[np.float32],

@@ -157,7 +157,7 @@ def test_the_quick_benchmarks_leave_their_figures(tmp_path):
     )  # six digits are kept
     assert {("assemble", name) for name in ("transformers", "reference", "mmpack")} <= impls
     assert {("plan", "mmpack"), ("plan", "mmpack by cost")} <= impls
-    assert {("pixels", name) for name in ("transformers", "mmpack", "mmpack by torch")} <= impls
+    assert {("pixels", name) for name in ("transformers", "mmpack", "Pillow", "torch")} <= impls
     assert {("opening", "mmpack"), ("opening", "ceiling")} <= impls
     assert {("host", name) for name in ("transformers", "mmpack", "mmpack uint8")} <= impls
     if (ROOT.parent / "shared" / "data").is_dir():  # the real rows

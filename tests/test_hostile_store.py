@@ -80,7 +80,7 @@ def put(*path_and_value):
         (put("vision", "image_mean", [10**400]), "'vision'.'image_mean'[0] is 1000000000"),
         (put("vision", "image_std", [0, 1, 1]), "image_mean and image_std do not match"),
         (put("vision", "video", "fps", None), "'vision'.'video'.'fps' is None, not a number"),
-        (put("vision", "resizer", "x"), "resizer must be 'pillow' or 'torch'"),
+        (put("vision", "resizer", "torch"), "'vision'.'resizer' is not known"),
         (put("vision", "more", 1), "'vision'.'more' is not known"),
         (put("about", []), "'about' is [], not an object"),
         (put("about", "files", 3), "'about'.'files' is 3, not an object"),

@@ -23,7 +23,7 @@ EXCEPTIONS = {
 
 # third-party package -> the rooms that may import it; numpy may be anywhere
 ROOMS = {
-    "PIL": {"data/images", "cli/demo"},
+    "PIL": {"data/images", "data/resize", "cli/demo"},
     "accelerate": {"hf"},
     "av": {"data/videos"},
     "datasets": set(),

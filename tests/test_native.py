@@ -2,7 +2,7 @@
 
 `csrc/sanitize.sh` runs this file on a core built with the address and undefined behaviour sanitizers.
 A new entry point needs a line in GOOD, and in CONTRADICTIONS what only it can get wrong; those for
-pixels, which take any strides, have tests of their own.
+pixels, which take any strides, have tests of their own (here and in test_resize.py).
 """
 
 import dataclasses
@@ -244,7 +244,7 @@ def arrays_of(arguments):
 @pytest.mark.parametrize("entry", GOOD)
 def test_every_entry_point_is_in_the_table_and_takes_good_arrays(entry):
     entries = {name for name in dir(_native) if callable(getattr(_native, name)) and name[0] != "_"}
-    assert entries == {*GOOD, "patchify", "normalize"}
+    assert entries == {*GOOD, "patchify", "normalize", "resize", "arrow_pixels"}
     getattr(_native, entry)(**GOOD[entry]())
 
 

@@ -47,7 +47,7 @@ PACKED_ALREADY = {
     "stage": "pretrain", "dataset": "a", "allow_data_uri": "", "missing_marker": "refuse", "decode": "",
     "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
-    "resizer": "pillow", "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
+    "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
     "mask_history": "", "mask_thinking": "", "plan_seed": "0",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
@@ -71,7 +71,6 @@ PACKING = [
     ("capacity", "rows.json", "--capacity 700"),
     ("patch_capacity", "rows.json", "--patch-capacity 400"),
     ("max_image_share", "rows.json", "--max-image-share 0.1"),
-    ("resizer", "rows.json", "--resizer torch"),
     ("on_error", "damaged.json --decode", "--on-error skip"),
     ("max_bad", "damaged.json --decode --on-error skip", "--max-bad 0.01"),
     ("on_overflow", "long.json", "--on-overflow truncate"),

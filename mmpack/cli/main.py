@@ -112,7 +112,7 @@ def _encoder(
     model = options.config or getattr(options, "model", None)
     packing: dict[str, Any] = {}
     if isinstance(options, PackingOptions):
-        names = ("resizer", "train_on_prompt", "mask_history", "mask_thinking")
+        names = ("train_on_prompt", "mask_history", "mask_thinking")
         packing = {name: getattr(options, name) for name in names}
     return Encoder.from_folder(
         options.tokenizer,

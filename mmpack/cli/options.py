@@ -98,9 +98,6 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
     max_image_share: float | None = option(
         "maximum share of a pack's capacity for image tokens, 0 to 1", None, metavar="SHARE"
     )
-    resizer: Literal["pillow", "torch"] = option(
-        "pillow: bit-identical to transformers' PIL processor; torch: faster", "pillow"
-    )
     on_error: Literal["raise", "skip"] = option("what to do with a bad row", "raise")
     max_bad: float = option(
         "maximum share of rows skipped, or dropped for their images, 0 to 1; checked from 1,000 rows on "

@@ -134,7 +134,6 @@ class Encoder(Reader):
         *,
         max_pixels: int | None = None,
         min_pixels: int | None = None,
-        resizer: str = "pillow",
         video: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Encoder:
@@ -147,7 +146,7 @@ class Encoder(Reader):
             folder: a folder with `tokenizer.json`, a chat template and `preprocessor_config.json`; or a name on
                 the Hub, `owner/name` or `hf:owner/name@revision`, whose files are downloaded.
             config: the model's config; by default the folder's, if it has one.
-            max_pixels, min_pixels, resizer: override the folder's values in the spec.
+            max_pixels, min_pixels: override the folder's values in the spec.
             video: `VideoSpec` fields that override the folder's; fields that are None do not.
             options: other attributes.
 
@@ -159,7 +158,7 @@ class Encoder(Reader):
         tokenizer, vision = load_processor(folder, config)
         low = vision.min_pixels if min_pixels is None else min_pixels
         high = vision.max_pixels if max_pixels is None else max_pixels
-        vision = replace(vision, resizer=resizer, min_pixels=low, max_pixels=high)
+        vision = replace(vision, min_pixels=low, max_pixels=high)
         chosen = {name: value for name, value in (video or {}).items() if value is not None}
         if chosen:
             if options.get("stage") == "pretrain":

@@ -1,8 +1,8 @@
-"""The only file that decodes images: header size, decoding, resizing, patches, normalization.
+"""The only file that decodes images: header size, decoding, patches (by `resize.py`), normalization.
 
 Pixels stay uint8 until the collator. `normalize_patches(load_patches(image))` equals transformers'
 `Qwen2VLImageProcessorPil` bit for bit: transparency is composited onto white, EXIF rotation is not applied,
-images are resized with Pillow's bicubic filter in RGB, and normalization has the same float64/float32 rounding.
+pixels are those of Pillow's bicubic filter in RGB, and normalization has the same float64/float32 rounding.
 JPEGs are decoded in full resolution: Pillow's `draft` is faster, but gives different pixels.
 
 An image file named in a row is not trusted. Pillow may only open `FORMATS`, whatever the file's suffix: its
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.data.media_paths import MediaFolders, open_media
+from mmpack.data.resize import write_resized
 from mmpack.errors import RowError
 from mmpack.types import ImageRef
-from mmpack.video_spec import BICUBIC
 from mmpack.vision_spec import VisionSpec, check_aspect_ratio
 
 Patches = NDArray[np.uint8]
@@ -106,9 +106,9 @@ def write_frame(
 ) -> None:
     """Resize a picture to `grid_hw` patches and write it as frame number `frame` of the patches `out`, (h * w,
     C * frames * p * p) uint8, contiguous."""
-    p = vision.patch_size
-    size = (grid_hw[1] * p, grid_hw[0] * p)
-    _native.patchify(_resized_rgb(picture, size, vision.resizer), p, vision.merge_size, out, frame)
+    is_grey = picture.mode == "L" and picture.info.get("transparency") is None
+    picture = picture if is_grey else _to_rgb(picture)
+    write_resized(picture, grid_hw, vision.patch_size, vision.merge_size, out, frame)
 
 
 @contextmanager
@@ -308,33 +308,6 @@ def _webp_size(image: ImageRef) -> tuple[int, int] | None:
 
     is_small = MAX_IMAGE_PIXELS is None or width * height <= MAX_IMAGE_PIXELS
     return (height, width) if 0 < width * height and is_small else None
-
-
-def _resized_rgb(image: Image, size: tuple[int, int], resizer: str) -> Patches:
-    """(height, width, 3) uint8. A grey image's single channel is broadcast to three."""
-    is_grey = image.mode == "L" and image.info.get("transparency") is None
-    if not is_grey:
-        image = _to_rgb(image)
-    if image.size == size:
-        pixels = np.asarray(image)
-    elif resizer == "torch":
-        pixels = _resized_by_torch(image, size)
-    else:
-        pixels = np.asarray(image.resize(size, resample=BICUBIC))
-    return np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3)) if is_grey else pixels
-
-
-def _resized_by_torch(image: Image, size: tuple[int, int]) -> Patches:
-    """Resize bytes with the antialiased bicubic filter that torchvision uses, and so do transformers' image
-    processors if torchvision is installed; one pass over all channels."""
-    import torch
-
-    pixels = torch.from_numpy(np.array(image))
-    planes = pixels.unflatten(1, (pixels.shape[1], 1)) if pixels.ndim == 2 else pixels
-    resized = torch.nn.functional.interpolate(
-        planes.permute(2, 0, 1)[None], size[::-1], mode="bicubic", antialias=True
-    )
-    return resized[0].permute(1, 2, 0).reshape(size[1], size[0], *pixels.shape[2:]).numpy()
 
 
 def _to_rgb(image: Image) -> Image:

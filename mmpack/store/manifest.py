@@ -22,7 +22,7 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 10
+FORMAT = 11
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
 _CAPACITY = range(1, 1 << 63)
 

@@ -1,9 +1,8 @@
 """Finds accesses to shared memory that no barrier separates.
 
-Between two barriers of its CTA, a byte may be read by any warps, or written by one and touched by no other but
-with the same value. Checked
-with all warps in step, so nothing depends on an order of warps. Order within a warp is taken for granted. TMA writes
-when it is issued and wgmma reads until it is waited for.
+Between two barriers of its CTA, a byte may be read by any warps, or written by one; another may only write the same
+value. Checked with all warps in step, so nothing depends on an order of warps. Order within a warp is taken for
+granted. TMA writes when it is issued and wgmma reads until it is waited for.
 """
 
 from __future__ import annotations
