@@ -142,11 +142,12 @@ def test_autocast(family, impl):
 @pytest.mark.parametrize(
     ("family", "impl", "assemble_on"),
     [
-        pytest.param("qwen2_vl", "auto", "host", marks=pytest.mark.slow),
-        pytest.param("qwen2_vl", "triton", "host", marks=pytest.mark.smoke),
+        pytest.param("qwen2_vl", "auto", "host", marks=pytest.mark.smoke),
+        pytest.param("qwen2_vl", "triton", "host", marks=pytest.mark.slow),
+        ("qwen2_vl", "triton", "device"),
         pytest.param("qwen2_5_vl", "auto", "host", marks=pytest.mark.slow),
         pytest.param("qwen3_vl", "auto", "host", marks=pytest.mark.slow),
-        ("qwen3_vl", "auto", "device"),
+        pytest.param("qwen3_vl", "auto", "device", marks=pytest.mark.slow),
         pytest.param("qwen3_vl_moe", "auto", "host", marks=pytest.mark.slow),
         pytest.param("qwen3_5", "auto", "host", marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", "auto", "device", marks=pytest.mark.slow),

@@ -135,15 +135,15 @@ HALF = torch.float16
 @pytest.mark.parametrize(
     ("K", "heads", "causal", "dtype"),
     [
-        (64, (2, 2), False, torch.float32),
-        (80, (2, 2), False, HALF),
+        (64, (1, 1), False, torch.float32),
+        (80, (1, 1), False, HALF),
         (80, (2, 1), True, torch.float32),
         (96, (2, 1), True, HALF),
         (128, (2, 1), True, torch.float32),
-        (128, (6, 1), True, HALF),
-        (128, (2, 2), False, HALF),
+        pytest.param(128, (6, 1), True, HALF, marks=pytest.mark.slow),
+        (128, (1, 1), False, HALF),
         (72, (1, 1), False, torch.float32),
-        (8, (4, 2), True, HALF),
+        (8, (2, 1), True, HALF),
         pytest.param(128, (7, 1), True, torch.float32, marks=pytest.mark.slow),
         pytest.param(128, (12, 2), True, torch.bfloat16, marks=pytest.mark.gpu),
         pytest.param(128, (28, 4), True, torch.bfloat16, marks=pytest.mark.gpu),
@@ -246,7 +246,7 @@ def test_segments_do_not_leak(causal, impl, device):
 
 
 def test_two_backward_passes_give_the_same_bits(device):
-    case = Case(RAGGED, (4, 2), 64, True, torch.float16, device)
+    case = Case(RAGGED, (2, 1), 64, True, torch.float16, device)
     for first, second in zip(case.run("triton"), case.run("triton")):
         assert torch.equal(first, second)
 
