@@ -2,8 +2,8 @@
 
 For real images if they are beside the checkout, else synthetic photographs: all of `images.load_patches`. The
 ceiling is Pillow's decoding and resizing, the minimum for anything that resizes with Pillow. For images in memory:
-the resize alone, compared with Pillow's and torch's (antialiased bicubic of bytes, as torchvision calls it; its pixels
-differ); from an image to `pixel_values`, compared with transformers' PIL image processor.
+the resize alone, and all from an image to `pixel_values`. Peers: Pillow's resize and torch's (antialiased bicubic of
+bytes, as torchvision calls it; its pixels differ), and transformers' PIL image processor.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """`mmpack.hf.mmpack_dict` names what real batches hold: every key, and nothing else."""
 
+import dataclasses
 import typing
 from types import SimpleNamespace
 
@@ -52,7 +53,10 @@ def from_the_collator(family):
     pixels = PackCollator(model=model, pixels="uint8", pad_to=64)
     yield pixels([packed([encoded(SMALL_SPEC, 1, (2, 4), 2)], family)])["mmpack"]
     weighted = PackCollator(model=model, loss_reduction="sample")
-    batch = weighted([packed([encoded(SMALL_SPEC, 1, (2, 4), 2)], family)])
+    sources = [
+        dataclasses.replace(encoded(SMALL_SPEC, 1, (2, 4), 2), source=name) for name in ("a", "b")
+    ]
+    batch = weighted([packed(sources, family)])
     loss_denominator([batch])
     yield batch["mmpack"]
     for item in PackStream(TEXT, None, 30):

@@ -3,8 +3,8 @@
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.checkpoints import last_checkpoint
 from mmpack.hf.collator import PackCollator
-from mmpack.hf.loss_denominator import loss_denominator
 from mmpack.hf.model_patch import patch_model, unpatch_model
+from mmpack.hf.weight_count import loss_denominator
 
 __all__ = [
     "PackCollator",

@@ -25,7 +25,6 @@ from mmpack.hf.compat import callbacks_of, has_scaler
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
-from mmpack.hf.loss_denominator import WeightCount
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import find_inner
 from mmpack.hf.rank_choice import agree_on_ops
@@ -40,6 +39,7 @@ from mmpack.hf.trainer_checks import (
     tell_unseen,
     tell_weights,
 )
+from mmpack.hf.weight_count import WeightCount
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.stream import PackStream
@@ -62,7 +62,7 @@ class PackingCallback(TrainerCallback):
     - Lists a checkpoint's files and sizes last, so that incomplete ones are detected
       (`mmpack.hf.checkpoint_files`).
     - Makes `eval_loss` the mean over all supervised tokens (`mmpack.hf.evaluation`).
-    - Divides the loss by the sum of its weights (`mmpack.hf.loss_denominator`); Trainer counts labels.
+    - Divides the loss by the sum of its weights (`mmpack.hf.weight_count`); Trainer counts labels.
     - Adds `pack/` values to the log beside the loss: utilization, tokens/s, imbalance, TFLOP/s, MFU, attention
       to images, the loss of each source. "What the log says" in docs/trainer.md defines them.
 

@@ -20,9 +20,9 @@ from mmpack.data.encoder import Encoder
 from mmpack.errors import counted
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
-from mmpack.hf.loss_denominator import weight_entries
 from mmpack.hf.model_parts import TowerSpec, family_of, inner_model, tower_of
 from mmpack.hf.model_patch import is_patched
+from mmpack.hf.weight_count import weight_entries
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
 from mmpack.packing.compact import compact

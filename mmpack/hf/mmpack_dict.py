@@ -88,7 +88,9 @@ class MmpackDict(EveryBatch, total=False):
         float, ...
     ]  # S sums of the weights; absent: all 1; loss_denominator, evaluation
     sources: tuple[str, ...]  # of the rows, each once; source_losses
-    source_rows: Int32  # (L,) the number in `sources` of each row's; source_losses
+    source_rows: (
+        Int32  # (L,) the number in `sources` of each row's, if there are several; source_losses
+    )
     source_sums: tuple[float, ...]  # the sum of the weights of each source; source_losses
     is_counted: (
         bool  # the loss's denominator is the sum of weights; written by loss_denominator; loss

@@ -38,14 +38,17 @@ class SourceLosses:
         if len(rows) != len(packs):
             return  # another loss than mmpack's, which tells no rows
         for pack, losses in zip(packs, rows):
-            names, index = pack["sources"], pack["source_rows"].to(losses.device)
+            names = pack["sources"]
             if not names:
                 continue
             if "loss_weight_bits" in pack:
                 bits = pack["loss_weight_bits"].to(losses.device)
                 losses = losses * bits.view(torch.float32)
             sums = losses.new_zeros(len(names), dtype=torch.float64)
-            sums.index_add_(0, index, losses.double())
+            if "source_rows" in pack:
+                sums.index_add_(0, pack["source_rows"].to(losses.device), losses.double())
+            else:
+                sums += losses.double().sum()
             self._sums[names] = sums + self._sums[names] if names in self._sums else sums
             for name, weight in zip(names, pack["source_sums"]):
                 self._weights[name] += weight

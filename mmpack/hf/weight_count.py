@@ -46,11 +46,12 @@ def weight_entries(
         sums = np.array([exact[begin:end].sum() for begin, end in pairwise(offsets)])
         entries["loss_weight_bits"] = torch.from_numpy(weights.view(np.int32))
         entries["loss_weight_sums"] = tuple(map(float, sums))
+    if len(sources) > 1:
+        entries["source_rows"] = torch.from_numpy(np.repeat(numbers, lengths[lengths > 0]))
     by_source = np.bincount(numbers, sums[lengths > 0], minlength=len(sources))
     return {
         **entries,
         "sources": sources,
-        "source_rows": torch.from_numpy(np.repeat(numbers, lengths[lengths > 0])),
         "source_sums": tuple(map(float, by_source)),
     }
 
