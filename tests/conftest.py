@@ -118,6 +118,13 @@ def small_set(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_encoder(small_set):
+    from mmpack import Encoder
+
+    return Encoder.from_folder(small_set / "tokenizer")
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where kernels run: a GPU or its emulator, or Triton's interpreter on CPU tensors (bf16 sums are wrong there)."""

@@ -19,9 +19,8 @@ from builders import (
     worst_difference,
 )
 from ranks import on_ranks
-from torch.distributed.fsdp import fully_shard
+from test_distributed import ddp, fsdp
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from mmpack.hf import PackCollator, head, patch_model, unpatch_model
 from mmpack.hf.loss import PackedLoss
@@ -306,26 +305,12 @@ def test_compiled_it_is_one_graph(batch, calls):
 # Two ranks
 
 
-def ddp(model):
-    return DistributedDataParallel(patch_model(model))
-
-
-def fsdp(model, also=(), patch_first=True):
-    if patch_first:
-        patch_model(model)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    text, tower = model.model.language_model, model.model.visual
-    for module in dict.fromkeys((*also, *tower.blocks, *text.layers, model)):
-        fully_shard(module, mesh=mesh)
-    return patch_model(model)
-
-
 def fsdp_head_alone(model):
     return fsdp(model, [model.lm_head])
 
 
 def fsdp_head_alone_first(model):
-    return fsdp(model, [model.lm_head], patch_first=False)
+    return fsdp(model, [model.lm_head], order="patch last")
 
 
 WRAPPED = {

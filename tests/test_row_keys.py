@@ -8,7 +8,7 @@ import logging
 import pytest
 from PIL import Image
 
-from mmpack import Encoder, PackedDataset, PackStream, Reader, render_prompt
+from mmpack import PackedDataset, PackStream, Reader, render_prompt
 from mmpack.cli.main import main
 from mmpack.data.row_keys import (
     LOSS_KEYS,
@@ -50,11 +50,6 @@ def refusal(row, **options):
     with pytest.raises(ValueError, match=r"^row 0 of rows: ") as error:
         list(Reader(**options).read([row]))
     return str(error.value).removeprefix("row 0 of rows: ")
-
-
-@pytest.fixture(scope="module")
-def small_encoder(small_set):
-    return Encoder.from_folder(small_set / "tokenizer")
 
 
 def encoded(encoder, row):

@@ -43,11 +43,6 @@ def row_with(weight=None, turn=None, **keys):
     return row | keys
 
 
-@pytest.fixture(scope="module")
-def small_encoder(small_set):
-    return Encoder.from_folder(small_set / "tokenizer")
-
-
 def encoded(encoder, row):
     (sample,) = encoder.encode(encoder.read([row]))
     return sample

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmpack.families import FAMILIES, Family
-from mmpack.sized_samples import are_sized
+from mmpack.packing.sized_samples import are_sized
 from mmpack.types import EncodedSample, Int64
 
 PARTS = ("vision", "merger", "language")

@@ -33,9 +33,9 @@ from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.plan import plan_epoch, plan_samples
+from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
-from mmpack.sized_samples import are_sized
 from mmpack.store.row_checksum import contents_checksum
 from mmpack.types import IGNORE, EncodedSample, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec

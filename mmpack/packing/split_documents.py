@@ -21,8 +21,8 @@ import numpy as np
 
 from mmpack.data.chunks import item_at
 from mmpack.errors import RowError
+from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.truncate import token_sizes
-from mmpack.sized_samples import are_sized
 from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
 from mmpack.store.records import damaged
 from mmpack.types import IGNORE, EncodedSample, Int64
