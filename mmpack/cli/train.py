@@ -130,7 +130,7 @@ class _Reading:
         if is_training:
             store: Any = getattr(dataset.samples, "samples", dataset.samples)
             is_lora = self._options.lora_rank is not None
-            _tell_other_costs(store.about.planning, self._frozen, is_lora)
+            tell_other_costs(store.about.planning, self._frozen, is_lora)
             self.files, why = recorded_files(store.about, dataset.vision)
             if why:
                 print(f"mmpack: {why}", file=sys.stderr)
@@ -209,7 +209,7 @@ def _how_to_continue(words: Sequence[str], args: Any) -> str:
     return f"to continue from {last}:\n  {command}"
 
 
-def _tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
+def tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
     """Warn if a store's packs were balanced for other frozen parts than this run's."""
     if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
