@@ -244,10 +244,12 @@ def test_trl(setting, recorder, quick):
 
 
 @pytest.mark.peer("ms-swift", "swift")
-def test_swift(setting, recorder, quick):
-    """ms-swift pads rows; its packing needs flash attention, which a CPU does not have."""
+def test_swift(setting, recorder, quick, monkeypatch):
+    """ms-swift pads rows; its packing needs flash attention, which a CPU does not have. Its template has the ids of the
+    published tokenizer, which are others in the demo's."""
     from swift.callbacks import callbacks_map
     from swift.pipelines import sft_main
+    from swift.template.templates.qwen import Qwen2VLTemplate
 
     from mmpack.integrations.swift import packs
 
@@ -272,6 +274,8 @@ def test_swift(setting, recorder, quick):
     def padded(setting: Setting, watch: Watch) -> None:
         sft(watch, path, per_device_train_batch_size=setting.rows_per_pack)
 
+    for name in ("image_token_id", "video_token_id"):
+        monkeypatch.setattr(Qwen2VLTemplate, name, getattr(setting.packed.vision, name))
     path = setting.folder / "swift.json"
     roles = {"human": "user", "gpt": "assistant"}
     rows = [
