@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
+from mmpack.hf.compat import forward_hooks, own_loss, remove_hook, remove_own_loss
 from mmpack.hf.head import bind_head, give_targets, has_no_logits, unbind_heads
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import PATCH
@@ -126,7 +126,8 @@ def _heads(base: nn.Module, model: nn.Module) -> list[Any]:
 def _before(
     head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: hands the head the targets of a packed batch in training, and its loss `impl`.
+    """Forward pre-hook: hands the head the targets of a packed batch in training, and its loss `impl`. Refuses
+    weights that TRL's forward would ignore.
 
     Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of every
     token: with logits of supervised rows they would fail or be wrong."""
@@ -134,6 +135,12 @@ def _before(
     give_targets(linear, None)
     if pack is None:
         return None
+    if kwargs.get("fused_lm_head") and "loss_weight_bits" in pack:
+        if not any(getattr(hook, "applies_weights", False) for hook in forward_hooks(head)):
+            raise ValueError(
+                "the batch has weights of the loss, which TRL's SFTTrainer does not apply; use "
+                "mmpack.integrations.trl.PackedSFTTrainer, or train without weights and with loss_reduction='token'"
+            )
     patch = getattr(head.model, PATCH)
     pack = {**pack, "impl": patch.impl, "tuned": patch.choice}
     if "shift_labels" in kwargs and head.training:
