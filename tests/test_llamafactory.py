@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import stock_processor, tiny_config, tiny_model
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import Encoder, PackedDataset, VideoSpec, VisionSpec
 from mmpack.hf import PackCollator, PackingCallback, patch_model
@@ -352,7 +352,7 @@ def framework(world, monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("was not replaced")
 
-    def run_exp(args):
+    def run_exp(args, callbacks):
         named = {name: args.get(name) for name in ("dataset", "eval_dataset")}
         lists = {name: value.split(",") for name, value in named.items() if value}
         given = {name: args[name] for name in ("val_size", "max_samples") if name in args}
@@ -370,6 +370,7 @@ def framework(world, monkeypatch):
         model = workflow.load_model(tokenizer, model_arguments, None, True)
         trainer = workflow.CustomSeq2SeqTrainer(
             model=model, args=training_args, processor=processor, tokenizer=tokenizer,
+            callbacks=callbacks,
             data_collator=workflow.SFTDataCollatorWith4DAttentionMask(model=model), **sets,
         )  # fmt: skip
         trainer.train()
@@ -411,7 +412,9 @@ def framework(world, monkeypatch):
 
 def test_a_run_equals_a_stock_trainer(world, framework, tmp_path, capsys):
     """Losses, gradient norms and eval_loss, with rows held out and packs of different numbers of answers."""
-    llamafactory.run(yaml_of(world, tmp_path, val_size=3, max_samples=12))
+    seen = TrainerCallback()
+    llamafactory.run(yaml_of(world, tmp_path, val_size=3, max_samples=12), [seen])
+    assert seen in framework["trainer"].callback_handler.callbacks
     log = framework["trainer"].state.log_history
     expected = stock_log(world, tmp_path, loaded(world))
     for name in ("loss", "grad_norm", "eval_loss"):

@@ -92,11 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def run(args: Mapping[str, Any]) -> None:
+def run(args: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     """Train as the options of a LLaMA-Factory YAML say, on packs.
 
     Args:
         args: the options, with `packed` and `eval_packed` for folders that `mmpack pack` wrote.
+        callbacks: for the Trainer, beside LLaMA-Factory's.
 
     Raises:
         ValueError: an option does not apply to packs, or what `mmpack pack` and `mmpack train` refuse.
@@ -121,7 +122,7 @@ def run(args: Mapping[str, Any]) -> None:
         for module, names in REPLACED[str(args.get("stage", defaults.stage))].items():
             makers = {name: getattr(this, method) for name, method in names.items()}
             stack.enter_context(replaced(f"{_LIBRARY}.{module}", makers))
-        used["run_exp"](args)
+        used["run_exp"](args, [*callbacks])
 
 
 class _Run:
