@@ -144,6 +144,7 @@ def stock(setting: Setting, watch: Watch) -> None:
     """The packs in transformers' Trainer."""
     model = patch_model(setting.model())
     args = TrainingArguments(str(setting.folder / "stock"), **OPTIONS)
+    args.max_epochs = None  # ms-swift, once imported, asks every Trainer for it
     collate = PackCollator(model=model)
     trainer = Trainer(
         model, args, train_dataset=setting.packed, data_collator=collate, callbacks=[watch]
@@ -235,13 +236,13 @@ def test_trl(setting, recorder, quick):
     from datasets import Dataset, Image, Sequence
     from trl import SFTConfig, SFTTrainer
 
-    from mmpack.integrations.trl import PackedSFTTrainer
+    integration = pytest.importorskip("mmpack.integrations.trl", exc_type=ImportError)
 
     def args() -> Any:
         return SFTConfig(str(setting.folder / "trl"), max_length=None, **OPTIONS)
 
     def ours(setting: Setting, watch: Watch) -> None:
-        PackedSFTTrainer(
+        integration.PackedSFTTrainer(
             setting.model(),
             args(),
             train_dataset=setting.packed,
@@ -280,3 +281,49 @@ def test_trl(setting, recorder, quick):
     conversations = Dataset.from_list(rows).cast_column("images", Sequence(Image()))
     runs = {"mmpack": ours, "padded": padded}
     compare(setting, recorder, "TRL", "trl", runs, 1 if quick else 3)
+
+
+@pytest.mark.peer("ms-swift", "swift")
+def test_swift(setting, recorder, quick):
+    """ms-swift pads rows; its packing needs flash attention, which a CPU does not have."""
+    from swift.callbacks import callbacks_map
+    from swift.pipelines import sft_main
+
+    from mmpack.integrations.swift import packs
+
+    fixed = {"model": setting.folder / "model", "model_type": "qwen2_vl", "template": "qwen2_vl"}
+    fixed |= {"torch_dtype": "float32", "fp16": False, "check_model": False, "add_version": False}
+    fixed |= {"tuner_type": "full", "freeze_vit": False, "freeze_aligner": False}
+    fixed |= {"output_dir": setting.folder / "swift", "callbacks": "watch", **OPTIONS}
+
+    def sft(watch: Watch, dataset: Path, **options: Any) -> None:
+        callbacks_map["watch"] = lambda args, trainer: watch
+        words = [
+            word
+            for name, value in {**fixed, "dataset": dataset, **options}.items()
+            for word in (f"--{name}", str(value))
+        ]
+        sft_main(words)
+
+    def ours(setting: Setting, watch: Watch) -> None:
+        with packs():
+            sft(watch, setting.folder / "packed")
+
+    def padded(setting: Setting, watch: Watch) -> None:
+        sft(watch, path, per_device_train_batch_size=setting.rows_per_pack)
+
+    path = setting.folder / "swift.json"
+    roles = {"human": "user", "gpt": "assistant"}
+    rows = [
+        {
+            "messages": [
+                {"role": roles[turn["from"]], "content": turn["value"]}
+                for turn in row["conversations"]
+            ],
+            "images": [str(setting.folder / name) for name in row["images"]],
+        }
+        for row in setting.rows()
+    ]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    runs = {"mmpack": ours, "padded": padded}
+    compare(setting, recorder, "ms-swift", "ms-swift", runs, 1 if quick else 3)
