@@ -120,7 +120,7 @@ class Setting:
 
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory: Any, quick: bool) -> Setting:
-    folder, num_rows = tmp_path_factory.mktemp("frameworks"), 24 if quick else 240
+    folder, num_rows = tmp_path_factory.mktemp("frameworks"), 24 if quick else 96
     write_data(folder, num_rows)
     config = AutoConfig.from_pretrained(folder / "config.json")
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def compare(
         }
         for metric, unit, values in (("useful tokens", "1/s", rates), ("padding", "1", [padding])):
             recorder.add(
-                "frameworks", impl, "epoch", metric=metric, unit=unit, values=values, **common
+                f"inside {name}", impl, "epoch", metric=metric, unit=unit, values=values, **common
             )
         print(
             f"{version}: {way}: {np.median(rates):,.0f} useful tokens/s, {100 * padding:.1f} % padding"
