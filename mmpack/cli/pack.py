@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
-from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.cli.tables import balance_lines, balance_report
 from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
 from mmpack.data.row_keys import UnreadByFile, unread_line
-from mmpack.errors import BadRow, Skip
+from mmpack.errors import BadRow, Skip, json_line
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.plan import padded_utilization, plan_samples

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -214,29 +212,3 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
             f"{report['busiest_floor']:.3f}x)"
         )
     return lines
-
-
-def json_line(value: dict[str, Any]) -> str:
-    """A row as one line of JSON: bytes and images abridged, lone surrogates escaped, NaN and infinity as
-    strings."""
-    try:
-        try:
-            return json.dumps(value, default=_abridged, allow_nan=False) + "\n"
-        except ValueError:  # NaN or infinity
-            return json.dumps(_finite(value), default=_abridged) + "\n"
-    except RecursionError:
-        return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
-
-
-def _abridged(value: Any) -> str:
-    if isinstance(value, (bytes, bytearray)):
-        value = bytes(value[:100])  # so that repr is short
-    return f"{value!r:.100}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
