@@ -62,6 +62,8 @@ def packed(tmp_path_factory):
     samples = samples_of(folder)
     write_store(folder / "packed", iter(samples), SPEC)
     save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed")
+    texts = [encoded(SPEC, 3, n + 3, [2] * (3 + 7 * n % 11)) for n in range(10)]
+    PackedDataset.from_samples(texts, 40).save(folder / "more")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder
 
@@ -81,13 +83,18 @@ def recorded(patch, path):
     return patched
 
 
-def train_packs(folder, data, seen):
+def train_packs(folder, data, seen, mix=()):
     mmpack.hf.training.patch_model = recorded(mmpack.hf.training.patch_model, seen)
     options = {**QUIET, **OPTIONS, "save_strategy": "steps", "resume_from_checkpoint": "last"}
     del options["per_device_eval_batch_size"]  # there is no evaluation
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     config = ["--config", str(data), "--output_dir", str(folder)]
-    os._exit(cli.main(["train", "--data", str(data / "packed"), *config, *words]))
+    os._exit(cli.main(["train", "--data", str(data / "packed"), *mix, *config, *words]))
+
+
+def train_mixture(folder, data, seen):
+    """The smaller source is repeated; an epoch is 11 packs or so."""
+    train_packs(folder, data, seen, [str(data / "more"), "--mix", "0.7", "0.3"])
 
 
 def train_stream(folder, data, seen, bad_rows=False):
@@ -122,6 +129,7 @@ def train_stream_of_bad_rows(folder, data, seen):
 
 SCRIPTS = {
     "packs": train_packs,
+    "mixture": train_mixture,
     "stream": train_stream,
     "stream of bad rows": train_stream_of_bad_rows,
 }
@@ -181,7 +189,7 @@ def wait_for(steps, path, process):
 def cases():
     """A script and a seed; few in a normal run."""
     for script in SCRIPTS:
-        usual = 1 if script == "stream of bad rows" else 3
+        usual = 3 if script in ("packs", "stream") else 1
         for seed in range(20):
             marks = () if seed < usual else pytest.mark.slow
             yield pytest.param(script, seed, marks=marks)

@@ -212,6 +212,19 @@ class TrainOptions(PackingOptions, Options):
     data: tuple[str, ...] = option(
         "folder written by mmpack pack, or rows to pack now", nargs="+", metavar="DATA"
     )
+    mix: tuple[float, ...] = option(
+        "mix the --data in these shares, one number for each; an epoch then repeats the smaller ones",
+        (),
+        nargs="+",
+        metavar="WEIGHT",
+    )
+    mix_by: Literal["tokens", "samples"] = option(
+        "what the weights of --mix are shares of (default: tokens)", "tokens"
+    )
+    epoch_tokens: int | None = option(
+        "tokens of an epoch of --mix (default: until the source with the most tokens per weight is through)",
+        None,
+    )
     eval_data: tuple[str, ...] = option(
         "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch)",
         (),

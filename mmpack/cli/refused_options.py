@@ -21,6 +21,7 @@ from mmpack.cli.options import (
     TrainOptions,
     flag,
 )
+from mmpack.errors import counted
 
 _VIDEO = ("video_fps", "video_max_frames", "video_max_pixels")
 # What an option that is also one of mmpack pack does when training on packs.
@@ -50,8 +51,9 @@ def is_packed(data: Iterable[str], option: str = "--data") -> bool:
     folders = list(data)
     packed = [folder for folder in folders if (Path(folder) / "mmpack.json").exists()]
     if packed and len(folders) > 1:
+        mix = "; mix them with --mix WEIGHT ..., or" if option == "--data" else ";"
         raise ValueError(
-            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one; pack the "
+            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack the "
             "data files of all of them together with mmpack pack"
         )
     return bool(packed)
@@ -88,6 +90,14 @@ def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
 
 def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str, str]]:
     sets = [("--data", options.data)]
+    if options.mix:
+        sets = [("--data", (data,)) for data in options.data]
+        if len(options.mix) != len(options.data):
+            raise ValueError(
+                f"--mix has {counted(len(options.mix), 'weight')} for {len(options.data)} --data; pass one for each"
+            )
+    else:
+        yield ["mix_by", "epoch_tokens"], "there is one source of data", "pass --mix too"
     if options.eval_data:
         sets.append(("--eval-data", options.eval_data))
     packed = [data[0] for flag, data in sets if is_packed(data, flag)]

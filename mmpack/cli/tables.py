@@ -212,3 +212,13 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
             f"{report['busiest_floor']:.3f}x)"
         )
     return lines
+
+
+def mixture_lines(report: Sequence[dict[str, Any]]) -> list[str]:
+    """What `mmpack train` says about the sources of a mixture, from `MixedDataset.report`."""
+    return [
+        f"{one_line(part['name'])}: {part['share']:.1%} of the tokens of an epoch (asked: {part['asked']:.1%} of "
+        f"{part['by']}), per pack {part['p10']:.0%} to {part['p90']:.0%} (p10 to p90); {part['tokens']:,} tokens in "
+        f"{part['drawn']:,} samples, {part['passes']:.2f} passes over {part['samples']:,}"
+        for part in report
+    ]

@@ -8,15 +8,13 @@ memory, which is the only way to reach persistent workers.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from mmpack.data.readers import media_folders
 from mmpack.errors import counted, counting
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
+from mmpack.packing.fingerprint import fingerprint_of
 from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
@@ -36,9 +35,11 @@ from mmpack.packing.plan import plan_epoch, plan_samples
 from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
-from mmpack.store.row_checksum import contents_checksum
 from mmpack.types import IGNORE, EncodedSample, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec
+
+if TYPE_CHECKING:
+    from mmpack.packing.mixed_dataset import MixedDataset
 
 _log = logging.getLogger(__name__)
 
@@ -226,6 +227,39 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         dataset.media_folders = store.about.media_folders
         return dataset
 
+    @classmethod
+    def mixed(
+        cls,
+        sources: Mapping[str, tuple[PackedDataset | str | os.PathLike[str], float]],
+        cost: Any = None,
+        *,
+        by: Literal["tokens", "samples"] = "tokens",
+        epoch_tokens: int | None = None,
+        seed: int = 0,
+    ) -> MixedDataset:
+        """Mix data sets in given shares, without encoding anything again.
+
+        By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to occur
+        once; the others repeat, in whole passes of another order each and a part of one, which the next epoch
+        continues. So samples of a source occur equally often, up to one. Packs are ordered so that the sources' shares
+        are about the same in all parts of an epoch.
+
+        Args:
+            sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a `PackedDataset`;
+                all have the same capacities, `VisionSpec` and tokenizer. Names appear in the log (`pack/loss/NAME`),
+                and in errors before the file (`NAME::train.json`).
+            cost: as in `from_samples`: the model's config, or (N,) numbers for the samples of all sources.
+            by: whether weights are shares of "tokens" or of "samples".
+            epoch_tokens: tokens of an epoch.
+            seed: decides which samples come when, and the packs.
+
+        Raises:
+            ValueError: a weight is not a positive number, or sources were not packed alike; names the difference.
+        """
+        from mmpack.packing.mixed_dataset import MixedDataset  # here: it needs this module
+
+        return MixedDataset(sources, cost, by=by, epoch_tokens=epoch_tokens, seed=seed)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the samples and their plan, which `from_store` opens as an equal data set.
 
@@ -275,6 +309,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         """
         self._epoch[0] = epoch
 
+    def epoch_plan(self, epoch: int) -> PackPlan:
+        """The plan of an epoch, from 0; a pure function of `plan` and the epoch."""
+        return plan_epoch(self.plan, epoch)
+
     def append_empty_packs(self, multiple: int) -> None:
         """Append empty packs until the number of items is a multiple of `multiple`, the number of ranks times
         packs per batch.
@@ -294,21 +332,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's checksum is
         stored, so a million samples take milliseconds; for a list all samples are read.
         """
-        plan = self.plan
-        vision = json.loads(json.dumps(asdict(self.vision))) if len(self.samples) else {}
-        return {
-            "capacity": plan.capacity,
-            "patch capacity": plan.patch_capacity,
-            "seed of the plan": plan.seed,
-            "samples": len(self.samples),
-            "packs": plan.num_packs,
-            "checksum of their sizes": _checksum(plan.num_tokens, plan.num_patches),
-            "checksum of their costs": _checksum(plan.cost),
-            "source weights": self.source_weights,
-            **_contents(self.samples),
-            **{f"the spec's {name}": value for name, value in vision.items()},
-            "checksum of the plan": _checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
-        }
+        return fingerprint_of(self.samples, self.plan, self.source_weights)
 
     def id_range(self) -> tuple[int, int] | None:
         """(smallest, largest) token id of all samples, including supervised labels; recorded in a store, computed
@@ -341,9 +365,16 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             return self.empty_pack()
         epoch = int(self._epoch[0])
         if self._planned[0] != epoch:
-            self._planned = (epoch, plan_epoch(self.plan, epoch))
-        numbers = self._planned[1].samples_of(index).tolist()
+            self._planned = (epoch, self._current_plan(epoch))
+        plan = self._planned[1]
+        if index >= plan.num_packs:
+            return self.empty_pack()
+        numbers = plan.samples_of(index).tolist()
         return self._item([self._sample(number) for number in numbers])
+
+    def _current_plan(self, epoch: int) -> PackPlan:
+        """The plan of the epoch that was set."""
+        return self.epoch_plan(epoch)
 
     @cached_property
     def _smallest(self) -> int:
@@ -363,19 +394,3 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         if number in self._truncated:
             return truncate_sample(sample, self.plan.capacity, self._patch_capacity)
         return sample
-
-
-def _contents(samples: Any) -> dict[str, Any]:
-    """Checksums of the samples' contents."""
-    if isinstance(samples, SplitSamples):
-        cuts = _checksum(samples.sample_of, samples.bounds)
-        return {**_contents(samples.samples), "checksum of their cuts": cuts}
-    known = getattr(samples, "contents", None)  # of a store
-    return {"checksum of the samples": contents_checksum(samples) if known is None else known}
-
-
-def _checksum(*arrays: Any) -> int:
-    total = 0
-    for array in arrays:
-        total = zlib.crc32(b"" if array is None else np.ascontiguousarray(array).tobytes(), total)
-    return total
