@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 from mmpack.cli.options import (
     CheckOptions,
@@ -43,20 +44,36 @@ def check_applies(options: Options) -> None:
 
 
 def is_packed(data: Iterable[str], option: str = "--data") -> bool:
-    """Whether `--data` (or `option`) is a folder that `mmpack pack` wrote.
+    """Whether `--data` (or `option`) is a folder that `mmpack pack` wrote, or for evaluation several.
 
     Raises:
-        ValueError: it is one among others.
+        ValueError: it is one among others, or has rows that are held out of training.
     """
     folders = list(data)
-    packed = [folder for folder in folders if (Path(folder) / "mmpack.json").exists()]
-    if packed and len(folders) > 1:
+    packed = [folder for folder in folders if packed_split(folder) is not None]
+    for folder in packed if option == "--data" else ():
+        if packed_split(folder) != (folder, "train"):
+            raise ValueError(
+                f"{option} {folder} are the rows held out for evaluation; pass the folder, and {folder} to --eval-data"
+            )
+    is_joined = option != "--data" and len(packed) == len(folders)
+    if packed and len(folders) > 1 and not is_joined:
         mix = "; mix them with --mix WEIGHT ..., or" if option == "--data" else ";"
         raise ValueError(
             f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack the "
             "data files of all of them together with mmpack pack"
         )
     return bool(packed)
+
+
+def packed_split(word: str) -> tuple[str, Literal["train", "val"]] | None:
+    """(folder, split) of a folder that `mmpack pack` wrote, given as FOLDER or FOLDER:val; None: it is none."""
+    if (Path(word) / "mmpack.json").exists():
+        return word, "train"
+    folder, mark, split = word.rpartition(":")
+    if mark and split == "val" and (Path(folder) / "mmpack.json").exists():
+        return folder, "val"
+    return None
 
 
 def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import TrainOptions
-from mmpack.cli.refused_options import is_packed
+from mmpack.cli.refused_options import is_packed, packed_split
 from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
@@ -113,10 +113,15 @@ class _Reading:
         self, data: Sequence[str], flag: str, capacity: int | None = None
     ) -> Any:  # a PackedDataset, whose module imports torch
         """The data set of an option. `capacity`: tokens per pack of rows, by default `--capacity`."""
+        from mmpack.packing.mixed_dataset import joined
+
         options = self._options
         is_training = flag == "--data"
         if is_packed(data, flag):
-            dataset = self._packed(data[0], is_training)
+            found = [self._packed(word, is_training) for word in data]
+            dataset = found[0]
+            if len(found) > 1:  # of an evaluation
+                dataset = joined(dict(zip(_source_names(data), found)))
         else:
             dataset = self._rows(data, flag, options.capacity or capacity)
         dataset.on_bad_image = options.on_bad_image
@@ -142,11 +147,12 @@ class _Reading:
         dataset.on_bad_image, dataset.max_bad = sources[0].on_bad_image, sources[0].max_bad
         return dataset
 
-    def _packed(self, folder: str, is_training: bool) -> Any:
+    def _packed(self, word: str, is_training: bool) -> Any:
         from mmpack.hf.processor_files import recorded_files
         from mmpack.packing.dataset import PackedDataset
 
-        dataset = PackedDataset.from_store(folder, self._options.on_changed_data)
+        folder, split = packed_split(word) or (word, "train")
+        dataset = PackedDataset.from_store(folder, self._options.on_changed_data, split)
         if self._options.media_dir:
             dataset.media_folders = self._options.media_dir
         if is_training:
@@ -201,7 +207,8 @@ def _source_names(paths: Sequence[str]) -> list[str]:
     """A name for each path: its last part, with a number if it is another's, too."""
     names: list[str] = []
     for path in paths:
-        name = Path(path).resolve().name.replace("::", "_")
+        folder, _ = packed_split(path) or (path, "")
+        name = Path(folder).resolve().name.replace("::", "_")
         same = sum(one == name or one.startswith(f"{name}-") for one in names)
         names.append(f"{name}-{same + 1}" if name in names else name)
     return names

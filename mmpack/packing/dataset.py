@@ -8,7 +8,6 @@ memory, which is the only way to reach persistent workers.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -40,8 +39,6 @@ from mmpack.vision_spec import VisionSpec
 
 if TYPE_CHECKING:
     from mmpack.packing.mixed_dataset import MixedDataset
-
-_log = logging.getLogger(__name__)
 
 
 class PackedDataset(PackSource, Dataset[PackSamples]):
@@ -172,59 +169,24 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         cls,
         folder: str | os.PathLike[str],
         on_changed_data: Literal["raise", "warn"] = "raise",
+        split: Literal["train", "val"] = "train",
     ) -> PackedDataset:
         """Open a folder written by `mmpack pack --out FOLDER`.
 
         Args:
             folder: the packed folder.
+            split: "val": the rows that `mmpack pack --val-size` held out; "train": all others.
             on_changed_data: if a data file has changed since packing: "raise" an error, or "warn" in the log and
                 use the samples as packed. Data files may be deleted.
 
         Raises:
             ValueError: the folder has no store, a damaged one or only a part, or a data file has changed.
         """
-        from mmpack.store.encoded_store import (  # here: only stores need Arrow
-            EncodedStore,
-            changed_files,
-            open_store,
-        )
-        from mmpack.store.plan_file import load_plan
+        from mmpack.packing.stored_plan import open_samples  # here: only stores need Arrow
 
-        if on_changed_data not in ("raise", "warn"):
-            raise ValueError(f"on_changed_data must be 'raise' or 'warn', got {on_changed_data!r}")
-        store = open_store(folder)
-        if changed := changed_files(store):
-            text = f"{' and '.join(changed[:4])} changed since {folder} was packed"
-            if on_changed_data == "raise":
-                raise ValueError(
-                    f"{text} ({len(changed)} of {counted(len(store.about.files), 'data file')}); pack again with "
-                    "--overwrite, or use the rows as packed with --on-changed-data warn "
-                    "(on_changed_data='warn')"
-                )
-            _log.warning("%s; using the rows as packed", text)
-        samples: EncodedStore | SplitSamples = store
-        if store.about.part is not None:
-            raise ValueError(
-                f"{folder} is part {store.about.part} of a store; join all parts with mmpack merge"
-            )
-        if not (Path(folder) / "plan.json").exists():
-            raise ValueError(f"{folder} has no plan; pack again with --overwrite")
-        if (Path(folder) / "pieces.json").exists():
-            samples = SplitSamples.load(store, folder)
-        plan = load_plan(folder)
-        sizes = [(plan.num_tokens, samples.num_tokens)]
-        if plan.num_patches is not None:
-            sizes.append((plan.num_patches, samples.num_patches))
-        for planned, known in sizes:
-            if planned.shape == known.shape and plan.num_truncated:
-                known = known.copy()
-                known[plan.truncated] = planned[plan.truncated]
-            if not np.array_equal(planned, known):
-                raise ValueError(
-                    f"{folder} has a plan for other samples; pack again with --overwrite"
-                )
+        samples, plan, folders = open_samples(folder, on_changed_data, split)
         dataset = cls(samples, plan)
-        dataset.media_folders = store.about.media_folders
+        dataset.media_folders = folders
         return dataset
 
     @classmethod

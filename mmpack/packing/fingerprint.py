@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmpack.packing.mixture import MixedSamples
+from mmpack.packing.mixed_samples import MixedSamples
 from mmpack.packing.split_documents import SplitSamples
 from mmpack.store.row_checksum import contents_checksum
 from mmpack.types import PackPlan

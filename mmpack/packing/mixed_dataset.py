@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.loss_weights import MIX_MARK
-from mmpack.packing.mixture import By, MixedSamples, check_alike, mixture_of
+from mmpack.packing.mixed_samples import MixedSamples
+from mmpack.packing.mixture import By, check_alike, mixture_of, union_of
 from mmpack.packing.split_documents import SplitSamples
 from mmpack.packing.truncate import truncate_sample
 from mmpack.types import PackPlan
@@ -45,7 +46,7 @@ class MixedDataset(PackedDataset):
         seed: int = 0,
     ) -> None:
         opened = {name: (_opened(source), weight) for name, (source, weight) in sources.items()}
-        _check(opened)
+        _check({name: one for name, (one, _) in opened.items()})
         samples = MixedSamples({name: one.samples for name, (one, _) in opened.items()})
         plans = {name: (one.plan, weight) for name, (one, weight) in opened.items()}
         if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
@@ -54,11 +55,7 @@ class MixedDataset(PackedDataset):
         self.mixture = mixture_of(plans, costs, by, epoch_tokens, seed)
         super().__init__(samples, self.mixture.plan(0))
         self._of_sources = {name: one.fingerprint() for name, (one, _) in opened.items()}
-        self._ids = [one.id_range() for one, _ in opened.values()]
-        folders = [one.media_folders for one, _ in opened.values()]
-        if None not in folders:
-            named = [folder for one in folders for folder in one or ()]
-            self.media_folders = list(dict.fromkeys(named))
+        self.media_folders = _folders([one for one, _ in opened.values()])
         most = sum(
             (int(source.passes) + 2) * len(source.numbers) for source in self.mixture.sources
         )
@@ -118,13 +115,6 @@ class MixedDataset(PackedDataset):
             **parts,
         }
 
-    def id_range(self) -> tuple[int, int] | None:
-        """(smallest, largest) token id of all sources; None if one is not known."""
-        known = [one for one in self._ids if one is not None]
-        if len(known) < len(self._ids):
-            return None
-        return min(low for low, _ in known), max(high for _, high in known)
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Refuse: a mixture is not stored, because it is planned in a moment from the stores of its sources."""
         raise ValueError(
@@ -136,21 +126,42 @@ def _opened(source: PackedDataset | str | os.PathLike[str]) -> PackedDataset:
     return source if isinstance(source, PackedDataset) else PackedDataset.from_store(source)
 
 
-def _check(sources: Mapping[str, tuple[PackedDataset, float]]) -> None:
+def joined(sources: Mapping[str, PackedDataset]) -> PackedDataset:
+    """The packs of several data sets, one set after the other, for evaluation.
+
+    Raises:
+        ValueError: they were not packed alike; names the difference.
+    """
+    _check(sources)
+    samples = MixedSamples({name: one.samples for name, one in sources.items()})
+    dataset = PackedDataset(samples, union_of([one.plan for one in sources.values()]))
+    dataset.media_folders = _folders(list(sources.values()))
+    return dataset
+
+
+def _folders(datasets: Sequence[PackedDataset]) -> list[str] | None:
+    """The media folders of all data sets; None if those of one are not confined."""
+    found = [one.media_folders for one in datasets]
+    if None in found:
+        return None
+    return list(dict.fromkeys(folder for one in found for folder in one or ()))
+
+
+def _check(sources: Mapping[str, PackedDataset]) -> None:
     """
     Raises:
         ValueError: there are no sources, a name is not usable, or sources were not packed alike.
     """
     if not sources:
         raise ValueError("a mixture needs at least one source")
-    for name, (one, _) in sources.items():
+    for name, one in sources.items():
         if not isinstance(name, str) or not name or MIX_MARK in name:
             raise ValueError(f"a source's name must be a text without {MIX_MARK}, got {name!r}")
         if isinstance(one, MixedDataset):
             raise ValueError(f"the source {name!r} is a mixture itself; mix its sources instead")
         if not len(one.samples):
             raise ValueError(f"the source {name!r} of a mixture has no samples")
-    first, *others = [(name, _settings(one)) for name, (one, _) in sources.items()]
+    first, *others = [(name, _settings(one)) for name, one in sources.items()]
     for other in others:
         check_alike(first, other)
 

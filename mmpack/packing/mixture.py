@@ -17,14 +17,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.data.chunks import item_at
 from mmpack.errors import counted
-from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_stats import share_spread
 from mmpack.packing.plan import assigned, quantised
-from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.stream_select import hashed
-from mmpack.types import EncodedSample, Int32, Int64, PackPlan
+from mmpack.types import Int64, PackPlan
 
 By = Literal["tokens", "samples"]
 _CANDIDATES = 256  # packs that the next one is chosen from
@@ -76,60 +73,6 @@ class MixSource:
         return np.concatenate(parts)
 
 
-class MixedSamples(Sequence[EncodedSample]):
-    """The samples of several sources, one source after the other. A sample's `source` begins with the name in the
-    mixture: `NAME::train.json`.
-
-    Attributes:
-        parts: name -> samples.
-        offsets: (parts + 1,) the first sample of each part.
-        num_tokens, num_patches, num_supervised: (N,) int64.
-    """
-
-    def __init__(self, parts: Mapping[str, Sequence[EncodedSample]]) -> None:
-        self.parts = dict(parts)
-        self.offsets = np.cumsum([0, *map(len, self.parts.values())])
-        sizes = [_sizes_of(samples) for samples in self.parts.values()]
-        self.num_tokens, self.num_patches, self.num_supervised = np.concatenate(sizes, axis=1)
-
-    @property
-    def sources(self) -> NDArray[Any]:
-        """(N,) the part and data file of each sample."""
-        found = []
-        for name, samples in self.parts.items():
-            files = samples.sources if are_sized(samples) else [one.source for one in samples]
-            found += [f"{name}{MIX_MARK}{file}" for file in files]
-        return np.array(found)
-
-    def grids(self) -> tuple[Int32, Int64]:
-        """(grid_thw of all markers (I, 3), offsets of the samples in it (N + 1,))."""
-        grids, lengths = [np.empty((0, 3), dtype=np.int32)], []
-        for samples in self.parts.values():
-            if are_sized(samples):
-                values, offsets = samples.grids()
-                grids.append(values)
-                lengths.append(np.diff(offsets))
-            else:
-                grids += [sample.grid_thw for sample in samples]
-                lengths.append(np.array([len(sample.grid_thw) for sample in samples]))
-        return np.concatenate(grids), np.cumsum([0, *np.concatenate(lengths)])
-
-    def __repr__(self) -> str:
-        return f"MixedSamples({len(self):,} samples of {', '.join(self.parts)})"
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-    def __getitem__(self, number: Any) -> Any:
-        return item_at(number, len(self), self._sample, "sample")
-
-    def _sample(self, number: int) -> EncodedSample:
-        part = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        name, samples = list(self.parts.items())[part]
-        sample = samples[number - int(self.offsets[part])]
-        return replace(sample, source=f"{name}{MIX_MARK}{sample.source}")
-
-
 @dataclass(frozen=True)
 class Mixture:
     """What the epochs of a mixture are made of.
@@ -137,7 +80,7 @@ class Mixture:
     Attributes:
         sources: see `MixSource`.
         by: what the shares are of.
-        union: all samples of the sources; `sample_index` is not meaningful.
+        union: all samples of the sources, in the packs of their own plans.
         seed: decides orders of passes, and packs.
     """
 
@@ -327,22 +270,8 @@ def mixture_of(
             budgets,
         )
     )
-    every = [plan for plan, _ in plans.values()]
-    starts = np.cumsum([0, *(len(plan.num_tokens) for plan in every)])
-    patches = [plan.num_patches for plan in every]
-    union = PackPlan(
-        sample_index=np.empty(0, dtype=np.int64),
-        bin_offsets=np.zeros(1, dtype=np.int64),
-        pack_tokens=np.empty(0, dtype=np.int64),
-        capacity=first.capacity,
-        patch_capacity=first.patch_capacity,
-        dropped=np.concatenate([plan.dropped + start for plan, start in zip(every, starts)]),
-        truncated=np.concatenate([plan.truncated + start for plan, start in zip(every, starts)]),
-        num_tokens=np.concatenate([plan.num_tokens for plan in every]),
-        num_patches=None if first.patch_capacity is None else np.concatenate(patches),  # type: ignore[arg-type]
-        cost=None if costs is None else _epoch_costs(costs, sources),
-        seed=seed,
-    )
+    union = union_of([plan for plan, _ in plans.values()])
+    union = replace(union, cost=None if costs is None else _epoch_costs(costs, sources), seed=seed)
     mixture = Mixture(sources, by, union, seed)
     if not any(len(source.samples_of(0, seed)) for source in sources):
         raise ValueError(
@@ -351,18 +280,36 @@ def mixture_of(
     return mixture
 
 
+def union_of(plans: Sequence[PackPlan]) -> PackPlan:
+    """The packs of several plans, one plan after the other, without costs. The plans have the same capacities."""
+    first = plans[0]
+    starts = np.cumsum([0, *(len(plan.num_tokens) for plan in plans)])
+    counts = np.concatenate([np.diff(plan.bin_offsets) for plan in plans])
+    patches = [plan.num_patches for plan in plans if plan.num_patches is not None]
+
+    def numbers(name: str) -> Int64:
+        return np.concatenate([getattr(plan, name) + start for plan, start in zip(plans, starts)])
+
+    return PackPlan(
+        sample_index=numbers("sample_index"),
+        bin_offsets=np.cumsum([0, *counts]),
+        pack_tokens=np.concatenate([plan.pack_tokens for plan in plans]),
+        capacity=first.capacity,
+        patch_capacity=first.patch_capacity,
+        dropped=numbers("dropped"),
+        truncated=numbers("truncated"),
+        num_tokens=np.concatenate([plan.num_tokens for plan in plans]),
+        num_patches=np.concatenate(patches) if patches else None,
+        cost=None,
+        seed=first.seed,
+        unused=numbers("unused"),
+    )
+
+
 def _epoch_costs(costs: NDArray[Any], sources: Sequence[MixSource]) -> Int64:
     """Costs as integers whose sum over an epoch is about 2^52."""
     total = sum(source.passes * math.fsum(costs[source.numbers]) for source in sources)
     return quantised(costs, len(costs), total)
-
-
-def _sizes_of(samples: Sequence[EncodedSample]) -> Int64:
-    """(3, N) tokens, patches, supervised tokens."""
-    if are_sized(samples):
-        return np.stack([samples.num_tokens, samples.num_patches, samples.num_supervised])
-    sizes = [(one.num_tokens, one.num_patches, one.num_supervised) for one in samples]
-    return np.ascontiguousarray(np.array(sizes, dtype=np.int64).reshape(-1, 3).T)
 
 
 def check_alike(first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]) -> None:
