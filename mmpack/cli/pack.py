@@ -51,17 +51,33 @@ from mmpack.vision_spec import VisionSpec
 
 def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
     """Encode, plan, write and report. `config` is the model's, for costs; None: packs are not balanced."""
+    begun = time.time_ns()
+    pack_groups(list(encoder.groups(options.data)), options, encoder, config, begun, {})
+
+
+def pack_groups(
+    groups: list[RowGroup],
+    options: PackOptions,
+    encoder: Encoder,
+    config: Any,
+    begun: int,
+    chosen: dict[str, str],
+) -> None:
+    """Like `run_pack`, with groups that may be some rows of the files of `options.data`.
+
+    Args:
+        begun: `time.time_ns()` before the files were looked at.
+        chosen: what says which rows they are, for the store's record of what it was made from.
+    """
     start = time.perf_counter()
     out = Path(options.out)
     part = None
     if options.shard is not None:
         number, of = parse_shard(options.shard)
         part = Part(number=number, of=of, max_bad=options.max_bad)
-    begun = time.time_ns()
-    groups = list(encoder.groups(options.data))
     about = About(
         begun=begun,
-        made_from=made_from(groups, encoder),
+        made_from=made_from(groups, encoder) | chosen,
         media_folders=tuple(media_folders(groups)),  # mmpack train opens no file outside of them
         tokenizer=_recorded(options.tokenizer),
         planning=options.planning,

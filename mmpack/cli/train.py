@@ -158,7 +158,7 @@ class _Reading:
         if is_training:
             store: Any = getattr(dataset.samples, "samples", dataset.samples)
             is_lora = self._options.lora_rank is not None
-            _tell_other_costs(store.about.planning, self._frozen, is_lora)
+            tell_other_costs(store.about.planning, self._frozen, is_lora)
             found, why = recorded_files(store.about, dataset.vision)
             self.files = self.files or found
             if why and self.files is None:
@@ -253,7 +253,7 @@ def _how_to_continue(words: Sequence[str], args: Any) -> str:
     return f"to continue from {last}:\n  {command}"
 
 
-def _tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
+def tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
     """Warn if a store's packs were balanced for other frozen parts than this run's."""
     if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [
