@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, cost_floor, plan_packs, rank_imbalance
+from mmpack import PackedDataset, PackStream, cost_floor, plan_packs, rank_imbalance
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.packing.mixture import Mixture, even_order, mixture_of
 from mmpack.packing.split_documents import split_samples
@@ -326,6 +326,10 @@ def test_a_mixture_that_cannot_be_is_refused(sources, options, reason):
         (lambda: chats(spec=OTHER), r"the spec's image_mean \[0.5, 0.5, 0.5\] instead of \[0.48"),
         (lambda: PackedDataset.mixed({"c": (chats(), 1)}), "'b' is a mixture itself; mix its"),
         (lambda: PackedDataset.from_samples([], 64), "the source 'b' of a mixture has no samples"),
+        (
+            lambda: PackStream([], None, 64),
+            "a PackStream cannot be mixed, because its sizes are not",
+        ),
     ],
 )
 def test_sources_that_differ_are_refused(other, reason):

@@ -80,6 +80,8 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             first, num_parts = store, of
         names = different(first.about.made_from, store.about.made_from)
         names += different(vars(first.about.planning), vars(store.about.planning))
+        if first.about.limits != store.about.limits:
+            names.append("num_samples or max_samples of a dataset_info.json")
         if of != num_parts:
             names.append(f"the number of parts, {of} and {num_parts},")
         if names:

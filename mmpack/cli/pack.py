@@ -24,12 +24,12 @@ from mmpack.cli.tables import balance_lines, balance_report
 from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import RowGroup, media_folders
+from mmpack.data.readers import RowGroup, limits_of, media_folders
 from mmpack.data.row_keys import UnreadByFile, unread_line
 from mmpack.errors import BadRow, Skip, json_line
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
-from mmpack.packing.held_out import SPLITS, held_out, split_plan
+from mmpack.packing.held_out import SPLITS, held_out, part_of, within_limits
 from mmpack.packing.plan import padded_utilization, plan_samples
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
 from mmpack.regular_files import open_regular
@@ -82,6 +82,7 @@ def pack_groups(
         tokenizer=_recorded(options.tokenizer),
         planning=options.planning,
         part=part,
+        limits=limits_of(groups),
     )
 
     unread = UnreadByFile()
@@ -166,7 +167,8 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
 
 def _settings(about: About) -> dict[str, Any]:
     """The options that a store records and its samples do not depend on, and a Hub tokenizer's commit."""
-    planning = {} if about.planning is None else vars(about.planning)
+    planning = {} if about.planning is None else dict(vars(about.planning))
+    planning["num_samples or max_samples of a dataset_info.json"] = about.limits
     name = about.tokenizer or ""
     hub = {"the tokenizer's commit": name if name.startswith("hf:") else None}
     return planning | hub | ({} if about.part is None else {"max_bad": about.part.max_bad})
@@ -232,12 +234,13 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
     plan = plan_samples(
         samples, planning.capacity, patch_capacity, on_overflow, planning.plan_seed, cost
     )
+    used = within_limits(samples, store.about.limits)
     if planning.val_size is None:
-        save_plan(plan, folder)
+        save_plan(plan if used.all() else part_of(plan, used), folder)
     else:
-        plans = split_plan(plan, held_out(samples, planning.val_size))
-        for name, one in zip(SPLITS.values(), plans):
-            save_plan(one, folder, name)
+        is_val = held_out(samples, planning.val_size, used)
+        for name, own in zip(SPLITS.values(), (used & ~is_val, is_val)):
+            save_plan(part_of(plan, own), folder, name)
     overflow = []
     for fate, numbers in (("dropped", plan.dropped), ("cut", plan.truncated)):
         for sample in map(samples.__getitem__, numbers):

@@ -18,7 +18,7 @@ from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
 from mmpack.data.model_folder import local_path
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import media_folders
+from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
 
@@ -170,6 +170,7 @@ class _Reading:
         from mmpack.hf.processor_files import ProcessorFiles
         from mmpack.packing.cost import costs_of
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.held_out import part_of, within_limits
 
         options = self._options
         if options.tokenizer is None or capacity is None:
@@ -195,6 +196,9 @@ class _Reading:
             on_overflow=on_overflow,
             seed=options.plan_seed,
         )
+        used = within_limits(dataset.samples, limits_of(groups))
+        if not used.all():
+            dataset = PackedDataset(dataset.samples, part_of(dataset.plan, used))
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)

@@ -22,11 +22,12 @@ from torch.utils.data import Dataset
 from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
-from mmpack.data.readers import media_folders
+from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import counted, counting
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.fingerprint import fingerprint_of
+from mmpack.packing.held_out import part_of, within_limits
 from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
@@ -139,13 +140,14 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         check_split(on_overflow, encoder.stage)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
         given = data if isinstance(data, (str, os.PathLike)) else list(data)
+        limits: dict[str, tuple[int, int]] = {}
         folders, total = None, None if isinstance(given, (str, os.PathLike)) else len(given)
         if isinstance(given, list) and given and isinstance(given[0], Sample):
             with progress("encoding", total) as bar:
                 samples = list(bar.each(encoder.encode(given)))
         else:
             groups = list(encoder.groups(given))
-            folders = media_folders(groups)
+            folders, limits = media_folders(groups), limits_of(groups)
             with row_progress("encoding", groups, total=total) as (groups, bar):
                 if jobs == 1:
                     samples = list(bar.each(encoder.encode(encoder.read_groups(groups))))
@@ -161,6 +163,9 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             on_overflow=on_overflow,
             seed=seed,
         )
+        used = within_limits(dataset.samples, limits)
+        if not used.all():
+            dataset = cls(dataset.samples, part_of(dataset.plan, used))
         dataset.media_folders = folders
         return dataset
 

@@ -18,6 +18,7 @@ from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.mixed_samples import MixedSamples
 from mmpack.packing.mixture import By, check_alike, mixture_of, union_of
 from mmpack.packing.split_documents import SplitSamples
+from mmpack.packing.stream import PackStream
 from mmpack.packing.truncate import truncate_sample
 from mmpack.types import PackPlan
 
@@ -123,6 +124,11 @@ class MixedDataset(PackedDataset):
 
 
 def _opened(source: PackedDataset | str | os.PathLike[str]) -> PackedDataset:
+    if isinstance(source, PackStream):
+        raise ValueError(
+            "a PackStream cannot be mixed, because its sizes are not known; mix its rows: "
+            "PackStream(datasets.interleave_datasets(...), ...), or pack them with mmpack pack"
+        )
     return source if isinstance(source, PackedDataset) else PackedDataset.from_store(source)
 
 

@@ -102,6 +102,11 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
             overflow.check_split(on_overflow, self._encoder.stage)
             on_error = self._encoder.on_error if on_error is None else on_error
             (self._group,) = self._encoder.groups(iter(()))  # for its media folders
+            if self._group.limit is not None:
+                raise ValueError(
+                    "num_samples and max_samples of a mapping are for plans, and a stream has none; remove them, and "
+                    "limit the source"
+                )
             if self._encoder.media_dir is not None:
                 self._media = self._group.folders
         check_on_error(on_error or "raise")
