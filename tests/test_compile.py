@@ -52,12 +52,11 @@ def test_attention_on_a_cpu_is_one_op(causal):
 
 
 def pack_of(family, count):
-    """Segments with images, of other sizes in each."""
-    spec = small_spec(family)
-    some = [
-        encoded(spec, range(5, 9 + n), (2, 2 + 2 * (n % 3)), range(20, 29 - n))
-        for n in range(count)
-    ]
+    """Segments with one or two images, of other sizes in each pack."""
+    spec, some = small_spec(family), []
+    for n in range(count):
+        images = [(2, 2 + 2 * ((n + count) % 3)) for _ in range(1 + n % 2)]
+        some.append(encoded(spec, range(5, 30 + 2 * n), *images, range(60, 70 + count * n % 19)))
     return packed(some, family, seed=count)
 
 

@@ -88,8 +88,9 @@ def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
 
 def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str, str]]:
     sets = [("--data", options.data)]
-    if options.eval_data:
-        sets.append(("--eval-data", options.eval_data))
+    sets += [("--eval-data", data) for data in options.eval_sets().values()]
+    if len(sets) == 1:
+        yield ["early_stopping_patience"], "there is no evaluation set", "pass --eval-data too"
     packed = [data[0] for flag, data in sets if is_packed(data, flag)]
     if not packed:
         why = "rows are read and packed now, so they cannot differ from earlier packs"
