@@ -187,6 +187,12 @@ CASES = [
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
     Case("train", "eval_data", TRAIN, "--eval-data packed"),
+    Case("train", "eval_data", TRAIN + " --eval-data packed", "--eval-data a=packed", "--eval-data packed has no name, others have"),
+    Case("train", "eval_data", TRAIN, "--eval-data a=packed b=packed"),
+    Case("train", "early_stopping_patience", TRAIN + " --eval-data packed", "--early-stopping-patience 2"),
+    Case("train", "early_stopping_patience", TRAIN + " --eval-data packed", "--early-stopping-patience 0",
+         "--early-stopping-patience must be positive, got 0"),
+    Case("train", "early_stopping_patience", TRAIN, "--early-stopping-patience 2", "there is no evaluation set"),
     Case("train", "options", TRAIN, "--options options.yaml"),
     Case("train", "options", TRAIN, "--options unknown.yaml", "unknown.yaml: max_step is not an option of mmpack train or TrainingArguments; did you mean max_steps?"),
     Case("train", "options", TRAIN, "--options empty.yaml", "empty.yaml has no options; write one per line"),
@@ -344,12 +350,13 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl, loss_reduction, eval_dataset, processor):
+    def train(model, dataset, args, impl, loss_reduction, eval_dataset, patience, processor):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
-        if eval_dataset is not None:
-            seen["evaluated"] = eval_dataset.fingerprint()
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        seen["evaluated"] = {name: one and one.fingerprint() for name, one in sets.items()}
+        seen["patience"] = patience
         seen["trained"]["reduction"] = loss_reduction
         return {"steps": 0}
 
