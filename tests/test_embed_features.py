@@ -27,6 +27,7 @@ def indices_of(input_ids, feature_rows, device):
     text_order, text_id_offsets = reference.text_by_id(input_ids.cpu().numpy(), feature_index)
     arrays = {
         "feature_token": np.array(feature_rows, dtype=np.int32),
+        "feature_offsets": np.arange(len(feature_rows) + 1, dtype=np.int32),
         "text_order": text_order,
         "text_id_offsets": text_id_offsets,
     }
@@ -124,7 +125,7 @@ def test_indices_of_assembled_packs(samples):
         pytest.skip("kernels run on the GPU here, not in the interpreter")
     pack = assemble(samples, pixels=False)
     F, D = len(pack.feature_token), 6
-    names = ("feature_token", "text_order", "text_id_offsets")
+    names = ("feature_token", "feature_offsets", "text_order", "text_id_offsets")
     indices = {name: torch.from_numpy(getattr(pack, name)) for name in names}
     input_ids, feature_index = map(torch.from_numpy, (pack.input_ids, pack.feature_index))
     case = [
@@ -150,8 +151,7 @@ def test_one_id_many_times(count, device):
     _, indices = indices_of(input_ids, [], device)
     dout = torch.randn(len(input_ids), D, device=device)
     dweight = torch.full((4, D), 5.0, device=device)  # row 3 is no id of the text
-    order = (indices["feature_token"], indices["text_order"], indices["text_id_offsets"])
-    embed_features_bwd(dout, dweight, dout[:0], input_ids, order, padding_idx=-1)
+    embed_features_bwd(dout, dweight, dout[:0], input_ids, indices.values(), padding_idx=-1)
     exact, torchs = (
         torch.zeros(4, D, dtype=dtype, device=device).index_add_(0, input_ids, dout.to(dtype))
         for dtype in (torch.float64, torch.float32)
@@ -230,7 +230,7 @@ def test_the_gradient_of_a_table_without_text(device):
 def test_accumulation_touches_used_rows_only(device):
     for dtype in dtypes(device, sums=True):
         input_ids, _, _, _, dout, indices = make_case(200, 50, 5, 40, dtype, device)
-        del indices["feature_token"]
+        del indices["feature_token"], indices["feature_offsets"]
         main_grad = torch.randn(8, 40, device=device)  # rows 5 to 7 are no ids
         before = main_grad.clone()
         accumulate_embedding_grad(main_grad, dout, input_ids, **indices)
@@ -246,7 +246,7 @@ def test_accumulation_touches_used_rows_only(device):
 
 def test_accumulating_twice_into_a_half_gradient(device):
     input_ids, _, weight, _, dout, indices = make_case(100, 30, 5, 16, torch.float16, device)
-    del indices["feature_token"]
+    del indices["feature_token"], indices["feature_offsets"]
     grad = torch.zeros_like(weight)
     for _ in range(2):
         accumulate_embedding_grad(grad, dout, input_ids, **indices, padding_idx=0)
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_told(device):
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             embed_features(**{**call, **change})
-    del indices["feature_token"]
+    del indices["feature_token"], indices["feature_offsets"]
     with pytest.raises(
         ValueError, match=r"dout must be \(30, 8\), one row per token, got \(29, 8\)"
     ):

@@ -176,7 +176,8 @@ class PackCollator:
         if self.assemble == "device":
             batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
-            whole = assemble(samples, pixels=False, empty=worker_buffers.empty)
+            empty = worker_buffers.empty
+            whole = assemble(samples, pixels=False, share_images=self._is_patched, empty=empty)
             tower = self.tower
             if self._num_ids is None:  # no model: it may be a hybrid
                 may_be = whole.vision.video is not None and whole.vision.video.has_timestamps
@@ -231,7 +232,7 @@ class PackCollator:
                     f"{error}; rows of a PackCollator have their images in the current folder, unless its encoder "
                     "names another: PackCollator(Encoder.from_processor(processor, media_dir=FOLDER))"
                 ) from error
-        segments, buffer = load_pixels(groups, worker_buffers.empty)
+        segments, buffer = load_pixels(groups, self._is_patched, worker_buffers.empty)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)
 

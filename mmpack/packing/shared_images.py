@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.data.media_paths import MediaFolders
 from mmpack.data.videos import num_grids
 from mmpack.errors import RowError
+from mmpack.store.row_checksum import files_of
 from mmpack.types import EncodedSample, ImageRef, Int32, Media
 
 Key = Hashable
@@ -76,6 +78,18 @@ def media_keys(
     grids = [sample.grid_thw[end - count : end] for end, count in zip(ends, counts)]
     keys = (media_key(ref, grid, of_bytes) for ref, grid in zip(sample.media, grids))
     return list(zip(keys, counts))
+
+
+def check_place(ref: Media, folders: MediaFolders) -> None:
+    """Check that the files of an image or video are inside the folders, links resolved.
+
+    Raises:
+        RowError: one is not.
+    """
+    kind = "image" if isinstance(ref, ImageRef) else "video"
+    for file in files_of([ref]):
+        if file.data is None:
+            folders.real_path(file.path, kind)
 
 
 def first_shown(samples: Iterable[EncodedSample]) -> Int32:
