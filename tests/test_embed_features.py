@@ -83,6 +83,47 @@ def test_forward_and_gradients(T, F, V, D, device):
         assert_within_budget(f"dweight {dtype}", dweight, torch_dweight, exact_dweight)
 
 
+@pytest.mark.parametrize(("T", "D"), [(9, 1), (40, 24), (70, 1030)])
+def test_features_at_several_tokens(T, D, device):
+    """Their gradients: sums in the order of the tokens, equal to the bit in two runs; a feature at one token or at
+    none among them."""
+    rng = np.random.default_rng(T)
+    index = np.where(rng.random(T) < 0.7, rng.integers(0, 4, T), -1).astype(np.int32)
+    index[:2] = 4, 6  # at one token; 5 is at none
+    tokens = [np.flatnonzero(index == f) for f in range(7)]
+    input_ids = torch.from_numpy(np.where(index < 0, rng.integers(0, 5, T), 8))
+    order, runs = reference.text_by_id(input_ids.numpy(), index)
+    arrays = {
+        "feature_token": np.concatenate(tokens).astype(np.int32),
+        "feature_offsets": np.cumsum([0, *map(len, tokens)]).astype(np.int32),
+        "text_order": order,
+        "text_id_offsets": runs,
+    }
+    indices = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    feature_index = torch.from_numpy(index)
+    for dtype in [torch.float64, *dtypes(device, sums=True)]:
+        made = (torch.randn(n, D).to(device, dtype) for n in (9, 7, T))
+        case = [input_ids.to(device), feature_index.to(device), *made]
+        one, other = (run(embed_features, *case, **indices) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+        out, _, dfeatures = one
+        assert torch.equal(out, reference.embed_features(*case[:4]))
+        exact = torch.promote_types(dtype, torch.float32)
+        for f, at in enumerate(tokens):
+            summed = torch.zeros(D, dtype=exact, device=device)
+            for token in at:
+                summed += case[4][token]
+            assert torch.equal(dfeatures[f], summed.to(dtype))
+
+        def in_two_steps(_, index, weight, features, order=list(indices.values())[:2]):
+            repeated = reference.repeat_features(features, index, *order)
+            return reference.insert_features(weight[case[0]], repeated, order[0])
+
+        again = run(in_two_steps, *case)[2]
+        rounding = 0 if dtype == exact else torch.finfo(dtype).eps  # ties round either way
+        assert ((again - dfeatures).abs() <= rounding * dfeatures.abs()).all()
+
+
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_images_first_and_last(where, device):
     *case, indices = make_case(40, 25, 9, 20, torch.float32, device, where)
@@ -297,6 +338,11 @@ def test_what_does_not_fit_is_told(device):
         ),
         ({"feature_index_T": feature_index[:5]}, "30 input_ids but 5 feature indices"),
         ({"text_order": indices["text_order"][:5]}, "text_order must have 20 entries .* got 5"),
+        (
+            {"feature_offsets": indices["feature_offsets"][:5]},
+            r"features must be \(4, 8\) to fill 10 placeholders",
+        ),
+        ({"feature_offsets": indices["feature_offsets"].long()}, "feature_offsets must be flat"),
         ({"feature_token": indices["feature_token"].long()}, "feature_token must be flat int32"),
         ({"features_FD": features.to("meta")}, "features are on meta, the table is on"),
         (
