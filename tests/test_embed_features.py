@@ -83,7 +83,7 @@ def test_forward_and_gradients(T, F, V, D, device):
         assert_within_budget(f"dweight {dtype}", dweight, torch_dweight, exact_dweight)
 
 
-@pytest.mark.parametrize(("T", "D"), [(9, 1), (40, 24), (70, 1030)])
+@pytest.mark.parametrize(("T", "D"), [(9, 1), (30, 24), (14, 1030)])
 def test_features_at_several_tokens(T, D, device):
     """Their gradients: sums in the order of the tokens, equal to the bit in two runs; a feature at one token or at
     none among them."""
@@ -115,11 +115,11 @@ def test_features_at_several_tokens(T, D, device):
                 summed += case[4][token]
             assert torch.equal(dfeatures[f], summed.to(dtype))
 
-        def in_two_steps(_, index, weight, features, order=list(indices.values())[:2]):
-            repeated = reference.repeat_features(features, index, *order)
-            return reference.insert_features(weight[case[0]], repeated, order[0])
-
-        again = run(in_two_steps, *case)[2]
+        features = case[3].requires_grad_()
+        names = ("feature_token", "feature_offsets")
+        repeated = reference.repeat_features(features, case[1], *(indices[n] for n in names))
+        repeated.backward(case[4][indices["feature_token"].long()])
+        again = features.grad
         rounding = 0 if dtype == exact else torch.finfo(dtype).eps  # ties round either way
         assert ((again - dfeatures).abs() <= rounding * dfeatures.abs()).all()
 
