@@ -252,7 +252,7 @@ def repeat_features(
     """(M, D) the feature of each placeholder, in the order of `feature_token`. Deterministic: the gradient of a
     feature is the sum over its placeholders, in their order."""
     index_M = feature_index.index_select(0, feature_token)
-    repeated: torch.Tensor = _Repeat.apply(features_FD, index_M, feature_offsets)
+    repeated: torch.Tensor = _Repeat.apply(features_FD, index_M, feature_offsets)  # type: ignore[no-untyped-call]
     return repeated
 
 

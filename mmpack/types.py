@@ -384,8 +384,9 @@ class Pack:
         """(I,) the first placeholder of each grid."""
         vision, features = self.vision, self.vision.num_features(self.grid_thw)
         ids = (vision.image_token_id, vision.video_token_id)
-        tokens: Int64 = np.concatenate([np.flatnonzero(self.input_ids == one) for one in ids])
-        return tokens[np.cumsum(features) - features]
+        tokens = np.concatenate([np.flatnonzero(self.input_ids == one) for one in ids])
+        first: Int64 = tokens[np.cumsum(features) - features]
+        return first
 
     @property
     def num_segments(self) -> int:

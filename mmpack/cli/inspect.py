@@ -178,12 +178,11 @@ def _media(
             refs = [ref for ref in sample.media if isinstance(ref, ImageRef) == (kind == "image")]
             for place, ref in enumerate(refs, start=1):
                 begin, count = len(medium_of), videos.num_grids(ref, pack.vision)
-                grids, shown = (
-                    x[begin : begin + count] for x in (pack.grid_thw, pack.vision_index)
-                )
-                is_shared = bool(np.isin(shown[:1], pack.vision_index[:begin]).any())
+                grids = pack.grid_thw[begin : begin + count]
+                shown, before = pack.vision_index[begin : begin + 1], pack.vision_index[:begin]
                 first_frame += np.cumsum([0, *grids[:-1, 0]]).tolist()
                 medium_of += [len(media)] * count
+                is_shared = bool(np.isin(shown, before).any())
                 media.append(Medium(f"{kind} {place}", segment, ref, grids, is_shared))
     if len(medium_of) != len(pack.grid_thw):
         raise ValueError(

@@ -78,6 +78,9 @@ class PackCollator:
     With `pixels="uint8"`, `pixel_values` are (P, C * p * p) uint8, an eighth of the bytes of float32, and
     `pixel_values_videos` (P, C * t * p * p), a quarter. The patched model's patch embedding normalizes them.
 
+    With a patched `model`, the pixels of an image or a video that several markers show are there once
+    (`mmpack.packing.shared_images`), and `image_grid_thw` has a row per marker all the same; P counts what is there.
+
     Qwen2.5-VL's, Qwen3-VL's and Qwen3.5's towers need extra indices that depend on the model (attention windows,
     rows of a position table). The worker computes them, given `model`. A Qwen3.5's batch also has `cu_seq_lens_q
     (S + 1,)` and `seq_idx (1, T)`, on which transformers raises if the model is not patched and
@@ -88,8 +91,8 @@ class PackCollator:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
             whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
             encoder's `media_dir`, by default the current folder: `Encoder.from_processor(processor, media_dir=...)`.
-        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels. It is inspected, not
-            kept.
+        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels and images that are not
+            shared. It is inspected, not kept.
         pixels: "float32" or "uint8"; "uint8" needs a patched `model`.
         full_logits: leave out `logits_to_keep` and `shift_labels`, so that the model returns the logits of every
             token: for `compute_metrics` and `compute_loss_func`. Costs the memory of (1, T, V) logits.

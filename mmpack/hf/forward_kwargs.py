@@ -57,11 +57,11 @@ def pixel_values_of(
 def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
     """The batch of an assembled pack; `values` are its pixels."""
     first_token = pack.grid_token
-    order = np.argsort(first_token)  # by segment
-    grid_offsets = np.searchsorted(first_token[order], pack.cu_seqlens)
-    is_new = np.zeros(len(order), dtype=bool)
-    is_new[np.unique(pack.vision_index[order], return_index=True)[1]] = True
-    batch = _batch(pack, values, pack.grid_thw[order], grid_offsets, is_new)
+    by_segment = np.argsort(first_token)
+    grid_offsets = np.searchsorted(first_token[by_segment], pack.cu_seqlens)
+    is_new = np.zeros(len(by_segment), dtype=bool)
+    is_new[np.unique(pack.vision_index[by_segment], return_index=True)[1]] = True
+    batch = _batch(pack, values, pack.grid_thw[by_segment], grid_offsets, is_new)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
     for name in (
