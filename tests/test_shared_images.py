@@ -12,10 +12,12 @@ from builders import (
     float64_loss,
     float64_stays,
     loss_and_grads,
+    made_up_rows,
     shared_rows,
     small_config,
     small_spec,
     tiny_model,
+    to,
     worst_difference,
 )
 from PIL import Image
@@ -347,3 +349,31 @@ def test_inspect_and_notebooks_tell_shared_images(pictures):
     assert spans == [(n, ref.path) for n, one in enumerate(view.samples) for ref in one.media]
     media = [one for s in inspect.as_dict(view, None, [0, 1])["segments"] for one in s["media"]]
     assert [one["shared"] for one in media].count(True) == 1
+
+
+@pytest.mark.parametrize(("family", "assembled"), [("qwen2_5_vl", "device"), ("qwen3_vl", "host")])
+def test_no_data_is_asked_for_in_a_step(family, assembled):
+    """Forward and backward on the meta device, where a question to the data is an error."""
+    batch, _, num_items = shared_rows(family, assembled)
+    model = model_of(family, torch.float32, "auto")
+    loss_and_grads(model, [batch], num_items)  # asks what may be asked once
+    batch = to(torch.device("meta"), batch)
+    loss = model.to("meta")(**batch, num_items_in_batch=torch.tensor(3)).loss
+    loss.backward()
+    assert loss.is_meta
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
+def test_the_step_is_one_graph_with_and_without_shared_images(family):
+    model = model_of(family, torch.float32, "auto")
+    made = [make(family) for make in (made_up_rows, shared_rows)]
+    eager = [loss_and_grads(model, [batch], num_items) for batch, _, num_items in made]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for (batch, _, num_items), (loss, grads) in zip(made, eager):
+        found, ours = loss_and_grads(compiled, [batch], num_items)
+        assert found == pytest.approx(loss, rel=1e-6)
+        ours = {name.removeprefix("_orig_mod."): gradient for name, gradient in ours.items()}
+        difference, parameter = worst_difference(ours, grads)
+        assert difference <= 1e-5, parameter

@@ -209,7 +209,7 @@ def _batch(
         "num_patches": int(pack.vision_cu_seqlens[-1]),
         "grid_thw": as_ints(grid_thw),
         "grid_offsets": as_ints(grid_offsets),
-        "grid_is_new": tuple(is_new.tolist()),
+        "grid_is_new": tuple(map(bool, is_new)),
         "vision_grid_thw": as_tensor(pack.vision_grid_thw),
         "video_rule": rule,
         "vision_offsets": as_ints(pack.vision_cu_seqlens),
