@@ -279,7 +279,7 @@ class PixelBuffer:
         decoded = dict(self._decoded) if self._shares else {}
         for ref, count in zip(sample.media, counts):
             grid_thw = np.array([next(grids) for _ in range(count)])
-            key = media_key(ref, grid_thw)
+            key = media_key(ref, grid_thw.tolist())
             try:
                 if self._shares and key in decoded:
                     if folders is not None and folders is not decoded[key]:

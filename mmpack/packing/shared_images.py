@@ -7,11 +7,9 @@ in two files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmpack.data.media_paths import MediaFolders
 from mmpack.data.videos import num_grids
@@ -28,13 +26,13 @@ def _itself(data: bytes) -> Hashable:
 
 def media_key(
     ref: Media,
-    grid_thw: NDArray[np.integer[Any]],
+    grids: Sequence[Sequence[int]],
     of_bytes: Callable[[bytes], Hashable] = _itself,
 ) -> Key:
     """The identity of an image or video, equal for two that have equal patches.
 
     Args:
-        grid_thw: (G, 3), the grids of its markers.
+        grids: (t, h, w) of its markers.
         of_bytes: what stands for the bytes of one without a file; by default they do, which compares them exactly and
             hashes an object once. A key then keeps them in memory: for many samples, pass a hash. In a store, their
             place in `media.bin` is an identity as well, because each distinct one is written once.
@@ -43,23 +41,19 @@ def media_key(
         Valid while `ref` exists, because a PIL image is known by its address.
     """
 
-    def source(path: str, data: Any) -> Key:
-        if data is None:
-            return path  # absolute, as the encoder resolved it
-        return ("bytes", of_bytes(data)) if isinstance(data, bytes) else ("object", id(data))
-
     given = () if ref.options is None else tuple(ref.options.given.items())
-    grids = tuple(grid_thw.ravel().tolist())
+    shape = tuple(map(tuple, grids))
     if isinstance(ref, ImageRef):
-        return "image", source(ref.path, ref.data), grids, given
-    files = tuple(source(frame.path, frame.data) for frame in ref.frames)
+        return "image", _source(ref, of_bytes), shape, given
+    files = tuple(_source(frame, of_bytes) for frame in ref.frames)
+    return "video", files or _source(ref, of_bytes), shape, given, ref.num_frames, ref.fps
+
+
+def _source(ref: Media, of_bytes: Callable[[bytes], Hashable]) -> Key:
+    if ref.data is None:
+        return ref.path  # absolute, as the encoder resolved it
     return (
-        "video",
-        files or source(ref.path, ref.data),
-        grids,
-        given,
-        ref.num_frames,
-        ref.fps,
+        ("bytes", of_bytes(ref.data)) if isinstance(ref.data, bytes) else ("object", id(ref.data))
     )
 
 
@@ -68,16 +62,18 @@ def media_keys(
 ) -> list[tuple[Key, int]] | None:
     """(`media_key`, number of grids) of a sample's images and videos, in marker order; None if its references do not
     match its grids, as for one that has none."""
+    grids: list[list[int]] = sample.grid_thw.tolist()
     try:
         counts = [num_grids(ref, sample.vision) for ref in sample.media]
     except RowError:  # a video that was not probed, which fails when it is decoded
         return None
-    if sum(counts) != len(sample.grid_thw):
+    if sum(counts) != len(grids):
         return None
-    ends = np.cumsum(counts)
-    grids = [sample.grid_thw[end - count : end] for end, count in zip(ends, counts)]
-    keys = (media_key(ref, grid, of_bytes) for ref, grid in zip(sample.media, grids))
-    return list(zip(keys, counts))
+    keys, begin = [], 0
+    for ref, count in zip(sample.media, counts):
+        keys.append((media_key(ref, grids[begin : begin + count], of_bytes), count))
+        begin += count
+    return keys
 
 
 def check_place(ref: Media, folders: MediaFolders) -> None:
@@ -98,6 +94,8 @@ def first_shown(samples: Iterable[EncodedSample]) -> Int32:
     numbers: list[int] = []
     first: dict[Key, int] = {}
     for sample in samples:
+        if not len(sample.grid_thw):
+            continue
         keys = media_keys(sample)
         if keys is None:
             numbers += range(len(numbers), len(numbers) + len(sample.grid_thw))
