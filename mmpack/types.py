@@ -6,7 +6,7 @@ a pack, S segments, I images, U distinct images, P patches, F features, M placeh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -247,6 +247,7 @@ class PackPlan:
         num_patches: (N,) int64, or None: patches are not limited.
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
+        unused: numbers of samples that are in another plan (`mmpack pack --val-size`), ascending.
     """
 
     sample_index: Int64
@@ -260,6 +261,7 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
+    unused: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __repr__(self) -> str:
         from mmpack.pack_html import plan_counts  # here: it needs this module

@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
-from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.cli.tables import balance_lines, balance_report
 from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
 from mmpack.data.row_keys import UnreadByFile, unread_line
-from mmpack.errors import BadRow, Skip
+from mmpack.errors import BadRow, Skip, json_line
 from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.held_out import SPLITS, held_out, split_plan
 from mmpack.packing.plan import padded_utilization, plan_samples
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
 from mmpack.regular_files import open_regular
@@ -44,23 +45,39 @@ from mmpack.store.encoded_store import (
     write_batches,
 )
 from mmpack.store.manifest import About, Part, Planning
-from mmpack.store.plan_file import save_plan
+from mmpack.store.plan_file import load_plan, save_plan
 from mmpack.vision_spec import VisionSpec
 
 
 def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
     """Encode, plan, write and report. `config` is the model's, for costs; None: packs are not balanced."""
+    begun = time.time_ns()
+    pack_groups(list(encoder.groups(options.data)), options, encoder, config, begun, {})
+
+
+def pack_groups(
+    groups: list[RowGroup],
+    options: PackOptions,
+    encoder: Encoder,
+    config: Any,
+    begun: int,
+    chosen: dict[str, str],
+) -> None:
+    """Like `run_pack`, with groups that may be some rows of the files of `options.data`.
+
+    Args:
+        begun: `time.time_ns()` before the files were looked at.
+        chosen: what says which rows they are, for the store's record of what it was made from.
+    """
     start = time.perf_counter()
     out = Path(options.out)
     part = None
     if options.shard is not None:
         number, of = parse_shard(options.shard)
         part = Part(number=number, of=of, max_bad=options.max_bad)
-    begun = time.time_ns()
-    groups = list(encoder.groups(options.data))
     about = About(
         begun=begun,
-        made_from=made_from(groups, encoder),
+        made_from=made_from(groups, encoder) | chosen,
         media_folders=tuple(media_folders(groups)),  # mmpack train opens no file outside of them
         tokenizer=_recorded(options.tokenizer),
         planning=options.planning,
@@ -215,7 +232,12 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
     plan = plan_samples(
         samples, planning.capacity, patch_capacity, on_overflow, planning.plan_seed, cost
     )
-    save_plan(plan, folder)
+    if planning.val_size is None:
+        save_plan(plan, folder)
+    else:
+        plans = split_plan(plan, held_out(samples, planning.val_size))
+        for name, one in zip(SPLITS.values(), plans):
+            save_plan(one, folder, name)
     overflow = []
     for fate, numbers in (("dropped", plan.dropped), ("cut", plan.truncated)):
         for sample in map(samples.__getitem__, numbers):
@@ -252,6 +274,9 @@ def report_packs(
         **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
         "seconds": round(time.perf_counter() - start, 3),
     }
+    if (out / f"{SPLITS['val']}.json").exists():
+        val = load_plan(out, SPLITS["val"])
+        report |= {"val_samples": len(val.sample_index), "val_packs": val.num_packs}
     if isinstance(samples, SplitSamples):
         report |= {"split": samples.num_split, "pieces": len(samples)}
     if options.png is not None:
@@ -274,6 +299,11 @@ def report_packs(
         say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     for source, named in (unread or {}).items():
         say(unread_line(source, named))
+    if "val_packs" in report:
+        say(
+            f"{report['val_samples']:,} rows of them, or pieces, are held out in {report['val_packs']:,} packs more, for "
+            f"--eval-data {out}:val"
+        )
     if num_bad:
         say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
     if plan.num_dropped or plan.num_truncated:

@@ -108,7 +108,7 @@ def _plan_sizes(
     elif len(overflow):
         raise ValueError(_overflow_message(tokens, patches, overflow, capacity, patch_capacity))
 
-    return _plan(
+    return assigned(
         PackPlan(
             sample_index=keep,
             bin_offsets=np.empty(0, dtype=np.int64),
@@ -119,7 +119,7 @@ def _plan_sizes(
             truncated=overflow if on_overflow == "truncate" else overflow[:0],
             num_tokens=tokens,
             num_patches=patches,
-            cost=None if cost is None else _quantised(cost, len(tokens)),
+            cost=None if cost is None else quantised(cost, len(tokens)),
             seed=seed,
         ),
         seed,
@@ -188,7 +188,7 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
     if epoch == 0:
         return plan
     seed = np.random.SeedSequence([plan.seed, epoch]).generate_state(1, np.uint64)[0]
-    other = _plan(replace(plan, sample_index=np.sort(plan.sample_index)), int(seed))
+    other = assigned(replace(plan, sample_index=np.sort(plan.sample_index)), int(seed))
     if other.num_packs != plan.num_packs:  # not from `plan_packs`: plan files are not trusted
         raise ValueError(
             f"the plan has {plan.num_packs:,} packs, but its samples and capacity give "
@@ -197,8 +197,8 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
     return other
 
 
-def _plan(plan: PackPlan, seed: int) -> PackPlan:
-    """The plan with the samples in `sample_index` assigned to packs."""
+def assigned(plan: PackPlan, seed: int) -> PackPlan:
+    """The plan with the samples in `sample_index`, which may occur several times, assigned to packs."""
     keep = plan.sample_index
     cost = None if plan.cost is None else plan.cost[keep]
     order, bin_offsets = _native.plan(
@@ -213,8 +213,9 @@ def _plan(plan: PackPlan, seed: int) -> PackPlan:
     return replace(planned, pack_tokens=planned.totals(plan.num_tokens))
 
 
-def _quantised(cost: ArrayLike, num_samples: int) -> Int64:
-    """Costs as integers that sum to about 2^52, so that sums do not depend on their order."""
+def quantised(cost: ArrayLike, num_samples: int, total: float | None = None) -> Int64:
+    """Costs as integers of which `total`, by default their sum, is about 2^52, so that sums do not depend on their
+    order."""
     costs = np.asarray(cost)
     if costs.shape != (num_samples,) or not np.issubdtype(costs.dtype, np.number):
         raise ValueError(
@@ -224,7 +225,7 @@ def _quantised(cost: ArrayLike, num_samples: int) -> Int64:
     if not np.isfinite(costs).all() or (costs < 0).any():
         worst = int(np.flatnonzero(~(costs >= 0) | ~np.isfinite(costs))[0])
         raise ValueError(f"cost must be finite and not negative, sample {worst} has {costs[worst]}")
-    total = math.fsum(costs)
+    total = math.fsum(costs) if total is None else total
     if total:
         costs = costs / total * 2.0**52  # two roundings, the same on every machine
     return np.rint(costs).astype(np.int64)
