@@ -133,8 +133,10 @@ class PackCounter:
         seen = self._seen
         for pack in packs:
             tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
-            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
-            images = np.array(pack["grid_offsets"])
+            # An image or a video that several segments show counts for the first one.
+            is_new = np.array(pack["grid_is_new"], dtype=bool)
+            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)[is_new]
+            images = np.concatenate([[0], is_new.cumsum()])[np.array(pack["grid_offsets"])]
             patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
             is_useful = supervised > 0
             seen.num_batches += 1
