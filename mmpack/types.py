@@ -76,6 +76,7 @@ class VideoRef:
         fps: frames per second of the file or the list, if known.
         size: (height, width) of its frames in pixels, if known.
         options: its own pixel limits, size and sampling; None: the spec's.
+        folder: the folder whose pictures are its frames, if the row names a folder.
     """
 
     path: str
@@ -85,6 +86,7 @@ class VideoRef:
     fps: float | None = None
     size: tuple[int, int] | None = None
     options: MediaOptions | None = None
+    folder: str | None = None
 
 
 Media = ImageRef | VideoRef

@@ -29,6 +29,7 @@ _VIDEO = {
     "listed": pyarrow.int32(),  # number of frames given as images; 0: one video file
     "num_frames": pyarrow.int32(),
     "fps": pyarrow.float64(),
+    "folder": pyarrow.string(),  # whose pictures are the frames; null: none is named
 }
 _POSITION = {"offset": pyarrow.int64(), "length": pyarrow.int64()}  # in media.bin, in bytes
 _FLOATS = ("fps", "video_start", "video_end")
@@ -208,7 +209,7 @@ def _bytes(image: ImageRef) -> bytes | None:
     return None if image.data is None else images.encoded_bytes(image)
 
 
-_REQUIRED = {"videos": len(_VIDEO) - 1, "in_media": 2, "options": 1}  # first fields, never null
+_REQUIRED = {"videos": 3, "in_media": 2, "options": 1}  # first fields, never null
 
 
 def read_batch(data: Any) -> Any:
@@ -329,9 +330,7 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Me
         end = begin + max(listed, 1)
         file = files[begin]
         frames = files[begin:end] if listed else ()
-        media.append(
-            VideoRef(
-                file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
-            )
-        )
+        data = None if listed else file.data
+        known = {name: video[name] for name in ("num_frames", "fps", "folder")}
+        media.append(VideoRef(file.path, data, frames, **known))
     return [*media, *files[end:]]

@@ -50,6 +50,7 @@ from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
 
 _OPEN_BATCHES = 4096  # cached batches, about 20 KiB each without their views, to bound memory
+_VIDEOS = SCHEMA.get_field_index("videos")
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an Arrow stream
 _INDEX: dict[str, ArrayType] = {
     "offsets": ("int64", ("batches + 1",)),  # byte offset of each batch in the file
@@ -141,6 +142,12 @@ class EncodedStore(Sequence[EncodedSample]):
         for n in range(self.num_batches):
             _, _, _, paths, at, *_ = self._columns(n)
             yield from paths.flatten().filter(at.flatten().is_null()).unique().to_pylist()
+
+    def frame_folders(self) -> Iterator[str]:
+        """Folders whose pictures are the frames of a video, with duplicates."""
+        for n in range(self.num_batches):
+            folders = self._columns(n)[_VIDEOS].values.field("folder")
+            yield from folders.drop_null().unique().to_pylist()
 
     def batches(self) -> Iterator[Batch]:
         """The batches that were given to `write_batches`.
