@@ -246,6 +246,8 @@ class PackPlan:
         num_patches: (N,) int64, or None: patches are not limited.
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
+        unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count an
+            image that several of them show only for the first; None: each sample is planned by itself.
     """
 
     sample_index: Int64
@@ -259,6 +261,7 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
+    unit: Int64 | None = None
 
     def __repr__(self) -> str:
         from mmpack.pack_html import plan_counts  # here: it needs this module

@@ -48,7 +48,7 @@ PACKED_ALREADY = {
     "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
-    "mask_history": "", "mask_thinking": "", "plan_seed": "0",
+    "mask_history": "", "mask_thinking": "", "plan_seed": "0", "group_images": "",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
 READING = [
@@ -78,6 +78,7 @@ PACKING = [
     ("mask_history", "rows.json", "--mask-history"),
     ("mask_thinking", "thought.json", "--mask-thinking"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
+    ("group_images", "rows.json", "--group-images"),
 ]
 TYPED = "--typed-tokens text"
 ARGUMENT = "--template-arg add_vision_id=true"

@@ -55,7 +55,7 @@ def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> No
             if bad_rows:
                 (partial / "bad_rows.jsonl").write_bytes(bad_rows)
             write_plan(partial, store, about.planning, config)
-    report_packs(out, options, False, start)
+    report_packs(out, options, config, False, start)
 
 
 def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:

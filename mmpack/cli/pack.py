@@ -20,16 +20,17 @@ from typing import Any, NamedTuple
 
 from mmpack.cli.options import PackOptions, PictureOptions
 from mmpack.cli.plots import pack_picture
-from mmpack.cli.tables import balance_lines, balance_report, json_line
+from mmpack.cli.tables import balance_lines, balance_report, fewer, json_line
 from mmpack.cli.terminal import say
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, media_folders
 from mmpack.data.row_keys import UnreadByFile, unread_line
 from mmpack.errors import BadRow, Skip
-from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
-from mmpack.packing.plan import padded_utilization, plan_samples
+from mmpack.packing.plan import padded_utilization
+from mmpack.packing.plan_samples import plan_samples
+from mmpack.packing.sample_images import images_in, pack_costs, patches_in
 from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
 from mmpack.regular_files import open_regular
 from mmpack.store.arrow_schema import Batch
@@ -95,7 +96,7 @@ def run_pack(options: PackOptions, encoder: Encoder, config: Any) -> None:
                         write_plan(partial, store, options.planning, config)
     reused = found.store is not None
     if part is None:
-        report_packs(out, options, reused, start, unread)
+        report_packs(out, options, config, reused, start, unread)
     else:
         _report_part(out, options, reused, start, unread)
 
@@ -211,9 +212,15 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
     samples, patch_capacity, on_overflow = cut_long(store, store.vision, planning)
     if samples is not store:
         samples.save(folder)
-    cost = None if config is None else costs_of(samples, config, planning.frozen)
     plan = plan_samples(
-        samples, planning.capacity, patch_capacity, on_overflow, planning.plan_seed, cost
+        samples,
+        planning.capacity,
+        patch_capacity,
+        on_overflow,
+        planning.plan_seed,
+        config,
+        frozen=planning.frozen,
+        group_images=planning.group_images,
     )
     save_plan(plan, folder)
     overflow = []
@@ -227,16 +234,24 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
 def report_packs(
     out: Path,
     options: PictureOptions,
+    config: Any,
     reused: bool,
     start: float,
     unread: UnreadByFile | None = None,
 ) -> None:
-    """Print a summary of the packs at `out`, and the fields that were not read while they were encoded."""
+    """Print a summary of the packs at `out`, planned with the costs of `config` (None: without costs), and the fields
+    that were not read while they were encoded."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
     assert isinstance(samples, EncodedStore | SplitSamples) and isinstance(store, EncodedStore)
     num_bad = _count_lines(out / "bad_rows.jsonl")
+    images, planning = images_in(plan, samples), store.about.planning
+    assert planning is not None
+    costs = None
+    if config is not None:
+        costs = pack_costs(plan, samples, config, frozen=planning.frozen, images=images)
+    in_rows, in_packs = patches_in(plan, images)
     report = {
         "rows": len(store) + num_bad,
         "bad_rows": num_bad,
@@ -249,7 +264,8 @@ def report_packs(
         "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
         "unread": unread or {},
-        **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
+        "patches": {"rows": in_rows, "packs": in_packs},
+        **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2, costs),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if isinstance(samples, SplitSamples):
@@ -269,6 +285,12 @@ def report_packs(
     )
     say(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
     say("\n".join(balance_lines(report)))
+    if in_rows:
+        how = "; rows of one image are planned together" if planning.group_images else ""
+        say(
+            f"vision tower: {in_rows:,} patches in rows, {in_packs:,} in packs, which encode an image once "
+            f"({fewer(in_packs, in_rows)}){how}"
+        )
     if report.get("split"):
         cut = report["pieces"] - len(store) + report["split"]
         say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")

@@ -139,8 +139,8 @@ class _Reading:
     def _rows(self, data: Sequence[str], flag: str, capacity: int | None) -> Any:
         from mmpack.cli.pack import cut_long
         from mmpack.hf.processor_files import ProcessorFiles
-        from mmpack.packing.cost import costs_of
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.plan_samples import plan_samples
 
         options = self._options
         if options.tokenizer is None or capacity is None:
@@ -158,14 +158,17 @@ class _Reading:
             found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
         planning = replace(options.planning, capacity=capacity)
         samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, planning)
-        dataset = PackedDataset.from_samples(
+        plan = plan_samples(
             samples,
             capacity,
-            None if config is None else costs_of(samples, config, self._frozen),
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=options.plan_seed,
+            patch_capacity,
+            on_overflow,
+            options.plan_seed,
+            config,
+            frozen=self._frozen,
+            group_images=options.group_images,
         )
+        dataset = PackedDataset(samples, plan)
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)

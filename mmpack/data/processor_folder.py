@@ -114,7 +114,7 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
         rule = video_rule(kind)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    defaults = {
+    defaults: dict[str, Any] = {
         "size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
         "min_frames": rule.min_frames,
         "max_frames": rule.max_frames,

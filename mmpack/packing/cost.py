@@ -103,7 +103,9 @@ def image_flops(config: Any, grid_thw: ArrayLike, frozen: Collection[str] = ()) 
     vision_trained, merger_trained = "vision" not in frozen, "merger" not in frozen
     block_linear = 6 if vision_trained else 2
     patch_linear = 4 if vision_trained else 2  # pixels have no gradient
-    merger_linear = 2 * (1 + merger_trained + (vision_trained or merger_trained))  # its norm comes first
+    merger_linear = 2 * (
+        1 + merger_trained + (vision_trained or merger_trained)
+    )  # its norm comes first
     embed, block, merge, merged, depth, width = _vision_sizes(
         family, _value(config, "vision_config")
     )

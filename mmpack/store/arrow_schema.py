@@ -138,7 +138,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
 
 def with_offsets(batch: Any, offsets: Int64) -> bytes:
     """The rows of a `Batch`, which was read, with offsets in `media.bin`: `offsets[n]` for its n-th medium."""
-    inside, numbers, lengths = _position_arrays(batch["in_media"])
+    inside, numbers, lengths = position_arrays(batch["in_media"])
     return _replaced(batch, _positions(offsets[numbers], lengths, ~inside))
 
 
@@ -148,7 +148,7 @@ def with_media(
     """The `Batch` of which these rows of a store were made; None if `contents`, as in `sample_of`, has not all of
     its media."""
     batch = read_batch(rows)
-    inside, offsets, lengths = _position_arrays(batch["in_media"])
+    inside, offsets, lengths = position_arrays(batch["in_media"])
     if not inside.any():
         return Batch(rows.to_pybytes(), {})
     positions = list(zip(offsets.tolist(), lengths.tolist()))
@@ -172,7 +172,7 @@ def _replaced(batch: Any, positions: pyarrow.StructArray) -> bytes:
     return rows
 
 
-def _position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
+def position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
     """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are not
     in it, 0."""
     values = column.values

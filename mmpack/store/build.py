@@ -266,8 +266,13 @@ def why_outdated(
     if names or not look_at_images:
         return names
     images = sorted(set(store.image_paths()))
-    folders = sorted(set(store.frame_folders()))  # a frame that is added or removed changes its folder
-    for path, stat in [*((one, regular_stat) for one in images), *((one, os.stat) for one in folders)]:
+    folders = sorted(
+        set(store.frame_folders())
+    )  # a frame that is added or removed changes its folder
+    for path, stat in [
+        *((one, regular_stat) for one in images),
+        *((one, os.stat) for one in folders),
+    ]:
         try:
             found = stat(path)
         except (OSError, ValueError):  # not a regular file, or an invalid name

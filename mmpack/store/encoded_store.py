@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks, item_at
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
+from mmpack.store import media_rows
 from mmpack.store.arrow_schema import (
     SCHEMA,
     SIZES,
@@ -50,7 +51,6 @@ from mmpack.types import IGNORE, EncodedSample, Int32, Int64
 from mmpack.vision_spec import VisionSpec
 
 _OPEN_BATCHES = 4096  # cached batches, about 20 KiB each without their views, to bound memory
-_VIDEOS = SCHEMA.get_field_index("videos")
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an Arrow stream
 _INDEX: dict[str, ArrayType] = {
     "offsets": ("int64", ("batches + 1",)),  # byte offset of each batch in the file
@@ -140,14 +140,17 @@ class EncodedStore(Sequence[EncodedSample]):
     def image_paths(self) -> Iterator[str]:
         """Paths of all image and video files, with duplicates."""
         for n in range(self.num_batches):
-            _, _, _, paths, at, *_ = self._columns(n)
-            yield from paths.flatten().filter(at.flatten().is_null()).unique().to_pylist()
+            yield from media_rows.image_paths(self._columns(n))
 
     def frame_folders(self) -> Iterator[str]:
         """Folders whose pictures are the frames of a video, with duplicates."""
         for n in range(self.num_batches):
-            folders = self._columns(n)[_VIDEOS].values.field("folder")
-            yield from folders.drop_null().unique().to_pylist()
+            yield from media_rows.frame_folders(self._columns(n))
+
+    def media_rows(self) -> Iterator[media_rows.MediaRows]:
+        """The images and videos of each batch's rows."""
+        for n in range(self.num_batches):
+            yield media_rows.media_rows(self._columns(n))
 
     def batches(self) -> Iterator[Batch]:
         """The batches that were given to `write_batches`.

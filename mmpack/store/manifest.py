@@ -22,7 +22,7 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 11
+FORMAT = 12
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
 _CAPACITY = range(1, 1 << 63)
 
@@ -36,6 +36,7 @@ class Planning:
     max_image_share: float | None = None
     on_overflow: str = "error"
     plan_seed: Annotated[int, range(1 << 64)] = 0
+    group_images: bool = False
     config: str | None = None
     frozen: tuple[str, ...] = ()
 
