@@ -6,7 +6,7 @@ a pack, S segments, I images, P patches, F features, N samples, L supervised tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -246,6 +246,7 @@ class PackPlan:
         num_patches: (N,) int64, or None: patches are not limited.
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
+        unused: numbers of samples that are in another plan (`mmpack pack --val-size`), ascending.
         unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count an
             image that several of them show only for the first; None: each sample is planned by itself.
     """
@@ -261,6 +262,7 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
+    unused: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     unit: Int64 | None = None
 
     def __repr__(self) -> str:

@@ -431,7 +431,7 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
     monkeypatch.setattr(throughput, "dist", SimpleNamespace(**group))
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: 2.0))
     counter._seen = seen[0]
-    assert counter.pop(CAPACITY, 0, torch.device("cpu")) == {
+    assert counter.pop(CAPACITY, {}, torch.device("cpu")) == {
         "pack/utilization": 80 / (2 * CAPACITY),
         "pack/tokens_per_second": 40.0,
         "pack/supervised_tokens_per_second": 10.0,

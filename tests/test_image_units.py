@@ -13,6 +13,7 @@ from mmpack import PackedDataset, plan_packs
 from mmpack.cli.main import main
 from mmpack.media_options import MediaOptions
 from mmpack.packing.cost import costs_of, image_flops, sample_flops
+from mmpack.packing.held_out import held_out, split_plan
 from mmpack.packing.image_units import UnitSizes, units_of
 from mmpack.packing.pack_stats import cost_floor, rank_imbalance
 from mmpack.packing.plan import plan_epoch
@@ -256,6 +257,37 @@ def test_a_plan_by_units_is_saved_and_loaded(tmp_path):
     save_plan(dataclasses.replace(plan, unit=split), tmp_path)
     with pytest.raises(ValueError, match=r"plan\.json is damaged: unit \d+ is in several packs"):
         load_plan(tmp_path)
+
+
+def test_rows_that_are_held_out_are_whole_units(tmp_path):
+    samples = [dataclasses.replace(sample_of(4, n % 7), row=n) for n in range(40)]
+    plan = PackedDataset.from_samples(samples, 40, group_images=True, patch_capacity=24).plan
+    for one in split_plan(plan, held_out(samples, 0.3)):
+        assert sorted([*one.sample_index, *one.unused]) == list(range(40))
+        members = [
+            set(np.flatnonzero(plan.unit == number)) for number in {*plan.unit[one.sample_index]}
+        ]
+        assert set.union(*members) == set(one.sample_index)
+        save_plan(one, tmp_path)
+        assert load_plan(tmp_path).unit.tolist() == plan.unit.tolist()
+        assert plan_epoch(one, 1).num_packs == one.num_packs
+
+
+def test_a_mixture_plans_rows_by_themselves_and_says_so(caplog):
+    samples = [dataclasses.replace(sample_of(4, n % 3), row=n) for n in range(12)]
+    limits = {"capacity": 40, "patch_capacity": 32}
+    grouped = PackedDataset.from_samples(samples, **limits, group_images=True)
+    plain = PackedDataset.from_samples(samples, **limits)
+    assert grouped.plan.num_patches.sum() < plain.plan.num_patches.sum()
+    mixed = PackedDataset.mixed({"a": (grouped, 1), "b": (plain, 1)})
+    assert (
+        "packed with --group-images (group_images): a; a mixture plans each row by" in caplog.text
+    )
+    expected = PackedDataset.mixed({"a": (plain, 1), "b": (plain, 1)})
+    assert mixed.plan.sample_index.tolist() == expected.plan.sample_index.tolist()
+    for pack in range(mixed.plan.num_packs):
+        numbers = mixed.plan.samples_of(pack)
+        assert sum(mixed.samples[n].num_patches for n in numbers) <= 32
 
 
 def real_images(shared, realset_rows):

@@ -355,7 +355,7 @@ def run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "mmpack.hf.lora.add_lora", lambda model, rank, name, seed: seen.update(lora=rank) or model
     )
-    for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
+    for picture in ("plots.check_picture", "pack_report.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
     monkeypatch.setattr(tuning, "machine", lambda: {"GPU": "NVIDIA H200"})
     monkeypatch.setattr(tuning, "cache_folder", lambda: Path("cache"))

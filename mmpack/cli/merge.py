@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import MergeOptions
-from mmpack.cli.pack import build, report_packs, write_plan
+from mmpack.cli.pack import build, write_plan
+from mmpack.cli.pack_report import report_packs
 from mmpack.errors import BadRow, Skip
 from mmpack.regular_files import open_regular
 from mmpack.store.arrow_schema import Batch

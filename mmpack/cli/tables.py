@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -238,27 +236,11 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def json_line(value: dict[str, Any]) -> str:
-    """A row as one line of JSON: bytes and images abridged, lone surrogates escaped, NaN and infinity as
-    strings."""
-    try:
-        try:
-            return json.dumps(value, default=_abridged, allow_nan=False) + "\n"
-        except ValueError:  # NaN or infinity
-            return json.dumps(_finite(value), default=_abridged) + "\n"
-    except RecursionError:
-        return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
-
-
-def _abridged(value: Any) -> str:
-    if isinstance(value, (bytes, bytearray)):
-        value = bytes(value[:100])  # so that repr is short
-    return f"{value!r:.100}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
+def mixture_lines(report: Sequence[dict[str, Any]]) -> list[str]:
+    """What `mmpack train` says about the sources of a mixture, from `MixedDataset.report`."""
+    return [
+        f"{one_line(part['name'])}: {part['share']:.1%} of the tokens of an epoch (asked: {part['asked']:.1%} of "
+        f"{part['by']}), per pack {part['p10']:.0%} to {part['p90']:.0%} (p10 to p90); {part['tokens']:,} tokens in "
+        f"{part['drawn']:,} samples, {part['passes']:.2f} passes over {part['samples']:,}"
+        for part in report
+    ]

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import TrainOptions
-from mmpack.cli.refused_options import is_packed
+from mmpack.cli.refused_options import is_packed, packed_split
+from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
 from mmpack.data.model_folder import local_path
@@ -48,7 +50,7 @@ def run_train(
     frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
     frozen = tuple(dict.fromkeys(frozen))
     read = _Reading(options, encoder_of, config_of, frozen)
-    dataset = read.dataset(options.data, "--data")
+    dataset = read.mixture() if options.mix else read.dataset(options.data, "--data")
     dataset.source_weights = _source_weights(options.source_weight)
     eval_dataset = None
     if evaluates:
@@ -61,6 +63,8 @@ def run_train(
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
         print(f"{full}; weights in {options.weights_dtype}")
+        if options.mix:
+            print("\n".join(mixture_lines(dataset.report())))
         if eval_dataset is not None:
             print(
                 f"evaluation: {len(eval_dataset):,} packs, {eval_dataset.plan.utilization:.1%} full"
@@ -109,10 +113,15 @@ class _Reading:
         self, data: Sequence[str], flag: str, capacity: int | None = None
     ) -> Any:  # a PackedDataset, whose module imports torch
         """The data set of an option. `capacity`: tokens per pack of rows, by default `--capacity`."""
+        from mmpack.packing.mixed_dataset import joined
+
         options = self._options
         is_training = flag == "--data"
         if is_packed(data, flag):
-            dataset = self._packed(data[0], is_training)
+            found = [self._packed(word, is_training) for word in data]
+            dataset = found[0]
+            if len(found) > 1:  # of an evaluation
+                dataset = joined(dict(zip(_source_names(data), found)))
         else:
             dataset = self._rows(data, flag, options.capacity or capacity)
         dataset.on_bad_image = options.on_bad_image
@@ -120,19 +129,39 @@ class _Reading:
             dataset.max_bad = options.max_bad
         return dataset
 
-    def _packed(self, folder: str, is_training: bool) -> Any:
+    def mixture(self) -> Any:
+        """The sources of `--data` in the shares of `--mix`."""
+        from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.mixed_dataset import costs_of_sources
+
+        options = self._options
+        sources = [self.dataset([data], "--data") for data in options.data]
+        config = self._config_of(options.model or options.config, self._frozen)
+        dataset = PackedDataset.mixed(
+            dict(zip(_source_names(options.data), zip(sources, options.mix))),
+            None if config is None else costs_of_sources(sources, config, self._frozen),
+            by=options.mix_by,
+            epoch_tokens=options.epoch_tokens,
+            seed=options.plan_seed,
+        )
+        dataset.on_bad_image, dataset.max_bad = sources[0].on_bad_image, sources[0].max_bad
+        return dataset
+
+    def _packed(self, word: str, is_training: bool) -> Any:
         from mmpack.hf.processor_files import recorded_files
         from mmpack.packing.dataset import PackedDataset
 
-        dataset = PackedDataset.from_store(folder, self._options.on_changed_data)
+        folder, split = packed_split(word) or (word, "train")
+        dataset = PackedDataset.from_store(folder, self._options.on_changed_data, split)
         if self._options.media_dir:
             dataset.media_folders = self._options.media_dir
         if is_training:
             store: Any = getattr(dataset.samples, "samples", dataset.samples)
             is_lora = self._options.lora_rank is not None
-            _tell_other_costs(store.about.planning, self._frozen, is_lora)
-            self.files, why = recorded_files(store.about, dataset.vision)
-            if why:
+            tell_other_costs(store.about.planning, self._frozen, is_lora)
+            found, why = recorded_files(store.about, dataset.vision)
+            self.files = self.files or found
+            if why and self.files is None:
                 print(f"mmpack: {why}", file=sys.stderr)
         return dataset
 
@@ -177,6 +206,17 @@ class _Reading:
         return dataset
 
 
+def _source_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last part, with a number if it is another's, too."""
+    names: list[str] = []
+    for path in paths:
+        folder, _ = packed_split(path) or (path, "")
+        name = Path(folder).resolve().name.replace("::", "_")
+        same = sum(one == name or one.startswith(f"{name}-") for one in names)
+        names.append(f"{name}-{same + 1}" if name in names else name)
+    return names
+
+
 def _source_weights(words: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for word in words:
@@ -212,7 +252,7 @@ def _how_to_continue(words: Sequence[str], args: Any) -> str:
     return f"to continue from {last}:\n  {command}"
 
 
-def _tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
+def tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: bool) -> None:
     """Warn if a store's packs were balanced for other frozen parts than this run's."""
     if planning is not None and planning.config is not None and set(planning.frozen) != set(frozen):
         words = [

@@ -38,7 +38,16 @@ from mmpack.data.row_keys import (
 from mmpack.data.row_media import count_advice, media_values
 from mmpack.data.row_weights import row_weight
 from mmpack.data.tool_calls import tools_of
-from mmpack.errors import BadRow, OnError, RowError, Skip, counted, counting, refuse
+from mmpack.errors import (
+    BadRow,
+    OnError,
+    RowError,
+    Skip,
+    check_on_error,
+    counted,
+    counting,
+    refuse,
+)
 from mmpack.types import Media, Message, Sample
 
 _log = logging.getLogger("mmpack")
@@ -103,10 +112,7 @@ class Reader:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
-        if not isinstance(self.on_error, (list, Skip)) and self.on_error not in ("raise", "skip"):
-            raise ValueError(
-                f"on_error must be 'raise', 'skip', a Skip or a list, got {self.on_error!r}"
-            )
+        check_on_error(self.on_error)
 
     def read(
         self, data: _PathLike | Sequence[_PathLike] | Iterable[dict[str, Any]]

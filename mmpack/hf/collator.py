@@ -26,6 +26,7 @@ from mmpack.hf.weight_count import weight_entries
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
 from mmpack.packing.compact import compact
+from mmpack.packing.left_out import joined_resume
 from mmpack.packing.loss_weights import LossReduction, check_reduction
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.types import IGNORE, EncodedSample, Float32
@@ -193,7 +194,7 @@ class PackCollator:
         batch["mmpack"]["items"] = (0, *accumulate(map(len, segments)))
         if self._num_ids is not None:  # here, because a compiled model runs no host checks
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
-        resume = getattr(features[-1], "resume", None)
+        resume = joined_resume(features)
         if resume is not None:
             batch["mmpack"]["resume"] = resume  # a stream's state after its last pack
         if self.full_logits:

@@ -119,7 +119,7 @@ def plan_sizes(
         seed=seed,
         unit=None if unit is None else _checked_units(unit, len(tokens)),
     )
-    return _plan(plan, seed)
+    return assigned(plan, seed)
 
 
 def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
@@ -141,7 +141,7 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
     if epoch == 0:
         return plan
     seed = np.random.SeedSequence([plan.seed, epoch]).generate_state(1, np.uint64)[0]
-    other = _plan(replace(plan, sample_index=np.sort(plan.sample_index)), int(seed))
+    other = assigned(replace(plan, sample_index=np.sort(plan.sample_index)), int(seed))
     if other.num_packs != plan.num_packs:  # not from `plan_packs`: plan files are not trusted
         raise ValueError(
             f"the plan has {plan.num_packs:,} packs, but its samples and capacity give "
@@ -150,8 +150,9 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
     return other
 
 
-def _plan(plan: PackPlan, seed: int) -> PackPlan:
-    """The plan with the samples in `sample_index` assigned to packs, by units if it has any."""
+def assigned(plan: PackPlan, seed: int) -> PackPlan:
+    """The plan with the samples in `sample_index` assigned to packs, by units if it has any; without units, a sample
+    may occur several times."""
     members, starts = _by_unit(plan)
 
     def of_units(values: Int64) -> Int64:
@@ -211,8 +212,9 @@ def _checked_units(unit: ArrayLike, num_samples: int) -> Int64:
     return units.astype(np.int64)
 
 
-def quantised(cost: ArrayLike, num_samples: int) -> Int64:
-    """Costs as integers that sum to about 2^52, so that sums do not depend on their order."""
+def quantised(cost: ArrayLike, num_samples: int, total: float | None = None) -> Int64:
+    """Costs as integers of which `total`, by default their sum, is about 2^52, so that sums do not depend on their
+    order."""
     costs = np.asarray(cost)
     if costs.shape != (num_samples,) or not np.issubdtype(costs.dtype, np.number):
         raise ValueError(
@@ -222,7 +224,7 @@ def quantised(cost: ArrayLike, num_samples: int) -> Int64:
     if not np.isfinite(costs).all() or (costs < 0).any():
         worst = int(np.flatnonzero(~(costs >= 0) | ~np.isfinite(costs))[0])
         raise ValueError(f"cost must be finite and not negative, sample {worst} has {costs[worst]}")
-    total = math.fsum(costs)
+    total = math.fsum(costs) if total is None else total
     if total:
         costs = costs / total * 2.0**52  # two roundings, the same on every machine
     return np.rint(costs).astype(np.int64)

@@ -39,6 +39,7 @@ class Planning:
     group_images: bool = False
     config: str | None = None
     frozen: tuple[str, ...] = ()
+    val_size: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
