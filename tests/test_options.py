@@ -48,7 +48,7 @@ PACKED_ALREADY = {
     "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
-    "mask_history": "", "mask_thinking": "", "plan_seed": "0",
+    "mask_history": "", "mask_thinking": "", "plan_seed": "0", "group_images": "",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
 READING = [
@@ -78,6 +78,7 @@ PACKING = [
     ("mask_history", "rows.json", "--mask-history"),
     ("mask_thinking", "thought.json", "--mask-thinking"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
+    ("group_images", "rows.json", "--group-images"),
 ]
 TYPED = "--typed-tokens text"
 ARGUMENT = "--template-arg add_vision_id=true"
@@ -372,7 +373,7 @@ def run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "mmpack.hf.lora.add_lora", lambda model, rank, name, seed: seen.update(lora=rank) or model
     )
-    for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
+    for picture in ("plots.check_picture", "pack_report.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
     monkeypatch.setattr(tuning, "machine", lambda: {"GPU": "NVIDIA H200"})
     monkeypatch.setattr(tuning, "cache_folder", lambda: Path("cache"))

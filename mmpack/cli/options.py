@@ -119,6 +119,10 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         (),
     )
     plan_seed: int = option("seed of the plan (default: 0)", 0)
+    group_images: bool = option(
+        "plan rows that show the same image together: a pack encodes an image once; rows are less mixed",
+        False,
+    )
 
     def __post_init__(self) -> None:
         if self.on_overflow is None:

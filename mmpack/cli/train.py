@@ -177,9 +177,9 @@ class _Reading:
     def _rows(self, data: Sequence[str], flag: str, capacity: int | None) -> Any:
         from mmpack.cli.pack import cut_long
         from mmpack.hf.processor_files import ProcessorFiles
-        from mmpack.packing.cost import costs_of
         from mmpack.packing.dataset import PackedDataset
         from mmpack.packing.held_out import part_of, within_limits
+        from mmpack.packing.plan_samples import plan_samples
 
         options = self._options
         if options.tokenizer is None or capacity is None:
@@ -197,17 +197,18 @@ class _Reading:
             found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
         planning = replace(options.planning, capacity=capacity)
         samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, planning)
-        dataset = PackedDataset.from_samples(
+        plan = plan_samples(
             samples,
             capacity,
-            None if config is None else costs_of(samples, config, self._frozen),
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=options.plan_seed,
+            patch_capacity,
+            on_overflow,
+            options.plan_seed,
+            config,
+            frozen=self._frozen,
+            group_images=options.group_images,
         )
-        used = within_limits(dataset.samples, limits_of(groups))
-        if not used.all():
-            dataset = PackedDataset(dataset.samples, part_of(dataset.plan, used))
+        used = within_limits(samples, limits_of(groups))
+        dataset = PackedDataset(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
