@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 import types
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -372,6 +375,8 @@ def framework(world, monkeypatch):
             "SFTDataCollatorWith4DAttentionMask": refused,
             "CustomSeq2SeqTrainer": CustomSeq2SeqTrainer,
         },
+        "llamafactory.extras": {},
+        "llamafactory.extras.misc": {"is_env_enabled": lambda name: name == made.get("enabled")},
         "llamafactory.model": {},
         "llamafactory.model.model_utils": {},
         "llamafactory.model.model_utils.checkpointing": {
@@ -451,6 +456,10 @@ def test_errors_restore_the_names(world, framework, tmp_path):
     before = dict(vars(workflow))
     with pytest.raises(ValueError, match="no dataset 'absent'"):
         llamafactory.run(yaml_of(world, tmp_path, dataset="absent"))
+    framework["enabled"] = "USE_RAY"
+    with pytest.raises(ValueError, match="^USE_RAY=1 does not apply: it starts another trainer"):
+        llamafactory.run(yaml_of(world, tmp_path))
+    del framework["enabled"]
     framework["more"] = "?"
     with pytest.raises(ValueError, match="^template: qwen2_vl writes .*; choose a template that"):
         llamafactory.run(yaml_of(world, tmp_path))
@@ -611,3 +620,20 @@ def test_the_command_trains_from_a_yaml(world, tmp_path, monkeypatch, capsys):
     assert state["epoch"] == 1 and "pack/utilization" in state["log_history"][0]
     assert llamafactory.main([str(file), "streaming=true"]) == 1
     assert "mmpack: streaming: true does not apply: packs are planned" in capsys.readouterr().err
+
+
+@needs_llamafactory
+def test_the_page_runs_literally(world, tmp_path):
+    """docs/llama_factory.md, with a tiny model in place of the published one."""
+    page = (Path(__file__).parent.parent / "docs" / "llama_factory.md").read_text(encoding="utf-8")
+    options = page.partition("```yaml\n")[2].partition("```")[0]
+    commands = page.partition("```bash\n")[2].partition("```")[0]
+    assert options.count("Qwen/Qwen2-VL-2B-Instruct") == 1 and "llamafactory" in commands
+    options = options.replace("Qwen/Qwen2-VL-2B-Instruct", str(world / "model"))
+    (tmp_path / "train.yaml").write_text(options)
+    (tmp_path / "demo_data").symlink_to(world)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run-full" / "model.safetensors").exists()

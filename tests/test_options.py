@@ -48,7 +48,7 @@ PACKED_ALREADY = {
     "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
-    "mask_history": "", "mask_thinking": "", "plan_seed": "0",
+    "mask_history": "", "mask_thinking": "", "plan_seed": "0", "group_images": "",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
 READING = [
@@ -78,6 +78,7 @@ PACKING = [
     ("mask_history", "rows.json", "--mask-history"),
     ("mask_thinking", "thought.json", "--mask-thinking"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
+    ("group_images", "rows.json", "--group-images"),
 ]
 TYPED = "--typed-tokens text"
 ARGUMENT = "--template-arg add_vision_id=true"
@@ -187,6 +188,12 @@ CASES = [
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
     Case("train", "eval_data", TRAIN, "--eval-data packed"),
+    Case("train", "eval_data", TRAIN + " --eval-data packed", "--eval-data a=packed", "--eval-data packed has no name, others have"),
+    Case("train", "eval_data", TRAIN, "--eval-data a=packed b=packed"),
+    Case("train", "early_stopping_patience", TRAIN + " --eval-data packed", "--early-stopping-patience 2"),
+    Case("train", "early_stopping_patience", TRAIN + " --eval-data packed", "--early-stopping-patience 0",
+         "--early-stopping-patience must be positive, got 0"),
+    Case("train", "early_stopping_patience", TRAIN, "--early-stopping-patience 2", "there is no evaluation set"),
     Case("train", "options", TRAIN, "--options options.yaml"),
     Case("train", "options", TRAIN, "--options unknown.yaml", "unknown.yaml: max_step is not an option of mmpack train or TrainingArguments; did you mean max_steps?"),
     Case("train", "options", TRAIN, "--options empty.yaml", "empty.yaml has no options; write one per line"),
@@ -344,12 +351,13 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl, loss_reduction, eval_dataset, processor):
+    def train(model, dataset, args, impl, loss_reduction, eval_dataset, patience, processor):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
-        if eval_dataset is not None:
-            seen["evaluated"] = eval_dataset.fingerprint()
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        seen["evaluated"] = {name: one and one.fingerprint() for name, one in sets.items()}
+        seen["patience"] = patience
         seen["trained"]["reduction"] = loss_reduction
         return {"steps": 0}
 
@@ -365,7 +373,7 @@ def run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "mmpack.hf.lora.add_lora", lambda model, rank, name, seed: seen.update(lora=rank) or model
     )
-    for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
+    for picture in ("plots.check_picture", "pack_report.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
     monkeypatch.setattr(tuning, "machine", lambda: {"GPU": "NVIDIA H200"})
     monkeypatch.setattr(tuning, "cache_folder", lambda: Path("cache"))

@@ -177,10 +177,21 @@ def resumed(make, workers, after, total):
     return pieces_of(itertools.islice(delivered(other, workers), total))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_stream_continues_identically_from_any_point(data):
     """Two ranks, up to two workers each, stopped anywhere, over two passes."""
+    continue_anywhere(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(data=st.data())
+def test_a_stream_continues_identically_from_many_points(data):
+    continue_anywhere(data)
+
+
+def continue_anywhere(data):
     samples = numbered(data.draw(st.integers(0, 30)), data.draw(st.integers(0, 9)))
     rank, workers = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 2))
     buffer, seed = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 3))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import MergeOptions
-from mmpack.cli.pack import build, report_packs, write_plan
+from mmpack.cli.pack import build, write_plan
+from mmpack.cli.pack_report import report_packs
 from mmpack.errors import BadRow, Skip
 from mmpack.regular_files import open_regular
 from mmpack.store.arrow_schema import Batch
@@ -55,7 +56,7 @@ def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> No
             if bad_rows:
                 (partial / "bad_rows.jsonl").write_bytes(bad_rows)
             write_plan(partial, store, about.planning, config)
-    report_packs(out, options, False, start)
+    report_packs(out, options, config, False, start)
 
 
 def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:

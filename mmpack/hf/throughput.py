@@ -88,6 +88,12 @@ class TrainedCosts:
         )
 
 
+def useful_tokens(pack: MmpackDict) -> int:
+    """Tokens of a batch's samples that have supervised tokens: not those of filler and empty packs."""
+    is_useful = np.diff(pack["supervised_offsets"]) > 0
+    return int(np.diff(pack["offsets"])[is_useful].sum())
+
+
 class PackCounter:
     """Counts a rank's packs, and computes the log values over all ranks.
 
@@ -133,8 +139,10 @@ class PackCounter:
         seen = self._seen
         for pack in packs:
             tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
-            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
-            images = np.array(pack["grid_offsets"])
+            # An image or a video that several segments show counts for the first one.
+            is_new = np.array(pack["grid_is_new"], dtype=bool)
+            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)[is_new]
+            images = np.concatenate([[0], is_new.cumsum()])[np.array(pack["grid_offsets"])]
             patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
             is_useful = supervised > 0
             seen.num_batches += 1

@@ -41,7 +41,10 @@ USED = {
     "train.tuner": ("run_exp",),
     "hparams.parser": ("read_args",),
     "hparams": ("DataArguments", "FinetuningArguments", "ModelArguments"),
+    "extras.misc": ("is_env_enabled",),
 }
+# Its environment variables that choose other code than the workflows below
+_OTHER_CODE = ("USE_RAY", "USE_MCA", "USE_V1")
 _CHECKPOINTING = {
     "model.model_utils.checkpointing": {"get_custom_gradient_checkpointing_func": "checkpointing"}
 }
@@ -104,6 +107,11 @@ def run(args: Mapping[str, Any]) -> None:
         for module, names in USED.items()
         for name in names
     }
+    if enabled := [name for name in _OTHER_CODE if used["is_env_enabled"](name)]:
+        raise ValueError(
+            f"{enabled[0]}=1 does not apply: it starts another trainer than the one that mmpack's packs go to; unset "
+            "it, and start several ranks with torchrun -m mmpack.integrations.llamafactory"
+        )
     defaults = used["FinetuningArguments"]
     parts = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
     own = taken_options(args, {name: getattr(defaults, name) for name in parts})

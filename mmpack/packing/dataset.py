@@ -31,7 +31,8 @@ from mmpack.packing.held_out import part_of, within_limits
 from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.plan import plan_epoch, plan_samples
+from mmpack.packing.plan import plan_epoch
+from mmpack.packing.plan_samples import plan_samples
 from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
@@ -83,6 +84,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        group_images: bool = False,
     ) -> PackedDataset:
         """Plan the samples into packs of at most `capacity` tokens (and `patch_capacity` patches).
 
@@ -94,15 +96,19 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         log how many and name the first);
         "split" (documents only) it into pieces, which `samples` then holds, see `mmpack.packing.split_documents`.
 
+        `group_images` plans samples that show the same image together: a pack runs the vision tower once for each
+        image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers count an
+        image for each of its samples.
+
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an
                 image is too large to split around; the message gives file and row.
         """
         if on_overflow == "split":
             samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
-        return cls(
-            samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
-        )
+        limits = capacity, patch_capacity
+        plan = plan_samples(samples, *limits, on_overflow, seed, cost, group_images=group_images)
+        return cls(samples, plan)
 
     @classmethod
     def from_files(
@@ -115,6 +121,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        group_images: bool = False,
         jobs: int | None = 1,
     ) -> PackedDataset:
         """Read, encode and plan data files, in memory; `save` writes the data set to disk.
@@ -127,7 +134,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             encoder: an `Encoder`, or a transformers Qwen-VL processor.
             capacity: maximum tokens per pack.
             cost: the model's config, for packs that cost the same; see `from_samples`.
-            patch_capacity, on_overflow, seed: see `from_samples`.
+            patch_capacity, on_overflow, seed, group_images: see `from_samples`.
             jobs: processes that encode rows (`Sample`s are encoded in this one). None: one per core, if the rows
                 take more than a few seconds. Other processes need pyarrow and import the script, which must
                 have `if __name__ == "__main__":`.
@@ -162,6 +169,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             patch_capacity=patch_capacity,
             on_overflow=on_overflow,
             seed=seed,
+            group_images=group_images,
         )
         used = within_limits(dataset.samples, limits)
         if not used.all():

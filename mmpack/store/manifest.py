@@ -36,6 +36,7 @@ class Planning:
     max_image_share: float | None = None
     on_overflow: str = "error"
     plan_seed: Annotated[int, range(1 << 64)] = 0
+    group_images: bool = False
     config: str | None = None
     frozen: tuple[str, ...] = ()
     val_size: float | None = None
