@@ -128,7 +128,7 @@ def test_bad_rows_after_the_last_good_one_are_counted(numbering):
 def test_a_stopped_stream_counts_and_lists_each_bad_row_once(case, numbering, tmp_path):
     """Stopped at a random pack, with others made ahead; over two passes, in this process and in workers."""
     rng = random.Random(case)
-    rows = list(rows_of(rng.randint(20, 60), rng.choice([2, 3, 7])))
+    rows = list(rows_of(rng.randint(20, 60), rng.choice([3, 5, 7])))
     workers, buffer, total = rng.choice([0, 1, 2]), rng.choice([1, 3, 9]), 24
 
     def make(file):
@@ -163,6 +163,18 @@ def test_a_stopped_stream_counts_and_lists_each_bad_row_once(case, numbering, tm
     keys = [(line["pass"], line["row"]) for line in lines_of(tmp_path / "stopped")]
     assert len(set(keys)) == len(keys)
     assert set(keys) >= {(line["pass"], line["row"]) for line in lines_of(tmp_path / "whole")}
+
+
+def test_a_worker_whose_rows_are_all_bad_says_so(numbering, caplog):
+    """It has no pack that could carry them. In this process they are listed."""
+    rows = [sharegpt(0, False), KINDS[0]] * 3
+    bad_rows = []
+    stream = PackStream(rows, numbering, 200, on_error=bad_rows)
+    assert len(list(delivered(stream, 2))) == 1
+    assert bad_rows == []
+    assert "worker 1 left out all of its rows, 3, and has no pack to list them with" in caplog.text
+    assert list(PackStream(KINDS, numbering, 200, on_error=bad_rows)) == []
+    assert [bad.row for bad in bad_rows] == [0, 1, 2]
 
 
 def test_too_many_bad_rows_end_the_stream_with_their_reasons(numbering):

@@ -12,6 +12,7 @@ carries its shard's state after it, `PackSamples.resume`, and `consume` makes th
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_rows import Recipe, row_sources
 from mmpack.packing.stream_shard import Shard
 
+_log = logging.getLogger(__name__)
 _ADVICE = (
     "rows are dealt by number, so some would be lost and others repeated; the source must give every "
     "worker of every rank all rows in one order: remove its own split (WebDataset: nodesplitter=None), "
@@ -259,6 +261,17 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
                     else:  # the process that trains lists them
                         resume["left out"] = left_out
                 yield self._item(samples, json.dumps(resume).encode())
+            if alone := shard.take_bad_rows():  # the pass had no pack that could carry them
+                if info is None:
+                    lines = [as_line(bad, number) for number, bad in alone]
+                    self._list(lines, [bad for _, bad in alone])
+                else:
+                    _log.warning(
+                        "worker %d left out all of its rows, %s, and has no pack to list them with; the first: %s",
+                        number,
+                        f"{len(alone):,}",
+                        alone[0][1],
+                    )
             first, place = shard.number_of_pass + 1, None
             if not (self.endless and shard.num_entered):
                 return
