@@ -48,7 +48,7 @@ def tokens_of(item):
 def test_each_source_has_its_share_of_the_tokens():
     """To one longest row of what was read; of packs, up to what waits in the buffer."""
     stream = PackStream(sources(), None, 256, CONFIG, buffer=50)
-    packs = list(itertools.islice(stream, 400))
+    packs = list(itertools.islice(stream, 200))
     shares = {"short": 0.5, "long": 0.3, "images": 0.2}
     for pack in packs[:: len(packs) // 20]:
         drawn = json.loads(pack.resume)["drawn"]
@@ -65,7 +65,7 @@ def test_each_source_has_its_share_of_the_tokens():
 def test_a_source_that_ends_begins_again_and_samples_come_equally_often():
     stream = PackStream(sources((60, 9, 3)), None, 128, CONFIG, buffer=20)
     seen = defaultdict(Counter)
-    for pack in itertools.islice(stream, 200):
+    for pack in itertools.islice(stream, 100):
         for sample in pack:
             seen[sample.source][int(sample.input_ids[1]), len(sample.input_ids)] += 1
     assert {name.partition("::")[0] for name in seen} == {"short", "long", "images"}

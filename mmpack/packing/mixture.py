@@ -109,7 +109,15 @@ class Mixture:
     def _shortened(self, chosen: list[Int64], tokens: int) -> list[Int64]:
         """The samples of an epoch without the last ones, of at least this many tokens, of sources that are not
         whole."""
-        partial = [n for n, source in enumerate(self.sources) if not source.is_whole]
+        partial = [
+            n for n, source in enumerate(self.sources) if not source.is_whole and len(chosen[n])
+        ]
+        if (
+            not partial
+        ):  # the sizes of whole passes are those of every epoch, and so is their number of packs
+            raise ValueError(
+                "an epoch of the mixture has more packs than the first; pack its sources again"
+            )
         total = sum(self.sources[n].budget for n in partial)
         kept = list(chosen)
         for n in partial:
