@@ -169,8 +169,16 @@ def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
         own: (N,) which samples.
 
     Raises:
-        ValueError: none of them fits a pack.
+        ValueError: none of them fits a pack, or samples that are planned as one would be divided.
     """
+    if plan.unit is not None:
+        divided = np.intersect1d(plan.unit[own], plan.unit[~own])
+        if len(divided):
+            raise ValueError(
+                f"{counted(len(divided), 'group')} of rows that show one image would be divided by num_samples or "
+                "max_samples of a dataset_info.json, but --group-images (group_images) plans them together; leave one of "
+                "them out"
+            )
     part = replace(
         plan,
         sample_index=np.sort(plan.sample_index[own[plan.sample_index]]),
