@@ -13,7 +13,16 @@ PACKAGE = ROOT / "mmpack"
 
 # A folder is a layer, and imports point at a lower one. Inside a folder they are free. `ops` and `packing`
 # stand side by side: kernels know no pack, packs no kernel.
-LAYERS = {"mmpack": 0, "data": 1, "store": 2, "packing": 3, "ops": 3, "hf": 4, "cli": 5}
+LAYERS = {
+    "mmpack": 0,
+    "data": 1,
+    "store": 2,
+    "packing": 3,
+    "ops": 3,
+    "hf": 4,
+    "cli": 5,
+    "integrations": 6,
+}
 # (file, what it may import although it lies higher), each with its reason
 EXCEPTIONS = {
     ("__init__", "mmpack.data"),  # the public names
@@ -26,13 +35,14 @@ ROOMS = {
     "PIL": {"data/images", "data/resize", "cli/demo"},
     "accelerate": {"hf"},
     "av": {"data/videos"},
-    "datasets": set(),
+    "datasets": {"integrations/trl"},
     "filelock": {"store/atomic_folder"},
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
     "huggingface_hub": {"data/model_folder"},
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
+    "llamafactory": {"integrations"},
     "peft": {"hf/lora"},
     "yaml": {"cli/option_file"},
     "platformdirs": {"ops/tuning"},
@@ -49,6 +59,7 @@ ROOMS = {
         "data/images",
         "packing/dataset",
         "packing/even_packs",
+        "packing/mixed_dataset",
         "packing/pack_source",
         "packing/stream",
         "packing/stream_source",
@@ -56,10 +67,13 @@ ROOMS = {
         "ops",
         "hf",
         "cli/demo",
+        "integrations",
     },
     "tqdm": {"data/progress"},
-    "transformers": {"data/processor_folder", "hf", "cli/demo"},
+    "swift": {"integrations"},
+    "transformers": {"data/processor_folder", "hf", "cli/demo", "integrations"},
     "triton": {"ops"},
+    "trl": {"integrations"},
 }
 
 

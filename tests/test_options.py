@@ -48,7 +48,7 @@ PACKED_ALREADY = {
     "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
-    "mask_history": "", "mask_thinking": "", "plan_seed": "0",
+    "mask_history": "", "mask_thinking": "", "plan_seed": "0", "group_images": "",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
 READING = [
@@ -78,12 +78,14 @@ PACKING = [
     ("mask_history", "rows.json", "--mask-history"),
     ("mask_thinking", "thought.json", "--mask-thinking"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
+    ("group_images", "rows.json", "--group-images"),
 ]
 TYPED = "--typed-tokens text"
 ARGUMENT = "--template-arg add_vision_id=true"
 PACK = "{data} --tokenizer tokenizer --capacity 2048 --out {out}/packed"
 ROWS = "--data {data} --tokenizer tokenizer --capacity 2048 --config config.json"
 TRAIN = "--data packed --config config.json --output_dir {out}/run"
+MIX = "--data packed packed --mix 1 1 --config config.json --output_dir {out}/run"
 
 
 def pack(base, command="pack"):
@@ -145,6 +147,8 @@ CASES = [
     Case("pack", "overwrite", "rows.json --tokenizer tokenizer --capacity 700 --out {copy}", "--overwrite"),
     Case("pack", "jobs", pack("rows.json"), "--jobs 1"),
     Case("pack", "shard", pack("rows.json"), "--shard 1/2"),
+    Case("pack", "val_size", pack("rows.json"), "--val-size 4"),
+    Case("pack", "val_size", pack("rows.json"), "--val-size 1.5", "must be a number of rows, or a share"),
     Case("pack", "json", pack("rows.json"), "--json"),
     Case("pack", "quiet", pack("rows.json"), "--quiet"),
     # merge
@@ -210,7 +214,15 @@ CASES = [
     Case("train", "model", "--data packed", "--model model"),
     Case("train", "config", "--data packed", "--config config.json"),
     Case("train", "steps", TRAIN, "--steps 3"),
-    Case("train", "data", TRAIN, "--data rows.json", "a packed folder must be the only one"),
+    Case("train", "data", TRAIN, "--data rows.json", "a packed folder must be the only one; mix them with --mix"),
+    Case("train", "mix", TRAIN, "--data packed --mix 1 3"),
+    Case("train", "mix", TRAIN, "--mix 1 3", "--mix has 2 weights for 1 --data; pass one for each"),
+    Case("train", "mix", TRAIN, "--data packed --mix 1 0", "the weight of 'packed-2' is 0.0, not a positive number"),
+    Case("train", "mix_by", MIX, "--mix-by samples"),
+    Case("train", "mix_by", TRAIN, "--mix-by samples", "there is one source of data; pass --mix too"),
+    Case("train", "epoch_tokens", MIX, "--epoch-tokens 9000"),
+    Case("train", "epoch_tokens", MIX, "--epoch-tokens 9", "must be at least the tokens of a pack, 2,048, got 9"),
+    Case("train", "epoch_tokens", TRAIN, "--epoch-tokens 9000", "there is one source of data; pass --mix too"),
     Case("train", "impl", TRAIN, "--impl libraries"),
     Case("train", "json", TRAIN, "--json"),
     Case("train", "quiet", TRAIN, "--quiet"),
@@ -361,7 +373,7 @@ def run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "mmpack.hf.lora.add_lora", lambda model, rank, name, seed: seen.update(lora=rank) or model
     )
-    for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
+    for picture in ("plots.check_picture", "pack_report.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
     monkeypatch.setattr(tuning, "machine", lambda: {"GPU": "NVIDIA H200"})
     monkeypatch.setattr(tuning, "cache_folder", lambda: Path("cache"))

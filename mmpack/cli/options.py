@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpack.errors import MAX_BAD, check_max_bad
+from mmpack.packing.held_out import check_size
 from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
@@ -118,6 +119,10 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         (),
     )
     plan_seed: int = option("seed of the plan (default: 0)", 0)
+    group_images: bool = option(
+        "plan rows that show the same image together: a pack encodes an image once; rows are less mixed",
+        False,
+    )
 
     def __post_init__(self) -> None:
         if self.on_overflow is None:
@@ -125,14 +130,15 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
             object.__setattr__(self, "on_overflow", settled)
         check_max_bad(self.max_bad)
         for name, values in schema_of(Planning).items():
-            if isinstance(given := getattr(self, name), (int, float)):
+            if isinstance(given := getattr(self, name, None), (int, float)):
                 check(given, values, flag(name))
         check_split(str(self.on_overflow), self.stage)
 
     @property
     def planning(self) -> Planning:
         """The options that determine which samples share a pack, as a store records them."""
-        return Planning(**{one.name: getattr(self, one.name) for one in fields(Planning)})
+        names = [one.name for one in fields(Planning) if hasattr(self, one.name)]
+        return Planning(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,16 @@ class PackOptions(PackingOptions, PictureOptions):
     overwrite: bool = option("replace a packed data set in --out", False)
     jobs: int | None = option("processes (default: one per core if there are many rows)", None)
     shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
+    val_size: float | None = option(
+        "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data FOLDER:val",
+        None,
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_size is not None:
+            check_size(self.val_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +229,19 @@ class TrainOptions(PackingOptions, Options):
 
     data: tuple[str, ...] = option(
         "folder written by mmpack pack, or rows to pack now", nargs="+", metavar="DATA"
+    )
+    mix: tuple[float, ...] = option(
+        "mix the --data in these shares, one number for each; an epoch then repeats the smaller ones",
+        (),
+        nargs="+",
+        metavar="WEIGHT",
+    )
+    mix_by: Literal["tokens", "samples"] = option(
+        "what the weights of --mix are shares of (default: tokens)", "tokens"
+    )
+    epoch_tokens: int | None = option(
+        "tokens of an epoch of --mix (default: until the source with the most tokens per weight is through)",
+        None,
     )
     eval_data: tuple[str, ...] = option(
         "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch); NAME=DATA for "

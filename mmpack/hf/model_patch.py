@@ -33,7 +33,7 @@ from mmpack.hf.compat import (
     is_sharded,
     remove_hook,
 )
-from mmpack.hf.embedding import embed
+from mmpack.hf.embedding import at_placeholders, embed
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
 from mmpack.hf.head import give_targets
@@ -217,7 +217,7 @@ def _take_pack(
     if nothing is not None:
         embeds_TD = embeds_TD + nothing.to(embeds_TD.device, embeds_TD.dtype)
     if features[1:]:
-        pack["deepstack"] = features[1:]
+        pack["deepstack"] = [at_placeholders(features_FD, pack) for features_FD in features[1:]]
     return args, {
         **kwargs,
         "mmpack": pack,

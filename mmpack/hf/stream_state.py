@@ -44,6 +44,8 @@ class StreamKeeper:
         self._ranks = args.world_size
         self._rank = args.process_index
         self.stream.shard(args.process_index, args.world_size).endless = True
+        if self.stream.bad_rows_file is None and args.output_dir is not None:
+            self.stream.bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
         return self.stream
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
