@@ -623,7 +623,9 @@ def test_a_backend_of_one_process_is_refused():
 
     PartialState._reset_state()
     try:
-        text = "^--ddp_backend gloo does not apply: there is one process; start several with torchrun"
+        text = (
+            "^--ddp_backend gloo does not apply: there is one process; start several with torchrun"
+        )
         with pytest.raises(ValueError, match=text):
             parse_training_arguments(["--ddp_backend", "gloo", "--use_cpu"])
     finally:

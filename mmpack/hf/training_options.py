@@ -280,7 +280,9 @@ def _require_packages(args: TrainingArguments) -> None:
         ValueError: one of them is not installed.
     """
     for name in args.report_to:
-        if name in {*_TRACKERS, "neptune", "dagshub"} or (name == "tensorboard" and find_spec("tensorboardX") is None):
+        if name in {*_TRACKERS, "neptune", "dagshub"} or (
+            name == "tensorboard" and find_spec("tensorboardX") is None
+        ):
             _require(f"--report_to {name}", name)
     optimizer = str(args.optim.value)
     if "torch" not in optimizer and any(
