@@ -2,7 +2,10 @@
 Trainer, everything replaced is restored, and options that would do nothing are refused. CI does not have ms-swift."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +72,13 @@ def swift(setting, where, **options):
         "output_dir": setting / where, **SAME, **options,
     }  # fmt: skip
     with plugin.packs():
-        sft_main([str(x) for name, value in words.items() for x in (f"--{name}", value)])
+        sft_main(
+            [
+                str(word)
+                for name, value in words.items()
+                for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+            ]
+        )
     return keep.log, keep.model
 
 
@@ -115,20 +124,20 @@ def test_lora_trains_the_adapters(setting):
     ours, stocks = steps(log), steps(theirs.state.log_history)
     assert ours[0][0] == pytest.approx(stocks[0][0], rel=1e-4)  # adapters begin at 0
     assert ours[0][1] > 0
-    assert any(one.abs().max() > 0 for name, one in model.named_parameters() if "lora_B" in name)
+    second = [one for name, one in model.named_parameters() if "lora_B" in name]
+    assert all(one.abs().max() > 0 for one in second)  # of every layer, also with checkpointing
 
 
 def test_sets_to_evaluate(setting):
-    """One, and several, whose losses have the folders' names; a run is resumed with the packs that come next."""
-    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
-    full = {"tuner_type": "full", "freeze_vit": False, "learning_rate": 0.0}
-    one, _ = swift(setting, "one", val_dataset=setting / "packed_val", **options, **full)
-    keep = Keep()
-    callbacks_map["keep"] = lambda args, trainer: keep
-    loss = [entry["eval_loss"] for entry in one if "eval_loss" in entry][0]
+    """One, and several, whose losses have the folders' names."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "tuner_type": "full"}
+    options |= {"freeze_vit": False, "learning_rate": 0.0}
     theirs = stock(setting, max_steps=1, learning_rate=0.0)
     expected = theirs.evaluate(PackedDataset.from_store(setting / "packed"))["eval_loss"]
-    assert loss == pytest.approx(expected, rel=1e-4)
+    sets = {"eval_loss": ["packed"], "eval_packed_val_loss": ["packed", "packed_val"]}
+    for name, folders in sets.items():
+        log, _ = swift(setting, name, val_dataset=[setting / one for one in folders], **options)
+        assert [entry[name] for entry in log if name in entry][0] == pytest.approx(expected, 1e-4)
 
 
 def test_a_resumed_run_is_the_run(setting):
@@ -219,3 +228,42 @@ def test_the_pages_plugin_installs():
     finally:
         plugin._for_good.close()
     assert before == (SwiftSft._prepare_dataset, TrainerFactory.TRAINER_MAPPING["causal_lm"])
+
+
+def test_the_page_is_followed(setting, small_set, tmp_path):
+    """Its commands, before and after, in a shell; a tiny model's folder stands for the published one's name, and a few
+    options say what ms-swift knows of that, and that this is a CPU."""
+    (block,) = [one for one in blocks_of(ROOT / "docs" / "ms_swift.md") if one.language == "bash"]
+    rows = json.loads((small_set / "train.json").read_text())
+    roles = {"human": "user", "gpt": "assistant"}
+    lines = [
+        {
+            "messages": [
+                {"role": roles[t["from"]], "content": t["value"]} for t in row["conversations"]
+            ],
+            "images": [str(small_set / name) for name in row["images"]],
+        }
+        for row in rows
+    ]
+    for name in ("train", "val"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    shutil.copytree(setting / "model", tmp_path / "model")
+    known = "--model_type qwen2_vl --template qwen2_vl --torch_dtype float32 --fp16 false --check_model false"
+    name = "Qwen/Qwen2-VL-2B-Instruct"
+    assert block.text.count(f"--model {name}") == 2 and block.text.count(f"--tokenizer {name}") == 2
+    script = block.text.replace(f"--tokenizer {name}", f"--media-dir {small_set} --tokenizer model")
+    script = script.replace(
+        f"--model {name}", f"--model model {known} --max_steps 2 --eval_steps 2 --logging_steps 1"
+    )
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {**os.environ, "PATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = sorted((tmp_path / "run").iterdir())
+    logs = [(one / "logging.jsonl").read_text() for one in runs]
+    assert len(logs) == 2
+    assert [("pack/utilization" in log) for log in logs] == [False, True]
+    assert all("eval_loss" in log for log in logs)
