@@ -362,8 +362,3 @@ def test_rows_planned_together_are_held_out_together():
     for own in (found, ~found):
         plan = part_of(data.plan, own)
         assert sorted(plan.sample_index) == np.flatnonzero(own).tolist()
-    one = np.arange(12) != 3
-    with pytest.raises(
-        ValueError, match="1 group of rows that show one image would be divided .*group-images"
-    ):
-        part_of(data.plan, one)

@@ -618,12 +618,27 @@ def test_evaluation_options_without_effect_are_refused(words, text):
         parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
 
 
+def test_a_backend_of_one_process_is_refused():
+    from accelerate.state import PartialState
+
+    PartialState._reset_state()
+    try:
+        text = (
+            "^--ddp_backend gloo does not apply: there is one process; start several with torchrun"
+        )
+        with pytest.raises(ValueError, match=text):
+            parse_training_arguments(["--ddp_backend", "gloo", "--use_cpu"])
+    finally:
+        PartialState._reset_state()
+
+
 def test_a_file_of_options_is_the_command_line(tmp_path):
     """In every form a value has; what is passed as well replaces the file's, under either name."""
     file = tmp_path / "run.yaml"
     file.write_text(
         """
         data: [a.json, b.json]
+        eval_data: {ocr: c.json, chat: [d.json, e.json]}
         tokenizer: t
         capacity: 512
         frozen: [vision, merger]
@@ -641,6 +656,7 @@ def test_a_file_of_options_is_the_command_line(tmp_path):
     words = ["train", "--options", str(file), "--steps", "5", "--capacity=700", "--use_cpu"]
     _, options = parse(words)
     assert options.data == ("a.json", "b.json")
+    assert options.eval_sets() == {"ocr": ("c.json",), "chat": ("d.json", "e.json")}
     assert (options.capacity, options.steps, options.frozen) == (700, 5, ("vision", "merger"))
     assert options.template_arg == ("enable_thinking=false", 'name="x y"')
     assert (options.mask_thinking, options.decode) == (True, False)

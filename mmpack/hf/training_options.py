@@ -221,7 +221,15 @@ def parse_training_arguments(
     if given.get("deepspeed") is not None:
         _require("--deepspeed", "deepspeed")
     with unavailable():
-        args = TrainingArguments(**{**defaults, **given})
+        try:
+            args = TrainingArguments(**{**defaults, **given})
+        except ValueError as error:
+            if "ddp_backend" not in given or "process group" not in str(error):
+                raise
+            raise ValueError(
+                f"--ddp_backend {given['ddp_backend']} does not apply: there is one process; start several with "
+                "torchrun --nproc_per_node N -m mmpack train ..., or leave it out"
+            ) from error
     if sets and args.metric_for_best_model in _THE_LOSS:
         named = " or ".join(f"eval_{name}_loss" for name in sets)
         raise ValueError(
@@ -272,7 +280,9 @@ def _require_packages(args: TrainingArguments) -> None:
         ValueError: one of them is not installed.
     """
     for name in args.report_to:
-        if name in _TRACKERS or (name == "tensorboard" and find_spec("tensorboardX") is None):
+        if name in {*_TRACKERS, "neptune", "dagshub"} or (
+            name == "tensorboard" and find_spec("tensorboardX") is None
+        ):
             _require(f"--report_to {name}", name)
     optimizer = str(args.optim.value)
     if "torch" not in optimizer and any(

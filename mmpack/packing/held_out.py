@@ -166,19 +166,14 @@ def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
     """The plan of some of a plan's samples; the others are `unused`.
 
     Args:
-        own: (N,) which samples.
+        own: (N,) which samples; of each unit all or none, because its images are counted for its first sample.
 
     Raises:
-        ValueError: none of them fits a pack, or samples that are planned as one would be divided.
+        ValueError: none of them fits a pack.
     """
     if plan.unit is not None:
-        divided = np.intersect1d(plan.unit[own], plan.unit[~own])
-        if len(divided):
-            raise ValueError(
-                f"{counted(len(divided), 'group')} of rows that show one image would be divided by num_samples or "
-                "max_samples of a dataset_info.json, but --group-images (group_images) plans them together; leave one of "
-                "them out"
-            )
+        _, first, unit = np.unique(plan.unit, return_index=True, return_inverse=True)
+        assert (own[first][unit] == own).all()
     part = replace(
         plan,
         sample_index=np.sort(plan.sample_index[own[plan.sample_index]]),
