@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -34,8 +35,8 @@ Grid grid_of(std::span<const std::int32_t> grid_thw, std::size_t n) {
 // An image or video in the tower's order.
 struct Shown {
   std::size_t grid, feature;  // its index, and that of its first feature
+  std::size_t place;          // of the next marker's first token in feature_token
   std::int32_t times;         // markers that show it
-  std::int32_t written;       // of those, whose tokens are written
 };
 
 // By the number of the first marker that shows it; writes vision_grid_thw and feature_offsets.
@@ -52,6 +53,7 @@ std::vector<Shown> order_shown(const Samples& samples, const std::vector<bool>& 
       if (!shown[g].times || is_image[g] != images) continue;
       shown[g].grid = grid;
       shown[g].feature = feature;
+      shown[g].place = static_cast<std::size_t>(end);
       std::copy_n(&samples.grid_thw[3 * g], 3, &out.vision_grid_thw[3 * grid++]);
       const auto count = static_cast<std::size_t>(grid_of(samples.grid_thw, g).patches()) / area;
       for (const std::size_t last = feature + count; feature < last;) {
@@ -318,14 +320,18 @@ PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuff
       const auto count = static_cast<std::size_t>(grid.frames * height * width);
       std::fill_n(&out.input_ids[token], count, id);
       std::fill_n(&out.labels[token], count, kIgnore);
-      for (std::size_t f = 0; f < count; ++f) {
-        const std::size_t feature = shown.feature + f;
-        text_places[token + f] = static_cast<std::int64_t>(token + f - begin);
-        out.feature_index[token + f] = static_cast<std::int32_t>(feature);
-        out.feature_token[out.feature_offsets[feature] + shown.written] =
-            static_cast<std::int32_t>(token + f);
+      std::iota(text_places + token, text_places + token + count, token - begin);
+      const auto feature_index = out.feature_index.subspan(token, count);
+      std::iota(feature_index.begin(), feature_index.end(), static_cast<std::int32_t>(shown.feature));
+      const auto first = static_cast<std::int32_t>(token);
+      auto* place = out.feature_token.data() + shown.place++;
+      if (shown.times == 1) {
+        std::iota(place, place + count, first);
+      } else {
+        for (std::size_t f = 0; f < count; ++f) {
+          place[f * shown.times] = first + static_cast<std::int32_t>(f);
+        }
       }
-      ++shown.written;
       for (std::int64_t t = 0; t < grid.frames; ++t) {
         const auto at = static_cast<std::int64_t>(static_cast<float>(t) * step);
         for (std::int64_t h = 0; h < height; ++h) {

@@ -14,7 +14,7 @@ from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.hf import patch_model
-from mmpack.packing.held_out import held_out
+from mmpack.packing.held_out import held_out, part_of
 from mmpack.packing.mixed_dataset import joined
 from mmpack.packing.split_documents import split_samples
 from mmpack.types import ImageRef, VideoRef
@@ -346,3 +346,19 @@ def test_python_and_training_honour_limits_too(limited, capsys, caplog):
         ValueError, match="of a mapping are for plans, and a stream has none; remove"
     ):
         PackStream(rows, replace(encoder, mapping=mapping), 120)
+
+
+def grouped(count=12):
+    samples = samples_of(count)
+    for n in range(count):
+        one = encoded(SMALL_SPEC, 3, n, (4, 4), [4] * 5)
+        samples[n] = replace(one, media=(ImageRef(f"{n // 2}.png"),), source="rows.json", row=n)
+    return PackedDataset.from_samples(samples, 64, group_images=True)
+
+
+def test_rows_planned_together_are_held_out_together():
+    data = grouped()
+    found = held_out(data.samples, 4)
+    for own in (found, ~found):
+        plan = part_of(data.plan, own)
+        assert sorted(plan.sample_index) == np.flatnonzero(own).tolist()

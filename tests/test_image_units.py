@@ -13,11 +13,11 @@ from mmpack import PackedDataset, plan_packs
 from mmpack.cli.main import main
 from mmpack.media_options import MediaOptions
 from mmpack.packing.cost import costs_of, image_flops, sample_flops
-from mmpack.packing.held_out import held_out, split_plan
+from mmpack.packing.held_out import held_out, part_of, within_limits
 from mmpack.packing.image_units import UnitSizes, units_of
 from mmpack.packing.pack_stats import cost_floor, rank_imbalance
 from mmpack.packing.plan import plan_epoch
-from mmpack.packing.plan_samples import SampleSizes, plan_by_images
+from mmpack.packing.plan_samples import SampleSizes, plan_by_images, plan_samples
 from mmpack.packing.sample_images import (
     ImageNumbers,
     SampleImages,
@@ -259,18 +259,27 @@ def test_a_plan_by_units_is_saved_and_loaded(tmp_path):
         load_plan(tmp_path)
 
 
-def test_rows_that_are_held_out_are_whole_units(tmp_path):
-    samples = [dataclasses.replace(sample_of(4, n % 7), row=n) for n in range(40)]
-    plan = PackedDataset.from_samples(samples, 40, group_images=True, patch_capacity=24).plan
-    for one in split_plan(plan, held_out(samples, 0.3)):
-        assert sorted([*one.sample_index, *one.unused]) == list(range(40))
-        members = [
-            set(np.flatnonzero(plan.unit == number)) for number in {*plan.unit[one.sample_index]}
-        ]
-        assert set.union(*members) == set(one.sample_index)
+def test_parts_of_a_plan_are_whole_units(tmp_path):
+    """Those that are held out, and those that an entry's num_samples leaves out."""
+    samples = [dataclasses.replace(sample_of(4, n % 7), row=n, source="a.json") for n in range(40)]
+    used = within_limits(samples, {"a.json": (30, 35)})
+    is_val = held_out(samples, 0.3, used)
+    side = used + 2 * is_val
+    plan = plan_samples(samples, 40, 24, "error", 0, group_images=True, side=side)
+    assert max(np.bincount(plan.unit)) > 1
+    for own in (used & ~is_val, is_val):
+        one = part_of(plan, own)
+        assert sorted(one.sample_index) == np.flatnonzero(own).tolist()
+        in_units = images_of(samples).counted_once(images_of(samples).num_patches, plan.unit)
+        assert one.totals(plan.num_patches).tolist() == one.totals(in_units).tolist()
+        for pack in range(one.num_packs):
+            inside = [samples[n] for n in one.samples_of(pack)]
+            assert distinct_patches(inside) <= one.totals(plan.num_patches)[pack] <= 24
         save_plan(one, tmp_path)
         assert load_plan(tmp_path).unit.tolist() == plan.unit.tolist()
         assert plan_epoch(one, 1).num_packs == one.num_packs
+    with pytest.raises(AssertionError):
+        part_of(plan, np.arange(40) != np.flatnonzero(np.bincount(plan.unit) > 1)[0])
 
 
 def test_a_mixture_plans_rows_by_themselves_and_says_so(caplog):

@@ -17,6 +17,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mmpack.cli.options import PackOptions
 from mmpack.cli.pack_report import report_packs, report_part
 from mmpack.data.encoder import Encoder
@@ -225,6 +227,11 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
     samples, patch_capacity, on_overflow = cut_long(store, store.vision, planning)
     if samples is not store:
         samples.save(folder)
+    used = within_limits(samples, store.about.limits)
+    splits = {SPLITS["train"]: used}
+    if planning.val_size is not None:
+        is_val = held_out(samples, planning.val_size, used)
+        splits = {SPLITS["train"]: used & ~is_val, SPLITS["val"]: is_val}
     plan = plan_samples(
         samples,
         planning.capacity,
@@ -234,14 +241,10 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
         config,
         frozen=planning.frozen,
         group_images=planning.group_images,
+        side=np.sum([n * own for n, own in enumerate(splits.values(), 1)], axis=0),
     )
-    used = within_limits(samples, store.about.limits)
-    if planning.val_size is None:
-        save_plan(plan if used.all() else part_of(plan, used), folder)
-    else:
-        is_val = held_out(samples, planning.val_size, used)
-        for name, own in zip(SPLITS.values(), (used & ~is_val, is_val)):
-            save_plan(part_of(plan, own), folder, name)
+    for name, own in splits.items():
+        save_plan(plan if own.all() else part_of(plan, own), folder, name)
     overflow = []
     for fate, numbers in (("dropped", plan.dropped), ("cut", plan.truncated)):
         for sample in map(samples.__getitem__, numbers):

@@ -197,6 +197,7 @@ class _Reading:
             found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
         planning = replace(options.planning, capacity=capacity)
         samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, planning)
+        used = within_limits(samples, limits_of(groups))
         plan = plan_samples(
             samples,
             capacity,
@@ -206,8 +207,8 @@ class _Reading:
             config,
             frozen=self._frozen,
             group_images=options.group_images,
+            side=used,
         )
-        used = within_limits(samples, limits_of(groups))
         dataset = PackedDataset(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmpack.data.model_folder import local_path
+from mmpack.data.processor_folder import load_tokenizer
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
+from mmpack.hf.compat import folder_of
 from mmpack.hf.evaluation import loss_name, num_real_items
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_patch import patch_model
+from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.hf.throughput import useful_tokens
 from mmpack.ops.supervised_cross_entropy import denominator
 from mmpack.packing.dataset import PackedDataset
@@ -37,6 +42,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"mmpack.integrations.trl needs {error.name}, which is not installed; pip install trl",
         name=error.name,
+    ) from None
+try:
+    from trl.trainer.utils import add_fused_lm_head as _  # noqa: F401
+except ImportError:
+    raise ImportError(
+        f"mmpack.integrations.trl needs TRL 1.16 or later, whose trainer scores tokens in its head; TRL "
+        f"{version('trl')} is installed: pip install -U trl"
     ) from None
 
 __all__ = ["PackedSFTTrainer"]
@@ -128,7 +140,8 @@ class PackedSFTTrainer(SFTTrainer):
         train_dataset: a `PackedDataset`, a `PackStream`, or a folder of `mmpack pack`.
         eval_dataset: the same, or a dict of them.
         data_collator: a `PackCollator` with other options than `PackCollator(model=model)`.
-        options: other arguments of `SFTTrainer`. A `PackingCallback` in `callbacks` is attached in place of a
+        options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor files
+            are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`. A `PackingCallback` in `callbacks` is attached in place of a
             default one.
 
     Raises:
@@ -170,6 +183,12 @@ class PackedSFTTrainer(SFTTrainer):
             )
         if isinstance(model, nn.Module):
             patch_model(model)
+        files = None
+        if options.get("processing_class") is None and isinstance(train, PackedDataset):
+            name = model if isinstance(model, str) else folder_of(model.config)
+            folder = local_path(name or ".")
+            options["processing_class"] = load_tokenizer(folder)
+            files = ProcessorFiles(folder, train.vision)
         placeholder = Dataset.from_list([{"input_ids": [0], "labels": [0]}])
         super().__init__(
             model=model,
@@ -181,6 +200,8 @@ class PackedSFTTrainer(SFTTrainer):
             **options,
         )
         patch_model(self.model)
+        if files is not None:
+            self.processing_class: Any = files  # what is saved beside the model
         self.model_accepts_loss_kwargs = True
         self.data_collator = data_collator or PackCollator(
             model=self.model, pad_to=args.pad_to_multiple_of

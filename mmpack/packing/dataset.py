@@ -149,6 +149,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         given = data if isinstance(data, (str, os.PathLike)) else list(data)
         limits: dict[str, tuple[int, int]] = {}
         folders, total = None, None if isinstance(given, (str, os.PathLike)) else len(given)
+        samples: Sequence[EncodedSample]
         if isinstance(given, list) and given and isinstance(given[0], Sample):
             with progress("encoding", total) as bar:
                 samples = list(bar.each(encoder.encode(given)))
@@ -162,18 +163,14 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
                     from mmpack.store.build import encoded_rows  # here: it needs Arrow
 
                     samples = encoded_rows(groups, encoder, jobs, bar.update)
-        dataset = cls.from_samples(
-            samples,
-            capacity,
-            cost,
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=seed,
-            group_images=group_images,
+        if on_overflow == "split":
+            samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
+        used = within_limits(samples, limits)
+        how = on_overflow, seed, cost
+        plan = plan_samples(
+            samples, capacity, patch_capacity, *how, group_images=group_images, side=used
         )
-        used = within_limits(dataset.samples, limits)
-        if not used.all():
-            dataset = cls(dataset.samples, part_of(dataset.plan, used))
+        dataset = cls(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = folders
         return dataset
 

@@ -166,11 +166,14 @@ def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
     """The plan of some of a plan's samples; the others are `unused`.
 
     Args:
-        own: (N,) which samples.
+        own: (N,) which samples; of each unit all or none, because its images are counted for its first sample.
 
     Raises:
         ValueError: none of them fits a pack.
     """
+    if plan.unit is not None:
+        _, first, unit = np.unique(plan.unit, return_index=True, return_inverse=True)
+        assert (own[first][unit] == own).all()
     part = replace(
         plan,
         sample_index=np.sort(plan.sample_index[own[plan.sample_index]]),

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
-from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.mixed_samples import MixedSamples
-from mmpack.packing.mixture import By, check_alike, mixture_of, union_of
+from mmpack.packing.mixture import By, check_alike, check_weights, mixture_of, union_of
 from mmpack.packing.split_documents import SplitSamples
 from mmpack.packing.stream import PackStream
 from mmpack.packing.truncate import truncate_sample
@@ -135,7 +134,7 @@ def _opened(source: PackedDataset | str | os.PathLike[str]) -> PackedDataset:
     if isinstance(source, PackStream):
         raise ValueError(
             "a PackStream cannot be mixed, because its sizes are not known; mix its rows: "
-            "PackStream(datasets.interleave_datasets(...), ...), or pack them with mmpack pack"
+            "PackStream({name: (rows, weight), ...}, ...), or pack them with mmpack pack"
         )
     return source if isinstance(source, PackedDataset) else PackedDataset.from_store(source)
 
@@ -176,11 +175,8 @@ def _check(sources: Mapping[str, PackedDataset]) -> None:
     Raises:
         ValueError: there are no sources, a name is not usable, or sources were not packed alike.
     """
-    if not sources:
-        raise ValueError("a mixture needs at least one source")
+    check_weights(dict.fromkeys(sources, 1))
     for name, one in sources.items():
-        if not isinstance(name, str) or not name or MIX_MARK in name:
-            raise ValueError(f"a source's name must be a text without {MIX_MARK}, got {name!r}")
         if isinstance(one, MixedDataset):
             raise ValueError(f"the source {name!r} is a mixture itself; mix its sources instead")
         if not len(one.samples):

@@ -40,6 +40,7 @@ def plan_samples(
     *,
     frozen: Collection[str] = (),
     group_images: bool = False,
+    side: NDArray[Any] | None = None,
 ) -> PackPlan:
     """Like `plan_packs`, for samples, so that truncated samples are planned with their exact length.
 
@@ -47,6 +48,7 @@ def plan_samples(
         samples: a list or an `EncodedStore`.
         cost, group_images: as in `PackedDataset.from_samples`.
         frozen: parts of the model that are not trained, if `cost` is a config.
+        side: (N,) integers; units have samples of one number only, so that `part_of` a plan has whole units.
     """
     num_tokens, num_patches = sizes_of(samples)
     too_long = is_too_long(num_tokens, num_patches, capacity, patch_capacity)
@@ -77,6 +79,9 @@ def plan_samples(
     limits = capacity, patch_capacity
     if group_images:
         images = images_of(samples, truncated)
+        if side is not None:  # an image of two sides is two
+            ids = images.ids * (1 + int(side.max(initial=0))) + side[images.sample_of]
+            images = replace(images, ids=ids)
         sizes = SampleSizes(num_tokens, num_patches, too_long, cost)
         if config is not None:
             sizes = replace(sizes, image_cost=image_flops(config, images.grid_thw, frozen))
