@@ -379,11 +379,7 @@ def framework(world, monkeypatch):
 
     tree = {
         "llamafactory": {},
-        "llamafactory.hparams": {
-            "DataArguments": DataArguments,
-            "FinetuningArguments": FinetuningArguments,
-            "ModelArguments": object,
-        },
+        "llamafactory.hparams": {"FinetuningArguments": FinetuningArguments},
         "llamafactory.hparams.parser": {"read_args": refused},
         "llamafactory.train": {},
         "llamafactory.train.tuner": {"run_exp": run_exp},

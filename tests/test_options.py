@@ -687,6 +687,7 @@ def test_the_docs_file_of_options_is_read(tmp_path):
     ("words", "package"),
     [
         ("--report_to wandb", "wandb"),
+        ("--report_to neptune", "neptune"),
         ("--report_to tensorboard", "tensorboard"),
         ("--optim adamw_8bit", "bitsandbytes"),
         ("--optim paged_lion_32bit", "bitsandbytes"),
@@ -726,6 +727,7 @@ class ConnectError(Exception):
         (ModuleNotFoundError("Try:\n it", name="The 'x>=1' distribution"), "Try: it"),
         (ImportError("You need to install `x`:\n `pip install x`"), "You need to install `x`: `pip install x`"),
         (RuntimeError("XCallback requires x to be installed. Run `pip install x`."), "requires x to be installed"),
+        (RuntimeError("XCallback requires X_URL environment variable to be set."), "requires X_URL"),
         (ConnectError("refused"), r"the Hugging Face Hub cannot be reached \(refused\); leave out --push_to_hub"),
     ],
 )  # fmt: skip

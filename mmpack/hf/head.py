@@ -9,7 +9,6 @@ outermost model, and takes the shapes of tensors that it finds on a module for c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -29,12 +28,12 @@ _STATE = "_mmpack_head"
 _SHARDING = ("deepspeed.", "torch.distributed.fsdp.")  # whose hooks do not touch the output
 
 
-@dataclass
 class _Head:
-    """What a head's next forward scores; None: it returns logits."""
+    """What a head's next forward scores; None: it returns logits. No dataclass: FSDP2 would look for tensors in it."""
 
-    # labels, weights, the batch's dict
-    targets: tuple[torch.Tensor, torch.Tensor | None, MmpackDict] | None = None
+    def __init__(self) -> None:
+        # labels, weights, the batch's dict
+        self.targets: tuple[torch.Tensor, torch.Tensor | None, MmpackDict] | None = None
 
 
 def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ _LIBRARY = "llamafactory"
 USED = {
     "train.tuner": ("run_exp",),
     "hparams.parser": ("read_args",),
-    "hparams": ("DataArguments", "FinetuningArguments", "ModelArguments"),
+    "hparams": ("FinetuningArguments",),
     "extras.misc": ("is_env_enabled",),
 }
 # Its environment variables that choose other code than the workflows below
