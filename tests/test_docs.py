@@ -227,6 +227,8 @@ def is_there(name):
         }
     try:
         pkgutil.resolve_name(name)
+    except ModuleNotFoundError:  # a module that needs a package that is not here may be meant
+        return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
     except (ImportError, AttributeError):
         return False
     return True
