@@ -183,7 +183,7 @@ def on_the_gpu(
     known = {name: pack["compact"][name] for name in ("sizes", "video_id", "merge_size")}
     runs = {
         "all": lambda: assemble_on_device(batch, pack, None),
-        "sequence": lambda: assemble_sequence(*tensors, steps, **known),
+        "sequence": lambda: assemble_sequence(*tensors, steps, pack["compact"]["shown"], **known),
     }
     launches = {name: [kernel_launches(run)] for name, run in runs.items()}
     return [

@@ -55,6 +55,7 @@ class Case:
             "feature_token": torch.from_numpy(
                 np.flatnonzero(feature_index >= 0).astype(np.int32)
             ).to(place),
+            "feature_offsets": torch.arange(self.F + 1, dtype=torch.int32, device=place),
             "text_order": torch.from_numpy(text_order).to(place),
             "text_id_offsets": torch.from_numpy(text_id_offsets).to(place),
         }

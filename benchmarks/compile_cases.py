@@ -95,6 +95,7 @@ def _embed_cases(dtype: str, D: int) -> list[Case]:
                     "dout_ptr": wide,
                     **text,
                     "feature_token_ptr": "*i32:16",
+                    "feature_offsets_ptr": "*i32:16",
                     "dout_stride": "i32:16",
                     "num_runs": "i32",
                     "padding_idx": "i32",

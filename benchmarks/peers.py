@@ -33,7 +33,8 @@ def index_copy_insertion(
     features_FD: torch.Tensor,
     feature_token: torch.Tensor,
 ) -> torch.Tensor:
-    """The best plain torch version: embedding, then the rows by index, as in `patch_model` by default."""
+    """The best plain torch version: embedding, then the rows by index, as in `patch_model` by default, which also
+    repeats the features of images that several markers show."""
     embeds = F.embedding(input_ids_T, weight_VD)
     return embeds.index_copy(0, feature_token.long(), features_FD)
 

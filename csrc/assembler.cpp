@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -31,12 +32,54 @@ Grid grid_of(std::span<const std::int32_t> grid_thw, std::size_t n) {
   return {grid_thw[3 * n], grid_thw[3 * n + 1], grid_thw[3 * n + 2]};
 }
 
-// Writes the patch indices for out.grid_thw, which must be written before.
+// An image or video in the tower's order.
+struct Shown {
+  std::size_t grid, feature;  // its index, and that of its first feature
+  std::size_t place;          // of the next marker's first token in feature_token
+  std::int32_t times;         // markers that show it
+};
+
+// By the number of the first marker that shows it; writes vision_grid_thw and feature_offsets.
+std::vector<Shown> order_shown(const Samples& samples, const std::vector<bool>& is_image,
+                               const PackBuffers& out) {
+  std::vector<Shown> shown(samples.num_grids());
+  for (const std::int32_t first : samples.first_shown) ++shown[first].times;
+  std::size_t grid = 0, feature = 0;
+  std::int32_t end = 0;
+  const auto area = static_cast<std::size_t>(samples.merge_size * samples.merge_size);
+  out.feature_offsets[0] = 0;
+  for (const bool images : {true, false}) {
+    for (std::size_t g = 0; g < shown.size(); ++g) {
+      if (!shown[g].times || is_image[g] != images) continue;
+      shown[g].grid = grid;
+      shown[g].feature = feature;
+      shown[g].place = static_cast<std::size_t>(end);
+      std::copy_n(&samples.grid_thw[3 * g], 3, &out.vision_grid_thw[3 * grid++]);
+      const auto count = static_cast<std::size_t>(grid_of(samples.grid_thw, g).patches()) / area;
+      for (const std::size_t last = feature + count; feature < last;) {
+        out.feature_offsets[++feature] = end += shown[g].times;
+      }
+    }
+  }
+  return shown;
+}
+
+// Whether each marker is an image's.
+std::vector<bool> find_images(const Samples& samples) {
+  std::vector<bool> is_image;
+  is_image.reserve(samples.num_grids());
+  for (const std::int32_t id : samples.input_ids) {
+    if (id == samples.image_id || id == samples.video_id) is_image.push_back(id == samples.image_id);
+  }
+  return is_image;
+}
+
+// Writes the patch indices for out.vision_grid_thw, which must be written before.
 void write_patches(std::int64_t merge, const PackBuffers& out) {
   std::int32_t frame = 0, patch = 0;
   auto* place = out.vision_position_ids.data();
   out.vision_cu_seqlens[0] = 0;
-  for (auto grid = out.grid_thw.begin(); grid != out.grid_thw.end(); grid += 3) {
+  for (auto grid = out.vision_grid_thw.begin(); grid != out.vision_grid_thw.end(); grid += 3) {
     const std::int64_t frames = grid[0], height = grid[1], width = grid[2];
     for (std::int64_t t = 0; t < frames; ++t) {
       const auto size = static_cast<std::int32_t>(height * width);
@@ -175,6 +218,8 @@ PackSize measure(const Samples& samples) {
           "grid_offsets must have the length of offsets and ascend from 0 to the number of grids");
   require(samples.temporal_step.size() == samples.num_grids(),
           "temporal_step must have one value per grid");
+  require(samples.first_shown.size() == samples.num_grids(),
+          "first_shown must have one value per grid");
   require(samples.image_id != samples.video_id, "image_id and video_id must differ");
   require(samples.merge_size >= 1, "merge_size must be positive");
   const auto is_marker = [&](std::int64_t id) {
@@ -194,9 +239,9 @@ PackSize measure(const Samples& samples) {
     }
   }
 
-  PackSize size{n, 0, 0, 0, 0, 0};
-  std::size_t marker = 0;  // its token
-  for (std::size_t g = 0; g < samples.num_grids(); ++g, ++marker) {
+  PackSize size{};
+  const std::vector<bool> is_image = find_images(samples);
+  for (std::size_t g = 0; g < samples.num_grids(); ++g) {
     const Grid grid = grid_of(samples.grid_thw, g);
     if (std::min({grid.frames, grid.height, grid.width}) < 1 ||
         grid.height % samples.merge_size || grid.width % samples.merge_size) {
@@ -205,22 +250,30 @@ PackSize measure(const Samples& samples) {
           std::to_string(samples.merge_size) + ", got " + std::to_string(grid.frames) + " x " +
           std::to_string(grid.height) + " x " + std::to_string(grid.width));
     }
-    require(grid.frames * grid.height <= (kMostRows - size.patches) / grid.width,
+    require(grid.frames * grid.height <= kMostRows / grid.width,
             "a pack must have fewer than 2^31 patches");
-    size.patches += grid.patches();
-    size.frames += grid.frames;
-    const std::int64_t features = grid.patches() / samples.merge_size / samples.merge_size;
-    size.features += features;
     const float step = samples.temporal_step[g];
     require(step >= 0 && static_cast<float>(grid.frames - 1) * step <= kMostPosition,
             "temporal_step must not be negative or lead beyond position 2^30");
-    while (!is_marker(samples.input_ids[marker])) ++marker;
-    if (samples.input_ids[marker] == samples.image_id) {
-      ++size.images;
-      size.image_features += features;
-    }
+    const std::int64_t features = grid.patches() / samples.merge_size / samples.merge_size;
+    size.placeholders += features;
+    size.images += is_image[g];
+    const auto first = static_cast<std::size_t>(samples.first_shown[g]);  // huge if negative
+    require(first <= g && samples.first_shown[first] == samples.first_shown[g] &&
+                is_image[first] == is_image[g] &&
+                std::equal(&samples.grid_thw[3 * g], &samples.grid_thw[3 * g] + 3,
+                           &samples.grid_thw[3 * first]),
+            "first_shown must be, for each marker, the first one of the same kind and grid that "
+            "shows the same");
+    if (first < g) continue;
+    require(grid.patches() <= kMostRows - size.patches, "a pack must have fewer than 2^31 patches");
+    size.patches += grid.patches();
+    size.frames += grid.frames;
+    size.features += features;
+    ++size.distinct;
+    if (is_image[g]) size.image_features += features;
   }
-  size.tokens += size.features - static_cast<std::int64_t>(samples.num_grids());
+  size.tokens = n - static_cast<std::int64_t>(samples.num_grids()) + size.placeholders;
   require(size.tokens <= kMostRows, "a pack must have fewer than 2^31 tokens");
   return size;
 }
@@ -233,10 +286,8 @@ PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuff
   text.reserve(out.text_order.size());
   PackCounts counts{};
   std::size_t token = 0, marker = 0;
-  struct {
-    std::size_t grid, feature;  // indices of the next one
-  } image{0, 0},
-      video{static_cast<std::size_t>(size.images), static_cast<std::size_t>(size.image_features)};
+  std::size_t image = 0, video = static_cast<std::size_t>(size.images);  // the next grids
+  std::vector<Shown> all_shown = order_shown(samples, find_images(samples), out);
   out.cu_seqlens[0] = 0;
   for (std::size_t segment = 0; segment < samples.num_segments(); ++segment) {
     const std::size_t begin = token;
@@ -259,21 +310,28 @@ PackCounts assemble(const Samples& samples, const PackSize& size, const PackBuff
         continue;
       }
       const Grid grid = grid_of(samples.grid_thw, marker);
-      const float step = samples.temporal_step[marker++];
-      auto& [number, feature] = id == samples.image_id ? image : video;
-      const std::array<std::int64_t, 3> sides{grid.frames, grid.height, grid.width};
-      std::copy(sides.begin(), sides.end(), &out.grid_thw[3 * number++]);
+      const float step = samples.temporal_step[marker];
+      Shown& shown = all_shown[samples.first_shown[marker]];
+      const std::size_t number = id == samples.image_id ? image++ : video++;
+      std::copy_n(&samples.grid_thw[3 * marker++], 3, &out.grid_thw[3 * number]);
+      out.vision_index[number] = static_cast<std::int32_t>(shown.grid);
       const std::int64_t height = grid.height / samples.merge_size;
       const std::int64_t width = grid.width / samples.merge_size;
       const auto count = static_cast<std::size_t>(grid.frames * height * width);
       std::fill_n(&out.input_ids[token], count, id);
       std::fill_n(&out.labels[token], count, kIgnore);
-      for (std::size_t f = 0; f < count; ++f) {
-        text_places[token + f] = static_cast<std::int64_t>(token + f - begin);
-        out.feature_index[token + f] = static_cast<std::int32_t>(feature + f);
-        out.feature_token[feature + f] = static_cast<std::int32_t>(token + f);
+      std::iota(text_places + token, text_places + token + count, token - begin);
+      const auto feature_index = out.feature_index.subspan(token, count);
+      std::iota(feature_index.begin(), feature_index.end(), static_cast<std::int32_t>(shown.feature));
+      const auto first = static_cast<std::int32_t>(token);
+      auto* place = out.feature_token.data() + shown.place++;
+      if (shown.times == 1) {
+        std::iota(place, place + count, first);
+      } else {
+        for (std::size_t f = 0; f < count; ++f) {
+          place[f * shown.times] = first + static_cast<std::int32_t>(f);
+        }
       }
-      feature += count;
       for (std::int64_t t = 0; t < grid.frames; ++t) {
         const auto at = static_cast<std::int64_t>(static_cast<float>(t) * step);
         for (std::int64_t h = 0; h < height; ++h) {
@@ -327,17 +385,15 @@ PackCounts outline(const Samples& samples, const PackSize& size, const OutlineBu
           static_cast<std::size_t>(grid.patches() / samples.merge_size / samples.merge_size);
       std::fill_n(&out.labels[token], count, kIgnore);
       token += count;
-      if (id == samples.image_id) {
-        add_frames(grid);
-      } else {
-        videos.push_back(marker);
-      }
+      const bool is_new = samples.first_shown[marker] == static_cast<std::int64_t>(marker);
+      if (is_new && id == samples.image_id) add_frames(grid);
+      if (is_new && id == samples.video_id) videos.push_back(marker);
       out.markers[marker++] = n;
     }
     out.cu_seqlens[segment + 1] = static_cast<std::int32_t>(token);
   }
   for (const std::size_t video : videos) add_frames(grid_of(samples.grid_thw, video));
-  counts.runs = count_runs(samples, static_cast<std::size_t>(size.tokens - size.features));
+  counts.runs = count_runs(samples, static_cast<std::size_t>(size.tokens - size.placeholders));
   counts.tiles = static_cast<std::int64_t>(cut_tiles(out.cu_seqlens).size());
   counts.vision_tiles = static_cast<std::int64_t>(cut_tiles(out.vision_cu_seqlens).size());
   counts.max_seqlen = longest(out.cu_seqlens);

@@ -97,13 +97,15 @@ py::tuple plan(const py::array& num_tokens, std::int64_t capacity,
 mmpack::Samples view_samples(const py::array& input_ids, const py::array& labels,
                              const py::array& offsets, const py::array& grid_thw,
                              const py::array& temporal_step, const py::array& grid_offsets,
-                             std::int64_t image_id, std::int64_t video_id, std::int64_t merge_size) {
+                             const py::array& first_shown, std::int64_t image_id,
+                             std::int64_t video_id, std::int64_t merge_size) {
   return {view<std::int32_t>(input_ids, "input_ids", {kAny}),
           view<std::int32_t>(labels, "labels", {kAny}),
           view<std::int32_t>(offsets, "offsets", {kAny}),
           view<std::int32_t>(grid_thw, "grid_thw", {kAny, 3}),
           view<float>(temporal_step, "temporal_step", {kAny}),
           view<std::int32_t>(grid_offsets, "grid_offsets", {kAny}),
+          view<std::int32_t>(first_shown, "first_shown", {kAny}),
           image_id,
           video_id,
           merge_size};
@@ -111,12 +113,13 @@ mmpack::Samples view_samples(const py::array& input_ids, const py::array& labels
 
 py::tuple measure(const py::array& input_ids, const py::array& labels, const py::array& offsets,
                   const py::array& grid_thw, const py::array& temporal_step,
-                  const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
-                  std::int64_t merge_size) {
+                  const py::array& grid_offsets, const py::array& first_shown,
+                  std::int64_t image_id, std::int64_t video_id, std::int64_t merge_size) {
   const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
-                                    grid_offsets, image_id, video_id, merge_size);
+                                    grid_offsets, first_shown, image_id, video_id, merge_size);
   const auto size = mmpack::measure(samples);
-  return py::make_tuple(size.tokens, size.features, size.frames, size.patches, size.images,
+  return py::make_tuple(size.tokens, size.placeholders, size.features, size.frames, size.patches,
+                        size.images, size.distinct,
                         size.image_features * merge_size * merge_size);
 }
 
@@ -127,6 +130,7 @@ void keep_apart(Outputs& outputs, const mmpack::Samples& samples) {
   outputs.keep_apart(samples.grid_thw, "grid_thw");
   outputs.keep_apart(samples.temporal_step, "temporal_step");
   outputs.keep_apart(samples.grid_offsets, "grid_offsets");
+  outputs.keep_apart(samples.first_shown, "first_shown");
 }
 
 py::tuple to_tuple(const mmpack::PackCounts& counts) {
@@ -144,11 +148,14 @@ py::tuple to_tuple(const mmpack::PackCounts& counts) {
   ARRAY(segment_ids, std::int32_t, T)                                     \
   ARRAY(tiles, std::int32_t, most_tiles(T, S), 4)                         \
   ARRAY(feature_index, std::int32_t, T)                                   \
-  ARRAY(feature_token, std::int32_t, F)                                   \
-  ARRAY(text_order, std::int32_t, T - F)                                  \
-  ARRAY(text_id_offsets, std::int32_t, T - F + 1)                         \
-  ARRAY(supervised_index, std::int32_t, T - F)                            \
+  ARRAY(feature_token, std::int32_t, M)                                   \
+  ARRAY(feature_offsets, std::int32_t, F + 1)                             \
+  ARRAY(text_order, std::int32_t, T - M)                                  \
+  ARRAY(text_id_offsets, std::int32_t, T - M + 1)                         \
+  ARRAY(supervised_index, std::int32_t, T - M)                            \
   ARRAY(grid_thw, std::int64_t, I, 3)                                     \
+  ARRAY(vision_index, std::int32_t, I)                                    \
+  ARRAY(vision_grid_thw, std::int64_t, U, 3)                              \
   ARRAY(vision_cu_seqlens, std::int32_t, frames + 1)                      \
   ARRAY(vision_segment_ids, std::int32_t, P)                              \
   ARRAY(vision_tiles, std::int32_t, most_tiles(P, frames), 4)             \
@@ -156,13 +163,15 @@ py::tuple to_tuple(const mmpack::PackCounts& counts) {
 
 py::tuple assemble(const py::array& input_ids, const py::array& labels, const py::array& offsets,
                    const py::array& grid_thw, const py::array& temporal_step,
-                   const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
-                   std::int64_t merge_size, const py::dict& out) {
+                   const py::array& grid_offsets, const py::array& first_shown,
+                   std::int64_t image_id, std::int64_t video_id, std::int64_t merge_size,
+                   const py::dict& out) {
   const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
-                                    grid_offsets, image_id, video_id, merge_size);
+                                    grid_offsets, first_shown, image_id, video_id, merge_size);
   const auto size = mmpack::measure(samples);
   using mmpack::most_tiles;
-  const auto T = size.tokens, F = size.features, frames = size.frames, P = size.patches;
+  const auto T = size.tokens, M = size.placeholders, F = size.features, U = size.distinct;
+  const auto frames = size.frames, P = size.patches;
   const auto S = static_cast<std::int64_t>(samples.num_segments());
   const auto I = static_cast<std::int64_t>(samples.num_grids());
   Outputs outputs(out);
@@ -180,10 +189,11 @@ py::tuple assemble(const py::array& input_ids, const py::array& labels, const py
 
 py::tuple outline(const py::array& input_ids, const py::array& labels, const py::array& offsets,
                   const py::array& grid_thw, const py::array& temporal_step,
-                  const py::array& grid_offsets, std::int64_t image_id, std::int64_t video_id,
-                  std::int64_t merge_size, const py::dict& out) {
+                  const py::array& grid_offsets, const py::array& first_shown,
+                  std::int64_t image_id, std::int64_t video_id, std::int64_t merge_size,
+                  const py::dict& out) {
   const auto samples = view_samples(input_ids, labels, offsets, grid_thw, temporal_step,
-                                    grid_offsets, image_id, video_id, merge_size);
+                                    grid_offsets, first_shown, image_id, video_id, merge_size);
   const auto size = mmpack::measure(samples);
   const auto S = static_cast<std::int64_t>(samples.num_segments());
   const auto I = static_cast<std::int64_t>(samples.num_grids());
@@ -192,7 +202,7 @@ py::tuple outline(const py::array& input_ids, const py::array& labels, const py:
   const mmpack::OutlineBuffers buffers{
       .labels = outputs.take<std::int64_t>("labels", {size.tokens}),
       .supervised_index =
-          outputs.take<std::int32_t>("supervised_index", {size.tokens - size.features}),
+          outputs.take<std::int32_t>("supervised_index", {size.tokens - size.placeholders}),
       .cu_seqlens = outputs.take<std::int32_t>("cu_seqlens", {S + 1}),
       .vision_cu_seqlens = outputs.take<std::int32_t>("vision_cu_seqlens", {size.frames + 1}),
       .markers = outputs.take<std::int32_t>("markers", {I}),
@@ -237,18 +247,20 @@ PYBIND11_MODULE(_native, m) {
         py::arg("patch_capacity"), py::arg("costs"), py::arg("seed"),
         "(sample_index (N,), bin_offsets (B + 1,)), int64; see csrc/planner.h and csrc/balance.h.");
   m.def("measure", &measure, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
-        py::arg("video_id"), py::arg("merge_size"),
-        "(tokens, features, frames, patches, images, image patches) of samples in a pack; see "
-        "csrc/assembler.h.");
+        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"),
+        py::arg("first_shown"), py::arg("image_id"), py::arg("video_id"), py::arg("merge_size"),
+        "(tokens, placeholders, features, frames, patches, images, distinct images and videos, image "
+        "patches) of samples in a pack; see csrc/assembler.h.");
   m.def("assemble", &assemble, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
-        py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
+        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"),
+        py::arg("first_shown"), py::arg("image_id"), py::arg("video_id"), py::arg("merge_size"),
+        py::arg("out"),
         "Writes a pack into the arrays of `out`; returns their used lengths and the longest segments: "
         "(supervised, runs, tiles, vision_tiles, max_seqlen, vision_max_seqlen). See csrc/assembler.h.");
   m.def("outline", &outline, py::arg("input_ids"), py::arg("labels"), py::arg("offsets"),
-        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"), py::arg("image_id"),
-        py::arg("video_id"), py::arg("merge_size"), py::arg("out"),
+        py::arg("grid_thw"), py::arg("temporal_step"), py::arg("grid_offsets"),
+        py::arg("first_shown"), py::arg("image_id"), py::arg("video_id"), py::arg("merge_size"),
+        py::arg("out"),
         "Writes the host's part of a pack that the device assembles; returns values as `assemble`.");
   m.def("attention_tiles", &attention_tiles, py::arg("offsets"), py::arg("causal"),
         "(n, 4) int32; see csrc/assembler.h.");

@@ -46,10 +46,11 @@ def measure(
     grid_thw: NDArray[np.int32],
     temporal_step: NDArray[np.float32],
     grid_offsets: NDArray[np.int32],
+    first_shown: NDArray[np.int32],
     image_id: int,
     video_id: int,
     merge_size: int,
-) -> tuple[int, int, int, int, int, int]: ...
+) -> tuple[int, int, int, int, int, int, int, int]: ...
 def assemble(
     input_ids: NDArray[np.int32],
     labels: NDArray[np.int32],
@@ -57,6 +58,7 @@ def assemble(
     grid_thw: NDArray[np.int32],
     temporal_step: NDArray[np.float32],
     grid_offsets: NDArray[np.int32],
+    first_shown: NDArray[np.int32],
     image_id: int,
     video_id: int,
     merge_size: int,
@@ -69,6 +71,7 @@ def outline(
     grid_thw: NDArray[np.int32],
     temporal_step: NDArray[np.float32],
     grid_offsets: NDArray[np.int32],
+    first_shown: NDArray[np.int32],
     image_id: int,
     video_id: int,
     merge_size: int,

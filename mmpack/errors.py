@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -128,6 +130,15 @@ def counting(on_error: OnError) -> OnError:
     return Skip() if isinstance(on_error, str) and on_error == "skip" else on_error
 
 
+def check_on_error(on_error: OnError) -> None:
+    """
+    Raises:
+        ValueError: there is no such choice.
+    """
+    if not isinstance(on_error, (list, Skip)) and on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise', 'skip', a Skip or a list, got {on_error!r}")
+
+
 def refuse(bad: BadRow, on_error: OnError) -> None:
     """Handle a bad row according to `counting(on_error)`: raise a `ValueError`, append the row to a list, or count
     it (`Skip`)."""
@@ -137,6 +148,32 @@ def refuse(bad: BadRow, on_error: OnError) -> None:
         on_error.leave_out(bad)
     else:
         raise ValueError(str(bad))
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """A row as one line of JSON: bytes and images abridged, lone surrogates escaped, NaN and infinity as
+    strings."""
+    try:
+        try:
+            return json.dumps(value, skipkeys=True, default=_abridged, allow_nan=False) + "\n"
+        except ValueError:  # NaN or infinity
+            return json.dumps(_finite(value), skipkeys=True, default=_abridged) + "\n"
+    except RecursionError:
+        return json.dumps({**value, "content": "nested too deeply to write"}) + "\n"
+
+
+def _abridged(value: Any) -> str:
+    if isinstance(value, (bytes, bytearray)):
+        value = bytes(value[:100])  # so that repr is short
+    return f"{value!r:.100}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
 
 
 def check_max_bad(max_bad: float) -> None:

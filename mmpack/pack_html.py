@@ -25,11 +25,13 @@ _CELL = 'style="padding:.15em .8em .15em 0;text-align:right"'
 def counts(pack: Pack) -> str:
     """The contents of a pack in one line."""
     videos = len(pack.grid_thw) - pack.num_images
+    distinct = len(pack.vision_grid_thw)
     parts = [
         f"{counted(pack.num_tokens, 'token')} in {counted(pack.num_segments, 'segment')}",
         f"{len(pack.supervised_index):,} supervised",
         counted(pack.num_images, "image"),
         *([counted(videos, "video grid")] if videos else []),
+        *([f"{distinct:,} of them distinct"] if distinct < len(pack.grid_thw) else []),
     ]
     return ", ".join(parts)
 
@@ -40,6 +42,7 @@ def plan_counts(plan: PackPlan) -> str:
         f"{counted(plan.num_packs, 'pack')} of {plan.capacity:,} tokens",
         f"{plan.utilization:.0%}".replace("%", " % full"),
         counted(len(plan.num_tokens), "sample"),
+        *([f"{len(plan.unused):,} in another plan"] if len(plan.unused) else []),
         *([f"{plan.num_dropped:,} dropped"] if plan.num_dropped else []),
         *([f"{plan.num_truncated:,} truncated"] if plan.num_truncated else []),
     ]
@@ -90,9 +93,7 @@ def _rows(pack: Pack) -> list[tuple[int, int, int, int]]:
     size = pack.num_segments
     supervised = np.bincount(pack.segment_ids[pack.labels != IGNORE], minlength=size)
     placeholders = np.bincount(pack.segment_ids[pack.feature_token], minlength=size)
-    features = pack.vision.num_features(pack.grid_thw)
-    first = pack.feature_token[np.cumsum(features) - features]
-    grids = np.bincount(pack.segment_ids[first], minlength=size)
+    grids = np.bincount(pack.segment_ids[pack.grid_token], minlength=size)
     columns = (np.diff(pack.cu_seqlens), supervised, placeholders, grids)
     return list(zip(*(column.tolist() for column in columns)))
 
@@ -107,10 +108,11 @@ def _box(color: str, em: float) -> str:
 
 
 def _pictures(pack: Pack) -> str:
-    """The first images, then the first frames of videos."""
+    """The first distinct images, then the first frames of distinct videos."""
+    all_grids, num_images = pack.vision_grid_thw, pack.num_distinct_images
     sources = (
-        (pack.pixels, pack.grid_thw[: pack.num_images], "image"),
-        (pack.video_pixels, pack.grid_thw[pack.num_images :], "video grid"),
+        (pack.pixels, all_grids[:num_images], "image"),
+        (pack.video_pixels, all_grids[num_images:], "video grid"),
     )
     pictures: list[str] = []
     for patches, grids, kind in sources:
@@ -127,9 +129,9 @@ def _pictures(pack: Pack) -> str:
             image = f'<img src="data:image/png;base64,{data}" alt="{size} pixels"'
             image += ' style="display:block;margin:0 0 .2em">'
             pictures.append(f'<span style="{style}">{image}{size}</span>')
-    if not len(pack.grid_thw):
+    if not len(all_grids):
         return ""
-    left = len(pack.grid_thw) - len(pictures)
+    left = len(all_grids) - len(pictures)
     more = f"<div>{counted(left, 'picture')} not shown</div>" if left else ""
     return f"<div>{''.join(pictures)}</div>{more}"
 

@@ -1,14 +1,16 @@
 """THE SPECIFICATION: defines what mmpack computes, in slow and clear code.
 
 Every fast version is tested against this file and does not import it; only `mmpack.packing.assemble` and
-`mmpack.hf` can run it, on request. Shapes: T tokens in a pack, S segments, I images, P patches, F features, D
-hidden size, H heads, K head dim, L supervised tokens, C channels, p patch side, E hidden size of the vision tower.
+`mmpack.hf` can run it, on request. Shapes: T tokens in a pack, S segments, I images, U distinct images, P patches, F
+features, M placeholders, D hidden size, H heads, K head dim, L supervised tokens, C channels, p patch side, E hidden
+size of the vision tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +18,23 @@ import torch
 from mmpack.types import IGNORE, MAX_RUN, TILE, EncodedSample, Float32, Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
 
-_Run = tuple[int, tuple[int, int, int]]  # (first token of a run of placeholders, its grid)
+# (first token of a run of placeholders, its grid, the first marker that shows the same)
+_Run = tuple[int, tuple[int, int, int], int]
 
 
-def assemble(samples: Sequence[EncodedSample]) -> Pack:
+def assemble(
+    samples: Sequence[EncodedSample], first_shown: Sequence[int] | Int32 | None = None
+) -> Pack:
     """Expand, concatenate and index the samples of a pack, without pixels.
 
     Positions equal those of transformers' `Qwen2VLModel.get_rope_index` for each sample by itself; row 0 is the
-    position in the segment, from which transformers separates segments. Grids, patches and features are ordered
-    images first, then videos, so that one call of the tower processes both.
+    position in the segment, from which transformers separates segments. Grids are ordered images first, then videos,
+    so that one call of the tower processes both. An image or a video that several markers show is encoded once: the
+    grids of distinct ones, their patches and features have the order of the first markers.
+
+    Args:
+        first_shown: (I,) the number of the first marker that shows the same, for each marker
+            (`mmpack.packing.shared_images.first_shown`); None: all show something else.
     """
     vision = samples[0].vision
     markers = (vision.image_token_id, vision.video_token_id)
@@ -50,7 +60,10 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
                 position += 1
                 continue
             grid, step = next(grid_of_marker)
-            runs[markers.index(token_id)].append((len(input_ids), tuple(grid)))
+            number = len(runs[0]) + len(runs[1])
+            kind = runs[markers.index(token_id)]
+            first = number if first_shown is None else int(first_shown[number])
+            kind.append((len(input_ids), tuple(grid), first))
             for n, (t, h, w) in enumerate(_feature_places(grid, vision)):
                 input_ids.append(token_id)
                 labels.append(IGNORE)
@@ -61,14 +74,21 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
 
     ids = np.array(input_ids, dtype=np.int64)
     ordered = [*runs[0], *runs[1]]
-    grids = [grid for _, grid in ordered]
-    feature_token = [
-        start + n for start, grid in ordered for n in range(len(_feature_places(grid, vision)))
-    ]
+    distinct = list(dict.fromkeys(first for _, _, first in ordered))
+    grids = {first: grid for _, grid, first in ordered}
+    vision_grids = [grids[first] for first in distinct]
+    feature_token: list[int] = []
+    feature_offsets = [0]
+    for one in distinct:
+        starts = [start for start, _, first in ordered if first == one]
+        for n in range(len(_feature_places(grids[one], vision))):
+            feature_token += [start + n for start in starts]
+            feature_offsets.append(len(feature_token))
     features = np.full(len(ids), -1, dtype=np.int32)
-    features[feature_token] = np.arange(len(feature_token))
+    for feature, (begin, end) in enumerate(pairwise(feature_offsets)):
+        features[feature_token[begin:end]] = feature
     text_order, text_id_offsets = text_by_id(ids, features)
-    frames = [h * w for t, h, w in grids for _ in range(t)]
+    frames = [h * w for t, h, w in vision_grids for _ in range(t)]
     vision_cu_seqlens = list(accumulate(frames, initial=0))
     return Pack(
         input_ids=ids,
@@ -80,16 +100,19 @@ def assemble(samples: Sequence[EncodedSample]) -> Pack:
         tiles=attention_tiles(cu_seqlens, causal=True),
         feature_index=features,
         feature_token=np.array(feature_token, dtype=np.int32),
+        feature_offsets=np.array(feature_offsets, dtype=np.int32),
         text_order=text_order,
         text_id_offsets=text_id_offsets,
         supervised_index=np.flatnonzero(np.array(labels[1:]) != IGNORE).astype(np.int32),
-        grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
+        grid_thw=np.array([grid for _, grid, _ in ordered], dtype=np.int64).reshape(-1, 3),
         num_images=len(runs[0]),
+        vision_index=np.array([distinct.index(first) for *_, first in ordered], dtype=np.int32),
+        vision_grid_thw=np.array(vision_grids, dtype=np.int64).reshape(-1, 3),
         vision_cu_seqlens=np.array(vision_cu_seqlens, dtype=np.int32),
         vision_max_seqlen=max(frames, default=0),
         vision_segment_ids=segment_ids(vision_cu_seqlens),
         vision_tiles=attention_tiles(vision_cu_seqlens, causal=False),
-        vision_position_ids=_patch_places(grids, vision),
+        vision_position_ids=_patch_places(vision_grids, vision),
         pixels=None,
         video_pixels=None,
         vision=vision,
@@ -199,23 +222,57 @@ def embed_features(
     return torch.where(feature_index[:, None] >= 0, features, text)
 
 
-def insert_features(
-    embeds_TD: torch.Tensor, features_FD: torch.Tensor, feature_token: torch.Tensor
+class _Repeat(torch.autograd.Function):
+    """Rows, each several times. The gradient of a row is the sum over its copies, in their order; that of
+    `index_select` has no fixed order on CUDA."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features_FD: torch.Tensor, index_M: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(offsets)
+        return features_FD.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (offsets,), (grad_MD,) = ctx.saved_tensors, grads
+        every = torch.arange(len(grad_MD), dtype=offsets.dtype, device=offsets.device)
+        summed = torch.nn.functional.embedding_bag(
+            every, grad_MD, offsets, mode="sum", include_last_offset=True
+        )
+        return summed, None, None
+
+
+def repeat_features(
+    features_FD: torch.Tensor,
+    feature_index: torch.Tensor,
+    feature_token: torch.Tensor,
+    feature_offsets: torch.Tensor,
 ) -> torch.Tensor:
-    """(T, D) embeddings with row `feature_token[f]` replaced by feature f. Out of place, because the output of a
-    frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
+    """(M, D) the feature of each placeholder, in the order of `feature_token`. Deterministic: the gradient of a
+    feature is the sum over its placeholders, in their order."""
+    index_M = feature_index.index_select(0, feature_token)
+    repeated: torch.Tensor = _Repeat.apply(features_FD, index_M, feature_offsets)  # type: ignore[no-untyped-call]
+    return repeated
+
+
+def insert_features(
+    embeds_TD: torch.Tensor, features_MD: torch.Tensor, feature_token: torch.Tensor
+) -> torch.Tensor:
+    """(T, D) embeddings with row `feature_token[m]` replaced by row m of the features. Out of place, because the output
+    of a frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
 
     Equal to transformers' `masked_scatter` of the features into the placeholders.
     """
-    return embeds_TD.index_copy(0, feature_token.long(), features_FD)
+    return embeds_TD.index_copy(0, feature_token.long(), features_MD)
 
 
 def add_features(
-    hidden_TD: torch.Tensor, features_FD: torch.Tensor, feature_token: torch.Tensor
+    hidden_TD: torch.Tensor, features_MD: torch.Tensor, feature_token: torch.Tensor
 ) -> torch.Tensor:
-    """(T, D) hidden states with feature f added to row `feature_token[f]`, out of place: one level of
+    """(T, D) hidden states with row m of the features added to row `feature_token[m]`, out of place: one level of
     Qwen3-VL's deepstack (transformers' `_deepstack_process`)."""
-    return hidden_TD.index_add(0, feature_token, features_FD)
+    return hidden_TD.index_add(0, feature_token, features_MD)
 
 
 def patch_embed(

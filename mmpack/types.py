@@ -1,12 +1,12 @@
 """The data types: Sample -> EncodedSample -> PackPlan -> Pack.
 
 All are frozen and flat: ragged data is values plus offsets, never a list of lists. Letters in shapes: T tokens in
-a pack, S segments, I images, P patches, F features, N samples, L supervised tokens.
+a pack, S segments, I images, U distinct images, P patches, F features, M placeholders, N samples, L supervised tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ TILE = 128  # attention rows per program, see `Pack.tiles`; the same as in csrc/
 MAX_RUN = 32  # most tokens in a run of one id, see `Pack.text_id_offsets`; as in csrc/assembler.h
 
 # The arrays of a `Pack`: dtype and extents, as in csrc/bindings.cpp, with the letters of DESIGN.md.
-# `most_tiles(rows, segments)`, T - F and T - F + 1 are upper bounds; the actual lengths are known only after
+# `most_tiles(rows, segments)`, T - M and T - M + 1 are upper bounds; the actual lengths are known only after
 # writing.
 PACK_ARRAYS = {
     "input_ids": ("int64", "T"),
@@ -35,11 +35,14 @@ PACK_ARRAYS = {
     "segment_ids": ("int32", "T"),
     "tiles": ("int32", "most_tiles(T, S), 4"),
     "feature_index": ("int32", "T"),
-    "feature_token": ("int32", "F"),
-    "text_order": ("int32", "T - F"),
-    "text_id_offsets": ("int32", "T - F + 1"),
-    "supervised_index": ("int32", "T - F"),
+    "feature_token": ("int32", "M"),
+    "feature_offsets": ("int32", "F + 1"),
+    "text_order": ("int32", "T - M"),
+    "text_id_offsets": ("int32", "T - M + 1"),
+    "supervised_index": ("int32", "T - M"),
     "grid_thw": ("int64", "I, 3"),
+    "vision_index": ("int32", "I"),
+    "vision_grid_thw": ("int64", "U, 3"),
     "vision_cu_seqlens": ("int32", "frames + 1"),
     "vision_segment_ids": ("int32", "P"),
     "vision_tiles": ("int32", "most_tiles(P, frames), 4"),
@@ -76,6 +79,7 @@ class VideoRef:
         fps: frames per second of the file or the list, if known.
         size: (height, width) of its frames in pixels, if known.
         options: its own pixel limits, size and sampling; None: the spec's.
+        folder: the folder whose pictures are its frames, if the row names a folder.
     """
 
     path: str
@@ -85,6 +89,7 @@ class VideoRef:
     fps: float | None = None
     size: tuple[int, int] | None = None
     options: MediaOptions | None = None
+    folder: str | None = None
 
 
 Media = ImageRef | VideoRef
@@ -244,6 +249,9 @@ class PackPlan:
         num_patches: (N,) int64, or None: patches are not limited.
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
+        unused: numbers of samples that are in another plan (`mmpack pack --val-size`), ascending.
+        unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count an
+            image that several of them show only for the first; None: each sample is planned by itself.
     """
 
     sample_index: Int64
@@ -257,6 +265,8 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
+    unused: Int64 = field(default_factory=lambda: np.frombuffer(b"", dtype=np.int64))
+    unit: Int64 | None = None
 
     def __repr__(self) -> str:
         from mmpack.pack_html import plan_counts  # here: it needs this module
@@ -298,7 +308,8 @@ class PackPlan:
 class Pack:
     """One assembled row: the flat input of a training step.
 
-    Everything irregular is an index computed here, so a training step does not synchronize with the device.
+    Everything irregular is an index computed here, so a training step does not synchronize with the device. An image
+    or a video that several markers show has patches and features once (`mmpack.packing.shared_images`).
 
     Attributes:
         input_ids, labels: (T,) int64; labels are -100 on prompts, images and the first token of each segment, and
@@ -309,13 +320,16 @@ class Pack:
         tiles: (n, 4) int32: begin and end of the text attention rows of one program, and begin and end of their
             segment; most work first (`mmpack.reference.attention_tiles`).
         feature_index: (T,) int32: index of the feature at each token, -1 for text.
-        feature_token: (F,) int32: its inverse, the token of each feature.
-        text_order: (T - F,) int32: text tokens, sorted by id, then by position.
+        feature_token: (M,) int32: its inverse, the tokens of each feature, feature by feature, ascending.
+        feature_offsets: (F + 1,) int32: offsets of the features in `feature_token`.
+        text_order: (T - M,) int32: text tokens, sorted by id, then by position.
         text_id_offsets: (R + 1,) int32: offsets in `text_order` of runs of one id, at most 32 tokens each.
         supervised_index: (L,) int32: rows whose prediction is supervised (the label is at the next row).
-        grid_thw: (I, 3) int64 patches of each grid: images in marker order, then videos. Patches and features have
-            the same order.
+        grid_thw: (I, 3) int64 patches of each marker's grid: images in marker order, then videos.
         num_images: number of grids that belong to images.
+        vision_index: (I,) int32: the row of `vision_grid_thw` that each grid shows.
+        vision_grid_thw: (U, 3) int64 grids of the distinct images, then of the distinct videos, in the order of the
+            first markers that show them. Patches and features have the same order.
         vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.
         vision_max_seqlen: patches in the largest frame.
         vision_segment_ids, vision_tiles: (P,) and (n, 4) int32, like `segment_ids` and `tiles`, for frames.
@@ -334,11 +348,14 @@ class Pack:
     tiles: Int32
     feature_index: Int32
     feature_token: Int32
+    feature_offsets: Int32
     text_order: Int32
     text_id_offsets: Int32
     supervised_index: Int32
     grid_thw: Int64
     num_images: int
+    vision_index: Int32
+    vision_grid_thw: Int64
     vision_cu_seqlens: Int32
     vision_max_seqlen: int
     vision_segment_ids: Int32
@@ -362,7 +379,21 @@ class Pack:
     @property
     def num_image_patches(self) -> int:
         """P1, the number of image patches, which come before video patches."""
-        return int(self.grid_thw[: self.num_images].prod(axis=1).sum())
+        return int(self.vision_grid_thw[: self.num_distinct_images].prod(axis=1).sum())
+
+    @property
+    def num_distinct_images(self) -> int:
+        """The number of rows of `vision_grid_thw` that belong to images."""
+        return int(self.vision_index[: self.num_images].max(initial=-1)) + 1
+
+    @property
+    def grid_token(self) -> Int64:
+        """(I,) the first placeholder of each grid."""
+        vision, features = self.vision, self.vision.num_features(self.grid_thw)
+        ids = (vision.image_token_id, vision.video_token_id)
+        tokens = np.concatenate([np.flatnonzero(self.input_ids == one) for one in ids])
+        first: Int64 = tokens[np.cumsum(features) - features]
+        return first
 
     @property
     def num_segments(self) -> int:

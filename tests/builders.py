@@ -143,10 +143,10 @@ def tiny_model(config=None, dtype=torch.float32, attn="sdpa", **config_options):
 
 
 @functools.cache
-def collator(family="qwen2_vl", assemble="host"):
-    """For models of `small_config(family)`."""
+def collator(family="qwen2_vl", assemble="host", patched=False):
+    """For models of `small_config(family)`; for a patched one if it must be."""
     model = tiny_model(small_config(family))
-    if assemble == "device" or family in HYBRIDS:
+    if patched or assemble == "device" or family in HYBRIDS:
         model = patch_model(model)
     return PackCollator(model=model, assemble=assemble)
 
@@ -376,6 +376,35 @@ def made_up_rows(family="qwen2_vl", assemble_on="host"):
     packs = [with_noise([row], seed) for seed, row in enumerate(rows)]
     stock = [stock_of(collator(family)([pack]), spec) for pack in packs]
     batch = collator(family, assemble_on)(packs)
+    return batch, stock, batch["shift_labels"].numel()
+
+
+def shared_rows(family="qwen2_vl", assemble_on="host"):
+    """Like `made_up_rows`, but all images of a size are one picture, and all videos one video."""
+    spec = small_spec(family)
+    rows = [
+        encoded(spec, 1, 2, (2, 4), 3, 4),
+        encoded(spec, 8, (4, 6), 9, (2, 4), 7, (4, 6), (2, 4), 10),
+        encoded(spec, range(5, 40)),
+        encoded(spec, 11, (2, 4, 4), 12, (4, 6), 13),
+        encoded(spec, 15, (6, 2), 16, (2, 4, 4), 17),
+    ]
+    item = with_noise(rows)
+    known = {}
+    samples = [
+        dataclasses.replace(
+            row,
+            media=tuple(
+                known.setdefault((type(ref), *grid), ref)
+                for ref, grid in zip(row.media, row.grid_thw.tolist())
+            ),
+        )
+        for row in item
+    ]
+    stock = [stock_of(PackCollator()([item_of([sample])]), spec) for sample in samples]
+    batch = collator(family, assemble_on, patched=True)([item_of(samples)])
+    for name in ("pixel_values", "pixel_values_videos"):
+        assert len(batch[name]) < sum(len(one[name]) for one in stock if name in one)
     return batch, stock, batch["shift_labels"].numel()
 
 

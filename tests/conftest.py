@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and test processes many
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     global emulator
+    gc.disable()  # while test files are imported
     if config.getoption("emulate", False):
         emulator = mode.start(config)
     elif not torch.cuda.is_available():
@@ -51,6 +53,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs pytest --emulate"))
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """What was imported is never garbage: `Trainer.train` would look for some in millions of objects, for half a
+    second."""
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -82,12 +82,11 @@ def launch(T, S, I, F, R, num_tiles, D=64, attends=True):
     text, P = T - F, 4 * F
     embed.embed_features_fwd(zeros(T, dtype=INT64), zeros(T), W, zeros(F, D, dtype=BF16))
     dout, dfeatures = zeros(T, D, dtype=BF16), zeros(F, D, dtype=BF16)
-    indices = (zeros(F), zeros(text), zeros(R + 1))
+    indices = (zeros(F), zeros(F + 1), zeros(text), zeros(R + 1))
     embed.embed_features_bwd(dout, W, dfeatures, zeros(T, dtype=INT64), indices, -1)
-    sizes = (T, F, R, num_tiles)
-    assemble_sequence_fwd(
-        zeros(text + I), zeros(S + 1), zeros(I), zeros(I, 3), torch.zeros(I), sizes, 9, 2
-    )
+    sizes = (T, F, F, R, num_tiles)
+    of_grids = (zeros(I, 3), torch.zeros(I), zeros(I, 3))
+    assemble_sequence_fwd(zeros(text + I), zeros(S + 1), zeros(I), *of_grids, sizes, 9, 2)
     if I:
         assemble_patches_fwd(torch.ones(I, 3, dtype=INT64), I, P, num_tiles, 2)
     cast_patches_fwd(zeros(P, 588, dtype=torch.uint8), BF16)

@@ -44,6 +44,7 @@ def test_every_index_of_a_pack(samples):
     placeholders = np.flatnonzero(pack.input_ids == SPEC.image_token_id)
     assert pack.feature_token.tolist() == placeholders.tolist()
     assert pack.feature_index[placeholders].tolist() == list(range(F))
+    assert pack.feature_offsets.tolist() == list(range(F + 1))
     assert (np.delete(pack.feature_index, placeholders) == -1).all()
     assert sorted([*pack.text_order, *placeholders]) == list(range(T))
 
@@ -93,19 +94,30 @@ def test_vision_metadata_equals_transformers(realset, vision):
 
     samples = [sample for sample in realset if len(sample.grid_thw) >= 2][:20]
     pack = assemble(samples, pixels=False)
-    grid_thw = torch.from_numpy(pack.grid_thw)
+    grid_thw = torch.from_numpy(pack.vision_grid_thw)
     positions = get_vision_position_ids(grid_thw, vision.merge_size)
     assert np.array_equal(pack.vision_position_ids, positions.numpy())
     assert np.array_equal(pack.vision_cu_seqlens, get_vision_cu_seqlens(grid_thw).numpy())
 
 
 def test_features_land_where_masked_scatter_puts_them(realset, vision):
-    pack = assemble([sample for sample in realset if len(sample.grid_thw)][:6], pixels=False)
+    rows = [sample for sample in realset if len(sample.grid_thw) >= 2][:20]
+    pack = assemble(rows, pixels=False)
+    assert len(pack.feature_offsets) - 1 < len(pack.feature_token)  # some are shown twice
     embeds = torch.randn(len(pack.input_ids), 8)
-    features = torch.randn(len(pack.feature_token), 8)
-    mask = torch.from_numpy(pack.input_ids == vision.image_token_id)[:, None]
-    inserted = reference.insert_features(embeds, features, torch.from_numpy(pack.feature_token))
-    assert torch.equal(inserted, embeds.masked_scatter(mask, features))
+    features = torch.randn(len(pack.feature_offsets) - 1, 8)
+    is_placeholder = torch.from_numpy(pack.input_ids == vision.image_token_id)
+    indices = index, token, _ = indices_of(pack)
+    inserted = reference.insert_features(
+        embeds, reference.repeat_features(features, *indices), token
+    )
+    one_by_one = features[index[is_placeholder]]
+    assert torch.equal(inserted, embeds.masked_scatter(is_placeholder[:, None], one_by_one))
+
+
+def indices_of(pack):
+    names = ("feature_index", "feature_token", "feature_offsets")
+    return [torch.from_numpy(getattr(pack, name)) for name in names]
 
 
 def test_insertion_gives_features_and_text_their_gradients():
@@ -115,6 +127,27 @@ def test_insertion_gives_features_and_text_their_gradients():
     assert torch.autograd.gradcheck(
         lambda e, f: reference.insert_features(e, f, token), (embeds, features)
     )
+
+
+def test_features_of_shared_images_sum_their_gradients():
+    index = torch.tensor([-1, 2, 0, -1, 1, 2, 0, 2], dtype=torch.int32)
+    token = torch.tensor([2, 6, 4, 1, 5, 7], dtype=torch.int32)
+    offsets = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
+
+    def placed(features):
+        repeated = reference.repeat_features(features, index, token, offsets)
+        return reference.insert_features(features.new_zeros(8, 3), repeated, token)
+
+    features = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(placed(features)[index >= 0], features[index[index >= 0]])
+    assert torch.autograd.gradcheck(placed, features)
+    for dtype in (torch.float32, torch.bfloat16):
+        features, dout = (torch.randn(n, 3).to(dtype) for n in (3, 8))
+        features.requires_grad_()
+        placed(features).backward(dout)
+        sums = torch.stack([dout[index == f].float().cumsum(0)[-1] for f in range(3)])  # in order
+        rounding = 0 if dtype == torch.float32 else 2**-8 * sums.abs()
+        assert ((features.grad.float() - sums).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from test_native import EDGES, SPECS, sample, segments
+from test_native import EDGES, SPECS, sample, segments, with_media
 
 from mmpack import _native, plan_packs, reference
 from mmpack.ops import assemble_patches, assemble_sequence, attention_tiles
 from mmpack.packing.compact import compact
+from mmpack.packing.shared_images import first_shown
 
 CPU = torch.device("cpu")
 
@@ -17,16 +18,25 @@ def on(device, *arrays):
     return [torch.from_numpy(array).to(device) for array in arrays]
 
 
+def arguments_of(pack):
+    """The arrays of a compact pack that `assemble_sequence` takes."""
+    names = ("input_ids", "offsets", "markers", "marker_thw", "temporal_step", "shown")
+    return [getattr(pack, name) for name in names]
+
+
+def sizes_of(pack):
+    names = ("num_placeholders", "num_features", "num_runs", "num_tiles")
+    return (len(pack.labels), *(getattr(pack, name) for name in names))
+
+
 def assembled(pack, device):
     """What the device makes of a compact pack, as arrays by name."""
-    tensors = on(
-        device, pack.input_ids, pack.offsets, pack.markers, pack.marker_thw, pack.temporal_step
-    )
-    sizes = (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles)
+    tensors = on(device, *arguments_of(pack))
+    sizes = sizes_of(pack)
     spec = {"video_id": pack.vision.video_token_id, "merge_size": pack.vision.merge_size}
     made = assemble_sequence(*tensors, sizes, **spec)
     patches = assemble_patches(
-        *on(device, pack.grid_thw),
+        *on(device, pack.vision_grid_thw),
         len(pack.vision_cu_seqlens) - 1,
         int(pack.vision_cu_seqlens[-1]),
         pack.num_vision_tiles,
@@ -39,8 +49,9 @@ def assembled(pack, device):
 def assert_equal_to_the_reference(samples, device):
     known = compact(samples)
     made = assembled(known, device)
-    expected = reference.assemble(samples)
-    named = {name: getattr(known, name) for name in ("labels", "supervised_index", "grid_thw")}
+    expected = reference.assemble(samples, first_shown(samples))
+    names = ("labels", "supervised_index", "grid_thw", "vision_grid_thw")
+    named = {name: getattr(known, name) for name in names}
     for name, array in {**made, **named}.items():
         wanted = getattr(expected, name)
         assert array.dtype == wanted.dtype, name
@@ -66,6 +77,17 @@ def test_more_grids_and_segments_than_a_block(device):
         for n in range(300)
     ]
     assert_equal_to_the_reference([sample(spec, *row) for row in rows], device)
+
+
+def test_images_shown_several_times(device):
+    """Within a row, between rows, and further apart than the outline's blocks."""
+    pieces = [(1, 2, 3), (2, 1, 2, 0.5), (1, 2, 3), 9, (1, 1, 1), (2, 1, 2, 0.5)]
+    rows = [sample(SPECS[1], 8, *pieces[n % 3 :], 10) for n in range(7)]
+    for num_names in (1, 3):
+        names = np.random.default_rng(num_names).integers(0, num_names, 99)
+        assert_equal_to_the_reference(with_media(rows, names), device)
+    many = [sample(SPECS[1], 8, *[(1, 1, 1)] * 4) for _ in range(75)]
+    assert_equal_to_the_reference(with_media(many, np.arange(300) % 290), device)
 
 
 def assert_ragged(segments):
@@ -141,11 +163,11 @@ def test_nothing_is_asked_of_the_device():
 
 
 def assembled_on_meta(pack):
-    arrays = (pack.input_ids, pack.offsets, pack.markers, pack.marker_thw, pack.temporal_step)
-    sizes = (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles)
-    made = assemble_sequence(*on("meta", *arrays), sizes, video_id=pack.vision.video_token_id)
+    made = assemble_sequence(
+        *on("meta", *arguments_of(pack)), sizes_of(pack), video_id=pack.vision.video_token_id
+    )
     patches = assemble_patches(
-        *on("meta", pack.grid_thw),
+        *on("meta", pack.vision_grid_thw),
         len(pack.vision_cu_seqlens) - 1,
         int(pack.vision_cu_seqlens[-1]),
         pack.num_vision_tiles,
@@ -155,23 +177,30 @@ def assembled_on_meta(pack):
 
 def test_what_does_not_fit_is_refused(device):
     pack = compact([sample(SPECS[1], 1, (1, 2, 2), 2)])
-    ids, offsets, markers, grids, steps = on(
-        device, pack.input_ids, pack.offsets, pack.markers, pack.marker_thw, pack.temporal_step
-    )
-    good = {"sizes": (6, 4, 2, 1), "video_id": 6}
-    assert len(assemble_sequence(ids, offsets, markers, grids, steps, **good)["input_ids"]) == 6
-    for wrong, message in [
-        ((ids.long(), offsets, markers, grids, steps), "input_ids must be flat int32"),
-        ((ids, offsets, markers, grids.long(), steps), "grid_thw must be flat int32"),
-        ((ids, offsets, markers, grids[:0], steps), r"grid_thw must be \(1, 3\) for 1 markers"),
-        ((ids, offsets, markers, grids, steps.double()), "temporal_step must be float32"),
-        ((ids, offsets.to("meta"), markers, grids, steps), "offsets must be .* on meta"),
+    ids, offsets, markers, grids, steps, shown = on(device, *arguments_of(pack))
+    good = {"sizes": (6, 4, 4, 2, 1), "video_id": 6}
+    right = (ids, offsets, markers, grids, steps, shown)
+    assert len(assemble_sequence(*right, **good)["input_ids"]) == 6
+    for place, wrong, message in [
+        (0, ids.long(), "input_ids must be flat int32"),
+        (1, offsets.to("meta"), "offsets must be .* on meta"),
+        (3, grids.long(), "grid_thw must be flat int32"),
+        (3, grids[:0], r"grid_thw must be \(1, 3\) for 1 markers"),
+        (4, steps.double(), "temporal_step must be float32"),
+        (5, shown.long(), "shown must be flat int32"),
+        (5, shown[0], r"shown must be \(1, 3\) for 1 markers"),
     ]:
         with pytest.raises(ValueError, match=message):
-            assemble_sequence(*wrong, **good)
-    for sizes in [(7, 4, 2, 1), (6, 3, 2, 1), (6, 4, -2, 1), (6, 4, 2, -1)]:
+            assemble_sequence(*right[:place], wrong, *right[place + 1 :], **good)
+    for sizes in [
+        (7, 4, 4, 2, 1),
+        (6, 3, 3, 2, 1),
+        (6, 4, 5, 2, 1),
+        (6, 4, 4, -2, 1),
+        (6, 4, 4, 2, -1),
+    ]:
         with pytest.raises(ValueError, match="sizes do not match: 3 input_ids with 1 markers"):
-            assemble_sequence(ids, offsets, markers, grids, steps, sizes, video_id=6)
+            assemble_sequence(*right, sizes, video_id=6)
     with pytest.raises(ValueError, match=r"int64 \(I, 3\)"):
         assemble_patches(grids, 1, 4, 1)
     with pytest.raises(ValueError, match="must not be negative"):

@@ -179,6 +179,7 @@ def options():
     known |= {"--nproc_per_node", "--dist", "--no-deps"}  # torchrun's, pytest's, pip's
     return known | {  # ms-swift's
         "--model_type", "--template", "--dataset", "--val_dataset", "--tuner_type", "--external_plugins", "--loss_scale",
+        "--max_length",
     }  # fmt: skip
 
 
@@ -226,6 +227,8 @@ def is_there(name):
         }
     try:
         pkgutil.resolve_name(name)
+    except ModuleNotFoundError:  # a module that needs a package that is not here may be meant
+        return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
     except (ImportError, AttributeError):
         return False
     return True

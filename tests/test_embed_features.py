@@ -27,6 +27,7 @@ def indices_of(input_ids, feature_rows, device):
     text_order, text_id_offsets = reference.text_by_id(input_ids.cpu().numpy(), feature_index)
     arrays = {
         "feature_token": np.array(feature_rows, dtype=np.int32),
+        "feature_offsets": np.arange(len(feature_rows) + 1, dtype=np.int32),
         "text_order": text_order,
         "text_id_offsets": text_id_offsets,
     }
@@ -82,6 +83,47 @@ def test_forward_and_gradients(T, F, V, D, device):
         assert_within_budget(f"dweight {dtype}", dweight, torch_dweight, exact_dweight)
 
 
+@pytest.mark.parametrize(("T", "D"), [(9, 1), (30, 24), (14, 1030)])
+def test_features_at_several_tokens(T, D, device):
+    """Their gradients: sums in the order of the tokens, equal to the bit in two runs; a feature at one token or at
+    none among them."""
+    rng = np.random.default_rng(T)
+    index = np.where(rng.random(T) < 0.7, rng.integers(0, 4, T), -1).astype(np.int32)
+    index[:2] = 4, 6  # at one token; 5 is at none
+    tokens = [np.flatnonzero(index == f) for f in range(7)]
+    input_ids = torch.from_numpy(np.where(index < 0, rng.integers(0, 5, T), 8))
+    order, runs = reference.text_by_id(input_ids.numpy(), index)
+    arrays = {
+        "feature_token": np.concatenate(tokens).astype(np.int32),
+        "feature_offsets": np.cumsum([0, *map(len, tokens)]).astype(np.int32),
+        "text_order": order,
+        "text_id_offsets": runs,
+    }
+    indices = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    feature_index = torch.from_numpy(index)
+    for dtype in [torch.float64, *dtypes(device, sums=True)]:
+        made = (torch.randn(n, D).to(device, dtype) for n in (9, 7, T))
+        case = [input_ids.to(device), feature_index.to(device), *made]
+        one, other = (run(embed_features, *case, **indices) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+        out, _, dfeatures = one
+        assert torch.equal(out, reference.embed_features(*case[:4]))
+        exact = torch.promote_types(dtype, torch.float32)
+        for f, at in enumerate(tokens):
+            summed = torch.zeros(D, dtype=exact, device=device)
+            for token in at:
+                summed += case[4][token]
+            assert torch.equal(dfeatures[f], summed.to(dtype))
+
+        features = case[3].requires_grad_()
+        names = ("feature_token", "feature_offsets")
+        repeated = reference.repeat_features(features, case[1], *(indices[n] for n in names))
+        repeated.backward(case[4][indices["feature_token"].long()])
+        again = features.grad
+        rounding = 0 if dtype == exact else torch.finfo(dtype).eps  # ties round either way
+        assert ((again - dfeatures).abs() <= rounding * dfeatures.abs()).all()
+
+
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_images_first_and_last(where, device):
     *case, indices = make_case(40, 25, 9, 20, torch.float32, device, where)
@@ -124,7 +166,7 @@ def test_indices_of_assembled_packs(samples):
         pytest.skip("kernels run on the GPU here, not in the interpreter")
     pack = assemble(samples, pixels=False)
     F, D = len(pack.feature_token), 6
-    names = ("feature_token", "text_order", "text_id_offsets")
+    names = ("feature_token", "feature_offsets", "text_order", "text_id_offsets")
     indices = {name: torch.from_numpy(getattr(pack, name)) for name in names}
     input_ids, feature_index = map(torch.from_numpy, (pack.input_ids, pack.feature_index))
     case = [
@@ -150,8 +192,7 @@ def test_one_id_many_times(count, device):
     _, indices = indices_of(input_ids, [], device)
     dout = torch.randn(len(input_ids), D, device=device)
     dweight = torch.full((4, D), 5.0, device=device)  # row 3 is no id of the text
-    order = (indices["feature_token"], indices["text_order"], indices["text_id_offsets"])
-    embed_features_bwd(dout, dweight, dout[:0], input_ids, order, padding_idx=-1)
+    embed_features_bwd(dout, dweight, dout[:0], input_ids, indices.values(), padding_idx=-1)
     exact, torchs = (
         torch.zeros(4, D, dtype=dtype, device=device).index_add_(0, input_ids, dout.to(dtype))
         for dtype in (torch.float64, torch.float32)
@@ -230,7 +271,7 @@ def test_the_gradient_of_a_table_without_text(device):
 def test_accumulation_touches_used_rows_only(device):
     for dtype in dtypes(device, sums=True):
         input_ids, _, _, _, dout, indices = make_case(200, 50, 5, 40, dtype, device)
-        del indices["feature_token"]
+        del indices["feature_token"], indices["feature_offsets"]
         main_grad = torch.randn(8, 40, device=device)  # rows 5 to 7 are no ids
         before = main_grad.clone()
         accumulate_embedding_grad(main_grad, dout, input_ids, **indices)
@@ -246,7 +287,7 @@ def test_accumulation_touches_used_rows_only(device):
 
 def test_accumulating_twice_into_a_half_gradient(device):
     input_ids, _, weight, _, dout, indices = make_case(100, 30, 5, 16, torch.float16, device)
-    del indices["feature_token"]
+    del indices["feature_token"], indices["feature_offsets"]
     grad = torch.zeros_like(weight)
     for _ in range(2):
         accumulate_embedding_grad(grad, dout, input_ids, **indices, padding_idx=0)
@@ -297,6 +338,11 @@ def test_what_does_not_fit_is_told(device):
         ),
         ({"feature_index_T": feature_index[:5]}, "30 input_ids but 5 feature indices"),
         ({"text_order": indices["text_order"][:5]}, "text_order must have 20 entries .* got 5"),
+        (
+            {"feature_offsets": indices["feature_offsets"][:5]},
+            r"features must be \(4, 8\) to fill 10 placeholders",
+        ),
+        ({"feature_offsets": indices["feature_offsets"].long()}, "feature_offsets must be flat"),
         ({"feature_token": indices["feature_token"].long()}, "feature_token must be flat int32"),
         ({"features_FD": features.to("meta")}, "features are on meta, the table is on"),
         (
@@ -307,7 +353,7 @@ def test_what_does_not_fit_is_told(device):
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             embed_features(**{**call, **change})
-    del indices["feature_token"]
+    del indices["feature_token"], indices["feature_offsets"]
     with pytest.raises(
         ValueError, match=r"dout must be \(30, 8\), one row per token, got \(29, 8\)"
     ):

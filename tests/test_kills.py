@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 import mmpack.hf.training
-from mmpack import PackedDataset, PackStream
+from mmpack import PackedDataset, PackStream, Skip
 from mmpack.cli import main as cli
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 from mmpack.store.encoded_store import write_store
@@ -55,6 +55,10 @@ def samples_of(folder, count=24):
     return samples
 
 
+def more_samples():
+    return [encoded(SPEC, 3, n + 3, [2] * (3 + 7 * n % 11)) for n in range(10)]
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A folder as `mmpack pack` leaves one, and a model's config beside it."""
@@ -62,6 +66,7 @@ def packed(tmp_path_factory):
     samples = samples_of(folder)
     write_store(folder / "packed", iter(samples), SPEC)
     save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed")
+    PackedDataset.from_samples(more_samples(), 40).save(folder / "more")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder
 
@@ -81,20 +86,35 @@ def recorded(patch, path):
     return patched
 
 
-def train_packs(folder, data, seen):
+def train_packs(folder, data, seen, mix=()):
     mmpack.hf.training.patch_model = recorded(mmpack.hf.training.patch_model, seen)
     options = {**QUIET, **OPTIONS, "save_strategy": "steps", "resume_from_checkpoint": "last"}
     del options["per_device_eval_batch_size"]  # there is no evaluation
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     config = ["--config", str(data), "--output_dir", str(folder)]
-    os._exit(cli.main(["train", "--data", str(data / "packed"), *config, *words]))
+    os._exit(cli.main(["train", "--data", str(data / "packed"), *mix, *config, *words]))
 
 
-def train_stream(folder, data, seen):
-    stream = PackStream(samples_of(data), None, 40, buffer=8)
+def train_mixture(folder, data, seen):
+    """The smaller source is repeated; an epoch is 11 packs or so."""
+    train_packs(folder, data, seen, [str(data / "more"), "--mix", "0.7", "0.3"])
+
+
+def train_stream(folder, data, seen, mixes=False):
+    source, options = samples_of(data), {}
+    if mixes:
+        long = encoded(SPEC, 1, 2, [2] * 60)
+        long.labels[:30] = -100
+        for place in (3, 4, 9, 17, 24):  # rows that cannot be split
+            source.insert(place, long)
+        source = {"a": (source, 0.8), "b": (more_samples(), 0.2)}
+        options = {"on_overflow": "split", "on_error": Skip(0.5)}
+    stream = PackStream(source, None, 40, buffer=8, **options)
     model = recorded(patch_model, seen)(tiny_model(tiny_config(100, vision=SPEC)))
-    options = {**QUIET, **OPTIONS, "save_strategy": "steps"}
-    args = TrainingArguments(str(folder), **options, accelerator_config={"dispatch_batches": False})
+    settings = {**QUIET, **OPTIONS, "save_strategy": "steps"}
+    args = TrainingArguments(
+        str(folder), **settings, accelerator_config={"dispatch_batches": False}
+    )
     trainer = Trainer(
         model,
         args,
@@ -106,7 +126,17 @@ def train_stream(folder, data, seen):
     os._exit(0)
 
 
-SCRIPTS = {"packs": train_packs, "stream": train_stream}
+def train_mixed_streams(folder, data, seen):
+    """With bad rows."""
+    train_stream(folder, data, seen, mixes=True)
+
+
+SCRIPTS = {
+    "packs": train_packs,
+    "mixture": train_mixture,
+    "stream": train_stream,
+    "mixed streams": train_mixed_streams,
+}
 
 
 def start(script, folder, data, seen):
@@ -135,9 +165,9 @@ def losses(folder):
     return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module")
 def whole(request, packed, tmp_path_factory):
-    """(script, its losses, what it trained on, seconds from the first step to the end)."""
+    """(script, its losses, what it trained on, rows it left out, seconds from the first step to the end)."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(request.param, folder, packed, folder / "seen")
     wait_for(1, folder / "seen", process)
@@ -146,7 +176,12 @@ def whole(request, packed, tmp_path_factory):
     seconds = time.monotonic() - begin
     order = lines(folder / "seen")
     assert len(order) == len(losses(folder)) == STEPS
-    return request.param, losses(folder), order, seconds
+    return request.param, losses(folder), order, left_out(folder), seconds
+
+
+def left_out(folder):
+    path = folder / "bad_rows.jsonl"
+    return path.read_text() if path.exists() else None
 
 
 def wait_for(steps, path, process):
@@ -155,11 +190,18 @@ def wait_for(steps, path, process):
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))]
-)
+def cases():
+    """A script and a seed; few in a normal run."""
+    for script in SCRIPTS:
+        usual = {"packs": 3, "stream": 3, "mixed streams": 1, "mixture": 0}[script]
+        for seed in range(20):
+            marks = () if seed < usual else pytest.mark.slow
+            yield pytest.param(script, seed, marks=marks)
+
+
+@pytest.mark.parametrize(("whole", "seed"), list(cases()), indirect=["whole"])
 def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
-    script, expected, order, seconds = whole
+    script, expected, order, bad_rows, seconds = whole
     rng = random.Random(f"{script} {seed}")
     process = start(script, tmp_path / "run", packed, tmp_path / "first")
     wait_for(rng.randint(1, STEPS - 2), tmp_path / "first", process)
@@ -178,3 +220,5 @@ def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
     finish(start(script, tmp_path / "run", packed, tmp_path / "second"))
     assert lines(tmp_path / "first")[:done] + lines(tmp_path / "second") == order
     assert losses(tmp_path / "run") == expected
+    assert left_out(tmp_path / "run") == bad_rows
+    assert script != "mixed streams" or len(bad_rows.splitlines()) > 5  # in two passes

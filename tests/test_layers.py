@@ -59,6 +59,7 @@ ROOMS = {
         "data/images",
         "packing/dataset",
         "packing/even_packs",
+        "packing/mixed_dataset",
         "packing/pack_source",
         "packing/stream",
         "packing/stream_source",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_assemble import same
 
 from mmpack import VisionSpec, _native, assemble, plan_packs, reference, types
-from mmpack.types import EncodedSample
+from mmpack.types import EncodedSample, ImageRef, VideoRef
 
 int32 = partial(np.array, dtype=np.int32)
 int64 = partial(np.array, dtype=np.int64)
@@ -46,6 +46,17 @@ def sample(spec, *pieces):
         spec,
         temporal_step=np.array(steps, dtype=np.float32) if set(steps) - {1} else None,
     )
+
+
+def with_media(samples, names):
+    """The samples, each image or video one of those that `names` names in turn, per grid."""
+    names, shown = iter(names), []
+    for one in samples:
+        markers = one.input_ids[np.isin(one.input_ids, (IMAGE, VIDEO))]
+        refs = [ImageRef if marker == IMAGE else VideoRef for marker in markers]
+        media = tuple(ref(f"/media/{next(names)}") for ref in refs)
+        shown.append(dataclasses.replace(one, media=media))
+    return shown
 
 
 def equal_to_reference(samples):
@@ -107,6 +118,14 @@ def test_ragged_packs_equal_the_reference(segments, spec):
     assert equal_to_reference([sample(spec, *segment) for segment in segments])
 
 
+@settings(max_examples=100, deadline=None)
+@given(segments=segments, spec=st.sampled_from(SPECS), numbers=st.integers(0, 2**32 - 1))
+def test_packs_with_shared_images_equal_the_reference(segments, spec, numbers):
+    samples = [sample(spec, *segment) for segment in segments]
+    names = np.random.default_rng(numbers).integers(0, 2, sum(len(s.grid_thw) for s in samples))
+    assert equal_to_reference(with_media(samples, names))
+
+
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_real_packs_equal_the_reference(every, realset):
     plan = plan_packs([sample.num_tokens for sample in realset], 8192)
@@ -133,6 +152,7 @@ def samples_arguments():
         "grid_thw": int32([[1, 2, 2], [1, 4, 2]]),
         "temporal_step": np.array([2.5, 1], dtype=np.float32),
         "grid_offsets": int32([0, 1, 2]),
+        "first_shown": int32([0, 1]),
         "image_id": IMAGE,
         "video_id": VIDEO,
         "merge_size": 2,
@@ -146,6 +166,7 @@ SHAPES = {
         "labels": (6,),
         "position_ids": (4, 6),
         "grid_thw": (2, 3),
+        "vision_grid_thw": (2, 3),
         "vision_position_ids": (12, 2),
     },
     np.int32: {
@@ -154,9 +175,11 @@ SHAPES = {
         "tiles": (2, 4),
         "feature_index": (6,),
         "feature_token": (3,),
+        "feature_offsets": (4,),
         "text_order": (3,),
         "text_id_offsets": (4,),
         "supervised_index": (3,),
+        "vision_index": (2,),
         "vision_cu_seqlens": (3,),
         "vision_segment_ids": (12,),
         "vision_tiles": (2, 4),
@@ -324,7 +347,36 @@ CONTRADICTIONS = [
             ({"grid_thw": int32([[1, 2, 2], [1, 1 << 16, 1 << 16]])}, "2\\^31 patches"),
             ({"grid_thw": int32([[MOST32, 2**30, 2**30]] * 2)}, "2\\^31 patches"),
             ({"grid_thw": int32([[1, 2**15, 2**15]] * 2)}, "2\\^31 patches"),
-            ({"temporal_step": np.float32([1])}, "must have one value per grid"),
+            (
+                {
+                    "grid_thw": int32([[1, 2**15, 2**15]] * 2),
+                    "input_ids": int32([1, IMAGE, 2, IMAGE, 3]),
+                    "first_shown": int32([0, 0]),
+                    "merge_size": 1,
+                },
+                "2\\^31 tokens",
+            ),
+            ({"temporal_step": np.float32([1])}, "temporal_step must have one value per grid"),
+            ({"first_shown": int32([0])}, "first_shown must have one value per grid"),
+            ({"first_shown": int32([0, 2])}, "first_shown must be, for each marker, the first"),
+            ({"first_shown": int32([1, 1])}, "first_shown must be, for each marker, the first"),
+            ({"first_shown": int32([-1, 1])}, "first_shown must be, for each marker, the first"),
+            ({"first_shown": int32([0, -(2**31)])}, "first_shown must be, for each marker"),
+            ({"first_shown": int32([0, 0])}, "the first one of the same kind and grid"),
+            (
+                {
+                    "first_shown": int32([0, 0]),
+                    "grid_thw": int32([[1, 2, 2]] * 2),
+                },
+                "the first one of the same kind",
+            ),
+            (
+                {
+                    "first_shown": int32([0, 0]),
+                    "input_ids": int32([1, IMAGE, 2, IMAGE, 3]),
+                },
+                "the first one of the same kind and grid",
+            ),
             ({"temporal_step": np.float32([-1, 1])}, "temporal_step must not be negative"),
             ({"temporal_step": np.float32([1, np.nan])}, "temporal_step must not be negative"),
             ({"temporal_step": np.float32([np.inf, 1])}, "temporal_step must not be negative"),

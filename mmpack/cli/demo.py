@@ -279,7 +279,7 @@ def tiny_model(config: Qwen2VLConfig) -> Qwen2VLForConditionalGeneration:
 
 def pad_samples(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
     """A batch without packing: samples padded to the longest."""
-    packs = [assemble([sample]) for sample in samples]
+    packs = [assemble([sample], share_images=False) for sample in samples]
     width = max(len(pack.input_ids) for pack in packs)
     batch = {
         "input_ids": torch.zeros(len(packs), width, dtype=torch.long),

@@ -43,6 +43,7 @@ class Medium:
     segment: int
     ref: Media
     grids: NDArray[np.int64]  # (G, 3); for a video with timestamps, one per temporal patch
+    is_shared: bool  # the pack shows it before, and encodes it once
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -178,9 +179,11 @@ def _media(
             for place, ref in enumerate(refs, start=1):
                 begin, count = len(medium_of), videos.num_grids(ref, pack.vision)
                 grids = pack.grid_thw[begin : begin + count]
+                shown, before = pack.vision_index[begin : begin + 1], pack.vision_index[:begin]
                 first_frame += np.cumsum([0, *grids[:-1, 0]]).tolist()
                 medium_of += [len(media)] * count
-                media.append(Medium(f"{kind} {place}", segment, ref, grids))
+                is_shared = bool(np.isin(shown, before).any())
+                media.append(Medium(f"{kind} {place}", segment, ref, grids, is_shared))
     if len(medium_of) != len(pack.grid_thw):
         raise ValueError(
             f"the pack has placeholders for {counted(len(pack.grid_thw), 'grid')}, but its rows have "
@@ -190,9 +193,10 @@ def _media(
 
 
 def _spans(pack: Pack, medium_of: list[int], first_frame: list[int]) -> list[Span]:
-    ends = np.cumsum(pack.vision.num_features(pack.grid_thw))
-    grid = np.searchsorted(ends, pack.feature_index, side="right")
-    grid[pack.feature_index < 0] = -1
+    grid = np.full(len(pack.input_ids), -1)
+    sizes = pack.vision.num_features(pack.grid_thw)
+    for number, (first, size) in enumerate(zip(pack.grid_token, sizes)):
+        grid[first : first + size] = number
     kinds = np.stack([pack.segment_ids, pack.labels != IGNORE, grid])
     starts = np.flatnonzero((np.diff(kinds, axis=1) != 0).any(axis=0)) + 1
     edges = [0, *starts.tolist(), len(pack.input_ids)]
@@ -245,6 +249,7 @@ def _described(view: PackView, medium: Medium) -> str:
     return (
         f"{medium.name}: {size_in_patches(medium)} patches of {p} ({width * p} x {height * p} pixels), "
         f"{view.num_tokens(medium):,} tokens, {one_line(Path(medium.ref.path).name)}"
+        f"{', shared' if medium.is_shared else ''}"
     )
 
 
@@ -325,6 +330,7 @@ def as_dict(view: PackView, decode: TokenText | None, chosen: Sequence[int]) -> 
                 "path": medium.ref.path,
                 "grid_thw": medium.grid_thw,
                 "tokens": view.num_tokens(medium),
+                "shared": medium.is_shared,
             }
             for medium in view.media_of(segment)
         ]

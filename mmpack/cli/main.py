@@ -37,7 +37,7 @@ from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import Reader
-from mmpack.errors import OnError
+from mmpack.errors import OnError, json_line
 
 # What mmpack[train] installs.
 _TRAIN = {"transformers", "huggingface_hub", "accelerate", "pyarrow", "filelock", "tqdm"}
@@ -147,7 +147,7 @@ def _template_args(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _check(options: CheckOptions) -> int:
     from mmpack.cli.check import Summary, bad_row_line, check_rows, row_line
-    from mmpack.cli.tables import check_table, json_line
+    from mmpack.cli.tables import check_table
 
     reader = Reader(**_reading(options)) if options.tokenizer is None else _encoder(options)
     if options.config is not None and isinstance(reader, Encoder):

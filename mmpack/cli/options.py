@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from mmpack.errors import MAX_BAD, check_max_bad
+from mmpack.packing.held_out import check_size
 from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
@@ -116,6 +119,10 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         (),
     )
     plan_seed: int = option("seed of the plan (default: 0)", 0)
+    group_images: bool = option(
+        "plan rows that show the same image together: a pack encodes an image once; rows are less mixed",
+        False,
+    )
 
     def __post_init__(self) -> None:
         if self.on_overflow is None:
@@ -123,14 +130,15 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
             object.__setattr__(self, "on_overflow", settled)
         check_max_bad(self.max_bad)
         for name, values in schema_of(Planning).items():
-            if isinstance(given := getattr(self, name), (int, float)):
+            if isinstance(given := getattr(self, name, None), (int, float)):
                 check(given, values, flag(name))
         check_split(str(self.on_overflow), self.stage)
 
     @property
     def planning(self) -> Planning:
         """The options that determine which samples share a pack, as a store records them."""
-        return Planning(**{one.name: getattr(self, one.name) for one in fields(Planning)})
+        names = [one.name for one in fields(Planning) if hasattr(self, one.name)]
+        return Planning(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +173,16 @@ class PackOptions(PackingOptions, PictureOptions):
     overwrite: bool = option("replace a packed data set in --out", False)
     jobs: int | None = option("processes (default: one per core if there are many rows)", None)
     shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
+    val_size: float | None = option(
+        "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data FOLDER:val",
+        None,
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_size is not None:
+            check_size(self.val_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +230,29 @@ class TrainOptions(PackingOptions, Options):
     data: tuple[str, ...] = option(
         "folder written by mmpack pack, or rows to pack now", nargs="+", metavar="DATA"
     )
+    mix: tuple[float, ...] = option(
+        "mix the --data in these shares, one number for each; an epoch then repeats the smaller ones",
+        (),
+        nargs="+",
+        metavar="WEIGHT",
+    )
+    mix_by: Literal["tokens", "samples"] = option(
+        "what the weights of --mix are shares of (default: tokens)", "tokens"
+    )
+    epoch_tokens: int | None = option(
+        "tokens of an epoch of --mix (default: until the source with the most tokens per weight is through)",
+        None,
+    )
     eval_data: tuple[str, ...] = option(
-        "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch)",
+        "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch); NAME=DATA for "
+        "several sets, each with an eval_NAME_loss",
         (),
         nargs="+",
         metavar="DATA",
+    )
+    early_stopping_patience: int | None = option(
+        "end after this many evaluations in a row without a smaller eval_loss, and keep the best model",
+        None,
     )
     model: str | None = option(
         "model with weights: a folder, or a Hugging Face name (owner/name)", None, metavar="FOLDER"
@@ -259,6 +295,24 @@ class TrainOptions(PackingOptions, Options):
     )
     training: tuple[str, ...] = ()  # other words, for TrainingArguments
     words: tuple[str, ...] = ()  # all words, to print the command that continues the run
+
+    def eval_sets(self) -> dict[str, tuple[str, ...]]:
+        """The words of --eval-data by the set's name, "" for the one set without a name.
+
+        Raises:
+            ValueError: some of them have a name, others have none.
+        """
+        sets: dict[str, tuple[str, ...]] = {}
+        for word in self.eval_data:
+            name, path = "", word
+            if (named := re.fullmatch(r"([\w-]+)=(.+)", word)) and not Path(word).exists():
+                name, path = named.groups()
+            sets[name] = (*sets.get(name, ()), path)
+        if "" in sets and len(sets) > 1:
+            raise ValueError(
+                f"--eval-data {sets[''][0]} has no name, others have; write NAME={sets[''][0]}"
+            )
+        return sets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 from mmpack.cli.options import (
     CheckOptions,
@@ -21,6 +22,7 @@ from mmpack.cli.options import (
     TrainOptions,
     flag,
 )
+from mmpack.errors import counted
 
 _VIDEO = ("video_fps", "video_max_frames", "video_max_pixels")
 # What an option that is also one of mmpack pack does when training on packs.
@@ -42,19 +44,36 @@ def check_applies(options: Options) -> None:
 
 
 def is_packed(data: Iterable[str], option: str = "--data") -> bool:
-    """Whether `--data` (or `option`) is a folder that `mmpack pack` wrote.
+    """Whether `--data` (or `option`) is a folder that `mmpack pack` wrote, or for evaluation several.
 
     Raises:
-        ValueError: it is one among others.
+        ValueError: it is one among others, or has rows that are held out of training.
     """
     folders = list(data)
-    packed = [folder for folder in folders if (Path(folder) / "mmpack.json").exists()]
-    if packed and len(folders) > 1:
+    packed = [folder for folder in folders if packed_split(folder) is not None]
+    for folder in packed if option == "--data" else ():
+        if packed_split(folder) != (folder, "train"):
+            raise ValueError(
+                f"{option} {folder} are the rows held out for evaluation; pass the folder, and {folder} to --eval-data"
+            )
+    is_joined = option != "--data" and len(packed) == len(folders)
+    if packed and len(folders) > 1 and not is_joined:
+        mix = "; mix them with --mix WEIGHT ..., or" if option == "--data" else ";"
         raise ValueError(
-            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one; pack the "
+            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack the "
             "data files of all of them together with mmpack pack"
         )
     return bool(packed)
+
+
+def packed_split(word: str) -> tuple[str, Literal["train", "val"]] | None:
+    """(folder, split) of a folder that `mmpack pack` wrote, given as FOLDER or FOLDER:val; None: it is none."""
+    if (Path(word) / "mmpack.json").exists():
+        return word, "train"
+    folder, mark, split = word.rpartition(":")
+    if mark and split == "val" and (Path(folder) / "mmpack.json").exists():
+        return folder, "val"
+    return None
 
 
 def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
@@ -88,8 +107,17 @@ def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
 
 def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str, str]]:
     sets = [("--data", options.data)]
-    if options.eval_data:
-        sets.append(("--eval-data", options.eval_data))
+    if options.mix:
+        sets = [("--data", (data,)) for data in options.data]
+        if len(options.mix) != len(options.data):
+            raise ValueError(
+                f"--mix has {counted(len(options.mix), 'weight')} for {len(options.data)} --data; pass one for each"
+            )
+    else:
+        yield ["mix_by", "epoch_tokens"], "there is one source of data", "pass --mix too"
+    sets += [("--eval-data", data) for data in options.eval_sets().values()]
+    if not options.eval_data:
+        yield ["early_stopping_patience"], "there is no evaluation set", "pass --eval-data too"
     packed = [data[0] for flag, data in sets if is_packed(data, flag)]
     if not packed:
         why = "rows are read and packed now, so they cannot differ from earlier packs"

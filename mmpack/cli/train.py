@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import TrainOptions
-from mmpack.cli.refused_options import is_packed
+from mmpack.cli.refused_options import is_packed, packed_split
+from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
 from mmpack.data.model_folder import local_path
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import media_folders
+from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
 
@@ -37,8 +39,16 @@ def run_train(
     from mmpack.hf.training_options import parse_training_arguments
 
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
-    evaluates = bool(options.eval_data)
-    args = parse_training_arguments([*ours, *options.training], options.quiet, evaluates)
+    sets, patience = options.eval_sets(), options.early_stopping_patience
+    args = parse_training_arguments(
+        [*ours, *options.training],
+        options.quiet,
+        bool(sets),
+        sets=[name for name in sets if name],
+        stops_early=patience is not None,
+    )
+    if patience is not None and patience < 1:
+        raise ValueError(f"--early-stopping-patience must be positive, got {patience}")
     if options.lora_rank is not None and options.lora_rank < 1:
         raise ValueError(f"--lora-rank must be positive, got {options.lora_rank}")
     if args.resume_from_checkpoint == "last":
@@ -48,11 +58,12 @@ def run_train(
     frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
     frozen = tuple(dict.fromkeys(frozen))
     read = _Reading(options, encoder_of, config_of, frozen)
-    dataset = read.dataset(options.data, "--data")
+    dataset = read.mixture() if options.mix else read.dataset(options.data, "--data")
     dataset.source_weights = _source_weights(options.source_weight)
-    eval_dataset = None
-    if evaluates:
-        eval_dataset = read.dataset(options.eval_data, "--eval-data", dataset.capacity)
+    evaluated = {
+        name: read.dataset(data, "--eval-data", dataset.capacity) for name, data in sets.items()
+    }
+    for eval_dataset in evaluated.values():
         _tell_other_settings(dataset, eval_dataset)
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     if options.lora_rank is not None:
@@ -61,10 +72,11 @@ def run_train(
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
         print(f"{full}; weights in {options.weights_dtype}")
-        if eval_dataset is not None:
-            print(
-                f"evaluation: {len(eval_dataset):,} packs, {eval_dataset.plan.utilization:.1%} full"
-            )
+        if options.mix:
+            print("\n".join(mixture_lines(dataset.report())))
+        for name, one in evaluated.items():
+            words = f"evaluation{name and f' of {name}'}"
+            print(f"{words}: {len(one):,} packs, {one.plan.utilization:.1%} full")
         folders = dataset.media_folders
         if folders is None:
             print("images and videos are read from anywhere; --media-dir FOLDER confines them")
@@ -77,7 +89,8 @@ def run_train(
                 args,
                 options.impl,
                 options.loss_reduction,
-                eval_dataset=eval_dataset,
+                eval_dataset=evaluated.get("", evaluated or None),
+                patience=patience,
                 processor=read.files,
             )
         except KeyboardInterrupt:
@@ -109,10 +122,15 @@ class _Reading:
         self, data: Sequence[str], flag: str, capacity: int | None = None
     ) -> Any:  # a PackedDataset, whose module imports torch
         """The data set of an option. `capacity`: tokens per pack of rows, by default `--capacity`."""
+        from mmpack.packing.mixed_dataset import joined
+
         options = self._options
         is_training = flag == "--data"
         if is_packed(data, flag):
-            dataset = self._packed(data[0], is_training)
+            found = [self._packed(word, is_training) for word in data]
+            dataset = found[0]
+            if len(found) > 1:  # of an evaluation
+                dataset = joined(dict(zip(_source_names(data), found)))
         else:
             dataset = self._rows(data, flag, options.capacity or capacity)
         dataset.on_bad_image = options.on_bad_image
@@ -120,27 +138,48 @@ class _Reading:
             dataset.max_bad = options.max_bad
         return dataset
 
-    def _packed(self, folder: str, is_training: bool) -> Any:
+    def mixture(self) -> Any:
+        """The sources of `--data` in the shares of `--mix`."""
+        from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.mixed_dataset import costs_of_sources
+
+        options = self._options
+        sources = [self.dataset([data], "--data") for data in options.data]
+        config = self._config_of(options.model or options.config, self._frozen)
+        dataset = PackedDataset.mixed(
+            dict(zip(_source_names(options.data), zip(sources, options.mix))),
+            None if config is None else costs_of_sources(sources, config, self._frozen),
+            by=options.mix_by,
+            epoch_tokens=options.epoch_tokens,
+            seed=options.plan_seed,
+        )
+        dataset.on_bad_image, dataset.max_bad = sources[0].on_bad_image, sources[0].max_bad
+        return dataset
+
+    def _packed(self, word: str, is_training: bool) -> Any:
         from mmpack.hf.processor_files import recorded_files
         from mmpack.packing.dataset import PackedDataset
 
-        dataset = PackedDataset.from_store(folder, self._options.on_changed_data)
+        folder, split = packed_split(word) or (word, "train")
+        dataset = PackedDataset.from_store(folder, self._options.on_changed_data, split)
         if self._options.media_dir:
             dataset.media_folders = self._options.media_dir
         if is_training:
             store: Any = getattr(dataset.samples, "samples", dataset.samples)
             is_lora = self._options.lora_rank is not None
             tell_other_costs(store.about.planning, self._frozen, is_lora)
-            self.files, why = recorded_files(store.about, dataset.vision)
-            if why:
+            found, why = recorded_files(store.about, dataset.vision)
+            self.files = self.files or found
+            if why and self.files is None:
                 print(f"mmpack: {why}", file=sys.stderr)
         return dataset
 
     def _rows(self, data: Sequence[str], flag: str, capacity: int | None) -> Any:
         from mmpack.cli.pack import cut_long
         from mmpack.hf.processor_files import ProcessorFiles
-        from mmpack.packing.cost import costs_of
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.held_out import part_of, within_limits
+        from mmpack.packing.plan_samples import plan_samples
 
         options = self._options
         if options.tokenizer is None or capacity is None:
@@ -158,20 +197,36 @@ class _Reading:
             found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
         planning = replace(options.planning, capacity=capacity)
         samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, planning)
-        dataset = PackedDataset.from_samples(
+        used = within_limits(samples, limits_of(groups))
+        plan = plan_samples(
             samples,
             capacity,
-            None if config is None else costs_of(samples, config, self._frozen),
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=options.plan_seed,
+            patch_capacity,
+            on_overflow,
+            options.plan_seed,
+            config,
+            frozen=self._frozen,
+            group_images=options.group_images,
+            side=used,
         )
+        dataset = PackedDataset(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)
         if flag == "--data":
             self.files = ProcessorFiles(local_path(options.tokenizer), encoder.vision)
         return dataset
+
+
+def _source_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last part, with a number if it is another's, too."""
+    names: list[str] = []
+    for path in paths:
+        folder, _ = packed_split(path) or (path, "")
+        name = Path(folder).resolve().name.replace("::", "_")
+        same = sum(one == name or one.startswith(f"{name}-") for one in names)
+        names.append(f"{name}-{same + 1}" if name in names else name)
+    return names
 
 
 def _source_weights(words: Sequence[str]) -> dict[str, float]:

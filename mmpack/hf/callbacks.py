@@ -361,7 +361,10 @@ class PackingCallback(TrainerCallback):
         if "loss" not in logs or not self._batches.counter.num_batches:
             return  # the log of an evaluation or the summary, or no pack was counted
         capacity = self.dataset.capacity * state.train_batch_size  # every batch is full
-        values = self._batches.counter.pop(capacity, self.dataset.num_dropped_segments, args.device)
+        left_out = {"dropped_segments": self.dataset.num_dropped_segments}
+        if isinstance(self.dataset, PackStream):
+            left_out["bad_rows"] = self.dataset.num_bad_rows
+        values = self._batches.counter.pop(capacity, left_out, args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # Trainer copies the log before it calls callbacks

@@ -31,7 +31,6 @@ from mmpack.hf.compat import (
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.even_packs import EvenPacks
-from mmpack.packing.plan import plan_epoch
 
 _BY_HAND = "PackingCallback was not attached; use PackingCallback(dataset).attach(trainer)"
 _log = logging.getLogger(__name__)
@@ -192,7 +191,7 @@ class PackKeeper:
         if batch is not None and rank is not None:
             first += (batch * ranks + rank) * size
             packs = range(first, first + size)
-        plan = plan_epoch(self.dataset.plan, epoch)
+        plan = self.dataset.epoch_plan(epoch)
         full = [pack for pack in packs if pack < plan.num_packs]
         rows: dict[str, list[int]] = {}
         for pack in full:

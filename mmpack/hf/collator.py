@@ -26,6 +26,7 @@ from mmpack.hf.weight_count import weight_entries
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
 from mmpack.packing.compact import compact
+from mmpack.packing.left_out import joined_resume
 from mmpack.packing.loss_weights import LossReduction, check_reduction
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.types import IGNORE, EncodedSample, Float32
@@ -78,6 +79,9 @@ class PackCollator:
     With `pixels="uint8"`, `pixel_values` are (P, C * p * p) uint8, an eighth of the bytes of float32, and
     `pixel_values_videos` (P, C * t * p * p), a quarter. The patched model's patch embedding normalizes them.
 
+    With a patched `model`, the pixels of an image or a video that several markers show are there once
+    (`mmpack.packing.shared_images`), and `image_grid_thw` has a row per marker all the same; P counts what is there.
+
     Qwen2.5-VL's, Qwen3-VL's and Qwen3.5's towers need extra indices that depend on the model (attention windows,
     rows of a position table). The worker computes them, given `model`. A Qwen3.5's batch also has `cu_seq_lens_q
     (S + 1,)` and `seq_idx (1, T)`, on which transformers raises if the model is not patched and
@@ -88,8 +92,8 @@ class PackCollator:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
             whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
             encoder's `media_dir`, by default the current folder: `Encoder.from_processor(processor, media_dir=...)`.
-        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels. It is inspected, not
-            kept.
+        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels and images that are not
+            shared. It is inspected, not kept.
         pixels: "float32" or "uint8"; "uint8" needs a patched `model`.
         full_logits: leave out `logits_to_keep` and `shift_labels`, so that the model returns the logits of every
             token: for `compute_metrics` and `compute_loss_func`. Costs the memory of (1, T, V) logits.
@@ -176,7 +180,8 @@ class PackCollator:
         if self.assemble == "device":
             batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
-            whole = assemble(samples, pixels=False, empty=worker_buffers.empty)
+            empty = worker_buffers.empty
+            whole = assemble(samples, pixels=False, share_images=self._is_patched, empty=empty)
             tower = self.tower
             if self._num_ids is None:  # no model: it may be a hybrid
                 may_be = whole.vision.video is not None and whole.vision.video.has_timestamps
@@ -193,7 +198,7 @@ class PackCollator:
         batch["mmpack"]["items"] = (0, *accumulate(map(len, segments)))
         if self._num_ids is not None:  # here, because a compiled model runs no host checks
             check_ids(self._num_ids, batch["mmpack"]["id_range"], samples)
-        resume = getattr(features[-1], "resume", None)
+        resume = joined_resume(features)
         if resume is not None:
             batch["mmpack"]["resume"] = resume  # a stream's state after its last pack
         if self.full_logits:
@@ -231,7 +236,7 @@ class PackCollator:
                     f"{error}; rows of a PackCollator have their images in the current folder, unless its encoder "
                     "names another: PackCollator(Encoder.from_processor(processor, media_dir=FOLDER))"
                 ) from error
-        segments, buffer = load_pixels(groups, worker_buffers.empty)
+        segments, buffer = load_pixels(groups, self._is_patched, worker_buffers.empty)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)
 

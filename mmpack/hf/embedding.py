@@ -39,6 +39,7 @@ def embed(
             weight_VD,
             features_FD.to(weight_VD.device, weight_VD.dtype),
             feature_token=pack["feature_token"],
+            feature_offsets=pack["feature_offsets"],
             text_order=pack["text_order"],
             text_id_offsets=pack["text_id_offsets"],
             padding_idx=embedding.padding_idx,
@@ -46,8 +47,15 @@ def embed(
     embeds_TD: torch.Tensor = embedding(input_ids_T[None])[0]
     if features_FD is None:
         return embeds_TD
-    features_FD = features_FD.to(embeds_TD.device, embeds_TD.dtype)
-    return reference.insert_features(embeds_TD, features_FD, pack["feature_token"])
+    features_MD = at_placeholders(features_FD.to(embeds_TD.device, embeds_TD.dtype), pack)
+    return reference.insert_features(embeds_TD, features_MD, pack["feature_token"])
+
+
+def at_placeholders(features_FD: torch.Tensor, pack: MmpackDict) -> torch.Tensor:
+    """(M, D) the feature of each placeholder, in the order of `pack["feature_token"]`."""
+    return reference.repeat_features(
+        features_FD, pack["feature_index"], pack["feature_token"], pack["feature_offsets"]
+    )
 
 
 def is_plain(embedding: nn.Module) -> TypeGuard[nn.Embedding]:

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from mmpack.hf.compat import forward_hooks, remainder_of
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.source_losses import SourceLosses, mean_losses
 from mmpack.hf.trainer_checks import check_evaluation, tell_evaluation
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
 
@@ -28,10 +29,12 @@ class _Batch:
     num_items: Any  # the loss's divisor; None: the sum of the batch's weights
     pack: MmpackDict
     rows: tuple[torch.Tensor, torch.Tensor] | None  # logits (1, L, V), labels (1, L)
+    losses: torch.Tensor | None  # (L,) of its rows, if the loss tells them
 
 
 class EvalHook:
-    """A forward hook that keeps a model's last packed batch in evaluation mode.
+    """A forward hook that keeps a model's last packed batch in evaluation mode, and the losses of its rows, for which
+    `before` is a forward pre-hook.
 
     Args:
         keeps_rows: keep its logits too, so that repeated packs of a batch can be left out.
@@ -40,6 +43,19 @@ class EvalHook:
     def __init__(self, keeps_rows: bool) -> None:
         self.keeps_rows = keeps_rows
         self._last: _Batch | None = None
+        self._losses: torch.Tensor | None = None
+
+    def before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Ask the loss of a batch for the losses of its rows."""
+        self._losses, pack = None, kwargs.get("mmpack")
+        if model.training or pack is None:
+            return None
+        return args, {**kwargs, "mmpack": {**pack, "take_losses": self._keep}}
+
+    def _keep(self, losses_L: torch.Tensor) -> None:
+        self._losses = losses_L
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -52,7 +68,7 @@ class EvalHook:
             (rows, labels) if self.keeps_rows and rows is not None and labels is not None else None
         )
         own = loss.detach().clone()  # Trainer multiplies the loss in place by the number of ranks
-        self._last = _Batch(own, kwargs.get("num_items_in_batch"), pack, kept)
+        self._last = _Batch(own, kwargs.get("num_items_in_batch"), pack, kept, self._losses)
 
     def take(self) -> _Batch | None:
         """Return the batch and forget it."""
@@ -67,6 +83,7 @@ def _hook_of(model: nn.Module, keeps_rows: bool) -> EvalHook:
             hook.keeps_rows |= keeps_rows
             return hook
     hook = EvalHook(keeps_rows)
+    model.register_forward_pre_hook(hook.before, with_kwargs=True)
     model.register_forward_hook(hook, with_kwargs=True)
     return hook
 
@@ -78,10 +95,12 @@ class Evaluation:
         self._args = args
         self._batch_size = args.eval_batch_size
         self._hook = _hook_of(model, args.world_size > 1 and self._batch_size > 1)
+        self._sources = SourceLosses()
         self._is_told = not args.should_log
         self._loader: Any = None
         self._sums: list[torch.Tensor] = []
         self._weight = 0.0
+        self._has_sources = True  # of all batches so far
 
     def tell(self, data: Any) -> None:
         """Warn, once, if several packs of the data make a batch."""
@@ -98,6 +117,8 @@ class Evaluation:
             return
         if loader is not self._loader:  # a new evaluation; the last one may have been interrupted
             self._loader, self._sums, self._weight = loader, [], 0.0
+            self._sources.pop()
+            self._has_sources = True
             self.tell(getattr(loader, "dataset", None))
             check_evaluation(getattr(loader, "dataset", None), self._args)
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
@@ -108,9 +129,13 @@ class Evaluation:
         sums = batch.pack.get("loss_weight_sums")
         weight = tokens if sums is None else sum(sums[: ends[num_items]])
         if tokens == supervised[-1]:
+            if batch.losses is not None:
+                self._sources.take(batch.losses)
+            self._has_sources &= self._sources.count([batch.pack])
             divisor = weight if batch.num_items is None else batch.num_items
             self._sums.append((batch.loss.double() * divisor).reshape(()))
         elif batch.rows is not None:
+            self._has_sources = False  # of some rows only
             logits, labels = (x.flatten(0, 1)[:tokens] for x in batch.rows)
             weights = None
             if sums is not None:
@@ -129,24 +154,32 @@ class Evaluation:
         self._weight += weight
 
     def correct(self, *metrics: dict[str, Any]) -> None:
-        """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, and reset the sums. A
-        collective. Other metrics, and those of a set without supervised tokens, are unchanged."""
+        """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, add `eval_loss/NAME` of each
+        source if there are several, and reset the sums. A collective. Other metrics, and those of a set without
+        supervised tokens, are unchanged."""
         name = loss_name(metrics[0])
-        loss = None if name is None else self._pop()
+        if name is None:
+            return
+        loss, sources = self._pop()
         for one in metrics if loss is not None else ():
             if name in one:
                 one[name] = loss
+                one.update({f"{name}/{source}": value for source, value in sources.items()})
 
-    def _pop(self) -> float | None:
+    def _pop(self) -> tuple[float | None, dict[str, float]]:
         loss = float(torch.stack(self._sums).sum()) if self._sums else 0.0
-        mine: Any = (loss, self._weight)
+        found = self._sources.pop()
+        mine: Any = (loss, self._weight, found if self._has_sources else None)
         self._loader, self._sums, self._weight = None, [], 0.0
         ranks = [mine]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
-        weight = sum(one for _, one in ranks)
-        return sum(loss for loss, _ in ranks) / weight if weight else None
+        weight = sum(one for _, one, _ in ranks)
+        sources = (
+            {} if None in [one for *_, one in ranks] else mean_losses(one for *_, one in ranks)
+        )
+        return (sum(loss for loss, *_ in ranks) / weight if weight else None), sources
 
 
 def num_real_items(loader: Any, num_items: int, args: TrainingArguments) -> int:

@@ -56,8 +56,12 @@ def pixel_values_of(
 
 def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
     """The batch of an assembled pack; `values` are its pixels."""
-    grid_order, grid_offsets = _grids_by_segment(pack)
-    batch = _batch(pack, values, pack.grid_thw[grid_order], grid_offsets)
+    first_token = pack.grid_token
+    by_segment = np.argsort(first_token)
+    grid_offsets = np.searchsorted(first_token[by_segment], pack.cu_seqlens)
+    is_new = np.zeros(len(by_segment), dtype=bool)
+    is_new[np.unique(pack.vision_index[by_segment], return_index=True)[1]] = True
+    batch = _batch(pack, values, pack.grid_thw[by_segment], grid_offsets, is_new)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
     for name in (
@@ -66,6 +70,7 @@ def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> d
         "tiles",
         "feature_index",
         "feature_token",
+        "feature_offsets",
         "text_order",
         "text_id_offsets",
         "vision_cu_seqlens",
@@ -75,11 +80,11 @@ def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> d
     ):
         batch["mmpack"][name] = as_tensor(getattr(pack, name))
     if values and tower.window_side is not None:
-        order, windows = _windows(pack.grid_thw, pack.vision, tower.window_side)
+        order, windows = _windows(pack.vision_grid_thw, pack.vision, tower.window_side)
         batch["mmpack"] |= {**windows, **_in_windows(batch["mmpack"], order)}
     if values and tower.table_side is not None:
         index, weight = get_vision_interpolation_indices_and_weights(
-            torch.from_numpy(pack.grid_thw),
+            torch.from_numpy(pack.vision_grid_thw),
             tower.table_side,
             align_corners=True,
             spatial_merge_size=pack.vision.merge_size,
@@ -95,7 +100,8 @@ def compact_batch_of(
     pack: CompactPack, values: dict[str, torch.Tensor], tower: TowerSpec
 ) -> dict[str, Any]:
     """The batch of a compact pack, for `assemble_on_device`; `values` are its pixels."""
-    batch = _batch(pack, values, pack.marker_thw, pack.grid_offsets)
+    is_new = pack.shown[:, 1] == 0
+    batch = _batch(pack, values, pack.marker_thw, pack.grid_offsets, is_new)
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = torch.empty(4, 1, 0, dtype=torch.int64)
     compact: CompactDict = {
@@ -103,14 +109,21 @@ def compact_batch_of(
         "markers": as_tensor(pack.markers),
         "grid_thw": as_tensor(pack.marker_thw),
         "temporal_step_bits": as_tensor(pack.temporal_step.view(np.int32)),
-        "sizes": (len(pack.labels), pack.num_features, pack.num_runs, pack.num_tiles),
+        "shown": as_tensor(pack.shown),
+        "sizes": (
+            len(pack.labels),
+            pack.num_placeholders,
+            pack.num_features,
+            pack.num_runs,
+            pack.num_tiles,
+        ),
         "num_vision_tiles": pack.num_vision_tiles,
         "video_id": pack.vision.video_token_id,
         "merge_size": pack.vision.merge_size,
     }
     batch["mmpack"]["compact"] = compact
     if values and tower.window_side is not None:
-        order, windows = _windows(pack.grid_thw, pack.vision, tower.window_side)
+        order, windows = _windows(pack.vision_grid_thw, pack.vision, tower.window_side)
         batch["mmpack"] |= {**windows, "window_order": order}
     return batch
 
@@ -132,6 +145,7 @@ def assemble_on_device(
         compact["markers"],
         compact["grid_thw"],
         compact["temporal_step_bits"].view(torch.float32),
+        compact["shown"],
         compact["sizes"],
         video_id=compact["video_id"],
         merge_size=merge_size,
@@ -142,9 +156,8 @@ def assemble_on_device(
     }
     whole: Any = {**pack, **made}
     del whole["compact"]
-    grids = [batch[name] for name in PIXELS.values() if batch.get(name) is not None]
-    if grids:
-        grid_thw = torch.cat(grids)
+    if any(batch.get(name) is not None for name in PIXELS):
+        grid_thw = pack["vision_grid_thw"]
         places = assemble_patches(
             grid_thw,
             len(pack["vision_offsets"]) - 1,
@@ -165,8 +178,10 @@ def _batch(
     values: dict[str, torch.Tensor],
     grid_thw: Int64 | Int32,
     grid_offsets: Any,
+    is_new: Any,
 ) -> dict[str, Any]:
-    """The part of the batch that both kinds share; `grid_thw` (I, 3) by segment, `grid_offsets` (S + 1,)."""
+    """The part of the batch that both kinds share; `grid_thw` (I, 3) and `is_new` (I,), whether nothing before shows
+    the same, by segment; `grid_offsets` (S + 1,)."""
     rows = pack.supervised_index.astype(np.int64)
     shift_labels = torch.from_numpy(pack.labels[rows + 1])
     supervised = torch.from_numpy(rows)
@@ -194,6 +209,8 @@ def _batch(
         "num_patches": int(pack.vision_cu_seqlens[-1]),
         "grid_thw": as_ints(grid_thw),
         "grid_offsets": as_ints(grid_offsets),
+        "grid_is_new": tuple(map(bool, is_new)),
+        "vision_grid_thw": as_tensor(pack.vision_grid_thw),
         "video_rule": rule,
         "vision_offsets": as_ints(pack.vision_cu_seqlens),
         "vision_max_seqlen": pack.vision_max_seqlen,
@@ -238,9 +255,17 @@ def _in_windows(pack: MmpackDict, order_F: torch.Tensor) -> dict[str, torch.Tens
     feature_T = pack["feature_index"]
     placed_T = place_F.index_select(0, feature_T.clamp_min(0))
     positions = pack["vision_position_ids"].unflatten(0, (len(order_F), -1))
+    token_M, starts = pack["feature_token"], pack["feature_offsets"]
+    times_F = starts.diff().index_select(0, order_F)
+    offsets = torch.cat([starts[:1], times_F.cumsum(0, dtype=torch.int32)])
+    # How far each feature's tokens move, token by token.
+    back_F = starts.index_select(0, order_F) - offsets[:-1]
+    back_M = back_F.repeat_interleave(times_F, output_size=len(token_M))
+    at_M = torch.arange(len(token_M), dtype=torch.int32, device=order_F.device) + back_M
     return {
         "feature_index": torch.where(feature_T < 0, feature_T, placed_T),
-        "feature_token": pack["feature_token"].index_select(0, order_F),
+        "feature_token": token_M.index_select(0, at_M),
+        "feature_offsets": offsets,
         "vision_position_ids": positions.index_select(0, order_F).flatten(0, 1),
         "window_order": order_F,
     }
@@ -262,11 +287,3 @@ def _interpolated(
         "position_index": (rows[:, :, None] * side + columns[:, None]).flatten(1),
         "position_weight_bits": weight.flatten(1).view(torch.int32),
     }
-
-
-def _grids_by_segment(pack: Pack) -> tuple[Int64, Int64]:
-    """(order (I,), offsets (S + 1,)) of the grids by segment; the pack has images before videos."""
-    ends = pack.vision.num_features(pack.grid_thw).cumsum()
-    last_token = pack.feature_token[ends - 1]
-    order: Int64 = np.argsort(last_token)
-    return order, np.searchsorted(last_token[order], pack.cu_seqlens)

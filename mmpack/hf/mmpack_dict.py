@@ -27,6 +27,8 @@ class EveryBatch(TypedDict):
     num_patches: int  # P; model_patch, forward_kwargs (on the device)
     grid_thw: tuple[tuple[int, int, int], ...]  # I, segment by segment; model_patch, callbacks
     grid_offsets: tuple[int, ...]  # S + 1, segment offsets in `grid_thw`; callbacks
+    grid_is_new: tuple[bool, ...]  # I, whether no grid before shows the same image; throughput
+    vision_grid_thw: Int64  # (U, 3) grids of the pixels; tower, forward_kwargs (on the device)
     video_rule: tuple[bool, float | None] | None  # see `model_parts.check_videos`; model_patch
     vision_offsets: tuple[int, ...]  # frames + 1, offsets in the patches; attention, forward_kwargs
     vision_max_seqlen: int  # patches of the largest frame; tower, attention
@@ -42,7 +44,8 @@ class CompactDict(TypedDict):
     markers: Int32  # (I,) places in the n ids
     grid_thw: Int32  # (I, 3) in marker order
     temporal_step_bits: Int32  # (I,) bits of float32: positions per temporal patch
-    sizes: tuple[int, int, int, int]  # T, F, R and the number of text tiles
+    shown: Int32  # (I, 3) which markers show the same, `CompactPack.shown`
+    sizes: tuple[int, int, int, int, int]  # T, M, F, R and the number of text tiles
     num_vision_tiles: int
     video_id: int  # token id of a video's marker
     merge_size: int
@@ -56,8 +59,11 @@ class MmpackDict(EveryBatch, total=False):
     segment_ids: Int32  # (T,) segment of a token; attention, attention_share
     tiles: Int32  # (n, 4) rows of attention per program, `Pack.tiles`; attention
     feature_index: Int32  # (T,) feature of a token or -1; embedding, attention_share
-    feature_token: Int32  # (F,) place of a feature; embedding, tower (deepstack)
-    text_order: Int32  # (T - F,) places of text sorted by id; embedding
+    feature_token: (
+        Int32  # (M,) places of the features, one feature's together; embedding, tower (deepstack)
+    )
+    feature_offsets: Int32  # (F + 1,) features' offsets in `feature_token`; embedding, model_patch
+    text_order: Int32  # (T - M,) places of text sorted by id; embedding
     text_id_offsets: Int32  # (R + 1,) runs of one id in `text_order`; embedding
 
     # The same for the frames of images and videos; on the device, only if there are any.
@@ -103,6 +109,7 @@ class MmpackDict(EveryBatch, total=False):
     tuned: dict[str, dict[torch.dtype, str]]  # with impl "auto", `op_choice.Choice`; op_choice
     rotary: tuple[Any, ...]  # where our kernel rotates, `rotary.rotations` of the text; rotary
     vision_rotary: tuple[Any, ...]  # the same for the tower; rotary
-    deepstack: Sequence[torch.Tensor]  # (F, D) features for each text layer (Qwen3-VL); tower
+    head: tuple[Any, torch.Tensor]  # state of a head that is to score, (1, L) labels; head
+    deepstack: Sequence[torch.Tensor]  # (M, D) features for each text layer (Qwen3-VL); tower
     take_losses: Callable[..., None]  # `SourceLosses.take`; written by callbacks; loss
     watch: Callable[..., None]  # `AttentionShare.take`, in recorded steps; attention

@@ -31,12 +31,12 @@ class SourceLosses:
         """Keep the losses of a batch's rows, which `PackedLoss` computes. torch.compile traces this."""
         self._rows.append(losses_L)
 
-    def count(self, packs: Sequence[MmpackDict]) -> None:
-        """Add the batches whose losses were taken; `packs` are their `mmpack` dicts."""
+    def count(self, packs: Sequence[MmpackDict]) -> bool:
+        """Add the batches whose losses were taken; `packs` are their `mmpack` dicts. False: they were not taken."""
         self.seen.update(name for pack in packs for name in pack["sources"])
         rows, self._rows = self._rows, []
         if len(rows) != len(packs):
-            return  # another loss than mmpack's, which tells no rows
+            return False  # another loss than mmpack's, which tells no rows
         for pack, losses in zip(packs, rows):
             names = pack["sources"]
             if not names:
@@ -52,6 +52,7 @@ class SourceLosses:
             self._sums[names] = sums + self._sums[names] if names in self._sums else sums
             for name, weight in zip(names, pack["source_sums"]):
                 self._weights[name] += weight
+        return True
 
     def pop(self) -> dict[str, tuple[float, float]]:
         """Source -> (sum of weight * loss, sum of weights) on this rank; then reset. Waits for the device."""

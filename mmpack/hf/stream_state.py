@@ -44,6 +44,8 @@ class StreamKeeper:
         self._ranks = args.world_size
         self._rank = args.process_index
         self.stream.shard(args.process_index, args.world_size).endless = True
+        if self.stream.bad_rows_file is None and args.output_dir is not None:
+            self.stream.bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
         return self.stream
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
@@ -124,9 +126,10 @@ class StreamKeeper:
         if rank != self._rank or place is None or "resume" not in place:
             return f"a pack of rank {rank}; see that rank's message"
         found = json.loads(place["resume"])
+        rows = " and ".join(str(one["next"][0]) for one in found["sources"])
         return (
-            f"pack {found['packs'] - 1} of pass {found['pass']}, from rows before {found['next'][0]}; "
-            f"rank {rank}, worker {found['worker']}"
+            f"pack {found['packs'] - 1} of pass {found['pass']}, from rows before {rows}; rank {rank}, worker "
+            f"{found['worker']}"
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState) -> None:

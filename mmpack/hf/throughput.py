@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Seen:
     supervised: int = 0
     patches: int = 0
     useful_flops: int = 0
-    dropped: int = 0  # since the data set was created
+    left_out: dict[str, int] = field(default_factory=dict)  # since the run began
     flops: list[int] = field(default_factory=list)  # of each step, useful or not
     start: float = field(default_factory=lambda: time.perf_counter())
     paused: float = 0.0
@@ -139,8 +139,10 @@ class PackCounter:
         seen = self._seen
         for pack in packs:
             tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
-            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)
-            images = np.array(pack["grid_offsets"])
+            # An image or a video that several segments show counts for the first one.
+            is_new = np.array(pack["grid_is_new"], dtype=bool)
+            grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)[is_new]
+            images = np.concatenate([[0], is_new.cumsum()])[np.array(pack["grid_offsets"])]
             patches = np.diff(np.concatenate([[0], grids.prod(axis=1).cumsum()])[images])
             is_useful = supervised > 0
             seen.num_batches += 1
@@ -155,17 +157,19 @@ class PackCounter:
         if self.share is not None:
             self.share.begin()
 
-    def pop(self, capacity: int, dropped: int, device: torch.device) -> dict[str, float]:
+    def pop(
+        self, capacity: int, left_out: Mapping[str, int], device: torch.device
+    ) -> dict[str, float]:
         """The log values over all ranks since the last call, then reset the counts. A collective.
 
         Args:
             capacity: maximum tokens per batch.
-            dropped: segments dropped so far on this rank.
+            left_out: what this rank left out so far, by name: segments dropped, rows skipped.
             device: its peak is used for `pack/mfu`.
         """
         seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused
-        seen.dropped = dropped
+        seen.left_out = dict(left_out)
         mine = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
@@ -193,9 +197,9 @@ class PackCounter:
                     values[f"image_attention/layer_{layer}"] = mass / rows
         losses = mean_losses(found for *_, found in ranks)
         values |= {f"loss/{name}": loss for name, loss in losses.items()}
-        dropped = sum(rank.dropped for rank in every)
-        if dropped:
-            values["dropped_segments"] = dropped
+        for name in left_out:
+            if number := sum(rank.left_out[name] for rank in every):
+                values[name] = number
         return {f"pack/{name}": float(value) for name, value in values.items()}
 
 

@@ -24,17 +24,18 @@ Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, stock met
 
 
 def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch's pixels (P, values) and grids (I, 3), images before videos, for one call of the tower. If uint8
+    """A batch's pixels (P, values) and their grids (U, 3), images before videos, for one call of the tower. If uint8
     images and videos are mixed, the images are repeated in every frame, as the worker does for floats."""
-    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    parts = [(batch[a], batch[b]) for a, b in names if batch.get(a) is not None]
+    pack: MmpackDict = batch["mmpack"]
+    names = ("pixel_values", "pixel_values_videos")
+    parts = [batch[name] for name in names if batch.get(name) is not None]
     if len(parts) == 1:
-        return parts[0]
-    (stills, image_grids), (clips, video_grids) = parts
+        return parts[0], pack["vision_grid_thw"]
+    stills, clips = parts
     if stills.dtype == torch.uint8:
-        channels = len(batch["mmpack"]["normalization"][0])
+        channels = len(pack["normalization"][0])
         stills = uint8_pixels.in_every_frame(stills, channels, clips.shape[1])
-    return torch.cat([stills, clips]), torch.cat([image_grids, video_grids])
+    return torch.cat([stills, clips]), pack["vision_grid_thw"]
 
 
 def run_tower(
@@ -46,7 +47,7 @@ def run_tower(
     Args:
         base: a patched inner model.
         pixel_values: (P, values) floats, or uint8, in merge order.
-        grid_thw: (I, 3) patches of each image and video.
+        grid_thw: (U, 3) patches of each distinct image and video.
         pack: the batch's `mmpack` dict.
     """
     tower, family = base.visual, family_of(base)

@@ -200,7 +200,8 @@ class PackedSFTTrainer(SFTTrainer):
             **options,
         )
         patch_model(self.model)
-        self.processing_class = files or self.processing_class  # what is saved beside the model
+        if files is not None:
+            self.processing_class = files  # what is saved beside the model
         self.model_accepts_loss_kwargs = True
         self.data_collator = data_collator or PackCollator(
             model=self.model, pad_to=args.pad_to_multiple_of

@@ -23,7 +23,7 @@ def _accumulate_embedding_grad(
     text_id_offsets: Tensor,
     padding_idx: int,
 ) -> None:
-    indices = (text_order[:0], text_order, text_id_offsets)
+    indices = (text_order[:0], text_order[:0], text_order, text_id_offsets)
     embed_features_bwd(dout, grad, grad, input_ids, indices, padding_idx, accumulate=True)
 
 

@@ -172,6 +172,7 @@ class EmbeddingTrial(OpTrial):
             "input_ids": input_ids,
             "feature_index": feature_index,
             "feature_token": places[is_feature].int(),
+            "feature_offsets": torch.arange(int(is_feature.sum()) + 1, dtype=torch.int32),
             "text_order": torch.from_numpy(order),
             "text_id_offsets": torch.from_numpy(offsets),
         }
@@ -193,12 +194,15 @@ class EmbeddingTrial(OpTrial):
                 weight,
                 features,
                 feature_token=given["feature_token"],
+                feature_offsets=given["feature_offsets"],
                 text_order=given["text_order"],
                 text_id_offsets=given["text_id_offsets"],
             )
         else:
             text = F.embedding(given["input_ids"], weight)
-            out = reference.insert_features(text, features, given["feature_token"])
+            names = ("feature_index", "feature_token", "feature_offsets")
+            repeated = reference.repeat_features(features, *(given[one] for one in names))
+            out = reference.insert_features(text, repeated, given["feature_token"])
         dweight, dfeatures = torch.autograd.grad(out, (weight, features), given["dout"])
         return {"out": out.detach(), "dweight": dweight, "dfeatures": dfeatures}
 

@@ -18,6 +18,7 @@ from mmpack.data import images, videos
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, counted
 from mmpack.packing.pack_samples import PackSamples
+from mmpack.packing.shared_images import Key, check_place, first_shown, media_key
 from mmpack.types import (
     PACK_ARRAYS,
     TILE,
@@ -25,6 +26,7 @@ from mmpack.types import (
     Float32,
     ImageRef,
     Int32,
+    Media,
     Pack,
 )
 from mmpack.vision_spec import VisionSpec
@@ -39,19 +41,22 @@ class Joined(NamedTuple):
     grid_thw: Int32  # (I, 3)
     temporal_step: Float32  # (I,)
     grid_offsets: Int32  # (S + 1,)
+    first_shown: Int32  # (I,) the first marker that shows the same
     image_id: int
     video_id: int
     merge_size: int
 
 
 class Size(NamedTuple):
-    """The size of samples in a pack."""
+    """The size of samples in a pack. Features, frames and patches are those of distinct images and videos."""
 
     tokens: int
+    placeholders: int
     features: int
     frames: int
     patches: int
     images: int
+    distinct: int
     image_patches: int
 
 
@@ -60,6 +65,7 @@ def assemble(
     *,
     pixels: bool = True,
     impl: Literal["native", "reference"] = "native",
+    share_images: bool = True,
     empty: Callable[..., Any] = np.empty,
 ) -> Pack:
     """Expand, concatenate and index the samples of one pack, and decode their images and videos.
@@ -69,10 +75,13 @@ def assemble(
             data set apply to its items; files of other samples may be in any folder and must decode.
         pixels: decode images and videos; otherwise `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; both give the same pack.
+        share_images: the pack has the patches of an image or a video once, however many markers show it
+            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs them.
         empty: allocates the arrays that the core and the decoder write; called like `numpy.empty`.
 
     Returns:
-        The pack. Segment s is `samples[s]`; images come first, in marker order, then videos.
+        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them, then
+        videos.
 
     Raises:
         ValueError: there are no samples, their specs differ, or a sample's arrays contradict each other.
@@ -82,19 +91,19 @@ def assemble(
     if impl not in ("native", "reference"):
         raise ValueError(f"impl must be 'native' or 'reference', got {impl!r}")
     if pixels:
-        [samples], buffer = load_pixels([samples], empty)
-    joined, size = join(samples)
+        [samples], buffer = load_pixels([samples], share_images, empty)
+    joined, size = join(samples, share_images)
     if impl == "native":
         pack = _assemble_native(joined, size, samples[0].vision, empty)
     else:
         from mmpack import reference  # here: planning does not need torch
 
-        pack = reference.assemble(samples)
+        pack = reference.assemble(samples, joined.first_shown)
     return replace(pack, pixels=buffer.stills, video_pixels=buffer.clips) if pixels else pack
 
 
-def join(samples: Sequence[EncodedSample]) -> tuple[Joined, Size]:
-    """Concatenate samples and compute the size of their pack.
+def join(samples: Sequence[EncodedSample], share_images: bool = True) -> tuple[Joined, Size]:
+    """Concatenate samples and compute the size of their pack; `share_images` as in `assemble`.
 
     Raises:
         ValueError: as in `assemble`.
@@ -106,18 +115,18 @@ def join(samples: Sequence[EncodedSample]) -> tuple[Joined, Size]:
         raise ValueError(
             "the samples of a pack were encoded with different VisionSpecs; encode all with one Encoder"
         )
-    joined = _concatenate(samples)
+    joined = _concatenate(samples, share_images)
     try:
         return joined, Size(*_native.measure(*joined))
     except ValueError as error:
         if len(samples) == 1:
             raise ValueError(f"{_where(samples[0])}: {error}") from None
         for sample in samples:  # find the sample and name it
-            join([sample])
+            join([sample], share_images)
         raise
 
 
-def _concatenate(samples: Sequence[EncodedSample]) -> Joined:
+def _concatenate(samples: Sequence[EncodedSample], share_images: bool) -> Joined:
     vision = samples[0].vision
     num_ids = [len(sample.input_ids) for sample in samples]
     num_grids = [len(sample.grid_thw) for sample in samples]
@@ -135,6 +144,7 @@ def _concatenate(samples: Sequence[EncodedSample]) -> Joined:
         np.concatenate([sample.grid_thw for sample in samples]),
         steps,
         np.array([*accumulate(num_grids, initial=0)], dtype=np.int32),
+        first_shown(samples) if share_images else np.arange(sum(num_grids), dtype=np.int32),
         vision.image_token_id,
         vision.video_token_id,
         vision.merge_size,
@@ -147,16 +157,19 @@ def _assemble_native(
     vision: VisionSpec,
     empty: Callable[..., Any],
 ) -> Pack:
-    T, F, frames, P, num_images, _ = size
+    T, M, F, frames, P, num_images, U, _ = size
     S, I = len(joined.offsets) - 1, len(joined.grid_thw)
     shapes = {
         "T": (T,),
         "4, T": (4, T),
         "S + 1": (S + 1,),
-        "F": (F,),
-        "T - F": (T - F,),
-        "T - F + 1": (T - F + 1,),
+        "M": (M,),
+        "F + 1": (F + 1,),
+        "T - M": (T - M,),
+        "T - M + 1": (T - M + 1,),
+        "I": (I,),
         "I, 3": (I, 3),
+        "U, 3": (U, 3),
         "frames + 1": (frames + 1,),
         "P": (P,),
         "P, 2": (P, 2),
@@ -185,13 +198,16 @@ def _assemble_native(
 
 
 def load_pixels(
-    groups: Sequence[Sequence[EncodedSample]], empty: Callable[..., Any] = np.empty
+    groups: Sequence[Sequence[EncodedSample]],
+    share_images: bool = True,
+    empty: Callable[..., Any] = np.empty,
 ) -> tuple[list[Sequence[EncodedSample]], PixelBuffer]:
     """Decode the images and videos of a pack's samples, group by group.
 
     Args:
         groups: items of data sets, each with its own policy, or other samples, whose files may be in any folder
             and must decode.
+        share_images: as in `assemble`.
         empty: allocates the arrays; called like `numpy.empty`.
 
     Returns:
@@ -201,8 +217,8 @@ def load_pixels(
         ValueError: as in `assemble`, or too many samples of a data set were dropped.
     """
     samples = [sample for group in groups for sample in group]
-    _, size = join(samples)
-    buffer = PixelBuffer(samples[0].vision, size, empty)
+    _, size = join(samples, share_images)
+    buffer = PixelBuffer(samples[0].vision, size, share_images, empty)
     kept: list[Sequence[EncodedSample]] = []
     for group in groups:
         if isinstance(group, PackSamples):
@@ -220,17 +236,26 @@ class PixelBuffer:
     Args:
         vision: the samples' spec.
         size: the size of the samples, from `join`.
+        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded again.
         empty: allocates the arrays; called like `numpy.empty`.
     """
 
     def __init__(
-        self, vision: VisionSpec, size: Size, empty: Callable[..., Any] = np.empty
+        self,
+        vision: VisionSpec,
+        size: Size,
+        share_images: bool = True,
+        empty: Callable[..., Any] = np.empty,
     ) -> None:
         self._vision, values = vision, vision.patch_values
         clips = (size.patches - size.image_patches, vision.temporal_patch_size * values)
         self._stills: images.Patches = empty((size.image_patches, values), dtype=np.uint8)
         self._clips: images.Patches = empty(clips, dtype=np.uint8)
         self._num_stills = self._num_clips = 0  # patches written
+        self._shares = share_images
+        # The folders that each was decoded from, and for those that do not decode, also why.
+        self._decoded: dict[Key, MediaFolders | None] = {}
+        self._failed: dict[Key, tuple[MediaFolders | None, ValueError]] = {}
 
     def load(self, sample: EncodedSample, folders: MediaFolders | None = None) -> None:
         """Decode the next sample's images and videos. If one fails, none of the sample's patches are kept.
@@ -251,21 +276,48 @@ class PixelBuffer:
                 f"{len(sample.media)} media to decode; set the sample's media, or assemble with pixels=False"
             )
         grids = iter(sample.grid_thw)
+        decoded = dict(self._decoded) if self._shares else {}
         for ref, count in zip(sample.media, counts):
             grid_thw = np.array([next(grids) for _ in range(count)])
-            patches = int(grid_thw.prod(axis=1).sum())
+            key = media_key(ref, grid_thw.tolist())
             try:
+                if self._shares and key in decoded:
+                    if folders is not None and folders is not decoded[key]:
+                        check_place(ref, folders)
+                    continue
+                patches = int(grid_thw.prod(axis=1).sum())
                 if isinstance(ref, ImageRef):
                     out = self._stills[still : still + patches]
-                    images.load_patches(ref, grid_thw[0], vision, out, folders)
                     still += patches
                 else:
                     out = self._clips[clip : clip + patches]
-                    videos.load_patches(ref, grid_thw, vision, out, folders)
                     clip += patches
+                self._decode(ref, key, grid_thw, out, folders)
+                decoded[key] = folders
             except ValueError as error:
                 raise BadImageError(f"{_where(sample)}: {error}") from None
-        self._num_stills, self._num_clips = still, clip
+        self._num_stills, self._num_clips, self._decoded = still, clip, decoded
+
+    def _decode(
+        self,
+        ref: Media,
+        key: Key,
+        grid_thw: Int32,
+        out: images.Patches,
+        folders: MediaFolders | None,
+    ) -> None:
+        """Decode an image or a video; what did not decode before is not tried again."""
+        before, error = self._failed.get(key, (None, None))
+        if error is not None and before is folders:
+            raise error
+        try:
+            if isinstance(ref, ImageRef):
+                images.load_patches(ref, grid_thw[0], self._vision, out, folders)
+            else:
+                videos.load_patches(ref, grid_thw, self._vision, out, folders)
+        except ValueError as error:
+            self._failed[key] = (folders, error)
+            raise
 
     @property
     def stills(self) -> images.Patches:

@@ -8,15 +8,12 @@ memory, which is the only way to reach persistent workers.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -25,22 +22,25 @@ from torch.utils.data import Dataset
 from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
-from mmpack.data.readers import media_folders
+from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import counted, counting
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
+from mmpack.packing.fingerprint import fingerprint_of
+from mmpack.packing.held_out import part_of, within_limits
 from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.plan import plan_epoch, plan_samples
+from mmpack.packing.plan import plan_epoch
+from mmpack.packing.plan_samples import plan_samples
 from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
-from mmpack.store.row_checksum import contents_checksum
 from mmpack.types import IGNORE, EncodedSample, PackPlan, Sample
 from mmpack.vision_spec import VisionSpec
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from mmpack.packing.mixed_dataset import MixedDataset
 
 
 class PackedDataset(PackSource, Dataset[PackSamples]):
@@ -84,6 +84,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        group_images: bool = False,
     ) -> PackedDataset:
         """Plan the samples into packs of at most `capacity` tokens (and `patch_capacity` patches).
 
@@ -95,15 +96,19 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         log how many and name the first);
         "split" (documents only) it into pieces, which `samples` then holds, see `mmpack.packing.split_documents`.
 
+        `group_images` plans samples that show the same image together: a pack runs the vision tower once for each
+        image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers count an
+        image for each of its samples.
+
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an
                 image is too large to split around; the message gives file and row.
         """
         if on_overflow == "split":
             samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
-        return cls(
-            samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
-        )
+        limits = capacity, patch_capacity
+        plan = plan_samples(samples, *limits, on_overflow, seed, cost, group_images=group_images)
+        return cls(samples, plan)
 
     @classmethod
     def from_files(
@@ -116,6 +121,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        group_images: bool = False,
         jobs: int | None = 1,
     ) -> PackedDataset:
         """Read, encode and plan data files, in memory; `save` writes the data set to disk.
@@ -128,7 +134,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             encoder: an `Encoder`, or a transformers Qwen-VL processor.
             capacity: maximum tokens per pack.
             cost: the model's config, for packs that cost the same; see `from_samples`.
-            patch_capacity, on_overflow, seed: see `from_samples`.
+            patch_capacity, on_overflow, seed, group_images: see `from_samples`.
             jobs: processes that encode rows (`Sample`s are encoded in this one). None: one per core, if the rows
                 take more than a few seconds. Other processes need pyarrow and import the script, which must
                 have `if __name__ == "__main__":`.
@@ -141,13 +147,15 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         check_split(on_overflow, encoder.stage)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
         given = data if isinstance(data, (str, os.PathLike)) else list(data)
+        limits: dict[str, tuple[int, int]] = {}
         folders, total = None, None if isinstance(given, (str, os.PathLike)) else len(given)
+        samples: Sequence[EncodedSample]
         if isinstance(given, list) and given and isinstance(given[0], Sample):
             with progress("encoding", total) as bar:
                 samples = list(bar.each(encoder.encode(given)))
         else:
             groups = list(encoder.groups(given))
-            folders = media_folders(groups)
+            folders, limits = media_folders(groups), limits_of(groups)
             with row_progress("encoding", groups, total=total) as (groups, bar):
                 if jobs == 1:
                     samples = list(bar.each(encoder.encode(encoder.read_groups(groups))))
@@ -155,14 +163,14 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
                     from mmpack.store.build import encoded_rows  # here: it needs Arrow
 
                     samples = encoded_rows(groups, encoder, jobs, bar.update)
-        dataset = cls.from_samples(
-            samples,
-            capacity,
-            cost,
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=seed,
+        if on_overflow == "split":
+            samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
+        used = within_limits(samples, limits)
+        how = on_overflow, seed, cost
+        plan = plan_samples(
+            samples, capacity, patch_capacity, *how, group_images=group_images, side=used
         )
+        dataset = cls(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = folders
         return dataset
 
@@ -171,60 +179,58 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         cls,
         folder: str | os.PathLike[str],
         on_changed_data: Literal["raise", "warn"] = "raise",
+        split: Literal["train", "val"] = "train",
     ) -> PackedDataset:
         """Open a folder written by `mmpack pack --out FOLDER`.
 
         Args:
             folder: the packed folder.
+            split: "val": the rows that `mmpack pack --val-size` held out; "train": all others.
             on_changed_data: if a data file has changed since packing: "raise" an error, or "warn" in the log and
                 use the samples as packed. Data files may be deleted.
 
         Raises:
             ValueError: the folder has no store, a damaged one or only a part, or a data file has changed.
         """
-        from mmpack.store.encoded_store import (  # here: only stores need Arrow
-            EncodedStore,
-            changed_files,
-            open_store,
-        )
-        from mmpack.store.plan_file import load_plan
+        from mmpack.packing.stored_plan import open_samples  # here: only stores need Arrow
 
-        if on_changed_data not in ("raise", "warn"):
-            raise ValueError(f"on_changed_data must be 'raise' or 'warn', got {on_changed_data!r}")
-        store = open_store(folder)
-        if changed := changed_files(store):
-            text = f"{' and '.join(changed[:4])} changed since {folder} was packed"
-            if on_changed_data == "raise":
-                raise ValueError(
-                    f"{text} ({len(changed)} of {counted(len(store.about.files), 'data file')}); pack again with "
-                    "--overwrite, or use the rows as packed with --on-changed-data warn "
-                    "(on_changed_data='warn')"
-                )
-            _log.warning("%s; using the rows as packed", text)
-        samples: EncodedStore | SplitSamples = store
-        if store.about.part is not None:
-            raise ValueError(
-                f"{folder} is part {store.about.part} of a store; join all parts with mmpack merge"
-            )
-        if not (Path(folder) / "plan.json").exists():
-            raise ValueError(f"{folder} has no plan; pack again with --overwrite")
-        if (Path(folder) / "pieces.json").exists():
-            samples = SplitSamples.load(store, folder)
-        plan = load_plan(folder)
-        sizes = [(plan.num_tokens, samples.num_tokens)]
-        if plan.num_patches is not None:
-            sizes.append((plan.num_patches, samples.num_patches))
-        for planned, known in sizes:
-            if planned.shape == known.shape and plan.num_truncated:
-                known = known.copy()
-                known[plan.truncated] = planned[plan.truncated]
-            if not np.array_equal(planned, known):
-                raise ValueError(
-                    f"{folder} has a plan for other samples; pack again with --overwrite"
-                )
+        samples, plan, folders = open_samples(folder, on_changed_data, split)
         dataset = cls(samples, plan)
-        dataset.media_folders = store.about.media_folders
+        dataset.media_folders = folders
         return dataset
+
+    @classmethod
+    def mixed(
+        cls,
+        sources: Mapping[str, tuple[PackedDataset | str | os.PathLike[str], float]],
+        cost: Any = None,
+        *,
+        by: Literal["tokens", "samples"] = "tokens",
+        epoch_tokens: int | None = None,
+        seed: int = 0,
+    ) -> MixedDataset:
+        """Mix data sets in given shares, without encoding anything again.
+
+        By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to occur
+        once; the others repeat, in whole passes of another order each and a part of one, which the next epoch
+        continues. So samples of a source occur equally often, up to one. Packs are ordered so that the sources' shares
+        are about the same in all parts of an epoch.
+
+        Args:
+            sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a `PackedDataset`;
+                all have the same capacities, `VisionSpec` and tokenizer. Names appear in the log (`pack/loss/NAME`),
+                and in errors before the file (`NAME::train.json`).
+            cost: as in `from_samples`: the model's config, or (N,) numbers for the samples of all sources.
+            by: whether weights are shares of "tokens" or of "samples".
+            epoch_tokens: tokens of an epoch.
+            seed: decides which samples come when, and the packs.
+
+        Raises:
+            ValueError: a weight is not a positive number, or sources were not packed alike; names the difference.
+        """
+        from mmpack.packing.mixed_dataset import MixedDataset  # here: it needs this module
+
+        return MixedDataset(sources, cost, by=by, epoch_tokens=epoch_tokens, seed=seed)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the samples and their plan, which `from_store` opens as an equal data set.
@@ -275,6 +281,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         """
         self._epoch[0] = epoch
 
+    def epoch_plan(self, epoch: int) -> PackPlan:
+        """The plan of an epoch, from 0; a pure function of `plan` and the epoch."""
+        return plan_epoch(self.plan, epoch)
+
     def append_empty_packs(self, multiple: int) -> None:
         """Append empty packs until the number of items is a multiple of `multiple`, the number of ranks times
         packs per batch.
@@ -294,21 +304,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's checksum is
         stored, so a million samples take milliseconds; for a list all samples are read.
         """
-        plan = self.plan
-        vision = json.loads(json.dumps(asdict(self.vision))) if len(self.samples) else {}
-        return {
-            "capacity": plan.capacity,
-            "patch capacity": plan.patch_capacity,
-            "seed of the plan": plan.seed,
-            "samples": len(self.samples),
-            "packs": plan.num_packs,
-            "checksum of their sizes": _checksum(plan.num_tokens, plan.num_patches),
-            "checksum of their costs": _checksum(plan.cost),
-            "source weights": self.source_weights,
-            **_contents(self.samples),
-            **{f"the spec's {name}": value for name, value in vision.items()},
-            "checksum of the plan": _checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
-        }
+        return fingerprint_of(self.samples, self.plan, self.source_weights)
 
     def id_range(self) -> tuple[int, int] | None:
         """(smallest, largest) token id of all samples, including supervised labels; recorded in a store, computed
@@ -341,9 +337,16 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             return self.empty_pack()
         epoch = int(self._epoch[0])
         if self._planned[0] != epoch:
-            self._planned = (epoch, plan_epoch(self.plan, epoch))
-        numbers = self._planned[1].samples_of(index).tolist()
+            self._planned = (epoch, self._current_plan(epoch))
+        plan = self._planned[1]
+        if index >= plan.num_packs:
+            return self.empty_pack()
+        numbers = plan.samples_of(index).tolist()
         return self._item([self._sample(number) for number in numbers])
+
+    def _current_plan(self, epoch: int) -> PackPlan:
+        """The plan of the epoch that was set."""
+        return self.epoch_plan(epoch)
 
     @cached_property
     def _smallest(self) -> int:
@@ -363,19 +366,3 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         if number in self._truncated:
             return truncate_sample(sample, self.plan.capacity, self._patch_capacity)
         return sample
-
-
-def _contents(samples: Any) -> dict[str, Any]:
-    """Checksums of the samples' contents."""
-    if isinstance(samples, SplitSamples):
-        cuts = _checksum(samples.sample_of, samples.bounds)
-        return {**_contents(samples.samples), "checksum of their cuts": cuts}
-    known = getattr(samples, "contents", None)  # of a store
-    return {"checksum of the samples": contents_checksum(samples) if known is None else known}
-
-
-def _checksum(*arrays: Any) -> int:
-    total = 0
-    for array in arrays:
-        total = zlib.crc32(b"" if array is None else np.ascontiguousarray(array).tobytes(), total)
-    return total

@@ -16,6 +16,7 @@ import numpy as np
 from mmpack.data.row_weights import RANGE, is_weight
 from mmpack.types import IGNORE, EncodedSample, Float32
 
+MIX_MARK = "::"  # between a source's name in a mixture and a sample's file
 LossReduction = Literal["token", "sample", "sqrt"]
 
 
@@ -70,7 +71,11 @@ def loss_weights(samples: Sequence[EncodedSample], reduction: LossReduction) -> 
 
 
 def source_name(file: str) -> str:
-    """The source of a data file: its name, without the number of a shard, `-00000-of-00010`."""
+    """The source of a data file: its name, without the number of a shard, `-00000-of-00010`; in a mixture, the name of
+    the source there."""
+    mixed, mark, _ = file.partition(MIX_MARK)
+    if mark:
+        return mixed
     return re.sub(r"-\d{5,}-of-\d{5,}", "", file)
 
 

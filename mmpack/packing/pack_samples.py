@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmpack.data.media_paths import MediaFolders
-from mmpack.errors import BadImageError, counted
+from mmpack.errors import BadImageError, BadRow, counted
 from mmpack.types import EncodedSample
 
 if TYPE_CHECKING:
@@ -25,12 +25,17 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaPolicy:
     """The media folders of an item and the policy for a sample whose image does not decode, from the attributes of
-    its `PackedDataset` or `PackStream`."""
+    its `PackedDataset` or `PackStream`.
+
+    Attributes:
+        left_out: the samples that `load` dropped.
+    """
 
     on_bad_image: Literal["raise", "drop"]
     max_bad: float
     folders: MediaFolders | None
     dropped: DroppedSegments
+    left_out: list[BadRow] = field(default_factory=list)
 
     def load(self, samples: Sequence[EncodedSample], buffer: PixelBuffer) -> list[EncodedSample]:
         """Decode the images and videos of an item's samples into the buffer.
@@ -42,6 +47,7 @@ class MediaPolicy:
             BadImageError: an image does not decode and `on_bad_image` is "raise"; the message gives file and row.
             ValueError: too many samples were dropped, or `max_bad` is not a share.
         """
+        self.left_out.clear()
         if self.on_bad_image == "drop":
             with_media = sum(bool(sample.media) for sample in samples)
             self.dropped.saw(len(samples), with_media, self.max_bad)
@@ -54,6 +60,8 @@ class MediaPolicy:
                 if self.on_bad_image == "raise":
                     raise
                 _log.warning("dropped %s", error)
+                reason = str(error).partition(": ")[2]
+                self.left_out.append(BadRow(sample.source, sample.row, reason))
                 self.dropped.drop(error, self.max_bad)
         return kept or [EncodedSample.filler(1, samples[0].vision)]
 

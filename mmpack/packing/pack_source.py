@@ -33,6 +33,11 @@ class DroppedSegments:
         """Dropped segments, in this process and its workers."""
         return int(self._counts[2].sum())
 
+    def restore(self, counts: Sequence[int]) -> None:
+        """Continue from the counts of a run that is resumed: segments, those with images or videos, those dropped."""
+        self._counts.zero_()
+        self._counts[:, -1] = torch.tensor(counts)
+
     def saw(self, segments: int, with_media: int, max_bad: float) -> None:
         """Count segments, `with_media` of which have images or videos.
 

@@ -93,6 +93,10 @@ class SourceRows:
         self._snapshots = [*usable[-1:], *self._snapshots[len(usable) :]]
         return usable[-1] if usable else None
 
+    def num_own(self, before: int) -> int:
+        """The number of the shard's own rows with a number below `before`."""
+        return len(range(self._own, before, self._of))
+
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         with no_workers():
             rows, state = self._open()

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 _POLL_S = 0.5  # long enough that hundreds of waiting machines do not load the file server
 _OURS = (
-    r"samples\.arrow|media\.bin|mmpack\.json|(index|plan|pieces)\.(json|\w+\.npy)"
+    r"samples\.arrow|media\.bin|mmpack\.json|(index|plan|val|pieces)\.(json|\w+\.npy)"
     r"|bad_rows\.jsonl|overflow\.jsonl"
     r"|(index|plan|pieces)\.npz"  # earlier formats, for --overwrite
     r"|dataset_info\.json|state\.json|cache-\w+\.arrow"  # the last: caches of `datasets`

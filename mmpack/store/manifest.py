@@ -22,7 +22,7 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 11
+FORMAT = 12
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
 _CAPACITY = range(1, 1 << 63)
 
@@ -36,8 +36,10 @@ class Planning:
     max_image_share: float | None = None
     on_overflow: str = "error"
     plan_seed: Annotated[int, range(1 << 64)] = 0
+    group_images: bool = False
     config: str | None = None
     frozen: tuple[str, ...] = ()
+    val_size: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class About:
         tokenizer: the tokenizer's folder, or `hf:owner/name@commit`.
         planning: how the samples were packed; None: unknown.
         part: which part of a store this is; None: the whole store.
+        limits: files of a `dataset_info.json` entry, joined by "/" -> (num_samples, max_samples) of rows that are
+            planned; 0: no limit.
     """
 
     begun: int = 0
@@ -86,6 +90,9 @@ class About:
     tokenizer: str | None = None
     planning: Planning | None = None
     part: Part | None = None
+    limits: dict[str, tuple[Annotated[int, _COUNT], Annotated[int, _COUNT]]] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,11 @@ _ARRAYS: dict[str, ArrayType] = {
     "pack_tokens": ("int64", ("packs",)),
     "dropped": ("int64", ("dropped",)),
     "truncated": ("int64", ("truncated",)),
+    "unused?": ("int64", ("unused",)),
     "num_tokens": ("int64", ("N",)),
     "num_patches?": ("int64", ("N",)),
     "cost?": ("int64", ("N",)),
+    "unit?": ("int64", ("N",)),
 }
 _VALUES = {
     "capacity": range(1, 1 << 63),
@@ -30,26 +32,28 @@ _VALUES = {
 }
 
 
-def save_plan(plan: PackPlan, folder: str | os.PathLike[str]) -> None:
-    """Write a plan into a store's folder."""
+def save_plan(plan: PackPlan, folder: str | os.PathLike[str], name: str = "plan") -> None:
+    """Write a plan into a store's folder, as `NAME.json` and `NAME.*.npy`."""
     values = {
         name: None if getattr(plan, name) is None else int(getattr(plan, name)) for name in _VALUES
     }
     others = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in _VALUES}
+    if not len(plan.unused):
+        del others["unused"]
     arrays = {name: array for name, array in others.items() if array is not None}
-    save_arrays(folder, "plan", _ARRAYS, arrays, values)
+    save_arrays(folder, name, _ARRAYS, arrays, values)
 
 
-def load_plan(folder: str | os.PathLike[str]) -> PackPlan:
+def load_plan(folder: str | os.PathLike[str], name: str = "plan") -> PackPlan:
     """Read a plan that `save_plan` wrote; its arrays are views of mapped files.
 
     Raises:
         ValueError: it is damaged or not a valid plan: a sample is missing or in two packs, or a pack is too full.
     """
-    arrays, values = load_arrays(folder, "plan", _ARRAYS, _VALUES)
-    plan = PackPlan(**{"num_patches": None, "cost": None, **arrays, **values})
+    arrays, values = load_arrays(folder, name, _ARRAYS, _VALUES)
+    plan = PackPlan(**{"num_patches": None, "cost": None, "unit": None, **arrays, **values})
     if flaw := _flaw(plan):
-        raise damaged(Path(folder) / "plan.json", flaw)
+        raise damaged(Path(folder) / f"{name}.json", flaw)
     return plan
 
 
@@ -60,15 +64,16 @@ def _flaw(plan: PackPlan) -> str:
         values = getattr(plan, name)
         if values is not None and len(values) and values.min() < 0:
             return f"{name} of sample {int(values.argmin())} is negative"
-    for name in ("sample_index", "dropped", "truncated"):
+    for name in ("sample_index", "dropped", "truncated", "unused"):
         numbers: Int64 = getattr(plan, name)
         if len(numbers) and not (0 <= numbers.min() and numbers.max() < num_samples):
             return f"{name} names samples that are not among the {num_samples:,}"
-    if any((np.diff(numbers) < 1).any() for numbers in (plan.dropped, plan.truncated)):
-        return "the samples it drops or cuts are not in ascending order"
+    others = (plan.dropped, plan.truncated, plan.unused)
+    if any((np.diff(numbers) < 1).any() for numbers in others):
+        return "the samples it drops, cuts or does not use are not in ascending order"
     is_placed = np.zeros(num_samples, dtype=bool)
-    is_placed[order] = is_placed[plan.dropped] = True
-    if len(order) + len(plan.dropped) != num_samples or not is_placed.all():
+    is_placed[order] = is_placed[plan.dropped] = is_placed[plan.unused] = True
+    if len(order) + len(plan.dropped) + len(plan.unused) != num_samples or not is_placed.all():
         return "a sample is neither in exactly one pack nor dropped"
     if not len(offsets) or (offsets[0], offsets[-1]) != (0, len(order)):
         return f"bin_offsets do not go from 0 to {len(order):,}"
@@ -86,4 +91,11 @@ def _flaw(plan: PackPlan) -> str:
             return f"a pack has more {name} than its capacity of {capacity:,}"
         if name == "tokens" and not np.array_equal(plan.pack_tokens, totals):
             return "pack_tokens are not the sums of the packs' num_tokens"
+    if plan.unit is not None:
+        packs = np.repeat(np.arange(plan.num_packs), np.diff(offsets))
+        units = plan.unit[order]
+        by_unit = np.argsort(units, kind="stable")
+        is_split = (np.diff(units[by_unit]) == 0) & (np.diff(packs[by_unit]) != 0)
+        if is_split.any():
+            return f"unit {units[by_unit][:-1][is_split][0]} is in several packs"
     return ""
