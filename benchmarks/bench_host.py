@@ -25,6 +25,7 @@ from benchmarks.peer_collators import (
     veomni_collator,
 )
 from mmpack import Encoder, PackedDataset
+from mmpack.data import images
 from mmpack.hf import PackCollator, patch_model
 
 CAPACITY, MAX_PIXELS = 8192, 28 * 28 * 1280
@@ -89,12 +90,32 @@ def test_collate(peer, benchmark, recorder, quick):
         CEILING: lambda: [decode_and_resize(picture, encoder.vision) for picture in pictures],
     }
     config = f"{which}: {len(numbers)} rows, {len(pictures)} images, {tokens} tokens"
+    equal = share_of_equal_images(candidates[peer](), pictures, encoder.vision)
+    recorder.add(
+        "host", peer, "collate", metric="images with our pixels", unit="", values=[equal],
+        x=("packs", len(packs)), config=config,
+    )  # fmt: skip
     medians = measure(
         recorder, "host", "collate", candidates, x=("packs", len(packs)), config=config,
         rounds=1 if quick else 5, warmup=1, on_host=True,
     )  # fmt: skip
     compare(benchmark, medians, "mmpack", case=config)
     benchmark.pedantic(candidates["mmpack"], rounds=1)
+
+
+def share_of_equal_images(batches, pictures, vision):
+    """The share of images whose `pixel_values` in a peer's batches equal ours to the bit."""
+    made = [np.asarray(batch["pixel_values"]) for batch in batches if "pixel_values" in batch]
+    theirs = np.concatenate(made)
+    equal = begin = 0
+    for picture in pictures:
+        grid = vision.image_grid(*images.probe(picture))
+        patches = images.load_patches(picture, grid, vision)
+        ours = images.normalize_patches(patches, vision)
+        equal += np.array_equal(theirs[begin : begin + len(ours)], ours)
+        begin += len(ours)
+    assert begin == len(theirs)
+    return equal / len(pictures)
 
 
 def in_memory(image):

@@ -60,7 +60,7 @@ def made_up_samples(num_rows: int, vision: Any) -> Iterator[Any]:
 def write(folder: Path, num_rows: int) -> None:
     """Write a store and its plan, with costs, into a folder."""
     from mmpack import VisionSpec
-    from mmpack.packing.plan import plan_samples
+    from mmpack.packing.plan_samples import plan_samples
     from mmpack.store.encoded_store import write_store
     from mmpack.store.plan_file import save_plan
 

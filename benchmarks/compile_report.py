@@ -128,10 +128,13 @@ def compile_case(case: Case, arch: int = 90) -> Result:
     """Compile and disassemble a case, and check its limits."""
     compiled, usage, sass = compile_and_disassemble(case, arch)
     target = re.search(r"\.target\s+([\w]+)", compiled.asm["ptx"])[1]
-    with tempfile.TemporaryDirectory() as scratch:
-        ptx = Path(scratch, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        spills = _spills(ptx, target)
+    instructions = {name: len(re.findall(pattern, sass)) for name, pattern in _INSTRUCTIONS.items()}
+    spills = 0
+    if instructions["LDL"] or instructions["STL"]:  # otherwise nothing is spilled
+        with tempfile.TemporaryDirectory() as scratch:
+            ptx = Path(scratch, "kernel.ptx")
+            ptx.write_text(compiled.asm["ptx"])
+            spills = _spills(ptx, target)
     registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     result = Result(
@@ -143,9 +146,7 @@ def compile_case(case: Case, arch: int = 90) -> Result:
         spills,
         shared,
         programs_at_once(arch, case.options["num_warps"], registers, shared, columns),
-        instructions={
-            name: len(re.findall(pattern, sass)) for name, pattern in _INSTRUCTIONS.items()
-        },
+        instructions=instructions,
     )
     if result.programs < case.programs[arch]:
         result.problems.append(

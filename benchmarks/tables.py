@@ -103,6 +103,8 @@ LINES = [
          x=8192, as_values=True, **_HOST),
     Line("busiest of 8 ranks over the mean, stream", "stream", "pack", "flops max over mean", ("mmpack",),
          _STREAMS, x=8192, as_values=True, **_HOST),
+    Line("an epoch inside TRL's trainer, useful tokens", "inside TRL", "epoch", "useful tokens", ("TRL mmpack",),
+         {"padded": "TRL padded"}, **_HOST),
 ]  # fmt: skip
 
 _MORE_IS_BETTER = ("1/s", "GB/s", "TFLOP/s")

@@ -79,6 +79,7 @@ class VideoRef:
         fps: frames per second of the file or the list, if known.
         size: (height, width) of its frames in pixels, if known.
         options: its own pixel limits, size and sampling; None: the spec's.
+        folder: the folder whose pictures are its frames, if the row names a folder.
     """
 
     path: str
@@ -88,6 +89,7 @@ class VideoRef:
     fps: float | None = None
     size: tuple[int, int] | None = None
     options: MediaOptions | None = None
+    folder: str | None = None
 
 
 Media = ImageRef | VideoRef
@@ -248,6 +250,8 @@ class PackPlan:
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
         unused: numbers of samples that are in another plan (`mmpack pack --val-size`), ascending.
+        unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count an
+            image that several of them show only for the first; None: each sample is planned by itself.
     """
 
     sample_index: Int64
@@ -262,6 +266,7 @@ class PackPlan:
     cost: Int64 | None
     seed: int
     unused: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    unit: Int64 | None = None
 
     def __repr__(self) -> str:
         from mmpack.pack_html import plan_counts  # here: it needs this module

@@ -70,6 +70,7 @@ class VideoSpec:
         }
         for name, value in expected.items():
             expect("video", video_processor, name, value)
+        expect_numbers("video", video_processor)
         if getattr(video_processor, "cap_pixels_per_frame", None):
             raise ValueError(
                 "the video processor has cap_pixels_per_frame=True, mmpack only supports False"
@@ -138,6 +139,32 @@ def check_num_frames(num_frames: int, multiple: int) -> None:
 def is_rate(fps: Any) -> bool:
     """Whether a value can be a video's frames per second."""
     return type(fps) in (int, float) and 1e-3 <= fps <= 1e4
+
+
+def expect_numbers(kind: str, processor: Any) -> None:
+    """Refuse a processor without numbers for its limits, patches and normalization, such as null in its file."""
+    counts = ("patch_size", "merge_size", "temporal_patch_size", "min_frames", "max_frames")
+    known = {name: getattr(processor, name) for name in counts if hasattr(processor, name)}
+    for edge in ("shortest_edge", "longest_edge"):
+        known[f"size[{edge!r}]"] = processor.size[edge]
+    for name, value in known.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 1:
+            raise _not_numbers(kind, name, value, "a positive integer")
+    mean = getattr(processor, "image_mean", ())
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, ())  # a video processor without them has the images'
+        is_list = isinstance(values, (list, tuple)) and len(values) == len(mean)
+        if not is_list or not all(isinstance(one, (int, float)) for one in values):
+            raise _not_numbers(kind, name, values, "a number for each channel")
+        if name == "image_std" and not all(one > 0 for one in values):
+            raise _not_numbers(kind, name, values, "a number above 0 for each channel")
+
+
+def _not_numbers(kind: str, name: str, value: Any, needed: str) -> ValueError:
+    return ValueError(
+        f"the {kind} processor has {name}={value!a:.40}, not {needed}; fix it in its file, "
+        f"{'video_' if kind == 'video' else ''}preprocessor_config.json or processor_config.json"
+    )
 
 
 def expect(kind: str, processor: Any, name: str, value: Any, cast: Any = None) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmpack.errors import RowError
 from mmpack.media_options import MediaOptions
-from mmpack.video_spec import BICUBIC, VideoSpec, check_num_frames, expect
+from mmpack.video_spec import BICUBIC, VideoSpec, check_num_frames, expect, expect_numbers
 
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize refuses more
 
@@ -109,6 +109,7 @@ class VisionSpec:
         }
         for name, value in expected.items():
             expect("image", image_processor, name, value)
+        expect_numbers("image", image_processor)
         video = None
         if video_processor is not None:
             video = VideoSpec.from_parts(video_processor, config)

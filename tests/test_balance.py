@@ -20,6 +20,8 @@ from mmpack.packing.pack_stats import (
     token_shares,
 )
 from mmpack.packing.plan import plan_epoch
+from mmpack.packing.plan_samples import SampleSizes, plan_by_images
+from mmpack.packing.sample_images import SampleImages, patches_in
 
 samples = st.lists(
     st.tuples(
@@ -159,6 +161,35 @@ def check_imbalance(plan, flops):
     for ranks in (8, 64):
         floor = rank_imbalance(cost_floor(plan, flops), ranks, seed=1)
         assert rank_imbalance(plan.totals(flops), ranks, seed=1) <= floor + 0.005
+
+
+def test_samples_of_one_image_in_a_pack_leave_packs_as_even(real_mix):
+    """Three rows for each picture, on average: of the rows with equal pictures, at random."""
+    tokens, patches, flops = (values[::4] for values in real_mix)
+    keep = tokens <= 8192
+    tokens, patches, flops = tokens[keep], patches[keep], flops[keep]
+    rng = np.random.default_rng(0)
+    shows = patches > 0
+    ids = np.unique(patches[shows] * 10**6 + rng.integers(0, 50, shows.sum()), return_inverse=True)[
+        1
+    ]
+    grids = np.stack([np.ones_like(ids), 2 * np.ones_like(ids), patches[shows] // 2], axis=1)
+    images = SampleImages(ids, grids, np.concatenate([[0], shows.cumsum()]))
+    assert 2 < len(ids) / len(np.unique(ids)) < 5
+    image_cost = flops[shows] // 2
+    by_image = np.full(ids.max() + 1, 2**62)
+    np.minimum.at(by_image, ids, image_cost)
+    sizes = SampleSizes(tokens, patches, tokens < 0, flops, by_image[ids])
+    plan = plan_by_images(images, sizes, (8192, None), 0, "error")
+    assert plan.utilization >= 0.995
+    in_rows, in_packs = patches_in(plan, images)
+    assert in_packs < 0.8 * in_rows
+    for epoch in (0, 1):
+        one = plan_epoch(plan, epoch)
+        packs = flops - images.sums(by_image[ids]) + images.counted_once(by_image[ids], one.unit)
+        for ranks in (8, 64):
+            floor = rank_imbalance(cost_floor(one, flops, one.totals(packs)), ranks, seed=1)
+            assert rank_imbalance(one.totals(packs), ranks, seed=1) <= floor + 0.005
 
 
 def costs_by_family(tokens, patches, rng):

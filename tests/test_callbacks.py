@@ -174,7 +174,7 @@ def test_logged_values_are_those_counted_by_hand(tmp_path, monkeypatch):
         others = [logs for _, logs in reporter.seen if "loss" not in logs]
         assert len(others) == 3
         assert not any("pack/" in name for logs in others for name in logs)
-    assert len(model._forward_pre_hooks) == hooks
+    assert len(model._forward_pre_hooks) == hooks + 1  # of evaluation
 
 
 def test_a_callback_that_is_not_attached_says_what_it_lacks(tmp_path, caplog):

@@ -108,7 +108,7 @@ def test_few_blocks_are_not_run():
     blocks = [block for page in PAGES for block in blocks_of(page)]
     code = [block for block in blocks if block.language in ("python", "bash")]
     assert len(code) >= 25
-    assert sum(block.reason is not None for block in code) <= 8
+    assert sum(block.reason is not None for block in code) <= 10
 
 
 def test_internals_have_no_blocks_to_run():
@@ -176,7 +176,10 @@ def options():
     known = {name for p in parsers for action in p._actions for name in action.option_strings}
     for path in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "ptx" / "mode.py"]:
         known.update(re.findall(r'add_?(?:argument|option)\(\s*"(--[\w-]+)"', path.read_text()))
-    return known | {"--nproc_per_node", "--dist"}  # torchrun's, pytest's
+    known |= {"--nproc_per_node", "--dist", "--no-deps"}  # torchrun's, pytest's, pip's
+    return known | {  # ms-swift's
+        "--model_type", "--template", "--dataset", "--val_dataset", "--tuner_type", "--external_plugins", "--loss_scale",
+    }  # fmt: skip
 
 
 @any_page
@@ -213,8 +216,18 @@ def docstrings():
 
 def is_there(name):
     """Whether `mmpack.x.y` is a module, or something in one."""
+    if name.startswith("mmpack.integrations."):  # its framework may not be installed here
+        parts = name.split(".")
+        path = ROOT.joinpath(*parts[:3]).with_suffix(".py")
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else None
+        return body is not None and set(parts[3:4]) <= {
+            x.name for x in body if isinstance(x, kinds)
+        }
     try:
         pkgutil.resolve_name(name)
+    except ModuleNotFoundError:  # a module that needs a package that is not here may be meant
+        return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
     except (ImportError, AttributeError):
         return False
     return True

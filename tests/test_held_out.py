@@ -10,11 +10,11 @@ from builders import SMALL_SPEC, encoded, small_config, tiny_config, tiny_model
 from PIL import Image
 from test_evaluation import mean_loss, trainer_of
 
-from mmpack import Encoder, PackedDataset
+from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.hf import patch_model
-from mmpack.packing.held_out import held_out
+from mmpack.packing.held_out import held_out, part_of
 from mmpack.packing.mixed_dataset import joined
 from mmpack.packing.split_documents import split_samples
 from mmpack.types import ImageRef, VideoRef
@@ -256,3 +256,109 @@ def test_the_loss_of_each_source(tmp_path, size):
     own = mean_loss(model, samples[1::2])
     assert found["eval_x_loss/other"] == pytest.approx(own, rel=1e-5)
     assert both.id_range() == data.id_range()
+
+
+# num_samples and max_samples of dataset_info.json
+
+
+def with_info(folder, **entry):
+    """The folder of two files, of which `rows.json` has an entry."""
+    info = {"rows": {"file_name": "rows.json", "formatting": "sharegpt", **entry}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def limited(folder):
+    yield folder
+    (folder / "dataset_info.json").unlink()
+
+
+def rows_in(dataset, source="rows.json"):
+    return {row for file, row in places(dataset) if file == source}
+
+
+def test_an_entry_limits_its_rows_when_packs_are_planned(limited, capsys):
+    folder = limited
+    with_info(folder)
+    assert pack(folder, "limits") == 0
+    whole = PackedDataset.from_store(folder / "limits")
+    assert rows_in(whole) == set(range(20))
+    capsys.readouterr()
+    found = {}
+    for name, entry, count in (
+        ("max", {"max_samples": 7}, 7),
+        ("num", {"num_samples": 5}, 5),
+        ("both", {"num_samples": 5, "max_samples": 7}, 5),
+    ):
+        with_info(folder, **entry)
+        assert pack(folder, "limits") == 1
+        assert (
+            "num_samples or max_samples of a dataset_info.json changed since"
+            in capsys.readouterr().err
+        )
+        assert pack(folder, "limits", "--overwrite", "--val-size", "4") == 0
+        assert "nothing encoded anew" in capsys.readouterr().out
+        train, val = (
+            PackedDataset.from_store(folder / "limits", split=s) for s in ("train", "val")
+        )
+        found[name] = rows_in(train) | rows_in(val)
+        assert not rows_in(train) & rows_in(val)
+        assert len(found[name]) == count
+        assert len(rows_in(train, "more.json") | rows_in(val, "more.json")) == 10
+        assert places(val).total() == 4
+    assert found["max"] == set(range(7))
+    assert found["both"] < set(range(7))
+    assert found["num"] - set(range(7))
+
+
+def test_python_and_training_honour_limits_too(limited, capsys, caplog):
+    folder = limited
+    with_info(folder, num_samples=5)
+    encoder = Encoder.from_folder(folder / "tokenizer")
+    files = [folder / "rows.json", folder / "more.json"]
+    dataset = PackedDataset.from_files(files, encoder, 120)
+    assert len(rows_in(dataset)) == 5
+    assert "15 in another plan" in repr(dataset)
+    mixed = PackedDataset.mixed({"a": (dataset, 1)})
+    assert mixed.report()[0]["samples"] == 15
+    code, _, err = train(
+        folder, capsys, "--data", str(files[0]), "--tokenizer", str(folder / "tokenizer"),
+        "--capacity", "120", "--eval-data", str(files[1]),
+    )  # fmt: skip
+    assert code == 0, err
+    with_info(folder, num_samples=50)
+    assert len(rows_in(PackedDataset.from_files(files[0], encoder, 120))) == 20
+    assert (
+        "num_samples of rows.json is 50, but 20 samples are there; each is used once" in caplog.text
+    )
+    assert len(list(encoder.read(files[0]))) == 20
+    assert "num_samples and max_samples of its entry apply when packs are planned" in caplog.text
+    with_info(folder, num_samples=0)
+    with pytest.raises(
+        ValueError, match="num_samples of a dataset_info.json entry is 0, not a pos"
+    ):
+        PackedDataset.from_files(files[0], encoder, 120)
+    mapping = {"formatting": "sharegpt", "max_samples": 2}
+    rows = json.loads(files[1].read_text())
+    few = PackedDataset.from_files(rows, replace(encoder, mapping=mapping), 120)
+    assert rows_in(few, "rows") == {0, 1}
+    with pytest.raises(
+        ValueError, match="of a mapping are for plans, and a stream has none; remove"
+    ):
+        PackStream(rows, replace(encoder, mapping=mapping), 120)
+
+
+def grouped(count=12):
+    samples = samples_of(count)
+    for n in range(count):
+        one = encoded(SMALL_SPEC, 3, n, (4, 4), [4] * 5)
+        samples[n] = replace(one, media=(ImageRef(f"{n // 2}.png"),), source="rows.json", row=n)
+    return PackedDataset.from_samples(samples, 64, group_images=True)
+
+
+def test_rows_planned_together_are_held_out_together():
+    data = grouped()
+    found = held_out(data.samples, 4)
+    for own in (found, ~found):
+        plan = part_of(data.plan, own)
+        assert sorted(plan.sample_index) == np.flatnonzero(own).tolist()

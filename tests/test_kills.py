@@ -55,6 +55,10 @@ def samples_of(folder, count=24):
     return samples
 
 
+def more_samples():
+    return [encoded(SPEC, 3, n + 3, [2] * (3 + 7 * n % 11)) for n in range(10)]
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A folder as `mmpack pack` leaves one, and a model's config beside it."""
@@ -62,8 +66,7 @@ def packed(tmp_path_factory):
     samples = samples_of(folder)
     write_store(folder / "packed", iter(samples), SPEC)
     save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed")
-    texts = [encoded(SPEC, 3, n + 3, [2] * (3 + 7 * n % 11)) for n in range(10)]
-    PackedDataset.from_samples(texts, 40).save(folder / "more")
+    PackedDataset.from_samples(more_samples(), 40).save(folder / "more")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder
 
@@ -97,16 +100,16 @@ def train_mixture(folder, data, seen):
     train_packs(folder, data, seen, [str(data / "more"), "--mix", "0.7", "0.3"])
 
 
-def train_stream(folder, data, seen, bad_rows=False):
-    samples = samples_of(data)
-    options = {}
-    if bad_rows:  # that cannot be split, in places of their own in every pass
+def train_stream(folder, data, seen, mixes=False):
+    source, options = samples_of(data), {}
+    if mixes:
         long = encoded(SPEC, 1, 2, [2] * 60)
         long.labels[:30] = -100
-        for place in (3, 4, 9, 17, 24):
-            samples.insert(place, long)
+        for place in (3, 4, 9, 17, 24):  # rows that cannot be split
+            source.insert(place, long)
+        source = {"a": (source, 0.8), "b": (more_samples(), 0.2)}
         options = {"on_overflow": "split", "on_error": Skip(0.5)}
-    stream = PackStream(samples, None, 40, buffer=8, **options)
+    stream = PackStream(source, None, 40, buffer=8, **options)
     model = recorded(patch_model, seen)(tiny_model(tiny_config(100, vision=SPEC)))
     settings = {**QUIET, **OPTIONS, "save_strategy": "steps"}
     args = TrainingArguments(
@@ -123,15 +126,16 @@ def train_stream(folder, data, seen, bad_rows=False):
     os._exit(0)
 
 
-def train_stream_of_bad_rows(folder, data, seen):
-    train_stream(folder, data, seen, bad_rows=True)
+def train_mixed_streams(folder, data, seen):
+    """With bad rows."""
+    train_stream(folder, data, seen, mixes=True)
 
 
 SCRIPTS = {
     "packs": train_packs,
     "mixture": train_mixture,
     "stream": train_stream,
-    "stream of bad rows": train_stream_of_bad_rows,
+    "mixed streams": train_mixed_streams,
 }
 
 
@@ -189,7 +193,7 @@ def wait_for(steps, path, process):
 def cases():
     """A script and a seed; few in a normal run."""
     for script in SCRIPTS:
-        usual = 3 if script in ("packs", "stream") else 1
+        usual = {"packs": 3, "stream": 3, "mixed streams": 1, "mixture": 0}[script]
         for seed in range(20):
             marks = () if seed < usual else pytest.mark.slow
             yield pytest.param(script, seed, marks=marks)
@@ -217,4 +221,4 @@ def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
     assert lines(tmp_path / "first")[:done] + lines(tmp_path / "second") == order
     assert losses(tmp_path / "run") == expected
     assert left_out(tmp_path / "run") == bad_rows
-    assert script != "stream of bad rows" or len(bad_rows.splitlines()) > 5  # in two passes
+    assert script != "mixed streams" or len(bad_rows.splitlines()) > 5  # in two passes

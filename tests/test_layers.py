@@ -35,7 +35,7 @@ ROOMS = {
     "PIL": {"data/images", "data/resize", "cli/demo"},
     "accelerate": {"hf"},
     "av": {"data/videos"},
-    "datasets": set(),
+    "datasets": {"integrations/trl"},
     "filelock": {"store/atomic_folder"},
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 import types
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from builders import stock_processor, tiny_config, tiny_model
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import Encoder, PackedDataset, VideoSpec, VisionSpec
 from mmpack.hf import PackCollator, PackingCallback, patch_model
@@ -198,6 +201,23 @@ def test_the_command_without_llamafactory(tmp_path, monkeypatch, capsys):
     assert "llamafactory is not installed; docs/llama_factory.md" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ModuleNotFoundError(name="torchaudio.io"), "torchaudio is not installed; pip install"),
+        (ModuleNotFoundError(name="The 'x>=1' was not found"), "The 'x>=1' was not found"),
+        (ImportError("transformers<=5.6.0 is required."), "set DISABLE_VERSION_CHECK=1"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_sentence(error, text, monkeypatch, capsys):
+    def fail(words):
+        raise error
+
+    monkeypatch.setattr(llamafactory, "_read", fail)
+    assert llamafactory.main(["train.yaml"]) == 1
+    assert text in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def world(small_set, tmp_path_factory):
     """The demo's rows as data sets of a dataset_info.json, documents, and a tiny model with its processor's files."""
@@ -321,7 +341,8 @@ def framework(world, monkeypatch):
         def __init__(self, *, processor, tokenizer, **kwargs):
             super().__init__(**kwargs)
             self.model_accepts_loss_kwargs = False
-            made["trainer"], made["processor"] = self, processor
+            assert processor is None
+            made["trainer"], made["saved"] = self, tokenizer
 
     class Template:
         def encode_multiturn(self, tokenizer, messages):
@@ -331,7 +352,7 @@ def framework(world, monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("was not replaced")
 
-    def run_exp(args):
+    def run_exp(args, callbacks):
         named = {name: args.get(name) for name in ("dataset", "eval_dataset")}
         lists = {name: value.split(",") for name, value in named.items() if value}
         given = {name: args[name] for name in ("val_size", "max_samples") if name in args}
@@ -349,6 +370,7 @@ def framework(world, monkeypatch):
         model = workflow.load_model(tokenizer, model_arguments, None, True)
         trainer = workflow.CustomSeq2SeqTrainer(
             model=model, args=training_args, processor=processor, tokenizer=tokenizer,
+            callbacks=callbacks,
             data_collator=workflow.SFTDataCollatorWith4DAttentionMask(model=model), **sets,
         )  # fmt: skip
         trainer.train()
@@ -357,11 +379,7 @@ def framework(world, monkeypatch):
 
     tree = {
         "llamafactory": {},
-        "llamafactory.hparams": {
-            "DataArguments": DataArguments,
-            "FinetuningArguments": FinetuningArguments,
-            "ModelArguments": object,
-        },
+        "llamafactory.hparams": {"FinetuningArguments": FinetuningArguments},
         "llamafactory.hparams.parser": {"read_args": refused},
         "llamafactory.train": {},
         "llamafactory.train.tuner": {"run_exp": run_exp},
@@ -372,6 +390,8 @@ def framework(world, monkeypatch):
             "SFTDataCollatorWith4DAttentionMask": refused,
             "CustomSeq2SeqTrainer": CustomSeq2SeqTrainer,
         },
+        "llamafactory.extras": {},
+        "llamafactory.extras.misc": {"is_env_enabled": lambda name: name == made.get("enabled")},
         "llamafactory.model": {},
         "llamafactory.model.model_utils": {},
         "llamafactory.model.model_utils.checkpointing": {
@@ -388,7 +408,9 @@ def framework(world, monkeypatch):
 
 def test_a_run_equals_a_stock_trainer(world, framework, tmp_path, capsys):
     """Losses, gradient norms and eval_loss, with rows held out and packs of different numbers of answers."""
-    llamafactory.run(yaml_of(world, tmp_path, val_size=3, max_samples=12))
+    seen = TrainerCallback()
+    llamafactory.run(yaml_of(world, tmp_path, val_size=3, max_samples=12), [seen])
+    assert seen in framework["trainer"].callback_handler.callbacks
     log = framework["trainer"].state.log_history
     expected = stock_log(world, tmp_path, loaded(world))
     for name in ("loss", "grad_norm", "eval_loss"):
@@ -396,18 +418,20 @@ def test_a_run_equals_a_stock_trainer(world, framework, tmp_path, capsys):
     assert len(values(log, "loss")) > 2 and len(values(log, "eval_loss")) == 1
     assert "12 rows" not in capsys.readouterr().out  # 3 of them are held out
     assert PackedDataset.from_store(tmp_path / "packs" / "train").capacity == 256
-    assert framework["processor"]._vision.max_pixels == BUDGET
+    assert framework["saved"].image_processor.size["longest_edge"] == 28 * 28 * 256
 
 
 def test_the_processor_is_saved_with_the_budgets_trained_on(small_set, tmp_path):
     class Theirs:
-        def save_pretrained(self, folder):
+        def save_pretrained(self, folder, push_to_hub=True):
+            assert not push_to_hub
             shutil.copytree(small_set / "tokenizer", folder, dirs_exist_ok=True)
+            return ["a file"]
 
-    vision = dataclasses.replace(
-        Encoder.from_folder(small_set / "tokenizer").vision, max_pixels=BUDGET
-    )
-    llamafactory._TrainedProcessor(Theirs(), vision).save_pretrained(str(tmp_path))
+    vision = Encoder.from_folder(small_set / "tokenizer").vision
+    vision = dataclasses.replace(vision, max_pixels=BUDGET)
+    processor = llamafactory._with_budgets(Theirs(), vision)
+    assert processor.save_pretrained(str(tmp_path), push_to_hub=False) == ["a file"]
     assert Encoder.from_folder(tmp_path).vision == vision
 
 
@@ -451,6 +475,10 @@ def test_errors_restore_the_names(world, framework, tmp_path):
     before = dict(vars(workflow))
     with pytest.raises(ValueError, match="no dataset 'absent'"):
         llamafactory.run(yaml_of(world, tmp_path, dataset="absent"))
+    framework["enabled"] = "USE_RAY"
+    with pytest.raises(ValueError, match="^USE_RAY=1 does not apply: it starts another trainer"):
+        llamafactory.run(yaml_of(world, tmp_path))
+    del framework["enabled"]
     framework["more"] = "?"
     with pytest.raises(ValueError, match="^template: qwen2_vl writes .*; choose a template that"):
         llamafactory.run(yaml_of(world, tmp_path))
@@ -578,6 +606,21 @@ def test_rows_held_out_are_llamafactorys(world, run_llamafactory, tmp_path):
 
 
 @needs_llamafactory
+def test_a_resumed_run_equals_an_uninterrupted_one(world, run_llamafactory, tmp_path):
+    """LLaMA-Factory resumes by itself if `output_dir` has a checkpoint."""
+    whole = run_llamafactory(yaml_of(world, tmp_path / "whole", max_steps=3))
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    run_llamafactory(yaml_of(world, tmp_path / "parts", max_steps=1, **saving))
+    parts = run_llamafactory(yaml_of(world, tmp_path / "parts", max_steps=3, **saving))
+    assert (parts.state.global_step, len(values(whole.state.log_history, "loss"))) == (3, 3)
+    for name in ("loss", "grad_norm"):
+        assert values(parts.state.log_history, name) == values(whole.state.log_history, name)
+    with pytest.raises(ValueError, match="^the run has finished its 3 steps"):
+        run_llamafactory(yaml_of(world, tmp_path / "parts", max_steps=3, **saving))
+    assert Encoder.from_folder(tmp_path / "parts" / "checkpoint-1").vision.max_pixels == BUDGET
+
+
+@needs_llamafactory
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
@@ -611,3 +654,20 @@ def test_the_command_trains_from_a_yaml(world, tmp_path, monkeypatch, capsys):
     assert state["epoch"] == 1 and "pack/utilization" in state["log_history"][0]
     assert llamafactory.main([str(file), "streaming=true"]) == 1
     assert "mmpack: streaming: true does not apply: packs are planned" in capsys.readouterr().err
+
+
+@needs_llamafactory
+def test_the_page_runs_literally(world, tmp_path):
+    """docs/llama_factory.md, with a tiny model in place of the published one."""
+    page = (Path(__file__).parent.parent / "docs" / "llama_factory.md").read_text(encoding="utf-8")
+    options = page.partition("```yaml\n")[2].partition("```")[0]
+    commands = page.partition("```bash\n")[2].partition("```")[0]
+    assert options.count("Qwen/Qwen2-VL-2B-Instruct") == 1 and "llamafactory" in commands
+    options = options.replace("Qwen/Qwen2-VL-2B-Instruct", str(world / "model"))
+    (tmp_path / "train.yaml").write_text(options)
+    (tmp_path / "demo_data").symlink_to(world)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run-full" / "model.safetensors").exists()

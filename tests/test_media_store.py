@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import time
 import zlib
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from PIL import Image
 
 from mmpack import PackedDataset, assemble
 from mmpack.cli.main import main
+from mmpack.data import videos
+from mmpack.data.media_paths import MediaFolders
 from mmpack.media_options import MediaOptions
 from mmpack.store.arrow_schema import as_batch, read_batch, with_media
 from mmpack.store.build import why_outdated
@@ -214,3 +217,31 @@ def test_parts_with_the_same_picture_join_to_a_store_with_one(tmp_path):
     assert [ref.data for ref in joined[0].media] == ROWS[0]
     assert [ref.data for ref in joined[-1].media] == ROWS[-1]
     assert read_batch(batches[0].rows).num_rows == len(ROWS)
+
+
+def test_a_store_is_outdated_by_a_frame_that_is_added_to_a_folder(tmp_path):
+    """A list of frames is what the row says, whatever else is beside them."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for n in range(2):
+        Image.new("RGB", (28, 28)).save(frames / f"{n}.png")
+    named = [str(frames / f"{n}.png") for n in range(2)]
+    begun = (frames / "1.png").stat().st_ctime_ns + 1
+    one = encoded(SPEC, 1, (1, 2, 2), 2)
+    stores = {}
+    for name, value in {"folder": str(frames), "list": named}.items():
+        ref = videos.probe(MediaFolders([tmp_path]).locate_video(value))
+        assert [frame.path for frame in ref.frames] == named
+        sample = replace(one, media=(ref,))
+        stores[name] = write_store(tmp_path / name, [sample], SPEC, About(begun=begun))
+        assert stores[name][0].media[0].folder == ref.folder
+        assert stores[name].contents == contents_checksum([sample])
+        assert not why_outdated(stores[name], {})
+    assert list(stores["folder"].frame_folders()) == [str(frames)]
+    while time.time_ns() <= begun:
+        time.sleep(0.001)
+    Image.new("RGB", (28, 28)).save(tmp_path / "2.png")
+    (tmp_path / "2.png").rename(frames / "2.png")
+    assert why_outdated(stores["folder"], {}) == [str(frames)]
+    assert not why_outdated(stores["folder"], {}, look_at_images=False)
+    assert not why_outdated(stores["list"], {})

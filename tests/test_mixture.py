@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, cost_floor, plan_packs, rank_imbalance
+from mmpack import PackedDataset, PackStream, cost_floor, plan_packs, rank_imbalance
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.packing.mixture import Mixture, even_order, mixture_of
 from mmpack.packing.split_documents import split_samples
@@ -326,6 +326,10 @@ def test_a_mixture_that_cannot_be_is_refused(sources, options, reason):
         (lambda: chats(spec=OTHER), r"the spec's image_mean \[0.5, 0.5, 0.5\] instead of \[0.48"),
         (lambda: PackedDataset.mixed({"c": (chats(), 1)}), "'b' is a mixture itself; mix its"),
         (lambda: PackedDataset.from_samples([], 64), "the source 'b' of a mixture has no samples"),
+        (
+            lambda: PackStream([], None, 64),
+            "a PackStream cannot be mixed, because its sizes are not",
+        ),
     ],
 )
 def test_sources_that_differ_are_refused(other, reason):
@@ -340,3 +344,32 @@ def test_the_example_of_the_docs_names_a_store_that_is_not_there():
 
 def test_a_report_is_json():
     assert json.loads(json.dumps(mixed_dataset().report()))[0]["by"] == "tokens"
+
+
+def shared_images(count=12):
+    """Pairs of rows that show one image, planned together."""
+    samples = []
+    for n in range(count):
+        data = io.BytesIO()
+        picture = Image.linear_gradient("L").resize((56, 56)).convert("RGB")
+        picture.putpixel((0, 0), (n // 2, 0, 0))
+        picture.save(data, "PNG")
+        one = encoded(SPEC, 3, n, (4, 4), [4] * 5)
+        image = ImageRef("in the row", data.getvalue(), (56, 56))
+        samples.append(replace(one, media=(image,), source="rows.json", row=n))
+    return samples
+
+
+def test_a_mixture_counts_every_image_of_rows_that_were_grouped(caplog):
+    """Rows of one image may come to other packs, whose patches are limited."""
+    samples = shared_images()
+    grouped = PackedDataset.from_samples(samples, 64, patch_capacity=32, group_images=True)
+    assert grouped.plan.num_patches.sum() < sum(one.num_patches for one in samples)
+    mixture = PackedDataset.mixed({"a": (grouped, 1), "b": (grouped, 3)}, CONFIG, epoch_tokens=640)
+    assert (
+        "packed with --group-images (group_images): a, b; a mixture plans each row" in caplog.text
+    )
+    for epoch in range(3):
+        mixture.set_epoch(epoch)
+        for number in range(len(mixture)):
+            assert sum(one.num_patches for one in mixture[number]) <= 32

@@ -48,7 +48,7 @@ PACKED_ALREADY = {
     "tokenizer": "tokenizer", "typed_tokens": "ids", "template_arg": "add_vision_id=true", "max_pixels": "3136", "min_pixels": "9408", "video_fps": "2",
     "video_max_frames": "4", "video_max_pixels": "3136", "capacity": "512", "patch_capacity": "512", "max_image_share": "0.5",
     "on_error": "raise", "on_overflow": "error", "train_on_prompt": "",
-    "mask_history": "", "mask_thinking": "", "plan_seed": "0",
+    "mask_history": "", "mask_thinking": "", "plan_seed": "0", "group_images": "",
 }  # fmt: skip
 # The options that check, pack and train have in common: base, words.
 READING = [
@@ -78,12 +78,14 @@ PACKING = [
     ("mask_history", "rows.json", "--mask-history"),
     ("mask_thinking", "thought.json", "--mask-thinking"),
     ("plan_seed", "rows.json", "--plan-seed 7"),
+    ("group_images", "rows.json", "--group-images"),
 ]
 TYPED = "--typed-tokens text"
 ARGUMENT = "--template-arg add_vision_id=true"
 PACK = "{data} --tokenizer tokenizer --capacity 2048 --out {out}/packed"
 ROWS = "--data {data} --tokenizer tokenizer --capacity 2048 --config config.json"
 TRAIN = "--data packed --config config.json --output_dir {out}/run"
+MIX = "--data packed packed --mix 1 1 --config config.json --output_dir {out}/run"
 
 
 def pack(base, command="pack"):
@@ -145,6 +147,8 @@ CASES = [
     Case("pack", "overwrite", "rows.json --tokenizer tokenizer --capacity 700 --out {copy}", "--overwrite"),
     Case("pack", "jobs", pack("rows.json"), "--jobs 1"),
     Case("pack", "shard", pack("rows.json"), "--shard 1/2"),
+    Case("pack", "val_size", pack("rows.json"), "--val-size 4"),
+    Case("pack", "val_size", pack("rows.json"), "--val-size 1.5", "must be a number of rows, or a share"),
     Case("pack", "json", pack("rows.json"), "--json"),
     Case("pack", "quiet", pack("rows.json"), "--quiet"),
     # merge
@@ -184,6 +188,12 @@ CASES = [
     Case("train", "on_changed_data", TRAIN.replace("packed", "changed"), "--on-changed-data warn"),
     Case("train", "frozen", TRAIN, "--frozen merger"),
     Case("train", "eval_data", TRAIN, "--eval-data packed"),
+    Case("train", "eval_data", TRAIN + " --eval-data packed", "--eval-data a=packed", "--eval-data packed has no name, others have"),
+    Case("train", "eval_data", TRAIN, "--eval-data a=packed b=packed"),
+    Case("train", "early_stopping_patience", TRAIN + " --eval-data packed", "--early-stopping-patience 2"),
+    Case("train", "early_stopping_patience", TRAIN + " --eval-data packed", "--early-stopping-patience 0",
+         "--early-stopping-patience must be positive, got 0"),
+    Case("train", "early_stopping_patience", TRAIN, "--early-stopping-patience 2", "there is no evaluation set"),
     Case("train", "options", TRAIN, "--options options.yaml"),
     Case("train", "options", TRAIN, "--options unknown.yaml", "unknown.yaml: max_step is not an option of mmpack train or TrainingArguments; did you mean max_steps?"),
     Case("train", "options", TRAIN, "--options empty.yaml", "empty.yaml has no options; write one per line"),
@@ -204,7 +214,15 @@ CASES = [
     Case("train", "model", "--data packed", "--model model"),
     Case("train", "config", "--data packed", "--config config.json"),
     Case("train", "steps", TRAIN, "--steps 3"),
-    Case("train", "data", TRAIN, "--data rows.json", "a packed folder must be the only one"),
+    Case("train", "data", TRAIN, "--data rows.json", "a packed folder must be the only one; mix them with --mix"),
+    Case("train", "mix", TRAIN, "--data packed --mix 1 3"),
+    Case("train", "mix", TRAIN, "--mix 1 3", "--mix has 2 weights for 1 --data; pass one for each"),
+    Case("train", "mix", TRAIN, "--data packed --mix 1 0", "the weight of 'packed-2' is 0.0, not a positive number"),
+    Case("train", "mix_by", MIX, "--mix-by samples"),
+    Case("train", "mix_by", TRAIN, "--mix-by samples", "there is one source of data; pass --mix too"),
+    Case("train", "epoch_tokens", MIX, "--epoch-tokens 9000"),
+    Case("train", "epoch_tokens", MIX, "--epoch-tokens 9", "must be at least the tokens of a pack, 2,048, got 9"),
+    Case("train", "epoch_tokens", TRAIN, "--epoch-tokens 9000", "there is one source of data; pass --mix too"),
     Case("train", "impl", TRAIN, "--impl libraries"),
     Case("train", "json", TRAIN, "--json"),
     Case("train", "quiet", TRAIN, "--quiet"),
@@ -333,12 +351,13 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["jobs"] = jobs
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl, loss_reduction, eval_dataset, processor):
+    def train(model, dataset, args, impl, loss_reduction, eval_dataset, patience, processor):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
-        if eval_dataset is not None:
-            seen["evaluated"] = eval_dataset.fingerprint()
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        seen["evaluated"] = {name: one and one.fingerprint() for name, one in sets.items()}
+        seen["patience"] = patience
         seen["trained"]["reduction"] = loss_reduction
         return {"steps": 0}
 
@@ -354,7 +373,7 @@ def run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "mmpack.hf.lora.add_lora", lambda model, rank, name, seed: seen.update(lora=rank) or model
     )
-    for picture in ("plots.check_picture", "pack.pack_picture", "plots.inspect_picture"):
+    for picture in ("plots.check_picture", "pack_report.pack_picture", "plots.inspect_picture"):
         monkeypatch.setattr(f"mmpack.cli.{picture}", lambda *args: Path(args[-1]).touch())
     monkeypatch.setattr(tuning, "machine", lambda: {"GPU": "NVIDIA H200"})
     monkeypatch.setattr(tuning, "cache_folder", lambda: Path("cache"))
@@ -599,12 +618,27 @@ def test_evaluation_options_without_effect_are_refused(words, text):
         parse_training_arguments([*words.split(), "--use_cpu"], evaluates=True)
 
 
+def test_a_backend_of_one_process_is_refused():
+    from accelerate.state import PartialState
+
+    PartialState._reset_state()
+    try:
+        text = (
+            "^--ddp_backend gloo does not apply: there is one process; start several with torchrun"
+        )
+        with pytest.raises(ValueError, match=text):
+            parse_training_arguments(["--ddp_backend", "gloo", "--use_cpu"])
+    finally:
+        PartialState._reset_state()
+
+
 def test_a_file_of_options_is_the_command_line(tmp_path):
     """In every form a value has; what is passed as well replaces the file's, under either name."""
     file = tmp_path / "run.yaml"
     file.write_text(
         """
         data: [a.json, b.json]
+        eval_data: {ocr: c.json, chat: [d.json, e.json]}
         tokenizer: t
         capacity: 512
         frozen: [vision, merger]
@@ -622,6 +656,7 @@ def test_a_file_of_options_is_the_command_line(tmp_path):
     words = ["train", "--options", str(file), "--steps", "5", "--capacity=700", "--use_cpu"]
     _, options = parse(words)
     assert options.data == ("a.json", "b.json")
+    assert options.eval_sets() == {"ocr": ("c.json",), "chat": ("d.json", "e.json")}
     assert (options.capacity, options.steps, options.frozen) == (700, 5, ("vision", "merger"))
     assert options.template_arg == ("enable_thinking=false", 'name="x y"')
     assert (options.mask_thinking, options.decode) == (True, False)
@@ -652,6 +687,7 @@ def test_the_docs_file_of_options_is_read(tmp_path):
     ("words", "package"),
     [
         ("--report_to wandb", "wandb"),
+        ("--report_to neptune", "neptune"),
         ("--report_to tensorboard", "tensorboard"),
         ("--optim adamw_8bit", "bitsandbytes"),
         ("--optim paged_lion_32bit", "bitsandbytes"),
@@ -691,6 +727,7 @@ class ConnectError(Exception):
         (ModuleNotFoundError("Try:\n it", name="The 'x>=1' distribution"), "Try: it"),
         (ImportError("You need to install `x`:\n `pip install x`"), "You need to install `x`: `pip install x`"),
         (RuntimeError("XCallback requires x to be installed. Run `pip install x`."), "requires x to be installed"),
+        (RuntimeError("XCallback requires X_URL environment variable to be set."), "requires X_URL"),
         (ConnectError("refused"), r"the Hugging Face Hub cannot be reached \(refused\); leave out --push_to_hub"),
     ],
 )  # fmt: skip

@@ -115,7 +115,11 @@ sys.path.insert(0, {str(tmp_path)!r})
 import mmpack
 assert not {{"torch", "triton", "transformers", "PIL", "datasets"}} & set(sys.modules)
 for name in sys.argv[1:]:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:  # of a trainer that is not here: it says which
+        assert name.startswith("mmpack.integrations.") and "pip install" in str(error), error
+        continue
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
     parent, _, last = name.rpartition(".")
     hidden = parent and getattr(sys.modules[parent], last, module) is not module

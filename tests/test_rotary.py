@@ -15,9 +15,10 @@ from builders import (
 )
 
 from mmpack.hf import patch_model
+from mmpack.hf.model_patch import use_choice
 from mmpack.hf.rotary import rotations
 
-pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("wide_tiles")]
+pytestmark = pytest.mark.usefixtures("wide_tiles")
 CONFIG = small_config()
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SAMPLES = [
@@ -38,8 +39,17 @@ def batch(family):
     return collator(family)([packed(SAMPLES, family)])
 
 
-def patched(impl="triton", family="qwen2_vl"):
-    return patch_model(tiny_model(small_config(family)), impl=impl)
+def with_kernel(model):
+    """Patched, of all kernels with the rotary alone."""
+    dtypes = dict.fromkeys((torch.float32, torch.float16), "triton")
+    patch_model(model)
+    use_choice(model, {"rotary": dtypes, "vision_rotary": dtypes}, torch.device("cpu"))
+    return model
+
+
+def patched(family="qwen2_vl", kernel=True):
+    model = tiny_model(small_config(family))
+    return with_kernel(model) if kernel else patch_model(model)
 
 
 @pytest.fixture
@@ -58,24 +68,26 @@ def launches(monkeypatch):
     return calls
 
 
+@pytest.mark.smoke
 @every_family
 def test_every_attention_calls_it_once(batch, family, launches):
     tokens, patches = batch["input_ids"].shape[1], len(batch["pixel_values"])
-    model = patched(family=family)
+    model = patched(family)
     model(**batch)
     launches.clear()  # the self-test's too
     model(**batch)
     num_layers = model.config.text_config.num_hidden_layers
     assert launches == [((patches, 2, 16), 2)] * 2 + [((tokens, 4, 8), 3)] * num_layers
     launches.clear()
-    patched("auto", family)(**batch)
+    patched(family, kernel=False)(**batch)
     assert launches == []
 
 
+@pytest.mark.smoke
 @every_family
 def test_each_bound_forward_equals_stock(batch, family):
     """Text and vision attention, output and gradients, in float32."""
-    model = patched("auto", family)
+    model = patched(family, kernel=False)
     base = model.model
     positions = batch["position_ids"][1:]
     plain = {**batch["mmpack"], "impl": "auto"}
@@ -105,9 +117,9 @@ def test_each_bound_forward_equals_stock(batch, family):
 
 def test_autocast_is_no_further_from_float32_than_stock(batch):
     """In float16: the interpreter cannot round to bfloat16."""
-    exact = loss_and_grads(patched("auto"), [batch], 5)
+    exact = loss_and_grads(patched(kernel=False), [batch], 5)
     with torch.autocast("cpu", torch.float16):
-        stock, ours = (loss_and_grads(patched(impl), [batch], 5) for impl in ("auto", "triton"))
+        stock, ours = (loss_and_grads(patched(kernel=one), [batch], 5) for one in (False, True))
     assert abs(ours[0] - exact[0]) <= 2 * abs(stock[0] - exact[0]) + 1e-3 * exact[0]
     for name, grad in exact[1].items():
         budget = 2 * (stock[1][name] - grad).abs().max() + 5e-3 * grad.abs().max()
@@ -138,7 +150,8 @@ def test_lora(batch, launches):
         config = peft.LoraConfig(
             target_modules=["q_proj", "v_proj", "qkv"], init_lora_weights=False
         )
-        model = patch_model(peft.get_peft_model(tiny_model(CONFIG), config), impl=impl)
+        model = peft.get_peft_model(tiny_model(CONFIG), config)
+        model = with_kernel(model) if impl == "triton" else patch_model(model)
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         losses[impl] = loss_and_grads(model, [batch], 5)
@@ -148,6 +161,7 @@ def test_lora(batch, launches):
     assert difference <= 1e-5, name
 
 
+@pytest.mark.smoke
 def test_without_a_pack_it_is_stock():
     model = tiny_model(CONFIG).eval()
     inputs = {

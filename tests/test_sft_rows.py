@@ -1,4 +1,5 @@
-"""docs/sft_trainer.md on the README's rows: `conversations`, and images as paths, in TRL's SFTTrainer."""
+"""docs/sft_trainer.md as it is: PackedSFTTrainer on the demo's packed rows, and the README's rows, `conversations` and
+images as paths, in TRL's SFTTrainer."""
 
 import json
 import shutil
@@ -7,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from builders import stock_processor, tiny_config, tiny_model
-from transformers import AutoTokenizer
+from test_docs import blocks_of, commands_of
+from transformers import AutoConfig, AutoTokenizer
 
-from mmpack import Encoder
+from mmpack import Encoder, PackedDataset
+from mmpack.cli.main import main
 from mmpack.hf import PackCollator
+
+PAGE = Path(__file__).parent.parent / "docs" / "sft_trainer.md"
 
 
 def test_rows_with_paths_need_a_folder_that_the_error_names(small_set, tmp_path, monkeypatch):
@@ -24,6 +29,34 @@ def test_rows_with_paths_need_a_folder_that_the_error_names(small_set, tmp_path,
         PackCollator(encoder)(rows)
     batch = PackCollator(Encoder.from_folder(small_set / "tokenizer", media_dir=small_set))(rows)
     assert len(batch["image_grid_thw"]) == sum(len(row["images"]) for row in rows) > 0
+
+
+def test_packs_in_the_pages_trainer(small_set, tmp_path, monkeypatch, capsys):
+    """Literally, on a CPU and with a tiny model's folder in place of a published one."""
+    pytest.importorskip("mmpack.integrations.trl", exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_set, tmp_path / "demo_data")
+    shutil.copytree(small_set / "tokenizer", tmp_path / "model")
+    config = AutoConfig.from_pretrained(small_set / "config.json")
+    tiny_model(config).save_pretrained(tmp_path / "model")
+    pack, script, _ = blocks_of(PAGE)
+    ((_, *words),) = commands_of(pack.text)
+    assert main(words) == 0
+    code = script.text.replace('"MODEL"', '"model"')
+    code = code.replace("bf16=True", "bf16=False, use_cpu=True, report_to='none'")
+    namespace = {}
+    exec(compile(code.replace("trainer.train()", ""), "sft_trainer.md", "exec"), namespace)
+    before = namespace["trainer"].evaluate()["eval_charts_loss"]
+    namespace["trainer"].train()
+    logged = [entry["loss"] for entry in namespace["trainer"].state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert logged[0] == pytest.approx(before, rel=0.2)
+    assert "eval_charts_mean_token_accuracy" in capsys.readouterr().out
+    namespace["trainer"].save_model("saved")
+    budget = json.loads(Path("saved/preprocessor_config.json").read_text())["size"]
+    packed_with = PackedDataset.from_store("packed").vision
+    assert budget["longest_edge"] == packed_with.max_pixels
+    assert AutoTokenizer.from_pretrained("saved").chat_template
 
 
 def test_the_page_runs_on_the_readmes_rows(small_set, tmp_path, monkeypatch):
@@ -53,8 +86,7 @@ def test_the_page_runs_on_the_readmes_rows(small_set, tmp_path, monkeypatch):
     monkeypatch.setattr(name, lambda name: model)
     stock_train = trl.SFTTrainer.train
     monkeypatch.setattr("trl.SFTTrainer.train", train)
-    page = (Path(__file__).parent.parent / "docs" / "sft_trainer.md").read_text(encoding="utf-8")
-    code = page.partition("```python\n")[2].partition("```")[0]
+    code = blocks_of(PAGE)[-1].text
     assert code.count("bf16=True") == 1
     code = code.replace("bf16=True", "use_cpu=True, report_to='none', save_strategy='no'")
     exec(compile(code, "sft_trainer.md", "exec"), {})

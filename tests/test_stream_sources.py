@@ -186,7 +186,7 @@ def test_every_row_of_every_kind_of_source_once(kind, workers, ranks, encoder):
     assert kind.startswith("datasets") or expected == collections.Counter(range(COUNT))
     packs = list(packs_of(SOURCES[kind], encoder, workers, ranks))
     assert counted(packs) == expected
-    assert len({resume["rows"] for _, resume in packs}) == 1  # what ranks compare
+    assert len({resume["sources"][0]["rows"] for _, resume in packs}) == 1  # what ranks compare
 
 
 def test_a_worker_is_hidden_from_its_source_alone(monkeypatch):
@@ -243,7 +243,7 @@ def test_what_ranks_compare_differs_where_they_read_other_rows(encoder, monkeypa
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         stream = PackStream(make(), encoder, 100).shard(rank, 2)
-        return json.loads(next(iter(stream)).resume)["rows"]
+        return json.loads(next(iter(stream)).resume)["sources"][0]["rows"]
 
     splitting = [
         lambda: Tars(splits_ranks=True),

@@ -171,3 +171,56 @@ def test_other_settings_of_evaluation_are_told(world, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "--eval-data was encoded with other settings than --data: max_pixels" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["eval_loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def stopped_run(world, tmp_path_factory):
+    """(folder, options, what was printed) of a run that gets worse, with two evaluation sets."""
+    out = tmp_path_factory.mktemp("stopped")
+    rows = json.loads((world / "eval.json").read_text())
+    (world / "few.json").write_text(json.dumps(rows[:2]))
+    options = ["--data", world / "packed", "--tokenizer", world / "tokenizer"]
+    options += ["--eval-data", f"all={world / 'eval.json'}", f"few={world / 'few.json'}"]
+    options += ["--max-pixels", BUDGET, "--metric_for_best_model", "eval_few_loss"]
+    options += ["--early-stopping-patience", 2, "--eval_strategy", "steps", "--eval_steps", 1]
+    options += ["--steps", 12, "--lr_scheduler_type", "constant", "--frozen", "vision"]
+    return out, options
+
+
+def run_of(capsys, world, out, options):
+    assert train(world, out, *options) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_run_stops_early_with_its_best_model(world, stopped_run, tmp_path, capsys):
+    """By the loss of the set that is named; resumed, it does not count from 0 again."""
+    out, options = stopped_run
+    result = run_of(capsys, world, out, options)
+    last = out / f"checkpoint-{result['steps']}"
+    log = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    losses = {entry["step"]: entry["eval_few_loss"] for entry in log if "eval_few_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert result["steps"] == best + 2 < 12
+    assert result["best_checkpoint"] == str(out / f"checkpoint-{best}")
+    (everything,) = [
+        e["eval_all_loss"] for e in log if "eval_all_loss" in e and e["step"] == best + 2
+    ]
+    assert result["eval_loss"] == {"all": everything, "few": losses[best + 2]}
+    kept, saved = (
+        load_file(one / "model.safetensors") for one in (out / f"checkpoint-{best}", out)
+    )
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)
+    again = run_of(
+        capsys, world, out, [*options, "--resume_from_checkpoint", out / f"checkpoint-{best + 1}"]
+    )
+    assert again["steps"] == best + 2
+
+
+def test_the_best_of_several_sets_needs_a_name(world, tmp_path, capsys):
+    options = ["--data", world / "packed", "--eval-data", f"a={world}/packed", f"b={world}/packed"]
+    assert train(world, tmp_path, *options, "--load_best_model_at_end") == 1
+    error = capsys.readouterr().err
+    assert (
+        "--eval-data has 2 named sets; pass --metric_for_best_model eval_a_loss or eval_b_loss"
+        in error
+    )

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmpack import VisionSpec
-from mmpack.data.processor_folder import IMAGE_DEFAULTS, image_settings
+from mmpack.data.processor_folder import IMAGE_DEFAULTS, image_settings, load_processor
 
 SPEC = VisionSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
 
@@ -152,3 +153,28 @@ def test_a_folder_without_an_image_processor_is_refused(text, said, tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ValueError, match=f"has no Qwen-VL image processor: .*{said}"):
         image_settings(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_mean": None}, "image_mean=None, not a number for each channel"),
+        ({"image_mean": 0.5}, "image_mean=0.5, not a number for each channel"),
+        ({"image_std": [0.5, 0.5]}, r"image_std=\[0.5, 0.5\], not a number for each channel"),
+        ({"image_std": [0.5, None, 1]}, ".*None, 1\\], not a number for each channel"),
+        ({"image_std": [0.5, 0, 1]}, r"image_std=\[0.5, 0, 1\], not a number above 0"),
+        ({"patch_size": None}, "patch_size=None, not a positive integer"),
+        ({"merge_size": 0}, "merge_size=0, not a positive integer"),
+        ({"size": {"shortest_edge": None, "longest_edge": 9}}, r"size\['shortest_edge'\]=None"),
+        ({"size": {"shortest_edge": 9, "longest_edge": "9"}}, r"size\['longest_edge'\]='9', not"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_refused_with_its_name(kind, change, said, shared, tmp_path):
+    shutil.copytree(shared / "tokenizer" / "qwen2_vl", tmp_path / "model")
+    file = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}[kind]
+    saved = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
+    saved = {name: value for name, value in saved.items() if not name.endswith("_pixels")}
+    (tmp_path / "model" / file).write_text(json.dumps(saved | change))
+    with pytest.raises(ValueError, match=f"the {kind} processor has {said}.*; fix it in"):
+        load_processor(tmp_path / "model")

@@ -21,8 +21,10 @@ from mmpack.data.readers import Reader, RowGroup, RowReader
 from mmpack.data.row_keys import UnreadFields
 from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, RowError
+from mmpack.packing.image_units import UnitSizes, units_of
 from mmpack.packing.plan import padded_utilization, plan_packs
-from mmpack.types import EncodedSample, ImageRef, Sample
+from mmpack.packing.sample_images import ImageNumbers, SampleImages, patches_in
+from mmpack.types import EncodedSample, ImageRef, Int32, Sample
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
 
@@ -146,6 +148,9 @@ class Summary:
         self.typed_ids: Counter[str] = Counter()
         self.lengths: list[tuple[int, str, int]] = []
         self.has_tokens = False
+        self._numbers = ImageNumbers(lambda data: hashlib.blake2b(data, digest_size=16).digest())
+        self._ids: list[list[int]] = []  # of the images of each row with tokens
+        self._grids: list[Int32] = []
         self.num_again = 0
         self.again: tuple[str, str] | None = None
         self.twice: list[tuple[str, str]] = []
@@ -192,6 +197,8 @@ class Summary:
             self.has_tokens = True
             group["tokens"].append(encoded.num_tokens)
             self.lengths.append((encoded.num_tokens, encoded.source, encoded.row))
+            self._ids.append(self._numbers.of(encoded))
+            self._grids.append(encoded.grid_thw)
         if not checked.encoded:
             for sample in checked.samples:
                 characters = sum(
@@ -265,11 +272,15 @@ class Summary:
         return dict(sorted(counts.items()))
 
     def by_capacity(self) -> list[dict[str, Any]]:
-        """For common capacities: number of packs, utilization, and rows that are too long."""
+        """For common capacities: number of packs, utilization, and rows that are too long; if rows show the same
+        images, patches that enter the vision tower: of all rows, with each image once per pack, and so with
+        `--group-images`."""
         tokens = np.array([length for length, _, _ in self.lengths], dtype=np.int64)
-        table = []
+        images = self.images
+        table: list[dict[str, Any]] = []
         for capacity in CAPACITIES:
-            fitting = tokens[tokens <= capacity]
+            fits = tokens <= capacity
+            fitting, shown = tokens[fits], images.of_samples(fits)
             plan = plan_packs(fitting, capacity)
             table.append(
                 {
@@ -279,7 +290,19 @@ class Summary:
                     "too_long": len(tokens) - len(fitting),
                 }
             )
+            if len(np.unique(images.ids)) < len(images.ids):
+                unit = units_of(shown, UnitSizes(fitting, capacity))
+                in_rows, in_packs = patches_in(plan, shown)
+                _, grouped = patches_in(plan_packs(fitting, capacity, unit=unit), shown)
+                table[-1]["patches"] = {"rows": in_rows, "packs": in_packs, "grouped": grouped}
         return table
+
+    @property
+    def images(self) -> SampleImages:
+        """The images and videos of the usable rows, in their order, if tokens were counted."""
+        grids = np.concatenate([np.empty((0, 3), dtype=np.int32), *self._grids])
+        ids = np.array([one for of_row in self._ids for one in of_row], dtype=np.int64)
+        return SampleImages(ids, grids, np.cumsum([0, *map(len, self._ids)]))
 
     def as_dict(self) -> dict[str, Any]:
         """The figures of the table, for JSON."""

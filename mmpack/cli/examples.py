@@ -44,6 +44,7 @@ examples:
   mmpack train --options run1.yaml --data packed --learning_rate 2e-5
   mmpack train --data packed --model Qwen/Qwen2-VL-2B-Instruct --bf16 --output_dir run1 --frozen vision \\
       --frozen merger --lora-rank 16 --eval-data packed_eval --load_best_model_at_end
+  mmpack train --data chat docs --mix 0.7 0.3 --eval-data chat:val --model Qwen/Qwen2-VL-2B-Instruct --bf16
   mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import MergeOptions
-from mmpack.cli.pack import build, report_packs, write_plan
+from mmpack.cli.pack import build, write_plan
+from mmpack.cli.pack_report import report_packs
 from mmpack.errors import BadRow, Skip
 from mmpack.regular_files import open_regular
 from mmpack.store.arrow_schema import Batch
@@ -55,7 +56,7 @@ def run_merge(options: MergeOptions, config_of: Callable[[Planning], Any]) -> No
             if bad_rows:
                 (partial / "bad_rows.jsonl").write_bytes(bad_rows)
             write_plan(partial, store, about.planning, config)
-    report_packs(out, options, False, start)
+    report_packs(out, options, config, False, start)
 
 
 def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
@@ -80,6 +81,8 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             first, num_parts = store, of
         names = different(first.about.made_from, store.about.made_from)
         names += different(vars(first.about.planning), vars(store.about.planning))
+        if first.about.limits != store.about.limits:
+            names.append("num_samples or max_samples of a dataset_info.json")
         if of != num_parts:
             names.append(f"the number of parts, {of} and {num_parts},")
         if names:

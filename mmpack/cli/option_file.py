@@ -86,6 +86,11 @@ def _words(path: str, key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, bool):
         if value:
             yield flag(name)
+    elif isinstance(value, dict) and name == "eval_data":
+        for inner, one in value.items():
+            yield from (
+                f"{flag(name)}={inner}={path}" for path in ([one] if isinstance(one, str) else one)
+            )
     elif isinstance(value, dict):  # --template-arg, --source-weight
         yield from (f"{flag(name)}={inner}={json.dumps(one)}" for inner, one in value.items())
     else:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from mmpack.errors import MAX_BAD, check_max_bad
@@ -117,6 +119,10 @@ class PackingOptions(ReadingOptions, ProcessorOptions):
         (),
     )
     plan_seed: int = option("seed of the plan (default: 0)", 0)
+    group_images: bool = option(
+        "plan rows that show the same image together: a pack encodes an image once; rows are less mixed",
+        False,
+    )
 
     def __post_init__(self) -> None:
         if self.on_overflow is None:
@@ -238,10 +244,15 @@ class TrainOptions(PackingOptions, Options):
         None,
     )
     eval_data: tuple[str, ...] = option(
-        "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch)",
+        "evaluate on this: a folder written by mmpack pack, or rows (default: after every epoch); NAME=DATA for "
+        "several sets, each with an eval_NAME_loss",
         (),
         nargs="+",
         metavar="DATA",
+    )
+    early_stopping_patience: int | None = option(
+        "end after this many evaluations in a row without a smaller eval_loss, and keep the best model",
+        None,
     )
     model: str | None = option(
         "model with weights: a folder, or a Hugging Face name (owner/name)", None, metavar="FOLDER"
@@ -284,6 +295,24 @@ class TrainOptions(PackingOptions, Options):
     )
     training: tuple[str, ...] = ()  # other words, for TrainingArguments
     words: tuple[str, ...] = ()  # all words, to print the command that continues the run
+
+    def eval_sets(self) -> dict[str, tuple[str, ...]]:
+        """The words of --eval-data by the set's name, "" for the one set without a name.
+
+        Raises:
+            ValueError: some of them have a name, others have none.
+        """
+        sets: dict[str, tuple[str, ...]] = {}
+        for word in self.eval_data:
+            name, path = "", word
+            if (named := re.fullmatch(r"([\w-]+)=(.+)", word)) and not Path(word).exists():
+                name, path = named.groups()
+            sets[name] = (*sets.get(name, ()), path)
+        if "" in sets and len(sets) > 1:
+            raise ValueError(
+                f"--eval-data {sets[''][0]} has no name, others have; write NAME={sets[''][0]}"
+            )
+        return sets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ next process builds.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,21 +17,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmpack.cli.options import PackOptions, PictureOptions
-from mmpack.cli.plots import pack_picture
-from mmpack.cli.tables import balance_lines, balance_report
-from mmpack.cli.terminal import say
+import numpy as np
+
+from mmpack.cli.options import PackOptions
+from mmpack.cli.pack_report import report_packs, report_part
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import RowGroup, media_folders
-from mmpack.data.row_keys import UnreadByFile, unread_line
+from mmpack.data.readers import RowGroup, limits_of, media_folders
+from mmpack.data.row_keys import UnreadByFile
 from mmpack.errors import BadRow, Skip, json_line
-from mmpack.packing.cost import costs_of
 from mmpack.packing.dataset import PackedDataset
-from mmpack.packing.held_out import SPLITS, held_out, split_plan
-from mmpack.packing.plan import padded_utilization, plan_samples
-from mmpack.packing.split_documents import SplitSamples, image_capacity, split_samples
-from mmpack.regular_files import open_regular
+from mmpack.packing.held_out import SPLITS, held_out, part_of, within_limits
+from mmpack.packing.plan_samples import plan_samples
+from mmpack.packing.split_documents import image_capacity, split_samples
 from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
@@ -45,7 +42,7 @@ from mmpack.store.encoded_store import (
     write_batches,
 )
 from mmpack.store.manifest import About, Part, Planning
-from mmpack.store.plan_file import load_plan, save_plan
+from mmpack.store.plan_file import save_plan
 from mmpack.vision_spec import VisionSpec
 
 
@@ -82,6 +79,7 @@ def pack_groups(
         tokenizer=_recorded(options.tokenizer),
         planning=options.planning,
         part=part,
+        limits=limits_of(groups),
     )
 
     unread = UnreadByFile()
@@ -112,9 +110,9 @@ def pack_groups(
                         write_plan(partial, store, options.planning, config)
     reused = found.store is not None
     if part is None:
-        report_packs(out, options, reused, start, unread)
+        report_packs(out, options, config, reused, start, unread)
     else:
-        _report_part(out, options, reused, start, unread)
+        report_part(out, options, reused, start, unread)
 
 
 def _recorded(tokenizer: str) -> str:
@@ -166,7 +164,8 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
 
 def _settings(about: About) -> dict[str, Any]:
     """The options that a store records and its samples do not depend on, and a Hub tokenizer's commit."""
-    planning = {} if about.planning is None else vars(about.planning)
+    planning = {} if about.planning is None else dict(vars(about.planning))
+    planning["num_samples or max_samples of a dataset_info.json"] = about.limits
     name = about.tokenizer or ""
     hub = {"the tokenizer's commit": name if name.startswith("hf:") else None}
     return planning | hub | ({} if about.part is None else {"max_bad": about.part.max_bad})
@@ -228,114 +227,30 @@ def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: An
     samples, patch_capacity, on_overflow = cut_long(store, store.vision, planning)
     if samples is not store:
         samples.save(folder)
-    cost = None if config is None else costs_of(samples, config, planning.frozen)
+    used = within_limits(samples, store.about.limits)
+    splits = {SPLITS["train"]: used}
+    if planning.val_size is not None:
+        is_val = held_out(samples, planning.val_size, used)
+        splits = {SPLITS["train"]: used & ~is_val, SPLITS["val"]: is_val}
     plan = plan_samples(
-        samples, planning.capacity, patch_capacity, on_overflow, planning.plan_seed, cost
+        samples,
+        planning.capacity,
+        patch_capacity,
+        on_overflow,
+        planning.plan_seed,
+        config,
+        frozen=planning.frozen,
+        group_images=planning.group_images,
+        side=np.sum([n * own for n, own in enumerate(splits.values(), 1)], axis=0),
     )
-    if planning.val_size is None:
-        save_plan(plan, folder)
-    else:
-        plans = split_plan(plan, held_out(samples, planning.val_size))
-        for name, one in zip(SPLITS.values(), plans):
-            save_plan(one, folder, name)
+    for name, own in splits.items():
+        save_plan(plan if own.all() else part_of(plan, own), folder, name)
     overflow = []
     for fate, numbers in (("dropped", plan.dropped), ("cut", plan.truncated)):
         for sample in map(samples.__getitem__, numbers):
             line = {"source": sample.source, "row": sample.row, "tokens": sample.num_tokens}
             overflow.append({**line, "fate": fate})
     _write_lines(folder / "overflow.jsonl", overflow)
-
-
-def report_packs(
-    out: Path,
-    options: PictureOptions,
-    reused: bool,
-    start: float,
-    unread: UnreadByFile | None = None,
-) -> None:
-    """Print a summary of the packs at `out`, and the fields that were not read while they were encoded."""
-    dataset = PackedDataset.from_store(out, on_changed_data="warn")
-    plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
-    store = samples.samples if isinstance(samples, SplitSamples) else samples
-    assert isinstance(samples, EncodedStore | SplitSamples) and isinstance(store, EncodedStore)
-    num_bad = _count_lines(out / "bad_rows.jsonl")
-    report = {
-        "rows": len(store) + num_bad,
-        "bad_rows": num_bad,
-        "reused": reused,
-        "dropped": plan.num_dropped,
-        "truncated": plan.num_truncated,
-        "packs": plan.num_packs,
-        "tokens": int(plan.pack_tokens.sum()),
-        "utilization": round(plan.utilization, 6),
-        "padded_utilization": round(padded_utilization(store.num_tokens), 6),
-        "max_pixels": vision.max_pixels,
-        "unread": unread or {},
-        **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2),
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    if (out / f"{SPLITS['val']}.json").exists():
-        val = load_plan(out, SPLITS["val"])
-        report |= {"val_samples": len(val.sample_index), "val_packs": val.num_packs}
-    if isinstance(samples, SplitSamples):
-        report |= {"split": samples.num_split, "pieces": len(samples)}
-    if options.png is not None:
-        image_tokens = samples.num_patches // vision.merge_size**2
-        pack_picture(plan, samples.sources, image_tokens, options.png)
-    if options.json:
-        print(json.dumps(report))
-        return
-    if reused:
-        say(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
-    say(
-        f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
-        f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
-        f"{vision.max_pixels:,} pixels"
-    )
-    say(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
-    say("\n".join(balance_lines(report)))
-    if report.get("split"):
-        cut = report["pieces"] - len(store) + report["split"]
-        say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
-    for source, named in (unread or {}).items():
-        say(unread_line(source, named))
-    if "val_packs" in report:
-        say(
-            f"{report['val_samples']:,} rows of them, or pieces, are held out in {report['val_packs']:,} packs more, for "
-            f"--eval-data {out}:val"
-        )
-    if num_bad:
-        say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
-    if plan.num_dropped or plan.num_truncated:
-        say(
-            f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
-            f"{out / 'overflow.jsonl'}"
-        )
-    say(f"written to {out}")
-
-
-def _report_part(
-    out: Path, options: PackOptions, reused: bool, start: float, unread: UnreadByFile
-) -> None:
-    num_bad = _count_lines(out / "bad_rows.jsonl")
-    report = {
-        "part": options.shard,
-        "rows": len(open_store(out)) + num_bad,
-        "bad_rows": num_bad,
-        "reused": reused,
-        "unread": unread,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    if options.json:
-        print(json.dumps(report))
-        return
-    for source, named in unread.items():
-        say(unread_line(source, named))
-    say(
-        f"part {options.shard}: {report['rows']:,} rows, {num_bad:,} of them bad, in "
-        f"{report['seconds']:.1f} s; mmpack merge joins all parts"
-    )
-    say(f"written to {out}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -385,10 +300,3 @@ def _batches(
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if rows:
         path.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
-
-
-def _count_lines(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open_regular(path) as file:
-        return sum(1 for _ in file)

@@ -115,8 +115,9 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
             )
     else:
         yield ["mix_by", "epoch_tokens"], "there is one source of data", "pass --mix too"
-    if options.eval_data:
-        sets.append(("--eval-data", options.eval_data))
+    sets += [("--eval-data", data) for data in options.eval_sets().values()]
+    if not options.eval_data:
+        yield ["early_stopping_patience"], "there is no evaluation set", "pass --eval-data too"
     packed = [data[0] for flag, data in sets if is_packed(data, flag)]
     if not packed:
         why = "rows are read and packed now, so they cannot differ from earlier packs"

@@ -22,7 +22,8 @@ from mmpack.packing.pack_stats import (
     share_spread,
     token_shares,
 )
-from mmpack.types import IGNORE, EncodedSample, PackPlan
+from mmpack.packing.plan import padded_utilization
+from mmpack.types import IGNORE, EncodedSample, Int64, PackPlan
 
 _SHOWN_BAD = 10
 SHOWN_SOURCES = 10
@@ -131,12 +132,24 @@ def _source_table(summary: Summary) -> list[str]:
 
 
 def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
-    rows = [("capacity", "packs", "full", "rows too long")]
-    for line in summary.by_capacity():
+    table = summary.by_capacity()
+    rows = [["capacity", "packs", "full", "rows too long"]]
+    for line in table:
         full = f"{line['utilization']:.1%}"
-        rows.append((f"{line['capacity']:,}", f"{line['packs']:,}", full, f"{line['too_long']:,}"))
-    padded = summary.as_dict()["padded_utilization"]
-    return [*aligned(rows), f"padded batches of 8 would be {padded:.0%} full"]
+        rows.append([f"{line['capacity']:,}", f"{line['packs']:,}", full, f"{line['too_long']:,}"])
+    shares = [line["patches"] for line in table if "patches" in line]
+    notes = [f"padded batches of 8 would be {padded_utilization(lengths):.0%} full"]
+    if shares:
+        rows[0] += ["patches", "once per pack", "--group-images"]
+        for row, share in zip(rows[1:], shares):
+            less = [fewer(share[name], share["rows"]) for name in ("packs", "grouped")]
+            row += [f"{share['rows']:,}", *less]
+        notes.insert(
+            0,
+            "patches enter the vision tower; a pack encodes an image once, and mmpack pack --group-images plans the "
+            "rows of an image together (less closely with --config, which also balances costs)",
+        )
+    return [*aligned(rows), *notes]
 
 
 def supervised_cell(number: int, sample: EncodedSample) -> str:
@@ -162,13 +175,21 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
     ]
 
 
+def fewer(less: int, more: int) -> str:
+    """By how much a number is smaller, in words."""
+    return f"{1 - less / more:.0%} fewer" if less < more else "none fewer"
+
+
 def balance_report(
-    plan: PackPlan, sources: NDArray[Any], image_tokens: NDArray[Any]
+    plan: PackPlan,
+    sources: NDArray[Any],
+    image_tokens: NDArray[Any],
+    costs: tuple[Int64, Int64] | None = None,
 ) -> dict[str, Any]:
     """Composition and balance of packs, for JSON.
 
     `image_share` and each of `sources`: share of all tokens, and 10th, 50th and 90th percentile over packs; for
-    each source also `images`, the share of images in its tokens. With planned costs: `imbalance` and
+    each source also `images`, the share of images in its tokens. With `costs` (`pack_costs`): `imbalance` and
     `imbalance_floor`, by number of ranks, the mean over steps of the costliest pack over the mean pack, and its
     lower bound for any plan; `busiest` and `busiest_floor`, the same for the costliest pack overall.
     """
@@ -179,12 +200,13 @@ def balance_report(
     }
     for name, share in image_shares(plan, sources, image_tokens).items():
         report["sources"][name]["images"] = share
-    if plan.cost is not None:
-        packs, floor = plan.totals(plan.cost), cost_floor(plan, plan.cost)
+    if costs is not None:
+        alone, packs = costs
+        floor = cost_floor(plan, alone, packs)
         ranks = [n for n in _RANKS if n <= plan.num_packs]
         report["imbalance"] = {str(n): round(rank_imbalance(packs, n), 4) for n in ranks}
         report["imbalance_floor"] = {str(n): round(rank_imbalance(floor, n), 4) for n in ranks}
-        most, least = busiest(plan, plan.cost)
+        most, least = busiest(plan, alone, packs)
         report |= {"busiest": round(most, 4), "busiest_floor": round(least, 4)}
     return report
 

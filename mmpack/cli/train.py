@@ -18,7 +18,7 @@ from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
 from mmpack.data.model_folder import local_path
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import media_folders
+from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
 
@@ -39,8 +39,16 @@ def run_train(
     from mmpack.hf.training_options import parse_training_arguments
 
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
-    evaluates = bool(options.eval_data)
-    args = parse_training_arguments([*ours, *options.training], options.quiet, evaluates)
+    sets, patience = options.eval_sets(), options.early_stopping_patience
+    args = parse_training_arguments(
+        [*ours, *options.training],
+        options.quiet,
+        bool(sets),
+        sets=[name for name in sets if name],
+        stops_early=patience is not None,
+    )
+    if patience is not None and patience < 1:
+        raise ValueError(f"--early-stopping-patience must be positive, got {patience}")
     if options.lora_rank is not None and options.lora_rank < 1:
         raise ValueError(f"--lora-rank must be positive, got {options.lora_rank}")
     if args.resume_from_checkpoint == "last":
@@ -52,9 +60,10 @@ def run_train(
     read = _Reading(options, encoder_of, config_of, frozen)
     dataset = read.mixture() if options.mix else read.dataset(options.data, "--data")
     dataset.source_weights = _source_weights(options.source_weight)
-    eval_dataset = None
-    if evaluates:
-        eval_dataset = read.dataset(options.eval_data, "--eval-data", dataset.capacity)
+    evaluated = {
+        name: read.dataset(data, "--eval-data", dataset.capacity) for name, data in sets.items()
+    }
+    for eval_dataset in evaluated.values():
         _tell_other_settings(dataset, eval_dataset)
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     if options.lora_rank is not None:
@@ -65,10 +74,9 @@ def run_train(
         print(f"{full}; weights in {options.weights_dtype}")
         if options.mix:
             print("\n".join(mixture_lines(dataset.report())))
-        if eval_dataset is not None:
-            print(
-                f"evaluation: {len(eval_dataset):,} packs, {eval_dataset.plan.utilization:.1%} full"
-            )
+        for name, one in evaluated.items():
+            words = f"evaluation{name and f' of {name}'}"
+            print(f"{words}: {len(one):,} packs, {one.plan.utilization:.1%} full")
         folders = dataset.media_folders
         if folders is None:
             print("images and videos are read from anywhere; --media-dir FOLDER confines them")
@@ -81,7 +89,8 @@ def run_train(
                 args,
                 options.impl,
                 options.loss_reduction,
-                eval_dataset=eval_dataset,
+                eval_dataset=evaluated.get("", evaluated or None),
+                patience=patience,
                 processor=read.files,
             )
         except KeyboardInterrupt:
@@ -168,8 +177,9 @@ class _Reading:
     def _rows(self, data: Sequence[str], flag: str, capacity: int | None) -> Any:
         from mmpack.cli.pack import cut_long
         from mmpack.hf.processor_files import ProcessorFiles
-        from mmpack.packing.cost import costs_of
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.held_out import part_of, within_limits
+        from mmpack.packing.plan_samples import plan_samples
 
         options = self._options
         if options.tokenizer is None or capacity is None:
@@ -187,14 +197,19 @@ class _Reading:
             found = list(bar.each(encoder.encode(encoder.read_groups(groups))))
         planning = replace(options.planning, capacity=capacity)
         samples, patch_capacity, on_overflow = cut_long(found, encoder.vision, planning)
-        dataset = PackedDataset.from_samples(
+        used = within_limits(samples, limits_of(groups))
+        plan = plan_samples(
             samples,
             capacity,
-            None if config is None else costs_of(samples, config, self._frozen),
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=options.plan_seed,
+            patch_capacity,
+            on_overflow,
+            options.plan_seed,
+            config,
+            frozen=self._frozen,
+            group_images=options.group_images,
+            side=used,
         )
+        dataset = PackedDataset(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = media_folders(groups)
         for row in bad_rows:
             print(f"left out {one_line(row)}", file=sys.stderr)

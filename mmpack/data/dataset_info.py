@@ -56,6 +56,43 @@ def named_files(paths: Sequence[_PathLike], mapping: Mapping) -> list[DataFile]:
     return [DataFile(file, _entry_beside(file), None) for file in files]
 
 
+class RowLimit(NamedTuple):
+    """How many rows of an entry are planned.
+
+    Attributes:
+        files: the names of its files, joined by "/".
+        num_samples: this many, chosen at random; 0: all. max_samples: of the first ones; 0: of all.
+    """
+
+    files: str
+    num_samples: int
+    max_samples: int
+
+
+def row_limits(files: Sequence[DataFile]) -> list[RowLimit | None]:
+    """For each file, the limit of its entry; None: it has none.
+
+    Raises:
+        ValueError: `num_samples` or `max_samples` of an entry is not a positive integer.
+    """
+    names: dict[int, list[str]] = {}
+    for file in files:
+        names.setdefault(id(file.entry), []).append(file.path.name)
+    found: list[RowLimit | None] = []
+    for file in files:
+        entry = file.entry or {}
+        given = [entry.get(key) for key in ("num_samples", "max_samples")]
+        for key, value in zip(("num_samples", "max_samples"), given):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(
+                    f"{key} of a dataset_info.json entry is {value!r:.40}, not a positive integer; fix it, or remove it"
+                )
+        is_limited = any(value is not None for value in given)
+        numbers = [value or 0 for value in given]
+        found.append(RowLimit("/".join(names[id(file.entry)]), *numbers) if is_limited else None)
+    return found
+
+
 def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:
     """The folders that a file's images and videos may be in, and the one that its relative paths start from.
 

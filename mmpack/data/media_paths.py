@@ -59,7 +59,7 @@ class MediaFolders:
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
         """
-        frames, fps = value, None
+        frames, fps, folder = value, None, None
         if isinstance(value, dict) and "frames" in value:
             frames, fps = value["frames"], value.get("fps")
             if fps is not None and not is_rate(fps):
@@ -72,7 +72,7 @@ class MediaFolders:
         if isinstance(frames, str) and not frames.startswith(DATA_URIS):
             full = self._resolved(frames, "video")
             if os.path.isdir(full):
-                frames = frames_in(full)
+                frames, folder = frames_in(full), full
             elif fps is not None:
                 raise RowError(
                     f"video {full:.200} has a 'sample_fps', but is not a list or a folder of frames",
@@ -82,7 +82,8 @@ class MediaFolders:
             if not frames:
                 raise RowError("a video is an empty list of frames", "drop it and its <video>")
             refs = tuple(map(self._frame, frames))
-            return VideoRef(refs[0].path, frames=refs, fps=None if fps is None else float(fps))
+            rate = None if fps is None else float(fps)
+            return VideoRef(refs[0].path, frames=refs, fps=rate, folder=folder)
         if hasattr(value, "getbands"):
             raise RowError("a video is given as a single image", "give a list of frames, or a path")
         found = self.locate(frames, "video")

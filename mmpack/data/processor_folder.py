@@ -114,7 +114,7 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
         rule = video_rule(kind)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    defaults = {
+    defaults: dict[str, Any] = {
         "size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
         "min_frames": rule.min_frames,
         "max_frames": rule.max_frames,
@@ -122,7 +122,8 @@ def _video_processor(folder: Path, config: Any) -> SimpleNamespace | None:
     merged = {**defaults, **settings, "video_processor_type": kind}
     edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # older names
     given = {edges[name]: merged[name] for name in edges if merged.get(name) is not None}
-    return SimpleNamespace(**{**merged, "size": {**merged["size"], **given}})
+    size = {**(merged["size"] or defaults["size"]), **given}
+    return SimpleNamespace(**{**merged, "size": size})
 
 
 def load_config(path: str | os.PathLike[str]) -> Any:

@@ -20,7 +20,14 @@ from typing import Any, Literal, NamedTuple
 from mmpack.data import images, videos
 from mmpack.data.content_parts import MARKERS, MediaPart
 from mmpack.data.conversations import Turn, turns_of
-from mmpack.data.dataset_info import DataFile, Mapping, folders_of, named_files
+from mmpack.data.dataset_info import (
+    DataFile,
+    Mapping,
+    RowLimit,
+    folders_of,
+    named_files,
+    row_limits,
+)
 from mmpack.data.documents import document_columns, document_of
 from mmpack.data.file_formats import Row, memory_rows, read_rows
 from mmpack.data.media_keys import entry_of, with_options
@@ -61,6 +68,7 @@ class RowGroup(NamedTuple):
     fields: Fields | None  # None: detected per row
     folders: MediaFolders
     file: Path | None = None  # None: rows in memory
+    limit: RowLimit | None = None  # of the rows that are planned
 
     @property
     def name(self) -> str:
@@ -132,7 +140,7 @@ class Reader:
             ValueError: a row cannot be used and `on_error` is "raise", too many were skipped, or a file cannot
                 be read. The message gives file, row, counts and advice.
         """
-        return self.read_groups(self.groups(data))
+        return self.read_groups(_told_limits(self.groups(data)))
 
     def groups(self, data: Any) -> Iterator[RowGroup]:
         """The files that `read` reads, one group per file; rows are read lazily."""
@@ -149,13 +157,16 @@ class Reader:
                     "rows in memory have no dataset_info.json; pass the entry itself as mapping"
                 )
             here = DataFile(Path("rows in memory"), mapping, Path("."))
-            yield RowGroup(
-                memory_rows(data), _fields(mapping, "the rows"), folders_of(here, folders)
-            )
+            (limit,) = row_limits([here])
+            limit = None if limit is None else limit._replace(files="rows")
+            fields, inside = _fields(mapping, "the rows"), folders_of(here, folders)
+            yield RowGroup(memory_rows(data), fields, inside, limit=limit)
             return
-        for file in named_files(data, mapping):
+        files = named_files(data, mapping)
+        for file, limit in zip(files, row_limits(files)):
             fields = _fields(file.entry, file.path.name)
-            yield RowGroup(read_rows(file.path), fields, folders_of(file, folders), file.path)
+            inside = folders_of(file, folders)
+            yield RowGroup(read_rows(file.path), fields, inside, file.path, limit)
 
     def read_groups(
         self, groups: Iterable[RowGroup], told: set[str] | None = None
@@ -176,6 +187,17 @@ class Reader:
                     continue
                 yield from samples
             log_unread(group.name, reader.unread, told)
+
+
+def _told_limits(groups: Iterable[RowGroup]) -> Iterator[RowGroup]:
+    """Warn of limits that are for plans and do not apply to rows that are only read."""
+    for group in groups:
+        if group.limit is not None:
+            _log.warning(
+                "all rows of %s are read; num_samples and max_samples of its entry apply when packs are planned",
+                group.name,
+            )
+        yield group
 
 
 def log_unread(source: str, unread: dict[str, int], told: set[str] | None = None) -> None:
@@ -345,6 +367,13 @@ def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
     for kind, listed in values.items():
         if kind not in kinds:
             first[:0] = [MediaPart(kind=kind)] * len(listed)
+
+
+def limits_of(groups: Iterable[RowGroup]) -> dict[str, tuple[int, int]]:
+    """The limits of the groups, as a store records them: files of an entry, joined by "/" -> (num_samples,
+    max_samples)."""
+    limits = [group.limit for group in groups if group.limit is not None]
+    return {limit.files: (limit.num_samples, limit.max_samples) for limit in limits}
 
 
 def media_folders(groups: Iterable[RowGroup]) -> list[str]:

@@ -45,9 +45,18 @@ _TEXTS = {  # formatting -> the columns that hold its texts
     "completion": ("prompt", "completion"),
 }
 _BESIDE = ("system", "tools", "images", "videos", "audios")
-_ENTRY = ("file_name", "formatting", "columns", "tags", "media_dir", "split")
+_ENTRY = (
+    "file_name",
+    "formatting",
+    "columns",
+    "tags",
+    "media_dir",
+    "split",
+    "num_samples",
+    "max_samples",
+)
 _REFUSED = (
-    *("ranking", "num_samples", "subset", "split", "folder", "kto_tag", "chosen", "rejected"),
+    *("ranking", "subset", "split", "folder", "kto_tag", "chosen", "rejected"),
     "cloud_file_name",
 )
 _log = logging.getLogger("mmpack")

@@ -93,9 +93,8 @@ class Evaluation:
 
     def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
         self._args = args
-        self._rank, self._num_ranks = args.process_index, args.world_size
         self._batch_size = args.eval_batch_size
-        self._hook = _hook_of(model, self._num_ranks > 1 and self._batch_size > 1)
+        self._hook = _hook_of(model, args.world_size > 1 and self._batch_size > 1)
         self._sources = SourceLosses()
         self._is_told = not args.should_log
         self._loader: Any = None
@@ -123,7 +122,7 @@ class Evaluation:
             self.tell(getattr(loader, "dataset", None))
             check_evaluation(getattr(loader, "dataset", None), self._args)
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
-        num_items = self._num_real(loader, len(ends) - 1)
+        num_items = num_real_items(loader, len(ends) - 1, self._args)
         tokens = supervised[ends[num_items]] if num_items < len(ends) - 1 else supervised[-1]
         if not tokens:
             return  # empty, or all repeated
@@ -154,19 +153,11 @@ class Evaluation:
             )
         self._weight += weight
 
-    def _num_real(self, loader: Any, num_items: int) -> int:
-        """The number of a batch's items that accelerate did not repeat from the start of the set."""
-        remainder = remainder_of(loader)
-        if self._num_ranks == 1 or remainder is None:
-            return num_items
-        mine: int = remainder - self._rank * self._batch_size
-        return min(max(mine, 0), num_items)
-
     def correct(self, *metrics: dict[str, Any]) -> None:
         """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, add `eval_loss/NAME` of each
         source if there are several, and reset the sums. A collective. Other metrics, and those of a set without
         supervised tokens, are unchanged."""
-        name = _loss_name(metrics[0])
+        name = loss_name(metrics[0])
         if name is None:
             return
         loss, sources = self._pop()
@@ -191,7 +182,17 @@ class Evaluation:
         return (sum(loss for loss, *_ in ranks) / weight if weight else None), sources
 
 
-def _loss_name(logs: dict[str, Any]) -> str | None:
+def num_real_items(loader: Any, num_items: int, args: TrainingArguments) -> int:
+    """The number of items, of an evaluated batch of this rank, that accelerate did not repeat from the start of the
+    set."""
+    remainder = remainder_of(loader)
+    if args.world_size == 1 or remainder is None:
+        return num_items
+    mine: int = remainder - args.process_index * args.eval_batch_size
+    return min(max(mine, 0), num_items)
+
+
+def loss_name(logs: dict[str, Any]) -> str | None:
     """The name of the loss in an evaluation's metrics; None: these are not an evaluation's."""
     for name in logs:
         if name.endswith("_loss") and f"{name.removesuffix('_loss')}_runtime" in logs:

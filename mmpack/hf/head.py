@@ -2,13 +2,13 @@
 
 A forward bound on the head, a bare `nn.Linear`, computes `supervised_linear_cross_entropy`. It is inside the head,
 because FSDP2 has the whole weight only there, and its result is the head's output, because FSDP2 gathers the weight
-for the backward when that needs the output's gradient. The outer model's pre-hook hands it the targets; the
-installed loss (`mmpack.hf.loss`) divides.
+for the backward when that needs the output's gradient. The outer model's pre-hook says that it is to, the inner
+model's hands it the targets; the installed loss (`mmpack.hf.loss`) divides. torch.compile does not trace the hooks of the
+outermost model, and takes the shapes of tensors that it finds on a module for constants.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -28,12 +28,12 @@ _STATE = "_mmpack_head"
 _SHARDING = ("deepspeed.", "torch.distributed.fsdp.")  # whose hooks do not touch the output
 
 
-@dataclass
 class _Head:
-    """What a head's next forward scores; None: it returns logits."""
+    """What a head's next forward scores; None: it returns logits. No dataclass: FSDP2 would look for tensors in it."""
 
-    # labels, weights, the batch's dict
-    targets: tuple[torch.Tensor, torch.Tensor | None, MmpackDict] | None = None
+    def __init__(self) -> None:
+        # labels, weights, the batch's dict
+        self.targets: tuple[torch.Tensor, torch.Tensor | None, MmpackDict] | None = None
 
 
 def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -106,14 +106,17 @@ def unbind_heads(model: nn.Module) -> None:
                 del module.forward
 
 
-def give_targets(linear: Any, kwargs: dict[str, Any] | None) -> None:
-    """Hand a head the targets of a packed batch's keywords; with None, take back what it has not used."""
-    state = None if linear is None else vars(linear).get(_STATE)
-    if state is None:
-        return
-    state.targets = None
-    if kwargs is not None:
-        pack: MmpackDict = kwargs["mmpack"]
+def reset_targets(linear: Any) -> _Head | None:
+    """Take back targets that a head has not used; returns its state, None if it has none."""
+    state: _Head | None = None if linear is None else vars(linear).get(_STATE)
+    if state is not None:
+        state.targets = None
+    return state
+
+
+def give_targets(pack: MmpackDict) -> None:
+    """Hand the head the targets of a packed batch, if the outer model's hook wants a loss from it."""
+    if "head" in pack:
+        state, labels = pack["head"]
         bits = pack.get("loss_weight_bits")
-        weights = None if bits is None else bits.view(torch.float32)
-        state.targets = (kwargs["shift_labels"], weights, pack)
+        state.targets = (labels, None if bits is None else bits.view(torch.float32), pack)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpack.hf.compat import own_loss, remove_hook, remove_own_loss
-from mmpack.hf.head import bind_head, give_targets, has_no_logits, unbind_heads
+from mmpack.hf.compat import forward_hooks, own_loss, remove_hook, remove_own_loss
+from mmpack.hf.head import bind_head, has_no_logits, reset_targets, unbind_heads
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import PATCH
 from mmpack.hf.op_choice import impl_for
@@ -126,14 +126,20 @@ def _heads(base: nn.Module, model: nn.Module) -> list[Any]:
 def _before(
     head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: hands the head the targets of a packed batch in training, and its loss `impl`.
+    """Forward pre-hook: says that the head is to score a packed batch in training, and the loss's `impl`. Refuses
+    weights that TRL's forward would ignore.
 
     Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of every
     token: with logits of supervised rows they would fail or be wrong."""
-    linear, pack = head.get_output_embeddings(), kwargs.get("mmpack")
-    give_targets(linear, None)
+    state, pack = reset_targets(head.get_output_embeddings()), kwargs.get("mmpack")
     if pack is None:
         return None
+    if kwargs.get("fused_lm_head") and "loss_weight_bits" in pack:
+        if not any(getattr(hook, "applies_weights", False) for hook in forward_hooks(head)):
+            raise ValueError(
+                "the batch has weights of the loss, which TRL's SFTTrainer does not apply; use "
+                "mmpack.integrations.trl.PackedSFTTrainer, or train without weights and with loss_reduction='token'"
+            )
     patch = getattr(head.model, PATCH)
     pack = {**pack, "impl": patch.impl, "tuned": patch.choice}
     if "shift_labels" in kwargs and head.training:
@@ -144,14 +150,14 @@ def _before(
                 "not shift these models' labels for it); for compute_loss_func, pass "
                 "PackCollator(full_logits=True)"
             )
-        if torch.is_grad_enabled() and isinstance(own_loss(head), PackedLoss):
-            give_targets(linear, {**kwargs, "mmpack": pack})
+        if state and torch.is_grad_enabled() and isinstance(own_loss(head), PackedLoss):
+            pack["head"] = (state, kwargs["shift_labels"])
     return args, {**kwargs, "mmpack": pack}
 
 
 def _after(head: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: an output whose losses the head has summed has no logits."""
-    give_targets(head.get_output_embeddings(), None)
+    reset_targets(head.get_output_embeddings())
     if isinstance(output, tuple):
         has_none = len(output) > 1 and has_no_logits(output[1])
         return (output[0], *output[2:]) if has_none else None

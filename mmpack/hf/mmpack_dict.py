@@ -109,6 +109,7 @@ class MmpackDict(EveryBatch, total=False):
     tuned: dict[str, dict[torch.dtype, str]]  # with impl "auto", `op_choice.Choice`; op_choice
     rotary: tuple[Any, ...]  # where our kernel rotates, `rotary.rotations` of the text; rotary
     vision_rotary: tuple[Any, ...]  # the same for the tower; rotary
+    head: tuple[Any, torch.Tensor]  # state of a head that is to score, (1, L) labels; head
     deepstack: Sequence[torch.Tensor]  # (M, D) features for each text layer (Qwen3-VL); tower
     take_losses: Callable[..., None]  # `SourceLosses.take`; written by callbacks; loss
     watch: Callable[..., None]  # `AttentionShare.take`, in recorded steps; attention

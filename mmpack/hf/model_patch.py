@@ -36,6 +36,7 @@ from mmpack.hf.compat import (
 from mmpack.hf.embedding import at_placeholders, embed
 from mmpack.hf.fit import check_facts, check_ids, facts_of_model, num_ids
 from mmpack.hf.forward_kwargs import assemble_on_device
+from mmpack.hf.head import give_targets
 from mmpack.hf.linear_attention import linear_forward
 from mmpack.hf.loss import install_loss, remove_loss
 from mmpack.hf.mmpack_dict import MmpackDict
@@ -199,6 +200,7 @@ def _take_pack(
     impl = "auto" if patch.impl == "libraries" else patch.impl
     if "compact" in pack:
         kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
+    give_targets(pack)
     pack = {**pack, "impl": impl, "tuned": patch.choice}
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton" or "rotary" in patch.choice or "vision_rotary" in patch.choice:

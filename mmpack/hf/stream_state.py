@@ -126,9 +126,10 @@ class StreamKeeper:
         if rank != self._rank or place is None or "resume" not in place:
             return f"a pack of rank {rank}; see that rank's message"
         found = json.loads(place["resume"])
+        rows = " and ".join(str(one["next"][0]) for one in found["sources"])
         return (
-            f"pack {found['packs'] - 1} of pass {found['pass']}, from rows before {found['next'][0]}; "
-            f"rank {rank}, worker {found['worker']}"
+            f"pack {found['packs'] - 1} of pass {found['pass']}, from rows before {rows}; rank {rank}, worker "
+            f"{found['worker']}"
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState) -> None:

@@ -88,6 +88,12 @@ class TrainedCosts:
         )
 
 
+def useful_tokens(pack: MmpackDict) -> int:
+    """Tokens of a batch's samples that have supervised tokens: not those of filler and empty packs."""
+    is_useful = np.diff(pack["supervised_offsets"]) > 0
+    return int(np.diff(pack["offsets"])[is_useful].sum())
+
+
 class PackCounter:
     """Counts a rank's packs, and computes the log values over all ranks.
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -61,6 +62,32 @@ class _Lines(PrinterCallback):
             print(log_line(state.global_step, state.max_steps, logs), flush=True)
 
 
+class _EarlyStopping(EarlyStoppingCallback):
+    """Ends a run whose evaluations no longer improve; a resumed run continues the count."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and isinstance(saved, dict):
+            self.early_stopping_patience_counter = saved["attributes"][
+                "early_stopping_patience_counter"
+            ]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        name = str(args.metric_for_best_model)
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if metrics and name in metrics:  # else another set's
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
 def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
     """Trainer's log as one line. For a step: loss, gradient norm, learning rate, tokens/s, utilization, MFU, and the
     losses of up to 4 sources; for other logs, all values except times and rates."""
@@ -107,22 +134,24 @@ def train(
     impl: str = "auto",
     loss_reduction: LossReduction = "token",
     *,
-    eval_dataset: PackedDataset | None = None,
+    eval_dataset: PackedDataset | dict[str, PackedDataset] | None = None,
+    patience: int | None = None,
     processor: ProcessorFiles | None = None,
 ) -> dict[str, Any]:
     """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
-    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `processor` is saved
-    with the model.
+    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `patience`: end after this
+    many evaluations in a row that are no better than the best. `processor` is saved with the model.
 
     Returns:
-        `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one, and
-        `best_checkpoint`, the folder of the best model, or None where no best model is kept.
+        `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one (of several sets
+        a dict by name), and `best_checkpoint`, the folder of the best model, or None where no best model is kept.
 
     Raises:
         ValueError: the data was encoded for another model; the folder is not a complete checkpoint, or belongs to
             another run; a DataLoader worker was killed; the disk is full.
     """
-    for data in (dataset, eval_dataset):
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    for data in (dataset, *sets.values()):
         if data is not None:
             check_fit(inner_model(model), data)
     patch_model(model, impl=impl)
@@ -138,6 +167,8 @@ def train(
     for theirs, ours in ((ProgressCallback, _BarLines), (PrinterCallback, _Lines)):
         if trainer.pop_callback(theirs) is not None:
             trainer.add_callback(ours)
+    if patience is not None:
+        trainer.add_callback(_EarlyStopping(patience))
     PackingCallback(dataset).attach(trainer)
     if args.resume_from_checkpoint is not None:
         check_checkpoint(args.resume_from_checkpoint)
@@ -170,7 +201,11 @@ def train(
         "seconds": round(seconds, 3),
     }
     if eval_dataset is not None:
-        evaluated = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-        result["eval_loss"] = evaluated[-1] if evaluated else None
+        names = {one: f"eval_{one}_loss" if one else "eval_loss" for one in sets}
+        found = {
+            one: next((entry[name] for entry in reversed(log) if name in entry), None)
+            for one, name in names.items()
+        }
+        result["eval_loss"] = found.get("", found)
         result["best_checkpoint"] = trainer.state.best_model_checkpoint
     return result

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments, logging
 
+from mmpack.errors import counted
 from mmpack.hf.unavailable import unavailable
 
 _USAGE = "mmpack train --data PACKED --model FOLDER [options]; see mmpack train --help"
@@ -27,6 +28,7 @@ _NO_METRICS = (
     "mmpack train evaluates the loss alone, in the precision of training",
     "leave it out, or evaluate in a script: Trainer(eval_dataset=PackedDataset.from_store(FOLDER), ...)",
 )
+_THE_LOSS = ("loss", "eval_loss")
 _NO_COLUMNS = ("packs have no columns", "leave it out")
 _PLANNED = (
     "the plan determines the order of packs",
@@ -45,7 +47,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
         ("eval_do_concat_batches", "eval_accumulation_steps", "include_for_metrics", "label_names"),
         ((), *_NO_METRICS),
     ),
-    "metric_for_best_model": (("loss", "eval_loss"), *_NO_METRICS),
+    "metric_for_best_model": (_THE_LOSS, *_NO_METRICS),
     "remove_unused_columns": ((False,), *_NO_COLUMNS),
     "length_column_name": ((), *_NO_COLUMNS),
     "train_sampling_strategy": ((), *_PLANNED),
@@ -157,14 +159,20 @@ def argument_names() -> list[str]:
 
 
 def parse_training_arguments(
-    options: Sequence[str], quiet: bool = False, evaluates: bool = False
+    options: Sequence[str],
+    quiet: bool = False,
+    evaluates: bool = False,
+    *,
+    sets: Sequence[str] = (),
+    stops_early: bool = False,
 ) -> TrainingArguments:
     """`TrainingArguments` from command line options.
 
     The default batch is one pack, because a pack is already a full batch. `quiet`: without progress bars.
-    `evaluates`: there is an evaluation set. By default it is evaluated when checkpoints are saved, if
+    `evaluates`: there is an evaluation set; `sets`: the names of several. By default it is evaluated when checkpoints are saved, if
     --save_strategy says when, and else after every epoch; the best model can only be kept if both agree, so
-    --load_best_model_at_end also saves when it evaluates.
+    --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when the loss of an evaluation no
+    longer falls; then it also keeps the best model, if it saves any.
 
     Raises:
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.
@@ -189,7 +197,7 @@ def parse_training_arguments(
         short = " (--steps is short for it)" if word == "__max_steps" else ""
         parser.error(f"--{word[2:]} is given twice{short}; pass it once")
     given = {n: v for n, v in vars(namespace).items() if v is not dataclasses.MISSING}
-    _refuse(given, evaluates)
+    _refuse(given, evaluates, sets)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "logging_steps": 1,
@@ -205,15 +213,34 @@ def parse_training_arguments(
         defaults |= {"eval_strategy": evaluated, "per_device_eval_batch_size": 1}
         if evaluated == "steps":  # instead of Trainer's default, logging_steps
             defaults["eval_steps"] = given.get("save_steps", TrainingArguments.save_steps)
-        if given.get("load_best_model_at_end"):
+        if stops_early:
+            defaults["load_best_model_at_end"] = given.get("save_strategy") != "no"
+            defaults["metric_for_best_model"] = "loss"
+        if {**defaults, **given}.get("load_best_model_at_end"):
             defaults |= {"save_strategy": evaluated, "save_steps": given.get("eval_steps", 500)}
     if given.get("deepspeed") is not None:
         _require("--deepspeed", "deepspeed")
     with unavailable():
-        args = TrainingArguments(**{**defaults, **given})
+        try:
+            args = TrainingArguments(**{**defaults, **given})
+        except ValueError as error:
+            if "ddp_backend" not in given or "process group" not in str(error):
+                raise
+            raise ValueError(
+                f"--ddp_backend {given['ddp_backend']} does not apply: there is one process; start several with "
+                "torchrun --nproc_per_node N -m mmpack train ..., or leave it out"
+            ) from error
+    if sets and args.metric_for_best_model in _THE_LOSS:
+        named = " or ".join(f"eval_{name}_loss" for name in sets)
+        raise ValueError(
+            "the best model is the one with the smallest loss of one set, and --eval-data has "
+            f"{counted(len(sets), 'named set')}; pass --metric_for_best_model {named}"
+        )
     _require_packages(args)
     for group, acts, why in NEEDED:
         for name in group:
+            if name == "metric_for_best_model" and stops_early:
+                continue
             if given.get(name) not in (None, False) and not acts(args):
                 raise ValueError(
                     f"--{name} does not apply: {why}; leave one of them out, or pass both"
@@ -223,13 +250,15 @@ def parse_training_arguments(
     return args
 
 
-def _refuse(given: dict[str, Any], evaluates: bool) -> None:
+def _refuse(given: dict[str, Any], evaluates: bool, sets: Sequence[str]) -> None:
     """
     Raises:
         ValueError: an option was passed that does nothing.
     """
     for name, value in given.items():
         accepted, why, advice = REFUSED.get(name, ((value,), "", ""))
+        if name == "metric_for_best_model":
+            accepted = (*accepted, *(f"eval_{one}_loss" for one in sets))
         if value not in accepted:
             raise ValueError(f"--{name} {value} does not apply: {why}; {advice}")
         why, advice = _NO_EVALUATION
@@ -251,7 +280,9 @@ def _require_packages(args: TrainingArguments) -> None:
         ValueError: one of them is not installed.
     """
     for name in args.report_to:
-        if name in _TRACKERS or (name == "tensorboard" and find_spec("tensorboardX") is None):
+        if name in {*_TRACKERS, "neptune", "dagshub"} or (
+            name == "tensorboard" and find_spec("tensorboardX") is None
+        ):
             _require(f"--report_to {name}", name)
     optimizer = str(args.optim.value)
     if "torch" not in optimizer and any(

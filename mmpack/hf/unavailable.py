@@ -1,4 +1,4 @@
-"""What an option of transformers needs and is not there, packages and the Hub, as one line that names it."""
+"""What an option of transformers needs and is not there, packages, settings and the Hub, as one line that names it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unavailable() -> Iterator[None]:
             raise
         raise ValueError(_one_line(error)) from error
     except RuntimeError as error:
-        if "to be installed" not in str(error):
+        if not any(words in str(error) for words in ("to be installed", "to be set")):
             raise
         raise ValueError(_one_line(error)) from error
     except Exception as error:

@@ -40,8 +40,11 @@ _LIBRARY = "llamafactory"
 USED = {
     "train.tuner": ("run_exp",),
     "hparams.parser": ("read_args",),
-    "hparams": ("DataArguments", "FinetuningArguments", "ModelArguments"),
+    "hparams": ("FinetuningArguments",),
+    "extras.misc": ("is_env_enabled",),
 }
+# Its environment variables that choose other code than the workflows below
+_OTHER_CODE = ("USE_RAY", "USE_MCA", "USE_V1")
 _CHECKPOINTING = {
     "model.model_utils.checkpointing": {"get_custom_gradient_checkpointing_func": "checkpointing"}
 }
@@ -89,11 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def run(args: Mapping[str, Any]) -> None:
+def run(args: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     """Train as the options of a LLaMA-Factory YAML say, on packs.
 
     Args:
         args: the options, with `packed` and `eval_packed` for folders that `mmpack pack` wrote.
+        callbacks: for the Trainer, beside LLaMA-Factory's.
 
     Raises:
         ValueError: an option does not apply to packs, or what `mmpack pack` and `mmpack train` refuse.
@@ -104,6 +108,11 @@ def run(args: Mapping[str, Any]) -> None:
         for module, names in USED.items()
         for name in names
     }
+    if enabled := [name for name in _OTHER_CODE if used["is_env_enabled"](name)]:
+        raise ValueError(
+            f"{enabled[0]}=1 does not apply: it starts another trainer than the one that mmpack's packs go to; unset "
+            "it, and start several ranks with torchrun -m mmpack.integrations.llamafactory"
+        )
     defaults = used["FinetuningArguments"]
     parts = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
     own = taken_options(args, {name: getattr(defaults, name) for name in parts})
@@ -113,7 +122,7 @@ def run(args: Mapping[str, Any]) -> None:
         for module, names in REPLACED[str(args.get("stage", defaults.stage))].items():
             makers = {name: getattr(this, method) for name, method in names.items()}
             stack.enter_context(replaced(f"{_LIBRARY}.{module}", makers))
-        used["run_exp"](args)
+        used["run_exp"](args, [*callbacks])
 
 
 class _Run:
@@ -210,12 +219,12 @@ class _Run:
         """For the Trainers, which are kept. The loss of a step is the mean over its supervised tokens: they turn
         that off for every model with a processor (`model_accepts_loss_kwargs`)."""
 
-        def make(*, processor: Any, **kwargs: Any) -> Any:
+        def make(*, tokenizer: Any, processor: Any, **kwargs: Any) -> Any:
             from mmpack.hf.callbacks import PackingCallback
 
-            if processor is not None:
-                processor = _TrainedProcessor(processor, self.data.vision)
-            trainer = theirs(processor=processor, **kwargs)
+            # As Trainer's `processing_class`, it is in a checkpoint before the list of the checkpoint's files is.
+            saved = tokenizer if processor is None else _with_budgets(processor, self.data.vision)
+            trainer = theirs(tokenizer=saved, processor=None, **kwargs)
             trainer.model_accepts_loss_kwargs = True
             PackingCallback(self.data).attach(trainer)
             return trainer
@@ -347,18 +356,19 @@ class _Rows:
         return PackedDataset.from_store(out)
 
 
-class _TrainedProcessor:
-    """LLaMA-Factory's processor, saved with the pixel budgets that the rows were encoded with."""
+def _with_budgets(processor: Any, vision: Any) -> Any:
+    """The processor, which from now on is saved with the pixel budgets that the rows were encoded with."""
+    stock = processor.save_pretrained
 
-    def __init__(self, processor: Any, vision: Any) -> None:
-        self._processor, self._vision = processor, vision
-
-    def save_pretrained(self, folder: str) -> None:
-        """Write the processor's files. LLaMA-Factory calls this for every checkpoint and at the end."""
+    def save_pretrained(folder: str, *args: Any, **kwargs: Any) -> Any:
         from mmpack.hf.processor_files import ProcessorFiles
 
-        self._processor.save_pretrained(folder)
-        ProcessorFiles(Path(folder), self._vision).save_pretrained(folder)
+        files = stock(folder, *args, **kwargs)
+        ProcessorFiles(Path(folder), vision).save_pretrained(folder)
+        return files
+
+    processor.save_pretrained = save_pretrained
+    return processor
 
 
 def _read(words: list[str]) -> dict[str, Any]:
@@ -379,8 +389,10 @@ def _not_importable(error: ImportError) -> str:
         return (
             f"{_LIBRARY} is not installed; docs/llama_factory.md has the commands that install it"
         )
-    if package:
+    if package.isidentifier():
         return f"{package} is not installed; pip install {package}"
+    if package:  # a sentence of LLaMA-Factory's check of packages
+        return one_line(str(error.name))
     return (
         f"{one_line(str(error))} LLaMA-Factory's check of versions refuses the transformers that mmpack needs; set "
         "DISABLE_VERSION_CHECK=1"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmpack.ops import varlen_libraries as libraries
+from mmpack.ops.varlen_one_op import varlen_sdpa
 
 # T = tokens, H = query heads, K = head dim, S = segments, n = tiles
 IMPLEMENTATIONS = (
@@ -83,7 +84,10 @@ def varlen_attention(
 
         _check_tiles(tiles, q_THK)
         return varlen_attention_triton(q_THK, k, v, cu_seqlens, tiles, causal, scale)
-    if offsets is None and impl in ("sdpa", "reference"):
+    # torch.compile makes the number of offsets a constant of the graph as soon as `offsets` is looked at.
+    if impl == "sdpa" and torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+        return varlen_sdpa(q_THK, k, v, cu_seqlens, causal, scale)
+    if impl in ("sdpa", "reference") and offsets is None:
         if cu_seqlens.device.type != "cpu":
             raise ValueError(
                 f"attention impl {impl!r} loops over segments; pass offsets, which is cu_seqlens on the host"

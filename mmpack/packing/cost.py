@@ -55,15 +55,7 @@ def sample_flops(
     Raises:
         ValueError: the model family or a part is unknown, the config lacks a size, or array shapes do not match.
     """
-    unknown = sorted(set(frozen) - set(PARTS))
-    if unknown:
-        raise ValueError(f"--frozen (frozen) has {unknown}; the parts are {', '.join(PARTS)}")
-    model_type = _value(config, "model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"no costs for model_type {model_type!r}, only for {', '.join(FAMILIES)}; leave out --config (cost)"
-        )
-    family = FAMILIES[model_type]
+    family = _checked(config, frozen)
     n = np.asarray(num_tokens, dtype=np.int64)
     supervised = np.asarray(num_supervised, dtype=np.int64)
     grids = np.asarray(grid_thw, dtype=np.int64).reshape(-1, 3)
@@ -78,10 +70,6 @@ def sample_flops(
 
     # FLOPs of a linear layer per multiply-add: 2 forward, 2 input gradient, 2 weight gradient.
     text_linear = 2 * (1 + language_trained + (language_trained or features_need_grad))
-    block_linear = 6 if vision_trained else 2
-    patch_linear = 4 if vision_trained else 2  # pixels have no gradient
-    merger_linear = 2 * (1 + merger_trained + features_need_grad)  # its norm comes first
-
     text = _value(config, "text_config", default=config)
     head, linear, attention = _text_sizes(family, text)
     flops: Int64 = text_linear * (linear * n + head * supervised)
@@ -90,20 +78,56 @@ def sample_flops(
     flops += forward * 7 // 2 if language_trained or features_need_grad else forward
     if family.has_linear_attention:
         flops += _delta_rule(text, n, language_trained or features_need_grad)
-    if not len(grids):
-        return flops
+    if len(grids):
+        sums = np.concatenate([[0], image_flops(config, grids, frozen).cumsum()])
+        flops += sums[offsets[1:]] - sums[offsets[:-1]]
+    return flops
 
+
+def image_flops(config: Any, grid_thw: ArrayLike, frozen: Collection[str] = ()) -> Int64:
+    """FLOPs of a training step in the vision tower and its mergers, for each of I grids: the part of `sample_flops`
+    that is spent once for images that a pack shows several times.
+
+    Args:
+        config, frozen: as in `sample_flops`.
+        grid_thw: (I, 3) patches of each image: frames, height, width.
+
+    Returns:
+        (I,) int64 FLOPs.
+
+    Raises:
+        ValueError: as in `sample_flops`.
+    """
+    family = _checked(config, frozen)
+    grids = np.asarray(grid_thw, dtype=np.int64).reshape(-1, 3)
+    vision_trained, merger_trained = "vision" not in frozen, "merger" not in frozen
+    block_linear = 6 if vision_trained else 2
+    patch_linear = 4 if vision_trained else 2  # pixels have no gradient
+    merger_linear = 2 * (
+        1 + merger_trained + (vision_trained or merger_trained)
+    )  # its norm comes first
     embed, block, merge, merged, depth, width = _vision_sizes(
         family, _value(config, "vision_config")
     )
     patches = grids.prod(axis=1)
-    per_image = patches * (patch_linear * embed + block_linear * depth * block)
-    per_image += patches // merged * merger_linear * merge
+    flops: Int64 = patches * (patch_linear * embed + block_linear * depth * block)
+    flops += patches // merged * merger_linear * merge
     forward = 4 * width * _vision_pairs(family, _value(config, "vision_config"), grids)
-    per_image += forward * 7 // 2 if vision_trained else forward
-    sums = np.concatenate([[0], per_image.cumsum()])
-    flops += sums[offsets[1:]] - sums[offsets[:-1]]
+    flops += forward * 7 // 2 if vision_trained else forward
     return flops
+
+
+def _checked(config: Any, frozen: Collection[str]) -> Family:
+    """The model's family."""
+    unknown = sorted(set(frozen) - set(PARTS))
+    if unknown:
+        raise ValueError(f"--frozen (frozen) has {unknown}; the parts are {', '.join(PARTS)}")
+    model_type = _value(config, "model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"no costs for model_type {model_type!r}, only for {', '.join(FAMILIES)}; leave out --config (cost)"
+        )
+    return FAMILIES[model_type]
 
 
 def costs_of(samples: Sequence[EncodedSample], config: Any, frozen: Collection[str] = ()) -> Int64:

@@ -22,15 +22,17 @@ from torch.utils.data import Dataset
 from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
-from mmpack.data.readers import media_folders
+from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import counted, counting
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.fingerprint import fingerprint_of
+from mmpack.packing.held_out import part_of, within_limits
 from mmpack.packing.overflow import OnOverflow, check_split
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.plan import plan_epoch, plan_samples
+from mmpack.packing.plan import plan_epoch
+from mmpack.packing.plan_samples import plan_samples
 from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples, split_samples
 from mmpack.packing.truncate import truncate_sample
@@ -82,6 +84,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        group_images: bool = False,
     ) -> PackedDataset:
         """Plan the samples into packs of at most `capacity` tokens (and `patch_capacity` patches).
 
@@ -93,15 +96,19 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         log how many and name the first);
         "split" (documents only) it into pieces, which `samples` then holds, see `mmpack.packing.split_documents`.
 
+        `group_images` plans samples that show the same image together: a pack runs the vision tower once for each
+        image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers count an
+        image for each of its samples.
+
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an
                 image is too large to split around; the message gives file and row.
         """
         if on_overflow == "split":
             samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
-        return cls(
-            samples, plan_samples(samples, capacity, patch_capacity, on_overflow, seed, cost)
-        )
+        limits = capacity, patch_capacity
+        plan = plan_samples(samples, *limits, on_overflow, seed, cost, group_images=group_images)
+        return cls(samples, plan)
 
     @classmethod
     def from_files(
@@ -114,6 +121,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         patch_capacity: int | None = None,
         on_overflow: OnOverflow = "error",
         seed: int = 0,
+        group_images: bool = False,
         jobs: int | None = 1,
     ) -> PackedDataset:
         """Read, encode and plan data files, in memory; `save` writes the data set to disk.
@@ -126,7 +134,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             encoder: an `Encoder`, or a transformers Qwen-VL processor.
             capacity: maximum tokens per pack.
             cost: the model's config, for packs that cost the same; see `from_samples`.
-            patch_capacity, on_overflow, seed: see `from_samples`.
+            patch_capacity, on_overflow, seed, group_images: see `from_samples`.
             jobs: processes that encode rows (`Sample`s are encoded in this one). None: one per core, if the rows
                 take more than a few seconds. Other processes need pyarrow and import the script, which must
                 have `if __name__ == "__main__":`.
@@ -139,13 +147,15 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         check_split(on_overflow, encoder.stage)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
         given = data if isinstance(data, (str, os.PathLike)) else list(data)
+        limits: dict[str, tuple[int, int]] = {}
         folders, total = None, None if isinstance(given, (str, os.PathLike)) else len(given)
+        samples: Sequence[EncodedSample]
         if isinstance(given, list) and given and isinstance(given[0], Sample):
             with progress("encoding", total) as bar:
                 samples = list(bar.each(encoder.encode(given)))
         else:
             groups = list(encoder.groups(given))
-            folders = media_folders(groups)
+            folders, limits = media_folders(groups), limits_of(groups)
             with row_progress("encoding", groups, total=total) as (groups, bar):
                 if jobs == 1:
                     samples = list(bar.each(encoder.encode(encoder.read_groups(groups))))
@@ -153,14 +163,14 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
                     from mmpack.store.build import encoded_rows  # here: it needs Arrow
 
                     samples = encoded_rows(groups, encoder, jobs, bar.update)
-        dataset = cls.from_samples(
-            samples,
-            capacity,
-            cost,
-            patch_capacity=patch_capacity,
-            on_overflow=on_overflow,
-            seed=seed,
+        if on_overflow == "split":
+            samples, on_overflow = split_samples(samples, capacity, patch_capacity), "error"
+        used = within_limits(samples, limits)
+        how = on_overflow, seed, cost
+        plan = plan_samples(
+            samples, capacity, patch_capacity, *how, group_images=group_images, side=used
         )
+        dataset = cls(samples, plan if used.all() else part_of(plan, used))
         dataset.media_folders = folders
         return dataset
 

@@ -32,7 +32,9 @@ def fingerprint_of(
         "source weights": dict(source_weights),
         **_contents(samples),
         **{f"the spec's {name}": value for name, value in vision.items()},
-        "checksum of the plan": checksum(plan.sample_index, plan.bin_offsets, plan.truncated),
+        "checksum of the plan": checksum(
+            plan.sample_index, plan.bin_offsets, plan.truncated, plan.unit
+        ),
     }
 
 

@@ -1,4 +1,6 @@
-"""Rows held out of training: rows that share an image, or are one row, are on the same side.
+"""Rows that are not trained on: those held out for evaluation, and those beyond the limits of an entry.
+
+Held-out rows that share an image, or are one row, are on the same side.
 
 The rows are chosen by a hash of their file and number, so the same rows are held out whatever the capacity and the
 plan's seed are.
@@ -7,8 +9,9 @@ plan's seed are.
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +20,13 @@ from numpy.typing import NDArray
 
 from mmpack.errors import counted
 from mmpack.packing.plan import assigned
+from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples
 from mmpack.packing.stream_select import hashed
 from mmpack.types import EncodedSample, ImageRef, Media, PackPlan
 
 SPLITS = {"train": "plan", "val": "val"}  # the name of the plan in a store
+_log = logging.getLogger(__name__)
 
 
 def check_size(size: float) -> None:
@@ -35,12 +40,13 @@ def check_size(size: float) -> None:
         )
 
 
-def held_out(samples: Any, size: float) -> NDArray[np.bool_]:
+def held_out(samples: Any, size: float, used: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Choose the samples to hold out: as many as `size` says, or a few less if larger groups share images.
 
     Args:
         samples: a list, an `EncodedStore` or `SplitSamples`; all pieces of a document are on one side.
         size: a number of samples (of documents, if they are split), or a share of them below 1.
+        used: (N,) the samples to choose from; None: all.
 
     Returns:
         (N,) whether each sample is held out.
@@ -50,29 +56,37 @@ def held_out(samples: Any, size: float) -> NDArray[np.bool_]:
     """
     check_size(size)
     if isinstance(samples, SplitSamples):
-        return held_out(samples.samples, size)[samples.sample_of]
+        whole = (
+            None if used is None else np.isin(range(len(samples.samples)), samples.sample_of[used])
+        )
+        return held_out(samples.samples, size, whole)[samples.sample_of]
     group = _groups(samples)
+    places = np.arange(len(group)) if used is None else np.flatnonzero(used)
+    found = np.zeros(len(group), dtype=bool)
+    group = group[places]
     wanted = int(size) if size >= 1 else max(1, round(size * len(group)))
     if wanted >= len(group):
         raise ValueError(
             f"--val-size (val_size) asks for {wanted:,} of {counted(len(group), 'row')}, and none would be left to "
             "train on; hold out fewer"
         )
-    first, count = np.unique(group, return_counts=True)  # a group's number is its first sample's
-    names = [f"{one.source}:{one.row}" for one in (samples[number] for number in first.tolist())]
-    order = np.argsort(hashed([zlib.crc32(name.encode()) for name in names], 0), kind="stable")
-    chosen = np.zeros(len(group), dtype=bool)
+    _, first, inverse, count = np.unique(
+        group, return_index=True, return_inverse=True, return_counts=True
+    )
+    order = _by_hash(samples, places[first])
+    chosen = np.zeros(len(count), dtype=bool)
     left = wanted
     for number in order:
         if count[number] <= left:
-            chosen[first[number]] = True
+            chosen[number] = True
             left -= int(count[number])
     if left == wanted:
         raise ValueError(
             f"--val-size (val_size): none of {counted(len(group), 'row')} can be held out, because the smallest "
             f"group of rows that share images has {count.min():,}; hold out at least as many"
         )
-    return chosen[group]
+    found[places] = chosen[inverse]
+    return found
 
 
 def _groups(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
@@ -111,25 +125,65 @@ def _keys_of(one: Media) -> Iterator[Hashable]:
         yield hashlib.sha256(one.data.tobytes()).digest()
 
 
-def split_plan(plan: PackPlan, is_held_out: NDArray[np.bool_]) -> tuple[PackPlan, PackPlan]:
-    """The plan without the samples that are held out, and the plan of those.
+def within_limits(samples: Any, limits: Mapping[str, tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which samples the `num_samples` and `max_samples` of `dataset_info.json` entries leave, a bool each.
+
+    `max_samples` leaves the first samples of an entry, `num_samples` chooses among them by the hash of their file and
+    number. Documents count once, however many pieces they have.
+
+    Args:
+        limits: files of an entry, joined by "/" -> (num_samples, max_samples), 0: no limit.
+    """
+    used = np.ones(len(samples), dtype=bool)
+    if not limits:
+        return used
+    if isinstance(samples, SplitSamples):
+        return within_limits(samples.samples, limits)[samples.sample_of]
+    files = samples.sources if are_sized(samples) else np.array([one.source for one in samples])
+    for names, (num_samples, max_samples) in limits.items():
+        own = np.flatnonzero(np.isin(files, names.split("/")))
+        used[own] = False
+        own = own[: max_samples or None]
+        if num_samples > len(own):
+            _log.warning(
+                "num_samples of %s is %s, but %s are there; each is used once per epoch, and --mix repeats a source",
+                names,
+                f"{num_samples:,}",
+                counted(len(own), "sample"),
+            )
+        used[own[_by_hash(samples, own)][: num_samples or None]] = True
+    return used
+
+
+def _by_hash(samples: Sequence[EncodedSample], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order of samples by the hash of their file and number."""
+    names = (f"{one.source}:{one.row}" for one in (samples[number] for number in numbers.tolist()))
+    keys = hashed([zlib.crc32(name.encode()) for name in names], 0)
+    return np.argsort(keys, kind="stable")
+
+
+def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
+    """The plan of some of a plan's samples; the others are `unused`.
+
+    Args:
+        own: (N,) which samples; of each unit all or none, because its images are counted for its first sample.
 
     Raises:
-        ValueError: one of them has no sample that fits a pack.
+        ValueError: none of them fits a pack.
     """
-    plans = []
-    for own in (~is_held_out, is_held_out):
-        part = replace(
-            plan,
-            sample_index=np.sort(plan.sample_index[own[plan.sample_index]]),
-            dropped=plan.dropped[own[plan.dropped]],
-            truncated=plan.truncated[own[plan.truncated]],
-            unused=np.flatnonzero(~own),
+    if plan.unit is not None:
+        _, first, unit = np.unique(plan.unit, return_index=True, return_inverse=True)
+        assert (own[first][unit] == own).all()
+    part = replace(
+        plan,
+        sample_index=np.sort(plan.sample_index[own[plan.sample_index]]),
+        dropped=plan.dropped[own[plan.dropped]],
+        truncated=plan.truncated[own[plan.truncated]],
+        unused=np.flatnonzero(~own),
+    )
+    if not len(part.sample_index):
+        raise ValueError(
+            f"none of the {counted(int(own.sum()), 'row')} to train on, or held out (--val-size), fits a pack; choose "
+            "more rows, or pack with a larger --capacity"
         )
-        if not len(part.sample_index):
-            raise ValueError(
-                "--val-size (val_size): all rows of one side are dropped, because they are longer than a pack; hold "
-                "out more rows, or pack with a larger --capacity"
-            )
-        plans.append(assigned(part, plan.seed))
-    return plans[0], plans[1]
+    return assigned(part, plan.seed)

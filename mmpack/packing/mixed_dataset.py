@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,15 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmpack.packing.cost import costs_of
+from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
-from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.mixed_samples import MixedSamples
-from mmpack.packing.mixture import By, check_alike, mixture_of, union_of
+from mmpack.packing.mixture import By, check_alike, check_weights, mixture_of, union_of
 from mmpack.packing.split_documents import SplitSamples
+from mmpack.packing.stream import PackStream
 from mmpack.packing.truncate import truncate_sample
 from mmpack.types import PackPlan
 
+_log = logging.getLogger(__name__)
 _TEXT_SETTINGS = ("the tokenizer", "typed_tokens", "template_args")
 
 
@@ -48,7 +50,13 @@ class MixedDataset(PackedDataset):
         opened = {name: (_opened(source), weight) for name, (source, weight) in sources.items()}
         _check({name: one for name, (one, _) in opened.items()})
         samples = MixedSamples({name: one.samples for name, (one, _) in opened.items()})
-        plans = {name: (one.plan, weight) for name, (one, weight) in opened.items()}
+        plans = {name: (_by_samples(one), weight) for name, (one, weight) in opened.items()}
+        grouped = [name for name, (one, _) in opened.items() if one.plan.unit is not None]
+        if grouped:
+            _log.warning(
+                f"packed with --group-images (group_images): {', '.join(grouped)}; a mixture plans each row by itself, so "
+                "rows of one image are not kept together"
+            )
         if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
             cost = costs_of_sources([one for one, _ in opened.values()], cost)
         costs = None if cost is None else np.asarray(cost)
@@ -123,7 +131,22 @@ class MixedDataset(PackedDataset):
 
 
 def _opened(source: PackedDataset | str | os.PathLike[str]) -> PackedDataset:
+    if isinstance(source, PackStream):
+        raise ValueError(
+            "a PackStream cannot be mixed, because its sizes are not known; mix its rows: "
+            "PackStream({name: (rows, weight), ...}, ...), or pack them with mmpack pack"
+        )
     return source if isinstance(source, PackedDataset) else PackedDataset.from_store(source)
+
+
+def _by_samples(source: PackedDataset) -> PackPlan:
+    """The plan of a source without units, with the patches of every sample by itself."""
+    plan, patches = source.plan, source.plan.num_patches
+    if plan.unit is not None and patches is not None:
+        alone = sizes_of(source.samples)[1]
+        alone[plan.truncated] = patches[plan.truncated]
+        patches = alone
+    return replace(plan, unit=None, num_patches=patches)
 
 
 def joined(sources: Mapping[str, PackedDataset]) -> PackedDataset:
@@ -134,7 +157,7 @@ def joined(sources: Mapping[str, PackedDataset]) -> PackedDataset:
     """
     _check(sources)
     samples = MixedSamples({name: one.samples for name, one in sources.items()})
-    dataset = PackedDataset(samples, union_of([one.plan for one in sources.values()]))
+    dataset = PackedDataset(samples, union_of([_by_samples(one) for one in sources.values()]))
     dataset.media_folders = _folders(list(sources.values()))
     return dataset
 
@@ -152,11 +175,8 @@ def _check(sources: Mapping[str, PackedDataset]) -> None:
     Raises:
         ValueError: there are no sources, a name is not usable, or sources were not packed alike.
     """
-    if not sources:
-        raise ValueError("a mixture needs at least one source")
+    check_weights(dict.fromkeys(sources, 1))
     for name, one in sources.items():
-        if not isinstance(name, str) or not name or MIX_MARK in name:
-            raise ValueError(f"a source's name must be a text without {MIX_MARK}, got {name!r}")
         if isinstance(one, MixedDataset):
             raise ValueError(f"the source {name!r} is a mixture itself; mix its sources instead")
         if not len(one.samples):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.errors import counted
+from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_stats import share_spread
 from mmpack.packing.plan import assigned, quantised
 from mmpack.packing.stream_select import hashed
@@ -108,7 +109,15 @@ class Mixture:
     def _shortened(self, chosen: list[Int64], tokens: int) -> list[Int64]:
         """The samples of an epoch without the last ones, of at least this many tokens, of sources that are not
         whole."""
-        partial = [n for n, source in enumerate(self.sources) if not source.is_whole]
+        partial = [
+            n for n, source in enumerate(self.sources) if not source.is_whole and len(chosen[n])
+        ]
+        if (
+            not partial
+        ):  # the sizes of whole passes are those of every epoch, and so is their number of packs
+            raise ValueError(
+                "an epoch of the mixture has more packs than the first; pack its sources again"
+            )
         total = sum(self.sources[n].budget for n in partial)
         kept = list(chosen)
         for n in partial:
@@ -227,12 +236,7 @@ def mixture_of(
         raise ValueError(f"--mix-by (by) must be 'tokens' or 'samples', got {by!r}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-    for name, (_, weight) in plans.items():
-        if not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
-            raise ValueError(
-                f"--mix (sources): the weight of {name!r} is {weight!r}, not a positive number; to leave a source "
-                "out, leave it out of the data"
-            )
+    check_weights({name: weight for name, (_, weight) in plans.items()})
     first = next(iter(plans.values()))[0]
     if epoch_tokens is not None and epoch_tokens < first.capacity:
         raise ValueError(
@@ -310,6 +314,23 @@ def _epoch_costs(costs: NDArray[Any], sources: Sequence[MixSource]) -> Int64:
     """Costs as integers whose sum over an epoch is about 2^52."""
     total = sum(source.passes * math.fsum(costs[source.numbers]) for source in sources)
     return quantised(costs, len(costs), total)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """
+    Raises:
+        ValueError: there are none, a name is not usable, or a weight is not a positive number.
+    """
+    if not weights:
+        raise ValueError("a mixture needs at least one source")
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not name or MIX_MARK in name:
+            raise ValueError(f"a source's name must be a text without {MIX_MARK}, got {name!r}")
+        if not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
+            raise ValueError(
+                f"--mix (sources): the weight of {name!r} is {weight!r}, not a positive number; to leave a source "
+                "out, leave it out of the data"
+            )
 
 
 def check_alike(first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]) -> None:

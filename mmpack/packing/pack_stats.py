@@ -47,12 +47,16 @@ def rank_imbalance(
     return float((costs.max(axis=1) / costs.mean(axis=1)).mean()) if len(costs) else 1.0
 
 
-def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
+def cost_floor(
+    plan: PackPlan, cost: NDArray[Any], pack_cost: NDArray[Any] | None = None
+) -> Float64:
     """The lowest possible cost of each pack: the mean, or its costliest sample if that costs more.
 
     Args:
         plan: a plan of N samples.
         cost: (N,) cost of each sample.
+        pack_cost: (num_packs,) cost of each pack (`mmpack.packing.sample_images.pack_costs`); default: the sum of its
+            samples', which counts an image again for each of them.
 
     Returns:
         (num_packs,) float64, in the unit of `cost`.
@@ -66,16 +70,20 @@ def cost_floor(plan: PackPlan, cost: NDArray[Any]) -> Float64:
         return np.empty(0)
     costs = np.asarray(cost, dtype=np.float64)[plan.sample_index]
     costliest = np.maximum.reduceat(costs, plan.bin_offsets[:-1])
-    floor: Float64 = np.maximum(costliest, costs.sum() / plan.num_packs)
+    total = costs.sum() if pack_cost is None else np.asarray(pack_cost, dtype=np.float64).sum()
+    floor: Float64 = np.maximum(costliest, total / plan.num_packs)
     return floor
 
 
-def busiest(plan: PackPlan, cost: NDArray[Any]) -> tuple[float, float]:
+def busiest(
+    plan: PackPlan, cost: NDArray[Any], pack_cost: NDArray[Any] | None = None
+) -> tuple[float, float]:
     """The cost of the costliest pack and its lower bound, both relative to the mean pack.
 
     Args:
         plan: a plan of N samples.
         cost: (N,) cost of each sample.
+        pack_cost: as in `cost_floor`.
 
     Returns:
         (cost, floor): the floor is the larger of 1 and the costliest sample's cost. Plans are further above it if
@@ -87,7 +95,7 @@ def busiest(plan: PackPlan, cost: NDArray[Any]) -> tuple[float, float]:
     if len(cost) != len(plan.num_tokens):
         raise ValueError(f"{len(cost)} costs for a plan of {len(plan.num_tokens)} samples")
     costs = np.asarray(cost, dtype=np.float64)
-    packs = plan.totals(costs)
+    packs = plan.totals(costs) if pack_cost is None else np.asarray(pack_cost, dtype=np.float64)
     if not packs.any():
         return 1.0, 1.0
     floor = max(1.0, costs[plan.sample_index].max() / packs.mean())

@@ -8,33 +8,25 @@ needs only sizes, so a million samples are planned without reading one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mmpack import _native
 from mmpack.errors import counted
-from mmpack.packing.cost import costs_of, sizes_of
-from mmpack.packing.overflow import (
-    TOO_LONG_ADVICE,
-    OnOverflow,
-    fit_sample,
-    is_too_long,
-    tell_overflow,
-)
-from mmpack.types import EncodedSample, Int64, PackPlan
+from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, is_too_long, tell_overflow
+from mmpack.types import Int64, PackPlan
 
 
 def plan_packs(
     num_tokens: ArrayLike,
     capacity: int,
+    cost: ArrayLike | None = None,
     *,
     num_patches: ArrayLike | None = None,
     patch_capacity: int | None = None,
-    cost: ArrayLike | None = None,
+    unit: ArrayLike | None = None,
     seed: int = 0,
     on_overflow: OnOverflow = "error",
 ) -> PackPlan:
@@ -43,13 +35,16 @@ def plan_packs(
     Args:
         num_tokens: (N,) tokens of each sample, placeholders included.
         capacity: maximum tokens per pack.
-        num_patches: (N,) vision patches of each sample; needed with `patch_capacity`.
-        patch_capacity: maximum patches per pack, which bounds the vision tower's memory.
         cost: (N,) cost of each sample, in any unit (`mmpack.packing.cost.sample_flops`), not negative. The planner
             then searches, for a bounded time, for packs that each cost at most 1/400 more than the larger of the
             mean and the pack's costliest sample. Capacities are never exceeded. There may be more packs than
             without costs, down to 99.5 % full, or 97 % if fewer packs cannot cost the same;
             `mmpack.packing.pack_stats.busiest` measures the result.
+        num_patches: (N,) vision patches of each sample; needed with `patch_capacity`.
+        patch_capacity: maximum patches per pack, which bounds the vision tower's memory.
+        unit: (N,) integers; samples of equal number are planned as one, and share a pack in every epoch. Default: each
+            sample is a unit. `PackedDataset.from_samples(group_images=True)` makes units of samples that show the
+            same images.
         seed: decides the order of packs, and of samples of equal size. The same arguments give the same plan on
             every machine.
         on_overflow: what to do with a sample that exceeds a pack. "error" raises; "drop" leaves it out, lists
@@ -60,26 +55,28 @@ def plan_packs(
         The plan: every sample that is not dropped is in exactly one pack, and no capacity is exceeded.
 
     Raises:
-        ValueError: sizes, costs or capacities are invalid, or a sample is too long and `on_overflow` is "error";
-            the message counts the samples and names the longest.
+        ValueError: sizes, costs or capacities are invalid, a unit does not fit a pack, or a sample is too long and
+            `on_overflow` is "error"; the message counts the samples and names the longest.
     """
-    plan = _plan_sizes(num_tokens, capacity, num_patches, patch_capacity, cost, seed, on_overflow)
+    limits = capacity, patch_capacity
+    plan = plan_sizes(num_tokens, num_patches, cost, unit, limits, seed, on_overflow)
     for fate, numbers in (("left out", plan.dropped), ("planned at the capacity", plan.truncated)):
-        room = _room(capacity, patch_capacity)
+        room = room_of(capacity, patch_capacity)
         tell_overflow(fate, numbers.tolist(), "sample {}".format, len(plan.num_tokens), room)
     return plan
 
 
-def _plan_sizes(
+def plan_sizes(
     num_tokens: ArrayLike,
-    capacity: int,
     num_patches: ArrayLike | None,
-    patch_capacity: int | None,
     cost: ArrayLike | None,
+    unit: ArrayLike | None,
+    limits: tuple[int, int | None],
     seed: int,
     on_overflow: OnOverflow,
 ) -> PackPlan:
-    """`plan_packs`, which also tells what it left out."""
+    """`plan_packs`, which also tells what it left out. `limits`: capacity and patch capacity."""
+    capacity, patch_capacity = limits
     tokens = _sizes(num_tokens, "num_tokens")
     patches = None if num_patches is None else _sizes(num_patches, "num_patches")
     if capacity < 1 or (patch_capacity is not None and patch_capacity < 1):
@@ -108,65 +105,21 @@ def _plan_sizes(
     elif len(overflow):
         raise ValueError(_overflow_message(tokens, patches, overflow, capacity, patch_capacity))
 
-    return assigned(
-        PackPlan(
-            sample_index=keep,
-            bin_offsets=np.empty(0, dtype=np.int64),
-            pack_tokens=np.empty(0, dtype=np.int64),
-            capacity=capacity,
-            patch_capacity=patch_capacity,
-            dropped=overflow if on_overflow == "drop" else overflow[:0],
-            truncated=overflow if on_overflow == "truncate" else overflow[:0],
-            num_tokens=tokens,
-            num_patches=patches,
-            cost=None if cost is None else quantised(cost, len(tokens)),
-            seed=seed,
-        ),
-        seed,
+    plan = PackPlan(
+        sample_index=keep,
+        bin_offsets=np.empty(0, dtype=np.int64),
+        pack_tokens=np.empty(0, dtype=np.int64),
+        capacity=capacity,
+        patch_capacity=patch_capacity,
+        dropped=overflow if on_overflow == "drop" else overflow[:0],
+        truncated=overflow if on_overflow == "truncate" else overflow[:0],
+        num_tokens=tokens,
+        num_patches=patches,
+        cost=None if cost is None else quantised(cost, len(tokens)),
+        seed=seed,
+        unit=None if unit is None else _checked_units(unit, len(tokens)),
     )
-
-
-def plan_samples(
-    samples: Sequence[EncodedSample],
-    capacity: int,
-    patch_capacity: int | None,
-    on_overflow: OnOverflow,
-    seed: int,
-    cost: Any = None,
-) -> PackPlan:
-    """Like `plan_packs`, for samples, so that truncated samples are planned with their exact length. `cost` as in
-    `PackedDataset.from_samples`."""
-    num_tokens, num_patches = sizes_of(samples)
-    too_long = is_too_long(num_tokens, num_patches, capacity, patch_capacity)
-    overflow = np.flatnonzero(too_long).tolist()
-    truncated = {}
-    if overflow and on_overflow == "error":
-        longest = max(overflow, key=lambda n: (int(num_tokens[n]), int(num_patches[n])))
-        sample = samples[longest]
-        raise ValueError(
-            f"too long for a pack of {_room(capacity, patch_capacity)}: {len(overflow):,} of {counted(len(samples), 'sample')}; the longest, "
-            f"row {sample.row} of {sample.source}, has {num_tokens[longest]:,} tokens and "
-            f"{num_patches[longest]:,} patches; {TOO_LONG_ADVICE}"
-        )
-    if on_overflow == "truncate":
-        for number in overflow:
-            # A sample that would lose its answer keeps its size and is dropped.
-            for cut in fit_sample(samples[number], capacity, patch_capacity, "truncate"):
-                num_tokens[number], num_patches[number] = cut.num_tokens, cut.num_patches
-                truncated[number] = cut
-    if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
-        config, cost = cost, costs_of(samples, cost)
-        if truncated:
-            cost[list(truncated)] = costs_of(list(truncated.values()), config)
-    how: OnOverflow = "drop" if on_overflow == "truncate" else on_overflow
-    plan = _plan_sizes(num_tokens, capacity, num_patches, patch_capacity, cost, seed, how)
-
-    def name(number: int) -> str:
-        return f"row {samples[number].row} of {samples[number].source}"
-
-    for fate, numbers in (("left out", plan.dropped.tolist()), ("cut", list(truncated))):
-        tell_overflow(fate, numbers, name, len(samples), _room(capacity, patch_capacity))
-    return replace(plan, truncated=np.array(list(truncated), dtype=np.int64))
+    return assigned(plan, seed)
 
 
 def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
@@ -198,19 +151,65 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
 
 
 def assigned(plan: PackPlan, seed: int) -> PackPlan:
-    """The plan with the samples in `sample_index`, which may occur several times, assigned to packs."""
-    keep = plan.sample_index
-    cost = None if plan.cost is None else plan.cost[keep]
+    """The plan with the samples in `sample_index` assigned to packs, by units if it has any; without units, a sample
+    may occur several times."""
+    members, starts = _by_unit(plan)
+
+    def of_units(values: Int64) -> Int64:
+        sums: Int64 = values[members]
+        return sums if plan.unit is None or not len(starts) else np.add.reduceat(sums, starts)
+
+    tokens = of_units(plan.num_tokens)
+    patches = None if plan.num_patches is None else of_units(plan.num_patches)
+    cost = None if plan.cost is None else of_units(plan.cost)
+    for name, sizes, most in (
+        ("tokens", tokens, plan.capacity),
+        ("patches", patches, plan.patch_capacity),
+    ):
+        if plan.unit is not None and sizes is not None and len(sizes) and sizes.max() > most:
+            largest = int(sizes.argmax())
+            number = plan.unit[members[starts[largest]]]
+            raise ValueError(
+                f"unit {number} has {sizes[largest]:,} {name} in all its samples, but a pack holds {most:,}; only "
+                "samples that fit a pack together can be a unit"
+            )
     order, bin_offsets = _native.plan(
-        plan.num_tokens[keep],
+        tokens,
         plan.capacity,
-        None if plan.num_patches is None else plan.num_patches[keep],
+        patches,
         plan.patch_capacity or 0,
         cost if cost is not None and cost.any() else None,
         seed,
     )
-    planned = replace(plan, sample_index=keep[order], bin_offsets=bin_offsets)
+    if plan.unit is not None:
+        lengths = np.diff(np.append(starts, len(members)))[order]
+        ends = np.concatenate([[0], lengths.cumsum()])
+        bin_offsets = ends[bin_offsets]
+        order = np.repeat(starts[order] - ends[:-1], lengths) + np.arange(len(members))
+    planned = replace(plan, sample_index=members[order], bin_offsets=bin_offsets)
     return replace(planned, pack_tokens=planned.totals(plan.num_tokens))
+
+
+def _by_unit(plan: PackPlan) -> tuple[Int64, Int64]:
+    """(planned samples, ordered by unit; where each unit begins among them)."""
+    if plan.unit is None:
+        return plan.sample_index, np.arange(len(plan.sample_index))
+    units = plan.unit[plan.sample_index]
+    order = np.argsort(units, kind="stable")
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = np.diff(units[order]) != 0
+    return plan.sample_index[order], np.flatnonzero(is_first)
+
+
+def _checked_units(unit: ArrayLike, num_samples: int) -> Int64:
+    units = np.asarray(unit)
+    if units.shape != (num_samples,) or not (
+        units.size == 0 or np.issubdtype(units.dtype, np.integer)
+    ):
+        raise ValueError(
+            f"unit must be a flat array of {num_samples} integers, got {units.dtype} {units.shape}"
+        )
+    return units.astype(np.int64)
 
 
 def quantised(cost: ArrayLike, num_samples: int, total: float | None = None) -> Int64:
@@ -241,7 +240,8 @@ def padded_utilization(num_tokens: ArrayLike, batch_size: int = 8, seed: int = 0
     return float(tokens.sum()) / room if room else 1.0
 
 
-def _room(capacity: int, patch_capacity: int | None) -> str:
+def room_of(capacity: int, patch_capacity: int | None) -> str:
+    """A pack's limits in words."""
     patches = "" if patch_capacity is None else f" and {patch_capacity:,} patches"
     return f"{capacity:,} tokens{patches}"
 

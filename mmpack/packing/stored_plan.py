@@ -62,6 +62,8 @@ def open_samples(
         if planned.shape == known.shape and plan.num_truncated:
             known = known.copy()
             known[plan.truncated] = planned[plan.truncated]
+        if planned is plan.num_patches and plan.unit is not None and planned.shape == known.shape:
+            known = np.minimum(known, planned)  # an image counts once in its unit
         if not np.array_equal(planned, known):
             raise ValueError(f"{folder} has a plan for other samples; pack again with --overwrite")
     return samples, plan, store.about.media_folders

@@ -12,6 +12,7 @@ carries its shard's state after it, `PackSamples.resume`, and `consume` makes th
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,14 +22,16 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmpack.data.encoder import Encoder
+from mmpack.data.readers import media_folders
 from mmpack.errors import BadRow, OnError, Skip, check_on_error, count_reason, counted, counting
 from mmpack.packing import overflow
 from mmpack.packing.left_out import BadRowFile, as_line
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.stream_shard import Recipe, Shard
+from mmpack.packing.stream_rows import Recipe, row_sources
+from mmpack.packing.stream_shard import Shard
 
+_log = logging.getLogger(__name__)
 _ADVICE = (
     "rows are dealt by number, so some would be lost and others repeated; the source must give every "
     "worker of every rank all rows in one order: remove its own split (WebDataset: nodesplitter=None), "
@@ -47,8 +50,10 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     Args:
         source: an iterable of rows as in `Encoder.read` (such as a `datasets.IterableDataset`), of `Sample`s or of
             `EncodedSample`s; or a function that returns one (`lambda: encoder.read(path)`). An iterator only lasts
-            for one pass.
-        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s.
+            for one pass. A mixture is a dict, name -> (source, weight): weights are shares of tokens, a source that ends
+            begins again, and the stream has no end.
+        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Of a mixture also a dict,
+            name -> encoder, so that each source has its own stage.
         capacity: maximum tokens per pack.
         cost: the config of the model to train; packs then cost the same, as far as the buffer allows.
         buffer: number of samples to choose from.
@@ -96,14 +101,16 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self.source, self.capacity, self.buffer, self.seed = source, capacity, buffer, seed
         self.patch_capacity, self.on_overflow = patch_capacity, on_overflow
         self._config = cost
-        self._encoder = None if encoder is None else Encoder.of(encoder, cost)
-        self._group = None
-        if self._encoder is not None:
-            overflow.check_split(on_overflow, self._encoder.stage)
-            on_error = self._encoder.on_error if on_error is None else on_error
-            (self._group,) = self._encoder.groups(iter(()))  # for its media folders
-            if self._encoder.media_dir is not None:
-                self._media = self._group.folders
+        self._row_sources = row_sources(source, encoder, cost, on_overflow)
+        encoders = [one.encoder for one in self._row_sources if one.encoder is not None]
+        if encoders and on_error is None:
+            on_error = encoders[0].on_error
+        if any(one.media_dir is not None for one in encoders):
+            groups = [one.group for one in self._row_sources if one.group is not None]
+            if len(groups) == 1:
+                self._media = groups[0].folders
+            else:
+                self.media_folders = media_folders(groups)
         check_on_error(on_error or "raise")
         self.on_error: OnError = "raise" if on_error is None else counting(on_error)
         self.bad_rows_file: str | os.PathLike[str] | None = None
@@ -134,7 +141,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     def num_bad_rows(self) -> int:
         """Rows that `on_error` left out of this rank's part, up to the packs consumed so far, in all passes and also
         before the run was resumed."""
-        return sum(sum(place["errors"]["reasons"].values()) for place in self._consumed.values())
+        sources = [one for place in self._consumed.values() for one in place["sources"]]
+        return sum(sum(one["errors"]["reasons"].values()) for one in sources)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the pass over the source with which the next iteration begins. An endless stream counts passes
@@ -155,7 +163,11 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._workers = place.pop("workers")
         worker = place.pop("worker")
         for other, seen in self._consumed.items():
-            if seen["pass"] == place["pass"] and seen.get("rows", place["rows"]) != place["rows"]:
+            both = [
+                ({a["rows"], b["rows"]} - {None}, a["pass"] == b["pass"])
+                for a, b in zip(seen["sources"], place["sources"])
+            ]
+            if any(is_same_pass and len(rows) > 1 for rows, is_same_pass in both):
                 raise ValueError(
                     f"worker {worker} reads other rows of the source than worker {other}: {_ADVICE}"
                 )
@@ -169,8 +181,14 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         Raises:
             ValueError: two ranks read different rows; raised on all ranks.
         """
-        ranks: list[dict[int, int]] = [{}] * dist.get_world_size()
-        own = {place["pass"]: place["rows"] for place in self._consumed.values() if "rows" in place}
+        ranks: list[dict[tuple[int, int], int]] = [{}] * dist.get_world_size()
+        places = [enumerate(place["sources"]) for place in self._consumed.values()]
+        own = {
+            (n, one["pass"]): one["rows"]
+            for place in places
+            for n, one in place
+            if one["rows"] is not None
+        }
         dist.all_gather_object(ranks, own)
         for rank, seen in enumerate(ranks):
             for other, known in enumerate(ranks[:rank]):
@@ -211,6 +229,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         names = ("capacity", "patch_capacity", "buffer", "on_overflow", "seed", "source_weights")
         costed = self._config is not None
         settings = {name: getattr(self, name) for name in names}
+        mixture = {one.name: float(one.weight) for one in self._row_sources if one.name}
+        settings |= {"mixture": mixture} if mixture else {}
         return {**settings, "cost": costed, "rank": self._rank, "ranks": self._world}
 
     def __iter__(self) -> Iterator[PackSamples]:
@@ -235,21 +255,30 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
                 bad_rows = shard.take_bad_rows()
                 resume = {"worker": worker, "workers": workers, **shard.place()}
                 if bad_rows:
-                    left_out = [as_line(bad, shard.number_of_pass) for bad in bad_rows]
+                    left_out = [as_line(bad, number) for number, bad in bad_rows]
                     if info is None:
-                        self._list(left_out, bad_rows)
+                        self._list(left_out, [bad for _, bad in bad_rows])
                     else:  # the process that trains lists them
                         resume["left out"] = left_out
                 yield self._item(samples, json.dumps(resume).encode())
+            if alone := shard.take_bad_rows():  # the pass had no pack that could carry them
+                if info is None:
+                    lines = [as_line(bad, number) for number, bad in alone]
+                    self._list(lines, [bad for _, bad in alone])
+                else:
+                    _log.warning(
+                        "worker %d left out all of its rows, %s, and has no pack to list them with; the first: %s",
+                        number,
+                        f"{len(alone):,}",
+                        alone[0][1],
+                    )
             first, place = shard.number_of_pass + 1, None
             if not (self.endless and shard.num_entered):
                 return
 
     def _recipe(self) -> Recipe:
         return Recipe(
-            source=self.source,
-            encoder=self._encoder,
-            group=self._group,
+            sources=self._row_sources,
             on_error=self.on_error,
             cost=self._config,
             capacity=self.capacity,

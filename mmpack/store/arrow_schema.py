@@ -29,6 +29,7 @@ _VIDEO = {
     "listed": pyarrow.int32(),  # number of frames given as images; 0: one video file
     "num_frames": pyarrow.int32(),
     "fps": pyarrow.float64(),
+    "folder": pyarrow.string(),  # whose pictures are the frames; null: none is named
 }
 _POSITION = {"offset": pyarrow.int64(), "length": pyarrow.int64()}  # in media.bin, in bytes
 _FLOATS = ("fps", "video_start", "video_end")
@@ -137,7 +138,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
 
 def with_offsets(batch: Any, offsets: Int64) -> bytes:
     """The rows of a `Batch`, which was read, with offsets in `media.bin`: `offsets[n]` for its n-th medium."""
-    inside, numbers, lengths = _position_arrays(batch["in_media"])
+    inside, numbers, lengths = position_arrays(batch["in_media"])
     return _replaced(batch, _positions(offsets[numbers], lengths, ~inside))
 
 
@@ -147,7 +148,7 @@ def with_media(
     """The `Batch` of which these rows of a store were made; None if `contents`, as in `sample_of`, has not all of
     its media."""
     batch = read_batch(rows)
-    inside, offsets, lengths = _position_arrays(batch["in_media"])
+    inside, offsets, lengths = position_arrays(batch["in_media"])
     if not inside.any():
         return Batch(rows.to_pybytes(), {})
     positions = list(zip(offsets.tolist(), lengths.tolist()))
@@ -171,7 +172,7 @@ def _replaced(batch: Any, positions: pyarrow.StructArray) -> bytes:
     return rows
 
 
-def _position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
+def position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
     """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are not
     in it, 0."""
     values = column.values
@@ -208,7 +209,7 @@ def _bytes(image: ImageRef) -> bytes | None:
     return None if image.data is None else images.encoded_bytes(image)
 
 
-_REQUIRED = {"videos": len(_VIDEO) - 1, "in_media": 2, "options": 1}  # first fields, never null
+_REQUIRED = {"videos": 3, "in_media": 2, "options": 1}  # first fields, never null
 
 
 def read_batch(data: Any) -> Any:
@@ -329,9 +330,7 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Me
         end = begin + max(listed, 1)
         file = files[begin]
         frames = files[begin:end] if listed else ()
-        media.append(
-            VideoRef(
-                file.path, None if listed else file.data, frames, video["num_frames"], video["fps"]
-            )
-        )
+        data = None if listed else file.data
+        known = {name: video[name] for name in ("num_frames", "fps", "folder")}
+        media.append(VideoRef(file.path, data, frames, **known))
     return [*media, *files[end:]]

@@ -260,14 +260,23 @@ def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def why_outdated(
     store: EncodedStore, parts: Mapping[str, str], look_at_images: bool = True
 ) -> list[str]:
-    """Why a store is out of date: the names of parts that differ, or the first image that changed since
-    `about.begun`. Empty if the store can be reused."""
+    """Why a store is out of date: the names of parts that differ, or the first image or folder of frames that
+    changed since `about.begun`. Empty if the store can be reused."""
     names = different(store.about.made_from, parts)
-    for path in () if names or not look_at_images else sorted(set(store.image_paths())):
+    if names or not look_at_images:
+        return names
+    images = sorted(set(store.image_paths()))
+    folders = sorted(
+        set(store.frame_folders())
+    )  # a frame that is added or removed changes its folder
+    for path, stat in [
+        *((one, regular_stat) for one in images),
+        *((one, os.stat) for one in folders),
+    ]:
         try:
-            found = regular_stat(path)
+            found = stat(path)
         except (OSError, ValueError):  # not a regular file, or an invalid name
             return [path]
         if max(found.st_mtime_ns, found.st_ctime_ns) > store.about.begun:
             return [path]
-    return names
+    return []

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks, item_at
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
+from mmpack.store import media_rows
 from mmpack.store.arrow_schema import (
     SCHEMA,
     SIZES,
@@ -139,8 +140,17 @@ class EncodedStore(Sequence[EncodedSample]):
     def image_paths(self) -> Iterator[str]:
         """Paths of all image and video files, with duplicates."""
         for n in range(self.num_batches):
-            _, _, _, paths, at, *_ = self._columns(n)
-            yield from paths.flatten().filter(at.flatten().is_null()).unique().to_pylist()
+            yield from media_rows.image_paths(self._columns(n))
+
+    def frame_folders(self) -> Iterator[str]:
+        """Folders whose pictures are the frames of a video, with duplicates."""
+        for n in range(self.num_batches):
+            yield from media_rows.frame_folders(self._columns(n))
+
+    def media_rows(self) -> Iterator[media_rows.MediaRows]:
+        """The images and videos of each batch's rows."""
+        for n in range(self.num_batches):
+            yield media_rows.media_rows(self._columns(n))
 
     def batches(self) -> Iterator[Batch]:
         """The batches that were given to `write_batches`.

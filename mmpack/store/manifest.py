@@ -36,6 +36,7 @@ class Planning:
     max_image_share: float | None = None
     on_overflow: str = "error"
     plan_seed: Annotated[int, range(1 << 64)] = 0
+    group_images: bool = False
     config: str | None = None
     frozen: tuple[str, ...] = ()
     val_size: float | None = None
@@ -78,6 +79,8 @@ class About:
         tokenizer: the tokenizer's folder, or `hf:owner/name@commit`.
         planning: how the samples were packed; None: unknown.
         part: which part of a store this is; None: the whole store.
+        limits: files of a `dataset_info.json` entry, joined by "/" -> (num_samples, max_samples) of rows that are
+            planned; 0: no limit.
     """
 
     begun: int = 0
@@ -87,6 +90,9 @@ class About:
     tokenizer: str | None = None
     planning: Planning | None = None
     part: Part | None = None
+    limits: dict[str, tuple[Annotated[int, _COUNT], Annotated[int, _COUNT]]] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ _ARRAYS: dict[str, ArrayType] = {
     "num_tokens": ("int64", ("N",)),
     "num_patches?": ("int64", ("N",)),
     "cost?": ("int64", ("N",)),
+    "unit?": ("int64", ("N",)),
 }
 _VALUES = {
     "capacity": range(1, 1 << 63),
@@ -50,7 +51,7 @@ def load_plan(folder: str | os.PathLike[str], name: str = "plan") -> PackPlan:
         ValueError: it is damaged or not a valid plan: a sample is missing or in two packs, or a pack is too full.
     """
     arrays, values = load_arrays(folder, name, _ARRAYS, _VALUES)
-    plan = PackPlan(**{"num_patches": None, "cost": None, **arrays, **values})
+    plan = PackPlan(**{"num_patches": None, "cost": None, "unit": None, **arrays, **values})
     if flaw := _flaw(plan):
         raise damaged(Path(folder) / f"{name}.json", flaw)
     return plan
@@ -90,4 +91,11 @@ def _flaw(plan: PackPlan) -> str:
             return f"a pack has more {name} than its capacity of {capacity:,}"
         if name == "tokens" and not np.array_equal(plan.pack_tokens, totals):
             return "pack_tokens are not the sums of the packs' num_tokens"
+    if plan.unit is not None:
+        packs = np.repeat(np.arange(plan.num_packs), np.diff(offsets))
+        units = plan.unit[order]
+        by_unit = np.argsort(units, kind="stable")
+        is_split = (np.diff(units[by_unit]) == 0) & (np.diff(packs[by_unit]) != 0)
+        if is_split.any():
+            return f"unit {units[by_unit][:-1][is_split][0]} is in several packs"
     return ""

@@ -28,13 +28,13 @@ def files_of(media: Iterable[Media]) -> list[ImageRef]:
 
 def videos_of(media: Iterable[Media]) -> list[dict[str, Any]]:
     """The videos among the files. `place`: index of the file or of the first frame; `listed`: number of frames
-    given as images, 0 for a video file; `num_frames` and `fps` as in `VideoRef`."""
+    given as images, 0 for a video file; `num_frames`, `fps` and `folder` as in `VideoRef`."""
     videos, place = [], 0
     for ref in media:
         if isinstance(ref, VideoRef):
             listed, fps = len(ref.frames), None if ref.fps is None else float(ref.fps)
             video = {"place": place, "listed": listed, "num_frames": int(ref.num_frames)}
-            videos.append({**video, "fps": fps})
+            videos.append({**video, "fps": fps, "folder": ref.folder})
             place += max(listed, 1)
         else:
             place += 1

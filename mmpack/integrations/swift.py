@@ -1,0 +1,210 @@
+"""Packs in ms-swift's `swift sft` and `swift pt`, as a plugin (docs/ms_swift.md):
+
+    # packs.py, for `swift sft --dataset packed --external_plugins packs.py`
+    from mmpack.integrations.swift import install
+    install()
+
+ms-swift loads model and processor, adds adapters, freezes parts, makes optimizer, checkpoints and logs; `--dataset` and
+`--val_dataset` are folders of `mmpack pack`. From mmpack come the data sets, collator, loss, the patched model and
+`PackingCallback`.
+
+A plugin file of the user's, because ms-swift puts a plugin's folder first in `sys.path`, where this file would hide
+ms-swift itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from mmpack.hf.callbacks import PackingCallback
+from mmpack.hf.collator import PackCollator
+from mmpack.hf.model_patch import patch_model
+from mmpack.packing.dataset import PackedDataset
+
+try:
+    from swift.pipelines.train.sft import SwiftSft
+    from swift.trainers import Seq2SeqTrainer
+    from swift.trainers.trainer_factory import TrainerFactory
+except ModuleNotFoundError as error:
+    if str(error.name).partition(".")[0] != "swift":
+        raise
+    raise ModuleNotFoundError(
+        "mmpack.integrations.swift needs ms-swift 4, which is not installed; pip install ms-swift (the package swift "
+        "is something else)",
+        name=error.name,
+    ) from None
+
+__all__ = ["PackedTrainer", "install", "packs"]
+
+REPLACED = {  # what `packs` replaces -> why; tests/test_swift.py checks each
+    "SwiftSft._prepare_dataset": "it loads rows, tokenizes them and makes a data set of its own",
+    "TrainerFactory.TRAINER_MAPPING['causal_lm']": "ms-swift's table of trainer classes",
+}
+OVERRIDDEN = {  # methods of ms-swift's trainer that `PackedTrainer` replaces by transformers', or leaves out -> why
+    "get_train_dataloader": "it splits batches itself, without skipping packs when a run is resumed",
+    "_prepare_inputs": "it cuts labels to the rows that it asks logits of",
+    "compute_loss": "it needs logits, and the mean of a batch is weighted by a count that synchronizes with the device",
+    "template.register_post_encode_hook": "it embeds tokens before the model sees that a batch is packed",
+}
+
+_ENCODED = "the packs are encoded; "
+_PLANNED = "packs are planned before the trainer is made"
+_LOSS = "the loss is mmpack's"
+_OF_ROWS = (  # options that read or tokenize rows
+    "lazy_tokenize", "dataset_num_proc", "load_from_cache_file", "strict", "val_dataset_shuffle", "download_mode",
+    "shuffle_buffer_size", "stopping_strategy", "disable_auto_column_mapping", "custom_dataset_info", "model_name",
+    "model_author",
+)  # fmt: skip
+# Values that ms-swift gives options that the user leaves out.
+_FILLED_IN = {"truncation_strategy": "delete", "columns": {}, "lazy_tokenize": True}
+# Options that would do nothing, or not what they say: (why, what to do instead).
+REFUSED_OPTIONS = {
+    "packing": (_PLANNED, "leave it out"),
+    "padding_free": ("a pack has no padding", "leave it out"),
+    "streaming": ("packs are in a folder", "leave it out"),
+    "cached_dataset": ("it would be trained on instead", "pass the packed folder as --dataset"),
+    "cached_val_dataset": ("it holds rows", "pass a packed folder as --val_dataset"),
+    "split_dataset_ratio": ("packs are not split", "pack two sets, and pass --val_dataset"),
+    "interleave_prob": (_PLANNED, "leave it out"),
+    "columns": (_ENCODED + "fields are chosen when rows are packed", "pack with --column"),
+    "group_by_length": (_PLANNED, "leave it out"),
+    "system": (_ENCODED + "a system prompt would not apply", "write it into the rows"),
+    "truncation_strategy": (_ENCODED + "rows are cut when packed", "pack with --on-overflow"),
+    "max_pixels": (_ENCODED + "images are sized when packed", "pack with --max-pixels"),
+    "agent_template": (_ENCODED + "another template would not apply", "leave it out"),
+    "norm_bbox": (_ENCODED + "boxes are written when rows are packed", "leave it out"),
+    "response_prefix": (_ENCODED + "a prefix would not apply", "leave it out"),
+    "loss_scale": ("labels and weights are the packs'", "pack rows with weights"),
+    "loss_type": (_LOSS, "leave it out"),
+    "enable_dft_loss": (_LOSS, "leave it out, or use TRL with mmpack.integrations.trl"),
+    "enable_channel_loss": (_LOSS, "leave it out; pack/loss/NAME is logged for each source"),
+    "label_smoothing_factor": ("it needs the logits of every token", "leave it out"),
+    "eval_metric": ("it needs the logits of every token", "leave it out"),
+    "acc_strategy": ("token_acc needs logits, and is not logged", "leave it out"),
+    "predict_with_generate": ("packs hold answers, too", "leave it out"),
+    "use_logits_to_keep": ("only supervised tokens reach the head", "leave it out"),
+    "sequence_parallel_size": ("a pack is not split over ranks", "leave it out"),
+    "data_seed": ("the plan determines the order of packs", "pack with --plan-seed"),
+    "dataset_shuffle": ("the plan determines the order of packs", "leave it out"),
+    "train_dataloader_shuffle": ("the plan determines the order of packs", "leave it out"),
+    **dict.fromkeys(_OF_ROWS, ("no row is read", "leave it out")),
+    "tuner_backend": ("unsloth replaces the forwards that mmpack patches", "leave it out"),
+}
+
+
+class PackedTrainer(Seq2SeqTrainer):
+    """ms-swift's trainer on packs: its tuners, optimizers, checkpoints and logs, with transformers' loader and loss."""
+
+    def __init__(self, model: Any, args: Any, template: Any, **kwargs: Any) -> None:
+        args.data_seed = None  # of ms-swift's order of rows
+        super().__init__(patch_model(model), args, template, **kwargs)
+        self.template.register_post_encode_hook = _nothing
+        self.model_accepts_loss_kwargs = True
+        self.data_collator = PackCollator(model=self.model)
+        PackingCallback(self.train_dataset).attach(self)
+
+    def get_train_dataloader(self, skip_batches: int = 0) -> Any:
+        return Trainer.get_train_dataloader(self)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return Trainer._prepare_inputs(self, inputs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+@contextmanager
+def packs() -> Iterator[None]:
+    """ms-swift trains on packs inside; for a process that calls `sft_main` itself.
+
+    Raises:
+        ValueError: this ms-swift lacks a name of `REPLACED`.
+    """
+    mapping = getattr(TrainerFactory, "TRAINER_MAPPING", {})
+    if "causal_lm" not in mapping or "_prepare_dataset" not in vars(SwiftSft):
+        raise ValueError(
+            f"this ms-swift lacks one of {', '.join(REPLACED)}; use a version that docs/ms_swift.md lists"
+        )
+    trainer, prepare = mapping["causal_lm"], SwiftSft._prepare_dataset
+    mapping["causal_lm"] = f"{PackedTrainer.__module__}.{PackedTrainer.__qualname__}"
+    SwiftSft._prepare_dataset = _packed_sets
+    try:
+        yield
+    finally:
+        mapping["causal_lm"] = trainer
+        SwiftSft._prepare_dataset = prepare
+
+
+_for_good = ExitStack()  # its contexts last as long as the process
+
+
+def install() -> None:
+    """Make ms-swift train on packs from now on; for a file given to `--external_plugins`."""
+    if SwiftSft._prepare_dataset is not _packed_sets:
+        _for_good.enter_context(packs())
+
+
+def check_arguments(args: Any, capacity: int) -> None:
+    """Refuse options of `swift sft` that do not apply to packs.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    if hasattr(args, "rlhf_type") or args.task_type != "causal_lm":
+        kind = getattr(args, "rlhf_type", args.task_type)
+        raise ValueError(
+            f"mmpack trains swift sft and swift pt, not {kind}; leave the plugin of mmpack out"
+        )
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for one in fields(args)
+    }
+    for name, (why, advice) in REFUSED_OPTIONS.items():
+        value = getattr(args, name, None)
+        if value not in (defaults.get(name), _FILLED_IN.get(name)):
+            raise ValueError(f"--{name} {value} does not apply: {why}; {advice}")
+    longest = args.model_info.max_model_len
+    if args.max_length not in (None, longest, capacity):
+        raise ValueError(
+            f"--max_length {args.max_length} does not apply: the packs have up to {capacity:,} tokens; leave it out, "
+            f"or pack with --capacity {args.max_length}"
+        )
+
+
+def _packed_sets(self: Any) -> list[Any]:
+    """In place of ms-swift's `_prepare_dataset`: [training set, set to evaluate, a dict of several, or None]."""
+    args = self.args
+    if len(args.dataset) != 1:
+        raise ValueError(
+            f"--dataset has {len(args.dataset)} values ({' '.join(args.dataset)}); with mmpack's plugin pass one folder "
+            "of mmpack pack, which packs several files together"
+        )
+    train = _opened("--dataset", args.dataset[0])
+    check_arguments(args, train.capacity)
+    held_out = {Path(name).name: _opened("--val_dataset", name) for name in args.val_dataset}
+    if len(held_out) < len(args.val_dataset):
+        raise ValueError(
+            f"two folders of --val_dataset have one name ({' '.join(args.val_dataset)}); rename one"
+        )
+    if len(held_out) == 1:
+        return [train, *held_out.values()]
+    return [train, held_out or None]
+
+
+def _opened(option: str, name: str) -> PackedDataset:
+    if not (Path(name) / "mmpack.json").is_file():
+        raise ValueError(
+            f"{option} {name} is not a folder of mmpack pack, which mmpack's plugin needs; mmpack pack {name} "
+            "--tokenizer MODEL --capacity 8192 --out packed, then pass packed"
+        )
+    return PackedDataset.from_store(name)
+
+
+def _nothing(models: Any) -> None:
+    """In place of a template's hook that embeds tokens."""

@@ -1,0 +1,67 @@
+"""Columns of a store's batch -> the files of its images and videos, read without making samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpack.store.arrow_schema import SCHEMA, position_arrays
+from mmpack.types import Int32, Int64
+
+_GRIDS, _IMAGES, _AT, _VIDEOS, _OPTIONS = (
+    SCHEMA.get_field_index(name) for name in ("grid_thw", "images", "in_media", "videos", "options")
+)
+
+
+class MediaRows(NamedTuple):
+    """The images and videos of a batch's rows.
+
+    Attributes:
+        paths: distinct paths of the batch. path: (n,) the number in `paths` of each image, video or frame.
+        offset: (n,) its position in `media.bin`; -1: it is a file.
+        files: (rows + 1,) those of row r are `files[r] : files[r + 1]`.
+        grid_thw: (I, 3) of all markers. grids: (rows + 1,) those of row r are `grids[r] : grids[r + 1]`.
+        is_plain: (rows,) whether a row has only images, one per grid, without options.
+    """
+
+    paths: list[str]
+    path: Int64
+    offset: Int64
+    files: Int64
+    grid_thw: Int32
+    grids: Int64
+    is_plain: NDArray[np.bool_]
+
+
+def media_rows(columns: Sequence[Any]) -> MediaRows:
+    """The images and videos of a batch, from its columns, which were validated."""
+    encoded = columns[_IMAGES].values.dictionary_encode()
+    inside, offsets, _ = position_arrays(columns[_AT])
+    files = columns[_IMAGES].offsets.to_numpy().astype(np.int64)
+    grids = columns[_GRIDS].offsets.to_numpy().astype(np.int64) // 3
+    videos, options = (columns[n].value_lengths().to_numpy() for n in (_VIDEOS, _OPTIONS))
+    return MediaRows(
+        paths=encoded.dictionary.to_pylist(),
+        path=encoded.indices.to_numpy().astype(np.int64),
+        offset=np.where(inside, offsets, -1),
+        files=files,
+        grid_thw=columns[_GRIDS].values.to_numpy().reshape(-1, 3),
+        grids=grids,
+        is_plain=(videos == 0) & (options == 0) & (np.diff(files) == np.diff(grids)),
+    )
+
+
+def image_paths(columns: Sequence[Any]) -> list[str]:
+    """The distinct paths of a batch's image and video files."""
+    paths, is_file = columns[_IMAGES].flatten(), columns[_AT].flatten().is_null()
+    found: list[str] = paths.filter(is_file).unique().to_pylist()
+    return found
+
+
+def frame_folders(columns: Sequence[Any]) -> list[str]:
+    """The distinct folders of a batch whose pictures are the frames of a video."""
+    folders: list[str] = columns[_VIDEOS].flatten().field("folder").drop_null().unique().to_pylist()
+    return folders

@@ -1,0 +1,180 @@
+"""Mixtures of streams: shares of tokens, passes of each source, resuming, bad rows, what is refused."""
+
+import itertools
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_config, tiny_model
+from test_stream import delivered, pieces_of, sharegpt
+from test_stream import encoder as encoder  # a fixture
+from transformers import Trainer, TrainingArguments
+
+from mmpack import PackStream, Skip
+from mmpack.hf import PackCollator, PackingCallback, patch_model
+
+CONFIG = tiny_config(100, vision=SMALL_SPEC)
+
+
+def texts(count, mean, kind, seed=0):
+    """Samples of about `mean` tokens; the first says their kind, the second their number."""
+    rng = np.random.default_rng(seed)
+    return [
+        replace(encoded(SMALL_SPEC, kind, n % 80, *[2] * rng.integers(1, 2 * mean - 4)), row=n)
+        for n in range(count)
+    ]
+
+
+def sources(counts=(400, 90, 7)):
+    """Short and long texts, and a few images."""
+    images = [encoded(SMALL_SPEC, 7, n, (4, 4), *[4] * (3 + n)) for n in range(counts[2])]
+    return {
+        "short": (texts(counts[0], 10, 5), 0.5),
+        "long": (texts(counts[1], 40, 6, 1), 0.3),
+        "images": (images, 0.2),
+    }
+
+
+def tokens_of(item):
+    found = Counter()
+    for sample in item:
+        found[sample.source.partition("::")[0]] += sample.num_tokens
+    return found
+
+
+def test_each_source_has_its_share_of_the_tokens():
+    """To one longest row of what was read; of packs, up to what waits in the buffer."""
+    stream = PackStream(sources(), None, 256, CONFIG, buffer=50)
+    packs = list(itertools.islice(stream, 200))
+    shares = {"short": 0.5, "long": 0.3, "images": 0.2}
+    for pack in packs[:: len(packs) // 20]:
+        drawn = json.loads(pack.resume)["drawn"]
+        for (name, share), tokens in zip(shares.items(), drawn):
+            assert abs(tokens - share * sum(drawn)) <= 80, name
+    tokens = np.array([[tokens_of(pack)[name] for name in shares] for pack in packs])
+    assert tokens.sum() > 0.99 * 256 * len(packs)
+    windows = np.array([tokens[n : n + 100].sum(axis=0) for n in range(len(packs) - 99)])
+    off = np.abs(windows / windows.sum(axis=1, keepdims=True) - [*shares.values()]).max()
+    print(f"any 100 packs: shares off by {off:.4f}")
+    assert off <= 0.02 + 80 / 256 / 100
+
+
+def test_a_source_that_ends_begins_again_and_samples_come_equally_often():
+    stream = PackStream(sources((60, 9, 3)), None, 128, CONFIG, buffer=20)
+    seen = defaultdict(Counter)
+    for pack in itertools.islice(stream, 100):
+        for sample in pack:
+            seen[sample.source][int(sample.input_ids[1]), len(sample.input_ids)] += 1
+    assert {name.partition("::")[0] for name in seen} == {"short", "long", "images"}
+    for counts in seen.values():
+        assert max(counts.values()) - min(counts.values()) <= 21  # the buffer holds some
+
+
+@pytest.mark.parametrize(
+    "case", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 300))]
+)
+def test_a_mixture_continues_identically_from_any_point(case):
+    """Sources smaller than the buffer too, so that it holds samples of several passes."""
+    rng = random.Random(case)
+    counts = (rng.randint(2, 40), rng.randint(2, 12), rng.randint(2, 7))
+    workers, rank = rng.choice([0, 1, 2]), rng.choice([0, 1])
+    counts = tuple(max(n, 4 * max(1, workers)) for n in counts)
+    buffer, total = rng.choice([1, 5, 30]), 16
+    bad = encoded(SMALL_SPEC, 1, 2, [4] * 90)
+    bad.labels[:40] = -100
+
+    def make():
+        mixture = sources(counts)
+        mixture["short"][0].insert(1, bad)
+        stream = PackStream(
+            mixture, None, 64, rng.choice([CONFIG]), buffer=buffer, on_overflow="split",
+            on_error=Skip(1),
+        )  # fmt: skip
+        return stream.shard(rank, 2)
+
+    def train(stream, count):
+        packs = []
+        for pack in itertools.islice(delivered(stream, workers), count):
+            stream.consume(pack.resume)
+            packs.append(pack)
+        return pieces_of(packs)
+
+    first = make()
+    whole = train(first, total)
+    after = rng.randint(1, total - 1)
+    stopped = make()
+    assert train(stopped, after) == whole[:after]
+    second = make()
+    second.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert train(second, total - after) == whole[after:]
+    assert second.state_dict() == first.state_dict()
+    assert second.num_bad_rows == first.num_bad_rows
+
+
+def test_conversations_and_documents_have_encoders_of_their_own(encoder):
+    rows = {
+        "chat": ([sharegpt(n, False) for n in range(20)], 2),
+        "docs": ([{"text": "q w a " * (1 + n)} for n in range(10)] + [{"text": 5}], 1),
+    }
+    pretrain = replace(encoder, stage="pretrain")
+    bad_rows = []
+    stream = PackStream(rows, {"chat": encoder, "docs": pretrain}, 100, on_error=bad_rows)
+    packs = list(itertools.islice(stream, 30))
+    names = Counter(sample.source for pack in packs for sample in pack)
+    assert set(names) == {"chat::the stream", "docs::the stream"}
+    assert bad_rows[0].source == "docs::the stream"
+    assert bad_rows[0].row == 10
+    drawn = json.loads(packs[-1].resume)["drawn"]
+    assert drawn[0] / sum(drawn) == pytest.approx(2 / 3, abs=0.01)
+
+
+def train(folder, resume=None, shares=(0.5, 0.3, 0.2)):
+    mixture = {name: (one, w) for (name, (one, _)), w in zip(sources((40, 9, 4)).items(), shares)}
+    mixture["images"] = (texts(6, 6, 8), mixture["images"][1])
+    stream = PackStream(mixture, None, 80, CONFIG, buffer=9)
+    model = patch_model(tiny_model(small_config()))
+    seen = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    options = {"save_strategy": "steps", "save_steps": 7, "max_steps": 16, "learning_rate": 1e-2}
+    settings = {**QUIET, **options, "accelerator_config": {"dispatch_batches": False}}
+    trainer = Trainer(model, TrainingArguments(str(folder), **settings), PackCollator(), stream)
+    PackingCallback(stream).attach(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return seen, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
+    order, losses = train(tmp_path)
+    rest, again = train(tmp_path, str(tmp_path / "checkpoint-7"))
+    assert rest == order[7:]
+    assert again == losses
+    with pytest.raises(
+        ValueError, match="from another stream: mixture was .*'short': 0.5.* and is"
+    ):
+        train(tmp_path, str(tmp_path / "checkpoint-7"), (0.6, 0.3, 0.1))
+
+
+def test_mixtures_that_cannot_be_are_refused(encoder):
+    few = texts(3, 10, 5)
+    with pytest.raises(ValueError, match="a mixture needs at least one source"):
+        PackStream({}, None, 64)
+    with pytest.raises(ValueError, match="the weight of 'a' is 0, not a positive number"):
+        PackStream({"a": (few, 0)}, None, 64)
+    with pytest.raises(ValueError, match="a text without ::, got 'a::b'"):
+        PackStream({"a::b": (few, 1)}, None, 64)
+    with pytest.raises(ValueError, match="the source 'b' of the mixture has no encoder; pass enc"):
+        PackStream({"a": ([], 1), "b": ([], 1)}, {"a": encoder}, 64)
+    other = replace(encoder, vision=replace(encoder.vision, max_pixels=28 * 28 * 4))
+    with pytest.raises(
+        ValueError, match="'a' and 'b' .* not packed alike: the spec's max_pixels 3136 ins"
+    ):
+        PackStream({"a": ([], 1), "b": ([], 1)}, {"a": encoder, "b": other}, 64)
+    with pytest.raises(
+        ValueError, match="the source 'b' of the mixture gives this worker no samples"
+    ):
+        list(itertools.islice(PackStream({"a": (few, 1), "b": ([], 1)}, None, 64), 5))
