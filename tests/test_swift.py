@@ -135,7 +135,11 @@ def test_sets_to_evaluate(setting):
     theirs = stock(setting, max_steps=1, learning_rate=0.0)
     expected = theirs.evaluate(PackedDataset.from_store(setting / "packed"))["eval_loss"]
     sets = {"eval_loss": ["packed"], "eval_packed_val_loss": ["packed", "packed_val"]}
+    both = [setting / one for one in sets["eval_packed_val_loss"]]
+    with pytest.raises(ValueError, match="pass --metric_for_best_model packed_loss"):
+        swift(setting, "unknown", val_dataset=both, **options)
     for name, folders in sets.items():
+        options["metric_for_best_model"] = name
         log, _ = swift(setting, name, val_dataset=[setting / one for one in folders], **options)
         assert [entry[name] for entry in log if name in entry][0] == pytest.approx(expected, 1e-4)
 

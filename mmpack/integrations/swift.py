@@ -194,6 +194,11 @@ def _packed_sets(self: Any) -> list[Any]:
         )
     if len(held_out) == 1:
         return [train, *held_out.values()]
+    if held_out and args.metric_for_best_model == "loss":
+        raise ValueError(
+            "--metric_for_best_model loss is of one set, and --val_dataset has "
+            f"{len(held_out)}; pass --metric_for_best_model {next(iter(held_out))}_loss"
+        )
     return [train, held_out or None]
 
 
