@@ -377,11 +377,6 @@ class Pack:
         return pack_html(self)
 
     @property
-    def num_image_patches(self) -> int:
-        """P1, the number of image patches, which come before video patches."""
-        return int(self.vision_grid_thw[: self.num_distinct_images].prod(axis=1).sum())
-
-    @property
     def num_distinct_images(self) -> int:
         """The number of rows of `vision_grid_thw` that belong to images."""
         return int(self.vision_index[: self.num_images].max(initial=-1)) + 1
