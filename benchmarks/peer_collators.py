@@ -109,7 +109,7 @@ def llamafactory_collator(
                     "input_ids": alone.input_ids.tolist(),
                     "attention_mask": np.ones_like(alone.input_ids).tolist(),
                     "labels": alone.labels.tolist(),
-                    "images": [image.path for image in sample.images] or None,
+                    "images": [image.path for image in sample.media] or None,
                 }
             )
         return collate(features)

@@ -265,7 +265,7 @@ class PackPlan:
     num_patches: Int64 | None
     cost: Int64 | None
     seed: int
-    unused: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    unused: Int64 = field(default_factory=lambda: np.frombuffer(b"", dtype=np.int64))
     unit: Int64 | None = None
 
     def __repr__(self) -> str:

@@ -179,6 +179,7 @@ def options():
     known |= {"--nproc_per_node", "--dist", "--no-deps"}  # torchrun's, pytest's, pip's
     return known | {  # ms-swift's
         "--model_type", "--template", "--dataset", "--val_dataset", "--tuner_type", "--external_plugins", "--loss_scale",
+        "--max_length",
     }  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def test_a_picture_of_many_rows_is_stored_once(parquet, tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < len(data) + 30_000
     dataset = PackedDataset.from_store(tmp_path / "out")
     alone, eight = assemble([dataset.samples[0]]), assemble(list(dataset.samples))
-    assert np.array_equal(alone.pixels, eight.pixels)  # of one picture, shown eight times
+    assert np.array_equal(alone.pixels, eight.pixels)  # a pack has it once
     for n in (1, 2):
         assert main([*arguments, "--out", str(tmp_path / str(n)), "--shard", f"{n}/2"]) == 0
     parts = [str(tmp_path / "1"), str(tmp_path / "2")]

@@ -217,7 +217,10 @@ def _take_pack(
     if nothing is not None:
         embeds_TD = embeds_TD + nothing.to(embeds_TD.device, embeds_TD.dtype)
     if features[1:]:
-        pack["deepstack"] = [at_placeholders(features_FD, pack) for features_FD in features[1:]]
+        placed = []  # by a loop: in a comprehension, torch.compile would look at all of `pack`
+        for features_FD in features[1:]:
+            placed.append(at_placeholders(features_FD, pack))
+        pack["deepstack"] = placed
     return args, {
         **kwargs,
         "mmpack": pack,

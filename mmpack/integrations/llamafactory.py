@@ -298,8 +298,8 @@ class _Rows:
         if theirs != ours:
             raise ValueError(
                 f"template: {self._data_args.template or 'the parsed one'} writes {theirs!r}, and the tokenizer's "
-                f"chat template, which mmpack uses, {ours!r}; choose a template that writes the same (qwen3_vl_nothink "
-                "for qwen3_vl), or pack with mmpack pack and pass packed: FOLDER"
+                f"chat template, which mmpack uses, {ours!r}; choose a template that writes the same (one that "
+                "ends in _nothink for an instruct model), or pack with mmpack pack and pass packed: FOLDER"
             )
 
     def datasets(self) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class PackedSFTTrainer(SFTTrainer):
         )
         patch_model(self.model)
         if files is not None:
-            self.processing_class: Any = files  # what is saved beside the model
+            self.processing_class = files  # what is saved beside the model
         self.model_accepts_loss_kwargs = True
         self.data_collator = data_collator or PackCollator(
             model=self.model, pad_to=args.pad_to_multiple_of
