@@ -320,8 +320,7 @@ class Pack:
         tiles: (n, 4) int32: begin and end of the text attention rows of one program, and begin and end of their
             segment; most work first (`mmpack.reference.attention_tiles`).
         feature_index: (T,) int32: index of the feature at each token, -1 for text.
-        feature_token: (M,) int32: its inverse, the tokens of each feature, feature by feature, ascending.
-        feature_offsets: (F + 1,) int32: offsets of the features in `feature_token`.
+        feature_token, feature_offsets: (M,), (F + 1,) int32: its inverse, each feature's tokens, and their offsets.
         text_order: (T - M,) int32: text tokens, sorted by id, then by position.
         text_id_offsets: (R + 1,) int32: offsets in `text_order` of runs of one id, at most 32 tokens each.
         supervised_index: (L,) int32: rows whose prediction is supervised (the label is at the next row).
@@ -375,11 +374,6 @@ class Pack:
         from mmpack.pack_html import pack_html
 
         return pack_html(self)
-
-    @property
-    def num_image_patches(self) -> int:
-        """P1, the number of image patches, which come before video patches."""
-        return int(self.vision_grid_thw[: self.num_distinct_images].prod(axis=1).sum())
 
     @property
     def num_distinct_images(self) -> int:
