@@ -196,8 +196,7 @@ def compare(
 @pytest.mark.peer("--no-deps llamafactory", "llamafactory")
 def test_llamafactory(setting, recorder, quick, monkeypatch):
     """LLaMA-Factory pads rows, or packs them with `packing`, where rows attend to each other. Its `neat_packing` keeps
-    them apart; without flash attention it fails at the first pack that has no image (0.9.5: the mask is shorter than
-    the tokens), and these rows have some."""
+    them apart; in 0.9.5, without flash attention, it stops on these rows: the mask is shorter than the tokens."""
     from mmpack.integrations import llamafactory
 
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
