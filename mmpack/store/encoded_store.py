@@ -130,12 +130,11 @@ class EncodedStore(Sequence[EncodedSample]):
         return np.concatenate(chunks)
 
     def grids(self) -> tuple[Int32, Int64]:
-        """(grid_thw of all markers (I, 3), offsets (N + 1,)); the grids of sample n are
-        `offsets[n] : offsets[n + 1]`."""
+        """grid_thw of all markers (I, 3), and offsets (N + 1,): sample n has rows `offsets[n] : offsets[n + 1]`."""
         chunks = [self._columns(n)[2] for n in range(self.num_batches)]
-        values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks]).reshape(-1, 3)
         lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-        return values.reshape(-1, 3), np.cumsum([0, *lengths]) // 3
+        return values, np.cumsum([0, *lengths]) // 3
 
     def image_paths(self) -> Iterator[str]:
         """Paths of all image and video files, with duplicates."""
@@ -344,8 +343,7 @@ def _index_flaw(offsets: Int64, starts: Int64, sizes: Int64) -> str:
     """Why these arrays are not a valid index; empty if they are."""
     if not len(offsets) or (starts[0], starts[-1]) != (0, sizes.shape[1]):
         return f"the batches do not cover samples 0 to {sizes.shape[1]:,}"
-    rises = all((one[1:] > one[:-1]).all() for one in (offsets, starts))
-    if offsets[0] < 0 or not rises:
+    if offsets[0] < 0 or not all((one[1:] > one[:-1]).all() for one in (offsets, starts)):
         return "the batches overlap or are out of order"
     if sizes.size and sizes.min() < 0:
         return "a size is negative"
