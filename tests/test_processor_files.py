@@ -44,6 +44,19 @@ LAYOUTS = {  # of published models, and of transformers' own save_pretrained
             "video_processor": {**QWEN3, "size": CLIP, "video_processor_type": "Qwen3VLVideoProcessor"},
         },
     },
+    "both": {  # as ms-swift saves Qwen3-VL
+        "processor_config.json": {
+            "image_processor": {**QWEN3, "size": LARGE, "image_processor_type": "Qwen2VLImageProcessor"},
+            "processor_class": "Qwen3VLProcessor",
+            "video_processor": {**QWEN3, "size": CLIP, "video_processor_type": "Qwen3VLVideoProcessor"},
+        },
+        "preprocessor_config.json": {
+            **QWEN3, "size": LARGE, "image_processor_type": "Qwen2VLImageProcessorFast",
+        },
+        "video_preprocessor_config.json": {
+            **QWEN3, "size": CLIP, "video_processor_type": "Qwen3VLVideoProcessor",
+        },
+    },
     "no budget": {"preprocessor_config.json": IMAGE},
 }  # fmt: skip
 
@@ -75,6 +88,17 @@ def test_the_settings_trained_with_come_back(small_set, tmp_path, layout, is_cha
     for name in LAYOUTS[layout]:  # all other settings are as they were
         before, after = (json.loads((folder / name).read_text()) for folder in (source, saved))
         assert before.keys() <= after.keys()
+        budgets = {name: (spec.min_pixels, spec.max_pixels)}
+        if "image_processor" in after:
+            video = (spec.video.min_pixels, spec.video.max_pixels)
+            budgets = {"image_processor": budgets[name], "video_processor": video}
+        elif name.startswith("video"):
+            budgets = {name: (spec.video.min_pixels, spec.video.max_pixels)}
+        for part, (low, high) in budgets.items():
+            found = after.get(part, after)
+            size = found.get("size", {"shortest_edge": low, "longest_edge": high})
+            assert (size["shortest_edge"], size["longest_edge"]) == (low, high)
+            assert found.get("max_pixels", high) == high
     for path in source.iterdir():
         if "processor" not in path.name:
             assert (saved / path.name).read_bytes() == path.read_bytes()

@@ -15,9 +15,9 @@ import pytest
 import torch
 from builders import QUIET
 from test_docs import blocks_of
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import PackedDataset
+from mmpack import Encoder, PackedDataset
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 
 pytest.importorskip("swift.pipelines")
@@ -183,6 +183,31 @@ def test_a_resumed_run_is_the_run(setting):
     assert steps(resumed)[-1] == pytest.approx(steps(whole)[-1], rel=1e-5)
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_the_processor_is_saved_with_the_budgets_trained_on(small_set, setting, tuner):
+    """In each file that holds one; ms-swift saves the model's, and for adapters none."""
+    if not (setting / "small_images").exists():
+        pack(small_set, setting / "small_images", "--max-pixels", str(56 * 56))
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "tuner_type": tuner}
+    swift(setting, f"saved_{tuner}", dataset=setting / "small_images", **options)
+    saved = setting / f"saved_{tuner}" / "checkpoint-1"
+    vision = PackedDataset.from_store(setting / "small_images").vision
+    assert vision.max_pixels == 56 * 56 != Encoder.from_folder(setting / "model").vision.max_pixels
+    assert (
+        Encoder.from_folder(saved, AutoConfig.from_pretrained(setting / "model")).vision == vision
+    )
+    processor = AutoProcessor.from_pretrained(saved)
+    assert processor.image_processor.size["longest_edge"] == vision.max_pixels
+    assert processor.video_processor.size["longest_edge"] == vision.video.max_pixels
+    texts = [json.loads(path.read_text()) for path in saved.glob("*processor_config.json")]
+    images = [
+        text.get("image_processor", text) for text in texts if "video_processor_type" not in text
+    ]
+    assert images and all(
+        {one["size"]["longest_edge"], one.get("max_pixels", 56 * 56)} == {56 * 56} for one in images
+    )
 
 
 def test_names_are_replaced_and_restored():

@@ -27,6 +27,7 @@ class ProcessorFiles:
 
     They are copied, not saved by a transformers object: its processor needs torchvision, and a copy loads as the
     original does. Only the pixel budgets, sampling rate and numbers of frames are replaced by those of `vision`.
+    In a folder with the older and the newer layout, both get them.
 
     Args:
         folder: a local folder with tokenizer and processor, read here, at once.
@@ -59,17 +60,26 @@ class ProcessorFiles:
             video.pop("image_processor_type", None)
             if not own and "processor_class" in both:
                 video["processor_class"] = both["processor_class"]
-        _set_size(image, vision.min_pixels, vision.max_pixels)
-        if vision.video is not None:
+        second = self._read(_VIDEO) if place == _BOTH else {}
+        for settings in (image, own) if is_nested and own else (image,):  # a folder may have both
+            _set_size(settings, vision.min_pixels, vision.max_pixels)
+        for settings in (video, second) if second else (video,):
+            if vision.video is None:
+                break
             kind = family_of_processor(
                 video.get("processor_class") or both.get("processor_class")
             ).video.processor
-            video.setdefault("video_processor_type", kind)
+            settings.setdefault("video_processor_type", kind)
             for name in ("fps", "min_frames", "max_frames"):
-                video[name] = getattr(vision.video, name)
-            _set_size(video, vision.video.min_pixels, vision.video.max_pixels)
-        self._write(_BOTH if is_nested else _IMAGE, both if is_nested else own)
+                settings[name] = getattr(vision.video, name)
+            _set_size(settings, vision.video.min_pixels, vision.video.max_pixels)
+        if is_nested:
+            self._write(_BOTH, both)
+        if own or not is_nested:
+            self._write(_IMAGE, own)
         self._write(place, both if place == _BOTH else video)
+        if second:
+            self._write(_VIDEO, second)
 
     def _read(self, name: str) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(self._files.get(name, b"{}"))

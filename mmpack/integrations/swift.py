@@ -26,6 +26,7 @@ from mmpack.cli.refused_options import packed_split
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
+from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.integrations.packed_folders import open_packs
 from mmpack.packing.dataset import PackedDataset
 
@@ -48,10 +49,11 @@ REPLACED = {  # what `packs` replaces -> why; tests/test_swift.py checks each
     "SwiftSft._prepare_dataset": "it loads rows, tokenizes them and makes a data set of its own",
     "TrainerFactory.TRAINER_MAPPING['causal_lm']": "ms-swift's table of trainer classes",
 }
-OVERRIDDEN = {  # methods of ms-swift's trainer that `PackedTrainer` replaces by transformers', or leaves out -> why
+OVERRIDDEN = {  # what `PackedTrainer` replaces by transformers', extends or leaves out of ms-swift's -> why
     "get_train_dataloader": "it splits batches itself, without skipping packs when a run is resumed",
     "_prepare_inputs": "it cuts labels to the rows that it asks logits of",
     "compute_loss": "it needs logits, and the mean of a batch is weighted by a count that synchronizes with the device",
+    "_save": "it saves the model's processor, with other pixel budgets than the packs'",
     "template.register_post_encode_hook": "it embeds tokens before the model sees that a batch is packed",
 }
 
@@ -137,7 +139,16 @@ class PackedTrainer(Seq2SeqTrainer):
         self.template.register_post_encode_hook = _nothing
         self.model_accepts_loss_kwargs = True
         self.data_collator = PackCollator(model=self.model)
+        self.vision = self.train_dataset.vision
         PackingCallback(self.train_dataset).attach(self)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """ms-swift's, and the processor with the budgets trained on: it saves the model's, and none of adapters."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if not (folder / "tokenizer_config.json").exists():
+            self.template.processor.save_pretrained(folder)
+        ProcessorFiles(folder, self.vision).save_pretrained(folder)
 
     def get_train_dataloader(self, skip_batches: int = 0) -> Any:
         return Trainer.get_train_dataloader(self)
