@@ -213,6 +213,7 @@ def test_the_processor_is_saved_with_the_budgets_trained_on(small_set, setting, 
 def test_names_are_replaced_and_restored():
     """Also after an error; a version that lacks one is refused."""
     before = SwiftSft._prepare_dataset, TrainerFactory.TRAINER_MAPPING["causal_lm"]
+    tables = TrainerFactory.TRAINER_MAPPING
     with pytest.raises(KeyError):
         with plugin.packs():
             name = TrainerFactory.TRAINER_MAPPING["causal_lm"]
@@ -220,13 +221,24 @@ def test_names_are_replaced_and_restored():
             assert SwiftSft._prepare_dataset is not before[0]
             raise KeyError
     assert before == (SwiftSft._prepare_dataset, TrainerFactory.TRAINER_MAPPING["causal_lm"])
-    del TrainerFactory.TRAINER_MAPPING["causal_lm"]
-    try:
-        with pytest.raises(ValueError, match="this ms-swift lacks one of SwiftSft._prepare"):
-            with plugin.packs():
-                pass
-    finally:
-        TrainerFactory.TRAINER_MAPPING["causal_lm"] = before[1]
+    assert TrainerFactory.TRAINER_MAPPING is tables
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (SwiftSft, "_prepare_dataset", "SwiftSft has no _prepare_dataset, which mmpack replaces"),
+        (TrainerFactory, "TRAINER_MAPPING", "TrainerFactory has no TRAINER_MAPPING, which"),
+        (TrainerFactory.TRAINER_MAPPING, "causal_lm", "TRAINER_MAPPING has no causal_lm, which"),
+    ],
+)
+def test_a_version_that_lacks_a_name_is_refused(monkeypatch, owner, name, error):
+    change = monkeypatch.delitem if isinstance(owner, dict) else monkeypatch.delattr
+    change(owner, name)
+    before = vars(SwiftSft).get("_prepare_dataset")
+    with pytest.raises(ValueError, match=error), plugin.packs():
+        pass
+    assert vars(SwiftSft).get("_prepare_dataset") is before
 
 
 @pytest.mark.parametrize("name", [*plugin.REPLACED, *plugin.OVERRIDDEN])

@@ -28,6 +28,7 @@ from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
 from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.integrations.packed_folders import open_packs
+from mmpack.integrations.replaced_names import replaced
 from mmpack.packing.dataset import PackedDataset
 
 try:
@@ -167,19 +168,21 @@ def packs() -> Iterator[None]:
     Raises:
         ValueError: this ms-swift lacks a name of `REPLACED`.
     """
-    mapping = getattr(TrainerFactory, "TRAINER_MAPPING", {})
-    if "causal_lm" not in mapping or "_prepare_dataset" not in vars(SwiftSft):
-        raise ValueError(
-            f"this ms-swift lacks one of {', '.join(REPLACED)}; use a version that docs/ms_swift.md lists"
-        )
-    trainer, prepare = mapping["causal_lm"], SwiftSft._prepare_dataset
-    mapping["causal_lm"] = f"{PackedTrainer.__module__}.{PackedTrainer.__qualname__}"
-    SwiftSft._prepare_dataset = _packed_sets
-    try:
+    with (
+        replaced(SwiftSft, {"_prepare_dataset": lambda theirs: _packed_sets}),
+        replaced(TrainerFactory, {"TRAINER_MAPPING": _with_packed_trainer}),
+    ):
         yield
-    finally:
-        mapping["causal_lm"] = trainer
-        SwiftSft._prepare_dataset = prepare
+
+
+def _with_packed_trainer(trainers: dict[str, str]) -> dict[str, str]:
+    if "causal_lm" not in trainers:
+        raise ValueError(
+            "TrainerFactory.TRAINER_MAPPING has no causal_lm, which mmpack replaces; use a version that "
+            "docs/ms_swift.md lists"
+        )
+    name = f"{PackedTrainer.__module__}.{PackedTrainer.__qualname__}"
+    return {**trainers, "causal_lm": name}
 
 
 _for_good = ExitStack()  # its contexts last as long as the process
