@@ -134,6 +134,7 @@ class _Run:
         if self.own.packed is None:
             return
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.split_documents import unsplit
 
         self.data = PackedDataset.from_store(self.own.packed)
         given, capacity = self.args.get("cutoff_len"), self.data.capacity
@@ -146,7 +147,7 @@ class _Run:
         self.args["dataset"] = _name_of(self.own.packed)
         if self.own.eval_packed is not None:
             self.args["eval_dataset"] = _name_of(self.own.eval_packed)
-        planning = _store_of(self.data).about.planning
+        planning = unsplit(self.data.samples).about.planning
         tell_other_costs(planning, self.own.frozen, False)
 
     def datasets(self, theirs: Any) -> Callable[..., dict[str, Any]]:
@@ -292,10 +293,6 @@ def _not_importable(error: ImportError) -> str:
 def _name_of(folder: str) -> str:
     """A store's name where LLaMA-Factory lists data sets, between commas."""
     return Path(folder).resolve().name.replace(",", "_")
-
-
-def _store_of(dataset: Any) -> Any:
-    return getattr(dataset.samples, "samples", dataset.samples)
 
 
 if __name__ == "__main__":
