@@ -548,7 +548,14 @@ def test_errors_restore_the_names(world, framework, tmp_path):
     assert vars(workflow) == before
 
 
+@pytest.fixture
+def any_version(monkeypatch):
+    """As docs/llama_factory.md says, for imports of LLaMA-Factory."""
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
+
+
 @needs_llamafactory
+@pytest.mark.usefixtures("any_version")
 def test_every_name_of_llamafactory_is_there():
     import importlib
 
@@ -562,6 +569,7 @@ def test_every_name_of_llamafactory_is_there():
 
 
 @needs_llamafactory
+@pytest.mark.usefixtures("any_version")
 def test_every_option_of_llamafactorys_data_is_known():
     """A new one must be put into a table, and what is in one must exist."""
     from dataclasses import fields
@@ -588,9 +596,8 @@ def test_every_option_of_llamafactorys_data_is_known():
 
 
 @pytest.fixture
-def run_llamafactory(monkeypatch):
+def run_llamafactory(monkeypatch, any_version):
     """Runs a YAML in this process; returns the log of its Trainer, and the trainer."""
-    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     kept = []
     attach = PackingCallback.attach
