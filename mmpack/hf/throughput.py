@@ -170,7 +170,7 @@ class PackCounter:
         seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused
         seen.left_out = dict(left_out)
-        mine = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
+        mine: Any = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
         ranks = gathered(mine)
         every = [rank for rank, _, _ in ranks]
         room = capacity * sum(rank.num_batches for rank in every)
