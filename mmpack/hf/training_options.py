@@ -171,8 +171,8 @@ def parse_training_arguments(
     The default batch is one pack, because a pack is already a full batch. `quiet`: without progress bars.
     `evaluates`: there is an evaluation set; `sets`: the names of several. By default it is evaluated when
     checkpoints are saved, if --save_strategy says when, and else after every epoch; the best model can only be
-    kept if both agree, so --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when the
-    loss of an evaluation no longer falls; then it also keeps the best model, if it saves any.
+    kept if both agree, so --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when
+    the loss of an evaluation no longer falls; then it also keeps the best model, if it saves any.
 
     Raises:
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.

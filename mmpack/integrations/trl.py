@@ -121,7 +121,8 @@ class PackedSFTTrainer(SFTTrainer):
 
     Loss and gradients of a step are those of a stock Trainer on the same packs, whose equal is the weighted loss
     of the rows alone. Rows are not tokenized, cut or packed here, so options of `SFTConfig` about rows are
-    refused. The rest of `SFTConfig`, `peft_config`, `quantization_config`, `callbacks` and `optimizers` do as in TRL.
+    refused. The rest of `SFTConfig`, `peft_config`, `quantization_config`, `callbacks` and `optimizers` do as in
+    TRL.
 
     In the log, over all ranks: `num_tokens`, the tokens trained on since the run began, without filler and empty
     packs, also after resuming; `entropy` and `mean_token_accuracy`, means over all supervised tokens since the
