@@ -1,5 +1,6 @@
 """Mixtures of streams: shares of tokens, passes of each source, resuming, bad rows, what is refused."""
 
+import copy
 import itertools
 import json
 import random
@@ -112,6 +113,22 @@ def test_a_mixture_continues_identically_from_any_point(case):
     assert train(second, total - after) == whole[after:]
     assert second.state_dict() == first.state_dict()
     assert second.num_bad_rows == first.num_bad_rows
+
+
+def test_a_state_stays_as_it_was_when_a_stream_continues_from_it():
+    """The one that was given, and that of the stream: both continue with the same packs again."""
+    first = PackStream(sources((40, 9, 4)), None, 80, CONFIG, buffer=9)
+    for pack in itertools.islice(first, 5):
+        first.consume(pack.resume)
+    state = first.state_dict()
+    before = copy.deepcopy(state)
+    second = PackStream(sources((40, 9, 4)), None, 80, CONFIG, buffer=9)
+    second.load_state_dict(state)
+    for stream in (first, second):
+        packs = [pieces_of(itertools.islice(stream, 20)) for _ in range(2)]
+        assert packs[0] == packs[1]
+        assert state == before
+        assert stream.state_dict() == before
 
 
 def test_conversations_and_documents_have_encoders_of_their_own(encoder):

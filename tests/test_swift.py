@@ -23,6 +23,9 @@ from mmpack.hf import PackCollator, PackingCallback, patch_model
 pytest.importorskip("swift.pipelines")
 plugin = pytest.importorskip("mmpack.integrations.swift", exc_type=ImportError)
 
+from swift.arguments import PretrainArguments  # noqa: E402
+from swift.arguments.base_args.data_args import DataArguments  # noqa: E402
+from swift.arguments.base_args.template_args import TemplateArguments  # noqa: E402
 from swift.callbacks import callbacks_map  # noqa: E402
 from swift.pipelines import sft_main  # noqa: E402
 from swift.pipelines.train.sft import SftArguments, SwiftSft  # noqa: E402
@@ -190,12 +193,20 @@ def arguments(**given):
         for one in fields(SftArguments)
     }
     values |= {"task_type": "causal_lm", "model_info": SimpleNamespace(max_model_len=32768)}
+    values |= {"template_meta": None}
     found = object.__new__(SftArguments)
     vars(found).update(values | given)
     return found
 
 
-VALUES = {"columns": {"a": "b"}, "lazy_tokenize": False, "loss_scale": "all", "acc_strategy": "seq"}
+VALUES = {
+    "columns": {"a": "b"},
+    "lazy_tokenize": False,
+    "loss_scale": "all",
+    "acc_strategy": "seq",
+    "use_chat_template": False,
+    "router_aux_loss_coef": 0.01,
+}
 
 
 @pytest.mark.parametrize("name", plugin.REFUSED_OPTIONS)
@@ -205,6 +216,34 @@ def test_options_are_refused(name):
     plugin.check_arguments(arguments(truncation_strategy="delete", columns={}), 2048)
     with pytest.raises(ValueError, match=rf"^--{name} .* does not apply: .*; .+"):
         plugin.check_arguments(arguments(**{name: value}), 2048)
+
+
+def test_every_option_of_data_and_text_is_in_a_table():
+    names = {one.name for kind in (DataArguments, TemplateArguments) for one in fields(kind)}
+    assert names <= plugin.REFUSED_OPTIONS.keys() | set(plugin.APPLIED)
+    assert not plugin.REFUSED_OPTIONS.keys() & set(plugin.APPLIED)
+
+
+@pytest.mark.parametrize("template", ["qwen3_5", "qwen2_vl"])
+@pytest.mark.parametrize("kind", [SftArguments, PretrainArguments])
+def test_what_ms_swift_fills_in_is_accepted(setting, template, kind):
+    """Real arguments; to `loss_scale` of a hybrid thinking template ms-swift appends."""
+    given = {"model": str(setting / "model"), "model_type": "qwen2_vl", "template": template}
+    given |= {"dataset": [str(setting / "packed")], "check_model": False, "add_version": False}
+    given |= {"output_dir": str(setting / "arguments"), "fp16": False, "bf16": False}
+    given |= {"torch_dtype": "float32", "report_to": ["none"]}
+    found = kind(**given)
+    assert found.loss_scale.endswith("+ignore_empty_think") == (template == "qwen3_5")
+    plugin.check_arguments(found, 2048)
+    with pytest.raises(ValueError, match="^--loss_scale last_round does not apply"):
+        plugin.check_arguments(kind(**given, loss_scale="last_round"), 2048)
+    other = kind is PretrainArguments
+    with pytest.raises(ValueError, match=f"^--use_chat_template {other} does not apply"):
+        plugin.check_arguments(kind(**given, use_chat_template=other), 2048)
+    if template == "qwen2_vl":
+        with pytest.raises(ValueError, match="^--loss_scale .*ignore_empty_think does not apply"):
+            scale = f"{found.loss_scale}+ignore_empty_think"
+            plugin.check_arguments(kind(**given, loss_scale=scale), 2048)
 
 
 def test_other_refusals(setting, tmp_path):

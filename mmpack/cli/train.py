@@ -168,7 +168,8 @@ class _Reading:
         if is_training:
             store = unsplit(dataset.samples)
             is_lora = self._options.lora_rank is not None
-            tell_other_costs(store.about.planning, self._frozen, is_lora)
+            if not self._options.mix:  # a mixture is planned now, for this run's frozen parts
+                tell_other_costs(store.about.planning, self._frozen, is_lora)
             found, why = recorded_files(store.about, dataset.vision)
             self.files = self.files or found
             if why and self.files is None:

@@ -44,7 +44,8 @@ class Shard:
             for reader in self._readers:
                 reader.begin(number_of_pass)
             return True
-        self._tokens, self._cost, self._drawn = place["tokens"], place["cost"], place["drawn"]
+        self._tokens, self._cost = place["tokens"], place["cost"]
+        self._drawn = list(place["drawn"])  # the state stays as it is
         self._num_packs, self.num_entered = place["packs"], place["entered"]
         held = [tuple(entry) for entry in place["buffer"]]
         found: dict[tuple[int, ...], Entry] = {}
