@@ -712,12 +712,14 @@ def test_what_is_refused_restores_the_names(world, run_llamafactory, tmp_path, c
 
 @needs_llamafactory
 def test_the_command_trains_from_a_yaml(world, tmp_path, monkeypatch, capsys):
-    """`python -m mmpack.integrations.llamafactory`, with an option on the command line."""
+    """`python -m mmpack.integrations.llamafactory`, with an option on the command line, and without do_train."""
     import yaml
 
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     file = tmp_path / "train.yaml"
-    file.write_text(yaml.safe_dump(yaml_of(world, tmp_path / "run")))
+    options = yaml_of(world, tmp_path / "run")
+    del options["do_train"]
+    file.write_text(yaml.safe_dump(options))
     assert llamafactory.main([str(file), "num_train_epochs=1"]) == 0
     assert (tmp_path / "run" / "model.safetensors").exists()
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
