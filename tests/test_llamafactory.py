@@ -17,6 +17,7 @@ from builders import stock_processor, tiny_config, tiny_model
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import Encoder, PackedDataset, VideoSpec, VisionSpec
+from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.integrations import llamafactory
 from mmpack.integrations.chosen_rows import RowChoice
@@ -489,6 +490,28 @@ def test_the_second_run_reuses_packs_and_a_store_trains_alike(world, framework, 
         del options[name]
     llamafactory.run(options)
     assert values(framework["trainer"].state.log_history, "loss") == first
+    split = tmp_path / "split"
+    words = ["pack", world / "train.json", "--tokenizer", world / "model", "--capacity", 256]
+    assert (
+        main(
+            [
+                *map(str, words),
+                "--val-size",
+                "3",
+                "--quiet",
+                "--on-overflow",
+                "drop",
+                "--out",
+                str(split),
+            ]
+        )
+        == 0
+    )
+    llamafactory.run({**options, "packed": str(split), "eval_packed": f"{split}:val"})
+    held_out = PackedDataset.from_store(split, split="val")
+    evaluated = framework["trainer"].eval_dataset
+    assert [s.row for s in evaluated[0].samples] == [s.row for s in held_out[0].samples]
+    assert len(values(framework["trainer"].state.log_history, "eval_loss")) == 1
     with pytest.raises(ValueError, match="^cutoff_len: 100 does not apply: the packs of"):
         llamafactory.run({**options, "cutoff_len": 100})
 

@@ -47,6 +47,13 @@ class Keep(TrainerCallback):
         self.log, self.model = state.log_history, model
 
 
+def pack(small_set, out, *more):
+    from mmpack.cli.main import main
+
+    words = [small_set / "train.json", "--tokenizer", small_set / "tokenizer", "--capacity", 2048]
+    assert main(["pack", *map(str, words), "--quiet", "--out", str(out), *more]) == 0
+
+
 @pytest.fixture(scope="module")
 def setting(small_set, tmp_path_factory):
     """A folder with the packed rows and a model's files."""
@@ -56,6 +63,7 @@ def setting(small_set, tmp_path_factory):
     torch.manual_seed(0)
     shutil.copytree(small_set / "packed", folder / "packed")
     shutil.copytree(small_set / "packed", folder / "packed_val")
+    pack(small_set, folder / "split", "--val-size", "4")
     shutil.copytree(small_set / "tokenizer", folder / "model")
     tiny_model(AutoConfig.from_pretrained(small_set / "config.json")).save_pretrained(
         folder / "model"
@@ -145,6 +153,26 @@ def test_sets_to_evaluate(setting):
         options["metric_for_best_model"] = name
         log, _ = swift(setting, name, val_dataset=[setting / one for one in folders], **options)
         assert [entry[name] for entry in log if name in entry][0] == pytest.approx(expected, 1e-4)
+
+
+def test_rows_held_out(setting):
+    """Of `mmpack pack --val-size`: FOLDER:val, alone and beside another set; they are not trained on."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "tuner_type": "full"}
+    options |= {"freeze_vit": False, "learning_rate": 0.0, "dataset": setting / "split"}
+    held_out = f"{setting / 'split'}:val"
+    theirs = stock(setting, max_steps=1, learning_rate=0.0)
+    data = PackedDataset.from_store(setting / "split", split="val")
+    expected = pytest.approx(theirs.evaluate(data)["eval_loss"], 1e-4)
+    log, _ = swift(setting, "held_out", val_dataset=held_out, **options)
+    assert [entry["eval_loss"] for entry in log if "eval_loss" in entry][0] == expected
+    options |= {"metric_for_best_model": "eval_split_val_loss"}
+    log, _ = swift(setting, "two", val_dataset=[setting / "split", held_out], **options)
+    name = "eval_split_val_loss"
+    assert [entry[name] for entry in log if name in entry][0] == expected
+    with pytest.raises(
+        ValueError, match="split:val are the rows held out for evaluation; train on"
+    ):
+        swift(setting, "trained", **{**options, "dataset": held_out})
 
 
 def test_a_resumed_run_is_the_run(setting):

@@ -165,7 +165,9 @@ class _Run:
             if self.own.packed is not None:
                 module = {"train_dataset": self.data}
                 if self.own.eval_packed is not None:
-                    module["eval_dataset"] = type(self.data).from_store(self.own.eval_packed)
+                    from mmpack.integrations.packed_folders import open_packs
+
+                    module["eval_dataset"] = open_packs(self.own.eval_packed)
                 return module
             if processor is None:
                 raise ValueError(

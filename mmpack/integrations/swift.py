@@ -22,9 +22,11 @@ from typing import Any
 
 from transformers import Trainer
 
+from mmpack.cli.refused_options import packed_split
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
+from mmpack.integrations.packed_folders import open_packs
 from mmpack.packing.dataset import PackedDataset
 
 try:
@@ -221,9 +223,12 @@ def _packed_sets(self: Any) -> list[Any]:
             f"--dataset has {len(args.dataset)} values ({' '.join(args.dataset)}); with mmpack's plugin pass one folder "
             "of mmpack pack, which packs several files together"
         )
-    train = _opened("--dataset", args.dataset[0])
+    train = _opened("--dataset", args.dataset[0], is_training=True)
     check_arguments(args, train.capacity)
-    held_out = {Path(name).name: _opened("--val_dataset", name) for name in args.val_dataset}
+    held_out = {
+        Path(name).name.replace(":", "_"): _opened("--val_dataset", name, is_training=False)
+        for name in args.val_dataset
+    }
     if len(held_out) < len(args.val_dataset):
         raise ValueError(
             f"two folders of --val_dataset have one name ({' '.join(args.val_dataset)}); rename one"
@@ -238,13 +243,13 @@ def _packed_sets(self: Any) -> list[Any]:
     return [train, held_out or None]
 
 
-def _opened(option: str, name: str) -> PackedDataset:
-    if not (Path(name) / "mmpack.json").is_file():
+def _opened(option: str, name: str, is_training: bool) -> PackedDataset:
+    if packed_split(name) is None:
         raise ValueError(
             f"{option} {name} is not a folder of mmpack pack, which mmpack's plugin needs; mmpack pack {name} "
             "--tokenizer MODEL --capacity 8192 --out packed, then pass packed"
         )
-    return PackedDataset.from_store(name)
+    return open_packs(name, is_training)
 
 
 def _nothing(models: Any) -> None:

@@ -26,6 +26,7 @@ from mmpack.hf.compat import folder_of
 from mmpack.hf.evaluation import loss_name
 from mmpack.hf.model_patch import patch_model
 from mmpack.hf.processor_files import ProcessorFiles
+from mmpack.integrations.packed_folders import open_packs
 from mmpack.integrations.trl_metrics import FUSED, PackedScores, TokenMetrics
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.stream import PackStream
@@ -306,7 +307,7 @@ def check_loss(args: SFTConfig, train: Packs, collator: PackCollator | None) -> 
 def _packs(data: Any, name: str) -> Packs:
     """The packs of an argument; a folder is opened."""
     if isinstance(data, str | os.PathLike):
-        return PackedDataset.from_store(data)
+        return open_packs(data, is_training=name == "train_dataset")
     if isinstance(data, PackedDataset | PackStream):
         return data
     if isinstance(data, Mapping):
