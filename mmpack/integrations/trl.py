@@ -205,7 +205,7 @@ class PackedSFTTrainer(SFTTrainer):
         )
         self.train_dataset, self.eval_dataset = train, held_out
         head = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        head.register_forward_hook(PackedScores(args.loss_type == "dft"), with_kwargs=True)
+        self.scores = PackedScores(head, args.loss_type == "dft")
         self.metrics = TokenMetrics(self.model)
         (own[0] if own else PackingCallback(train)).attach(self)
         self.add_callback(self.metrics)
@@ -228,7 +228,8 @@ class PackedSFTTrainer(SFTTrainer):
         asked = {**inputs, FUSED: True}
         if self.aux_loss_enabled:
             asked["output_router_logits"] = True
-        loss, outputs = Trainer.compute_loss(self, model, asked, True, num_items_in_batch)
+        with self.scores:
+            loss, outputs = Trainer.compute_loss(self, model, asked, True, num_items_in_batch)
         if self.aux_loss_enabled:  # a mean per micro-batch, as in TRL
             is_summed = num_items_in_batch is not None
             steps = self.current_gradient_accumulation_steps if is_summed else 1
