@@ -225,7 +225,7 @@ def _source_names(paths: Sequence[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         folder, _ = packed_split(path) or (path, "")
-        name = Path(folder).resolve().name.replace("::", "_")
+        name = Path(folder).resolve().name.replace("::", "_").rstrip(":")
         same = sum(one == name or one.startswith(f"{name}-") for one in names)
         names.append(f"{name}-{same + 1}" if name in names else name)
     return names
