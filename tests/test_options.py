@@ -219,6 +219,8 @@ CASES = [
     Case("train", "mix", TRAIN, "--mix 1 3", "--mix has 2 weights for 1 --data; pass one for each"),
     Case("train", "mix", TRAIN, "--data packed --mix 1 0", "the weight of 'packed-2' is 0.0, not a positive number"),
     Case("train", "mix_by", MIX, "--mix-by samples"),
+    Case("train", "plan_seed", MIX, "--plan-seed 7"),
+    Case("train", "capacity", MIX, "--capacity 512", "packed and packed are packed, and mmpack pack has settled"),
     Case("train", "mix_by", TRAIN, "--mix-by samples", "there is one source of data; pass --mix too"),
     Case("train", "epoch_tokens", MIX, "--epoch-tokens 9000"),
     Case("train", "epoch_tokens", MIX, "--epoch-tokens 9", "must be at least the tokens of a pack, 2,048, got 9"),
@@ -427,6 +429,7 @@ def test_an_option_acts_or_is_refused(case, run):
         assert result[0] == 1
         assert case.refused in error
         return
+    assert "not apply" not in error  # a refusal is a difference, too
     assert result != run(f"{case.command} {case.base}")[0], error
 
 

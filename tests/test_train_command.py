@@ -145,3 +145,7 @@ def test_a_plan_for_other_parts_is_told(folder, tmp_path, capsys):
     assert "planned for --frozen vision" in capsys.readouterr().err
     assert train(tmp_path, tmp_path / "other", "--frozen", "vision") == 0
     assert "planned for" not in capsys.readouterr().err
+    (tmp_path / "again").symlink_to(tmp_path / "packed")
+    mix = ["--data", tmp_path / "again", "--mix", 1, 1]  # is planned now, for this run
+    assert train(tmp_path, tmp_path / "mixed", *mix) == 0
+    assert "planned for" not in capsys.readouterr().err

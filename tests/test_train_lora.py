@@ -216,6 +216,19 @@ def test_a_run_stops_early_with_its_best_model(world, stopped_run, tmp_path, cap
     assert again["steps"] == best + 2
 
 
+def test_a_run_without_early_stopping_is_resumed_with_it(world, tmp_path, capsys):
+    """Its state has no count: evaluations of the resumed part count, and checkpoints hold it."""
+    options = ["--data", world / "packed", "--eval-data", world / "packed", "--frozen", "vision"]
+    options += ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps"]
+    options += ["--save_steps", 1, "--lr_scheduler_type", "constant"]
+    run_of(capsys, world, tmp_path, [*options, "--steps", 1])
+    options += ["--steps", 2, "--early-stopping-patience", 3]
+    options += ["--resume_from_checkpoint", tmp_path / "checkpoint-1"]
+    assert run_of(capsys, world, tmp_path, options)["steps"] == 2
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["_EarlyStopping"]["args"]["early_stopping_patience"] == 3
+
+
 def test_the_best_of_several_sets_needs_a_name(world, tmp_path, capsys):
     options = ["--data", world / "packed", "--eval-data", f"a={world}/packed", f"b={world}/packed"]
     assert train(world, tmp_path, *options, "--load_best_model_at_end") == 1

@@ -199,6 +199,51 @@ def test_dft(tmp_path):
     assert logged(trainer, "loss") == [[pytest.approx(expected, rel=1e-4)]]
 
 
+def test_a_repeated_part_of_a_batch_is_left_out(tmp_path, monkeypatch):
+    """On several ranks, accelerate repeats packs in the last batch: eval_loss is of the first packs alone, and with
+    their weights. `test_two_ranks` has the ranks."""
+    train = packs(40)
+    assert len(train) > 2
+    monkeypatch.setattr("mmpack.hf.evaluation.num_real_items", lambda *args: 2)
+    for kind in ("nll", "dft"):
+        model = patch_model(right_at_times())
+        collate = PackCollator(model=model, loss_reduction="sample" if kind == "nll" else "token")
+        options = {"per_device_eval_batch_size": len(train), "loss_type": kind}
+        more = {"data_collator": collate}
+        trainer = sft(tmp_path, train, train, model, more, **options)
+        found = trainer.evaluate()["eval_loss"]
+        with trainer.scores, torch.no_grad():
+            batch = collate([train[n] for n in range(2)])
+            loss = trainer.model.eval()(**batch, fused_lm_head=True).loss
+        assert found == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_trainers_that_share_a_model(tmp_path):
+    """One after the other, each with its own loss, of all and of each source; TRL's own refuses weights."""
+    model, train = model_of(), packs()
+    first = sft(tmp_path, train, train, model)
+    before = first.evaluate()["eval_loss"]
+    second = sft(tmp_path, train, train, model, loss_type="dft", max_steps=1, learning_rate=0.0)
+    found = second.evaluate()
+    alone = sft(tmp_path, packs(), packs(), model_of(), loss_type="dft").evaluate()
+    names = ("eval_loss", "eval_loss/a.json", "eval_loss/b.json")
+    assert [found[name] for name in names] == pytest.approx(
+        [alone[name] for name in names], rel=1e-5
+    )
+    assert (
+        min(found[name] for name in names[1:])
+        < found["eval_loss"]
+        < max(found[name] for name in names[1:])
+    )
+    assert found["eval_loss"] < before / 2
+    second.train()
+    assert logged(second, "pack/loss/a.json", "pack/loss/b.json")
+    assert first.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+    weighted = PackCollator(model=model, loss_reduction="sample")([train[0]])
+    with pytest.raises(ValueError, match="weights of the loss, .*PackedSFTTrainer"):
+        model(**weighted, fused_lm_head=True)
+
+
 def scores(model, samples):
     """(entropy, share of right predictions) of every supervised token, from logits of the rows alone."""
     entropies, right = [], []
@@ -300,6 +345,9 @@ def test_a_resumed_run_is_the_run(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(one.values() for one in weights)))
 
 
+EIGHT = {"per_device_eval_batch_size": 8}  # TRL's default
+
+
 def on_two(folder):
     """An odd number of packs on two ranks: an empty one at the end."""
     train = packs()
@@ -309,6 +357,9 @@ def on_two(folder):
     expected = [pytest.approx(value, rel=1e-5) for value in scores(trainer.model, samples())]
     found = trainer.evaluate()
     assert [found["eval_entropy"], found["eval_mean_token_accuracy"]] == expected
+    many = sft(folder, train, train, model=trainer.model, ddp_backend="gloo", **EIGHT).evaluate()
+    assert many["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
+    assert [many["eval_entropy"], many["eval_mean_token_accuracy"]] == expected
     train.set_epoch(0)
     steps = [PackCollator()(train[n : n + 2]) for n in range(0, len(train), 2)]
     with torch.no_grad():

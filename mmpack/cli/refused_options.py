@@ -127,7 +127,8 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
         yield [] if options.model else ["config"], why, "pass --model"
     if len(packed) < len(sets):  # some are rows
         return
-    packing = [one.name for one in fields(PackingOptions) if one.name not in _ON_PACKS]
+    acts = {*_ON_PACKS, "plan_seed"} if options.mix else _ON_PACKS  # a mixture is planned now
+    packing = [one.name for one in fields(PackingOptions) if one.name not in acts]
     why = f"{' and '.join(packed)} {'is' if len(packed) == 1 else 'are'} packed, and mmpack pack has settled this"
     yield packing, why, "pack again with it, or leave it out"
     if options.on_bad_image == "raise":

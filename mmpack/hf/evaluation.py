@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
 from mmpack.hf.compat import forward_hooks, remainder_of
+from mmpack.hf.gather import gathered
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.source_losses import SourceLosses, mean_losses
 from mmpack.hf.trainer_checks import check_evaluation, tell_evaluation
@@ -37,7 +37,8 @@ class EvalHook:
     `before` is a forward pre-hook.
 
     Args:
-        keeps_rows: keep its logits too, so that repeated packs of a batch can be left out.
+        keeps_rows: keep its logits where the loss does not tell its rows' losses, so that repeated packs of a batch can
+            be left out.
     """
 
     def __init__(self, keeps_rows: bool) -> None:
@@ -64,9 +65,8 @@ class EvalHook:
         if model.training or pack is None or loss is None:
             return
         rows, labels = getattr(output, "logits", None), kwargs.get("shift_labels")
-        kept = (
-            (rows, labels) if self.keeps_rows and rows is not None and labels is not None else None
-        )
+        is_kept = self.keeps_rows and self._losses is None
+        kept = (rows, labels) if is_kept and rows is not None and labels is not None else None
         own = loss.detach().clone()  # Trainer multiplies the loss in place by the number of ranks
         self._last = _Batch(own, kwargs.get("num_items_in_batch"), pack, kept, self._losses)
 
@@ -134,18 +134,9 @@ class Evaluation:
             self._has_sources &= self._sources.count([batch.pack])
             divisor = weight if batch.num_items is None else batch.num_items
             self._sums.append((batch.loss.double() * divisor).reshape(()))
-        elif batch.rows is not None:
+        elif batch.losses is not None or batch.rows is not None:
             self._has_sources = False  # of some rows only
-            logits, labels = (x.flatten(0, 1)[:tokens] for x in batch.rows)
-            weights = None
-            if sums is not None:
-                bits = batch.pack["loss_weight_bits"][:tokens].to(logits.device)
-                weights = bits.view(torch.float32)
-            self._sums.append(
-                supervised_cross_entropy(
-                    logits, labels.to(logits.device), 1, weights_L=weights
-                ).double()
-            )
+            self._sums.append(_sum_of(batch, tokens))
         else:
             raise ValueError(
                 "accelerate repeats packs in the last batch, and with full_logits their share of the loss is "
@@ -171,15 +162,25 @@ class Evaluation:
         found = self._sources.pop()
         mine: Any = (loss, self._weight, found if self._has_sources else None)
         self._loader, self._sums, self._weight = None, [], 0.0
-        ranks = [mine]
-        if dist.is_available() and dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
+        ranks = gathered(mine)
         weight = sum(one for _, one, _ in ranks)
         sources = (
             {} if None in [one for *_, one in ranks] else mean_losses(one for *_, one in ranks)
         )
         return (sum(loss for loss, *_ in ranks) / weight if weight else None), sources
+
+
+def _sum_of(batch: _Batch, tokens: int) -> torch.Tensor:
+    """() float64: the weighted sum of the losses of a batch's first rows."""
+    weights = None
+    if "loss_weight_bits" in batch.pack:
+        weights = batch.pack["loss_weight_bits"][:tokens].to(batch.loss.device).view(torch.float32)
+    if batch.losses is not None:
+        losses = batch.losses[:tokens].double()
+        return (losses if weights is None else losses * weights).sum()
+    assert batch.rows is not None
+    logits, labels = (x.flatten(0, 1)[:tokens].to(batch.loss.device) for x in batch.rows)
+    return supervised_cross_entropy(logits, labels, 1, weights_L=weights).double()
 
 
 def num_real_items(loader: Any, num_items: int, args: TrainingArguments) -> int:

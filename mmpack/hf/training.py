@@ -68,7 +68,8 @@ class _EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        # The state of a run that began without the option has no entry, and Trainer's saving needs one.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step and isinstance(saved, dict):
             self.early_stopping_patience_counter = saved["attributes"][
                 "early_stopping_patience_counter"

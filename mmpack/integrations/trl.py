@@ -120,14 +120,15 @@ Packs = PackedDataset | PackStream
 class PackedSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on packs.
 
-    Loss and gradients of a step are those of a stock Trainer on the same packs, whose equal is the weighted loss of
-    the rows alone. Rows are not tokenized, cut or packed here, so options of `SFTConfig` about rows are refused.
-    The rest of `SFTConfig`, `peft_config`, `quantization_config`, `callbacks` and `optimizers` do as in TRL.
+    Loss and gradients of a step are those of a stock Trainer on the same packs, whose equal is the weighted loss
+    of the rows alone. Rows are not tokenized, cut or packed here, so options of `SFTConfig` about rows are
+    refused. The rest of `SFTConfig`, `peft_config`, `quantization_config`, `callbacks` and `optimizers` do as in
+    TRL.
 
     In the log, over all ranks: `num_tokens`, the tokens trained on since the run began, without filler and empty
-    packs, also after resuming; `entropy` and `mean_token_accuracy`, means over all supervised tokens since the last
-    log, or of the evaluated set, each counted once (TRL averages over batches). `eval_loss` and `pack/` values are
-    `PackingCallback`'s.
+    packs, also after resuming; `entropy` and `mean_token_accuracy`, means over all supervised tokens since the
+    last log, or of the evaluated set, each counted once (TRL averages over batches). `eval_loss` and `pack/`
+    values are `PackingCallback`'s.
 
     Args:
         model: a name or folder, as TRL loads it, or a model. It is patched (`patch_model`).
@@ -136,9 +137,9 @@ class PackedSFTTrainer(SFTTrainer):
         train_dataset: a `PackedDataset`, a `PackStream`, or a folder of `mmpack pack`.
         eval_dataset: the same, or a dict of them.
         data_collator: a `PackCollator` with other options than `PackCollator(model=model)`.
-        options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor files
-            are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`. A `PackingCallback` in `callbacks` is attached in place of a
-            default one.
+        options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor
+            files are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`. A
+            `PackingCallback` in `callbacks` is attached in place of a default one.
 
     Raises:
         ValueError: an argument or option does not apply to packs; the sentence names it.
@@ -204,7 +205,7 @@ class PackedSFTTrainer(SFTTrainer):
         )
         self.train_dataset, self.eval_dataset = train, held_out
         head = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        head.register_forward_hook(PackedScores(args.loss_type == "dft"), with_kwargs=True)
+        self.scores = PackedScores(head, args.loss_type == "dft")
         self.metrics = TokenMetrics(self.model)
         (own[0] if own else PackingCallback(train)).attach(self)
         self.add_callback(self.metrics)
@@ -227,7 +228,8 @@ class PackedSFTTrainer(SFTTrainer):
         asked = {**inputs, FUSED: True}
         if self.aux_loss_enabled:
             asked["output_router_logits"] = True
-        loss, outputs = Trainer.compute_loss(self, model, asked, True, num_items_in_batch)
+        with self.scores:
+            loss, outputs = Trainer.compute_loss(self, model, asked, True, num_items_in_batch)
         if self.aux_loss_enabled:  # a mean per micro-batch, as in TRL
             is_summed = num_items_in_batch is not None
             steps = self.current_gradient_accumulation_steps if is_summed else 1

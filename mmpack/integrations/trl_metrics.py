@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmpack.hf.evaluation import num_real_items
+from mmpack.hf.gather import gathered
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.throughput import useful_tokens
 from mmpack.ops.supervised_cross_entropy import denominator
@@ -20,24 +20,33 @@ FUSED = "fused_lm_head"  # the keyword that makes TRL's forward score tokens
 
 class PackedScores:
     """A forward hook on the model with TRL's head: the loss of a packed batch, from the log-probabilities, with the
-    weights of its rows; reports the rows' losses to `pack/loss/`."""
+    weights of its rows; reports the rows' losses to `pack/loss/` and to evaluation.
 
-    applies_weights = True  # `mmpack.hf.loss` refuses weights otherwise
+    It comes before the hooks that read the loss, and acts while its trainer computes a loss (`with scores:`), because
+    other trainers may share the model.
 
-    def __init__(self, is_dft: bool) -> None:
-        self.is_dft = is_dft
+    Attributes:
+        applies_weights: whether it acts; `mmpack.hf.loss` refuses weights otherwise.
+    """
+
+    def __init__(self, model: nn.Module, is_dft: bool) -> None:
+        self.is_dft, self.applies_weights = is_dft, False
+        model.register_forward_hook(self, with_kwargs=True, prepend=True)
+
+    def __enter__(self) -> None:
+        self.applies_weights = True
+
+    def __exit__(self, *error: object) -> None:
+        self.applies_weights = False
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         pack: MmpackDict | None = kwargs.get("mmpack")
-        if pack is None or not kwargs.get(FUSED):
+        if pack is None or not kwargs.get(FUSED) or not self.applies_weights:
             return
         log_probs_L, is_row = of_rows(output.log_probs, kwargs), of_rows(output.label_mask, kwargs)
         losses_L = -log_probs_L
-        take = pack.get("take_losses")
-        if take is not None:
-            take(losses_L.detach())
         weights_L = is_row.to(losses_L.dtype)
         if "loss_weight_bits" in pack:
             if self.is_dft:
@@ -49,6 +58,9 @@ class PackedScores:
             weights_L = weights_L * bits.view(torch.float32)
         if self.is_dft:  # arXiv 2508.05629, equation 9: the probability is a constant factor
             losses_L = losses_L * log_probs_L.exp().detach()
+        take = pack.get("take_losses")
+        if take is not None:
+            take(losses_L.detach())
         num_items = kwargs.get("num_items_in_batch")
         output.loss = (losses_L * weights_L).sum() / denominator(num_items, weights_L)
 
@@ -128,12 +140,3 @@ def of_rows(values: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """(L,) a field of TRL's output at the supervised rows; with full_logits, TRL scores every token but the last."""
     whole = values[0]
     return whole if "shift_labels" in batch else whole[batch["mmpack"]["supervised_index"]]
-
-
-def gathered(mine: Any) -> Sequence[Any]:
-    """A small object of every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    return ranks
