@@ -46,7 +46,6 @@ std::vector<Shown> order_shown(const Samples& samples, const std::vector<bool>& 
   for (const std::int32_t first : samples.first_shown) ++shown[first].times;
   std::size_t grid = 0, feature = 0;
   std::int32_t end = 0;
-  const auto area = static_cast<std::size_t>(samples.merge_size * samples.merge_size);
   out.feature_offsets[0] = 0;
   for (const bool images : {true, false}) {
     for (std::size_t g = 0; g < shown.size(); ++g) {
@@ -55,7 +54,8 @@ std::vector<Shown> order_shown(const Samples& samples, const std::vector<bool>& 
       shown[g].feature = feature;
       shown[g].place = static_cast<std::size_t>(end);
       std::copy_n(&samples.grid_thw[3 * g], 3, &out.vision_grid_thw[3 * grid++]);
-      const auto count = static_cast<std::size_t>(grid_of(samples.grid_thw, g).patches()) / area;
+      const auto count = static_cast<std::size_t>(grid_of(samples.grid_thw, g).patches() /
+                                                  samples.merge_size / samples.merge_size);
       for (const std::size_t last = feature + count; feature < last;) {
         out.feature_offsets[++feature] = end += shown[g].times;
       }

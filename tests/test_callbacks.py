@@ -422,13 +422,11 @@ def test_balance_is_of_steps_not_of_their_sum(monkeypatch):
         for flops in ([6, 2], [2, 6])
     ]
 
-    def gather(ranks, mine):
+    def gathered(mine):
         assert mine[0] is seen[0]
-        ranks[:] = [(rank, None, {}) for rank in seen]
+        return [(rank, None, {}) for rank in seen]
 
-    group = {"is_available": lambda: True, "is_initialized": lambda: True}
-    group |= {"get_world_size": lambda: 2, "all_gather_object": gather}
-    monkeypatch.setattr(throughput, "dist", SimpleNamespace(**group))
+    monkeypatch.setattr(throughput, "gathered", gathered)
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: 2.0))
     counter._seen = seen[0]
     assert counter.pop(CAPACITY, {}, torch.device("cpu")) == {

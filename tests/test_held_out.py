@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_rows_that_share_an_image_are_on_one_side():
         assert 0 < found.sum() <= (size if size >= 1 else 45)
 
 
+def test_rows_of_equal_number_in_files_of_one_name_are_not_one_row():
+    """As of Hub folders, each with a train-00000-of-00001.parquet; samples of one row are next to each other."""
+    one = [samples_of(20), samples_of(20)]
+    found = held_out([*one[0], *one[1]], 1)
+    assert found.sum() == 1
+
+
 def test_rows_that_share_images_are_held_out_as_often_as_others():
     samples = samples_of(4_000, [(n, {f"{n // 4}.png"}) for n in range(2_000)])
     found = held_out(samples, 0.2)
@@ -103,6 +111,7 @@ def test_the_pieces_of_a_document_are_on_one_side():
         (1.5, "got 1.5"),
         (-1, "got -1"),
         (float("nan"), "got nan"),
+        (float("inf"), "got inf"),
         (10, "asks for 10 of 10 rows, and none would be left to train on"),
     ],
 )
@@ -139,9 +148,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def pack(folder, name, *words):
+def pack(folder, name, *words, capacity=120):
     files = [str(folder / name) for name in ("rows.json", "more.json")]
-    words = ["--tokenizer", str(folder / "tokenizer"), "--capacity", "120", *words]
+    words = ["--tokenizer", str(folder / "tokenizer"), "--capacity", str(capacity), *words]
     return main(["pack", *files, "--out", str(folder / name), *words])
 
 
@@ -192,6 +201,36 @@ def test_changing_the_size_encodes_nothing(folder, capsys):
     assert pack(folder, "again", "--overwrite") == 0
     assert "nothing encoded anew" in capsys.readouterr().out
     assert not (folder / "again" / "val.json").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda plan: plan.write_text("{}")])
+def test_a_plan_of_held_out_rows_that_is_missing_or_damaged_is_made_again(folder, capsys, damage):
+    """What the error of mmpack train says helps."""
+    name = "unplanned"
+    assert pack(folder, name, "--val-size", "6", "--overwrite") == 0
+    damage(folder / name / "val.json")
+    with pytest.raises(ValueError, match="has no rows that are held out|damaged"):
+        PackedDataset.from_store(folder / name, split="val")
+    capsys.readouterr()
+    assert pack(folder, name, "--val-size", "6") == 1
+    assert "--overwrite it: " in capsys.readouterr().err
+    assert pack(folder, name, "--val-size", "6", "--overwrite") == 0
+    whole, again = (PackedDataset.from_store(folder / one, split="val") for one in ("packed", name))
+    assert again.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("words", [("--group-images",), ("--patch-capacity", "16"), ()])
+def test_rows_that_are_cut_are_on_both_sides(folder, words):
+    """A plan has the length of a cut row, also if the other plan has the row."""
+    words = ("--on-overflow", "truncate", "--val-size", "9", "--overwrite", *words)
+    assert pack(folder, "cut", *words, capacity=40) == 0
+    sides = [PackedDataset.from_store(folder / "cut", split=split) for split in ("train", "val")]
+    for side in sides:
+        assert side.plan.num_truncated
+        for number in range(len(side)):
+            tokens = sum(sample.num_tokens for sample in side[number])
+            assert tokens == side.plan.pack_tokens[number] <= 40
+    assert not places(sides[0]) & places(sides[1])
 
 
 def test_parts_hold_out_the_rows_of_the_whole(folder):
@@ -333,11 +372,16 @@ def test_python_and_training_honour_limits_too(limited, capsys, caplog):
     )
     assert len(list(encoder.read(files[0]))) == 20
     assert "num_samples and max_samples of its entry apply when packs are planned" in caplog.text
-    with_info(folder, num_samples=0)
-    with pytest.raises(
-        ValueError, match="num_samples of a dataset_info.json entry is 0, not a pos"
-    ):
-        PackedDataset.from_files(files[0], encoder, 120)
+    for value in (0, 1 << 31):
+        with_info(folder, num_samples=value)
+        with pytest.raises(
+            ValueError,
+            match=f"num_samples of a dataset_info.json entry is {value}, not an integer fr",
+        ):
+            PackedDataset.from_files(files[0], encoder, 120)
+    with_info(folder, max_samples=(1 << 31) - 1)
+    assert pack(folder, "limits", "--overwrite") == 0
+    assert rows_in(PackedDataset.from_store(folder / "limits")) == set(range(20))
     mapping = {"formatting": "sharegpt", "max_samples": 2}
     rows = json.loads(files[1].read_text())
     few = PackedDataset.from_files(rows, replace(encoder, mapping=mapping), 120)
@@ -346,6 +390,36 @@ def test_python_and_training_honour_limits_too(limited, capsys, caplog):
         ValueError, match="of a mapping are for plans, and a stream has none; remove"
     ):
         PackStream(rows, replace(encoder, mapping=mapping), 120)
+
+
+def test_rows_that_are_cut_may_be_beyond_a_limit(limited):
+    folder = limited
+    with_info(folder, max_samples=9)
+    assert pack(folder, "limits", "--on-overflow", "truncate", "--overwrite", capacity=40) == 0
+    dataset = PackedDataset.from_store(folder / "limits")
+    assert dataset.plan.num_truncated
+    assert rows_in(dataset) <= set(range(9))
+    assert rows_in(dataset, "more.json")
+
+
+@pytest.mark.parametrize("limits", [({"max_samples": 2}, {}), ({"num_samples": 2},) * 2])
+def test_a_limit_of_files_that_share_their_name_is_refused(tmp_path, folder, limits):
+    """Rows are known by the name of their file, so the limit would be that of both entries."""
+    info = {}
+    for name, entry in zip("ab", limits):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text((folder / "more.json").read_text())
+        info[name] = {"file_name": f"{name}/train.json", "formatting": "sharegpt", **entry}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    encoder = Encoder.from_folder(folder / "tokenizer", mapping="a,b")
+    assert len(list(encoder.read(tmp_path))) == 20
+    with pytest.raises(
+        ValueError,
+        match="by the name of its file, but 2 files of several entries are train.json; ren",
+    ):
+        PackedDataset.from_files(tmp_path, encoder, 120)
+    alone = PackedDataset.from_files(tmp_path, replace(encoder, mapping="a"), 120)
+    assert len(rows_in(alone, "train.json")) == 2
 
 
 def grouped(count=12):

@@ -17,6 +17,7 @@ from builders import stock_processor, tiny_config, tiny_model
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import Encoder, PackedDataset, VideoSpec, VisionSpec
+from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.integrations import llamafactory
 from mmpack.integrations.chosen_rows import RowChoice
@@ -102,13 +103,19 @@ def test_options_of_mmpacks_own():
     own = taken_options(args, FROZEN)
     assert (own.packed, own.eval_packed, own.impl) == ("a", "b", "flash2")
     assert own.frozen == ("merger",)
-    assert args == {"freeze_vision_tower": False}
+    assert args == {"freeze_vision_tower": False, "do_train": True}
     with pytest.raises(ValueError, match="^packed is a folder"):
         taken_options({"packed": ["a"]}, FROZEN)
     with pytest.raises(ValueError, match="^eval_packed does not apply without packed"):
         taken_options({"eval_packed": "b"}, FROZEN)
     with pytest.raises(ValueError, match="^flash_attn: disabled does not apply: packs need"):
         taken_options({"flash_attn": "disabled"}, FROZEN)
+
+
+def test_the_command_trains_by_default():
+    for args in ({}, {"do_train": None}, {"do_train": True}):
+        taken_options(args, FROZEN)
+        assert args == {"do_train": True}
 
 
 def model_args(**changed):
@@ -188,12 +195,32 @@ def test_a_val_size_that_leaves_nothing_is_refused(numbered, size):
         chosen(numbered, RowChoice(None, size, 0).evaluation())
 
 
+@pytest.mark.parametrize("limit", ["num_samples", "max_samples"])
+@pytest.mark.parametrize(
+    ("choice", "option"),
+    [
+        (RowChoice(None, 0.2, 0).training(), "val_size"),
+        (RowChoice(None, 0.2, 0).evaluation(), "val_size"),
+        (RowChoice(7, 0, 0), "max_samples"),
+    ],
+)
+def test_a_limit_of_an_entry_beside_another_choice_is_refused(numbered, limit, choice, option):
+    """LLaMA-Factory draws num_samples first and splits them; here packs are planned after the split."""
+    info = json.loads((numbered / "dataset_info.json").read_text())
+    info["b"][limit] = 3
+    (numbered / "dataset_info.json").write_text(json.dumps(info))
+    error = (
+        f"^{option} does not apply to b.jsonl, whose entry has {limit}: .* leave one of them out"
+    )
+    with pytest.raises(ValueError, match=error):
+        chosen(numbered, choice)
+    assert len(chosen(numbered, RowChoice(None, 0, 0))) == 15  # the plan applies the limit
+
+
 def test_the_command_without_llamafactory(tmp_path, monkeypatch, capsys):
     (tmp_path / "train.yaml").write_text("stage: sft\n")
     monkeypatch.setitem(sys.modules, "llamafactory", None)
-    monkeypatch.setattr(
-        llamafactory, "_read", lambda words: __import__("llamafactory.hparams.parser")
-    )
+    monkeypatch.setattr(llamafactory, "_read", lambda words: __import__("llamafactory"))
     assert llamafactory.main([]) == 2
     assert llamafactory.main(["train.json"]) == 2
     assert capsys.readouterr().err.startswith("usage: python -m mmpack.integrations.llamafactory")
@@ -204,9 +231,26 @@ def test_the_command_without_llamafactory(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ModuleNotFoundError(name="torchaudio.io"), "torchaudio is not installed; pip install"),
+        (
+            ModuleNotFoundError(name="torchaudio"),
+            "torchaudio is not installed; pip install torchaudio",
+        ),
         (ModuleNotFoundError(name="The 'x>=1' was not found"), "The 'x>=1' was not found"),
-        (ImportError("transformers<=5.6.0 is required."), "set DISABLE_VERSION_CHECK=1"),
+        (
+            ModuleNotFoundError("No module named 'peft.x'", name="peft.x"),
+            "No module named 'peft.x'",
+        ),
+        (
+            ImportError("transformers<=5.6.0 is required."),
+            "transformers<=5.6.0 is required. LLaMA-Factory's check of versions refuses the transformers that "
+            "mmpack needs; set DISABLE_VERSION_CHECK=1",
+        ),
+        (ImportError("trl<=0.24.0 is required."), "trl<=0.24.0 is required."),
+        (
+            ImportError("cannot import name 'X' from 'transformers'", name="transformers"),
+            "cannot import name 'X' from 'transformers'",
+        ),
+        (ImportError("Using `x` requires y: pip install y"), "Using `x` requires y: pip install y"),
     ],
 )
 def test_what_cannot_be_imported_is_one_sentence(error, text, monkeypatch, capsys):
@@ -215,7 +259,7 @@ def test_what_cannot_be_imported_is_one_sentence(error, text, monkeypatch, capsy
 
     monkeypatch.setattr(llamafactory, "_read", fail)
     assert llamafactory.main(["train.yaml"]) == 1
-    assert text in capsys.readouterr().err
+    assert capsys.readouterr().err == f"mmpack: {text}\n"
 
 
 @pytest.fixture(scope="module")
@@ -446,8 +490,50 @@ def test_the_second_run_reuses_packs_and_a_store_trains_alike(world, framework, 
         del options[name]
     llamafactory.run(options)
     assert values(framework["trainer"].state.log_history, "loss") == first
+    split = tmp_path / "split"
+    words = ["pack", world / "train.json", "--tokenizer", world / "model", "--capacity", 256]
+    assert (
+        main(
+            [
+                *map(str, words),
+                "--val-size",
+                "3",
+                "--quiet",
+                "--on-overflow",
+                "drop",
+                "--out",
+                str(split),
+            ]
+        )
+        == 0
+    )
+    llamafactory.run({**options, "packed": str(split), "eval_packed": f"{split}:val"})
+    held_out = PackedDataset.from_store(split, split="val")
+    evaluated = framework["trainer"].eval_dataset
+    assert [s.row for s in evaluated[0].samples] == [s.row for s in held_out[0].samples]
+    assert len(values(framework["trainer"].state.log_history, "eval_loss")) == 1
     with pytest.raises(ValueError, match="^cutoff_len: 100 does not apply: the packs of"):
         llamafactory.run({**options, "cutoff_len": 100})
+
+
+@pytest.mark.parametrize(("num_samples", "used"), [(5, 5), (40, 14)])
+def test_num_samples_leaves_rows_and_repeats_none(
+    world, framework, tmp_path, caplog, num_samples, used
+):
+    info = json.loads((world / "dataset_info.json").read_text())
+    info["charts"]["num_samples"] = num_samples
+    info = {
+        name: {**entry, "file_name": str(world / entry["file_name"])}
+        for name, entry in info.items()
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    changed = {"dataset_dir": str(tmp_path), "media_dir": str(world), "num_train_epochs": 1}
+    llamafactory.run(yaml_of(world, tmp_path, **changed))
+    data = PackedDataset.from_store(tmp_path / "packs" / "train")
+    rows = [data.samples[n].row for n in data.plan.sample_index.tolist()]
+    assert len(rows) == len(set(rows)) == used
+    said = "num_samples of train.json is 40, but 14 samples are there; each is used once per epoch"
+    assert (said in caplog.text) == (used < num_samples)
 
 
 def test_layers_are_checkpointed_as_bound_methods():
@@ -485,7 +571,14 @@ def test_errors_restore_the_names(world, framework, tmp_path):
     assert vars(workflow) == before
 
 
+@pytest.fixture
+def any_version(monkeypatch):
+    """As docs/llama_factory.md says, for imports of LLaMA-Factory."""
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
+
+
 @needs_llamafactory
+@pytest.mark.usefixtures("any_version")
 def test_every_name_of_llamafactory_is_there():
     import importlib
 
@@ -499,6 +592,7 @@ def test_every_name_of_llamafactory_is_there():
 
 
 @needs_llamafactory
+@pytest.mark.usefixtures("any_version")
 def test_every_option_of_llamafactorys_data_is_known():
     """A new one must be put into a table, and what is in one must exist."""
     from dataclasses import fields
@@ -525,9 +619,8 @@ def test_every_option_of_llamafactorys_data_is_known():
 
 
 @pytest.fixture
-def run_llamafactory(monkeypatch):
+def run_llamafactory(monkeypatch, any_version):
     """Runs a YAML in this process; returns the log of its Trainer, and the trainer."""
-    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     kept = []
     attach = PackingCallback.attach
@@ -642,12 +735,14 @@ def test_what_is_refused_restores_the_names(world, run_llamafactory, tmp_path, c
 
 @needs_llamafactory
 def test_the_command_trains_from_a_yaml(world, tmp_path, monkeypatch, capsys):
-    """`python -m mmpack.integrations.llamafactory`, with an option on the command line."""
+    """`python -m mmpack.integrations.llamafactory`, with an option on the command line, and without do_train."""
     import yaml
 
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     file = tmp_path / "train.yaml"
-    file.write_text(yaml.safe_dump(yaml_of(world, tmp_path / "run")))
+    options = yaml_of(world, tmp_path / "run")
+    del options["do_train"]
+    file.write_text(yaml.safe_dump(options))
     assert llamafactory.main([str(file), "num_train_epochs=1"]) == 0
     assert (tmp_path / "run" / "model.safetensors").exists()
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())

@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, PackStream, cost_floor, plan_packs, rank_imbalance
+from mmpack import PackedDataset, PackStream, assemble, cost_floor, plan_packs, rank_imbalance
 from mmpack.hf import PackCollator, PackingCallback, patch_model
+from mmpack.packing.mixed_dataset import joined
 from mmpack.packing.mixture import Mixture, even_order, mixture_of
 from mmpack.packing.split_documents import split_samples
 from mmpack.types import ImageRef
@@ -303,7 +304,7 @@ OTHER = replace(SPEC, image_mean=(0.5, 0.5, 0.5))
         ({}, {}, "a mixture needs at least one source"),
         ({"a": 0.0}, {}, r"--mix \(sources\): the weight of 'a' is 0.0, not a positive number"),
         ({"a": float("inf")}, {}, "the weight of 'a' is inf"),
-        ({"a::b": 1}, {}, "a source's name must be a text without ::, got 'a::b'"),
+        ({"a::b": 1}, {}, "a source's name must be a text without ::, .* got 'a::b'"),
         ({"a": 1}, {"by": "rows"}, r"--mix-by \(by\) must be 'tokens' or 'samples', got 'rows'"),
         ({"a": 1}, {"epoch_tokens": 63}, r"must be at least the tokens of a pack, 64, got 63"),
         ({"a": 1}, {"seed": -1}, "seed must not be negative"),
@@ -373,3 +374,60 @@ def test_a_mixture_counts_every_image_of_rows_that_were_grouped(caplog):
         mixture.set_epoch(epoch)
         for number in range(len(mixture)):
             assert sum(one.num_patches for one in mixture[number]) <= 32
+
+
+def picture(folder, name):
+    folder.mkdir(exist_ok=True)
+    Image.linear_gradient("L").resize((56, 56)).convert("RGB").save(folder / name)
+    return ImageRef(str(folder / name), size=(56, 56))
+
+
+def rows_with(*refs):
+    return [
+        replace(encoded(SPEC, 3, n, (4, 4), [4] * 9), media=(ref,), source="rows.json", row=n)
+        for n, ref in enumerate(refs)
+    ]
+
+
+def refused(dataset):
+    """Rows whose file may not be opened, and the samples of packs that are assembled together."""
+    dataset.on_bad_image = "drop"
+    dataset.max_bad = 1
+    found = []
+    for number in range(len(dataset)):
+        item = dataset[number]
+        assemble(item)
+        found += [(bad.source, bad.row) for _, bad in item.policy.left_out]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("make", [PackedDataset.mixed, joined])
+@pytest.mark.parametrize("confined", [True, False])
+def test_rows_of_a_source_open_no_files_of_another(make, confined, tmp_path):
+    """Also if the other's may be anywhere, and if the image was decoded for a row of the other."""
+    own, other = picture(tmp_path / "own", "a.png"), picture(tmp_path / "other", "b.png")
+    first = PackedDataset.from_samples(rows_with(own, other), 64)
+    first.media_folders = [tmp_path / "own"]
+    second = PackedDataset.from_samples(rows_with(other, other, own), 64)
+    second.media_folders = [tmp_path / "other"] if confined else None
+    sources = {"a": first, "b": second}
+    for names in (["a", "b"], ["b", "a"]):
+        given = {name: sources[name] for name in names}
+        dataset = make({n: (one, 1) for n, one in given.items()} if make != joined else given)
+        folders = {str(tmp_path / "own"), str(tmp_path / "other")}
+        assert dataset.media_folders is None or set(dataset.media_folders) == folders
+        assert (dataset.media_folders is None) is not confined
+        bad = [("a::rows.json", 1), *([("b::rows.json", 2)] if confined else [])]
+        assert refused(dataset) == bad
+    with pytest.raises(ValueError, match="media folders of their own, a store has one list"):
+        joined(sources).save(tmp_path / "store")
+    dataset.media_folders = [tmp_path]
+    assert refused(dataset) == []
+    dataset.media_folders = [tmp_path / "own"]
+    assert {source for source, _ in refused(dataset)} == {"a::rows.json", "b::rows.json"}
+
+
+def test_a_name_does_not_end_with_half_a_mark():
+    """Who reads names would take the sources "a:" and "a" for one."""
+    with pytest.raises(ValueError, match="also not ending with :, got 'a:'"):
+        PackedDataset.mixed({"a:": (chats(), 1)})

@@ -1,5 +1,6 @@
 """Mixtures of streams: shares of tokens, passes of each source, resuming, bad rows, what is refused."""
 
+import copy
 import itertools
 import json
 import random
@@ -9,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_config, tiny_model
+from PIL import Image
 from test_stream import delivered, pieces_of, sharegpt
 from test_stream import encoder as encoder  # a fixture
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackStream, Skip
+from mmpack import PackStream, Skip, assemble
 from mmpack.hf import PackCollator, PackingCallback, patch_model
+from mmpack.types import ImageRef
 
 CONFIG = tiny_config(100, vision=SMALL_SPEC)
 
@@ -114,6 +117,22 @@ def test_a_mixture_continues_identically_from_any_point(case):
     assert second.num_bad_rows == first.num_bad_rows
 
 
+def test_a_state_stays_as_it_was_when_a_stream_continues_from_it():
+    """The one that was given, and that of the stream: both continue with the same packs again."""
+    first = PackStream(sources((40, 9, 4)), None, 80, CONFIG, buffer=9)
+    for pack in itertools.islice(first, 5):
+        first.consume(pack.resume)
+    state = first.state_dict()
+    before = copy.deepcopy(state)
+    second = PackStream(sources((40, 9, 4)), None, 80, CONFIG, buffer=9)
+    second.load_state_dict(state)
+    for stream in (first, second):
+        packs = [pieces_of(itertools.islice(stream, 20)) for _ in range(2)]
+        assert packs[0] == packs[1]
+        assert state == before
+        assert stream.state_dict() == before
+
+
 def test_conversations_and_documents_have_encoders_of_their_own(encoder):
     rows = {
         "chat": ([sharegpt(n, False) for n in range(20)], 2),
@@ -165,7 +184,7 @@ def test_mixtures_that_cannot_be_are_refused(encoder):
         PackStream({}, None, 64)
     with pytest.raises(ValueError, match="the weight of 'a' is 0, not a positive number"):
         PackStream({"a": (few, 0)}, None, 64)
-    with pytest.raises(ValueError, match="a text without ::, got 'a::b'"):
+    with pytest.raises(ValueError, match="a text without ::, .* got 'a::b'"):
         PackStream({"a::b": (few, 1)}, None, 64)
     with pytest.raises(ValueError, match="the source 'b' of the mixture has no encoder; pass enc"):
         PackStream({"a": ([], 1), "b": ([], 1)}, {"a": encoder}, 64)
@@ -178,3 +197,63 @@ def test_mixtures_that_cannot_be_are_refused(encoder):
         ValueError, match="the source 'b' of the mixture gives this worker no samples"
     ):
         list(itertools.islice(PackStream({"a": (few, 1), "b": ([], 1)}, None, 64), 5))
+
+
+def test_rows_of_a_streams_source_open_no_files_of_another(encoder, tmp_path):
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (56, 56)).save(tmp_path / name / f"{name}.png")
+    encoders = {name: replace(encoder, media_dir=tmp_path / name) for name in ("own", "other")}
+    rows = [{**sharegpt(0, True), "images": [f"{name}.png"]} for name in ("own", "other")]
+    link = tmp_path / "own" / "link.png"
+    link.symlink_to(tmp_path / "own" / "own.png")
+    rows[0]["images"] = ["link.png"]
+    stream = PackStream({"own": (rows[:1], 1), "other": (rows[1:], 1)}, encoders, 200)
+    assert stream.media_folders == [str(tmp_path / "own"), str(tmp_path / "other")]
+    pack = next(iter(stream))
+    assemble(pack)
+    link.unlink()
+    link.symlink_to(tmp_path / "other" / "other.png")
+    with pytest.raises(ValueError, match="row 0 of own::the stream: .* is outside .*own"):
+        assemble(pack)
+
+
+def test_broken_images_are_listed_once_in_each_pass_of_their_source(tmp_path):
+    """By a run that was stopped as by one that was not; a row that is in two packs is one line."""
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+
+    def broken(count, bad):
+        one = encoded(SMALL_SPEC, 1, 2, (2, 2), [3] * 9)
+        for row in range(count):
+            file = str(tmp_path / ("gone.png" if row in bad else "a.png"))
+            yield replace(one, media=(ImageRef(file, size=(28, 28)),), source="rows.json", row=row)
+
+    def make(file):
+        rows = {"a": ([*broken(5, {2}), *broken(3, {2})], 2), "b": (list(broken(3, {0, 1})), 1)}
+        stream = PackStream(rows, None, 32, buffer=4)
+        stream.on_bad_image, stream.max_bad, stream.bad_rows_file = "drop", 1, tmp_path / file
+        return stream
+
+    def train(stream, count):
+        for item in itertools.islice(stream, count):
+            stream.consume(PackCollator()([item])["mmpack"]["resume"])
+        return stream
+
+    whole = train(make("whole"), 30)
+    state = None
+    for count in (7, 1, 12, 10):
+        stream = make("stopped")
+        if state is not None:
+            stream.load_state_dict(json.loads(json.dumps(state)))
+        state = train(stream, count).state_dict()
+    assert state == whole.state_dict()
+    lines, again = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("whole", "stopped")
+    )
+    assert lines == again
+    keys = [(line["source"], line["row"], line["pass"]) for line in lines]
+    assert len(set(keys)) == len(keys)
+    assert max(key[2] for key in keys if key[0] == "a::rows.json") > 2
+    rows = {("a::rows.json", 2), ("b::rows.json", 0), ("b::rows.json", 1)}
+    assert set(keys) >= {(*row, one) for row in rows for one in range(2)}

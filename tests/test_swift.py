@@ -23,6 +23,9 @@ from mmpack.hf import PackCollator, PackingCallback, patch_model
 pytest.importorskip("swift.pipelines")
 plugin = pytest.importorskip("mmpack.integrations.swift", exc_type=ImportError)
 
+from swift.arguments import PretrainArguments  # noqa: E402
+from swift.arguments.base_args.data_args import DataArguments  # noqa: E402
+from swift.arguments.base_args.template_args import TemplateArguments  # noqa: E402
 from swift.callbacks import callbacks_map  # noqa: E402
 from swift.pipelines import sft_main  # noqa: E402
 from swift.pipelines.train.sft import SftArguments, SwiftSft  # noqa: E402
@@ -44,6 +47,13 @@ class Keep(TrainerCallback):
         self.log, self.model = state.log_history, model
 
 
+def pack(small_set, out, *more):
+    from mmpack.cli.main import main
+
+    words = [small_set / "train.json", "--tokenizer", small_set / "tokenizer", "--capacity", 2048]
+    assert main(["pack", *map(str, words), "--quiet", "--out", str(out), *more]) == 0
+
+
 @pytest.fixture(scope="module")
 def setting(small_set, tmp_path_factory):
     """A folder with the packed rows and a model's files."""
@@ -53,6 +63,7 @@ def setting(small_set, tmp_path_factory):
     torch.manual_seed(0)
     shutil.copytree(small_set / "packed", folder / "packed")
     shutil.copytree(small_set / "packed", folder / "packed_val")
+    pack(small_set, folder / "split", "--val-size", "4")
     shutil.copytree(small_set / "tokenizer", folder / "model")
     tiny_model(AutoConfig.from_pretrained(small_set / "config.json")).save_pretrained(
         folder / "model"
@@ -144,6 +155,26 @@ def test_sets_to_evaluate(setting):
         assert [entry[name] for entry in log if name in entry][0] == pytest.approx(expected, 1e-4)
 
 
+def test_rows_held_out(setting):
+    """Of `mmpack pack --val-size`: FOLDER:val, alone and beside another set; they are not trained on."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "tuner_type": "full"}
+    options |= {"freeze_vit": False, "learning_rate": 0.0, "dataset": setting / "split"}
+    held_out = f"{setting / 'split'}:val"
+    theirs = stock(setting, max_steps=1, learning_rate=0.0)
+    data = PackedDataset.from_store(setting / "split", split="val")
+    expected = pytest.approx(theirs.evaluate(data)["eval_loss"], 1e-4)
+    log, _ = swift(setting, "held_out", val_dataset=held_out, **options)
+    assert [entry["eval_loss"] for entry in log if "eval_loss" in entry][0] == expected
+    options |= {"metric_for_best_model": "eval_split_val_loss"}
+    log, _ = swift(setting, "two", val_dataset=[setting / "split", held_out], **options)
+    name = "eval_split_val_loss"
+    assert [entry[name] for entry in log if name in entry][0] == expected
+    with pytest.raises(
+        ValueError, match="split:val are the rows held out for evaluation; train on"
+    ):
+        swift(setting, "trained", **{**options, "dataset": held_out})
+
+
 def test_a_resumed_run_is_the_run(setting):
     options = {"save_strategy": "steps", "save_steps": 2, "tuner_type": "full", "freeze_vit": False}
     whole, first = swift(setting, "whole", **options)
@@ -190,12 +221,20 @@ def arguments(**given):
         for one in fields(SftArguments)
     }
     values |= {"task_type": "causal_lm", "model_info": SimpleNamespace(max_model_len=32768)}
+    values |= {"template_meta": None}
     found = object.__new__(SftArguments)
     vars(found).update(values | given)
     return found
 
 
-VALUES = {"columns": {"a": "b"}, "lazy_tokenize": False, "loss_scale": "all", "acc_strategy": "seq"}
+VALUES = {
+    "columns": {"a": "b"},
+    "lazy_tokenize": False,
+    "loss_scale": "all",
+    "acc_strategy": "seq",
+    "use_chat_template": False,
+    "router_aux_loss_coef": 0.01,
+}
 
 
 @pytest.mark.parametrize("name", plugin.REFUSED_OPTIONS)
@@ -205,6 +244,34 @@ def test_options_are_refused(name):
     plugin.check_arguments(arguments(truncation_strategy="delete", columns={}), 2048)
     with pytest.raises(ValueError, match=rf"^--{name} .* does not apply: .*; .+"):
         plugin.check_arguments(arguments(**{name: value}), 2048)
+
+
+def test_every_option_of_data_and_text_is_in_a_table():
+    names = {one.name for kind in (DataArguments, TemplateArguments) for one in fields(kind)}
+    assert names <= plugin.REFUSED_OPTIONS.keys() | set(plugin.APPLIED)
+    assert not plugin.REFUSED_OPTIONS.keys() & set(plugin.APPLIED)
+
+
+@pytest.mark.parametrize("template", ["qwen3_5", "qwen2_vl"])
+@pytest.mark.parametrize("kind", [SftArguments, PretrainArguments])
+def test_what_ms_swift_fills_in_is_accepted(setting, template, kind):
+    """Real arguments; to `loss_scale` of a hybrid thinking template ms-swift appends."""
+    given = {"model": str(setting / "model"), "model_type": "qwen2_vl", "template": template}
+    given |= {"dataset": [str(setting / "packed")], "check_model": False, "add_version": False}
+    given |= {"output_dir": str(setting / "arguments"), "fp16": False, "bf16": False}
+    given |= {"torch_dtype": "float32", "report_to": ["none"]}
+    found = kind(**given)
+    assert found.loss_scale.endswith("+ignore_empty_think") == (template == "qwen3_5")
+    plugin.check_arguments(found, 2048)
+    with pytest.raises(ValueError, match="^--loss_scale last_round does not apply"):
+        plugin.check_arguments(kind(**given, loss_scale="last_round"), 2048)
+    other = kind is PretrainArguments
+    with pytest.raises(ValueError, match=f"^--use_chat_template {other} does not apply"):
+        plugin.check_arguments(kind(**given, use_chat_template=other), 2048)
+    if template == "qwen2_vl":
+        with pytest.raises(ValueError, match="^--loss_scale .*ignore_empty_think does not apply"):
+            scale = f"{found.loss_scale}+ignore_empty_think"
+            plugin.check_arguments(kind(**given, loss_scale=scale), 2048)
 
 
 def test_other_refusals(setting, tmp_path):

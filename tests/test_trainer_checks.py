@@ -93,6 +93,19 @@ def test_batches_for_a_patched_model_need_one(option, tmp_path):
         trainer.train()
 
 
+def test_a_collator_of_a_patched_model_needs_one(tmp_path):
+    """It would hand images that several rows show to the tower once."""
+    trainer = trainer_of(
+        tmp_path,
+        tiny_model(small_config()),
+        PackCollator(model=patch_model(tiny_model(small_config()))),
+    )
+    with pytest.raises(
+        ValueError, match="not patched, but its PackCollator was made for a patched"
+    ):
+        trainer.train()
+
+
 # Metrics, arguments
 
 

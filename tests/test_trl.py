@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import Encoder, PackedDataset, PackStream
+from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 
 trl = pytest.importorskip("trl")
@@ -466,6 +467,29 @@ def test_other_refusals(tmp_path):
     trainer = sft(tmp_path, packs())
     with pytest.raises(ValueError, match="not PackCollator's; evaluate packs"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.zeros(1, 4)})
+
+
+def rows_of(data):
+    return sorted(sample.row for number in range(len(data)) for sample in data[number].samples)
+
+
+def test_rows_held_out(small_set, tmp_path):
+    """Of `mmpack pack --val-size`: FOLDER:val, which is not trained on."""
+    split = tmp_path / "split"
+    words = [small_set / "train.json", "--tokenizer", small_set / "tokenizer", "--capacity", 2048]
+    words += ["--val-size", 4, "--quiet", "--out", split]
+    assert main(["pack", *map(str, words)]) == 0
+    held_out = PackedDataset.from_store(split, split="val")
+    trainer = sft(tmp_path, str(split), f"{split}:val")
+    assert rows_of(trainer.eval_dataset) == rows_of(held_out)
+    assert len(rows_of(held_out)) == 4
+    assert not {*rows_of(held_out)} & {*rows_of(trainer.train_dataset)}
+    named = sft(tmp_path, split, {"val": f"{split}:val"}).eval_dataset["val"]
+    assert rows_of(named) == rows_of(held_out)
+    with pytest.raises(
+        ValueError, match="split:val are the rows held out for evaluation; train on"
+    ):
+        sft(tmp_path, f"{split}:val")
 
 
 def test_ones_own_callback_is_attached(tmp_path):

@@ -11,7 +11,8 @@ python=${2:-python3}
 cd "$root"
 
 [ -d "$folder/trl" ] || "$python" -m venv "$folder/trl"
-"$folder/trl/bin/python" -m pip install torch==2.13.0 "$root[train]" trl==1.16.0 peft==0.21.2 pytest hypothesis
+"$folder/trl/bin/python" -m pip install torch==2.13.0 transformers==5.24.0 datasets==5.2.0 "$root[train]" \
+    trl==1.16.0 peft==0.21.2 pytest hypothesis
 "$folder/trl/bin/pytest" -p no:cacheprovider tests/test_sft_rows.py tests/test_trl.py
 
 benchmarks/environments/swift.sh "$folder/swift" "$python"

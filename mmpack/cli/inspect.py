@@ -25,6 +25,7 @@ from mmpack.errors import counted
 from mmpack.pack_html import frames_of
 from mmpack.packing.assemble import assemble
 from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.split_documents import unsplit
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Media, Pack
 from mmpack.vision_spec import VisionSpec
 
@@ -139,7 +140,7 @@ def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
     file, _, number = row.rpartition(":")
     if not number.isdecimal():
         raise ValueError(f"--row takes N or FILE:N, got {row!r}")
-    store, plan, sources = _store_of(dataset), dataset.plan, dataset.samples.sources  # type: ignore[attr-defined]
+    store, plan, sources = unsplit(dataset.samples), dataset.plan, dataset.samples.sources  # type: ignore[attr-defined]
     rows = store.rows
     if store is not dataset.samples:
         rows = rows[dataset.samples.sample_of]  # type: ignore[attr-defined]
@@ -158,11 +159,6 @@ def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
         )
     packs = np.searchsorted(plan.bin_offsets, places, side="right") - 1
     return list(zip(packs.tolist(), (places - plan.bin_offsets[packs]).tolist()))
-
-
-def _store_of(dataset: PackedDataset) -> Any:
-    """The store under a data set, also if its documents are split."""
-    return getattr(dataset.samples, "samples", dataset.samples)
 
 
 def _media(
@@ -375,7 +371,7 @@ def frames(
 def find_tokenizer(dataset: PackedDataset, name: str | None) -> tuple[TokenText | None, str]:
     """(ids to text, a note to the user), from the named tokenizer, else from the recorded one if it is on this
     machine: it is not downloaded."""
-    about = _store_of(dataset).about
+    about = unsplit(dataset.samples).about
     recorded = about.tokenizer
     if name is not None:
         tokenizer = load_tokenizer(local_path(name))

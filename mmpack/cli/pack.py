@@ -26,10 +26,10 @@ from mmpack.data.progress import row_progress
 from mmpack.data.readers import RowGroup, limits_of, media_folders
 from mmpack.data.row_keys import UnreadByFile
 from mmpack.errors import BadRow, Skip, json_line
-from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.held_out import SPLITS, held_out, part_of, within_limits
 from mmpack.packing.plan_samples import plan_samples
 from mmpack.packing.split_documents import image_capacity, split_samples
+from mmpack.packing.stored_plan import open_samples
 from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
@@ -153,7 +153,9 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
         if not why and overwrite and look_at_images:
             store.verify()
         if not why and not planned and about.part is None:
-            PackedDataset.from_store(out, on_changed_data="warn")
+            open_samples(out, "warn", "train")
+            if about.planning is not None and about.planning.val_size is not None:
+                open_samples(out, "warn", "val")
     except ValueError as error:
         why = str(error)
     if not overwrite and (why or planned):

@@ -159,13 +159,14 @@ class _Reading:
     def _packed(self, word: str, is_training: bool) -> Any:
         from mmpack.hf.processor_files import recorded_files
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.split_documents import unsplit
 
         folder, split = packed_split(word) or (word, "train")
         dataset = PackedDataset.from_store(folder, self._options.on_changed_data, split)
         if self._options.media_dir:
             dataset.media_folders = self._options.media_dir
         if is_training:
-            store: Any = getattr(dataset.samples, "samples", dataset.samples)
+            store = unsplit(dataset.samples)
             is_lora = self._options.lora_rank is not None
             if not self._options.mix:  # a mixture is planned now, for this run's frozen parts
                 tell_other_costs(store.about.planning, self._frozen, is_lora)
@@ -224,7 +225,7 @@ def _source_names(paths: Sequence[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         folder, _ = packed_split(path) or (path, "")
-        name = Path(folder).resolve().name.replace("::", "_")
+        name = Path(folder).resolve().name.replace("::", "_").rstrip(":")
         same = sum(one == name or one.startswith(f"{name}-") for one in names)
         names.append(f"{name}-{same + 1}" if name in names else name)
     return names

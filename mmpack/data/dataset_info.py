@@ -8,13 +8,14 @@ the data sets. An entry can also have a `media_dir` of its own, which LLaMA-Fact
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmpack.data.file_bytes import require_file
 from mmpack.data.file_formats import data_files, parse_json
-from mmpack.data.limits import MAX_ROW
+from mmpack.data.limits import MAX_COUNT, MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.errors import names
 
@@ -73,7 +74,7 @@ def row_limits(files: Sequence[DataFile]) -> list[RowLimit | None]:
     """For each file, the limit of its entry; None: it has none.
 
     Raises:
-        ValueError: `num_samples` or `max_samples` of an entry is not a positive integer.
+        ValueError: `num_samples` or `max_samples` of an entry is not an integer from 1 to `MAX_COUNT`.
     """
     names: dict[int, list[str]] = {}
     for file in files:
@@ -83,14 +84,41 @@ def row_limits(files: Sequence[DataFile]) -> list[RowLimit | None]:
         entry = file.entry or {}
         given = [entry.get(key) for key in ("num_samples", "max_samples")]
         for key, value in zip(("num_samples", "max_samples"), given):
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and (type(value) is not int or not 1 <= value <= MAX_COUNT):
                 raise ValueError(
-                    f"{key} of a dataset_info.json entry is {value!r:.40}, not a positive integer; fix it, or remove it"
+                    f"{key} of a dataset_info.json entry is {value!r:.40}, not an integer from 1 to {MAX_COUNT}; "
+                    "fix it, or remove it"
                 )
         is_limited = any(value is not None for value in given)
         numbers = [value or 0 for value in given]
         found.append(RowLimit("/".join(names[id(file.entry)]), *numbers) if is_limited else None)
     return found
+
+
+def limits_by_files(
+    given: Sequence[tuple[str, RowLimit | None]],
+) -> dict[str, tuple[int, int]]:
+    """The limits of files, as a store records them.
+
+    Args:
+        given: name and limit of each file.
+
+    Returns:
+        The names of an entry's files, joined by "/" -> (num_samples, max_samples).
+
+    Raises:
+        ValueError: a file has the name of one of another entry, which has limits.
+    """
+    count = Counter(name for name, _ in given)
+    limits = [limit for _, limit in given if limit is not None]
+    for limit in limits:
+        for name, own in Counter(limit.files.split("/")).items():
+            if count[name] != own:
+                raise ValueError(
+                    f"num_samples and max_samples find a row by the name of its file, but {count[name]} files of several "
+                    f"entries are {name}; rename them, or pack the entries apart and mix them (--mix)"
+                )
+    return {limit.files: (limit.num_samples, limit.max_samples) for limit in limits}
 
 
 def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:

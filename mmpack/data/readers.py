@@ -25,6 +25,7 @@ from mmpack.data.dataset_info import (
     Mapping,
     RowLimit,
     folders_of,
+    limits_by_files,
     named_files,
     row_limits,
 )
@@ -370,10 +371,8 @@ def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
 
 
 def limits_of(groups: Iterable[RowGroup]) -> dict[str, tuple[int, int]]:
-    """The limits of the groups, as a store records them: files of an entry, joined by "/" -> (num_samples,
-    max_samples)."""
-    limits = [group.limit for group in groups if group.limit is not None]
-    return {limit.files: (limit.num_samples, limit.max_samples) for limit in limits}
+    """The limits of the groups, as `limits_by_files`."""
+    return limits_by_files([(group.name, group.limit) for group in groups])
 
 
 def media_folders(groups: Iterable[RowGroup]) -> list[str]:

@@ -13,10 +13,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.compat import TRAINER_STATE_NAME
+from mmpack.hf.gather import gathered
 
 KEY = "mmpack"  # in `TrainerState.stateful_callbacks`, which is saved in trainer_state.json
 STREAM_FILE = "mmpack_stream_{rank}.json"  # a rank's position in its stream
@@ -53,11 +53,7 @@ def write_list(folder: Path, is_writer: bool) -> None:
 
     Every rank reports all files it sees, because on a network file system others may not see them yet.
     """
-    sizes = _sizes(folder)
-    ranks: list[Any] = [sizes]
-    if dist.is_available() and dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, sizes)
+    ranks = gathered(_sizes(folder))
     if not is_writer:
         return
     every: dict[str, int] = {}

@@ -132,8 +132,8 @@ class PackCollator:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
         given = {"pixels": pixels, "assemble": assemble, "loss_reduction": loss_reduction}
         asked = [f"{name}={value!r}" for name, value in given.items() if value not in _STOCK]
-        self._is_patched = model is not None and is_patched(model)
-        if asked and not self._is_patched:
+        self.is_patched = model is not None and is_patched(model)
+        if asked and not self.is_patched:
             found = (
                 "no model was passed" if model is None else f"{type(model).__name__} is not patched"
             )
@@ -181,7 +181,7 @@ class PackCollator:
             batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
             empty = worker_buffers.empty
-            whole = assemble(samples, pixels=False, share_images=self._is_patched, empty=empty)
+            whole = assemble(samples, pixels=False, share_images=self.is_patched, empty=empty)
             tower = self.tower
             if self._num_ids is None:  # no model: it may be a hybrid
                 may_be = whole.vision.video is not None and whole.vision.video.has_timestamps
@@ -189,7 +189,7 @@ class PackCollator:
             batch = batch_of(whole, values, tower)
         pack = batch["mmpack"]
         pack |= weight_entries(samples, self.loss_reduction, pack["supervised_offsets"])
-        if "loss_weight_bits" in pack and not self._is_patched:
+        if "loss_weight_bits" in pack and not self.is_patched:
             first = next(sample for sample in samples if sample.weights is not None)
             raise ValueError(
                 f"row {first.row} of {first.source} has a weight of the loss, which only a patched model applies; "
@@ -236,7 +236,7 @@ class PackCollator:
                     f"{error}; rows of a PackCollator have their images in the current folder, unless its encoder "
                     "names another: PackCollator(Encoder.from_processor(processor, media_dir=FOLDER))"
                 ) from error
-        segments, buffer = load_pixels(groups, self._is_patched, worker_buffers.empty)
+        segments, buffer = load_pixels(groups, self.is_patched, worker_buffers.empty)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)
 

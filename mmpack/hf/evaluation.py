@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
 from mmpack.hf.compat import forward_hooks, remainder_of
+from mmpack.hf.gather import gathered
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.source_losses import SourceLosses, mean_losses
 from mmpack.hf.trainer_checks import check_evaluation, tell_evaluation
@@ -162,10 +162,7 @@ class Evaluation:
         found = self._sources.pop()
         mine: Any = (loss, self._weight, found if self._has_sources else None)
         self._loader, self._sums, self._weight = None, [], 0.0
-        ranks = [mine]
-        if dist.is_available() and dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
+        ranks = gathered(mine)
         weight = sum(one for _, one, _ in ranks)
         sources = (
             {} if None in [one for *_, one in ranks] else mean_losses(one for *_, one in ranks)

@@ -1,7 +1,8 @@
 """A pack -> keyword arguments of a forward.
 
-The top level has only names that transformers knows, so an unpatched model computes the same loss, only slower; or,
-if it has Gated DeltaNets, refuses the batch (`compat.linear_keywords`).
+The top level has only names that transformers knows, so an unpatched model computes the same loss, only slower, if
+no image is shared between segments (`PackCollator` of a patched model does that); or, if it has Gated DeltaNets,
+refuses the batch (`compat.linear_keywords`).
 All else is in one nested dict, `mmpack`, for the patched model's hook (`mmpack.hf.mmpack_dict`).
 
 A compact pack's batch has `input_ids (1, n)` with one marker per image and empty `position_ids (4, 1, 0)`, on

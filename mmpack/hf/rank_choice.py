@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.checkpoints import describe_changes
+from mmpack.hf.gather import gathered
 from mmpack.hf.model_patch import patch_of, use_choice
 from mmpack.hf.op_choice import (
     Choice,
@@ -44,7 +44,7 @@ def agree_on_ops(
     base, impl = patched
     device = torch.device(args.device)
     is_auto = impl == "auto"
-    table = _agreed_table(table_here(device) if is_auto else {})
+    table = agreed(gathered(table_here(device) if is_auto else {}))
     choice = choose(base.config, table)
     then = state.stateful_callbacks.get(KEY) if state.global_step else None
     if then is not None:
@@ -60,14 +60,6 @@ def agree_on_ops(
         if is_new:
             tell_choice(choice, device, args.world_size)
         _tell_capacity(base.config, choice, table, capacity)
-
-
-def _agreed_table(mine: Table) -> Table:
-    ranks: list[Any] = [mine]
-    if dist.is_available() and dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-    return agreed(ranks)
 
 
 def _kept(

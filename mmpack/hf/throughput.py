@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mmpack.hf.attention_share import AttentionShare
 from mmpack.hf.compat import whole_numel
+from mmpack.hf.gather import gathered
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.model_parts import parts_of
 from mmpack.hf.source_losses import SourceLosses, mean_losses
@@ -170,11 +170,8 @@ class PackCounter:
         seen, self._seen = self._seen, Seen()
         seconds = self._seen.start - seen.start - seen.paused
         seen.left_out = dict(left_out)
-        mine = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
-        ranks: list[Any] = [mine]
-        if dist.is_available() and dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
+        mine: Any = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
+        ranks = gathered(mine)
         every = [rank for rank, _, _ in ranks]
         room = capacity * sum(rank.num_batches for rank in every)
         values = {

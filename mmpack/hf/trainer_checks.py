@@ -87,6 +87,11 @@ def check_collator(collator: Any, model: nn.Module) -> None:
                     f"Trainer's model is not patched, but PackCollator({name}={value!r}) makes batches for a patched "
                     f"model; {advice}"
                 )
+        if collator.is_patched:
+            raise ValueError(
+                "Trainer's model is not patched, but its PackCollator was made for a patched one, so an image that "
+                f"several rows show is in the batch once; {advice}, or pass PackCollator(model=model) of this model"
+            )
     family = FAMILIES.get(base.config.model_type)
     if family is not None and family.has_linear_attention:
         raise ValueError(

@@ -1,8 +1,8 @@
 """The options of transformers' `TrainingArguments` in `mmpack train`: parsed, and refused where they do nothing.
 
 `REFUSED` are options that training on packs ignores or decides itself, `EVALUATION` those that act with
-`--eval-data`, `NEEDED` those that only act with another one. All other options act as in a script of one's own. `tests/test_options.py` lists every field, so that a new one
-in transformers is noticed.
+`--eval-data`, `NEEDED` those that only act with another one. All other options act as in a script of one's own.
+`tests/test_options.py` lists every field, so that a new one in transformers is noticed.
 """
 
 from __future__ import annotations
@@ -169,10 +169,10 @@ def parse_training_arguments(
     """`TrainingArguments` from command line options.
 
     The default batch is one pack, because a pack is already a full batch. `quiet`: without progress bars.
-    `evaluates`: there is an evaluation set; `sets`: the names of several. By default it is evaluated when checkpoints are saved, if
-    --save_strategy says when, and else after every epoch; the best model can only be kept if both agree, so
-    --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when the loss of an evaluation no
-    longer falls; then it also keeps the best model, if it saves any.
+    `evaluates`: there is an evaluation set; `sets`: the names of several. By default it is evaluated when
+    checkpoints are saved, if --save_strategy says when, and else after every epoch; the best model can only be
+    kept if both agree, so --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when
+    the loss of an evaluation no longer falls; then it also keeps the best model, if it saves any.
 
     Raises:
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.

@@ -52,11 +52,13 @@ class RowChoice:
             groups_of: the files of each data set, from `Reader.groups`. They are read here once to count their rows.
 
         Raises:
-            ValueError: so many rows would be held out that none, or all, are left.
+            ValueError: so many rows would be held out that none, or all, are left; or an entry limits its rows, which
+                applies when packs are planned and thus after this choice.
         """
         groups = [group for one in groups_of for group in one]
         if self.max_samples is None and self.part is None:
             return groups
+        self._check_limits(groups)
         masks = []
         for one in groups_of:
             left = math.inf if self.max_samples is None else self.max_samples
@@ -74,6 +76,16 @@ class RowChoice:
             everything[kept[dropped]] = False
             masks = np.split(everything, ends)
         return [group._replace(rows=_Rows(group.rows, mask)) for group, mask in zip(groups, masks)]
+
+    def _check_limits(self, groups: Sequence[RowGroup]) -> None:
+        option = "max_samples" if self.part is None else "val_size"
+        for limit in (group.limit for group in groups if group.limit is not None):
+            name = "num_samples" if limit.num_samples else "max_samples"
+            raise ValueError(
+                f"{option} does not apply to {limit.files}, whose entry has {name}: rows would be chosen by {option} "
+                f"first, and {name} would then leave others than in LLaMA-Factory; leave one of them out, or write "
+                "the rows to use to a file of their own"
+            )
 
     def _held_out(self, num_rows: int) -> Any:
         size = self.val_size

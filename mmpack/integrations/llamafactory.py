@@ -134,6 +134,7 @@ class _Run:
         if self.own.packed is None:
             return
         from mmpack.packing.dataset import PackedDataset
+        from mmpack.packing.split_documents import unsplit
 
         self.data = PackedDataset.from_store(self.own.packed)
         given, capacity = self.args.get("cutoff_len"), self.data.capacity
@@ -146,7 +147,7 @@ class _Run:
         self.args["dataset"] = _name_of(self.own.packed)
         if self.own.eval_packed is not None:
             self.args["eval_dataset"] = _name_of(self.own.eval_packed)
-        planning = _store_of(self.data).about.planning
+        planning = unsplit(self.data.samples).about.planning
         tell_other_costs(planning, self.own.frozen, False)
 
     def datasets(self, theirs: Any) -> Callable[..., dict[str, Any]]:
@@ -164,7 +165,9 @@ class _Run:
             if self.own.packed is not None:
                 module = {"train_dataset": self.data}
                 if self.own.eval_packed is not None:
-                    module["eval_dataset"] = type(self.data).from_store(self.own.eval_packed)
+                    from mmpack.integrations.packed_folders import open_packs
+
+                    module["eval_dataset"] = open_packs(self.own.eval_packed)
                 return module
             if processor is None:
                 raise ValueError(
@@ -269,28 +272,29 @@ def _read(words: list[str]) -> dict[str, Any]:
 
 
 def _not_importable(error: ImportError) -> str:
-    package = str(error.name or "").partition(".")[0]
-    if package == _LIBRARY:
+    """The sentence of a package that is missing or of another version; other errors say why themselves."""
+    name = str(error.name or "")
+    if isinstance(error, ModuleNotFoundError):
+        if name == _LIBRARY:
+            return (
+                f"{name} is not installed; docs/llama_factory.md has the commands that install it"
+            )
+        if name.isidentifier():
+            return f"{name} is not installed; pip install {name}"
+        if " " in name:  # a sentence of LLaMA-Factory's check of packages
+            return one_line(name)
+    text = one_line(str(error))
+    if text.startswith("transformers") and " is required" in text:
         return (
-            f"{_LIBRARY} is not installed; docs/llama_factory.md has the commands that install it"
+            f"{text} LLaMA-Factory's check of versions refuses the transformers that mmpack needs; set "
+            "DISABLE_VERSION_CHECK=1"
         )
-    if package.isidentifier():
-        return f"{package} is not installed; pip install {package}"
-    if package:  # a sentence of LLaMA-Factory's check of packages
-        return one_line(str(error.name))
-    return (
-        f"{one_line(str(error))} LLaMA-Factory's check of versions refuses the transformers that mmpack needs; set "
-        "DISABLE_VERSION_CHECK=1"
-    )
+    return text
 
 
 def _name_of(folder: str) -> str:
     """A store's name where LLaMA-Factory lists data sets, between commas."""
     return Path(folder).resolve().name.replace(",", "_")
-
-
-def _store_of(dataset: Any) -> Any:
-    return getattr(dataset.samples, "samples", dataset.samples)
 
 
 if __name__ == "__main__":

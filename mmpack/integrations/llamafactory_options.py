@@ -130,6 +130,8 @@ def taken_options(args: dict[str, Any], frozen_by_default: Mapping[str, bool]) -
             raise ValueError(
                 f"{name}: {_shown(value)} does not apply: the rows of {packed} are packed; {instead}, or pack again"
             )
+    if args.get("do_train") is None:  # LLaMA-Factory would load the model and end
+        args["do_train"] = True
     attention = str(args.pop("flash_attn", "auto"))
     if attention not in ATTENTION:
         raise ValueError(

@@ -22,9 +22,11 @@ from typing import Any
 
 from transformers import Trainer
 
+from mmpack.cli.refused_options import packed_split
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
+from mmpack.integrations.packed_folders import open_packs
 from mmpack.packing.dataset import PackedDataset
 
 try:
@@ -59,10 +61,20 @@ _LOSS = "the loss is mmpack's"
 _OF_ROWS = (  # options that read or tokenize rows
     "lazy_tokenize", "dataset_num_proc", "load_from_cache_file", "strict", "val_dataset_shuffle", "download_mode",
     "shuffle_buffer_size", "stopping_strategy", "disable_auto_column_mapping", "custom_dataset_info", "model_name",
-    "model_author",
+    "model_author", "remove_unused_columns", "decision_drop_instructions", "decision_subsample_options",
+    "decision_state_as_text", "decision_shuffle_fields",
 )  # fmt: skip
-# Values that ms-swift gives options that the user leaves out.
-_FILLED_IN = {"truncation_strategy": "delete", "columns": {}, "lazy_tokenize": True}
+_TEXT = (_ENCODED + "the tokenizer's chat template wrote their text", "pack with --template-arg")
+# Options of data and templates that act, or are compared with the packs.
+APPLIED = ("dataset", "val_dataset", "max_length", "template")
+# Values that ms-swift gives options that the user leaves out, whose default is None.
+_FILLED_IN = {
+    "truncation_strategy": "delete",
+    "columns": {},
+    "lazy_tokenize": True,
+    "use_chat_template": True,
+}
+_OF_THOUGHTS = "+ignore_empty_think"  # appended to `loss_scale` for hybrid thinking models
 # Options that would do nothing, or not what they say: (why, what to do instead).
 REFUSED_OPTIONS = {
     "packing": (_PLANNED, "leave it out"),
@@ -80,7 +92,25 @@ REFUSED_OPTIONS = {
     "agent_template": (_ENCODED + "another template would not apply", "leave it out"),
     "norm_bbox": (_ENCODED + "boxes are written when rows are packed", "leave it out"),
     "response_prefix": (_ENCODED + "a prefix would not apply", "leave it out"),
+    "use_chat_template": (
+        _ENCODED + "they have the turns of conversations or are documents",
+        "leave it out, or pack with --stage pretrain",
+    ),
+    "template_backend": _TEXT,
+    "enable_thinking": _TEXT,
+    "preserve_thinking": _TEXT,
+    "add_non_thinking_prefix": _TEXT,
+    "disable_ignore_empty_think": (
+        "labels are the packs', where a template's empty thought has none",
+        "leave it out",
+    ),
+    "padding_side": ("a pack has no padding", "leave it out"),
+    "is_binary_loss_scale": ("labels and weights are the packs'", "leave it out"),
     "loss_scale": ("labels and weights are the packs'", "pack rows with weights"),
+    "router_aux_loss_coef": (
+        _LOSS + ", to which ms-swift would add the load balancing loss of a mixture of experts",
+        "leave it out, or use TRL with mmpack.integrations.trl",
+    ),
     "loss_type": (_LOSS, "leave it out"),
     "enable_dft_loss": (_LOSS, "leave it out, or use TRL with mmpack.integrations.trl"),
     "enable_channel_loss": (_LOSS, "leave it out; pack/loss/NAME is logged for each source"),
@@ -166,8 +196,10 @@ def check_arguments(args: Any, capacity: int) -> None:
         for one in fields(args)
     }
     for name, (why, advice) in REFUSED_OPTIONS.items():
-        value = getattr(args, name, None)
-        if value not in (defaults.get(name), _FILLED_IN.get(name)):
+        value, default = getattr(args, name, None), defaults.get(name)
+        if name == "loss_scale" and _thinks_or_not(args):
+            value = str(value).removesuffix(_OF_THOUGHTS)
+        if value not in (default, _FILLED_IN.get(name) if default is None else default):
             raise ValueError(f"--{name} {value} does not apply: {why}; {advice}")
     longest = args.model_info.max_model_len
     if args.max_length not in (None, longest, capacity):
@@ -175,6 +207,12 @@ def check_arguments(args: Any, capacity: int) -> None:
             f"--max_length {args.max_length} does not apply: the packs have up to {capacity:,} tokens; leave it out, "
             f"or pack with --capacity {args.max_length}"
         )
+
+
+def _thinks_or_not(args: Any) -> bool:
+    """Whether ms-swift takes the model for a hybrid thinking one, by its template."""
+    meta = args.template_meta
+    return meta is not None and meta.is_thinking and bool(meta.non_thinking_prefix)
 
 
 def _packed_sets(self: Any) -> list[Any]:
@@ -185,9 +223,12 @@ def _packed_sets(self: Any) -> list[Any]:
             f"--dataset has {len(args.dataset)} values ({' '.join(args.dataset)}); with mmpack's plugin pass one folder "
             "of mmpack pack, which packs several files together"
         )
-    train = _opened("--dataset", args.dataset[0])
+    train = _opened("--dataset", args.dataset[0], is_training=True)
     check_arguments(args, train.capacity)
-    held_out = {Path(name).name: _opened("--val_dataset", name) for name in args.val_dataset}
+    held_out = {
+        Path(name).name.replace(":", "_"): _opened("--val_dataset", name, is_training=False)
+        for name in args.val_dataset
+    }
     if len(held_out) < len(args.val_dataset):
         raise ValueError(
             f"two folders of --val_dataset have one name ({' '.join(args.val_dataset)}); rename one"
@@ -202,13 +243,13 @@ def _packed_sets(self: Any) -> list[Any]:
     return [train, held_out or None]
 
 
-def _opened(option: str, name: str) -> PackedDataset:
-    if not (Path(name) / "mmpack.json").is_file():
+def _opened(option: str, name: str, is_training: bool) -> PackedDataset:
+    if packed_split(name) is None:
         raise ValueError(
             f"{option} {name} is not a folder of mmpack pack, which mmpack's plugin needs; mmpack pack {name} "
             "--tokenizer MODEL --capacity 8192 --out packed, then pass packed"
         )
-    return PackedDataset.from_store(name)
+    return open_packs(name, is_training)
 
 
 def _nothing(models: Any) -> None:

@@ -27,6 +27,7 @@ from mmpack.hf.compat import folder_of
 from mmpack.hf.evaluation import loss_name
 from mmpack.hf.model_patch import patch_model
 from mmpack.hf.processor_files import ProcessorFiles
+from mmpack.integrations.packed_folders import open_packs
 from mmpack.integrations.trl_metrics import FUSED, PackedScores, TokenMetrics
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.stream import PackStream
@@ -121,14 +122,15 @@ Packs = PackedDataset | PackStream
 class PackedSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on packs.
 
-    Loss and gradients of a step are those of a stock Trainer on the same packs, whose equal is the weighted loss of
-    the rows alone. Rows are not tokenized, cut or packed here, so options of `SFTConfig` about rows are refused.
-    The rest of `SFTConfig`, `peft_config`, `quantization_config`, `callbacks` and `optimizers` do as in TRL.
+    Loss and gradients of a step are those of a stock Trainer on the same packs, whose equal is the weighted loss
+    of the rows alone. Rows are not tokenized, cut or packed here, so options of `SFTConfig` about rows are
+    refused. The rest of `SFTConfig`, `peft_config`, `quantization_config`, `callbacks` and `optimizers` do as in
+    TRL.
 
     In the log, over all ranks: `num_tokens`, the tokens trained on since the run began, without filler and empty
-    packs, also after resuming; `entropy` and `mean_token_accuracy`, means over all supervised tokens since the last
-    log, or of the evaluated set, each counted once (TRL averages over batches). `eval_loss` and `pack/` values are
-    `PackingCallback`'s.
+    packs, also after resuming; `entropy` and `mean_token_accuracy`, means over all supervised tokens since the
+    last log, or of the evaluated set, each counted once (TRL averages over batches). `eval_loss` and `pack/`
+    values are `PackingCallback`'s.
 
     Args:
         model: a name or folder, as TRL loads it, or a model. It is patched (`patch_model`).
@@ -137,10 +139,10 @@ class PackedSFTTrainer(SFTTrainer):
         train_dataset: a `PackedDataset`, a `PackStream`, or a folder of `mmpack pack`.
         eval_dataset: the same, or a dict of them.
         data_collator: a `PackCollator` with other options than `PackCollator(model=model)`.
-        options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor files
-            are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`; a model made from
-            a config, and a stream of encoded samples, need one. A `PackingCallback` in `callbacks` is attached in place of a
-            default one.
+        options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor
+            files are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`; a model
+            made from a config, and a stream of encoded samples, need one. A `PackingCallback` in `callbacks` is
+            attached in place of a default one.
 
     Raises:
         ValueError: an argument or option does not apply to packs; the sentence names it.
@@ -329,7 +331,7 @@ def check_loss(args: SFTConfig, train: Packs, collator: PackCollator | None) -> 
 def _packs(data: Any, name: str) -> Packs:
     """The packs of an argument; a folder is opened."""
     if isinstance(data, str | os.PathLike):
-        return PackedDataset.from_store(data)
+        return open_packs(data, is_training=name == "train_dataset")
     if isinstance(data, PackedDataset | PackStream):
         return data
     if isinstance(data, Mapping):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmpack.hf.evaluation import num_real_items
+from mmpack.hf.gather import gathered
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.throughput import useful_tokens
 from mmpack.ops.supervised_cross_entropy import denominator
@@ -140,12 +140,3 @@ def of_rows(values: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """(L,) a field of TRL's output at the supervised rows; with full_logits, TRL scores every token but the last."""
     whole = values[0]
     return whole if "shift_labels" in batch else whole[batch["mmpack"]["supervised_index"]]
-
-
-def gathered(mine: Any) -> Sequence[Any]:
-    """A small object of every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    return ranks

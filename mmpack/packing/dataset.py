@@ -242,7 +242,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             folder: a new one, or empty. It appears complete or not at all.
 
         Raises:
-            ValueError: there are no samples, or the folder is not empty.
+            ValueError: there are no samples, the folder is not empty, or it is of several with other media folders.
             OSError: it cannot be written.
         """
         from mmpack.store.atomic_folder import published  # here: only stores need Arrow
@@ -255,8 +255,12 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         out = Path(folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty; save to another folder")
-        samples, media = self.samples, self._media
-        about = About(media_folders=None if media is None else tuple(self.media_folders or ()))
+        samples, folders = self.samples, self.media_folders
+        if len({repr(one and one.names) for one in self._media_of.values()}) > 1:
+            raise ValueError(
+                "the sources have media folders of their own, a store has one list; save each source"
+            )
+        about = About(media_folders=None if folders is None else tuple(folders))
         out.parent.mkdir(parents=True, exist_ok=True)
         with published(out, replaces=False) as partial:
             if isinstance(samples, SplitSamples):

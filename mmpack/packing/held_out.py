@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ def check_size(size: float) -> None:
     Raises:
         ValueError: it is neither a share nor a number of rows.
     """
-    if not (0 < size < 1 or (size >= 1 and size == int(size))):
+    if not (0 < size < 1 or (1 <= size < math.inf and size == int(size))):
         raise ValueError(
             f"--val-size (val_size) must be a number of rows, or a share above 0 and below 1, got {size:g}"
         )
@@ -99,11 +100,17 @@ def _groups(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
             number = parent[number]
         return number
 
+    def join(number: int, other: int) -> None:
+        low, high = sorted((root(number), root(other)))
+        parent[high] = low
+
     first: dict[Hashable, int] = {}
+    row = None
     for number, sample in enumerate(samples):
-        for key in ((sample.source, sample.row), *_keys(sample)):
-            other = root(first.setdefault(key, number))
-            parent[max(root(number), other)] = min(root(number), other)
+        if row == (row := (sample.source, sample.row)):  # files in two folders may have one name
+            join(number, number - 1)
+        for key in _keys(sample):
+            join(number, first.setdefault(key, number))
     return np.array([root(number) for number in range(len(samples))], dtype=np.int64)
 
 

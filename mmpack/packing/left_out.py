@@ -128,7 +128,7 @@ def joined_resume(items: Sequence[Any]) -> bytes | None:
     rows, counts = [], [0, 0, 0]
     for item, place in zip(streamed, places):
         rows += place.get("left out", [])
-        rows += [as_line(bad, place["pass"]) for bad in item.policy.left_out]
+        rows += [as_line(bad, number) for number, bad in item.policy.left_out]
         media = sum(bool(sample.media) for sample in item)
         found = (len(item), media, len(item.policy.left_out))
         if item.policy.on_bad_image == "drop":
@@ -139,8 +139,8 @@ def joined_resume(items: Sequence[Any]) -> bytes | None:
 class BadRowFile:
     """Lists rows that were left out in a file, one per line of JSON.
 
-    Lines are appended. A row that the file lists already, because a stopped run wrote it, is not listed again, and a
-    line that was cut off is removed.
+    Lines are appended. A row that the file lists already for the same pass and reason, also because a stopped run wrote
+    it, is not listed again, and a line that was cut off is removed.
 
     Args:
         path: the file; its folder is created.
@@ -148,7 +148,7 @@ class BadRowFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._listed: set[int] | None = None  # hashes of rows listed before
+        self._listed: set[int] | None = None  # hashes of rows that the file lists
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append rows, as `as_line` returns them.
@@ -160,7 +160,11 @@ class BadRowFile:
         if self._listed is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._listed = self._read()
-        new = [line for line in lines if _key(line) not in self._listed]
+        new = []
+        for line in lines:
+            if (key := _key(line)) not in self._listed:  # as if the run had been stopped in between
+                self._listed.add(key)
+                new.append(line)
         if new:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(map(json_line, new)))

@@ -63,7 +63,7 @@ class MixedDataset(PackedDataset):
         self.mixture = mixture_of(plans, costs, by, epoch_tokens, seed)
         super().__init__(samples, self.mixture.plan(0))
         self._of_sources = {name: one.fingerprint() for name, (one, _) in opened.items()}
-        self.media_folders = _folders([one for one, _ in opened.values()])
+        self._media_of = {name: one._media for name, (one, _) in opened.items()}
         most = sum(
             (int(source.passes) + 2) * len(source.numbers) for source in self.mixture.sources
         )
@@ -158,16 +158,8 @@ def joined(sources: Mapping[str, PackedDataset]) -> PackedDataset:
     _check(sources)
     samples = MixedSamples({name: one.samples for name, one in sources.items()})
     dataset = PackedDataset(samples, union_of([_by_samples(one) for one in sources.values()]))
-    dataset.media_folders = _folders(list(sources.values()))
+    dataset._media_of = {name: one._media for name, one in sources.items()}
     return dataset
-
-
-def _folders(datasets: Sequence[PackedDataset]) -> list[str] | None:
-    """The media folders of all data sets; None if those of one are not confined."""
-    found = [one.media_folders for one in datasets]
-    if None in found:
-        return None
-    return list(dict.fromkeys(folder for one in found for folder in one or ()))
 
 
 def _check(sources: Mapping[str, PackedDataset]) -> None:

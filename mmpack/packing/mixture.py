@@ -324,8 +324,10 @@ def check_weights(weights: Mapping[str, float]) -> None:
     if not weights:
         raise ValueError("a mixture needs at least one source")
     for name, weight in weights.items():
-        if not isinstance(name, str) or not name or MIX_MARK in name:
-            raise ValueError(f"a source's name must be a text without {MIX_MARK}, got {name!r}")
+        if not isinstance(name, str) or not name or MIX_MARK in f"{name}:":
+            raise ValueError(
+                f"a source's name must be a text without {MIX_MARK}, also not ending with :, got {name!r}"
+            )
         if not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
             raise ValueError(
                 f"--mix (sources): the weight of {name!r} is {weight!r}, not a positive number; to leave a source "

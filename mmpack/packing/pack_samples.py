@@ -7,12 +7,13 @@ Making an item opens no image. `PackCollator` opens them when it assembles the i
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, BadRow, counted
+from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.types import EncodedSample
 
 if TYPE_CHECKING:
@@ -28,14 +29,19 @@ class MediaPolicy:
     its `PackedDataset` or `PackStream`.
 
     Attributes:
-        left_out: the samples that `load` dropped.
+        folders: of all samples, if `of_sources` is empty.
+        of_sources: name of a mixture's source -> folders of its samples; None: any folder.
+        passes: the pass of each sample, in a stream.
+        left_out: the samples that `load` dropped, each with its pass.
     """
 
     on_bad_image: Literal["raise", "drop"]
     max_bad: float
     folders: MediaFolders | None
     dropped: DroppedSegments
-    left_out: list[BadRow] = field(default_factory=list)
+    of_sources: Mapping[str, MediaFolders | None] = field(default_factory=dict)
+    passes: Sequence[int] = ()
+    left_out: list[tuple[int, BadRow]] = field(default_factory=list)
 
     def load(self, samples: Sequence[EncodedSample], buffer: PixelBuffer) -> list[EncodedSample]:
         """Decode the images and videos of an item's samples into the buffer.
@@ -52,18 +58,24 @@ class MediaPolicy:
             with_media = sum(bool(sample.media) for sample in samples)
             self.dropped.saw(len(samples), with_media, self.max_bad)
         kept = []
-        for sample in samples:
+        for number, sample in enumerate(samples):
             try:
-                buffer.load(sample, self.folders)
+                buffer.load(sample, self._folders_of(sample))
                 kept.append(sample)
             except BadImageError as error:
                 if self.on_bad_image == "raise":
                     raise
                 _log.warning("dropped %s", error)
                 reason = str(error).partition(": ")[2]
-                self.left_out.append(BadRow(sample.source, sample.row, reason))
+                bad = BadRow(sample.source, sample.row, reason)
+                self.left_out.append((self.passes[number] if self.passes else 0, bad))
                 self.dropped.drop(error, self.max_bad)
         return kept or [EncodedSample.filler(1, samples[0].vision)]
+
+    def _folders_of(self, sample: EncodedSample) -> MediaFolders | None:
+        if not self.of_sources or not sample.media:
+            return self.folders
+        return self.of_sources[sample.source.partition(MIX_MARK)[0]]
 
 
 _NO_FIELDS = (

@@ -82,6 +82,7 @@ class PackSource:
         self.on_bad_image: Literal["raise", "drop"] = "raise"
         self.max_bad = MAX_BAD
         self._media: MediaFolders | None = None
+        self._media_of: dict[str, MediaFolders | None] = {}  # by the name of a mixture's source
         self._dropped = DroppedSegments()
         self._source_weights: dict[str, float] = {}
 
@@ -109,23 +110,30 @@ class PackSource:
     @property
     def media_folders(self) -> list[str] | None:
         """Folders that must contain image and video files when a pack is assembled, links resolved; None: any
-        folder. Set it before workers start."""
-        if self._media is None:
-            return None
-        return [name for name in self._media.names if name != DATA_URIS]
+        folder. Of a mixture, those of all its sources, or None if one may open any: a row only opens files in the
+        folders of its own source. Setting them sets those of every source. Set it before workers start."""
+        found = list(self._media_of.values()) or [self._media]
+        names = [name for one in found if one is not None for name in one.names]
+        return None if None in found else [one for one in dict.fromkeys(names) if one != DATA_URIS]
 
     @media_folders.setter
     def media_folders(self, folders: Sequence[str | os.PathLike[str]] | None) -> None:
         if isinstance(folders, (str, os.PathLike)):
             folders = [folders]
         self._media = None if folders is None else MediaFolders(folders)
+        self._media_of = {}
 
     @property
     def num_dropped_segments(self) -> int:
         """Segments left out of packs so far because of bad images, in this process and its workers."""
         return self._dropped.number
 
-    def _item(self, samples: Sequence[EncodedSample], resume: bytes | None = None) -> PackSamples:
+    def _item(
+        self,
+        samples: Sequence[EncodedSample],
+        resume: bytes | None = None,
+        passes: Sequence[int] = (),
+    ) -> PackSamples:
         if self.on_bad_image not in ("raise", "drop"):
             raise ValueError(
                 f"--on-bad-image (on_bad_image) must be 'raise' or 'drop', got {self.on_bad_image!r}"
@@ -141,5 +149,6 @@ class PackSource:
                 one if factor == 1 else with_weight(one, factor)
                 for one, factor in zip(samples, factors)
             ]
-        policy = MediaPolicy(self.on_bad_image, self.max_bad, self._media, self._dropped)
+        what = self.on_bad_image, self.max_bad, self._media, self._dropped
+        policy = MediaPolicy(*what, self._media_of, passes)
         return PackSamples(samples, self.capacity, policy, resume)

@@ -207,6 +207,11 @@ def _flaw(samples: Any, sample_of: Int64, bounds: Int64, sizes: Int64) -> str:
     return ""
 
 
+def unsplit(samples: Any) -> Any:
+    """The samples that pieces of documents are of, such as an `EncodedStore`; samples that are not split as they are."""
+    return samples.samples if isinstance(samples, SplitSamples) else samples
+
+
 def split_samples(
     samples: Sequence[EncodedSample], capacity: int, patch_capacity: int | None = None
 ) -> SplitSamples:

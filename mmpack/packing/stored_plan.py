@@ -59,11 +59,13 @@ def open_samples(
     if plan.num_patches is not None:
         sizes.append((plan.num_patches, samples.num_patches))
     for planned, known in sizes:
-        if planned.shape == known.shape and plan.num_truncated:
+        is_same = planned.shape == known.shape
+        if is_same:
             known = known.copy()
-            known[plan.truncated] = planned[plan.truncated]
-        if planned is plan.num_patches and plan.unit is not None and planned.shape == known.shape:
-            known = np.minimum(known, planned)  # an image counts once in its unit
-        if not np.array_equal(planned, known):
+            for planned_otherwise in (plan.truncated, plan.unused):  # unused: perhaps cut, too
+                known[planned_otherwise] = planned[planned_otherwise]
+            if planned is plan.num_patches and plan.unit is not None:
+                known = np.minimum(known, planned)  # an image counts once in its unit
+        if not (is_same and np.array_equal(planned, known)):
             raise ValueError(f"{folder} has a plan for other samples; pack again with --overwrite")
     return samples, plan, store.about.media_folders

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmpack.data.readers import media_folders
 from mmpack.errors import BadRow, OnError, Skip, check_on_error, count_reason, counted, counting
 from mmpack.packing import overflow
 from mmpack.packing.left_out import BadRowFile, as_line
@@ -69,7 +68,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
 
     Attributes:
         on_bad_image, max_bad, media_folders, source_weights: as in `PackedDataset`; `media_folders` is the encoder's
-            `media_dir`, if given.
+            `media_dir`, if given; in a mixture, each source has that of its encoder.
         bad_rows_file: a file that lists rows left out by `on_error` and `on_bad_image`, one per line of JSON; a resumed
             run lists each once. With several ranks, each has its own, with `-RANK-of-RANKS` in its name. None: no
             file; `PackingCallback` then sets `bad_rows.jsonl` in Trainer's `output_dir`.
@@ -107,11 +106,12 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         if encoders and on_error is None:
             on_error = encoders[0].on_error
         if any(one.media_dir is not None for one in encoders):
-            groups = [one.group for one in self._row_sources if one.group is not None]
-            if len(groups) == 1:
-                self._media = groups[0].folders
+            groups = {one.name: one.group for one in self._row_sources}
+            folders = {name: None if one is None else one.folders for name, one in groups.items()}
+            if "" in folders:  # no mixture
+                self._media = folders[""]
             else:
-                self.media_folders = media_folders(groups)
+                self._media_of = folders
         check_on_error(on_error or "raise")
         self.on_error: OnError = "raise" if on_error is None else counting(on_error)
         self.bad_rows_file: str | os.PathLike[str] | None = None
@@ -258,7 +258,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
             place = None
         shard = Shard(self._recipe(), self._rank * workers + worker, self._world * workers)
         while shard.begin(first if place is None else place["pass"], place):
-            for samples in shard.packs():
+            for entries in shard.packs():
                 bad_rows = shard.take_bad_rows()
                 resume = {"worker": worker, "workers": workers, **shard.place()}
                 if bad_rows:
@@ -267,7 +267,9 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
                         self._list(left_out, [bad for _, bad in bad_rows])
                     else:  # the process that trains lists them
                         resume["left out"] = left_out
-                yield self._item(samples, json.dumps(resume).encode())
+                samples = [one.sample for one in entries]
+                passes = [one.number_of_pass for one in entries]
+                yield self._item(samples, json.dumps(resume).encode(), passes)
             if alone := shard.take_bad_rows():  # the pass had no pack that could carry them
                 if info is None:
                     lines = [as_line(bad, number) for number, bad in alone]

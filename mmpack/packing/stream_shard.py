@@ -16,7 +16,6 @@ import numpy as np
 from mmpack.errors import BadRow, counted
 from mmpack.packing.stream_rows import Entry, Recipe, SourceReader
 from mmpack.packing.stream_select import choose, hashed
-from mmpack.types import EncodedSample
 
 
 class Shard:
@@ -44,7 +43,8 @@ class Shard:
             for reader in self._readers:
                 reader.begin(number_of_pass)
             return True
-        self._tokens, self._cost, self._drawn = place["tokens"], place["cost"], place["drawn"]
+        self._tokens, self._cost = place["tokens"], place["cost"]
+        self._drawn = list(place["drawn"])  # the state stays as it is
         self._num_packs, self.num_entered = place["packs"], place["entered"]
         held = [tuple(entry) for entry in place["buffer"]]
         found: dict[tuple[int, ...], Entry] = {}
@@ -82,20 +82,20 @@ class Shard:
             "sources": states,
         }
 
-    def packs(self) -> Iterator[list[EncodedSample]]:
-        """Yield the samples of each pack until the pass ends; those of a mixture do not end."""
+    def packs(self) -> Iterator[list[Entry]]:
+        """Yield the entries of each pack until the pass ends; those of a mixture do not end."""
         while True:
             self._fill(self._recipe.buffer)
             if not self._buffer:
                 return
             chosen = self._choose()
-            samples = [self._buffer[place].sample for place in chosen]
+            entries = [self._buffer[place] for place in chosen]
             taken = set(chosen)
             self._buffer = [e for place, e in enumerate(self._buffer) if place not in taken]
             self._num_packs += 1
             if not self._buffer:  # bad rows at the end of the pass belong to its last pack
                 self._fill(1)
-            yield samples
+            yield entries
 
     def _fill(self, size: int) -> None:
         """Let samples enter until the buffer has `size`, or the pass ends."""

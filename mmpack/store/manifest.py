@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from mmpack.data.limits import MAX_COUNT
 from mmpack.store.records import (
     check_record,
     damaged,
@@ -23,7 +24,7 @@ from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
 FORMAT = 12
-_POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(1 << 31)
+_POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(MAX_COUNT + 1)
 _CAPACITY = range(1, 1 << 63)
 
 
