@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from builders import (
     encoded,
     small_config,
     small_spec,
+    tiny_config,
     tiny_model,
     with_noise,
     worst_difference,
@@ -20,7 +22,7 @@ from test_docs import ROOT, blocks_of
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import PackedDataset
+from mmpack import Encoder, PackedDataset
 from mmpack.hf import PackCollator, PackingCallback, loss_denominator, patch_model
 
 SUPERVISED = (166, 6, 40)  # of each pack
@@ -150,7 +152,12 @@ def block_of_the_page(word):
 
 
 def run_page(word):
-    """The losses of the page's loop with this word, on what its first block defines, for a tiny model."""
+    """The losses of the page's loop with this word."""
+    return [float(loss) for loss in names_of_page(word)["losses"]]
+
+
+def names_of_page(word):
+    """What the page's loop with this word defines, on what the first block defines, for a tiny model."""
     model, optimizer, train = parts()
     collate = PackCollator(model=model)
     names = {
@@ -165,7 +172,7 @@ def run_page(word):
         "micro_batches": lambda packs: [collate([pack]) for pack in packs],
     }
     exec(block_of_the_page(word), names)
-    return [float(loss) for loss in names["losses"]]
+    return names
 
 
 def on_a_rank(folder):
@@ -175,9 +182,31 @@ def on_a_rank(folder):
 
 def test_the_page_on_two_ranks(tmp_path):
     """accelerate's loop, a pack per rank and step: the last step of an epoch has an empty one."""
-    expected = run_page("def step")
+    expected = run_page("def step(")
     assert len(expected) == NUM_STEPS
     on_ranks(on_a_rank, tmp_path)
     for rank in range(2):
         losses = json.loads((tmp_path / f"{rank}.json").read_text())
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_pages_stream_takes_steps_of_all_ranks(small_set, small_encoder, tmp_path, monkeypatch):
+    """Its packs go to accelerate's step, whose denominator is over ranks; the block is run as a second rank's."""
+    names = names_of_page("Accelerator(")
+    assert callable(names["step_of_ranks"])
+    (tmp_path / "demo_data").symlink_to(small_set)
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(len(small_encoder.tokenizer), vision=small_encoder.vision)
+    taken = []
+    names |= {
+        "step_of_ranks": lambda batches: taken.append(
+            [batch["mmpack"]["items"] for batch in batches]
+        ),
+        "accelerator": SimpleNamespace(process_index=1, num_processes=2),
+        "Encoder": Encoder,
+        "config": config,
+        "collate": PackCollator(model=patch_model(tiny_model(config))),
+    }
+    names["micro_batches"] = lambda packs: [names["collate"]([pack]) for pack in packs]
+    exec(block_of_the_page("PackStream("), names)
+    assert len(taken) == 2 and {len(batches) for batches in taken} == {names["per_rank"]}

@@ -15,7 +15,7 @@ from ranks import on_ranks
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import PackedDataset, PackStream
+from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 
@@ -148,6 +148,42 @@ def test_streams(tmp_path):
     theirs.train()
     assert_same(logged(ours), logged(theirs))
     assert logged(ours, "eval_loss")[-1][0] == pytest.approx(theirs.evaluate()["eval_loss"], 1e-5)
+
+
+def test_files_are_saved_with_a_streams_budget(small_set, tmp_path, monkeypatch):
+    """As with a data set: the tokenizer is the model's, and transformers' processor is not loaded."""
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", None)
+    shutil.copytree(small_set / "tokenizer", tmp_path / "model")
+    model_of().save_pretrained(tmp_path / "model")
+    budget = 56 * 56
+    encoder = Encoder.from_folder(small_set / "tokenizer", max_pixels=budget, media_dir=small_set)
+    rows = json.loads((small_set / "train.json").read_text())
+    args = trl.SFTConfig(str(tmp_path / "run"), **{**QUIET, **NOTHING, "max_steps": 1})
+    for stream in (
+        PackStream(rows, encoder, 1024),
+        PackStream({"a": (rows, 1), "b": (rows, 2)}, encoder, 1024),
+    ):
+        trainer = packed.PackedSFTTrainer(str(tmp_path / "model"), args, train_dataset=stream)
+        trainer.save_model(str(tmp_path / "saved"))
+        saved = Encoder.from_folder(tmp_path / "saved")
+        assert saved.vision.max_pixels == budget
+        assert saved.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()
+
+
+def test_a_tokenizer_that_is_not_known_is_asked_for(small_set, tmp_path, monkeypatch):
+    """Not that of the current folder."""
+    monkeypatch.chdir(small_set / "tokenizer")
+    args = trl.SFTConfig(str(tmp_path), **{**QUIET, **NOTHING, "max_steps": 1})
+    with pytest.raises(ValueError, match="made from a config, so .*pass processing_class="):
+        packed.PackedSFTTrainer(model_of(), args, train_dataset=packs())
+    named = model_of()
+    named.config._name_or_path = str(small_set / "config.json")
+    with pytest.raises(ValueError, match="made from a config, so .*pass processing_class="):
+        packed.PackedSFTTrainer(named, args, train_dataset=packs())
+    stream = PackStream(samples(), None, CAPACITY)
+    named.config._name_or_path = str(small_set / "tokenizer")
+    with pytest.raises(ValueError, match="of encoded samples, .*pass processing_class="):
+        packed.PackedSFTTrainer(named, args, train_dataset=stream)
 
 
 def test_lora(tmp_path):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from mmpack.integrations.packed_folders import open_packs
 from mmpack.integrations.trl_metrics import FUSED, PackedScores, TokenMetrics
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.stream import PackStream
+from mmpack.vision_spec import VisionSpec
 
 try:
     from datasets import Dataset
@@ -138,8 +140,9 @@ class PackedSFTTrainer(SFTTrainer):
         eval_dataset: the same, or a dict of them.
         data_collator: a `PackCollator` with other options than `PackCollator(model=model)`.
         options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor
-            files are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`. A
-            `PackingCallback` in `callbacks` is attached in place of a default one.
+            files are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`; a model
+            made from a config, and a stream of encoded samples, need one. A `PackingCallback` in `callbacks` is
+            attached in place of a default one.
 
     Raises:
         ValueError: an argument or option does not apply to packs; the sentence names it.
@@ -181,11 +184,10 @@ class PackedSFTTrainer(SFTTrainer):
         if isinstance(model, nn.Module):
             patch_model(model)
         files = None
-        if options.get("processing_class") is None and isinstance(train, PackedDataset):
-            name = model if isinstance(model, str) else folder_of(model.config)
-            folder = local_path(name or ".")
+        if options.get("processing_class") is None:
+            folder, vision = files_of(model, train)
             options["processing_class"] = load_tokenizer(folder)
-            files = ProcessorFiles(folder, train.vision)
+            files = ProcessorFiles(folder, vision)
         placeholder = Dataset.from_list([{"input_ids": [0], "labels": [0]}])
         super().__init__(
             model=model,
@@ -277,6 +279,27 @@ def check_options(args: SFTConfig, options: Mapping[str, Any], capacity: int) ->
     for name, sentence in _REFUSED_ARGUMENTS.items():
         if options.get(name) is not None:
             raise ValueError(f"{name} does not apply: {sentence}")
+
+
+def files_of(model: str | nn.Module, train: Packs) -> tuple[Path, VisionSpec]:
+    """The folder of the model's tokenizer and processor, and what the packs were encoded with.
+
+    Raises:
+        ValueError: one of them is not known, so that `processing_class` is needed.
+    """
+    advice = "pass processing_class=AutoTokenizer.from_pretrained(FOLDER), which is saved beside the model"
+    name = model if isinstance(model, str) else folder_of(model.config)
+    folder = None if name is None else local_path(name)
+    if folder is None or not folder.is_dir():
+        raise ValueError(
+            f"the model was made from a config, so no folder with its tokenizer is known; {advice}"
+        )
+    if train.vision is None:
+        raise ValueError(
+            "train_dataset is a PackStream of encoded samples, whose pixel budget is not known before they are read; "
+            f"{advice}"
+        )
+    return folder, train.vision
 
 
 def check_loss(args: SFTConfig, train: Packs, collator: PackCollator | None) -> None:

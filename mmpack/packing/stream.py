@@ -29,6 +29,7 @@ from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.stream_rows import Recipe, row_sources
 from mmpack.packing.stream_shard import Shard
+from mmpack.vision_spec import VisionSpec
 
 _log = logging.getLogger(__name__)
 _ADVICE = (
@@ -136,6 +137,12 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
             raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
         self._rank, self._world = rank, num_ranks
         return self
+
+    @property
+    def vision(self) -> VisionSpec | None:
+        """The spec that rows are encoded with; None: the source holds encoded samples."""
+        encoder = self._row_sources[0].encoder  # a mixture's have the same spec
+        return None if encoder is None else encoder.vision
 
     @property
     def num_bad_rows(self) -> int:
