@@ -45,9 +45,9 @@ class VideoSpec:
                 f"a video's min_pixels must be positive and at most its max_pixels, got min_pixels="
                 f"{self.min_pixels} and max_pixels={self.max_pixels}"
             )
-        if not (self.fps > 0 and 0 < self.min_frames <= self.max_frames):
+        if not (0 < self.fps < math.inf and 0 < self.min_frames <= self.max_frames):
             raise ValueError(
-                f"fps must be positive and min_frames positive and at most max_frames, got "
+                f"fps must be a positive number and min_frames positive and at most max_frames, got "
                 f"fps={self.fps}, min_frames={self.min_frames} and max_frames={self.max_frames}"
             )
 

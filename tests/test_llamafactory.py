@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -189,10 +190,12 @@ def test_val_size_holds_out_the_rows_that_datasets_would(numbered, size):
     assert choice.training().as_record() != choice.evaluation().as_record() != {}
 
 
-@pytest.mark.parametrize("size", [1, 15, 20, 0.99])
+@pytest.mark.parametrize("size", [1, 15, 20, 0.99, math.inf, math.nan])
 def test_a_val_size_that_leaves_nothing_is_refused(numbered, size):
     with pytest.raises(ValueError, match=f"^val_size: {size} holds "):
         chosen(numbered, RowChoice(None, size, 0).evaluation())
+    with pytest.raises(ValueError, match=f"^val_size: {size} holds "):
+        chosen(numbered, RowChoice(None, size, 0).training())
 
 
 @pytest.mark.parametrize("limit", ["num_samples", "max_samples"])

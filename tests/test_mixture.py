@@ -308,6 +308,12 @@ OTHER = replace(SPEC, image_mean=(0.5, 0.5, 0.5))
         ({"a": 1}, {"by": "rows"}, r"--mix-by \(by\) must be 'tokens' or 'samples', got 'rows'"),
         ({"a": 1}, {"epoch_tokens": 63}, r"must be at least the tokens of a pack, 64, got 63"),
         ({"a": 1}, {"seed": -1}, "seed must not be negative"),
+        ({"a": 1e-320, "b": 1}, {}, "has more than 2,147,483,647 samples; give 'b' a smaller"),
+        (
+            {"a": 1},
+            {"epoch_tokens": 10**18},
+            "2,147,483,647 samples; give 'a' a smaller share of --mix",
+        ),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(sources, options, reason):

@@ -149,6 +149,8 @@ CASES = [
     Case("pack", "shard", pack("rows.json"), "--shard 1/2"),
     Case("pack", "val_size", pack("rows.json"), "--val-size 4"),
     Case("pack", "val_size", pack("rows.json"), "--val-size 1.5", "must be a number of rows, or a share"),
+    Case("pack", "val_size", pack("rows.json"), "--val-size inf", "--val-size is inf, not a number"),
+    Case("pack", "video_fps", pack("video.json"), "--video-fps inf", "fps must be a positive number and"),
     Case("pack", "json", pack("rows.json"), "--json"),
     Case("pack", "quiet", pack("rows.json"), "--quiet"),
     # merge

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 MAX_ROW = 1 << 26  # bytes per row and per CSV field; real rows are far smaller
 MAX_DEPTH = 100  # nested lists and objects; rows are pickled recursively between processes
-MAX_COUNT = (1 << 31) - 1  # of rows, in a dataset_info.json and in a store's manifest
+MAX_COUNT = (1 << 31) - 1  # of rows, in a dataset_info.json, in a store's manifest and in an epoch
 FREE_BYTES = 1 << 26  # decompressed bytes that any file may have ...
 MAX_RATIO = 200  # ... or this many per byte of the file, if more; text compresses 3x to 20x
 FREE_ROWS = (

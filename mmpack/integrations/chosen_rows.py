@@ -32,7 +32,7 @@ class RowChoice:
 
     def training(self) -> RowChoice:
         """Of these rows those to train on."""
-        return replace(self, part="train" if self.val_size > 0 else None)
+        return replace(self, part=None if self.val_size <= 0 else "train")
 
     def evaluation(self) -> RowChoice:
         """Of these rows those held out."""
@@ -89,7 +89,9 @@ class RowChoice:
 
     def _held_out(self, num_rows: int) -> Any:
         size = self.val_size
-        count = int(size) if size > 1 else math.ceil(size * num_rows)
+        count = 0  # of NaN
+        if size > 0:
+            count = int(min(size, num_rows)) if size > 1 else math.ceil(size * num_rows)
         if not 0 < count < num_rows:
             raise ValueError(
                 f"val_size: {size} holds {count} of {num_rows} rows out; use a share between 0 and 1, or a number of "

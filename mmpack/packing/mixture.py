@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpack.data.limits import MAX_COUNT
 from mmpack.errors import counted
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_stats import share_spread
@@ -230,7 +231,7 @@ def mixture_of(
             weight occur once.
 
     Raises:
-        ValueError: a weight is not a positive number, or an epoch is too short.
+        ValueError: a weight is not a positive number, or an epoch is too short or too long.
     """
     if by not in get_args(By):
         raise ValueError(f"--mix-by (by) must be 'tokens' or 'samples', got {by!r}")
@@ -274,6 +275,13 @@ def mixture_of(
             budgets,
         )
     )
+    drawn = [one.budget * len(one.numbers) // int(one.sizes.sum()) for one in sources]
+    if sum(drawn) > MAX_COUNT:
+        most = sources[drawn.index(max(drawn))].name
+        raise ValueError(
+            f"an epoch of the mixture has more than {MAX_COUNT:,} samples; give {most!r} a smaller share of --mix "
+            "(sources), or pass a smaller --epoch-tokens (epoch_tokens)"
+        )
     union = union_of([plan for plan, _ in plans.values()])
     union = replace(union, cost=None if costs is None else _epoch_costs(costs, sources), seed=seed)
     mixture = Mixture(sources, by, union, seed)
