@@ -437,3 +437,41 @@ def test_a_name_does_not_end_with_half_a_mark():
     """Who reads names would take the sources "a:" and "a" for one."""
     with pytest.raises(ValueError, match="also not ending with :, got 'a:'"):
         PackedDataset.mixed({"a:": (chats(), 1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("source_weights", {"rows.json": 2.0}), ("on_bad_image", "drop"), ("max_bad", 0.5)],
+)
+@pytest.mark.parametrize("make", [PackedDataset.mixed, joined])
+def test_what_is_set_on_a_source_is_not_dropped(make, name, value):
+    rows = rows_with(*[ImageRef("a.png", size=(56, 56))] * 3)
+    one = PackedDataset.from_samples([*rows, replace(rows[0], source="b.json")], 64)
+    setattr(one, name, value)
+    sources = {"a": chats(), "b": one}
+    with pytest.raises(ValueError, match=f"'b' of a mixture has {name} .* set it on the mixture"):
+        make({n: (one, 1) for n, one in sources.items()} if make != joined else sources)
+
+
+def test_a_small_source_is_not_cut_from_every_epoch():
+    """What epochs that need too many packs leave out is of each source by its share, up to one sample: the rest is of
+    the largest."""
+    lost, planned = np.zeros(3, dtype=int), np.zeros(3, dtype=int)
+    shares = np.array([0.03, 0.1, 0.87])
+    for seed in range(3):
+        mixture = mixed(seed, 256, 60, shares, epoch_tokens=20 * 256 - 40)
+        first = mixture.plan(0)
+        for epoch in range(1, 20):
+            plan = mixture.plan(epoch, first.num_packs)
+            cut = np.zeros(3, dtype=int)
+            for n, source in enumerate(mixture.sources):
+                drawn = source.samples_of(epoch, seed)
+                planned[n] += mixture.union.num_tokens[drawn].sum()
+                cut[n] = mixture.union.num_tokens[drawn].sum() - mixture.tokens_of(plan)[n].sum()
+            assert (cut >= 0).all()
+            assert cut[2] > 0 or not cut.any()
+            assert (cut[:2] <= cut.sum() * shares[:2] * 1.5).all()
+            lost += cut
+    print(f"cut: {lost} of {planned} tokens")
+    assert lost[2] > 0
+    assert (lost[:2] / planned[:2] <= lost[2] / planned[2]).all()

@@ -173,7 +173,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
     assert rest == order[7:]
     assert again == losses
     with pytest.raises(
-        ValueError, match="from another stream: mixture was .*'short': 0.5.* and is"
+        ValueError, match="from another stream: mixture was .*'short', 0.5.* and is"
     ):
         train(tmp_path, str(tmp_path / "checkpoint-7"), (0.6, 0.3, 0.1))
 
@@ -257,3 +257,52 @@ def test_broken_images_are_listed_once_in_each_pass_of_their_source(tmp_path):
     assert max(key[2] for key in keys if key[0] == "a::rows.json") > 2
     rows = {("a::rows.json", 2), ("b::rows.json", 0), ("b::rows.json", 1)}
     assert set(keys) >= {(*row, one) for row in rows for one in range(2)}
+
+
+def test_encoders_that_differ_in_on_error_do_not_say_what_the_stream_does(encoder):
+    rows = {"a": ([sharegpt(0, False)], 1), "b": ([sharegpt(1, False)], 1)}
+    bad_rows = []
+    for one, other in (("raise", "skip"), ("skip", bad_rows), (bad_rows, []), (Skip(1), Skip(1))):
+        encoders = {"a": replace(encoder, on_error=one), "b": replace(encoder, on_error=other)}
+        with pytest.raises(ValueError, match=r"encoders of 'a' and 'b' .* pass on_error=\.\.\."):
+            PackStream(rows, encoders, 64)
+        assert PackStream(rows, encoders, 64, on_error="raise").on_error == "raise"
+        encoders["b"] = replace(encoders["b"], on_error=one)
+        made = PackStream(rows, encoders, 64)
+        assert made.on_error is one or isinstance(made.on_error, Skip)
+
+
+def test_a_state_of_another_stream_is_refused():
+    few = texts(5, 10, 5)
+
+    def state_of(source):
+        stream = PackStream(source, None, 64)
+        for pack in itertools.islice(stream, 2):
+            stream.consume(pack.resume)
+        return json.loads(json.dumps(stream.state_dict()))
+
+    mixture = {"a": (few, 2), "b": (few, 1)}
+    turned = {"b": (few, 1), "a": (few, 2)}
+    for source, other in itertools.permutations((mixture, turned, few, {"a": (few, 1)}), 2):
+        with pytest.raises(ValueError, match="from another stream: mixture was .* and is"):
+            PackStream(other, None, 64).load_state_dict(state_of(source))
+    for parts in (
+        [],
+        ["images"],
+        ["consumed", "0", "sources"],
+        ["consumed", "0", "sources", 0, "rows"],
+    ):
+        state = state_of(mixture)
+        place = state
+        for part in parts[:-1]:
+            place = place[part]
+        if parts:
+            del place[parts[-1]]
+        else:
+            state = {"rank": 0, "packs": 3}
+        stream = PackStream(mixture, None, 64)
+        with pytest.raises(
+            ValueError, match="state .* another version of mmpack, or no .*: it lacks"
+        ):
+            stream.load_state_dict(state)
+        assert not stream.state_dict()["consumed"]

@@ -122,20 +122,22 @@ class _Reading:
         self, data: Sequence[str], flag: str, capacity: int | None = None
     ) -> Any:  # a PackedDataset, whose module imports torch
         """The data set of an option. `capacity`: tokens per pack of rows, by default `--capacity`."""
+        return self._with_policy(self._read(data, flag, capacity))
+
+    def _read(self, data: Sequence[str], flag: str, capacity: int | None) -> Any:
         from mmpack.packing.mixed_dataset import joined
 
-        options = self._options
-        is_training = flag == "--data"
-        if is_packed(data, flag):
-            found = [self._packed(word, is_training) for word in data]
-            dataset = found[0]
-            if len(found) > 1:  # of an evaluation
-                dataset = joined(dict(zip(_source_names(data), found)))
-        else:
-            dataset = self._rows(data, flag, options.capacity or capacity)
-        dataset.on_bad_image = options.on_bad_image
-        if options.on_bad_image == "drop":  # else --max-bad is about rows
-            dataset.max_bad = options.max_bad
+        if not is_packed(data, flag):
+            return self._rows(data, flag, self._options.capacity or capacity)
+        found = [self._packed(word, flag == "--data") for word in data]
+        if len(found) == 1:
+            return found[0]
+        return joined(dict(zip(_source_names(data), found)))  # of an evaluation
+
+    def _with_policy(self, dataset: Any) -> Any:
+        dataset.on_bad_image = self._options.on_bad_image
+        if dataset.on_bad_image == "drop":  # else --max-bad is about rows
+            dataset.max_bad = self._options.max_bad
         return dataset
 
     def mixture(self) -> Any:
@@ -144,7 +146,7 @@ class _Reading:
         from mmpack.packing.mixed_dataset import costs_of_sources
 
         options = self._options
-        sources = [self.dataset([data], "--data") for data in options.data]
+        sources = [self._read([data], "--data", None) for data in options.data]
         config = self._config_of(options.model or options.config, self._frozen)
         dataset = PackedDataset.mixed(
             dict(zip(_source_names(options.data), zip(sources, options.mix))),
@@ -153,8 +155,7 @@ class _Reading:
             epoch_tokens=options.epoch_tokens,
             seed=options.plan_seed,
         )
-        dataset.on_bad_image, dataset.max_bad = sources[0].on_bad_image, sources[0].max_bad
-        return dataset
+        return self._with_policy(dataset)
 
     def _packed(self, word: str, is_training: bool) -> Any:
         from mmpack.hf.processor_files import recorded_files

@@ -213,12 +213,14 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
         By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to occur
         once; the others repeat, in whole passes of another order each and a part of one, which the next epoch
-        continues. So samples of a source occur equally often, up to one. Packs are ordered so that the sources' shares
+        continues. So samples of a source are drawn equally often, up to one; an epoch that would need more packs than
+        the first leaves the last few that it drew out. Packs are ordered so that the sources' shares
         are about the same in all parts of an epoch.
 
         Args:
             sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a `PackedDataset`;
-                all have the same capacities, `VisionSpec` and tokenizer. Names appear in the log (`pack/loss/NAME`),
+                all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold for its rows;
+                `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear in the log (`pack/loss/NAME`),
                 and in errors before the file (`NAME::train.json`).
             cost: as in `from_samples`: the model's config, or (N,) numbers for the samples of all sources.
             by: whether weights are shares of "tokens" or of "samples".
@@ -226,7 +228,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             seed: decides which samples come when, and the packs.
 
         Raises:
-            ValueError: a weight is not a positive number, or sources were not packed alike; names the difference.
+            ValueError: a weight is not a positive number, sources were not packed alike, or one has options that are the
+                mixture's; names the difference.
         """
         from mmpack.packing.mixed_dataset import MixedDataset  # here: it needs this module
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmpack.errors import MAX_BAD
 from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.mixed_samples import MixedSamples
@@ -165,7 +166,8 @@ def joined(sources: Mapping[str, PackedDataset]) -> PackedDataset:
 def _check(sources: Mapping[str, PackedDataset]) -> None:
     """
     Raises:
-        ValueError: there are no sources, a name is not usable, or sources were not packed alike.
+        ValueError: there are no sources, a name is not usable, sources were not packed alike, or one has options that
+            are the mixture's.
     """
     check_weights(dict.fromkeys(sources, 1))
     for name, one in sources.items():
@@ -173,6 +175,13 @@ def _check(sources: Mapping[str, PackedDataset]) -> None:
             raise ValueError(f"the source {name!r} is a mixture itself; mix its sources instead")
         if not len(one.samples):
             raise ValueError(f"the source {name!r} of a mixture has no samples")
+        usual = {"source_weights": {}, "on_bad_image": "raise", "max_bad": MAX_BAD}
+        for option, value in usual.items():
+            if (found := getattr(one, option)) != value:
+                raise ValueError(
+                    f"the source {name!r} of a mixture has {option} {found!r}, which the mixture would not use; set it "
+                    "on the mixture"
+                )
     first, *others = [(name, _settings(one)) for name, one in sources.items()]
     for other in others:
         check_alike(first, other)

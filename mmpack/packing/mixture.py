@@ -2,7 +2,8 @@
 
 Each source is an endless row of passes over its samples, every pass in another order. An epoch takes the next part of
 each row: as many tokens as the source's share of the epoch (or samples, if shares are of samples). So an epoch is a
-pure function of seed and epoch, and over any number of epochs all samples of a source occur equally often, up to one.
+pure function of seed and epoch, and over any number of epochs all samples of a source are drawn equally often, up to
+one. Of an epoch that would need more packs than allowed, the last few that were drawn are left out (`Mixture.plan`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Mixture:
         Args:
             epoch: from 0.
             num_packs: the most packs. An epoch that needs more is cut: the last samples of the sources whose epochs
-                are not whole passes are left out of it.
+                are not whole passes are left out of it, of each at most its share of what is cut; the one with the most
+                tokens loses at least a sample.
         """
         chosen = [source.samples_of(epoch, self.seed) for source in self.sources]
         while True:
@@ -108,8 +110,8 @@ class Mixture:
             chosen = self._shortened(chosen, (plan.num_packs - num_packs) * plan.capacity // 2)
 
     def _shortened(self, chosen: list[Int64], tokens: int) -> list[Int64]:
-        """The samples of an epoch without the last ones, of at least this many tokens, of sources that are not
-        whole."""
+        """The samples of an epoch without the last ones of sources that are not whole: of each as many as this many
+        tokens are divided among them, rounded down to samples; of the largest rounded up, at least one."""
         partial = [
             n for n, source in enumerate(self.sources) if not source.is_whole and len(chosen[n])
         ]
@@ -119,12 +121,15 @@ class Mixture:
             raise ValueError(
                 "an epoch of the mixture has more packs than the first; pack its sources again"
             )
-        total = sum(self.sources[n].budget for n in partial)
+        ends = {n: np.cumsum(self.union.num_tokens[chosen[n]][::-1]) for n in partial}
+        sizes = {n: int(ends[n][-1]) for n in partial}
+        largest = max(partial, key=lambda n: sizes[n])
         kept = list(chosen)
         for n in partial:
-            ends = np.cumsum(self.union.num_tokens[chosen[n]][::-1])
-            share = max(1, tokens * self.sources[n].budget // total)
-            count = int(np.searchsorted(ends, share)) + 1
+            share = tokens * sizes[n] // max(1, sum(sizes.values()))
+            count = int(np.searchsorted(ends[n], share, side="right"))
+            if n == largest:
+                count = int(np.searchsorted(ends[n], max(1, share))) + 1
             kept[n] = chosen[n][: max(0, len(chosen[n]) - count)]
         return kept
 

@@ -27,7 +27,7 @@ from mmpack.packing import overflow
 from mmpack.packing.left_out import BadRowFile, as_line
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.stream_rows import Recipe, row_sources
+from mmpack.packing.stream_rows import Recipe, on_error_of, row_sources
 from mmpack.packing.stream_shard import Shard
 from mmpack.vision_spec import VisionSpec
 
@@ -37,6 +37,15 @@ _ADVICE = (
     "worker of every rank all rows in one order: remove its own split (WebDataset: nodesplitter=None), "
     "seed its shuffle, open files when it is iterated"
 )
+_STATE = (
+    "made of",
+    "workers",
+    "next",
+    "consumed",
+    "images",
+)  # what a state has; of a worker; of a source
+_PLACE = ("pass", "buffer", "tokens", "cost", "drawn", "packs", "entered", "sources")
+_SOURCE = ("pass", "rows", "next", "entries", "rows before", "errors", "source")
 
 
 class PackStream(PackSource, IterableDataset[PackSamples]):
@@ -61,8 +70,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         on_overflow: what to do with a sample longer than a pack: "error"; "drop" or "truncate" it with
             a warning in the log; "split" (documents only).
         seed: decides between samples that fit equally well.
-        on_error: what to do with a row that cannot be used; by default what the encoder's `on_error` says. "raise"
-            ends the stream. "skip" (or a `Skip`) leaves the row out, up to a share of a worker's rows. A list: without
+        on_error: what to do with a row that cannot be used; by default what the encoder's `on_error` says; if those of a
+            mixture's encoders differ, it must be given. "raise" ends the stream. "skip" (or a `Skip`) leaves the row out, up to a share of a worker's rows. A list: without
             a limit; bad rows are appended to it. A list gets rows, and `bad_rows_file` too, as their pack is made in
             this process, or, if it is made in a `DataLoader` worker, when it is consumed (`consume`).
 
@@ -103,8 +112,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._config = cost
         self._row_sources = row_sources(source, encoder, cost, on_overflow)
         encoders = [one.encoder for one in self._row_sources if one.encoder is not None]
-        if encoders and on_error is None:
-            on_error = encoders[0].on_error
+        if on_error is None:
+            on_error = on_error_of(self._row_sources)
         if any(one.media_dir is not None for one in encoders):
             groups = {one.name: one.group for one in self._row_sources}
             folders = {name: None if one is None else one.folders for name, one in groups.items()}
@@ -219,13 +228,14 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         settings and the numbers of ranks and workers must be the same.
 
         Raises:
-            ValueError: the state is from another stream. While iterating: the number of workers or the rows
-                differ.
+            ValueError: the state is from another stream or has another format. While iterating: the number of workers
+                or the rows differ.
         """
+        _check_format(state)
         now, then = self._settings(), state["made of"]
-        changed = [name for name in now if now[name] != then.get(name)]
+        changed = [name for name in {**now, **then} if now.get(name) != then.get(name)]
         if changed:
-            words = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+            words = ", ".join(f"{n} was {then.get(n)} and is {now.get(n)}" for n in changed)
             raise ValueError(f"the state is from another stream: {words}")
         self._workers, self._next = state["workers"], state["next"]
         self._consumed = {int(worker): place for worker, place in state["consumed"].items()}
@@ -236,9 +246,10 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         names = ("capacity", "patch_capacity", "buffer", "on_overflow", "seed", "source_weights")
         costed = self._config is not None
         settings = {name: getattr(self, name) for name in names}
-        mixture = {one.name: float(one.weight) for one in self._row_sources if one.name}
-        settings |= {"mixture": mixture} if mixture else {}
-        return {**settings, "cost": costed, "rank": self._rank, "ranks": self._world}
+        # In their order, by which the state has them; as JSON has it.
+        mixture = [[one.name, float(one.weight)] for one in self._row_sources if one.name]
+        own = {"mixture": mixture, "cost": costed, "rank": self._rank, "ranks": self._world}
+        return {**settings, **own}
 
     def __iter__(self) -> Iterator[PackSamples]:
         info = get_worker_info()
@@ -317,3 +328,20 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
             if self._file is None or self._file.path != path:
                 self._file = BadRowFile(path)
             self._file.write(lines)
+
+
+def _check_format(state: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: something is missing in a state.
+    """
+    lacks = [name for name in _STATE if name not in state]
+    for place in () if lacks else state["consumed"].values():
+        lacks = lacks or [name for name in _PLACE if name not in place]
+        for source in () if lacks else place["sources"]:
+            lacks = lacks or [name for name in _SOURCE if name not in source]
+    if lacks:
+        raise ValueError(
+            f"the state is of another version of mmpack, or no stream's: it lacks {', '.join(map(repr, lacks))}; "
+            "continue with the version that saved it, or start from the checkpoint's weights"
+        )

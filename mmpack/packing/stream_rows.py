@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import islice
@@ -331,6 +331,24 @@ def row_sources(
     for other in others:
         check_alike(first, other)
     return tuple(found)
+
+
+def on_error_of(sources: Sequence[RowSource]) -> OnError | None:
+    """The `on_error` of the sources' encoders; None: they have none.
+
+    Raises:
+        ValueError: they differ.
+    """
+    found = [(one.name, one.encoder.on_error) for one in sources if one.encoder is not None]
+    for name, on_error in found[1:]:
+        first = found[0][1]
+        is_same = on_error == first if isinstance(first, str) else on_error is first
+        if not is_same:
+            raise ValueError(
+                f"the encoders of {found[0][0]!r} and {name!r} differ in on_error, and a stream has one for all rows; "
+                "pass on_error=..."
+            )
+    return found[0][1] if found else None
 
 
 def _row_source(
