@@ -254,6 +254,8 @@ def _line(
 ) -> None:
     """Medians as a line, and the middle range of the rounds."""
     style = {"linestyle": "--", "linewidth": 1.2} if impl == CEILING else {"marker": "o", "ms": 5}
+    if impl == "mmpack, logits kept":
+        style["linestyle"] = ":"
     color, x = _color(impl, seen), [row.x for row in rows]
     axes.plot(
         x,

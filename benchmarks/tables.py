@@ -56,7 +56,10 @@ _PLANNERS = {
     "TRL": "trl .*",
     "axolotl": "axolotl .*",
 }
-_COLLATORS = {name: name for name in ("transformers", "LLaMA-Factory", "VeOmni")}
+_COLLATORS = {
+    **{name: name for name in ("transformers", "LLaMA-Factory", "VeOmni")},
+    "Pillow's decoding and resizing": CEILING,  # a ceiling only for what resizes with Pillow
+}
 _STREAMS = {"next-fit": "next-fit", "first-fit": "first-fit", "planned": "planned"}
 _STEPS = {
     "padded": "padded, 8 rows",
@@ -90,7 +93,7 @@ LINES = [
          {"transformers": "transformers"}, config="segments=7 ",
          brief="assembling a pack of 8,192 tokens and 28 images, without decoding", **_HOST),
     Line("rows to a batch, images decoded", "host", "collate", "time", ("mmpack uint8",),
-         _COLLATORS, brief="rows to a batch, images decoded", **_HOST),
+         _COLLATORS, has_ceiling=False, brief="rows to a batch, images decoded", **_HOST),
     Line("a decoded picture of 1024 x 768 to patches", "pixels", "a picture", "time", ("mmpack",),
          {"transformers": "transformers"}, config="1024 x 768", **_HOST),
     Line("indexing rows", "index", "index", "time", ("mmpack",), {"transformers": "transformers"},
@@ -247,5 +250,10 @@ def _origin(name: str, rows: Sequence[Row]) -> str:
         dict.fromkeys(getattr(row, part) for row in rows)
         for part in ("machine", "versions", "commit", "date")
     )
-    machine, versions, commits, dates = (", ".join(part) for part in parts)
-    return f"{machine}; {versions}; commit {commits}, {dates}."
+    machines, versions, commits, dates = map(list, parts)
+    packages: dict[str, list[str]] = {}
+    for package, version in (one.split(" ", 1) for row in versions for one in row.split(", ")):
+        packages.setdefault(package, []).append(version)
+    shown = [f"{name} {' and '.join(dict.fromkeys(of))}" for name, of in packages.items()]
+    machine, version, commit, date = map(", ".join, (machines, shown, commits, dates))
+    return f"{machine}; {version}; commit {commit}, {date}."
