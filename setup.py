@@ -10,6 +10,7 @@ setup(
             "mmpack._native",
             [
                 "csrc/assembler.cpp",
+                "csrc/attention_tiles.cpp",
                 "csrc/balance.cpp",
                 "csrc/bindings.cpp",
                 "csrc/patchify.cpp",
@@ -21,6 +22,7 @@ setup(
             depends=[
                 "csrc/array_checks.h",
                 "csrc/assembler.h",
+                "csrc/attention_tiles.h",
                 "csrc/balance.h",
                 "csrc/bin_state.h",
                 "csrc/construction.h",

@@ -8,11 +8,11 @@
 
 #include <cstdint>
 #include <span>
-#include <vector>
+
+#include "attention_tiles.h"
 
 namespace mmpack {
 
-constexpr std::int64_t kTile = 128;   // attention rows per program
 constexpr std::int64_t kMaxRun = 32;  // most tokens in a run of text_id_offsets
 
 // The concatenated samples of a pack.
@@ -76,14 +76,5 @@ struct OutlineBuffers {
 
 // Like assemble: the same arguments and counts.
 PackCounts outline(const Samples& samples, const PackSize& size, const OutlineBuffers& out);
-
-// Attention rows [begin, end) and the [begin, end) of their segment, most work first; returns the
-// number of tiles. offsets (S + 1,) ascend from 0.
-std::int64_t attention_tiles(std::span<const std::int32_t> offsets, bool causal,
-                             std::span<std::int32_t> tiles);
-
-constexpr std::int64_t most_tiles(std::int64_t rows, std::int64_t segments) {
-  return segments + rows / kTile;
-}
 
 }  // namespace mmpack
