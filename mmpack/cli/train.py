@@ -64,7 +64,7 @@ def run_train(
         name: read.dataset(data, "--eval-data", dataset.capacity) for name, data in sets.items()
     }
     for eval_dataset in evaluated.values():
-        _tell_other_settings(dataset, eval_dataset)
+        tell_other_settings(dataset, eval_dataset)
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     if options.lora_rank is not None:
         model = add_lora(model, options.lora_rank, str(options.model), args.seed)
@@ -283,8 +283,10 @@ def tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: 
         )
 
 
-def _tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
+def tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
     """Warn if the evaluation set was encoded with other settings than the training data."""
+    from mmpack.packing.mixed_dataset import text_settings
+
     ours, theirs = asdict(dataset.vision), asdict(eval_dataset.vision)
     names = [name for name in ours if ours[name] != theirs[name]]
     if names:
@@ -292,5 +294,13 @@ def _tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
         print(
             f"mmpack: --eval-data was encoded with other settings than --data: {listed}; its loss is that of "
             "other images, so encode both alike",
+            file=sys.stderr,
+        )
+    ours, theirs = text_settings(dataset), text_settings(eval_dataset)
+    names = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    if names:
+        print(
+            f"mmpack: --eval-data was encoded with other text settings than --data: {', '.join(names)}; its loss is "
+            "that of other tokens, so encode both alike",
             file=sys.stderr,
         )

@@ -18,7 +18,7 @@ from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.mixed_samples import MixedSamples
 from mmpack.packing.mixture import By, check_alike, check_weights, mixture_of, union_of
-from mmpack.packing.split_documents import SplitSamples
+from mmpack.packing.split_documents import unsplit
 from mmpack.packing.stream import PackStream
 from mmpack.packing.truncate import truncate_sample
 from mmpack.types import PackPlan
@@ -182,17 +182,21 @@ def _check(sources: Mapping[str, PackedDataset]) -> None:
                     f"the source {name!r} of a mixture has {option} {found!r}, which the mixture would not use; set it "
                     "on the mixture"
                 )
-    first, *others = [(name, _settings(one)) for name, one in sources.items()]
-    for other in others:
-        check_alike(first, other)
+    check_alike({name: _settings(one) for name, one in sources.items()})
+
+
+def text_settings(dataset: PackedDataset) -> dict[str, Any]:
+    """What its text was encoded with, as far as it is recorded; sources of a mixture have that in common."""
+    samples: Any = dataset.samples
+    parts = samples.parts.values() if isinstance(samples, MixedSamples) else [samples]
+    store: Any = unsplit(next(iter(parts)))
+    made_from = store.about.made_from if hasattr(store, "about") else {}
+    return {name: made_from[name] for name in _TEXT_SETTINGS if name in made_from}
 
 
 def _settings(dataset: PackedDataset) -> dict[str, Any]:
-    """What sources must have in common; of the text, as far as it is recorded."""
-    store: Any = dataset.samples
-    store = store.samples if isinstance(store, SplitSamples) else store
-    made_from = store.about.made_from if hasattr(store, "about") else {}
-    text = {name: made_from[name] for name in _TEXT_SETTINGS if name in made_from}
+    """What sources must have in common."""
+    text = text_settings(dataset)
     capacities = {
         "--capacity": dataset.capacity,
         "--patch-capacity": dataset.plan.patch_capacity,

@@ -244,9 +244,10 @@ class SourceReader:
         encoder = self.one.encoder
         for chunk in chunks(rows, _CHUNK):
             samples: list[tuple[int, Sample]] = []
+            encoded: list[tuple[int, EncodedSample]] = []
             for number, item in chunk:
                 if isinstance(item, EncodedSample):
-                    yield number, item
+                    encoded.append((number, item))
                     continue
                 if encoder is None:
                     raise ValueError(
@@ -255,7 +256,8 @@ class SourceReader:
                 found = [item] if isinstance(item, Sample) else self._samples(number, item)
                 samples += [(number, sample) for sample in found]
             if encoder is not None:
-                yield from self._encode(encoder, samples, dict(chunk))
+                encoded += self._encode(encoder, samples, dict(chunk))
+            yield from sorted(encoded, key=lambda one: one[0])  # a position is after all before it
 
     def _encode(
         self, encoder: Encoder, samples: list[tuple[int, Sample]], items: dict[int, Any]
@@ -327,9 +329,7 @@ def row_sources(
                 f"the source {name!r} of the mixture has no encoder; pass encoder={{{name!r}: ..., ...}}"
             )
         found.append(_row_source(rows, own, cost, on_overflow, name, weight))
-    first, *others = [(one.name, one.settings) for one in found]
-    for other in others:
-        check_alike(first, other)
+    check_alike({one.name: one.settings for one in found})
     return tuple(found)
 
 
