@@ -182,6 +182,21 @@ def test_a_store_has_two_plans_of_all_rows(folder, capsys):
     assert train.fingerprint() != val.fingerprint()
     assert pack(folder, "other", "--val-size", "0.2", "--plan-seed", "5") == 0
     assert "held out: 6 rows of them, in" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["inspect", f"{folder}/packed:val", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(s["source"], s["row"]) for s in shown["segments"]] == [
+        (s.source, s.row) for s in val[0]
+    ]
+    held = next(iter(val[0]))
+    assert main(["inspect", f"{folder}/packed", "--row", f"{held.source}:{held.row}"]) == 1
+    assert (
+        "is in no pack; was it refused, dropped or held out (FOLDER:val)" in capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError, match=r"packed:val has no finished store \(its rows held out are"
+    ):
+        PackedDataset.from_store(f"{folder}/packed:val")
     other = PackedDataset.from_store(folder / "other", split="val")
     assert places(other) == places(val)
     assert pack(folder, "whole") == 0

@@ -345,8 +345,23 @@ def test_sources_that_differ_are_refused(other, reason):
 
 
 def test_the_example_of_the_docs_names_a_store_that_is_not_there():
-    with pytest.raises(ValueError, match="nowhere has no finished store"):
+    with pytest.raises(
+        ValueError, match=r"nowhere has no finished store \(there is no such folder\)"
+    ):
         PackedDataset.mixed({"a": (Path("nowhere"), 1)})
+
+
+def test_what_is_no_mixture_is_named():
+    with pytest.raises(ValueError, match=r"a dict, name -> \(source, weight\), got a list"):
+        PackedDataset.mixed([(chats(), 1)])
+    with pytest.raises(
+        ValueError, match=r"source 'a' of a mixture must be \(source, weight\), got a Pack"
+    ):
+        PackedDataset.mixed({"a": chats()})
+    with pytest.raises(
+        ValueError, match="must be a flat array of .* the model's config, got a str"
+    ):
+        PackedDataset.mixed({"a": (chats(), 1)}, "config.json")
 
 
 def test_a_report_is_json():

@@ -194,6 +194,20 @@ def test_mixtures_that_cannot_be_are_refused(encoder):
         match=r"'a' and 'b' .* not packed alike, they differ in the spec's max_pixels \d+ and 3136",
     ):
         PackStream({"a": ([], 1), "b": ([], 1)}, {"a": encoder, "b": other}, 64)
+    with pytest.raises(ValueError, match="must be .source, weight., got a list"):
+        PackStream({"a": few}, None, 64)
+    with pytest.raises(ValueError, match="an encoder for 'b', which is no source of the mixture"):
+        PackStream({"a": ([], 1)}, {"a": encoder, "b": encoder}, 64)
+    with pytest.raises(
+        ValueError, match="source is rows, got the path 'rows.json'; pass a function"
+    ):
+        PackStream({"a": ("rows.json", 1)}, encoder, 64)
+    with pytest.raises(ValueError, match="names 'c', but the data's sources are 'a', 'b'"):
+        PackStream({"a": (few, 1), "b": (few, 1)}, None, 64).source_weights = {"c": 2}
+    with pytest.raises(
+        ValueError, match="source 'b' of the mixture is an iterator, which has ended"
+    ):
+        list(itertools.islice(PackStream({"a": (few, 1), "b": (iter(few), 1)}, None, 64), 5))
     with pytest.raises(
         ValueError, match="the source 'b' of the mixture gives this worker no samples"
     ):

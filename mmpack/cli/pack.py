@@ -139,8 +139,13 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
     if mark is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             torn = " (an unfinished store)" if (out / "samples.arrow").exists() else ""
+            also = (
+                ": only what mmpack pack wrote is overwritten"
+                if overwrite
+                else ", or --overwrite a packed set"
+            )
             raise ValueError(
-                f"{out} is not empty{torn}; choose another --out, or --overwrite a packed set"
+                f"{out} {'is not empty' if out.is_dir() else 'is a file'}{torn}; choose another --out{also}"
             )
         return _Found(None, False, "", None)
     store, planned = None, []

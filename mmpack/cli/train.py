@@ -55,6 +55,8 @@ def run_train(
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
         print(f"continuing from {where}", file=sys.stderr)
+    elif not args.resume_from_checkpoint and not args.process_index:
+        _tell_earlier_run(str(args.output_dir))
     frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
     frozen = tuple(dict.fromkeys(frozen))
     read = _Reading(options, encoder_of, config_of, frozen)
@@ -97,6 +99,8 @@ def run_train(
             if args.process_index:
                 raise
             raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
+        if not args.process_index:
+            print(f"written to {args.output_dir}")
     print(json.dumps(result))
 
 
@@ -185,8 +189,12 @@ class _Reading:
         from mmpack.packing.plan_samples import plan_samples
 
         options = self._options
+        for one in data:
+            if not Path(one).exists():
+                raise ValueError(f"cannot read {flag} {one}: no such file or folder; fix the path")
         if options.tokenizer is None or capacity is None:
-            needed = "--tokenizer and --capacity" if capacity is None else "--tokenizer"
+            lacks = {"--tokenizer": options.tokenizer is None, "--capacity": capacity is None}
+            needed = " and ".join(name for name, is_missing in lacks.items() if is_missing)
             raise ValueError(
                 f"{' '.join(data)} is not a folder written by mmpack pack; to pack rows now, pass "
                 f"{needed}"
@@ -245,6 +253,18 @@ def _source_weights(words: Sequence[str]) -> dict[str, float]:
                 f"--source-weight takes NAME=FACTOR, each name once, got {word!r:.80}"
             ) from None
     return weights
+
+
+def _tell_earlier_run(folder: str) -> None:
+    """Warn if a run that starts over writes into the folder of another, whose checkpoints might be continued for it."""
+    found = [path.name for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    if found:
+        last = max(found, key=lambda name: int(name[11:]))
+        print(
+            f"mmpack: {folder} has checkpoints of an earlier run, up to {last}, and this run starts over: until it has "
+            "saved later ones, --resume_from_checkpoint last continues the earlier run; choose another --output_dir",
+            file=sys.stderr,
+        )
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:

@@ -17,7 +17,8 @@ from mmpack.errors import MAX_BAD
 from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.mixed_samples import MixedSamples
-from mmpack.packing.mixture import By, check_alike, check_weights, mixture_of, union_of
+from mmpack.packing.mixture import By, check_alike, check_pairs, check_weights, mixture_of, union_of
+from mmpack.packing.plan import quantised
 from mmpack.packing.split_documents import unsplit
 from mmpack.packing.stream import PackStream
 from mmpack.packing.truncate import truncate_sample
@@ -48,6 +49,7 @@ class MixedDataset(PackedDataset):
         epoch_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
+        check_pairs(sources)
         opened = {name: (_opened(source), weight) for name, (source, weight) in sources.items()}
         _check({name: one for name, (one, _) in opened.items()})
         samples = MixedSamples({name: one.samples for name, (one, _) in opened.items()})
@@ -60,6 +62,8 @@ class MixedDataset(PackedDataset):
             )
         if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
             cost = costs_of_sources([one for one, _ in opened.values()], cost)
+        if cost is not None:
+            quantised(cost, len(samples))  # refuses what is no cost
         costs = None if cost is None else np.asarray(cost)
         self.mixture = mixture_of(plans, costs, by, epoch_tokens, seed)
         super().__init__(samples, self.mixture.plan(0))

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.data.limits import MAX_COUNT
-from mmpack.errors import counted
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_stats import share_spread
 from mmpack.packing.plan import assigned, quantised
@@ -327,6 +326,22 @@ def _epoch_costs(costs: NDArray[Any], sources: Sequence[MixSource]) -> Int64:
     """Costs as integers whose sum over an epoch is about 2^52."""
     total = sum(source.passes * math.fsum(costs[source.numbers]) for source in sources)
     return quantised(costs, len(costs), total)
+
+
+def check_pairs(sources: Any) -> None:
+    """
+    Raises:
+        ValueError: they are not name -> (source, weight).
+    """
+    if not isinstance(sources, Mapping):
+        raise ValueError(
+            f"a mixture is a dict, name -> (source, weight), got a {type(sources).__name__}"
+        )
+    for name, one in sources.items():
+        if not (isinstance(one, (tuple, list)) and len(one) == 2):
+            raise ValueError(
+                f"the source {name!r} of a mixture must be (source, weight), got a {type(one).__name__}"
+            )
 
 
 def check_weights(weights: Mapping[str, float]) -> None:

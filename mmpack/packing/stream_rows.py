@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from mmpack.packing import overflow
 from mmpack.packing.cost import costs_of
 from mmpack.packing.left_out import ShardErrors
 from mmpack.packing.loss_weights import MIX_MARK
-from mmpack.packing.mixture import check_alike, check_weights
+from mmpack.packing.mixture import check_alike, check_pairs, check_weights
 from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Sample
 
@@ -320,7 +321,12 @@ def row_sources(
     """
     if not isinstance(source, Mapping):
         return (_row_source(source, encoder, cost, on_overflow, "", 1),)
+    check_pairs(source)
     check_weights({name: weight for name, (_, weight) in source.items()})
+    if isinstance(encoder, Mapping) and (more := [name for name in encoder if name not in source]):
+        raise ValueError(
+            f"there is an encoder for {more[0]!r}, which is no source of the mixture; its sources are {list(source)}"
+        )
     found = []
     for name, (rows, weight) in source.items():
         own = encoder.get(name) if isinstance(encoder, Mapping) else encoder
@@ -357,6 +363,11 @@ def _row_source(
     if encoder is None:
         return RowSource(
             source=source, encoder=None, group=None, name=name, weight=Fraction(weight)
+        )
+    if isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            f"a stream's source is rows, got the path {str(source)!r:.80}; pass a function that reads it, "
+            "lambda: encoder.read(path)"
         )
     encoder = Encoder.of(encoder, cost)
     overflow.check_split(on_overflow, encoder.stage)
