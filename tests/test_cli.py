@@ -172,7 +172,7 @@ def test_errors_without_a_trace(demo, packed, tmp_path, capsys):
                 *out[:3],
                 str(folder / "train.json"),
             ],
-            "train.json is a file; choose another --out, or --overwrite a packed set",
+            "train.json is a file; choose another --out",
         ),
         (["train", "--data", str(packed[1])], "pass --model FOLDER, or --config FILE"),
     ]

@@ -178,7 +178,7 @@ def test_a_store_has_two_plans_of_all_rows(folder, capsys):
     assert not images[0] & images[1]
     train.set_epoch(3)
     assert not places(train) & places(val)
-    assert "6 in another plan" in repr(train.plan)
+    assert "6 not in this plan" in repr(train.plan)
     assert train.fingerprint() != val.fingerprint()
     assert pack(folder, "other", "--val-size", "0.2", "--plan-seed", "5") == 0
     assert "held out: 6 rows of them, in" in capsys.readouterr().out
@@ -373,7 +373,7 @@ def test_python_and_training_honour_limits_too(limited, capsys, caplog):
     files = [folder / "rows.json", folder / "more.json"]
     dataset = PackedDataset.from_files(files, encoder, 120)
     assert len(rows_in(dataset)) == 5
-    assert "15 in another plan" in repr(dataset)
+    assert "15 not in this plan" in repr(dataset)
     mixed = PackedDataset.mixed({"a": (dataset, 1)})
     assert mixed.report()[0]["samples"] == 15
     code, _, err = train(

@@ -33,6 +33,7 @@ from mmpack.hf.throughput import PackCounter, TrainedCosts
 from mmpack.hf.trainer_checks import (
     check_arguments,
     check_collator,
+    check_data_set,
     check_evaluation,
     check_metrics,
     tell_batch_size,
@@ -134,6 +135,7 @@ class PackingCallback(TrainerCallback):
                 "the Trainer already has a PackingCallback; attach one, and pass none in "
                 "Trainer(callbacks=[...])"
             )
+        check_data_set(trainer.train_dataset, self.dataset)
         check_metrics(trainer)
         WeightCount(trainer)
         even = self._prepare(trainer.args, trainer.model)

@@ -53,6 +53,20 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
+def check_data_set(of_trainer: Any, of_callback: PackedDataset | PackStream) -> None:
+    """Refuse a Trainer that trains on other packs than the callback's, whose epochs nobody would set. A data set that
+    wraps the callback's is not known and passes.
+
+    Raises:
+        ValueError: it is another `PackedDataset` or `PackStream`.
+    """
+    if isinstance(of_trainer, (PackedDataset, PackStream)) and of_trainer is not of_callback:
+        raise ValueError(
+            f"PackingCallback is for {of_callback!r}, but Trainer's train_dataset is another, {of_trainer!r}; pass the "
+            "same to both"
+        )
+
+
 def check_collator(collator: Any, model: nn.Module) -> None:
     """Refuse a collator that cannot read packs, or whose batches the model cannot; warn if the model is not patched.
 
