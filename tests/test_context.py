@@ -231,10 +231,9 @@ def different_packs():
     rank, size = dist.get_rank(), dist.get_world_size()
     said = []
     for place, rows in ((rank, ("mixed", "text")[rank % 2]), (size - 1 - rank, "text")):
-        model = patch_model(tiny_model(small_config()), context=ContextGroup(place, size))
-        batch = PackCollator(model=model)(packs_of(rows, "qwen2_vl")[0])
         with pytest.raises(ValueError) as error:
-            model(**batch)
+            model = patch_model(tiny_model(small_config()), context=ContextGroup(place, size))
+            model(**PackCollator(model=model)(packs_of(rows, "qwen2_vl")[0]))
         said.append(str(error.value))
     return said
 
