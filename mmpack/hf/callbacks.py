@@ -22,6 +22,7 @@ from mmpack.hf.batch_hook import BatchHook
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.compat import callbacks_of, has_scaler
+from mmpack.hf.context_ranks import ALONE, check_known, join_group
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
@@ -72,6 +73,9 @@ class PackingCallback(TrainerCallback):
     A `PackStream` is sharded over ranks and repeated until `max_steps`; Trainer's epochs do not apply. Checkpoints
     hold each rank's position, as of the last optimizer step, in `mmpack_stream_RANK.json`.
 
+    If the model shares packs over ranks (`patch_model(context=...)`), the ranks of a group get the same packs, here and
+    in evaluation (`mmpack.hf.context_ranks`).
+
     `Trainer(callbacks=[PackingCallback(dataset)])` also works, with a warning: reporters get no `pack/` values
     (the console and `log_history` do), logs and checkpoints that a later callback requests are not checked for
     divergence, and empty packs are appended to `dataset` itself.
@@ -116,6 +120,7 @@ class PackingCallback(TrainerCallback):
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
+        self._group = ALONE  # the ranks that share packs with this one
 
     def __repr__(self) -> str:
         return f"PackingCallback({self.dataset!r})"
@@ -136,6 +141,7 @@ class PackingCallback(TrainerCallback):
             )
         check_metrics(trainer)
         WeightCount(trainer)
+        self._group = join_group(trainer, self.dataset, self.attention_every is not None)
         even = self._prepare(trainer.args, trainer.model)
         if self._evaluation is not None:
             self._evaluation.tell(trainer.eval_dataset)
@@ -177,7 +183,7 @@ class PackingCallback(TrainerCallback):
             self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # PEFT adapters have their own files
             self._weights = WeightKeeper(model)
-        return self._data.prepare(args)
+        return self._data.prepare(args, self._group)
 
     def _take_places(self) -> None:
         """Put the callback first in Trainer's list, before reporters, and `LastCallback` last, after all others
@@ -198,6 +204,7 @@ class PackingCallback(TrainerCallback):
         assert model is not None
         loader: Any = kwargs.get("train_dataloader")
         check_collator(getattr(loader, "collate_fn", None), model)
+        check_known(model, self._group)
         if args.should_log:
             tell_weights(model)
         if state.global_step and checkpoint_folder(args, state).is_dir():
@@ -221,7 +228,7 @@ class PackingCallback(TrainerCallback):
         if is_costed and isinstance(self.dataset, PackedDataset):
             check_fit(base, self.dataset)
         costs = TrainedCosts(model, base) if is_costed else None
-        self._batches.begin(PackCounter(costs, share))
+        self._batches.begin(PackCounter(costs, share, self._group.size))
         self._hooks = [
             model.register_forward_pre_hook(self._batches, with_kwargs=True, prepend=True),
             self._divergence.begin(model, args),
@@ -361,10 +368,7 @@ class PackingCallback(TrainerCallback):
         if "loss" not in logs or not self._batches.counter.num_batches:
             return  # the log of an evaluation or the summary, or no pack was counted
         capacity = self.dataset.capacity * state.train_batch_size  # every batch is full
-        left_out = {"dropped_segments": self.dataset.num_dropped_segments}
-        if isinstance(self.dataset, PackStream):
-            left_out["bad_rows"] = self.dataset.num_bad_rows
-        values = self._batches.counter.pop(capacity, left_out, args.device)
+        values = self._batches.counter.pop(capacity, self._data.left_out(), args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # Trainer copies the log before it calls callbacks
