@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.parallelism_config import ParallelismConfig
@@ -357,6 +358,20 @@ def _(family):
 
     hooks = (FSDPState._pre_forward, FSDPState._post_forward)
     return all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+
+
+@check("torch: all_to_all_single_autograd")
+def _(family):
+    if not dist.is_available():
+        return True
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rows = torch.ones(3, 2, requires_grad=True)
+        out = compat.all_to_all(rows, [3], [3], dist.group.WORLD)
+        (out * out).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    return type(out) is torch.Tensor and torch.equal(rows.grad, 2 * torch.ones(3, 2))
 
 
 @check("torch: _is_replica")

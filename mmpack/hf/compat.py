@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -99,6 +100,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "hooks would stay on an unpatched model, and modules with hooks would count as plain",
     "torch: FSDP2's hooks are of torch.distributed.fsdp":
         "a head that is an FSDP2 group of its own would keep its logits",
+    "torch: all_to_all_single_autograd":
+        "ranks that share a pack could not exchange tokens, or would get no gradients from each other",
     "torch: _is_replica":
         "nn.DataParallel would split packs instead of being refused",
     # Loading
@@ -226,6 +229,14 @@ def remove_hook(module: nn.Module, hook_id: Any) -> None:
         module._forward_hooks_with_kwargs,
     ):
         table.pop(hook_id, None)
+
+
+def all_to_all(
+    rows: torch.Tensor, received: list[int], sent: list[int], group: Any
+) -> torch.Tensor:
+    """Rows to and from every rank of a process group, with a gradient; `received` and `sent` are rows by rank."""
+    out = all_to_all_single_autograd(rows, received, sent, group)
+    return out.wait() if hasattr(out, "wait") else out  # on the device; the host goes on
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 A packed batch holds the supervised rows (`logits_to_keep`) and their targets (`shift_labels`). Logits are (1, L,
 V), or (1, 1, 1) if the head has already summed the losses (`mmpack.hf.head`). The loss is the sum over L rows
-divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks.
+divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks; else
+by those of the batch's pack, of which ranks may share the rows (context parallelism).
 Other batches get the model's own loss.
 """
 
@@ -46,6 +47,9 @@ class PackedLoss:
         **kwargs: Any,
     ) -> torch.Tensor:
         weights = None
+        over = None if mmpack is None else mmpack.get("context")
+        if over is not None and num_items_in_batch is None:
+            num_items_in_batch = over["weight"]  # type: ignore[assignment]  # of all ranks of the pack
         if mmpack is not None and "loss_weight_bits" in mmpack:
             if num_items_in_batch is not None and not mmpack.get("is_counted"):
                 raise ValueError(
