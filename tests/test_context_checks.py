@@ -95,7 +95,6 @@ def nothing(*args, **kwargs):
     ("changes", "text"),
     [
         ({"group": ContextGroup(0, 2)}, "rank 0 of 2, but process 1 of 4 is rank 1 of its group"),
-        ({"group": ContextGroup(1, 3)}, "4 ranks do not divide into context groups of 3"),
         ({"wrap": lambda data: Subset(data, range(4))}, "train_dataset is not the data set passed"),
         ({"attention_every": 1}, "attention_every does not apply with context parallelism"),
         ({"train": bad_images()}, "on_bad_image='drop' does not apply with context parallelism"),
@@ -122,6 +121,12 @@ def nothing(*args, **kwargs):
 def test_what_does_not_apply_is_refused(second_of_four, tmp_path, changes, text):
     with pytest.raises(ValueError, match=text):
         trainer_of(tmp_path, **changes)
+
+
+def test_a_number_of_ranks_that_is_no_multiple_is_refused(second_of_four, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    with pytest.raises(ValueError, match="3 ranks do not divide into context groups of 2"):
+        trainer_of(tmp_path)
 
 
 def test_other_parallelism_is_refused(second_of_four, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ rank does on the same packs."""
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -301,13 +302,14 @@ def work_on_a_stream(folder):
     place = Path(folder) / "two"
     write(folder, "stream", stream_run(place, 2))
     write(folder, "stream resumed", stream_run(place, 2, place / "checkpoint-3"))
-    one = Path(folder) / "one" / "checkpoint-3"
-    write(folder, "stream of one", stream_run(Path(folder) / "more", 2, one))
+    copy = Path(folder) / "copy"  # of one rank's run, by which it goes on
+    write(folder, "stream of one", stream_run(copy, 2, copy / "checkpoint-3"))
 
 
 def test_a_stream(tmp_path):
     """Its group reads one shard, lists a bad row once, and resumes on other ranks too."""
     alone = stream_run(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
     on_ranks(work_on_a_stream, tmp_path)
     whole = read(tmp_path, "stream")
     assert joined(whole) == alone["batches"]
@@ -324,5 +326,5 @@ def test_a_stream(tmp_path):
     assert [entry["pack/bad_rows"] for entry in whole[1]["steps"] if "pack/bad_rows" in entry] == [
         entry["pack/bad_rows"] for entry in alone["steps"] if "pack/bad_rows" in entry
     ]
-    again = stream_run(tmp_path / "again", 1, tmp_path / "two" / "checkpoint-3")
+    again = stream_run(tmp_path / "two", 1, tmp_path / "two" / "checkpoint-3")
     assert again["batches"] == alone["batches"][6:]

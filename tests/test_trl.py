@@ -465,7 +465,9 @@ def test_other_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"pad_to_multiple_of=32.*PackCollator\(pad_to=32\)"):
         sft(tmp_path, packs(), more=padded, pad_to_multiple_of=32)
     shared = patch_model(model_of(), context=ContextGroup(0, 2))
-    with pytest.raises(ValueError, match="model shares packs over 2 ranks .*use transformers' Trainer"):
+    with pytest.raises(
+        ValueError, match="model shares packs over 2 ranks .*use transformers' Trainer"
+    ):
         sft(tmp_path, packs(), model=shared)
     trainer = sft(tmp_path, packs())
     with pytest.raises(ValueError, match="not PackCollator's; evaluate packs"):

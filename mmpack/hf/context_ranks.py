@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from mmpack.hf.compat import num_replicas
-from mmpack.hf.model_parts import PATCH, find_inner
+from mmpack.hf.model_patch import context_of
 from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.even_packs import EvenPacks
@@ -26,9 +26,7 @@ ALONE = ContextGroup(0, 1)
 
 def group_of(model: nn.Module | None) -> ContextGroup:
     """The ranks that a patched model shares each pack with; a group of this rank alone for other models."""
-    base = None if model is None else find_inner(model)
-    patch = None if base is None else vars(base).get(PATCH)
-    return getattr(patch, "context", None) or ALONE
+    return (None if model is None else context_of(model)) or ALONE
 
 
 def check_known(model: nn.Module, group: ContextGroup) -> None:

@@ -138,7 +138,10 @@ class Evaluation:
             if batch.losses is not None:
                 self._sources.take(batch.losses)
             self._has_sources &= self._sources.count([batch.pack])
-            divisor = weight if batch.num_items is None else batch.num_items
+            divisor = batch.num_items
+            if divisor is None:  # a pack of several ranks has a divisor for all of them
+                context = batch.pack.get("context")
+                divisor = weight if context is None else context["weight"]
             self._sums.append((batch.loss.double() * divisor).reshape(()))
         elif batch.losses is not None or batch.rows is not None:
             self._has_sources = False  # of some rows only

@@ -90,9 +90,8 @@ class TrainedCosts:
 
 def supervised_of(pack: MmpackDict) -> Sequence[int]:
     """S + 1 segment offsets in the supervised rows of a whole pack, also where this rank has a part of it."""
-    context: Any = pack.get("context")
-    found: Sequence[int] = (pack if context is None else context)["supervised_offsets"]
-    return found
+    context = pack.get("context")
+    return pack["supervised_offsets"] if context is None else context["supervised_offsets"]
 
 
 def useful_tokens(pack: MmpackDict) -> int:
