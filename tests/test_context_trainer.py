@@ -1,6 +1,8 @@
 """Context parallelism under a stock Trainer: ranks that share each pack train, evaluate, log and resume as one
 rank does on the same packs."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -17,6 +19,7 @@ from ranks import on_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import ContextGroup, PackedDataset, PackStream, Skip
+from mmpack.cli import main as cli
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 
 CAPACITY = 64
@@ -128,6 +131,7 @@ def work(folder):
         AcceleratorState._reset_state()
     one = Path(folder) / "one" / "checkpoint-3"
     write(folder, "resumed from one", run(Path(folder) / "ddp2", 2, one))
+    write(folder, "command", command(Path(folder) / "command", folder, "--context-size", "2"))
     trainer, _ = trainer_of(Path(folder) / "evaluated", 2)
     found = [trainer.evaluate()["eval_loss"], trainer.evaluate(dataset_of(5))["eval_loss"]]
     found.append(trainer.predict(dataset_of(5)).metrics["test_loss"])
@@ -137,10 +141,29 @@ def work(folder):
     write(folder, "evaluated", found)
 
 
+def command(output, data, *words):
+    """What `mmpack train` prints last."""
+    options = {
+        "data": f"{data}/packed",
+        "config": f"{data}/config.json",
+        "output_dir": output,
+        **QUIET,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "eval_data": f"{data}/packed",
+    }
+    words = [w for name, value in options.items() for w in (f"--{name}", str(value))] + [*words]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["train", *words]) == 0
+    return printed.getvalue().splitlines()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of one rank, then of two."""
     folder = tmp_path_factory.mktemp("context")
+    dataset_of().save(folder / "packed")
+    small_config().save_pretrained(folder)
     (folder / "one.json").write_text(json.dumps(run(folder / "one")))
     on_ranks(work, folder)
     return folder
@@ -217,6 +240,15 @@ def test_a_run_goes_on_with_another_context_size(folder, alone, tmp_path):
     assert again["batches"] == alone["batches"][6:]
 
 
+def test_the_command(folder, tmp_path):
+    alone = json.loads(command(tmp_path, folder)[-1])
+    for printed in read(folder, "command"):
+        assert any(line.startswith("7 packs, ") and "each over 2 ranks" in line for line in printed)
+        ours = json.loads(printed[-1])
+        for name in ("first_loss", "last_loss", "eval_loss", "steps"):
+            assert ours[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
 # Killed
 
 
@@ -260,6 +292,7 @@ def test_killed_at_a_random_moment(folder, tmp_path, seed):
 
 def train_four(folder, size, accumulated, name, resume=""):
     options = {"gradient_accumulation_steps": accumulated, "max_steps": 5}
+    options |= {"dataloader_num_workers": 1}
     write(folder, name, run(Path(folder) / name, size, resume or None, **options))
 
 

@@ -22,7 +22,7 @@ from mmpack.hf.batch_hook import BatchHook
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.compat import callbacks_of, has_scaler
-from mmpack.hf.context_ranks import ALONE, check_known, join_group
+from mmpack.hf.context_ranks import ALONE, check_known, join_group, seen_in_group
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
@@ -63,6 +63,7 @@ class PackingCallback(TrainerCallback):
     - Lists a checkpoint's files and sizes last, so that incomplete ones are detected
       (`mmpack.hf.checkpoint_files`).
     - Makes `eval_loss` the mean over all supervised tokens (`mmpack.hf.evaluation`).
+    - Gives ranks that share packs (`patch_model(context=...)`) the same ones (`mmpack.hf.context_ranks`).
     - Divides the loss by the sum of its weights (`mmpack.hf.weight_count`); Trainer counts labels.
     - Adds `pack/` values to the log beside the loss: utilization, tokens/s, imbalance, TFLOP/s, MFU, attention
       to images, the loss of each source. "What the log says" in docs/trainer.md defines them.
@@ -72,9 +73,6 @@ class PackingCallback(TrainerCallback):
 
     A `PackStream` is sharded over ranks and repeated until `max_steps`; Trainer's epochs do not apply. Checkpoints
     hold each rank's position, as of the last optimizer step, in `mmpack_stream_RANK.json`.
-
-    If the model shares packs over ranks (`patch_model(context=...)`), the ranks of a group get the same packs, here and
-    in evaluation (`mmpack.hf.context_ranks`).
 
     `Trainer(callbacks=[PackingCallback(dataset)])` also works, with a warning: reporters get no `pack/` values
     (the console and `log_history` do), logs and checkpoints that a later callback requests are not checked for
@@ -244,7 +242,8 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         self._remove_hooks()
         if self._stream is not None:
-            tell_unseen(self.dataset.source_weights, self._batches.counter.losses.seen)
+            seen = seen_in_group(self._batches.counter.losses.seen, self._group)
+            tell_unseen(self.dataset.source_weights, seen)
         if (
             self._weights is not None
             and args.load_best_model_at_end

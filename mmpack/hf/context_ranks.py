@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 
 from mmpack.hf.compat import num_replicas
+from mmpack.hf.gather import gathered
 from mmpack.hf.model_patch import context_of
 from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.dataset import PackedDataset
@@ -104,6 +106,16 @@ def join_group(
         )
     _share_evaluation(trainer, group)
     return group
+
+
+def seen_in_group(mine: set[str], group: ContextGroup) -> set[str]:
+    """The union of a set over the ranks of this rank's group, whose parts of a pack have rows of different sources. A
+    collective of all ranks if groups have several."""
+    if group.size == 1:
+        return mine
+    ranks = gathered(mine)
+    first = dist.get_rank() - group.rank
+    return set().union(*ranks[first : first + group.size])
 
 
 def _refuse(what: str, why: str, advice: str) -> None:
