@@ -1,11 +1,20 @@
-"""Context parallelism: loss and gradients of ranks that share packs equal those of their rows alone in stock."""
+"""Context parallelism: loss and gradients of ranks that share packs equal those of their rows alone in stock.
 
+The ranks are started once for all cases. A collective that one of them does not reach, or reaches at another place, ends
+in an error after gloo's timeout.
+"""
+
+import contextlib
+import dataclasses
 import datetime
 import functools
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +23,8 @@ from builders import (
     collator,
     encoded,
     float64_loss,
+    float64_stays,
+    item_of,
     loss_and_grads,
     small_config,
     small_spec,
@@ -23,15 +34,18 @@ from builders import (
     worst_difference,
 )
 from ranks import on_ranks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from mmpack import ContextGroup
-from mmpack.hf import PackCollator, patch_model
+from mmpack import ContextGroup, EncodedSample
+from mmpack.hf import PackCollator, loss_denominator, patch_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def rows_of(name, family):
-    """The rows of a pack: lists of what `encoded` takes, those of one number with one image."""
+    """The rows of a case's packs."""
     spec = small_spec(family)
     return {
         "mixed": [
@@ -40,89 +54,247 @@ def rows_of(name, family):
             encoded(spec, 8, (4, 6), (6, 2), 9, 10),
             encoded(spec, 11, (2, 4, 4), 12, (2, 4), 13, (3, 4, 2), 14),
         ],
+        # longer than a rank's tokens, across the cut, and of one rank
         "one long image": [encoded(spec, 1, (10, 12), 2, 3), encoded(spec, 4, 5)],
         "text": [encoded(spec, range(5, 20)), encoded(spec, range(30, 55))],
         "a video": [encoded(spec, 1, (3, 4, 4), 2, 3), encoded(spec, range(5, 20))],
-        "images first": [encoded(spec, 1, (2, 4), (4, 4), 2), encoded(spec, range(5, 60))],
+        # whose tokens are of the first rank only, which is also without a supervised row
+        "images first": [
+            encoded(spec, 1, (2, 4), (4, 4), range(3, 30), supervised=False),
+            encoded(spec, range(5, 40)),
+        ],
+        "shared": [
+            encoded(spec, 1, 2, (2, 4), 3, 4),
+            encoded(spec, 8, (4, 6), 9, (2, 4), 7, (4, 6), (2, 4), 10),
+            encoded(spec, range(5, 40)),
+            encoded(spec, 11, (2, 4, 4), 12, (4, 6), 13),
+            encoded(spec, 15, (6, 2), 16, (2, 4, 4), 17),
+        ],
+        "empty": [EncodedSample.filler(1, spec)],
     }[name]
 
 
 @functools.cache
 def packs_of(name, family):
-    """(an item per row, stock inputs of each row)"""
+    """(an item per row, stock inputs of each row with labels)"""
     packs = [with_noise([row], seed) for seed, row in enumerate(rows_of(name, family))]
-    return packs, [stock_of(collator(family)([pack]), small_spec(family)) for pack in packs]
+    if name == "shared":  # all images of a size are one, and all videos
+        known = {}
+        for n, (row,) in enumerate(packs):
+            media = [
+                known.setdefault((type(ref), *grid), ref)
+                for ref, grid in zip(row.media, row.grid_thw.tolist())
+            ]
+            packs[n] = item_of([dataclasses.replace(row, media=tuple(media))])
+    if name == "empty":
+        return packs, []
+    stock = [stock_of(collator(family)([pack]), small_spec(family)) for pack in packs]
+    if family == "qwen2_vl":  # unpatched, so that nothing is shared
+        stock = [stock_of(PackCollator()([pack]), small_spec(family)) for pack in packs]
+    return packs, stock
 
 
-def model_of(family, dtype):
-    model = tiny_model(small_config(family), dtype=dtype)
-    if dtype == torch.float64:
-        model.loss_function = float64_loss
+def plain(model):
+    """The model as it is."""
     return model
 
 
+def frozen_tower(model):
+    model.model.visual.requires_grad_(False)
+    model.enable_input_require_grads()
+    return model
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def checkpointed_reentrant(model):
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    return model
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "in_proj_qkv", "out_proj"])
+    adapted = peft.get_peft_model(model, config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return adapted
+
+
+def ddp(model):
+    return DistributedDataParallel(model)
+
+
+def fsdp(model):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    inner = model.model
+    for module in (*inner.visual.blocks, *inner.language_model.layers, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+class Case(NamedTuple):
+    rows: str
+    family: str = "qwen2_vl"
+    dtype: torch.dtype = torch.float64
+    change: Callable = plain  # before patching; of stock's too
+    wrap: Callable = plain
+    options: tuple = ()  # of PackCollator
+    is_mean: bool = False  # without num_items_in_batch
+
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS)
 CASES = {
-    f"mixed, {family}, {dtype}": ("mixed", family, dtype)
-    for family in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS)
-    for dtype in (torch.float64, torch.float32)
+    **{
+        f"{family}, {str(dtype)[6:]}": Case("mixed", family, dtype)
+        for family in FAMILIES
+        for dtype in TOLERANCE
+    },
+    **{name: Case(name) for name in ("one long image", "text", "a video", "images first", "empty")},
+    "images first, deepstack": Case("images first", "qwen3_vl"),
+    "one long image, windows": Case("one long image", "qwen2_5_vl"),
+    "shared": Case("shared"),
+    "shared, windows": Case("shared", "qwen2_5_vl"),
+    "uint8": Case("mixed", "qwen3_vl", torch.float32, options=(("pixels", "uint8"),)),
+    "padded": Case("mixed", options=(("pad_to", 64),)),
+    "frozen tower": Case("one long image", "qwen3_vl", change=frozen_tower),
+    "checkpointing": Case("mixed", "qwen3_vl", change=checkpointed),
+    "checkpointing, reentrant": Case("mixed", change=checkpointed_reentrant),
+    "checkpointing, Gated DeltaNet": Case("mixed", "qwen3_5", change=checkpointed),
+    "lora": Case("mixed", "qwen3_5", change=lora),
+    "mean": Case("mixed", is_mean=True),
+    "sample": Case("mixed", options=(("loss_reduction", "sample"),)),
+    "sample, mean": Case("mixed", options=(("loss_reduction", "sample"),), is_mean=True),
+    "ddp": Case("one long image", wrap=ddp),
+    "ddp, text": Case("text", "qwen2_5_vl", wrap=ddp),
+    "fsdp2": Case("images first", "qwen3_vl", wrap=fsdp),
+    "fsdp2, checkpointing": Case("mixed", "qwen2_5_vl", change=checkpointed, wrap=fsdp),
 }
-CASES |= {
-    name: (name, "qwen2_vl", torch.float64)
-    for name in ("mixed", "one long image", "text", "a video", "images first")
+# The groups are of the size of the world but in the cases below.
+ON_FOUR = {f"{family}": Case("mixed", family) for family in FAMILIES}
+TWO_BY_TWO = {
+    "data x context, ddp": Case("mixed", "qwen2_5_vl", wrap=ddp),
+    "data x context, fsdp2": Case("mixed", "qwen3_vl", wrap=fsdp),
+    "data x context, fsdp2, text beside images": Case("one long image", wrap=fsdp),
+    "data x context, Gated DeltaNet": Case("mixed", "qwen3_5", change=checkpointed, wrap=ddp),
 }
-CASES["mixed, float32"] = ("mixed", "qwen2_vl", torch.float32)
 
 
-def work(folder):
+def step(case, size):
+    """(loss, every parameter's gradient) of a step of all ranks, summed up."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = tiny_model(small_config(case.family), dtype=case.dtype)
+    model = patch_model(case.change(model), context=ContextGroup.of(rank, world, size))
+    wrapped = case.wrap(model)
+    packs, _ = packs_of(case.rows, case.family)
+    packs = packs[rank // size :: world // size]
+    batch = PackCollator(model=wrapped, **dict(case.options))(packs)
+    counts = {}
+    if not case.is_mean:
+        count = loss_denominator([batch])
+        dist.all_reduce(count)
+        counts = {"num_items_in_batch": count}
+    is_averaged = wrapped is not model or case.wrap is fsdp
+    with exactly(case):
+        loss = wrapped(**batch, **counts).loss
+        (loss * (world if is_averaged else 1)).backward()
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    grads = {}
+    for name, weight in model.named_parameters():
+        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        grads[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+        if isinstance(grads[name], DTensor):  # of a weight without a gradient
+            grads[name] = grads[name].full_tensor()
+        if not is_averaged:
+            dist.all_reduce(grads[name])
+    return total.item(), grads
+
+
+def work(folder, size, *names):
     """One of the ranks: every case, its loss and gradients in a file."""
     torch.set_num_threads(1)
-    folder, rank = Path(folder), int(os.environ["RANK"])
+    folder = Path(folder)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
-    for case, (name, family, dtype) in CASES.items():
+    for name in names or CASES:
         try:
-            packs, stock = packs_of(name, family)
-            model = patch_model(
-                model_of(family, dtype),
-                context=ContextGroup.of(rank, dist.get_world_size(), dist.get_world_size()),
-            )
-            batch = PackCollator(model=model)(packs)
-            loss, grads = loss_and_grads(model, [batch], supervised(stock))
-            total = torch.tensor(loss, dtype=torch.float64)
-            for tensor in (total, *grads.values()):
-                dist.all_reduce(tensor)
+            result = step({**CASES, **ON_FOUR, **TWO_BY_TWO}[name], size)
         except Exception:
+            print(name)
             traceback.print_exc()
             os._exit(1)
-        if rank == 0:
-            torch.save((total.item(), grads), folder / f"{case}.pt")
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}.pt")
     dist.destroy_process_group()
+
+
+def exactly(case):
+    """Stock rotates a float64 tower in float32: the gradient of a shared image once, that of a row's each time."""
+    stays = case.dtype == torch.float64 and (case.family in HYBRIDS or case.rows == "shared")
+    return float64_stays() if stays else contextlib.nullcontext()
+
+
+@functools.cache
+def expected(case):
+    """The rows alone in stock, or, weighted, the whole pack on one rank."""
+    packs, stock = packs_of(case.rows, case.family)
+    model = tiny_model(small_config(case.family), dtype=case.dtype)
+    if "loss_reduction" in dict(case.options):
+        batch = PackCollator(model=patch_model(model), **dict(case.options))(packs)
+        return loss_and_grads(model, [batch], np.float64(loss_denominator([batch])))
+    if case.dtype == torch.float64:
+        model.loss_function = float64_loss
+    with exactly(case):
+        return loss_and_grads(case.change(model), stock, supervised(stock))
 
 
 def supervised(stock):
     return sum(int((inputs["labels"][0, 1:] != -100).sum()) for inputs in stock)
 
 
-@functools.cache
-def expected(name, family, dtype):
-    _, stock = packs_of(name, family)
-    return loss_and_grads(model_of(family, dtype), stock, supervised(stock))
+def assert_same(result, case):
+    (loss, grads), (exact_loss, exact) = result, expected(as_stock(case))
+    if case.rows == "empty":
+        assert loss == 0 and not any(grad.any() for grad in grads.values())
+        return
+    bound = TOLERANCE[case.dtype]
+    if case.dtype == torch.float32 and case.family in HYBRIDS:  # twice stock's own error
+        _, truth = expected(as_stock(case)._replace(dtype=torch.float64))
+        bound = 2 * worst_difference(exact, truth)[0]
+    assert loss == pytest.approx(exact_loss, rel=TOLERANCE[case.dtype])
+    difference, name = worst_difference(grads, exact)
+    assert difference <= bound, name
+
+
+def as_stock(case):
+    """The case without what does not matter to stock, so that cases share it."""
+    weighted = [option for option in case.options if option[0] == "loss_reduction"]
+    change = case.change if case.change in (frozen_tower, lora) else plain
+    return case._replace(change=change, wrap=plain, options=tuple(weighted), is_mean=False)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    on_ranks(work, folder)
+    on_ranks(work, folder, 2)
     return lambda case: torch.load(folder / f"{case}.pt")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_that_share_packs_are_rows_alone(case, results):
-    loss, grads = results(case)
-    name, family, dtype = CASES[case]
-    exact, exact_grads = expected(name, family, dtype)
-    bound = TOLERANCE[dtype]
-    if dtype == torch.float32 and family in HYBRIDS:  # twice stock's own error
-        bound = 2 * worst_difference(exact_grads, expected(name, family, torch.float64)[1])[0]
-    assert loss == pytest.approx(exact, rel=TOLERANCE[dtype])
-    difference, name = worst_difference(grads, exact_grads)
-    assert difference <= bound, name
+def test_two_ranks_that_share_packs_are_rows_alone(case, results):
+    assert_same(results(case), CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cases", "size"), [(ON_FOUR, 4), (TWO_BY_TWO, 2)])
+def test_four_ranks(cases, size, tmp_path):
+    """As one group, with fewer key heads than ranks, and as two groups beside each other."""
+    on_ranks(work, tmp_path, size, *cases, size=4)
+    for name, case in cases.items():
+        assert_same(torch.load(tmp_path / f"{name}.pt"), case)

@@ -203,8 +203,8 @@ class PackCollator:
                 may_be = whole.vision.video is not None and whole.vision.video.has_timestamps
                 tower = replace(tower, has_linear_attention=may_be)
             part = None if self.context is None else part_of(whole, self.context)
-            if part is not None:
-                values = _of_part(values, part)
+            if part is not None and sum(map(len, values.values())) > len(part.patches):
+                values = _of_part(values, part)  # pixels of all ranks
             batch = batch_of(whole, values, tower, part)
         pack = batch["mmpack"]
         offsets, context = pack["supervised_offsets"], pack.get("context")
@@ -256,7 +256,7 @@ class PackCollator:
                     f"{error}; rows of a PackCollator have their images in the current folder, unless its encoder "
                     "names another: PackCollator(Encoder.from_processor(processor, media_dir=FOLDER))"
                 ) from error
-        segments, buffer = load_pixels(groups, self.is_patched, worker_buffers.empty)
+        segments, buffer = load_pixels(groups, self.is_patched, worker_buffers.empty, self.context)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)
 

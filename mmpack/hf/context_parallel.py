@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mmpack import reference
 from mmpack.hf.compat import all_to_all
 from mmpack.hf.embedding import at_placeholders
-from mmpack.hf.mmpack_dict import ContextDict
+from mmpack.hf.mmpack_dict import ContextDict, MmpackDict
 from mmpack.packing.context_group import ContextGroup
 
 _groups: dict[int, tuple[Any, Any]] = {}  # size -> (the world it is of, this rank's group)
@@ -80,6 +80,22 @@ def process_group(context: ContextGroup) -> Any:
         group, _ = dist.new_subgroups(context.size)
         _groups[context.size] = dist.group.WORLD, group
     return group
+
+
+def check_part(context: ContextGroup | None, pack: MmpackDict) -> None:
+    """Refuse the batch of a collator that was made for another `context` than the model's.
+
+    Raises:
+        ValueError: it was; names both.
+    """
+    over = pack.get("context")
+    made_for = None if over is None else ContextGroup(over["rank"], over["size"])
+    if made_for != context and ("context" not in pack or over is not None):  # not the self-test's
+        raise ValueError(
+            f"the batch is for {made_for or 'a rank with packs of its own'}, but the model is patched for "
+            f"{context or 'a rank with packs of its own'}; make PackCollator(model=model) after "
+            "patch_model(model, context=...)"
+        )
 
 
 def check_same_pack(over: ContextDict) -> None:

@@ -41,15 +41,12 @@ class PackedLoss:
         logits: torch.Tensor,
         labels: torch.Tensor,
         vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         shift_labels: torch.Tensor | None = None,
         mmpack: MmpackDict | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         weights = None
-        over = None if mmpack is None else mmpack.get("context")
-        if over is not None and num_items_in_batch is None:
-            num_items_in_batch = over["weight"]  # type: ignore[assignment]  # of all ranks of the pack
         if mmpack is not None and "loss_weight_bits" in mmpack:
             if num_items_in_batch is not None and not mmpack.get("is_counted"):
                 raise ValueError(
@@ -71,6 +68,9 @@ class PackedLoss:
                 num_items_in_batch=num_items_in_batch,
                 **kwargs,
             )
+        over = mmpack.get("context")
+        if over is not None and num_items_in_batch is None:
+            num_items_in_batch = over["weight"]  # of the whole pack
         labels_L = shift_labels.reshape(-1).to(logits.device)
         if has_no_logits(logits):
             weights_L = row_weights(labels_L, weights, logits.dtype)

@@ -288,16 +288,9 @@ def _check_batch(
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
     num_tokens = pack["offsets"][-1]
     patch, over = getattr(base, PATCH), pack.get("context")
+    context_parallel.check_part(patch.context, pack)
     if over is not None:
         num_tokens = over["tokens"][over["rank"]]
-    if "context" not in pack or over is not None:  # not the self-test's
-        made_for = None if over is None else ContextGroup(over["rank"], over["size"])
-        if made_for != patch.context:
-            raise ValueError(
-                f"the batch is for {made_for or 'a rank with a pack of its own'}, but the model is patched for "
-                f"{patch.context or 'a rank with packs of its own'}; make PackCollator(model=model) after "
-                "patch_model(model, context=...)"
-            )
     if "compact" in pack:
         num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # not yet expanded
     if kwargs["input_ids"].shape != (1, num_tokens):
