@@ -332,6 +332,11 @@ class TuneOptions(Options):
         metavar="MODEL",
     )
     capacity: int = option("tokens per pack, for timing (default: 8192)", 8192)
+    context_size: int = option(
+        "ranks that share each pack, as in mmpack train (default: 1): each has a part of the heads",
+        1,
+        metavar="N",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = option(
         "dtype of computations, that of mixed precision if it is used", "bfloat16"
     )
