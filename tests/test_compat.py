@@ -291,6 +291,24 @@ def _(family):
     return given == ("bounds", "host", "ids")
 
 
+@check(
+    "text: Gated DeltaNet's projections, conv1d, A_log, dt_bias, norm, out_proj, sizes",
+    "has_linear_attention",
+)
+def _(family):
+    layer = model_of(family).model.language_model.layers[0].linear_attn
+    modules = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "norm", "out_proj")
+    sizes = ("key_dim", "value_dim", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+    channels = 2 * layer.key_dim + layer.value_dim
+    return (
+        has(layer, *modules, *sizes)
+        and layer.conv1d.bias is None
+        and layer.conv1d.weight.shape[:2] == (channels, 1)
+        and layer.A_log.shape == layer.dt_bias.shape == (layer.num_v_heads,)
+        and [*inspect.signature(layer.norm.forward).parameters] == ["hidden_states", "gate"]
+    )
+
+
 @check("config: _attn_implementation")
 def _(family):
     base = copy.deepcopy(model_of(family).model)

@@ -9,10 +9,12 @@ import dataclasses
 import datetime
 import functools
 import os
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,8 +40,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import bench_context
 from mmpack import ContextGroup, EncodedSample
-from mmpack.hf import PackCollator, loss_denominator, patch_model
+from mmpack.hf import PackCollator, context_parallel, loss_denominator, patch_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -147,6 +150,7 @@ class Case(NamedTuple):
     wrap: Callable = plain
     options: tuple = ()  # of PackCollator
     is_mean: bool = False  # without num_items_in_batch
+    impl: str = "auto"
 
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS)
@@ -176,6 +180,10 @@ CASES = {
     "fsdp2": Case("images first", "qwen3_vl", wrap=fsdp),
     "fsdp2, checkpointing": Case("mixed", "qwen2_5_vl", change=checkpointed, wrap=fsdp),
 }
+KERNELS = {
+    "kernels": Case("images first", "qwen3_vl", torch.float32, impl="triton"),
+    "kernels, shared": Case("shared", "qwen2_5_vl", torch.float32, impl="triton"),
+}
 # The groups are of the size of the world but in the cases below.
 ON_FOUR = {f"{family}": Case("mixed", family) for family in FAMILIES}
 TWO_BY_TWO = {
@@ -190,7 +198,8 @@ def step(case, size):
     """(loss, every parameter's gradient) of a step of all ranks, summed up."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = tiny_model(small_config(case.family), dtype=case.dtype)
-    model = patch_model(case.change(model), context=ContextGroup.of(rank, world, size))
+    place = ContextGroup.of(rank, world, size)
+    model = patch_model(case.change(model), case.impl, context=place)
     wrapped = case.wrap(model)
     packs, _ = packs_of(case.rows, case.family)
     packs = packs[rank // size :: world // size]
@@ -217,19 +226,52 @@ def step(case, size):
     return total.item(), grads
 
 
+def different_packs():
+    """What ranks say that share no pack, and what they say to a model of another place."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    said = []
+    for place, rows in ((rank, ("mixed", "text")[rank % 2]), (size - 1 - rank, "text")):
+        with pytest.raises(ValueError) as error:
+            model = patch_model(tiny_model(small_config()), context=ContextGroup(place, size))
+            model(**PackCollator(model=model)(packs_of(rows, "qwen2_vl")[0]))
+        said.append(str(error.value))
+    return said
+
+
+def bytes_of(family):
+    """(bytes that leave this rank in a forward, of the text model's layers and of features; the formulas' results)"""
+    model = tiny_model(small_config(family))
+    model = patch_model(model, context=ContextGroup(dist.get_rank(), dist.get_world_size()))
+    batch, found = PackCollator(model=model)(packs_of("images first", family)[0]), {}
+    count = bench_context.counted(context_parallel.exchange, found)
+    with mock.patch.object(context_parallel, "exchange", count), torch.no_grad():
+        model(**batch)
+    over, text = batch["mmpack"]["context"], model.config.text_config
+    levels = 1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+    return found, {
+        "layers": bench_context.exchanged_bytes(text, over["tokens"], over["rank"], 4),
+        "features": bench_context.features_bytes(
+            over["sent_sizes"], over["rank"], 4, text.hidden_size, levels
+        ),
+    }
+
+
 def work(folder, size, *names):
     """One of the ranks: every case, its loss and gradients in a file."""
     torch.set_num_threads(1)
-    folder = Path(folder)
+    folder, rank = Path(folder), int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    if not names:
+        torch.save(different_packs(), folder / f"said.{rank}.pt")
+        torch.save([bytes_of(family) for family in FAMILIES], folder / f"bytes.{rank}.pt")
     for name in names or CASES:
         try:
-            result = step({**CASES, **ON_FOUR, **TWO_BY_TWO}[name], size)
+            result = step({**CASES, **KERNELS, **ON_FOUR, **TWO_BY_TWO}[name], size)
         except Exception:
             print(name)
             traceback.print_exc()
             os._exit(1)
-        if dist.get_rank() == 0:
+        if rank == 0:
             torch.save(result, folder / f"{name}.pt")
     dist.destroy_process_group()
 
@@ -276,7 +318,9 @@ def as_stock(case):
     """The case without what does not matter to stock, so that cases share it."""
     weighted = [option for option in case.options if option[0] == "loss_reduction"]
     change = case.change if case.change in (frozen_tower, lora) else plain
-    return case._replace(change=change, wrap=plain, options=tuple(weighted), is_mean=False)
+    return case._replace(
+        change=change, wrap=plain, options=tuple(weighted), is_mean=False, impl="auto"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -291,10 +335,28 @@ def test_two_ranks_that_share_packs_are_rows_alone(case, results):
     assert_same(results(case), CASES[case])
 
 
+def test_ranks_with_different_packs_are_told(results):
+    for rank in range(2):
+        different, place = results(f"said.{rank}")
+        assert re.search(
+            r"the 2 ranks of a context group have parts of different packs \(checksums (\w{8}), (?!\1)\w{8}\)",
+            different,
+        )
+        assert place.startswith(f"global rank {rank} is at place {rank} of its context group of 2")
+
+
+def test_ranks_exchange_what_the_formulas_say(results):
+    for rank in range(2):
+        for (found, formula), family in zip(results(f"bytes.{rank}"), FAMILIES):
+            assert found == formula, family
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("cases", "size"), [(ON_FOUR, 4), (TWO_BY_TWO, 2)])
-def test_four_ranks(cases, size, tmp_path):
-    """As one group, with fewer key heads than ranks, and as two groups beside each other."""
-    on_ranks(work, tmp_path, size, *cases, size=4)
+@pytest.mark.parametrize(
+    ("cases", "size", "world"), [(ON_FOUR, 4, 4), (TWO_BY_TWO, 2, 4), (KERNELS, 2, 2)]
+)
+def test_more_ranks(cases, size, world, tmp_path):
+    """Four as one group, with fewer key heads than ranks; as two groups beside each other; and our kernels."""
+    on_ranks(work, tmp_path, size, *cases, size=world)
     for name, case in cases.items():
         assert_same(torch.load(tmp_path / f"{name}.pt"), case)

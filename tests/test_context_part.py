@@ -1,5 +1,6 @@
 """A rank's part of a pack: equal to the specification, complete, and only own images decoded."""
 
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -13,6 +14,7 @@ from builders import (
     SMALL_SPEC,
     encoded,
     item_of,
+    packed,
     small_config,
     small_spec,
     tiny_model,
@@ -58,6 +60,16 @@ def random_samples(rng, family):
             for row in item
         ]
     )
+
+
+@contextlib.contextmanager
+def as_one_of_two(rank):
+    """A rank beside another that is not there: nothing is sent, and what is received is anything."""
+    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -278,7 +290,45 @@ def test_what_does_not_work_is_refused():
             model(**one)
     patch_model(model, context=ContextGroup(0, 1))
     assert model(**whole).loss.isfinite() and PackCollator(model=model).context is None
-    assert unpatch_model(model) is model
+    unpatch_model(model)
+
+
+def test_a_routers_auxiliary_loss_is_refused():
+    model = patch_model(tiny_model(small_config("qwen3_vl_moe")), context=ContextGroup(0, 2))
+    batch = PackCollator(model=model)([packed([encoded(SMALL_SPEC, 1, 2, 3)], "qwen3_vl_moe")])
+    with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
+        model(**batch, output_router_logits=True)
+
+
+def test_attention_is_not_recorded():
+    model = patch_model(tiny_model(small_config()), context=ContextGroup(0, 2))
+    getattr(model.model, model_patch.PATCH).is_same_pack = True
+    batch = PackCollator(model=model)([encoded(SMALL_SPEC, 1, 2, 3)])
+    batch["mmpack"]["watch"] = print
+    with as_one_of_two(0), pytest.raises(ValueError, match="attention_every cannot record"):
+        model(**batch)
+
+
+@pytest.mark.slow
+def test_one_graph_for_packs_of_all_sizes():
+    """torch.compile, on a rank whose exchanges send nothing."""
+    model = patch_model(tiny_model(small_config()), context=ContextGroup(1, 2))
+    collate = PackCollator(model=model)
+    dynamo = torch._dynamo
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    with as_one_of_two(1):
+        for n in (5, 7, 9, 11):
+            rows = [
+                encoded(SMALL_SPEC, 1, (4, 4), *range(2, 2 + n)),
+                encoded(SMALL_SPEC, *range(30)),
+            ]
+            compiled(
+                **collate(with_noise(rows)), num_items_in_batch=torch.tensor(3)
+            ).loss.backward()
+    assert not dynamo.utils.counters["graph_break"]
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first pack's sizes, and all
 
 
 def test_the_self_test_runs_without_ranks():
@@ -304,11 +354,8 @@ def test_no_question_to_the_device(family):
     getattr(model.model, model_patch.PATCH).is_same_pack = True  # asked once, of ranks
     if family.endswith("_moe"):
         model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
-    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
-    try:
+    with as_one_of_two(1):
         loss = model.to("meta")(**on_meta(batch), num_items_in_batch=torch.tensor(3)).loss
         loss.backward()
-    finally:
-        dist.destroy_process_group()
     assert loss.is_meta
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())

@@ -85,6 +85,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "Qwen3.5's Gated DeltaNets would not be found, and segments would share their states",
     "text: Gated DeltaNet's kernels get seq_idx, cu_seqlens, cu_seqlens_cpu":
         "segments would share states where the kernels are installed, and in an unpatched Qwen3.5",
+    "text: Gated DeltaNet's projections, conv1d, A_log, dt_bias, norm, out_proj, sizes":
+        "ranks that share a pack could not run it on some of its heads",
     "config: _attn_implementation":
         "unpatch_model could not restore the attention",
     "config: _name_or_path":

@@ -9,7 +9,7 @@ Every rank takes part in every exchange, in one order, forward and backward, als
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,13 +82,20 @@ def process_group(context: ContextGroup) -> Any:
     return group
 
 
-def check_part(context: ContextGroup | None, pack: MmpackDict) -> None:
-    """Refuse the batch of a collator that was made for another `context` than the model's.
+def check_part(context: ContextGroup | None, batch: Mapping[str, Any]) -> None:
+    """Refuse the batch of a collator that was made for another `context` than the model's, and what needs more than a
+    part.
 
     Raises:
-        ValueError: it was; names both.
+        ValueError: it was, and names both; or a router's auxiliary loss is asked for.
     """
+    pack: MmpackDict = batch["mmpack"]
     over = pack.get("context")
+    if over is not None and batch.get("output_router_logits"):
+        raise ValueError(
+            "output_router_logits asks for the router's auxiliary loss, which is no sum over the tokens that ranks share "
+            "under context parallelism; leave it out"
+        )
     made_for = None if over is None else ContextGroup(over["rank"], over["size"])
     if made_for != context and ("context" not in pack or over is not None):  # not the self-test's
         raise ValueError(

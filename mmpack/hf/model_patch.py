@@ -22,6 +22,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mmpack.hf import attention, context_parallel, tower
@@ -92,12 +93,12 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
             implementation is used or refused.
         context: this rank's place among the ranks that share each pack (context parallelism): a `PackCollator` made
             for the model then gives this rank's part of a pack, and all ranks of a group need the same packs. The
-            process group is made at the first packed forward, from torch.distributed's default one. None, or a size
-            of 1: each rank has packs of its own.
+            process group is made from torch.distributed's default one, which all ranks must do: here if that is
+            initialized, else at the first packed forward. None, or a size of 1: each rank has packs of its own.
 
     Raises:
         ValueError: the model is not supported, something else has replaced a method that mmpack binds, or its heads do
-            not divide among the ranks of `context`.
+            not divide among the ranks of `context`, or this rank has another place.
         RuntimeError: the self-test found that segments attend to each other.
     """
     if impl not in ("auto", "libraries", *IMPLEMENTATIONS):
@@ -109,6 +110,8 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
         context = None
     if context is not None:
         context_parallel.check_heads(base.config, context.size)
+        if dist.is_available() and dist.is_initialized():  # here, as a compiled model cannot
+            context_parallel.process_group(context)
     if hasattr(base, PATCH):
         patch = getattr(base, PATCH)
         patch.impl, patch.choice, patch.chosen_for = impl, {}, ""
@@ -225,7 +228,7 @@ def _take_pack(
     over = pack.get("context")
     if over is not None:
         over = pack["context"] = {**over, "group": context_parallel.process_group(patch.context)}
-        if not patch.is_same_pack:
+        if not patch.is_same_pack and not torch.compiler.is_compiling():
             context_parallel.check_same_pack(over)
             patch.is_same_pack = True
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
@@ -288,7 +291,7 @@ def _check_batch(
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
     num_tokens = pack["offsets"][-1]
     patch, over = getattr(base, PATCH), pack.get("context")
-    context_parallel.check_part(patch.context, pack)
+    context_parallel.check_part(patch.context, kwargs)
     if over is not None:
         num_tokens = over["tokens"][over["rank"]]
     if "compact" in pack:
