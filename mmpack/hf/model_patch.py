@@ -339,7 +339,7 @@ def _choose_once(base: Any, kwargs: dict[str, Any]) -> None:
         if choice != patch.choice:
             patch.choice, patch.is_isolated = choice, False
         patch.chosen_for = device.type
-        tell_choice(choice, device)
+        tell_choice(choice, device, context_size=size)
 
 
 def _check_once(base: Any) -> None:

@@ -124,12 +124,20 @@ def usable(table: Table) -> Table:
     return table
 
 
-def tell_choice(choice: Choice, device: torch.device, ranks: int = 1) -> None:
-    """Log what was chosen on the GPUs of all ranks, or how to choose."""
+def tell_choice(
+    choice: Choice, device: torch.device, ranks: int = 1, context_size: int = 1
+) -> None:
+    """Log what was chosen on the GPUs of all ranks, of which `context_size` share each pack, or how to choose."""
     if device.type != "cuda":
         return
     if choice:
         _log.info("ops by `mmpack tune`: %s", ", ".join(in_words(choice)))
+        if context_size > 1 and "attention" not in choice:
+            _log.warning(
+                "attention uses a library, because it was not measured for the heads of a rank of a context group; "
+                "`mmpack tune MODEL --context-size %d` does that",
+                context_size,
+            )
         return
     _log.warning(
         "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` does "

@@ -62,13 +62,7 @@ def agree_on_ops(
     state.stateful_callbacks[KEY] = {"impl": impl, **as_record(choice)}
     if is_auto and args.should_log:
         if is_new:
-            tell_choice(choice, device, args.world_size)
-            if size > 1 and choice and "attention" not in choice:
-                _log.warning(
-                    "attention uses a library, because it was not measured for the heads of a rank of a context group; "
-                    "`mmpack tune MODEL --context-size %d` does that",
-                    size,
-                )
+            tell_choice(choice, device, args.world_size, size)
         _tell_capacity(roles_of(base.config, size), choice, table, capacity)
 
 
