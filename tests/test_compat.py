@@ -4,6 +4,7 @@ One test for each name, which fails with what breaks; run on a new version of tr
 """
 
 import ast
+import contextlib
 import copy
 import functools
 import inspect
@@ -450,6 +451,17 @@ def _(family, folder):
     return [batch["items"] for batch in trainer.get_train_dataloader()] == [[7]]
 
 
+@check("Trainer: get_eval_dataloader, get_test_dataloader")
+def _(family, folder):
+    trainer, seen = trainer_of(folder), []
+    trainer.get_eval_dataloader = lambda data: seen.append(("evaluate", data)) or []
+    trainer.get_test_dataloader = lambda data: seen.append(("predict", data)) or []
+    for method in (trainer.evaluate, trainer.predict):
+        with contextlib.suppress(Exception):  # a list is no loader
+            method([1])
+    return seen == [("evaluate", [1]), ("predict", [1])]
+
+
 @check("Trainer: arguments are read when it trains")
 def _(family, folder):
     trainer = trainer_of(folder)
@@ -488,6 +500,16 @@ def _(family, folder):
     trainer_of(folder)  # makes accelerate's state
     loader = prepare_data_loader(DataLoader(range(5), batch_size=2))
     return [compat.remainder_of(loader) for _ in loader] == [None, None, 1]
+
+
+@check("accelerate: deals batches to ranks in turn")
+def _(family, folder):
+    def of_rank(rank):
+        loader = DataLoader(list(range(8)), batch_size=2)
+        mine = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+        return list(mine.batch_sampler)
+
+    return [of_rank(0), of_rank(1)] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 @check("accelerate: base_dataloader")

@@ -116,6 +116,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "reporters would not get the pack/ values",
     "Trainer: train_dataset is read when it trains":
         "accelerate would repeat packs when ranks have different numbers of them",
+    "Trainer: get_eval_dataloader, get_test_dataloader":
+        "with context parallelism, the ranks of a group would evaluate different packs",
     "Trainer: arguments are read when it trains":
         "packs would be in Trainer's order, and a diverged run would log 0.0",
     "Trainer: _get_num_items_in_batch, model_accepts_loss_kwargs, label_smoother":
@@ -124,6 +126,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "weights of ranks that share a batch would be counted several times",
     "accelerate: remainder, end_of_dataloader":
         "eval_loss would count packs that accelerate repeats twice",
+    "accelerate: deals batches to ranks in turn":
+        "the ranks of a context group would get different packs",
     "accelerate: base_dataloader":
         "a resumed stream would draw different random numbers",
     "accelerate: IterableDatasetShard.num_processes, process_index":

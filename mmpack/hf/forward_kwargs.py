@@ -258,6 +258,9 @@ def _context(part: ContextPart) -> ContextDict:
         "tokens": as_ints(np.diff(part.tokens)),
         "checksum": part.checksum,
         "rows": part.rows,
+        "supervised_offsets": as_ints(
+            np.searchsorted(part.pack.supervised_index, part.pack.cu_seqlens)
+        ),
         "weight": float(len(part.pack.supervised_index)),
     }
     if len(part.pack.grid_thw):

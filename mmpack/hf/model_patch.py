@@ -334,11 +334,12 @@ def _choose_once(base: Any, kwargs: dict[str, Any]) -> None:
     """Choose ops for the device of the first batch, unless that was done for all ranks (`rank_choice`)."""
     patch, device = getattr(base, PATCH), kwargs["mmpack"]["supervised_index"].device
     if patch.impl == "auto" and patch.chosen_for != device.type:
-        choice = choose(base.config, table_here(device))
+        size = 1 if patch.context is None else patch.context.size
+        choice = choose(base.config, table_here(device), size)
         if choice != patch.choice:
             patch.choice, patch.is_isolated = choice, False
         patch.chosen_for = device.type
-        tell_choice(choice, device)
+        tell_choice(choice, device, context_size=size)
 
 
 def _check_once(base: Any) -> None:
