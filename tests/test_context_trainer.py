@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_model, with_noise
 from ranks import on_ranks
+from test_divergence import BAD, POISON, place_of
+from test_divergence import dataset_of as poisoned_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpack import ContextGroup, PackedDataset, PackStream, Skip
@@ -105,6 +107,7 @@ def run(folder, size=1, resume=None, data=None, callbacks=(), **options):
         "steps": [entry for entry in log if "loss" in entry],
         "evaluations": [entry for entry in log if "eval_loss" in entry],
         "tokens": trainer.state.num_input_tokens_seen,
+        "summary": log[-1],
     }
 
 
@@ -131,6 +134,7 @@ def work(folder):
         AcceleratorState._reset_state()
     one = Path(folder) / "one" / "checkpoint-3"
     write(folder, "resumed from one", run(Path(folder) / "ddp2", 2, one))
+    write(folder, "diverged", diverge(Path(folder) / "diverged"))
     write(folder, "command", command(Path(folder) / "command", folder, "--context-size", "2"))
     trainer, _ = trainer_of(Path(folder) / "evaluated", 2)
     found = [trainer.evaluate()["eval_loss"], trainer.evaluate(dataset_of(5))["eval_loss"]]
@@ -139,6 +143,18 @@ def work(folder):
     with pytest.raises(ValueError, match="eval_dataset is a list, of which the ranks of a context"):
         trainer.evaluate(samples_of(3))
     write(folder, "evaluated", found)
+
+
+def diverge(folder):
+    """The error of a run, a row of which makes a loss that is no number."""
+    trainer, _ = trainer_of(folder, 2, poisoned_of([BAD]), eval_strategy="no")
+    embedding = trainer.model.get_input_embeddings()
+    embedding.register_forward_hook(
+        lambda module, args, out: out.masked_fill((args[0] == POISON)[..., None], np.inf)
+    )
+    with pytest.raises(ValueError, match="diverged") as error:
+        trainer.train()
+    return str(error.value)
 
 
 def command(output, data, *words):
@@ -205,6 +221,11 @@ def test_the_log_counts_a_pack_once(folder, alone):
                 ]
                 ranks = 2 if name == "tflops" else 1
                 assert shares[0] == pytest.approx(shares[1] / ranks, rel=1e-6), name
+        packs = [
+            one["summary"]["train_samples_per_second"] * one["summary"]["train_runtime"]
+            for one in (found, alone)
+        ]
+        assert packs == pytest.approx([14, 14], rel=0.02)  # 7 steps of 2, as Trainer counts them
     assert {"pack/loss/a.json", "pack/loss/b.json"} < set(alone["steps"][0])
 
 
@@ -238,6 +259,15 @@ def test_a_run_goes_on_with_another_context_size(folder, alone, tmp_path):
     again = run(tmp_path, 1, folder / "ddp" / "checkpoint-3")
     assert np.array(losses(again)) == pytest.approx(np.array(losses(alone)), rel=1e-5)
     assert again["batches"] == alone["batches"][6:]
+
+
+def test_a_diverged_run_names_the_pack(folder):
+    """The one of the group, though its rows may be on either rank; two packs are a step."""
+    one, other = read(folder, "diverged")
+    place, rows = place_of(poisoned_of([BAD]), BAD)
+    named = f"pack {place - 1} of epoch 0: rows {', '.join(map(str, rows))} of train.json"
+    assert one == other
+    assert f"in step {(place + 1) // 2} ({named})" in one
 
 
 def test_the_command(folder, tmp_path):

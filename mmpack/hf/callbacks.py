@@ -22,7 +22,7 @@ from mmpack.hf.batch_hook import BatchHook
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.compat import callbacks_of, has_scaler
-from mmpack.hf.context_ranks import ALONE, check_known, join_group, seen_in_group
+from mmpack.hf.context_ranks import ALONE, check_known, count_once, join_group, seen_in_group
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
@@ -362,6 +362,7 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         if logs is None:
             return
+        count_once(self._group, logs, *state.log_history[-1:])
         if self._evaluation is not None:
             self._evaluation.correct(logs, *state.log_history[-1:])
         if "loss" not in logs or not self._batches.counter.num_batches:

@@ -108,6 +108,13 @@ def join_group(
     return group
 
 
+def count_once(group: ContextGroup, *metrics: dict[str, Any]) -> None:
+    """Count packs that several ranks share once in the samples per second of Trainer's summary."""
+    for one in metrics if group.size > 1 else ():
+        if (name := "train_samples_per_second") in one:
+            one[name] = round(one[name] / group.size, 3)
+
+
 def seen_in_group(mine: set[str], group: ContextGroup) -> set[str]:
     """The union of a set over the ranks of this rank's group, whose parts of a pack have rows of different sources. A
     collective of all ranks if groups have several."""
