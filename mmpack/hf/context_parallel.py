@@ -1,4 +1,4 @@
-"""Context parallelism: what the ranks that share a pack exchange (`mmpack.packing.context_part` says who has what).
+"""Context parallelism: what the ranks that share a pack exchange (`mmpack.packing.context_part` says what each has).
 
 Until attention a token needs no other, so each rank embeds its own tokens. The tower runs on a rank's own images, and
 its features go to the ranks whose tokens show them. Around attention, ranks exchange tokens for heads and back
