@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import bench_context
 from mmpack import ContextGroup, EncodedSample
-from mmpack.hf import PackCollator, context_parallel, loss_denominator, patch_model
+from mmpack.hf import PackCollator, context_parallel, head, loss_denominator, patch_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -142,6 +142,22 @@ def fsdp(model):
     return model
 
 
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@contextlib.contextmanager
+def loss_in_the_head():
+    """As where that saves memory."""
+    stock = head.supervised_linear_cross_entropy
+    with (
+        mock.patch.object(head, "pays", lambda *sizes: True),
+        mock.patch.object(head, "supervised_linear_cross_entropy", wraps=stock) as calls,
+    ):
+        yield
+    assert calls.call_count == 1
+
+
 class Case(NamedTuple):
     rows: str
     family: str = "qwen2_vl"
@@ -151,6 +167,7 @@ class Case(NamedTuple):
     options: tuple = ()  # of PackCollator
     is_mean: bool = False  # without num_items_in_batch
     impl: str = "auto"
+    within: Callable = contextlib.nullcontext  # what its forward runs in
 
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS)
@@ -178,6 +195,10 @@ CASES = {
     "ddp": Case("one long image", wrap=ddp),
     "ddp, text": Case("text", "qwen2_5_vl", wrap=ddp),
     "fsdp2": Case("images first", "qwen3_vl", wrap=fsdp),
+    "fsdp2, then patched": Case("one long image", "qwen3_vl", change=fsdp),
+    "head, ddp": Case("images first", wrap=ddp, within=loss_in_the_head),
+    "head, fsdp2": Case("images first", wrap=fsdp, within=loss_in_the_head),
+    "autocast": Case("one long image", "qwen3_vl", torch.float32, within=autocast),
     "fsdp2, checkpointing": Case("mixed", "qwen2_5_vl", change=checkpointed, wrap=fsdp),
 }
 KERNELS = {
@@ -209,8 +230,8 @@ def step(case, size):
         count = loss_denominator([batch])
         dist.all_reduce(count)
         counts = {"num_items_in_batch": count}
-    is_averaged = wrapped is not model or case.wrap is fsdp
-    with exactly(case):
+    is_averaged = wrapped is not model or fsdp in (case.wrap, case.change)
+    with exactly(case), case.within():
         loss = wrapped(**batch, **counts).loss
         (loss * (world if is_averaged else 1)).backward()
     total = loss.detach().double()
@@ -292,7 +313,7 @@ def expected(case):
         return loss_and_grads(model, [batch], np.float64(loss_denominator([batch])))
     if case.dtype == torch.float64:
         model.loss_function = float64_loss
-    with exactly(case):
+    with exactly(case), case.within():
         return loss_and_grads(case.change(model), stock, supervised(stock))
 
 
@@ -305,11 +326,15 @@ def assert_same(result, case):
     if case.rows == "empty":
         assert loss == 0 and not any(grad.any() for grad in grads.values())
         return
-    bound = TOLERANCE[case.dtype]
-    if case.dtype == torch.float32 and case.family in HYBRIDS:  # twice stock's own error
-        _, truth = expected(as_stock(case)._replace(dtype=torch.float64))
-        bound = 2 * worst_difference(exact, truth)[0]
-    assert loss == pytest.approx(exact_loss, rel=TOLERANCE[case.dtype])
+    bound = of_loss = TOLERANCE[case.dtype]
+    if case.within is autocast or (case.dtype == torch.float32 and case.family in HYBRIDS):
+        # twice stock's own error
+        truth = as_stock(case)._replace(dtype=torch.float64, within=contextlib.nullcontext)
+        stock_loss, stock = exact_loss, exact
+        exact_loss, exact = expected(truth)
+        bound = 2 * worst_difference(stock, exact)[0]
+        of_loss = max(of_loss, 2 * abs(stock_loss / exact_loss - 1))
+    assert loss == pytest.approx(exact_loss, rel=of_loss)
     difference, name = worst_difference(grads, exact)
     assert difference <= bound, name
 
@@ -319,7 +344,12 @@ def as_stock(case):
     weighted = [option for option in case.options if option[0] == "loss_reduction"]
     change = case.change if case.change in (frozen_tower, lora) else plain
     return case._replace(
-        change=change, wrap=plain, options=tuple(weighted), is_mean=False, impl="auto"
+        change=change,
+        wrap=plain,
+        options=tuple(weighted),
+        is_mean=False,
+        impl="auto",
+        within=autocast if case.within is autocast else contextlib.nullcontext,
     )
 
 

@@ -89,6 +89,10 @@ class PackCollator:
     flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without `model`,
     so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read them.
 
+    With a model that is patched for a place among ranks that share packs (`patch_model(context=...)`), a batch is this
+    rank's part of the pack: its tokens, their labels and supervised rows, and the pixels of its frames, which alone are
+    decoded; `image_grid_thw` and `video_grid_thw` have a row (1, h, w) per frame. `mmpack["context"]` says what goes where.
+
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
             whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
@@ -110,7 +114,8 @@ class PackCollator:
 
     Raises:
         ValueError: uint8 pixels, assembly on the device, a reduction or weights without a patched model, an
-            unsupported model, an unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a batch; names the item.
+            unsupported model, an unpatched Qwen3.5, `pad_to` below 1, or `full_logits` or assembly on the device for ranks
+            that share packs. In a call: items that cannot form a batch; names the item.
     """
 
     def __init__(
