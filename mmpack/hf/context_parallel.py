@@ -143,9 +143,9 @@ def to_heads(parts: Sequence[torch.Tensor], over: ContextDict) -> list[torch.Ten
     for x_nHK in parts:
         if x_nHK.shape[1] < size:
             x_nHK = x_nHK.repeat_interleave(size // x_nHK.shape[1], dim=1)
-        by_rank.append(x_nHK.reshape(n, size, -1))
+        by_rank.append(x_nHK.unflatten(1, (size, -1)).flatten(2).transpose(0, 1))
     widths = [x.shape[2] for x in by_rank]
-    rows = torch.cat(by_rank, dim=2).transpose(0, 1).flatten(0, 1)  # (size * n, sum of widths)
+    rows = torch.cat(by_rank, dim=2).flatten(0, 1)  # (size * n, sum of widths)
     received = exchange(rows, over["tokens"], (n,) * size, over).split(widths, dim=1)
     return [x.unflatten(1, (-1, part.shape[2])) for x, part in zip(received, parts)]
 
