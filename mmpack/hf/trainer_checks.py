@@ -21,6 +21,7 @@ from mmpack.hf.compat import loads_whole_checkpoints
 from mmpack.hf.model_parts import find_inner
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.stream import PackStream
 
 _log = logging.getLogger(__name__)
@@ -53,18 +54,20 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def check_data_set(of_trainer: Any, of_callback: PackedDataset | PackStream) -> None:
-    """Refuse a Trainer that trains on other packs than the callback's, whose epochs nobody would set. A data set that
-    wraps the callback's is not known and passes.
+def check_trainer(trainer: Trainer, of_callback: PackedDataset | PackStream) -> None:
+    """Refuse a Trainer that trains on other packs than the callback's, whose epochs nobody would set (a data set that
+    wraps the callback's is not known and passes), or `compute_metrics` that would not have all logits.
 
     Raises:
-        ValueError: it is another `PackedDataset` or `PackStream`.
+        ValueError: it is another `PackedDataset` or `PackStream`, or the collator leaves logits out.
     """
+    of_trainer = trainer.train_dataset
     if isinstance(of_trainer, (PackedDataset, PackStream)) and of_trainer is not of_callback:
         raise ValueError(
             f"PackingCallback is for {of_callback!r}, but Trainer's train_dataset is another, {of_trainer!r}; pass the "
             "same to both"
         )
+    _check_metrics(trainer)
 
 
 def check_collator(collator: Any, model: nn.Module) -> None:
@@ -119,7 +122,7 @@ def check_collator(collator: Any, model: nn.Module) -> None:
     )
 
 
-def check_metrics(trainer: Trainer) -> None:
+def _check_metrics(trainer: Trainer) -> None:
     """Refuse `compute_metrics` on logits of supervised tokens only, which stand beside the labels of every token.
 
     Raises:
@@ -157,6 +160,7 @@ def tell_evaluation(data: Any, size: int) -> bool:
     """Warn if an evaluation puts several packs into a batch, which Trainer's default of 8 does. `data` is a data set
     or a dict of them; returns whether there are packs in it."""
     for one in data.values() if isinstance(data, Mapping) else [data]:
+        one = one.dataset if isinstance(one, EvenPacks) else one
         if isinstance(one, PackedDataset | PackStream):
             tell_batch_size("per_device_eval_batch_size", size, one.capacity)
             return True
