@@ -60,7 +60,7 @@ class _Numbers(Sequence[str]):
         self._digits = max(len(first), len(last)) if padded else 1
 
     def __len__(self) -> int:
-        return min(len(self._numbers), _MOST + 1) if self._numbers else 0
+        return len(self._numbers)
 
     def __getitem__(self, place: int) -> str:  # type: ignore[override]
         return f"{self._numbers[place]:0{self._digits}d}"

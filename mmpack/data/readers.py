@@ -292,8 +292,7 @@ class RowReader:
         tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: media_values(content, columns, kind) for kind in MARKERS}
         if row.tar is not None:
-            given = {part.kind for part in media_parts(turns) if is_given(part)}
-            row.tar.fill(values, given, self._are_documents)
+            row.tar.fill(values, any(map(is_given, media_parts(turns))), self._are_documents)
         if keys and not any(values.values()) and not any(map(is_given, media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":
