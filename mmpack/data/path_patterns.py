@@ -12,6 +12,7 @@ from mmpack.errors import counted
 
 _MOST = 100_000  # names that braces stand for
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
+_NUMBERED = re.compile(r"[-_.]?\d{3,}(?=\.tar$)")
 _EVALUATION = {"val", "valid", "validation", "test", "dev", "eval"}  # words in names of shards
 _SPLITS = {"train", "training", *_EVALUATION}
 
@@ -64,6 +65,14 @@ class _Numbers(Sequence[str]):
 
     def __getitem__(self, place: int) -> str:  # type: ignore[override]
         return f"{self._numbers[place]:0{self._digits}d}"
+
+
+def without_number(name: str) -> str:
+    """The name of a data file without the number of a shard: `train-00000-of-00010.parquet` is `train.parquet`,
+    `train-000123.tar` is `train.tar`, and `000123.tar` is `*.tar`."""
+    name = re.sub(r"-\d{5,}-of-\d{5,}", "", name)
+    name = _NUMBERED.sub("", name)
+    return "*.tar" if name == ".tar" else name
 
 
 def mixed_splits(names: Sequence[str]) -> list[str]:

@@ -51,7 +51,7 @@ from mmpack.data.row_media import (
     prepend_markers,
 )
 from mmpack.data.row_weights import row_weight
-from mmpack.data.tar_shards import TarSample
+from mmpack.data.tar_shards import SUFFIX, TarSample
 from mmpack.data.tool_calls import tools_of
 from mmpack.errors import (
     BadRow,
@@ -182,6 +182,7 @@ class Reader:
         """Like `read`, for callers that need the groups, too. Fields of a file that are not read are named in the
         log at its end, except those in `told`, to which they are added."""
         on_error = counting(self.on_error)
+        of_shards = set[str]()  # fields of tar files, of which there can be thousands
         for group in groups:
             reader = RowReader(self, group)
             for row in group.rows:
@@ -194,7 +195,8 @@ class Reader:
                     refuse(bad, on_error)
                     continue
                 yield from samples
-            log_unread(group.name, reader.unread, told)
+            is_shard = told is None and group.name.endswith(SUFFIX)
+            log_unread(group.name, reader.unread, of_shards if is_shard else told)
 
 
 def _told_limits(groups: Iterable[RowGroup]) -> Iterator[RowGroup]:
