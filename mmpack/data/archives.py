@@ -50,7 +50,6 @@ class OpenArchive:
         Raises:
             OSError: it cannot be read.
         """
-        length = max(0, min(length, self.size - offset))
         if self._descriptor is not None:
             data = os.pread(self._descriptor, length, offset)
             while 0 < len(data) < length:  # interrupted, or beyond what one call returns
@@ -126,6 +125,11 @@ class _MemberFile(io.RawIOBase):
             raise OSError("a position before the beginning")
         self._at = start + offset
         return self._at
+
+    def readall(self) -> bytes:
+        data = self._archive.read_at(self._offset + self._at, max(0, self._length - self._at))
+        self._at += len(data)
+        return data
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         wanted = max(0, min(len(buffer), self._length - self._at))
