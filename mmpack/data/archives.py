@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from typing import BinaryIO
 
-from mmpack.data.tar_headers import BLOCK, header_check
+from mmpack.data.tar_headers import BLOCK, is_header
 from mmpack.errors import RowError
 from mmpack.media_refs import TarMember
 from mmpack.regular_files import open_regular
@@ -94,7 +94,8 @@ def open_member(
             "packed",
             "pack the data again",
         )
-    if offset < BLOCK or header_check(archive.read_at(offset - BLOCK, BLOCK)) != header:
+    block = archive.read_at(offset - BLOCK, BLOCK) if offset >= BLOCK else b""
+    if offset + length > archive_bytes or not is_header(block, header, length):
         _archives.forget(path)
         raise RowError(
             f"{place} cannot be read: the tar file has another member there than when it was packed",
