@@ -198,10 +198,6 @@ def test_mixtures_that_cannot_be_are_refused(encoder):
         PackStream({"a": few}, None, 64)
     with pytest.raises(ValueError, match="an encoder for 'b', which is no source of the mixture"):
         PackStream({"a": ([], 1)}, {"a": encoder, "b": encoder}, 64)
-    with pytest.raises(
-        ValueError, match="source is rows, got the path 'rows.json'; pass a function"
-    ):
-        PackStream({"a": ("rows.json", 1)}, encoder, 64)
     with pytest.raises(ValueError, match="names 'c', but the data's sources are 'a', 'b'"):
         PackStream({"a": (few, 1), "b": (few, 1)}, None, 64).source_weights = {"c": 2}
     with pytest.raises(

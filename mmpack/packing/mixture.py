@@ -331,7 +331,7 @@ def _epoch_costs(costs: NDArray[Any], sources: Sequence[MixSource]) -> Int64:
 def check_pairs(sources: Any) -> None:
     """
     Raises:
-        ValueError: they are not name -> (source, weight).
+        ValueError: they are not name -> (source, weight), or see `check_weights`.
     """
     if not isinstance(sources, Mapping):
         raise ValueError(
@@ -342,6 +342,7 @@ def check_pairs(sources: Any) -> None:
             raise ValueError(
                 f"the source {name!r} of a mixture must be (source, weight), got a {type(one).__name__}"
             )
+    check_weights({name: weight for name, (_, weight) in sources.items()})
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
