@@ -7,11 +7,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mmpack.cli.options import TrainOptions
+from mmpack.cli.options import TrainOptions, flag
 from mmpack.cli.refused_options import is_packed, packed_split
 from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
@@ -46,6 +46,7 @@ def run_train(
         bool(sets),
         sets=[name for name in sets if name],
         stops_early=patience is not None,
+        own=[flag(one.name) for one in fields(options) if one.metadata],
     )
     if patience is not None and patience < 1:
         raise ValueError(f"--early-stopping-patience must be positive, got {patience}")
