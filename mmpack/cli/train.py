@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpack.cli.options import TrainOptions, flag
-from mmpack.cli.refused_options import is_packed, packed_split
+from mmpack.cli.refused_options import is_packed
 from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
@@ -20,7 +20,7 @@ from mmpack.data.model_folder import local_path
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import limits_of, media_folders
 from mmpack.errors import BadRow, OnError, Skip
-from mmpack.store.manifest import Planning
+from mmpack.store.manifest import Planning, packed_split
 
 
 def run_train(
@@ -171,8 +171,7 @@ class _Reading:
         from mmpack.packing.dataset import PackedDataset
         from mmpack.packing.split_documents import unsplit
 
-        folder, split = packed_split(word) or (word, "train")
-        dataset = PackedDataset.from_store(folder, self._options.on_changed_data, split)
+        dataset = PackedDataset.from_store(word, self._options.on_changed_data)
         if self._options.media_dir:
             dataset.media_folders = self._options.media_dir
         if is_training:

@@ -182,18 +182,19 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         cls,
         folder: str | os.PathLike[str],
         on_changed_data: Literal["raise", "warn"] = "raise",
-        split: Literal["train", "val"] = "train",
+        split: Literal["train", "val"] | None = None,
     ) -> PackedDataset:
         """Open a folder written by `mmpack pack --out FOLDER`.
 
         Args:
-            folder: the packed folder.
-            split: "val": the rows that `mmpack pack --val-size` held out; "train": all others.
+            folder: the packed folder; FOLDER:val is its split "val", as on the command line.
+            split: "val": the rows that `mmpack pack --val-size` held out; "train": all others (default).
             on_changed_data: if a data file has changed since packing: "raise" an error, or "warn" in the log and
                 use the samples as packed. Data files may be deleted.
 
         Raises:
-            ValueError: the folder has no store, a damaged one or only a part, or a data file has changed.
+            ValueError: the folder has no store, a damaged one or only a part, a data file has changed, or FOLDER:val and
+                `split` contradict each other.
         """
         from mmpack.packing.stored_plan import open_samples  # here: only stores need Arrow
 
@@ -221,7 +222,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         are about the same in all parts of an epoch.
 
         Args:
-            sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a `PackedDataset`;
+            sources: name -> (data set, weight). A data set is a folder, as in `from_store`, or a `PackedDataset`;
                 all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold for its rows;
                 `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear in the log (`pack/loss/NAME`),
                 and in errors before the file (`NAME::train.json`).
