@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from mmpack.data.chunks import chunks
@@ -145,6 +146,18 @@ class _Work:
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(self._encoder.tokenizer).__module__])
+        resource_tracker.ensure_running()  # first: starting it unblocks the signal
+        # The main process handles Ctrl-C; the fork server and workers, which inherit this, would print tracebacks.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        first = context.Process(
+            target=_nothing
+        )  # waits for the imports; Ctrl-C then leaves no worker half started
+        first.start()
+        first.join()
         return context
 
     def __call__(self, chunk: _Chunk) -> Indexed:
@@ -228,6 +241,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _nothing() -> None:
+    """What a process runs that only shows that the fork server is ready."""
 
 
 def _worked(chunk: _Chunk) -> Indexed:
