@@ -23,7 +23,7 @@ from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
 from mmpack.data.readers import limits_of, media_folders
-from mmpack.errors import counted, counting
+from mmpack.errors import counted, counting, integer, pack_limits
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.fingerprint import fingerprint_of
@@ -146,6 +146,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             ValueError: a row cannot be used and the encoder's `on_error` is "raise"; the message gives file and
                 row. Or too many were skipped.
         """
+        capacity, patch_capacity = pack_limits(capacity, patch_capacity)  # before all is read
         encoder = Encoder.of(encoder, cost)
         check_split(on_overflow, encoder.stage)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
@@ -290,7 +291,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
         The plan depends only on the epoch. Under Trainer, `mmpack.hf.PackingCallback` calls this.
         """
-        self._epoch[0] = epoch
+        self._epoch[0] = integer(epoch, "epoch")
 
     def epoch_plan(self, epoch: int) -> PackPlan:
         """The plan of an epoch, from 0; a pure function of `plan` and the epoch."""
@@ -303,6 +304,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         Otherwise accelerate evens out ranks by repeating packs of other ranks. An empty pack is the smallest
         sample without its labels; its loss and gradients are zero.
         """
+        multiple = integer(multiple, "multiple")
         if multiple < 1:
             raise ValueError(f"multiple must be positive, got {multiple}")
         self.num_empty = -self.plan.num_packs % multiple

@@ -153,9 +153,8 @@ class _Work:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        first = context.Process(
-            target=_nothing
-        )  # waits for the imports; Ctrl-C then leaves no worker half started
+        # One that does nothing waits for the imports, so that Ctrl-C during them leaves no worker half started.
+        first = context.Process()
         first.start()
         first.join()
         return context
@@ -241,10 +240,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _nothing() -> None:
-    """What a process runs that only shows that the fork server is ready."""
 
 
 def _worked(chunk: _Chunk) -> Indexed:
