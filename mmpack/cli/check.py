@@ -27,6 +27,7 @@ from mmpack.packing.sample_images import ImageNumbers, SampleImages, patches_in
 from mmpack.types import EncodedSample, ImageRef, Int32, Sample
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
+_SAMPLED = 4096  # bytes
 
 
 @dataclass
@@ -71,7 +72,7 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
     checked.unread = reader.unread
     if row.error is None:
-        checked.digest = _digest(row.content if row.tar is None else [row.content, row.tar.media])
+        checked.digest = _digest(row)
     try:
         checked.samples = reader.samples(row)
     except RowError as error:
@@ -79,14 +80,27 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     return checked
 
 
-def _digest(content: Any) -> bytes | None:
-    """A digest of a row, equal for equal fields in any order. None: the row is nested too deeply, or an image in
-    memory cannot be decoded."""
+def _digest(row: Row) -> bytes | None:
+    """A digest of a row, equal for equal fields in any order; files of images and videos count by their paths. Of a tar
+    file: for equal fields and texts, and images and videos as `_sampled`, in any shard and under any key. None: the row
+    is nested too deeply, or an image in memory or in a tar file cannot be read."""
     try:
+        content = row.content
+        if row.tar is not None:
+            media = [(extension, _sampled(ref)) for extension, ref in row.tar.media]
+            content = [content, row.tar.text, media]
         text = json.dumps(content, sort_keys=True, default=_in_digest)
     except (TypeError, ValueError, RecursionError, OSError, SyntaxError):
         return None
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _sampled(ref: ImageRef) -> tuple[int, bytes]:
+    """The length of a member of a tar file, and the bytes in its middle; others of that length are hardly equal there."""
+    assert ref.member is not None
+    with open_media(ref.path, "image", member=ref.member) as file:
+        file.seek(ref.member.length // 2)
+        return ref.member.length, file.read(_SAMPLED)
 
 
 def _in_digest(value: Any) -> str:
