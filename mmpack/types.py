@@ -59,12 +59,15 @@ class ImageRef:
         data: the encoded image (bytes of a JPEG, PNG, ...) or a PIL image; None: read the file.
         size: (height, width) in pixels if known.
         options: its own pixel limits or size; None: the spec's.
+        version: of an object in object storage, what identified its content when it was read (bytes, and ETag or
+            modification time); it must not have changed when its pixels are read. Empty: not known, or a file.
     """
 
     path: str
     data: Any = None
     size: tuple[int, int] | None = None
     options: MediaOptions | None = None
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class VideoRef:
         size: (height, width) of its frames in pixels, if known.
         options: its own pixel limits, size and sampling; None: the spec's.
         folder: the folder whose pictures are its frames, if the row names a folder.
+        version: as in `ImageRef`.
     """
 
     path: str
@@ -90,6 +94,7 @@ class VideoRef:
     size: tuple[int, int] | None = None
     options: MediaOptions | None = None
     folder: str | None = None
+    version: str = ""
 
 
 Media = ImageRef | VideoRef

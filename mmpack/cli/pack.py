@@ -35,14 +35,13 @@ from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
 from mmpack.store.encoded_store import (
     EncodedStore,
-    changed_files,
-    file_sha256,
     open_store,
     reuse_store,
     write_batches,
 )
 from mmpack.store.manifest import About, Part, Planning
 from mmpack.store.plan_file import save_plan
+from mmpack.store.source_files import changed_files, stamp
 from mmpack.vision_spec import VisionSpec
 
 
@@ -207,7 +206,7 @@ def _encode(
     if encoder.on_error == "skip":
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
-    about = replace(about, files={str(file): _stamp(file) for file in files})
+    about = replace(about, files={str(file): stamp(file) for file in files})
     batches = _batches(groups, encoder, about.part, options.jobs, unread)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
@@ -217,11 +216,6 @@ def _encode(
     lines = [{name: getattr(row, name) for name in names} for row in bad_rows]
     _write_lines(partial / "bad_rows.jsonl", lines)
     return store
-
-
-def _stamp(file: Path) -> tuple[int, int, str]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, file_sha256(file)
 
 
 def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: Any) -> None:

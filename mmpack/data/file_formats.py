@@ -11,14 +11,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from mmpack.data.columnar_files import arrow_contents, parquet_contents, parquet_count
 from mmpack.data.file_bytes import open_bytes, require_file
 from mmpack.data.limits import MAX_DEPTH, MAX_ROW
+from mmpack.data.remote_files import RemoteError, error_words, listed
+from mmpack.data.remote_roots import HTTP, DataPath, RemotePath, data_path, scheme_of
 from mmpack.errors import RowError, counted, names
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
@@ -40,15 +42,18 @@ class Row:
     error: RowError | None = None
 
 
-def data_files(path: str | os.PathLike[str]) -> list[Path]:
+def data_files(path: str | os.PathLike[str]) -> Sequence[DataPath]:
     """The data files at a path: the file itself, or those in a folder, or in its subfolder `data` as in data sets
     on the Hugging Face Hub. They must have one type, and belong to one split.
 
     Raises:
         ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
-            or one of them is not a regular file (a pipe, a device, a dangling link).
+            or one of them is not a regular file (a pipe, a device, a dangling link); or it is a URL that is not read,
+            or of a folder on a web server, which has no list.
     """
-    path = Path(path)
+    path = data_path(path)
+    if isinstance(path, RemotePath):
+        return _remote_files(path)
     if os.path.isdir(path):
         try:
             inside = sorted(p for p in path.iterdir() if p.name not in _NOT_DATA)
@@ -59,17 +64,7 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
             return data_files(path / "data")
         for file in files:
             require_file(file)
-        suffixes = sorted({str(_data_suffix(p)) for p in files})
-        if not files:
-            raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)}); fix the path")
-        if len(suffixes) > 1:
-            raise ValueError(f"{path} has files of several types {suffixes}; name the ones to read")
-        splits = {match[1] for p in files if (match := _SPLIT_FILE.match(p.name))}
-        if len(splits) > 1:
-            raise ValueError(
-                f"{path} has files of several splits {sorted(splits)}; name the ones to read"
-            )
-        return files
+        return _of_one_kind(path, files)
     require_file(path)
     if _data_suffix(path) is None:
         raise ValueError(
@@ -79,7 +74,47 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
     return [path]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def _of_one_kind(folder: DataPath, files: Sequence[DataPath]) -> Sequence[DataPath]:
+    """The files of a folder, if they have one type and belong to one split."""
+    suffixes = sorted({str(_data_suffix(p)) for p in files})
+    if not files:
+        raise ValueError(f"{folder} has no data files ({', '.join(SUFFIXES)}); fix the path")
+    if len(suffixes) > 1:
+        raise ValueError(f"{folder} has files of several types {suffixes}; name the ones to read")
+    splits = {match[1] for p in files if (match := _SPLIT_FILE.match(p.name))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder} has files of several splits {sorted(splits)}; name the ones to read"
+        )
+    return files
+
+
+def _remote_files(path: RemotePath) -> Sequence[DataPath]:
+    """`data_files` in object storage."""
+    if _data_suffix(path) is not None:
+        require_file(path)
+        return [path]
+    if scheme_of(path.url) in HTTP:
+        raise ValueError(
+            f"{path} has none of the suffixes {', '.join(SUFFIXES)}, and a web server has no list of a folder's files; "
+            "name the files"
+        )
+    try:
+        names = listed(path.url)
+        files = [path / name for name in names if name not in _NOT_DATA and _is_data(name)]
+        if not files:
+            inside = path / "data"
+            files = [inside / name for name in listed(inside.url) if _is_data(name)]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} has no data files ({', '.join(SUFFIXES)}); fix the path"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} {'; '.join(error_words(error))}") from None
+    return _of_one_kind(path, files)
+
+
+def read_rows(path: DataPath) -> Iterator[Row]:
     """Every record of one data file.
 
     Raises:
@@ -103,17 +138,19 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise ValueError(
             f"{path.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
         ) from None
+    except RemoteError as error:
+        raise ValueError(f"{path} {'; '.join(error_words(error))}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     if row is None:
         raise ValueError(f"{path.name} holds no rows; remove it or fix the path")
 
 
-def count_rows(path: Path) -> int | None:
+def count_rows(path: DataPath) -> int | None:
     """The number of rows in a file, for a progress bar (blank lines count too). None: counting is not cheap, or
     the file cannot be read."""
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix == ".jsonl" and not isinstance(path, RemotePath):
             with path.open("rb", buffering=0) as opened:
                 return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
         if path.suffix == ".parquet":
@@ -123,7 +160,11 @@ def count_rows(path: Path) -> int | None:
     return None
 
 
-def _data_suffix(path: Path) -> str | None:
+def _is_data(name: str) -> bool:
+    return _data_suffix(PurePosixPath(name)) is not None
+
+
+def _data_suffix(path: DataPath | PurePosixPath) -> str | None:
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffix = suffixes[-2] if len(suffixes) > 1 else None
@@ -164,7 +205,7 @@ def _check_depth(value: Any, num_opened: int) -> None:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _json_array(path: Path) -> Iterator[Row]:
+def _json_array(path: DataPath) -> Iterator[Row]:
     """The rows of a JSON array. The whole text is in memory; rows are parsed one at a time."""
     with open_bytes(path) as opened:
         text = opened.read().decode("utf-8-sig")
@@ -220,7 +261,7 @@ def _array_items(text: str, place: int) -> Iterator[tuple[Any, int, int]]:
         raise json.JSONDecodeError("Extra data", text, skip(place + 1))
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: DataPath) -> Iterator[Row]:
     number = line_number = 0
     with open_bytes(path) as opened:
         while line := opened.readline(MAX_ROW):
@@ -252,7 +293,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             number += 1
 
 
-def _bad_line(path: Path, number: int, line: bytes, problem: str, line_number: int) -> Row:
+def _bad_line(path: DataPath, number: int, line: bytes, problem: str, line_number: int) -> Row:
     error = RowError(f"line {line_number} {problem}", "fix or delete the line")
     return Row(path.name, number, line[:1000].decode("utf-8", errors="replace"), error)
 
@@ -277,7 +318,7 @@ class _CsvLines:
         return line
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: DataPath) -> Iterator[Row]:
     csv.field_size_limit(MAX_ROW)  # process-wide; larger than the default
     with (
         open_bytes(path) as opened,
@@ -307,12 +348,12 @@ def _csv(path: Path) -> Iterator[Row]:
             number += 1
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: DataPath) -> Iterator[Row]:
     for number, (content, error) in enumerate(parquet_contents(path)):
         yield Row(path.name, number, content, error)
 
 
-def _arrow(path: Path) -> Iterator[Row]:
+def _arrow(path: DataPath) -> Iterator[Row]:
     for number, (content, error) in enumerate(arrow_contents(path)):
         yield Row(path.name, number, content, error)
 

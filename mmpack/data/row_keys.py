@@ -14,6 +14,7 @@ Keys of image and video parts are in `mmpack.data.media_keys`; it also refuses t
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
 ROW_WEIGHT_KEYS = frozenset(("weight", "loss_weight", "sample_weight"))
 THOUGHT_KEYS = frozenset(("reasoning_content", "thinking"))  # of an assistant's turn
 GROUNDING = "docs/grounding.md"
+_counting = threading.Lock()  # several threads read rows of one file (`mmpack.data.row_outcomes`)
 _MOST_KEYS = 1000  # different unread keys that are counted per file
 _LONGEST_KEY = 60  # characters of a key that are shown
 _LONGEST_PATH = 1000  # characters of a text that can be a path
@@ -323,9 +325,10 @@ class UnreadFields(dict[str, int]):
     """Field that is not read -> number of rows with it."""
 
     def count(self, fields: Iterable[str], rows: int = 1) -> None:
-        for field in fields:
-            if field in self or len(self) < _MOST_KEYS:
-                self[field] = self.get(field, 0) + rows
+        with _counting:
+            for field in fields:
+                if field in self or len(self) < _MOST_KEYS:
+                    self[field] = self.get(field, 0) + rows
 
 
 class UnreadByFile(dict[str, UnreadFields]):

@@ -16,6 +16,7 @@ from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
 from mmpack.data.readers import RowGroup, RowReader, log_unread
+from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, OnError, RowError
 from mmpack.packing import overflow
 from mmpack.packing.cost import costs_of
@@ -244,6 +245,7 @@ class SourceReader:
         encoder = self.one.encoder
         for chunk in chunks(rows, _CHUNK):
             samples: list[tuple[int, Sample]] = []
+            read = self._samples(chunk)
             for number, item in chunk:
                 if isinstance(item, EncodedSample):
                     yield number, item
@@ -252,7 +254,7 @@ class SourceReader:
                     raise ValueError(
                         "rows and samples need an encoder; pass an Encoder or a processor as encoder"
                     )
-                found = [item] if isinstance(item, Sample) else self._samples(number, item)
+                found = [item] if isinstance(item, Sample) else next(read)
                 samples += [(number, sample) for sample in found]
             if encoder is not None:
                 yield from self._encode(encoder, samples, dict(chunk))
@@ -273,15 +275,19 @@ class SourceReader:
             self._errors.leave_out(number, replace(bad, content=content))
         yield from ((samples[place][0], sample) for place, sample in encoded.items())
 
-    def _samples(self, number: int, row: Any) -> list[Sample]:
-        try:
-            samples = self._reader.samples(Row(self.one.rows_name, number, row))
-            log_unread(self.one.rows_name, self._reader.unread, self._told)
-            return samples
-        except RowError as error:
-            bad = BadRow(self.one.rows_name, number, error.error, error.advice, row)
-            self._errors.leave_out(number, bad)
-            return []
+    def _samples(self, chunk: Sequence[tuple[int, Any]]) -> Iterator[list[Sample]]:
+        """The samples of each item that is a row."""
+        name = self.one.rows_name
+        rows = [
+            Row(name, n, one) for n, one in chunk if not isinstance(one, (Sample, EncodedSample))
+        ]
+        for row, found in outcomes(self._reader, rows) if rows else ():
+            if isinstance(found, RowError):
+                bad = BadRow(name, row.number, found.error, found.advice, row.content)
+                self._errors.leave_out(row.number, bad)
+            else:
+                log_unread(name, self._reader.unread, self._told)
+            yield [] if isinstance(found, RowError) else found
 
     def _fitted(self, number: int, sample: EncodedSample) -> list[EncodedSample]:
         """The parts of the sample to pack: the sample, truncated, split, or nothing."""

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from mmpack.data import images
 from mmpack.media_options import VIDEO_KEYS, MediaOptions
 from mmpack.store.media_file import Position
-from mmpack.store.row_checksum import arrays_of, files_of, options_of, row_checksum, videos_of
+from mmpack.store.row_checksum import (
+    arrays_of,
+    files_of,
+    options_of,
+    row_checksum,
+    versions_of,
+    videos_of,
+)
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
 from mmpack.vision_spec import VisionSpec
 
@@ -54,6 +61,7 @@ SCHEMA = pyarrow.schema(
         "temporal_step": pyarrow.list_(pyarrow.float32()),  # per marker, or null
         "weights": pyarrow.list_(pyarrow.float32()),  # per id, or null
         "of_document": pyarrow.int64(),
+        "versions": pyarrow.list_(pyarrow.string()),  # of files in object storage, or null
         "checksum": pyarrow.uint32(),  # covers everything but SIZES
     }
 )
@@ -117,6 +125,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
         [sample.temporal_step for sample in samples],
         [sample.weights for sample in samples],
         [sample.of_document for sample in samples],
+        [versions_of(of_sample) for of_sample in files],
         [
             row_checksum(
                 arrays_of(sample),
@@ -127,6 +136,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
                 clip,
                 given,
                 sample.of_document,
+                versions_of(refs[begin:end]),
             )
             for sample, clip, given, begin, end in zip(
                 samples, clips, options, file_offsets, file_offsets[1:]
@@ -228,7 +238,7 @@ def read_batch(data: Any) -> Any:
     except (pyarrow.ArrowException, EOFError) as error:  # some are not ValueErrors
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
-        num_nulls = 0 if name in ("temporal_step", "weights") else column.null_count
+        num_nulls = 0 if name in ("temporal_step", "weights", "versions") else column.null_count
         if pyarrow.types.is_list(column.type) and name != "in_media":
             num_nulls += column.values.null_count
         for number in range(_REQUIRED.get(name, 0)):
@@ -268,8 +278,10 @@ def sample_of(
     """
     ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
     paths, at, source, number = (column[row].as_py() for column in columns[3:7])
-    *_, clips, options, step, weights, of_document, checksum = columns
-    clips, of_document, checksum = (one[row].as_py() for one in (clips, of_document, checksum))
+    *_, clips, options, step, weights, of_document, versions, checksum = columns
+    clips, of_document, versions, checksum = (
+        one[row].as_py() for one in (clips, of_document, versions, checksum)
+    )
     step, weights = (
         None if one[row].values is None else one[row].values.to_numpy() for one in (step, weights)
     )
@@ -285,7 +297,8 @@ def sample_of(
     by_position = dict(zip(distinct, found))
     data = [None if pair is None else by_position[pair] for pair in pairs]
     arrays = [ids, labels, grid, step, weights]
-    if row_checksum(arrays, paths, data, source, number, clips, given, of_document) != checksum:
+    texts = (paths, data, source, number, clips, given, of_document, versions)
+    if row_checksum(arrays, *texts) != checksum:
         return None
     if (
         not len(ids)
@@ -295,10 +308,14 @@ def sample_of(
         or (weights is not None and len(weights) != len(ids))
         or of_document < 0
         or len(data) != len(paths)
+        or (versions is not None and len(versions) != len(paths))
         or not all(0 <= clip["place"] < len(paths) for clip in clips)
     ):
         return None
-    media = _media(tuple(map(ImageRef, paths, data)), clips)
+    refs = [ImageRef(path, content) for path, content in zip(paths, data)]
+    if versions is not None:
+        refs = [replace(ref, version=version) for ref, version in zip(refs, versions)]
+    media = _media(tuple(refs), clips)
     try:
         for place, values in given:
             if place < 0:
@@ -332,5 +349,6 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Me
         frames = files[begin:end] if listed else ()
         data = None if listed else file.data
         known = {name: video[name] for name in ("num_frames", "fps", "folder")}
-        media.append(VideoRef(file.path, data, frames, **known))
+        version = "" if listed else file.version
+        media.append(VideoRef(file.path, data, frames, **known, version=version))
     return [*media, *files[end:]]

@@ -22,8 +22,14 @@ def files_of(media: Iterable[Media]) -> list[ImageRef]:
         if isinstance(ref, ImageRef):
             files.append(ref)
         else:
-            files += ref.frames or (ImageRef(ref.path, ref.data),)
+            files += ref.frames or (ImageRef(ref.path, ref.data, version=ref.version),)
     return files
+
+
+def versions_of(files: Sequence[ImageRef]) -> list[str] | None:
+    """The version of each file, "" if it has none; None: none of them is in object storage."""
+    versions = [file.version for file in files]
+    return versions if any(versions) else None
 
 
 def videos_of(media: Iterable[Media]) -> list[dict[str, Any]]:
@@ -57,8 +63,8 @@ def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
 
     Args:
         arrays: those of `arrays_of`.
-        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of`, `options_of` and
-            `of_document`.
+        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of`, `options_of`,
+            `of_document` and `versions_of`.
     """
     checksum = 0
     for array in arrays:
@@ -82,6 +88,7 @@ def contents_checksum(samples: Iterable[EncodedSample]) -> int:
         data = [repr(one.size).encode() if hasattr(one, "size") else one for one in data]
         paths = [file.path for file in files]
         rest = (videos_of(sample.media), options_of(sample.media), sample.of_document)
+        rest = (*rest, versions_of(files))
         rows.append(
             row_checksum(arrays_of(sample), paths, data, sample.source, int(sample.row), *rest)
         )

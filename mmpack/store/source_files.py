@@ -1,0 +1,97 @@
+"""The data files and objects that a store was made from, and whether they have changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmpack.data.remote_files import identity, in_parallel
+from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
+from mmpack.regular_files import NotRegularError, open_regular, regular_stat
+
+if TYPE_CHECKING:
+    from mmpack.store.encoded_store import EncodedStore  # which needs Arrow
+
+Stamp = tuple[
+    int, int, str
+]  # of a file: bytes, modification time in ns, SHA-256; of an object: bytes, 0, its identity
+
+
+def stamp(file: DataPath) -> Stamp:
+    """What identifies a data file's content.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    if isinstance(file, RemotePath):
+        found = identity(file.url)
+        return found.size, 0, str(found)
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, file_sha256(file)
+
+
+def changed_files(store: EncodedStore) -> list[str]:
+    """Data files that have changed since the store was made: another size, or another modification time and other
+    content; of objects, another size or ETag. Files that are missing or unreadable are not listed, because a store no
+    longer needs them."""
+    changed = []
+    for path, known in store.about.files.items():
+        if is_remote(path):
+            continue
+        num_bytes, time_ns, sha256 = known
+        try:
+            found = regular_stat(path)
+            if found.st_size != num_bytes or (
+                found.st_mtime_ns != time_ns and file_sha256(path) != sha256
+            ):
+                changed.append(path)
+        except NotRegularError:
+            changed.append(path)
+        except (OSError, ValueError):  # ValueError: an invalid file name
+            continue
+    objects = {path: known for path, (_, _, known) in store.about.files.items() if is_remote(path)}
+    return changed + changed_objects(objects.items(), needed=False)
+
+
+def changed_objects(known: Iterable[tuple[str, str]], *, needed: bool) -> list[str]:
+    """The URLs of objects that are not the recorded ones.
+
+    Args:
+        known: URL and recorded identity of each.
+        needed: list those that do not exist, too, and fail for those that cannot be reached.
+
+    Raises:
+        OSError: one that is needed cannot be reached.
+    """
+
+    def changed(one: tuple[str, str]) -> str:
+        url, recorded = one
+        try:
+            return url if str(identity(url)) != recorded else ""
+        except FileNotFoundError:
+            return url if needed else ""
+        except (OSError, ValueError):  # ValueError: a package is missing
+            if needed:
+                raise
+            return ""
+
+    return list(filter(None, in_parallel(changed, known)))
+
+
+def file_sha256(path: str | os.PathLike[str] | Path) -> str:
+    """The SHA-256 of a regular file's content, up to its size when it is opened.
+
+    Raises:
+        ValueError: it is not a regular file.
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while block := file.read(min(left, 1 << 20)):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
