@@ -74,7 +74,7 @@ def _checked(row: Row, found: list[Sample] | RowError, reader: RowReader) -> Che
     checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
     checked.unread = reader.unread
     if row.error is None:
-        checked.digest = _digest(row.content)
+        checked.digest = _digest(row.content if row.tar is None else [row.content, row.tar.media])
     if isinstance(found, RowError):
         checked.bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
     else:
@@ -121,7 +121,7 @@ class Summary:
         roles, turns: number of turns per role; number of rows per number of user turns.
         images_per_row: number of rows per number of images.
         num_videos, video_frames: number of videos, and the frames of each before sampling.
-        image_uses: path -> number of uses, without images in memory.
+        image_uses: name -> number of uses, without images in memory.
         weights: those of the loss other than 1, of rows and turns. num_weighted: number of rows with any.
         typed_text, typed_ids: number of each special token in rows that stays text, and that becomes its id.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
@@ -243,13 +243,15 @@ class Summary:
             self.image_sizes.append(image.size)
         if image.data is not None:
             return
-        if self._hash_files and image.path not in self.image_uses:
+        if self._hash_files and image.name not in self.image_uses:
             digest = hashlib.sha256()
-            with open_media(image.path, "image", folders, version=image.version) as file:
+            with open_media(
+                image.path, "image", folders, member=image.member, version=image.version
+            ) as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
-            self._by_content[digest.digest()].add(image.path)
-        self.image_uses[image.path] += 1
+            self._by_content[digest.digest()].add(image.name)
+        self.image_uses[image.name] += 1
 
     @property
     def unread(self) -> list[tuple[str, UnreadFields]]:

@@ -33,6 +33,7 @@ from mmpack.packing.stored_plan import open_samples
 from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
+from mmpack.store.data_files import changed_files, stamp
 from mmpack.store.encoded_store import (
     EncodedStore,
     open_store,
@@ -41,7 +42,6 @@ from mmpack.store.encoded_store import (
 )
 from mmpack.store.manifest import About, Part, Planning
 from mmpack.store.plan_file import save_plan
-from mmpack.store.source_files import changed_files, stamp
 from mmpack.vision_spec import VisionSpec
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from mmpack.data.file_bytes import need_pyarrow, num_bytes, openable

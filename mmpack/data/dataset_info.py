@@ -12,15 +12,16 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmpack.data.data_paths import data_files
 from mmpack.data.file_bytes import open_binary, require_file
-from mmpack.data.file_formats import data_files, parse_json
+from mmpack.data.file_formats import parse_json
 from mmpack.data.limits import MAX_COUNT, MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
 from mmpack.data.remote_files import error_words, exists
 from mmpack.data.remote_roots import DataPath, RemotePath, data_path, object_in, remote_root
+from mmpack.data.tar_shards import SUFFIX
 from mmpack.errors import names
 
 _log = logging.getLogger("mmpack")
@@ -140,6 +141,11 @@ def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:
     root = (file.entry or {}).get("media_dir")
     named = [folder for folder in media_dirs if folder != DATA_URIS]
     allowed: list[_PathLike] = [*media_dirs] if named else [home, *media_dirs]
+    if file.path.suffix == SUFFIX:  # its images are in the file itself, which the user named
+        is_remote = isinstance(file.path, RemotePath)
+        real = os.fspath(file.path) if is_remote else os.path.realpath(file.path)
+        if not MediaFolders(allowed).contains(real):
+            allowed.append(os.path.dirname(real))
     if root is None:
         return MediaFolders(allowed)
     if not isinstance(root, str) or not root:

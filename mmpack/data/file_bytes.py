@@ -10,7 +10,8 @@ import zlib
 from typing import IO, Any
 
 from mmpack.data.limits import most_bytes
-from mmpack.data.remote_files import error_words, identity, open_object
+from mmpack.data.remote_files import error_words, identity
+from mmpack.data.remote_objects import open_object
 from mmpack.data.remote_roots import DataPath, RemotePath
 from mmpack.regular_files import NotRegularError, regular_stat
 

@@ -1,4 +1,4 @@
-"""Data files -> rows: JSON, JSON lines, CSV, Parquet and Arrow, plain or compressed, one or many.
+"""Data files -> rows: JSON, JSON lines, CSV, Parquet, Arrow and tar, plain or compressed, one or many.
 
 A row is one record of the file, usually a dict; `mmpack.data.readers` turns it into a `Sample`. An error in one
 record is stored in its `Row`, so that other rows stay usable; an error of the whole file is raised.
@@ -9,27 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
+from mmpack.data import tar_shards
 from mmpack.data.columnar_files import arrow_contents, parquet_contents, parquet_count
+from mmpack.data.data_paths import data_suffix
 from mmpack.data.file_bytes import open_bytes, require_file
 from mmpack.data.limits import MAX_DEPTH, MAX_ROW
-from mmpack.data.remote_files import RemoteError, error_words, listed
-from mmpack.data.remote_roots import HTTP, DataPath, RemotePath, data_path, scheme_of
+from mmpack.data.remote_files import RemoteError, error_words
+from mmpack.data.remote_roots import DataPath, RemotePath
+from mmpack.data.tar_shards import TarSample
 from mmpack.errors import RowError, counted, names
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-
 _LONG = f"longer than {MAX_ROW:,} bytes"
-_SPLIT_FILE = re.compile(
-    r"(\w+)-\d{5}-of-\d{5}\b"
-)  # as `datasets` names them: train-00000-of-00002
-_NOT_DATA = ("dataset_info.json", "state.json")  # metadata of LLaMA-Factory and `datasets`
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,78 +35,7 @@ class Row:
     number: int  # from 0, blank lines not counted
     content: Any
     error: RowError | None = None
-
-
-def data_files(path: str | os.PathLike[str]) -> Sequence[DataPath]:
-    """The data files at a path: the file itself, or those in a folder, or in its subfolder `data` as in data sets
-    on the Hugging Face Hub. They must have one type, and belong to one split.
-
-    Raises:
-        ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
-            or one of them is not a regular file (a pipe, a device, a dangling link); or it is a URL that is not read,
-            or of a folder on a web server, which has no list.
-    """
-    path = data_path(path)
-    if isinstance(path, RemotePath):
-        return _remote_files(path)
-    if os.path.isdir(path):
-        try:
-            inside = sorted(p for p in path.iterdir() if p.name not in _NOT_DATA)
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
-        files = [p for p in inside if _data_suffix(p) is not None]
-        if not files and (path / "data").is_dir():
-            return data_files(path / "data")
-        for file in files:
-            require_file(file)
-        return _of_one_kind(path, files)
-    require_file(path)
-    if _data_suffix(path) is None:
-        raise ValueError(
-            f"{path} has none of the suffixes {', '.join(SUFFIXES)} (the first three also with .gz or .zst); "
-            "rename it to match its format"
-        )
-    return [path]
-
-
-def _of_one_kind(folder: DataPath, files: Sequence[DataPath]) -> Sequence[DataPath]:
-    """The files of a folder, if they have one type and belong to one split."""
-    suffixes = sorted({str(_data_suffix(p)) for p in files})
-    if not files:
-        raise ValueError(f"{folder} has no data files ({', '.join(SUFFIXES)}); fix the path")
-    if len(suffixes) > 1:
-        raise ValueError(f"{folder} has files of several types {suffixes}; name the ones to read")
-    splits = {match[1] for p in files if (match := _SPLIT_FILE.match(p.name))}
-    if len(splits) > 1:
-        raise ValueError(
-            f"{folder} has files of several splits {sorted(splits)}; name the ones to read"
-        )
-    return files
-
-
-def _remote_files(path: RemotePath) -> Sequence[DataPath]:
-    """`data_files` in object storage."""
-    if _data_suffix(path) is not None:
-        require_file(path)
-        return [path]
-    if scheme_of(path.url) in HTTP:
-        raise ValueError(
-            f"{path} has none of the suffixes {', '.join(SUFFIXES)}, and a web server has no list of a folder's files; "
-            "name the files"
-        )
-    try:
-        names = listed(path.url)
-        files = [path / name for name in names if name not in _NOT_DATA and _is_data(name)]
-        if not files:
-            inside = path / "data"
-            files = [inside / name for name in listed(inside.url) if _is_data(name)]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} has no data files ({', '.join(SUFFIXES)}); fix the path"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path} {'; '.join(error_words(error))}") from None
-    return _of_one_kind(path, files)
+    tar: TarSample | None = None  # what a tar file has beside the content
 
 
 def read_rows(path: DataPath) -> Iterator[Row]:
@@ -126,8 +50,9 @@ def read_rows(path: DataPath) -> Iterator[Row]:
         ".csv": _csv,
         ".parquet": _parquet,
         ".arrow": _arrow,
+        ".tar": _tar,
     }
-    suffix = _data_suffix(path)
+    suffix = data_suffix(path)
     assert suffix is not None, path
     row = None
     require_file(path)
@@ -158,18 +83,6 @@ def count_rows(path: DataPath) -> int | None:
     except (OSError, ValueError):
         pass
     return None
-
-
-def _is_data(name: str) -> bool:
-    return _data_suffix(PurePosixPath(name)) is not None
-
-
-def _data_suffix(path: DataPath | PurePosixPath) -> str | None:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in (".gz", ".zst"):
-        suffix = suffixes[-2] if len(suffixes) > 1 else None
-        return suffix if suffix in SUFFIXES[:3] else None
-    return path.suffix if path.suffix in SUFFIXES else None
 
 
 def parse_json(text: str) -> Any:
@@ -356,6 +269,11 @@ def _parquet(path: DataPath) -> Iterator[Row]:
 def _arrow(path: DataPath) -> Iterator[Row]:
     for number, (content, error) in enumerate(arrow_contents(path)):
         yield Row(path.name, number, content, error)
+
+
+def _tar(path: DataPath) -> Iterator[Row]:
+    for number, (content, error, sample) in enumerate(tar_shards.tar_rows(path, parse_json)):
+        yield Row(path.name, number, content, error, sample)
 
 
 def memory_rows(rows: Any) -> Iterator[Row]:

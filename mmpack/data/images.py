@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.data.media_paths import MediaFolders, open_media
-from mmpack.data.remote_files import RemoteError, error_words, identity_of
+from mmpack.data.remote_files import RemoteError, error_words
+from mmpack.data.remote_objects import HEADER, identity_of
 from mmpack.data.remote_roots import is_remote
 from mmpack.data.resize import write_resized
 from mmpack.errors import RowError
@@ -75,13 +76,17 @@ def probed(
     """
     if image.data is not None or not is_remote(image.path):
         return replace(image, size=probe(image, decode=decode))
-    with open_media(image.path, "image", folders) as file:
-        known = identity_of(file)
-        is_webp = image.path[-5:].lower() == ".webp" and not decode
-        size = _webp_header_size(file.read(_WEBP_HEADER), known.size) if is_webp else None
+    with open_media(
+        image.path, "image", folders, HEADER, member=image.member, version=image.version
+    ) as file:
+        version = image.version or str(identity_of(file))
+        is_webp = image.short_name[-5:].lower() == ".webp" and not decode
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        size = _webp_header_size(file.read(_WEBP_HEADER), length) if is_webp else None
         file.seek(0)
         size = _size(image, file, decode) if size is None else _checked(image, size)
-    return replace(image, size=size, version=str(known))
+    return replace(image, size=size, version=version)
 
 
 def _size(image: ImageRef, file: BinaryIO | None, decode: bool) -> tuple[int, int]:
@@ -119,7 +124,7 @@ def load_patches(
         width, height = opened.size
         if vision.image_grid(height, width, image.options) != (1, grid_h, grid_w):
             raise ValueError(
-                f"image {image.path} is now {width} x {height} pixels, but was planned as a grid of "
+                f"image {image.name} is now {width} x {height} pixels, but was planned as a grid of "
                 f"{grid_h} x {grid_w} patches; pack the data again"
             )
         if out is None:
@@ -207,22 +212,23 @@ def _open(
         yield image.data  # the caller closes it
         return
     given = file if image.data is None else io.BytesIO(image.data)
-    path, version = image.path, image.version
-    with given or open_media(path, "image", folders, version=version) as content:
+    with given or open_media(
+        image.path, "image", folders, member=image.member, version=image.version
+    ) as content:
         try:
             with _strict():
                 opened = Image.open(content, formats=_formats())
         except UnidentifiedImageError:
             raise RowError(
-                f"image {image.path} is in none of the formats {', '.join(_formats())}",
+                f"image {image.name} is in none of the formats {', '.join(_formats())}",
                 "save it in one of them, or replace it",
             ) from None
         except Image.DecompressionBombError as error:
-            raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
+            raise RowError(f"image {image.name} is too large: {error}", "shrink it") from None
         except (RemoteError, RowError) as error:
             raise _unread(image, error) from None
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
-            raise RowError(f"image {image.path} cannot be opened: {error}", "replace it") from None
+            raise RowError(f"image {image.name} cannot be opened: {error}", "replace it") from None
         with opened:
             yield opened
 
@@ -271,7 +277,7 @@ def _decode(image: ImageRef, opened: Image) -> Image:
     except (RemoteError, RowError) as error:
         raise _unread(image, error) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        raise RowError(f"image {image.path} cannot be decoded: {error}", "replace it") from None
+        raise RowError(f"image {image.name} cannot be decoded: {error}", "replace it") from None
     return opened
 
 
@@ -280,7 +286,7 @@ def _unread(image: ImageRef, error: RemoteError | RowError) -> RowError:
     if isinstance(error, RowError):
         return error
     what, advice = error_words(error)
-    return RowError(f"image {image.path} {what}", advice)
+    return RowError(f"image {image.name} {what}", advice)
 
 
 def _looks_cut(opened: Image) -> bool:
@@ -301,7 +307,7 @@ def _checked(image: ImageRef, size: tuple[int, int]) -> tuple[int, int]:
     try:
         check_aspect_ratio(*size)
     except RowError as error:
-        raise RowError(f"image {image.path}: {error.error}", error.advice) from None
+        raise RowError(f"image {image.name}: {error.error}", error.advice) from None
     return size
 
 
@@ -316,11 +322,11 @@ def _webp_size(image: ImageRef) -> tuple[int, int] | None:
     """`_webp_header_size` of an image in memory or in a file."""
     if isinstance(image.data, bytes):
         return _webp_header_size(image.data[:_WEBP_HEADER], len(image.data))
-    if image.data is None and image.path[-5:].lower() == ".webp":
+    if image.data is None and image.short_name[-5:].lower() == ".webp":
         try:
-            with open_media(image.path, "image", buffering=0) as file:
-                length = os.fstat(file.fileno()).st_size
-                return _webp_header_size(file.read(_WEBP_HEADER), length)
+            with open_media(image.path, "image", buffering=0, member=image.member) as file:
+                header, length = file.read(_WEBP_HEADER), file.seek(0, os.SEEK_END)
+                return _webp_header_size(header, length)
         except OSError:
             return None
     return None

@@ -8,26 +8,27 @@ that the user named may be the URL of a root in object storage; a path in a row 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from mmpack.data.archives import open_member
 from mmpack.data.media_keys import entry_of
 from mmpack.data.path_forms import (
     base64_error,
     decoded_base64,
+    decoded_uri,
     frames_in,
     other_unicode_form,
     path_of_url,
 )
-from mmpack.data.remote_files import HEADER, error_words, exists, open_object
+from mmpack.data.remote_files import error_words, exists, size_of
+from mmpack.data.remote_objects import HEADER, open_object
 from mmpack.data.remote_roots import is_inside, is_remote, object_in, remote_root
 from mmpack.errors import RowError, a_kind, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
-from mmpack.types import ImageRef, VideoRef
+from mmpack.types import ImageRef, TarMember, VideoRef
 from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: data URIs in rows are allowed
@@ -103,7 +104,7 @@ class MediaFolders:
         if hasattr(value, "getbands"):
             raise RowError("a video is given as a single image", "give a list of frames, or a path")
         found = self.locate(frames, "video")
-        return VideoRef(found.path, found.data)
+        return VideoRef(found.path, found.data, member=found.member, version=found.version)
 
     def _frame(self, value: Any) -> ImageRef:
         source, options = entry_of(value, "image")
@@ -113,12 +114,15 @@ class MediaFolders:
         return self.locate(source)
 
     def locate(self, value: Any, kind: str = "image") -> ImageRef:
-        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}` or a PIL
-        image; `kind` is the word for it in errors.
+        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}`, a PIL image or
+        the member of a tar file; `kind` is the word for it in errors.
 
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
         """
+        if isinstance(value, ImageRef) and value.member is not None:
+            self.real_path(value.path, kind)
+            return value
         if isinstance(value, dict) and value.get("base64") is not None:
             return self._decode_base64(value["base64"], kind)
         if isinstance(value, dict):
@@ -288,12 +292,7 @@ class MediaFolders:
                 f"{kind} {head:.60},... is a data URI; these are not allowed by default",
                 f"allow them with --allow-data-uri ({DATA_URIS!r} in media_dir)",
             )
-        if not head.endswith(";base64"):
-            raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
-        try:
-            return ImageRef("data URI", base64.b64decode(body, validate=True))
-        except (binascii.Error, ValueError):
-            raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
+        return ImageRef("data URI", decoded_uri(head, body, kind))
 
 
 def open_media(
@@ -301,25 +300,30 @@ def open_media(
     kind: str,
     folders: MediaFolders | None = None,
     buffering: int = -1,
+    member: TarMember | None = None,
     version: str = "",
 ) -> BinaryIO:
     """Open the file or the object of an image or a video for reading; `kind` is the word for it in errors.
 
     Args:
         folders: folders that must contain it, links resolved; None: any folder on this machine.
-        buffering: as in `open`.
+        buffering: as in `open`; of an object, bytes that are read first.
+        member: where it is in the file, if that is a tar file.
         version: of an object, as in `ImageRef`.
 
     Raises:
-        RowError: it does not exist, is outside the folders, or is not a regular file; or an object cannot be read, or
-            is not of this version.
+        RowError: it does not exist, is outside the folders, or is not a regular file; or the tar file has changed, or
+            an object cannot be read, or is not of this version.
     """
     if is_remote(path):
-        return _open_object(path, kind, folders, version)
+        return _open_object(path, kind, folders, buffering, member, version)
     real = path if folders is None else folders.real_path(path, kind)
     try:
         # `real` contains no links, unless one was created since
-        return open_regular(real, follow_link=folders is None, buffering=buffering)
+        links = folders is None
+        if member is not None:
+            return open_member(real, member, kind, follow_link=links, buffering=buffering)
+        return open_regular(real, follow_link=links, buffering=buffering)
     except NotRegularError as error:
         error.path = path
         raise _not_a_file(error, kind) from None
@@ -331,20 +335,30 @@ def open_media(
         ) from None
 
 
-def _open_object(url: str, kind: str, folders: MediaFolders | None, version: str) -> BinaryIO:
+def _open_object(
+    url: str,
+    kind: str,
+    folders: MediaFolders | None,
+    first: int,
+    member: TarMember | None,
+    version: str,
+) -> BinaryIO:
     if folders is None:
         raise RowError(
             f"{kind} {url:.300} is in object storage, and no root there was named",
             "name it with --media-dir (media_dir, media_folders)",
         )
     folders.real_path(url, kind)
-    if kind == "image":  # its header, or, if that was read before, all of it
-        block = min(int(version.partition(" ")[0]), _MOST_AT_ONCE) if version else HEADER
-    else:
-        block = _OF_VIDEO
+    if first < 1 and kind == "image" and version:  # its pixels are needed
+        first = min(size_of(version) if member is None else member.length, _MOST_AT_ONCE)
+    first = max(first, HEADER if kind == "image" else _OF_VIDEO)
     try:
-        return open_object(url, version, max(block, HEADER))
+        if member is not None:
+            return open_member(url, member, kind, buffering=first, version=version)
+        return open_object(url, version, first)
     except RowError as error:
+        if member is not None:
+            raise
         raise RowError(f"{kind} {error.error}", error.advice) from None
     except OSError as error:
         what, advice = error_words(error)

@@ -91,6 +91,20 @@ def decoded_base64(text: object, kind: str) -> bytes:
         raise RowError(f"the base64 of the {kind} is broken", "encode it again") from None
 
 
+def decoded_uri(head: str, body: str, kind: str) -> bytes:
+    """The bytes of a data URI; `head` is what comes before its comma, `body` what follows.
+
+    Raises:
+        RowError: it is not base64.
+    """
+    if not head.endswith(";base64"):
+        raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
+
+
 def other_unicode_form(path: str) -> str | None:
     """An existing path with the same characters in another Unicode form; None if there is none. Macs store "é" as
     two code points (NFD), most other programs write one (NFC)."""
@@ -138,7 +152,7 @@ def frames_in(folder: str) -> list[str]:
         ) from None
     if not names:
         raise RowError(f"the folder {folder:.200} has no frames", "name a folder of pictures")
-    names.sort(key=_natural)
+    names.sort(key=natural)
     others = [name for name in names if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES]
     if others:
         raise RowError(
@@ -149,7 +163,8 @@ def frames_in(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A sort key by which 2.png comes before 10.png."""
     parts = re.split(r"([0-9]+)", name)
     numbered = [
         (0, int(part[:18]), part) if n % 2 else (1, 0, part.lower()) for n, part in enumerate(parts)

@@ -30,7 +30,7 @@ from mmpack.data.dataset_info import (
     named_files,
     row_limits,
 )
-from mmpack.data.documents import document_columns, document_of
+from mmpack.data.documents import document_columns, document_of, has_row_fields
 from mmpack.data.file_formats import Row, memory_rows, read_rows
 from mmpack.data.media_keys import entry_of, with_options
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
@@ -41,13 +41,20 @@ from mmpack.data.row_keys import (
     ROW_WEIGHT_KEYS,
     UnreadFields,
     is_absent,
+    log_unread,
     refuse_pictures,
     unread_keys,
-    unread_line,
+)
+from mmpack.data.row_media import (
+    count_advice,
+    is_given,
+    media_parts,
+    media_values,
+    prepend_markers,
 )
 from mmpack.data.row_outcomes import chunk_size, outcomes
-from mmpack.data.row_media import count_advice, media_values
 from mmpack.data.row_weights import row_weight
+from mmpack.data.tar_shards import TarSample
 from mmpack.data.tool_calls import tools_of
 from mmpack.errors import (
     BadRow,
@@ -132,9 +139,9 @@ class Reader:
         """Read samples from data files or rows in memory.
 
         Args:
-            data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also with .gz or .zst), a folder
-                of files of one type, a list of these, or an iterable of rows (dicts), such as a
-                `datasets.Dataset`.
+            data: a file (.json, .jsonl, .csv, .parquet, .arrow, .tar; the first three also with .gz or .zst), a
+                folder of files of one type, a name with `*` or `{00..99}`, a list of these, or an iterable of rows
+                (dicts), such as a `datasets.Dataset`.
 
         Yields:
             One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message
@@ -203,17 +210,6 @@ def _told_limits(groups: Iterable[RowGroup]) -> Iterator[RowGroup]:
         yield group
 
 
-def log_unread(source: str, unread: dict[str, int], told: set[str] | None = None) -> None:
-    """Name fields that are not read in the log, except those in `told`, to which they are added."""
-    if told is not None and unread.keys() <= told:
-        return
-    new = {field: rows for field, rows in unread.items() if field not in (told or ())}
-    if new:
-        _log.warning("%s", unread_line(source, new))
-    if told is not None:
-        told.update(new)
-
-
 class RowReader:
     """Turns the rows of one file into samples; holds their fields, media folders and options.
 
@@ -245,9 +241,17 @@ class RowReader:
         if row.error is not None:
             raise row.error
         nested = row.content if isinstance(row.content, list) and row.content else [row.content]
-        return [self._sample(content, row) for content in nested]
+        try:
+            return [self._sample(content, row) for content in nested]
+        except RowError as error:
+            if row.tar is None:
+                raise
+            raise RowError(f"{error.error} (sample {row.tar.place})", error.advice) from None
 
     def _sample(self, content: Any, row: Row) -> Sample:
+        if row.tar is not None:
+            is_row = self._fields is not None or has_row_fields(content, self._are_documents)
+            content = row.tar.content(content, is_row, self._are_documents, self.unread.count)
         if not isinstance(content, dict):
             raise RowError(f"a row must be an object, got {type(content).__name__}", "fix the row")
         fields, columns, read = self._columns(content)
@@ -281,11 +285,16 @@ class RowReader:
             self.unread.count(unread)
         tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: media_values(content, columns, kind) for kind in MARKERS}
-        if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
+        if row.tar is not None:
+            given = {part.kind for part in media_parts(turns) if is_given(part)}
+            row.tar.fill(values, given, self._are_documents)
+        if keys and not any(values.values()) and not any(map(is_given, media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":
-            _prepend(turns, values)
-        messages = self.place_media(turns, values)
+            prepend_markers(turns, values)
+        messages = self.place_media(turns, values, row.tar)
+        if row.tar is not None:
+            self.unread.count(row.tar.unused(messages))
         return Sample(messages, row.source, row.number, tools, weight)
 
     def _columns(
@@ -303,18 +312,21 @@ class RowReader:
                 raise
         return fields, fields.columns, fields.read
 
-    def place_media(self, turns: list[Turn], values: dict[str, list[Any]]) -> tuple[Message, ...]:
-        """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind.
+    def place_media(
+        self, turns: list[Turn], values: dict[str, list[Any]], tar: TarSample | None = None
+    ) -> tuple[Message, ...]:
+        """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind; of a
+        sample in a tar file, names are those of its members.
 
         Raises:
             RowError: the number of markers differs from the number of images or videos, or one of them is
                 unusable.
         """
         if self._prepends:
-            _prepend(turns, values)
-        parts = _media_parts(turns)
+            prepend_markers(turns, values)
+        parts = media_parts(turns)
         for kind, listed in values.items():
-            markers = sum(part.kind == kind and not _is_given(part) for part in parts)
+            markers = sum(part.kind == kind and not is_given(part) for part in parts)
             if markers != len(listed):
                 raise RowError(
                     f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
@@ -335,6 +347,7 @@ class RowReader:
                                 "keep one",
                             )
                         options = options or own
+                    value = value if tar is None else tar.named(value, part.kind)
                     is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
                     locate = self._file if is_path else self._locate
                     content.append(with_options(locate(value, part.kind), options))
@@ -356,24 +369,6 @@ class RowReader:
             return videos.probe(video, decode=self._decode, folders=self.folders)
         image = self.folders.locate(value)
         return images.probed(image, decode=self._decode, folders=self.folders)
-
-
-def _media_parts(turns: Iterable[Turn]) -> list[MediaPart]:
-    return [part for turn in turns for part in turn.parts if isinstance(part, MediaPart)]
-
-
-def _is_given(part: MediaPart) -> bool:
-    """Whether an image or video is in the turn itself, not in the row's list."""
-    return part.value is not None
-
-
-def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
-    """Put markers in front of the first turn for images, and for videos, if the turns have none."""
-    kinds = {part.kind for part in _media_parts(turns)}
-    first = next(t.parts for t in turns if t.role not in ("system", "developer"))
-    for kind, listed in values.items():
-        if kind not in kinds:
-            first[:0] = [MediaPart(kind=kind)] * len(listed)
 
 
 def limits_of(groups: Iterable[RowGroup]) -> dict[str, tuple[int, int]]:

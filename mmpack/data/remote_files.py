@@ -1,4 +1,4 @@
-"""Objects of object storage, read by fsspec: what identifies them, ranges, and files that can be sought.
+"""Objects of object storage, read by fsspec: what identifies them, and ranges of them.
 
 File systems are opened in each process by itself: threads and connections of fsspec do not survive a fork. Faults that
 may be over at the next try are tried again. Credentials are fsspec's business (environment, its configuration); no
@@ -8,7 +8,6 @@ error repeats what a library says about a request, because that can have a signa
 from __future__ import annotations
 
 import errno
-import io
 import os
 import random
 import re
@@ -16,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mmpack.data import remote_http
 from mmpack.data.remote_roots import HTTP, SCHEMES, scheme_of
@@ -25,9 +24,7 @@ from mmpack.errors import RowError
 T = TypeVar("T")
 R = TypeVar("R")
 
-HEADER = 1 << 16  # bytes that are read first of an image, and then at a time
-READ_AHEAD = 1 << 22  # bytes of a data file or a video at a time
-_MOST_AT_ONCE = 1 << 26  # bytes of one request
+MOST_AT_ONCE = 1 << 26  # bytes of one request
 IN_FLIGHT = 16  # objects that a process reads at once
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each further try, half as long to 1.5 times
 _TIMEOUT_S = 30.0  # of a request, and a second more for each
@@ -77,7 +74,7 @@ def identity(url: str) -> Identity:
         FileNotFoundError, RemoteError: it does not exist, or cannot be reached.
         ValueError: a package is missing.
     """
-    return _first(url, 0)[0]
+    return first_range(url, 0, 0)[0]
 
 
 def exists(url: str) -> bool:
@@ -93,27 +90,13 @@ def exists(url: str) -> bool:
     return True
 
 
-def open_object(url: str, version: str = "", block: int = READ_AHEAD) -> BinaryIO:
-    """Open an object for reading; it can be sought.
-
-    Args:
-        version: what was recorded of it, `str(Identity)`; empty: nothing.
-        block: bytes that are read at a time, and now.
-
-    Returns:
-        A buffered file, for `identity_of`.
+def size_of(version: str) -> int:
+    """The bytes of an object, from `str(Identity)`.
 
     Raises:
-        FileNotFoundError, RemoteError, ValueError: as `identity`. While reading, too.
-        RowError: the object is not the recorded one.
+        ValueError: it is not one.
     """
-    return io.BufferedReader(_Object(url, version, block), block)
-
-
-def identity_of(file: BinaryIO) -> Identity:
-    """What identifies the object that `open_object` opened."""
-    known: Identity = file.raw.identity  # type: ignore[attr-defined]
-    return known
+    return int(version.partition(" ")[0])
 
 
 def listed(url: str) -> list[str]:
@@ -148,62 +131,8 @@ def error_words(error: OSError) -> tuple[str, str]:
     )
 
 
-class _Object(io.RawIOBase):
-    """An object as a file of ranges. The first is kept, and the last; each is twice as long as the one before, so that
-    what needs more than a header soon has all."""
-
-    def __init__(self, url: str, version: str, block: int) -> None:
-        self._url, self._at, self._ahead = url, 0, block
-        self.identity, self._begin = _first(url, block, version)
-        self._window, self._window_at = b"", 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.identity.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"negative position {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        parts = []
-        while data := self._next(_MOST_AT_ONCE):
-            parts.append(data)
-        return b"".join(parts)
-
-    def _next(self, length: int) -> bytes:
-        """The next bytes, at most `length`; fewer do not mean the end."""
-        at, size = self._at, self.identity.size
-        for begin, known in ((0, self._begin), (self._window_at, self._window)):
-            if begin <= at < begin + len(known):
-                data = known[at - begin : at - begin + length]
-                break
-        else:
-            if at >= size or not length:
-                return b""
-            self._ahead = min(2 * self._ahead, max(READ_AHEAD, self._ahead))
-            end = min(at + max(length, self._ahead), size)
-            self._window, self._window_at = _ranged(self._url, at, end, self.identity), at
-            data = self._window[:length]
-        self._at += len(data)
-        return data
-
-
-def _first(url: str, length: int, version: str = "") -> tuple[Identity, bytes]:
-    """What identifies an object, and its first bytes.
+def first_range(url: str, start: int, end: int, version: str = "") -> tuple[Identity, bytes]:
+    """What identifies an object, and a range of its bytes.
 
     Raises:
         RowError: it is not the one of `version`.
@@ -212,26 +141,27 @@ def _first(url: str, length: int, version: str = "") -> tuple[Identity, bytes]:
     def read() -> tuple[Identity, bytes]:
         fs = _file_system(url)
         if scheme_of(url) in HTTP:
-            found, data = _sync(fs, remote_http.ranged, length, fs, url, 0, length)
+            found, data = _sync(fs, remote_http.ranged, end - start, fs, url, start, end)
             known = _identity(found)
             _check(url, version, known)
-            _check_length(data, min(length, known.size))
+            _check_length(data, max(min(end, known.size) - start, 0))
             return known, data
         known = _identity(_info(fs, url))
         _check(url, version, known)
-        return known, _bytes(fs, url, 0, min(length, known.size))
+        return known, _bytes(fs, url, start, max(min(end, known.size), start))
 
     return _retried(url, read)
 
 
-def _ranged(url: str, start: int, end: int, known: Identity) -> bytes:
+def read_range(url: str, start: int, end: int, known: Identity) -> bytes:
     """Bytes of an object that was opened before."""
 
     def read() -> bytes:
         fs = _file_system(url)
         if scheme_of(url) not in HTTP:
             return _bytes(fs, url, start, end)
-        found, data = _sync(fs, remote_http.ranged, end - start, fs, url, start, end)
+        found, read_now = _sync(fs, remote_http.ranged, end - start, fs, url, start, end)
+        data: bytes = read_now
         _check(url, str(known), _identity(found), "while it was read")
         _check_length(data, end - start)
         return data
@@ -241,9 +171,9 @@ def _ranged(url: str, start: int, end: int, known: Identity) -> bytes:
 
 def _check(url: str, version: str, now: Identity, when: str = "since it was packed") -> None:
     if version and str(now) != version:
-        size, _, tag = version.partition(" ")
+        tag = version.partition(" ")[2]
         raise RowError(
-            f"{url} changed {when}: it has {_described(now)}, but {_described(Identity(int(size), tag))} when it was "
+            f"{url} changed {when}: it has {_described(now)}, but {_described(Identity(size_of(version), tag))} when it was "
             "first looked at",
             "pack the data again with --overwrite",
         )

@@ -66,7 +66,7 @@ async def _read(r: Any, start: int, end: int) -> Answer:
     headers: Mapping[str, str] = r.headers
     if r.status == 416:  # of an empty object, each range is outside
         total = headers.get("Content-Range", "").rpartition("/")[2]
-        return {"size": int(total) if total.isdigit() else start, **headers}, b""
+        return {"size": int(total) if total.isdigit() else None, **headers}, b""
     if r.status >= 400:
         raise _refused(r.status)
     if headers.get("Content-Encoding", "identity") not in ("", "identity"):

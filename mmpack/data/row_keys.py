@@ -13,6 +13,7 @@ Keys of image and video parts are in `mmpack.data.media_keys`; it also refuses t
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from mmpack.data.row_values import text_of
 from mmpack.errors import RowError, counted
 from mmpack.media_options import VIDEO_KEYS
 
+_log = logging.getLogger("mmpack")
 # Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
 ROW_WEIGHT_KEYS = frozenset(("weight", "loss_weight", "sample_weight"))
@@ -337,6 +339,17 @@ class UnreadByFile(dict[str, UnreadFields]):
     def add(self, source: str, fields: Mapping[str, int]) -> None:
         for field, rows in fields.items():
             self.setdefault(source, UnreadFields()).count([field], rows)
+
+
+def log_unread(source: str, unread: dict[str, int], told: set[str] | None = None) -> None:
+    """Name fields that are not read in the log, except those in `told`, to which they are added."""
+    if told is not None and unread.keys() <= told:
+        return
+    new = {field: rows for field, rows in unread.items() if field not in (told or ())}
+    if new:
+        _log.warning("%s", unread_line(source, new))
+    if told is not None:
+        told.update(new)
 
 
 def unread_line(source: str, fields: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mmpack.data import images
 from mmpack.data.media_paths import MediaFolders, open_media
-from mmpack.data.remote_files import identity_of
+from mmpack.data.remote_objects import identity_of
 from mmpack.data.remote_roots import is_remote
 from mmpack.errors import RowError
 from mmpack.types import ImageRef, Int64, Media, VideoRef
@@ -48,14 +48,14 @@ def probe(
     """
     if video.frames:
         return _probe_list(video, decode, folders)
-    if video.data is None and is_remote(video.path):
+    if video.data is None and is_remote(video.path) and not video.version:
         with open_media(video.path, "video", folders) as file:
             video = replace(video, version=str(identity_of(file)))
     with _open(video, folders if video.version else None) as (container, stream):
         height, width, fps = stream.height, stream.width, float(stream.average_rate or 0)
         if height * width > images.most_pixels():  # before a frame is decoded
             raise RowError(
-                f"video {video.path} is too large: {width} x {height} pixels", "shrink it"
+                f"video {video.name} is too large: {width} x {height} pixels", "shrink it"
             )
         num_frames = promised = stream.frames
         if not num_frames or decode:
@@ -63,14 +63,14 @@ def probe(
             num_frames = sum(len(_decode(video, p)) if decode else p.size > 0 for p in packets)
         if num_frames < promised:
             raise RowError(
-                f"video {video.path} has fewer frames than its header says: {num_frames:,} of {promised:,} "
+                f"video {video.name} has fewer frames than its header says: {num_frames:,} of {promised:,} "
                 "could be decoded",
                 "re-encode it",
             )
     if not num_frames:
-        raise RowError(f"video {video.path} has no frames", "replace it")
+        raise RowError(f"video {video.name} has no frames", "replace it")
     if not is_rate(fps):
-        raise RowError(f"video {video.path} has no frame rate in its header", "remux it")
+        raise RowError(f"video {video.name} has no frame rate in its header", "remux it")
     _check_shape(video, height, width)
     return _with(video, num_frames, fps, (height, width))
 
@@ -93,7 +93,7 @@ def sampled(video: VideoRef, vision: VisionSpec) -> SampledFrames:
     try:
         return vision.frame_times(video.num_frames, video.fps, bool(video.frames), video.options)
     except RowError as error:
-        raise RowError(f"video {video.path}: {error.error}", error.advice) from None
+        raise RowError(f"video {video.name}: {error.error}", error.advice) from None
 
 
 def load_patches(
@@ -129,7 +129,7 @@ def load_patches(
         size = (picture.height, picture.width)
         if vision.video_grid(len(index), *size, video.options) != planned:
             raise ValueError(
-                f"video {video.path} is now {picture.width} x {picture.height} pixels with {len(index)} "
+                f"video {video.name} is now {picture.width} x {picture.height} pixels with {len(index)} "
                 f"sampled frames, but was planned as a grid of {' x '.join(map(str, planned))} patches; "
                 "pack the data again"
             )
@@ -140,7 +140,7 @@ def load_patches(
             images.write_frame(picture, (height, width), vision, rows, place)
     if number + 1 != len(index):
         raise ValueError(
-            f"video {video.path} has fewer frames than its header says: {number + 1} of {len(index)} "
+            f"video {video.name} has fewer frames than its header says: {number + 1} of {len(index)} "
             "sampled ones could be decoded; re-encode it, and find such files with mmpack check --decode"
         )
     return out
@@ -158,7 +158,7 @@ def thumbnail(
     with closing(_pictures(video, index[:1], folders)) as pictures:
         for picture in pictures:
             return images.thumbnail(picture, side)
-    raise RowError(f"video {video.path} has no frames", "replace it")
+    raise RowError(f"video {video.name} has no frames", "replace it")
 
 
 def _pictures(
@@ -191,24 +191,25 @@ def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tupl
         import av  # here: the extra [video]
     except ImportError:
         raise RowError(
-            f"video {video.path} needs PyAV to be read", "pip install 'mmpack[video]'"
+            f"video {video.name} needs PyAV to be read", "pip install 'mmpack[video]'"
         ) from None
     in_memory = None if video.data is None else io.BytesIO(video.data)
-    path, version = video.path, video.version
-    with in_memory or open_media(path, "video", folders, version=version) as file:
+    with in_memory or open_media(
+        video.path, "video", folders, member=video.member, version=video.version
+    ) as file:
         try:
             container = av.open(file, options=_OPTIONS)
         except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
             raise RowError(
-                f"video {video.path} is not a video FFmpeg can read: {_reason(error)}", "replace it"
+                f"video {video.name} is not a video FFmpeg can read: {_reason(error)}", "replace it"
             ) from None
         with container:
             if not container.streams.video:
-                raise RowError(f"video {video.path} has no video stream", "replace it")
+                raise RowError(f"video {video.name} has no video stream", "replace it")
             stream = container.streams.video[0]
             if getattr(stream, "codec_context", None) is None:
                 raise RowError(
-                    f"video {video.path} has a codec that FFmpeg does not know",
+                    f"video {video.name} has a codec that FFmpeg does not know",
                     "re-encode it",
                 )
             stream.thread_count = 1  # DataLoader workers are the threads
@@ -221,7 +222,7 @@ def _decode(video: VideoRef, packet: Any) -> list[Any]:
         return frames
     except Exception as error:
         raise RowError(
-            f"video {video.path} cannot be decoded: {_reason(error)}", "replace it"
+            f"video {video.name} cannot be decoded: {_reason(error)}", "replace it"
         ) from None
 
 
@@ -232,7 +233,7 @@ def _packets(video: VideoRef, container: Any, stream: Any) -> Iterator[Any]:
             packet = next(packets, None)
         except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
             raise RowError(
-                f"video {video.path} cannot be read: {_reason(error)}", "replace it"
+                f"video {video.name} cannot be read: {_reason(error)}", "replace it"
             ) from None
         if packet is None:
             return
@@ -249,13 +250,13 @@ def _probe_list(video: VideoRef, decode: bool, folders: MediaFolders | None) -> 
     for frame in video.frames:
         found = images.probed(frame, decode=decode, folders=folders)
         assert found.size is not None
-        sizes.setdefault(found.size, frame.path)
+        sizes.setdefault(found.size, frame.name)
         frames.append(replace(frame, version=found.version))
     video = replace(video, frames=tuple(frames))
     if len(sizes) > 1:
         (height, width), (other_height, other_width) = list(sizes)[:2]
         raise RowError(
-            f"the frames of a video differ in size: {video.path} is {width} x {height} pixels, "
+            f"the frames of a video differ in size: {video.name} is {width} x {height} pixels, "
             f"{list(sizes.values())[1]} is {other_width} x {other_height}",
             "resize them to one size",
         )
@@ -270,4 +271,4 @@ def _check_shape(video: VideoRef, height: int, width: int) -> None:
     try:
         check_aspect_ratio(height, width)
     except RowError as error:
-        raise RowError(f"video {video.path}: {error.error}", error.advice) from None
+        raise RowError(f"video {video.name}: {error.error}", error.advice) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -22,12 +22,12 @@ class FetchedImages:
     """
 
     def __init__(self, media: Iterable[tuple[Media, MediaFolders | None]]) -> None:
-        self._found: dict[tuple[str, str, int], Future[bytes]] = {}
+        self._found: dict[Hashable, Future[bytes]] = {}
         pool = None
         for ref, folders in media:
             if isinstance(ref, ImageRef) and ref.data is None and is_remote(ref.path):
                 pool = pool or ThreadPoolExecutor(IN_FLIGHT)
-                key = (ref.path, ref.version, id(folders))
+                key = _key(ref, folders)
                 if key not in self._found:
                     self._found[key] = pool.submit(_content, ref, folders)
         if pool is not None:
@@ -39,10 +39,14 @@ class FetchedImages:
         Raises:
             RowError: it could not be read.
         """
-        found = self._found.get((ref.path, ref.version, id(folders)))
+        found = self._found.get(_key(ref, folders))
         return ref if found is None else replace(ref, data=found.result())
 
 
+def _key(ref: ImageRef, folders: MediaFolders | None) -> Hashable:
+    return ref.path, ref.member, ref.version, id(folders)
+
+
 def _content(ref: ImageRef, folders: MediaFolders | None) -> bytes:
-    with open_media(ref.path, "image", folders, version=ref.version) as file:
+    with open_media(ref.path, "image", folders, member=ref.member, version=ref.version) as file:
         return file.read()

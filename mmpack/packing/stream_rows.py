@@ -15,7 +15,8 @@ from typing import Any
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
-from mmpack.data.readers import RowGroup, RowReader, log_unread
+from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.row_keys import log_unread
 from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, OnError, RowError
 from mmpack.packing import overflow

@@ -27,16 +27,16 @@ from typing import Any
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
+from mmpack.data.readers import RowGroup, RowReader
 from mmpack.data.remote_files import identity
 from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
-from mmpack.data.readers import RowGroup, RowReader, log_unread
-from mmpack.data.row_keys import UnreadByFile
+from mmpack.data.row_keys import UnreadByFile, log_unread
 from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import Batch, as_batch, read_batch, sample_of
+from mmpack.store.data_files import changed_objects
 from mmpack.store.encoded_store import EncodedStore
-from mmpack.store.source_files import changed_objects
 from mmpack.types import EncodedSample
 
 _ALONE_S = 3.0  # seconds before workers are started; they take about as long to start

@@ -1,13 +1,13 @@
-"""The data files and objects that a store was made from, and whether they have changed since."""
+"""The data files and objects of a store: whether they are what they were when it was made."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmpack.data import tar_shards
 from mmpack.data.remote_files import identity, in_parallel
 from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
@@ -30,7 +30,7 @@ def stamp(file: DataPath) -> Stamp:
         found = identity(file.url)
         return found.size, 0, str(found)
     stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, file_sha256(file)
+    return stat.st_size, stat.st_mtime_ns, rows_sha256(file)
 
 
 def changed_files(store: EncodedStore) -> list[str]:
@@ -45,7 +45,7 @@ def changed_files(store: EncodedStore) -> list[str]:
         try:
             found = regular_stat(path)
             if found.st_size != num_bytes or (
-                found.st_mtime_ns != time_ns and file_sha256(path) != sha256
+                found.st_mtime_ns != time_ns and rows_sha256(path) != sha256
             ):
                 changed.append(path)
         except NotRegularError:
@@ -81,7 +81,18 @@ def changed_objects(known: Iterable[tuple[str, str]], *, needed: bool) -> list[s
     return list(filter(None, in_parallel(changed, known)))
 
 
-def file_sha256(path: str | os.PathLike[str] | Path) -> str:
+def rows_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a data file, or of the rows in a tar file, whose images are not read.
+
+    Raises:
+        ValueError: it is not a regular file, or a damaged tar file.
+        OSError: it cannot be read.
+    """
+    is_tar = os.fspath(path).endswith(tar_shards.SUFFIX)
+    return tar_shards.rows_sha256(path) if is_tar else file_sha256(path)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a regular file's content, up to its size when it is opened.
 
     Raises:
