@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mmpack.data.remote_roots import require_local
 from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.packing.held_out import check_size
 from mmpack.packing.overflow import check_split
@@ -181,6 +182,7 @@ class PackOptions(PackingOptions, PictureOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_local(self.out, "--out")
         if self.val_size is not None:
             check_size(self.val_size)
 
@@ -199,6 +201,9 @@ class MergeOptions(PictureOptions):
         None,
         metavar="SHARE",
     )
+
+    def __post_init__(self) -> None:
+        require_local(self.out, "OUT")
 
 
 @dataclass(frozen=True, kw_only=True)

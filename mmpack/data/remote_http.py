@@ -117,8 +117,9 @@ def _redirected(url: str, location: str | None) -> str:
     Raises:
         OSError: to another host, or from https to http.
     """
-    target = urljoin(url, location or "")
+    target, new = "", urlsplit("")
     try:
+        target = urljoin(url, location or "")
         old, new = urlsplit(url), urlsplit(target)
         is_same = (old.scheme, old.hostname, _port(old)) == (new.scheme, new.hostname, _port(new))
         is_upgrade = (old.scheme, old.hostname, _port(old)) == ("http", new.hostname, 80) and (

@@ -104,8 +104,8 @@ def remote_root(name: str | os.PathLike[str]) -> str | None:
         raise ValueError(
             f"the root {text:.80} names no repository; write hf://datasets/owner/name/folder"
         )
-    if not parts and scheme != "memory":
-        raise ValueError(f"the root {scheme}:// names nothing; add a bucket")
+    if not parts:
+        raise ValueError(f"the root {scheme}:// names nothing; add a bucket or a folder")
     return f"{scheme}://{'/'.join(parts)}"
 
 
