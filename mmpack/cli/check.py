@@ -18,7 +18,7 @@ from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.data.readers import Reader, RowGroup, RowReader
 from mmpack.data.remote_roots import DataPath, RemotePath
-from mmpack.data.row_keys import UnreadFields
+from mmpack.data.row_keys import UnreadByFile, UnreadFields
 from mmpack.data.row_outcomes import outcomes
 from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, RowError
@@ -256,7 +256,10 @@ class Summary:
     @property
     def unread(self) -> list[tuple[str, UnreadFields]]:
         """For each file that has them: its fields that are not read, and the number of rows with each."""
-        return [(source, fields) for source, fields in self._unread.values() if fields]
+        found = UnreadByFile()
+        for source, fields in self._unread.values():
+            found.add(source, fields)
+        return list(found.items())
 
     @property
     def num_usable(self) -> int:

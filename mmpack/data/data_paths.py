@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from mmpack.data import tar_shards
 from mmpack.data.file_bytes import require_file
-from mmpack.data.path_patterns import is_pattern, matching, mixed_splits
-from mmpack.data.remote_files import error_words, listed
-from mmpack.data.remote_roots import HTTP, DataPath, RemotePath, data_path, scheme_of
+from mmpack.data.path_patterns import is_pattern, matching, mixed_splits, without_braces
+from mmpack.data.remote_files import error_words, in_parallel, listed
+from mmpack.data.remote_roots import HTTP, DataPath, RemotePath, data_path, is_url, scheme_of
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", tar_shards.SUFFIX)
 # As `datasets` names them: train-00000-of-00002.
@@ -29,9 +29,12 @@ def data_files(path: str | os.PathLike[str]) -> Sequence[DataPath]:
             or one of them is not a regular file (a pipe, a device, a dangling link); or it is a URL that is not read,
             or of a folder on a web server, which has no list.
     """
-    path = data_path(path)
-    if isinstance(path, RemotePath):
-        return _remote_files(path)
+    if is_url(path):
+        named_here = list(map(data_path, without_braces(os.fspath(path))))
+        if len(named_here) > 1:
+            list(in_parallel(require_file, named_here))  # which says what is missing, and soon
+        return [file for one in named_here for file in _remote_files(one)]
+    path = Path(path)
     if not os.path.lexists(path) and is_pattern(str(path)):
         named = [data_files(one) for one in matching(str(path))]
         return [file for files in named for file in files]
@@ -76,8 +79,14 @@ def _of_one_kind(folder: DataPath, files: Sequence[DataPath]) -> Sequence[DataPa
     return files
 
 
-def _remote_files(path: RemotePath) -> Sequence[DataPath]:
+def _remote_files(path: DataPath) -> Sequence[DataPath]:
     """`data_files` in object storage."""
+    assert isinstance(path, RemotePath)
+    if "*" in path.url:
+        raise ValueError(
+            f"{path} has '*', which is not looked up in object storage; write the numbers of files in braces, "
+            "{000..123}, or name their folder"
+        )
     _refuse_compressed_tar(path)
     if data_suffix(path) is not None:
         require_file(path)

@@ -12,6 +12,7 @@ from mmpack.errors import counted
 
 _MOST = 100_000  # names that braces stand for
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
+_NUMBERED = re.compile(r"[-_.]?\d{3,}(?=\.tar$)")
 _EVALUATION = {"val", "valid", "validation", "test", "dev", "eval"}  # words in names of shards
 _SPLITS = {"train", "training", *_EVALUATION}
 
@@ -29,7 +30,7 @@ def matching(path: str) -> list[str]:
         ValueError: there are none, or braces stand for more than 100,000.
     """
     found: list[str] = []
-    for name in _without_braces(path):
+    for name in without_braces(path):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not matches:
             raise ValueError(f"no file matches {name}; fix the path")
@@ -37,7 +38,12 @@ def matching(path: str) -> list[str]:
     return found
 
 
-def _without_braces(path: str) -> Iterator[str]:
+def without_braces(path: str) -> Iterator[str]:
+    """The names that a path with braces stands for; of another path, itself.
+
+    Raises:
+        ValueError: they are more than 100,000.
+    """
     texts, groups, end = [], list[Sequence[str]](), 0
     for match in _BRACES.finditer(path):
         first, last, listed = match.groups()
@@ -60,10 +66,18 @@ class _Numbers(Sequence[str]):
         self._digits = max(len(first), len(last)) if padded else 1
 
     def __len__(self) -> int:
-        return min(len(self._numbers), _MOST + 1) if self._numbers else 0
+        return len(self._numbers)
 
     def __getitem__(self, place: int) -> str:  # type: ignore[override]
         return f"{self._numbers[place]:0{self._digits}d}"
+
+
+def without_number(name: str) -> str:
+    """The name of a data file without the number of a shard: `train-00000-of-00010.parquet` is `train.parquet`,
+    `train-000123.tar` is `train.tar`, and `000123.tar` is `*.tar`."""
+    name = re.sub(r"-\d{5,}-of-\d{5,}", "", name)
+    name = _NUMBERED.sub("", name)
+    return "*.tar" if name == ".tar" else name
 
 
 def mixed_splits(names: Sequence[str]) -> list[str]:

@@ -54,7 +54,7 @@ from mmpack.data.row_media import (
 )
 from mmpack.data.row_outcomes import chunk_size, outcomes
 from mmpack.data.row_weights import row_weight
-from mmpack.data.tar_shards import TarSample
+from mmpack.data.tar_shards import SUFFIX, TarSample
 from mmpack.data.tool_calls import tools_of
 from mmpack.errors import (
     BadRow,
@@ -185,6 +185,7 @@ class Reader:
         """Like `read`, for callers that need the groups, too. Fields of a file that are not read are named in the
         log at its end, except those in `told`, to which they are added."""
         on_error = counting(self.on_error)
+        of_shards = set[str]()  # fields of tar files, of which there can be thousands
         for group in groups:
             reader = RowReader(self, group)
             for chunk in chunks(group.rows, chunk_size(reader)):
@@ -196,7 +197,8 @@ class Reader:
                         refuse(bad, on_error)
                     else:
                         yield from found
-            log_unread(group.name, reader.unread, told)
+            is_shard = told is None and group.name.endswith(SUFFIX)
+            log_unread(group.name, reader.unread, of_shards if is_shard else told)
 
 
 def _told_limits(groups: Iterable[RowGroup]) -> Iterator[RowGroup]:
@@ -286,8 +288,7 @@ class RowReader:
         tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: media_values(content, columns, kind) for kind in MARKERS}
         if row.tar is not None:
-            given = {part.kind for part in media_parts(turns) if is_given(part)}
-            row.tar.fill(values, given, self._are_documents)
+            row.tar.fill(values, any(map(is_given, media_parts(turns))), self._are_documents)
         if keys and not any(values.values()) and not any(map(is_given, media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":

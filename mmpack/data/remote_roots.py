@@ -42,6 +42,11 @@ def is_remote(path: str) -> bool:
     return _REMOTE.match(path) is not None
 
 
+def is_url(name: str | os.PathLike[str]) -> bool:
+    """Whether what a user named is a URL, of a root or refused, and not a path on this machine."""
+    return _ANY_URL.match(os.fspath(name)) is not None
+
+
 def scheme_of(url: str) -> str:
     """ "s3", "https", ..."""
     return url.partition(":")[0]
@@ -55,7 +60,7 @@ def remote_root(name: str | os.PathLike[str]) -> str | None:
             message does not repeat what could be secret.
     """
     text = os.fspath(name)
-    if not _ANY_URL.match(text):
+    if not is_url(text):
         return None
     scheme, _, rest = text.partition("://")
     scheme = scheme.lower()
@@ -243,7 +248,7 @@ def require_local(name: str | os.PathLike[str], option: str) -> None:
     Raises:
         ValueError: it is one.
     """
-    if _ANY_URL.match(os.fspath(name)):
+    if is_url(name):
         raise ValueError(
             f"{option} {os.fspath(name).partition(':')[0]:.40}://... is not a local folder; packed data are written and "
             "opened on local disks, so choose one, and copy it yourself"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class TarSample:
         media: (extension, image or video as a member) of each picture and video, in order.
         text: its `.txt`; None: it has none.
         has_row: whether it has a `.json`.
-        unread: extensions of other members.
+        unread: extensions of other members, as `*.cls`.
     """
 
     place: str
@@ -65,7 +65,7 @@ class TarSample:
         Raises:
             RowError: it has only a text, and rows are conversations.
         """
-        unread(f"*.{extension}" for extension in self.unread)
+        unread(self.unread)
         if self.text is None or (self.has_row and is_row):
             unread(["*.txt"] * (self.text is not None))
             return row
@@ -79,20 +79,17 @@ class TarSample:
         markers = "" if "<image>" in self.text else "<image>" * len(images)
         return {"text": markers + self.text, "images": images}
 
-    def fill(
-        self, values: dict[str, list[Any]], given: Collection[str], are_documents: bool
-    ) -> None:
-        """Add its images and videos to `values`, a list per kind, of kinds that the row names none of.
+    def fill(self, values: dict[str, list[Any]], is_given: bool, are_documents: bool) -> None:
+        """Put its images and videos into `values`, a list per kind, if the row names none of any kind.
 
         Args:
-            given: kinds that the row's turns name.
+            is_given: whether the row's turns name any.
 
         Raises:
             RowError: it has a video, and rows are documents.
         """
-        for kind, listed in values.items():
-            if not listed and kind not in given:
-                values[kind] = self._of_kind(kind)
+        if not is_given and not any(values.values()):
+            values.update({kind: self._of_kind(kind) for kind in values})
         if are_documents and values["video"]:
             raise RowError("the sample has a video", "remove it; documents can only have images")
 
@@ -242,7 +239,7 @@ def _row(archive: Archive, found: _Found, keyless: int, parse: Callable[[str], A
                 ref = ImageRef(archive.path, member=TarMember(*place), version=archive.version)
                 media.append((extension, ref))
             elif extension not in ("json", "txt"):
-                unread.append(extension)
+                unread.append(f"*.{extension}")
         text = _text(archive, found.members.get("txt"))
         json_text = _text(archive, found.members.get("json"))
         if text is None and json_text is None:

@@ -22,13 +22,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.readers import RowGroup, RowReader
-from mmpack.data.remote_files import identity
+from mmpack.data.remote_files import identity, in_parallel
 from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
 from mmpack.data.row_keys import UnreadByFile, log_unread
 from mmpack.data.row_outcomes import outcomes
@@ -245,19 +246,21 @@ def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
     not included; `why_outdated` checks them.
     """
     parts = {"mmpack's version": version("mmpack")}
+    groups = list(groups)
+    objects = {group.file.url for group in groups if isinstance(group.file, RemotePath)}
+    known = dict(zip(objects, map(str, in_parallel(identity, objects))))
     for group in groups:
         if group.file is not None:
-            name = str(group.file.resolve())
+            file = name = str(group.file.resolve())
             while name in parts:  # read more than once, perhaps by another entry
                 name += " again"
-            parts[name] = f"{_identity(group.file)}, {group.fields}"
+            parts[name] = f"{known.get(file) or _stat(group.file)}, {group.fields}"
             parts[f"media folders of {name}"] = repr(group.folders.names)
     return parts | encoder.settings()
 
 
-def _identity(file: DataPath) -> str:
-    if isinstance(file, RemotePath):
-        return str(identity(file.url))
+def _stat(file: DataPath) -> str:
+    assert isinstance(file, Path)
     found = file.stat()
     return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
 

@@ -33,6 +33,14 @@ def stamp(file: DataPath) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, rows_sha256(file)
 
 
+def stamps(files: Iterable[DataPath]) -> dict[str, Stamp]:
+    """`stamp` of each file, by path or URL; of several objects at once."""
+    files = list(files)
+    remote = [file for file in files if isinstance(file, RemotePath)]
+    found: dict[DataPath, Stamp] = dict(zip(remote, in_parallel(stamp, remote)))
+    return {str(file): found[file] if file in found else stamp(file) for file in files}
+
+
 def changed_files(store: EncodedStore) -> list[str]:
     """Data files that have changed since the store was made: another size, or another modification time and other
     content; of objects, another size or ETag. Files that are missing or unreadable are not listed, because a store no
