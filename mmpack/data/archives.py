@@ -67,7 +67,7 @@ class OpenArchive:
             return self._file.read(length)
 
 
-def open_archive(path: str) -> Archive:
+def open_archive(path: str, *, follow_link: bool = True) -> Archive:
     """Open a tar file, or one that is an object in object storage.
 
     Raises:
@@ -76,10 +76,6 @@ def open_archive(path: str) -> Archive:
     """
     if is_remote(path):
         return RemoteObject(path, first=_SCANNED, most=_SCANNED)
-    return _open_local(path, follow_link=True)
-
-
-def _open_local(path: str, *, follow_link: bool) -> OpenArchive:
     return OpenArchive(open_regular(path, follow_link=follow_link, buffering=0), path)
 
 
@@ -164,15 +160,15 @@ class _Archives:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, OpenArchive] = OrderedDict()
+        self._open: OrderedDict[str, Archive] = OrderedDict()
 
-    def get(self, path: str, follow_link: bool) -> OpenArchive:
+    def get(self, path: str, follow_link: bool) -> Archive:
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]
         with self._lock:
             archive = self._open.get(path)
             if archive is None:
-                archive = self._open[path] = _open_local(path, follow_link=follow_link)
+                archive = self._open[path] = open_archive(path, follow_link=follow_link)
             self._open.move_to_end(path)
             if len(self._open) > _MOST_OPEN:
                 self._open.popitem(last=False)
