@@ -114,6 +114,14 @@ def remote_root(name: str | os.PathLike[str]) -> str | None:
     return f"{scheme}://{'/'.join(parts)}"
 
 
+def is_root(url: str) -> bool:
+    """Whether a URL is as `remote_root` returns it."""
+    try:
+        return remote_root(url) == url
+    except ValueError:
+        return False
+
+
 def object_in(root: str, path: str, kind: str = "data") -> str:
     """The URL of the object that a path from a row, or from another file under the root, means.
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from mmpack.data import tar_shards
 from mmpack.data.remote_files import identity, in_parallel
-from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
+from mmpack.data.remote_roots import DataPath, RemotePath, is_remote, is_root
+from mmpack.data.tar_headers import TornArchiveError
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 
 if TYPE_CHECKING:
     from mmpack.store.encoded_store import EncodedStore  # which needs Arrow
 
-Stamp = tuple[
-    int, int, str
-]  # of a file: bytes, modification time in ns, SHA-256; of an object: bytes, 0, its identity
+# Of a file: bytes, modification time in ns, SHA-256; of an object: bytes, 0, its identity.
+Stamp = tuple[int, int, str]
 
 
 def stamp(file: DataPath) -> Stamp:
@@ -56,12 +56,14 @@ def changed_files(store: EncodedStore) -> list[str]:
                 found.st_mtime_ns != time_ns and rows_sha256(path) != sha256
             ):
                 changed.append(path)
-        except NotRegularError:
+        except (NotRegularError, TornArchiveError):
             changed.append(path)
         except (OSError, ValueError):  # ValueError: an invalid file name
             continue
     objects = {path: known for path, (_, _, known) in store.about.files.items() if is_remote(path)}
-    return changed + changed_objects(objects.items(), needed=False)
+    changed += [url for url in objects if not is_root(url)]  # not what mmpack records
+    found = [(url, known) for url, known in objects.items() if is_root(url)]
+    return changed + changed_objects(found, needed=False)
 
 
 def changed_objects(known: Iterable[tuple[str, str]], *, needed: bool) -> list[str]:
