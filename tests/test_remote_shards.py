@@ -92,10 +92,10 @@ def test_members_are_ranges(server, encoder, tmp_path, monkeypatch):
     assert len(image) > 200_000
     write_tar(
         tmp_path / "large.tar",
-        [("a.json", chat()), ("a.png", image), ("b.json", chat()), ("b.png", image), ("c.npy", large)],
+        [("a.json", chat()), ("a.png", image), ("b.json", chat()), ("b.png", image), ("b.npy", large)],
     )  # fmt: skip
     dataset = PackedDataset.from_files(f"{server.url}/large.tar", encoder, 512)
-    assert server.num_sent < 400_000 < 1_000_000 < (tmp_path / "large.tar").stat().st_size
+    assert server.num_sent < 200_000 < 1_000_000 < (tmp_path / "large.tar").stat().st_size
     server.requests.clear()
     batches(dataset, encoder)
     begins = {sample.media[0].member.offset for sample in dataset.samples}
@@ -108,7 +108,7 @@ def test_a_changed_shard(server, encoder, tmp_path):
     dataset = PackedDataset.from_files(f"{server.url}/train-000.tar", encoder, 512)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"That", b"This") + bytes(10_240))
-    with pytest.raises(BadImageError, match=r"image .*/train-000.tar changed since it was packed"):
+    with pytest.raises(BadImageError, match=r"image 000..png .* changed since it was packed"):
         batches(dataset, encoder)
 
 

@@ -100,13 +100,16 @@ def open_member(
         NotRegularError, OSError: as `open_archive`.
     """
     name, offset, length, header, archive_bytes = member
+    place = f"{kind} {name} (byte {offset:,} of {path})"
     archive: Archive
     if is_remote(path):
-        begin = max(offset - BLOCK, 0)
-        archive = RemoteObject(path, version, begin, BLOCK + min(length, max(buffering, BLOCK)))
+        first, end = BLOCK + max(buffering, BLOCK), offset + length
+        try:
+            archive = RemoteObject(path, version, max(offset - BLOCK, 0), first, end)
+        except RowError as error:
+            raise RowError(f"{place} cannot be read: {error.error}", error.advice) from None
     else:
         archive = _archives.get(path, follow_link)
-    place = f"{kind} {name} (byte {offset:,} of {path})"
     if archive.size != archive_bytes:
         _archives.forget(path)  # it may be written again
         raise RowError(

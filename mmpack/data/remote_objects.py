@@ -41,6 +41,7 @@ class RemoteObject:
     Args:
         version: as in `open_object`.
         start: where the first range begins. first: its length.
+        until: no more is read ahead than up to here; None: its end.
         most: the longest range that is read ahead.
 
     Raises:
@@ -54,10 +55,13 @@ class RemoteObject:
         version: str = "",
         start: int = 0,
         first: int = READ_AHEAD,
+        until: int | None = None,
         most: int = READ_AHEAD,
     ) -> None:
         self.path, self._ahead, self._most = url, first, max(first, most)
-        self.identity, data = first_range(url, start, start + first, version)
+        end = start + first if until is None else max(min(start + first, until), start)
+        self.identity, data = first_range(url, start, end, version)
+        self._until = self.identity.size if until is None else min(until, self.identity.size)
         self._begin, self._last = (start, data), (start, b"")
 
     @property
@@ -86,7 +90,8 @@ class RemoteObject:
         if offset >= self.size or length < 1:
             return b""
         self._ahead = min(2 * self._ahead, self._most)
-        end = min(offset + max(min(length, MOST_AT_ONCE), self._ahead), self.size)
+        ahead = min(offset + self._ahead, self._until)
+        end = min(max(offset + min(length, MOST_AT_ONCE), ahead), self.size)
         self._last = offset, read_range(self.path, offset, end, self.identity)
         return self._last[1][:length]
 

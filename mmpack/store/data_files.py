@@ -62,8 +62,8 @@ def changed_files(store: EncodedStore) -> list[str]:
             continue
     objects = {path: known for path, (_, _, known) in store.about.files.items() if is_remote(path)}
     changed += [url for url in objects if not is_root(url)]  # not what mmpack records
-    found = [(url, known) for url, known in objects.items() if is_root(url)]
-    return changed + changed_objects(found, needed=False)
+    looked_at = [(url, known) for url, known in objects.items() if is_root(url)]
+    return changed + changed_objects(looked_at, needed=False)
 
 
 def changed_objects(known: Iterable[tuple[str, str]], *, needed: bool) -> list[str]:
