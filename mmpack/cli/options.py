@@ -15,7 +15,7 @@ from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
 
-DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them"
+DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them; also a URL"
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 
 
@@ -54,7 +54,7 @@ class ReadingOptions:
     )
     dataset: tuple[str, ...] = option("entry of dataset_info.json, repeatable", (), metavar="NAME")
     media_dir: tuple[str, ...] = option(
-        "folder that images and videos must be in, repeatable; a relative path must be in only one "
+        "folder or URL that images and videos must be in, repeatable; a relative path must be in only one "
         "(default: the data file's folder; training on packs: the recorded folders)",
         (),
         metavar="FOLDER",

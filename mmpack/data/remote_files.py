@@ -244,7 +244,10 @@ def _file_system(url: str) -> Any:
         if key not in _opened:
             try:
                 import fsspec
+                import fsspec.asyn as asyn
 
+                if asyn.iothread[0] is not None and not asyn.iothread[0].is_alive():
+                    asyn.reset_lock()  # a fork has no threads; older fsspec does not notice
                 _opened[key] = fsspec.filesystem(
                     scheme, skip_instance_cache=True, use_listings_cache=False
                 )
