@@ -58,6 +58,7 @@ class MediaFolders:
         self._folders = [os.path.realpath(name) for name in self._names if not is_remote(name)]
         self._remote = [name for name in self._names if is_remote(name)]
         self._roots = self._names if root is None else [_absolute(root)]
+        self._starts_remote = any(map(is_remote, self._roots))
 
     @property
     def names(self) -> list[str]:
@@ -186,7 +187,7 @@ class MediaFolders:
             raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
         if len(path) > _MOST_PATH and (error := base64_error(written, kind)):
             raise error
-        if any(map(is_remote, self._roots)) and not (os.path.isabs(path) and self._folders):
+        if self._starts_remote and not (os.path.isabs(path) and self._folders):
             try:
                 return self._in_storage(path, kind)
             except RowError as error:
@@ -245,8 +246,12 @@ class MediaFolders:
         Raises:
             RowError: it is outside the folders.
         """
-        real = path if is_remote(path) else os.path.realpath(path)
-        if self.contains(real):
+        if is_remote(path):
+            real, is_in = path, self.contains(path)
+        else:
+            real = os.path.realpath(path)
+            is_in = any(_is_inside(real, folder) for folder in self._folders)
+        if is_in:
             return real
         leads = "" if real == path else f" (a link to {real:.200})"
         raise RowError(
