@@ -319,6 +319,13 @@ def test_a_name_that_is_not_text_is_refused(tmp_path):
     assert "has a name that is not UTF-8 text" in bad[0].error
 
 
+def test_a_name_is_at_most_a_path(tmp_path):
+    members = [("a" * 5000 + ".json", chat("q")), ("a" * 4000 + ".json", chat("q"))]
+    samples, bad = read(write_tar(tmp_path / "a.tar", members))
+    assert [sample.row for sample in samples] == [1]
+    assert "has a name of 5,005 characters" in bad[0].error and len(bad[0].error) < 1000
+
+
 def test_an_old_sparse_member_is_refused_and_passed_over(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.json", chat("q"))], tarfile.GNU_FORMAT)
     info = tarfile.TarInfo("b.png")
@@ -578,6 +585,21 @@ def test_a_changed_archive_is_noticed(tmp_path, change, why, replaced):
         RowError, match=rf"image 0000.png \(byte 512 of .*a.tar\) cannot be read: {why}"
     ):
         images.probe(image)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"length": 1 << 60}, {"length": 1}, {"length": -1}, {"offset": 0}, {"offset": -512},
+        {"offset": 1 << 60}, {"offset": 1024}, {"header": 0}, {"archive_bytes": 1 << 60},
+    ],
+)  # fmt: skip
+def test_a_forged_position_reads_nothing(tmp_path, forged):
+    """A store from elsewhere, whose checksums are right."""
+    (sample,), _ = read(write_tar(tmp_path / "a.tar", captions([0])))
+    member = sample.images[0].member._replace(**forged)
+    with pytest.raises(RowError, match="image 0000.png .* cannot be read: the tar file has"):
+        open_media(sample.images[0].path, "image", member=member)
 
 
 def test_an_archive_may_not_leave_its_folder(tmp_path):

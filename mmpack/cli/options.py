@@ -15,7 +15,7 @@ from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
 from mmpack.store.records import check, schema_of
 
-DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them; also a URL"
+DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, a folder of them, or a URL"
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 
 

@@ -25,7 +25,7 @@ from mmpack.data.path_forms import (
 )
 from mmpack.data.remote_files import error_words, exists, size_of
 from mmpack.data.remote_objects import HEADER, open_object
-from mmpack.data.remote_roots import is_inside, is_remote, object_in, remote_root
+from mmpack.data.remote_roots import absolute, is_inside, is_remote, object_in
 from mmpack.errors import RowError, a_kind, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, TarMember, VideoRef
@@ -54,10 +54,10 @@ class MediaFolders:
     ) -> None:
         names = [os.fspath(folder) for folder in folders]
         self._takes_data_uris = DATA_URIS in names
-        self._names = [_absolute(name) for name in names if name != DATA_URIS]
+        self._names = [absolute(name) for name in names if name != DATA_URIS]
         self._folders = [os.path.realpath(name) for name in self._names if not is_remote(name)]
         self._remote = [name for name in self._names if is_remote(name)]
-        self._roots = self._names if root is None else [_absolute(root)]
+        self._roots = self._names if root is None else [absolute(root)]
         self._starts_remote = any(map(is_remote, self._roots))
 
     @property
@@ -368,10 +368,6 @@ def _open_object(
     except OSError as error:
         what, advice = error_words(error)
         raise RowError(f"{kind} {url:.300} {what}", advice) from None
-
-
-def _absolute(folder: str | os.PathLike[str]) -> str:
-    return remote_root(folder) or os.path.abspath(folder)
 
 
 def _ambiguous(path: str, found: Sequence[str], kind: str) -> RowError:

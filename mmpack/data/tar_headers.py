@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 BLOCK = 512  # bytes; everything in a tar file begins at a multiple
 _ZEROS = bytes(BLOCK)
+_MOST_NAME = 4096  # characters; longer ones are no path of Linux or macOS
 _MOST_HEADER = 1 << 20  # bytes of an extended header; names take at most some KB
 _MOST_PADDING = 1 << 24  # zero bytes after the end; writers pad to records, of 10 KiB or so
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
@@ -138,6 +139,15 @@ def header_check(block: bytes) -> int:
     return zlib.crc32(block[:100] + block[124:136] + block[156:157] + block[345:500])
 
 
+def is_header(block: bytes, header: int, length: int) -> bool:
+    """Whether a block is the header with this `header_check`, of a member with this many bytes."""
+    try:
+        is_right = len(block) == BLOCK and header_check(block) == header
+        return is_right and _number(block[124:136]) == length
+    except ValueError:
+        return False
+
+
 def _checked(block: bytes) -> tuple[bytes, int]:
     """(type, size) of a header.
 
@@ -237,6 +247,8 @@ def _name_flaw(name: str) -> str:
         return "has '..' in its name"
     if "\0" in name or any("\ud800" <= one <= "\udfff" for one in name):
         return "has a name that is not UTF-8 text"
+    if len(name) > _MOST_NAME:
+        return f"has a name of {len(name):,} characters"
     return ""
 
 

@@ -6,9 +6,9 @@ files, and rows are dealt by number, as those of other sources.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmpack.data.file_bytes import num_bytes
@@ -94,5 +94,5 @@ def _path(group: RowGroup) -> DataPath:
 def is_paths(source: Any) -> bool:
     """Whether a stream's source is the path of data files, or several."""
     if isinstance(source, (list, tuple)):
-        return bool(source) and all(isinstance(one, (str, Path)) for one in source)
-    return isinstance(source, (str, Path))
+        return bool(source) and all(isinstance(one, (str, os.PathLike)) for one in source)
+    return isinstance(source, (str, os.PathLike))
