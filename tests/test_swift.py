@@ -285,6 +285,7 @@ def test_options_are_refused(name):
 
 def test_every_option_of_data_and_text_is_in_a_table():
     names = {one.name for kind in (DataArguments, TemplateArguments) for one in fields(kind)}
+    names |= {one.name for one in fields(SftArguments) if one.name.startswith("packing")}
     assert names <= plugin.REFUSED_OPTIONS.keys() | set(plugin.APPLIED)
     assert not plugin.REFUSED_OPTIONS.keys() & set(plugin.APPLIED)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from mmpack.cli.refused_options import packed_split
 from mmpack.cli.terminal import escaped_streams, one_line
 from mmpack.cli.train import tell_other_costs
 from mmpack.integrations.llamafactory_options import OwnOptions, taken_options
@@ -136,7 +137,13 @@ class _Run:
         from mmpack.packing.dataset import PackedDataset
         from mmpack.packing.split_documents import unsplit
 
-        self.data = PackedDataset.from_store(self.own.packed)
+        folder, split = packed_split(self.own.packed) or (self.own.packed, "train")
+        if split == "val":
+            raise ValueError(
+                f"packed: {self.own.packed} are the rows held out for evaluation; write packed: {folder} and "
+                f"eval_packed: {self.own.packed}"
+            )
+        self.data = PackedDataset.from_store(folder)
         given, capacity = self.args.get("cutoff_len"), self.data.capacity
         if given not in (None, capacity):
             raise ValueError(

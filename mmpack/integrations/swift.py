@@ -81,6 +81,9 @@ _OF_THOUGHTS = "+ignore_empty_think"  # appended to `loss_scale` for hybrid thin
 # Options that would do nothing, or not what they say: (why, what to do instead).
 REFUSED_OPTIONS = {
     "packing": (_PLANNED, "leave it out"),
+    "packing_length": (_PLANNED, "leave it out, or pack with --capacity"),
+    "packing_num_proc": (_PLANNED, "leave it out"),
+    "packing_strategy": (_PLANNED, "leave it out"),
     "padding_free": ("a pack has no padding", "leave it out"),
     "streaming": ("packs are in a folder", "leave it out"),
     "cached_dataset": ("it would be trained on instead", "pass the packed folder as --dataset"),

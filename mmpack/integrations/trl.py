@@ -242,6 +242,18 @@ class PackedSFTTrainer(SFTTrainer):
                 outputs = model(**{name: x for name, x in inputs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.scores.remove()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.scores.remove()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         name = loss_name(logs)
         if name is not None:
