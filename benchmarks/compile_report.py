@@ -1,4 +1,5 @@
-"""Compile all kernels of mmpack without a GPU, and check that they fit: sm_90a (H100, H200) unless others are named.
+"""Compile all kernels of mmpack without a GPU, and check that they fit: sm_90a (H100, H200) unless others are
+named.
 
     python -m benchmarks.compile_report [--arch 80 89 90 100] [--only NAME] [--json | --table]
 

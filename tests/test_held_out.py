@@ -1,4 +1,5 @@
-"""Rows held out of training: as many as asked, apart by image, the same whatever the plan; their loss by source."""
+"""Rows held out of training: as many as asked, apart by image, the same whatever the plan; their loss by
+source."""
 
 import json
 from collections import Counter

@@ -1,8 +1,8 @@
 """Training killed with SIGKILL at random moments, saving included, and continued: losses and samples are
 those of the run nobody killed.
 
-Runs are processes that a server forks (ranks.py), so that each begins within milliseconds; what runs in them is the
-command line, for a stream, which it has none for, a script.
+Runs are processes that a server forks (ranks.py), so that each begins within milliseconds; what runs in them is
+the command line, for a stream, which it has none for, a script.
 """
 
 import json

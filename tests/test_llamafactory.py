@@ -268,7 +268,8 @@ def test_what_cannot_be_imported_is_one_sentence(error, text, monkeypatch, capsy
 
 @pytest.fixture(scope="module")
 def world(small_set, tmp_path_factory):
-    """The demo's rows as data sets of a dataset_info.json, documents, and a tiny model with its processor's files."""
+    """The demo's rows as data sets of a dataset_info.json, documents, and a tiny model with its processor's
+    files."""
     folder = tmp_path_factory.mktemp("llamafactory")
     shutil.copytree(small_set / "charts", folder / "charts")
     shutil.copytree(small_set / "tokenizer", folder / "model")

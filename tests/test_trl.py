@@ -236,8 +236,8 @@ def test_dft(tmp_path):
 
 
 def test_a_repeated_part_of_a_batch_is_left_out(tmp_path, monkeypatch):
-    """On several ranks, accelerate repeats packs in the last batch: eval_loss is of the first packs alone, and with
-    their weights. `test_two_ranks` has the ranks."""
+    """On several ranks, accelerate repeats packs in the last batch: eval_loss is of the first packs alone, and
+    with their weights. `test_two_ranks` has the ranks."""
     train = packs(40)
     assert len(train) > 2
     monkeypatch.setattr("mmpack.hf.evaluation.num_real_items", lambda *args: 2)

@@ -30,8 +30,8 @@ def report_packs(
     start: float,
     unread: UnreadByFile | None = None,
 ) -> None:
-    """Print a summary of the packs at `out`, planned with the costs of `config` (None: without costs), and the fields
-    that were not read while they were encoded."""
+    """Print a summary of the packs at `out`, planned with the costs of `config` (None: without costs), and the
+    fields that were not read while they were encoded."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
@@ -92,8 +92,8 @@ def report_packs(
         say(unread_line(source, named))
     if "val_packs" in report:
         say(
-            f"{report['val_samples']:,} rows of them, or pieces, are held out in {report['val_packs']:,} packs more, for "
-            f"--eval-data {out}:val"
+            f"{report['val_samples']:,} rows of them, or pieces, are held out in {report['val_packs']:,} packs "
+            f"more, for --eval-data {out}:val"
         )
     if num_bad:
         say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")

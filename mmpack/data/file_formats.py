@@ -45,8 +45,8 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
     on the Hugging Face Hub. They must have one type, and belong to one split.
 
     Raises:
-        ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
-            or one of them is not a regular file (a pipe, a device, a dangling link).
+        ValueError: there is no such path, the type is not supported, a folder has files of several types or
+            splits, or one of them is not a regular file (a pipe, a device, a dangling link).
     """
     path = Path(path)
     if os.path.isdir(path):

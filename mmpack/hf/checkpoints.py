@@ -147,14 +147,14 @@ class PackKeeper:
         changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
             raise ValueError(
-                f"the checkpoint was trained on other packs or another loss: {changed}; to train on these, start from "
-                "its weights (from_pretrained) instead of resuming"
+                f"the checkpoint was trained on other packs or another loss: {changed}; to train on these, start "
+                "from its weights (from_pretrained) instead of resuming"
             )
         steps = [_packs_of_a_step(record) for record in (then, self._record)]
         if steps[0] != steps[1]:
             raise ValueError(
-                f"a step had {counted(steps[0], 'pack')} in the checkpoint ({_product(then)}) and has {steps[1]} now "
-                f"({_product(self._record)}), so packs would be skipped or repeated; set "
+                f"a step had {counted(steps[0], 'pack')} in the checkpoint ({_product(then)}) and has {steps[1]} "
+                f"now ({_product(self._record)}), so packs would be skipped or repeated; set "
                 f"gradient_accumulation_steps so that the product is {steps[0]}"
             )
         if args.ignore_data_skip and state.global_step % -(-then["made of"]["packs"] // steps[0]):

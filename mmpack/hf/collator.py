@@ -80,20 +80,23 @@ class PackCollator:
     `pixel_values_videos` (P, C * t * p * p), a quarter. The patched model's patch embedding normalizes them.
 
     With a patched `model`, the pixels of an image or a video that several markers show are there once
-    (`mmpack.packing.shared_images`), and `image_grid_thw` has a row per marker all the same; P counts what is there.
+    (`mmpack.packing.shared_images`), and `image_grid_thw` has a row per marker all the same; P counts what is
+    there.
 
     Qwen2.5-VL's, Qwen3-VL's and Qwen3.5's towers need extra indices that depend on the model (attention windows,
     rows of a position table). The worker computes them, given `model`. A Qwen3.5's batch also has `cu_seq_lens_q
     (S + 1,)` and `seq_idx (1, T)`, on which transformers raises if the model is not patched and
-    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without `model`,
-    so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read them.
+    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without
+    `model`, so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read
+    them.
 
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
             whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
-            encoder's `media_dir`, by default the current folder: `Encoder.from_processor(processor, media_dir=...)`.
-        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels and images that are not
-            shared. It is inspected, not kept.
+            encoder's `media_dir`, by default the current folder:
+            `Encoder.from_processor(processor, media_dir=...)`.
+        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels and images that are
+            not shared. It is inspected, not kept.
         pixels: "float32" or "uint8"; "uint8" needs a patched `model`.
         full_logits: leave out `logits_to_keep` and `shift_labels`, so that the model returns the logits of every
             token: for `compute_metrics` and `compute_loss_func`. Costs the memory of (1, T, V) logits.
@@ -109,7 +112,8 @@ class PackCollator:
 
     Raises:
         ValueError: uint8 pixels, assembly on the device, a reduction or weights without a patched model, an
-            unsupported model, an unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a batch; names the item.
+            unsupported model, an unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a
+            batch; names the item.
     """
 
     def __init__(
@@ -144,8 +148,8 @@ class PackCollator:
         base = None if model is None else inner_model(model)
         if base is not None and family_of(base).has_linear_attention and not is_patched(base):
             raise ValueError(
-                f"{type(model).__name__} is not patched, and its Gated DeltaNet layers would mix the segments of a "
-                "pack; pass PackCollator(model=patch_model(model))"
+                f"{type(model).__name__} is not patched, and its Gated DeltaNet layers would mix the segments of "
+                "a pack; pass PackCollator(model=patch_model(model))"
             )
         if pad_to is not None and pad_to < 1:
             raise ValueError(f"pad_to must be positive, got {pad_to}")
@@ -247,8 +251,8 @@ class PackCollator:
         values = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
         if values and self.pixels == "uint8":
             raise ValueError(
-                "processor outputs have float pixel_values, not the bytes of pixels='uint8'; leave it out, or pass "
-                "items of a PackedDataset, EncodedSamples or raw rows"
+                "processor outputs have float pixel_values, not the bytes of pixels='uint8'; leave it out, or "
+                "pass items of a PackedDataset, EncodedSamples or raw rows"
             )
         return values
 
@@ -285,7 +289,8 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
         if len(grid_thw) and len(feature[pixels]) != patches:
             raise ValueError(
-                f"feature {number}: number of patches is {len(feature[pixels])} in {pixels}, but {patches} in {name}"
+                f"feature {number}: number of patches is {len(feature[pixels])} in {pixels}, but {patches} in "
+                f"{name}"
             )
         if kind == "video" and len(grid_thw) and vision.video_spec.has_timestamps:
             grid_thw = np.insert(grid_thw[:, 1:].repeat(grid_thw[:, 0], axis=0), 0, 1, axis=1)

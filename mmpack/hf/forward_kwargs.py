@@ -181,8 +181,8 @@ def _batch(
     grid_offsets: Any,
     is_new: Any,
 ) -> dict[str, Any]:
-    """The part of the batch that both kinds share; `grid_thw` (I, 3) and `is_new` (I,), whether nothing before shows
-    the same, by segment; `grid_offsets` (S + 1,)."""
+    """The part of the batch that both kinds share; `grid_thw` (I, 3) and `is_new` (I,), whether nothing before
+    shows the same, by segment; `grid_offsets` (S + 1,)."""
     rows = pack.supervised_index.astype(np.int64)
     shift_labels = torch.from_numpy(pack.labels[rows + 1])
     supervised = torch.from_numpy(rows)

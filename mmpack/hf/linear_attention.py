@@ -18,9 +18,9 @@ from mmpack.hf.mmpack_dict import MmpackDict
 def linear_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The forward to bind on a Gated DeltaNet, given its class's forward `stock`.
 
-    With a pack, stock is called once per segment, which is exact on every device. On CUDA with flash-linear-attention
-    and causal-conv1d installed, it is called once, with the keywords by which their kernels begin each segment anew
-    (not measured).
+    With a pack, stock is called once per segment, which is exact on every device. On CUDA with
+    flash-linear-attention and causal-conv1d installed, it is called once, with the keywords by which their kernels
+    begin each segment anew (not measured).
     """
 
     def forward(

@@ -84,9 +84,9 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         impl: which ops to use. "auto": what `mmpack tune` found to be right and fastest on this GPU, else
             libraries' (torch, flash-attn), with a warning; under Trainer, all ranks use the same
             (`PackingCallback`). "libraries": only libraries'. "triton": mmpack's kernels (attention, rotary
-            embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in Triton's
-            interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named
-            implementation is used or refused.
+            embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in
+            Triton's interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A
+            named implementation is used or refused.
 
     Raises:
         ValueError: the model is not supported, or something else has replaced a method that mmpack binds.

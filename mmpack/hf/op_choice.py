@@ -1,8 +1,10 @@
-"""Which implementation each op of a model uses with `patch_model(impl="auto")`: what `mmpack tune` found on this GPU.
+"""Which implementation each op of a model uses with `patch_model(impl="auto")`: what `mmpack tune` found on this
+GPU.
 
 A model has one shape class per role: text attention, attention in the tower and its windows, rotary embedding of
 both, the embedding of tokens and of uint8 patches, and the loss, of kept logits or in the head. The dtype is only
-known in the forward (autocast, mixed precision), so a choice is one implementation per role and dtype. Where nothing was measured, a library's ops run.
+known in the forward (autocast, mixed precision), so a choice is one implementation per role and dtype. Where
+nothing was measured, a library's ops run.
 """
 
 from __future__ import annotations
@@ -125,8 +127,8 @@ def tell_choice(choice: Choice, device: torch.device, ranks: int = 1) -> None:
         _log.info("ops by `mmpack tune`: %s", ", ".join(in_words(choice)))
         return
     _log.warning(
-        "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` does "
-        "that, and impl='libraries' needs no measurement",
+        "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` "
+        "does that, and impl='libraries' needs no measurement",
         "this GPU" if ranks == 1 else "the GPU of every rank",
     )
 
@@ -156,7 +158,8 @@ def impl_for(pack: MmpackDict | Mapping[str, Any], role: str, dtype: torch.dtype
 
 
 def compute_dtype(value: torch.Tensor) -> torch.dtype:
-    """The dtype that layers compute in: under autocast its dtype, whatever arrives (rope makes q and k float32)."""
+    """The dtype that layers compute in: under autocast its dtype, whatever arrives (rope makes q and k
+    float32)."""
     device = value.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -71,8 +71,8 @@ class StreamKeeper:
         before = then.get("loss reduction", self._reduction)
         if before != self._reduction:
             raise ValueError(
-                f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; use the "
-                "same, or start from its weights (from_pretrained) instead of resuming"
+                f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; "
+                "use the same, or start from its weights (from_pretrained) instead of resuming"
             )
         ranks = then.get("ranks", args.world_size)
         if ranks != args.world_size:
@@ -85,8 +85,8 @@ class StreamKeeper:
             self.stream.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
         elif not self.stream.state_dict()["consumed"]:
             raise ValueError(
-                f"{path} is missing, so the stream's position is unknown; resume with the same output_dir, or load "
-                "the state yourself: stream.load_state_dict(...)"
+                f"{path} is missing, so the stream's position is unknown; resume with the same output_dir, or "
+                "load the state yourself: stream.load_state_dict(...)"
             )
 
     def on_epoch_begin(self, state: TrainerState) -> None:

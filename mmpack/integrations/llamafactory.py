@@ -1,8 +1,8 @@
 """LLaMA-Factory's command on packs: `python -m mmpack.integrations.llamafactory train.yaml [name=value ...]`.
 
 LLaMA-Factory reads the options, loads tokenizer, processor and model, adds adapters, freezes parts, and makes the
-optimizer, the Trainer and the files of the run. From mmpack come the data sets, the collator, the patched model and
-`PackingCallback`: five names of LLaMA-Factory are replaced while the run lasts (`REPLACED`).
+optimizer, the Trainer and the files of the run. From mmpack come the data sets, the collator, the patched model
+and `PackingCallback`: five names of LLaMA-Factory are replaced while the run lasts (`REPLACED`).
 docs/llama_factory.md is the user's page.
 """
 
@@ -101,8 +101,8 @@ def run(args: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     }
     if enabled := [name for name in _OTHER_CODE if used["is_env_enabled"](name)]:
         raise ValueError(
-            f"{enabled[0]}=1 does not apply: it starts another trainer than the one that mmpack's packs go to; unset "
-            "it, and start several ranks with torchrun -m mmpack.integrations.llamafactory"
+            f"{enabled[0]}=1 does not apply: it starts another trainer than the one that mmpack's packs go to; "
+            "unset it, and start several ranks with torchrun -m mmpack.integrations.llamafactory"
         )
     defaults = used["FinetuningArguments"]
     parts = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
@@ -147,8 +147,8 @@ class _Run:
         given, capacity = self.args.get("cutoff_len"), self.data.capacity
         if given not in (None, capacity):
             raise ValueError(
-                f"cutoff_len: {given} does not apply: the packs of {self.own.packed} hold {capacity} tokens; leave "
-                "it out, or pack again with --capacity"
+                f"cutoff_len: {given} does not apply: the packs of {self.own.packed} hold {capacity} tokens; "
+                "leave it out, or pack again with --capacity"
             )
         self.args["cutoff_len"] = capacity
         self.args["dataset"] = _name_of(self.own.packed)

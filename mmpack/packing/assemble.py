@@ -76,12 +76,13 @@ def assemble(
         pixels: decode images and videos; otherwise `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; both give the same pack.
         share_images: the pack has the patches of an image or a video once, however many markers show it
-            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs them.
+            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs
+            them.
         empty: allocates the arrays that the core and the decoder write; called like `numpy.empty`.
 
     Returns:
-        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them, then
-        videos.
+        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them,
+        then videos.
 
     Raises:
         ValueError: there are no samples, their specs differ, or a sample's arrays contradict each other.
@@ -236,7 +237,8 @@ class PixelBuffer:
     Args:
         vision: the samples' spec.
         size: the size of the samples, from `join`.
-        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded again.
+        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded
+            again.
         empty: allocates the arrays; called like `numpy.empty`.
     """
 

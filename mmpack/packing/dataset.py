@@ -97,8 +97,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         "split" (documents only) it into pieces, which `samples` then holds, see `mmpack.packing.split_documents`.
 
         `group_images` plans samples that show the same image together: a pack runs the vision tower once for each
-        image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers count an
-        image for each of its samples.
+        image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers count
+        an image for each of its samples.
 
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an
@@ -211,25 +211,25 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     ) -> MixedDataset:
         """Mix data sets in given shares, without encoding anything again.
 
-        By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to occur
-        once; the others repeat, in whole passes of another order each and a part of one, which the next epoch
-        continues. So samples of a source are drawn equally often, up to one; an epoch that would need more packs than
-        the first leaves the last few that it drew out. Packs are ordered so that the sources' shares
+        By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to
+        occur once; the others repeat, in whole passes of another order each and a part of one, which the next
+        epoch continues. So samples of a source are drawn equally often, up to one; an epoch that would need more
+        packs than the first leaves the last few that it drew out. Packs are ordered so that the sources' shares
         are about the same in all parts of an epoch.
 
         Args:
-            sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a `PackedDataset`;
-                all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold for its rows;
-                `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear in the log (`pack/loss/NAME`),
-                and in errors before the file (`NAME::train.json`).
+            sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a
+                `PackedDataset`; all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold
+                for its rows; `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear
+                in the log (`pack/loss/NAME`), and in errors before the file (`NAME::train.json`).
             cost: as in `from_samples`: the model's config, or (N,) numbers for the samples of all sources.
             by: whether weights are shares of "tokens" or of "samples".
             epoch_tokens: tokens of an epoch.
             seed: decides which samples come when, and the packs.
 
         Raises:
-            ValueError: a weight is not a positive number, sources were not packed alike, or one has options that are the
-                mixture's; names the difference.
+            ValueError: a weight is not a positive number, sources were not packed alike, or one has options that
+                are the mixture's; names the difference.
         """
         from mmpack.packing.mixed_dataset import MixedDataset  # here: it needs this module
 
@@ -245,7 +245,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             folder: a new one, or empty. It appears complete or not at all.
 
         Raises:
-            ValueError: there are no samples, the folder is not empty, or it is of several with other media folders.
+            ValueError: there are no samples, the folder is not empty, or it is of several with other media
+                folders.
             OSError: it cannot be written.
         """
         from mmpack.store.atomic_folder import published  # here: only stores need Arrow
@@ -306,10 +307,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     def fingerprint(self) -> dict[str, Any]:
         """Settings, counts and checksums that determine the packs of every epoch, for JSON.
 
-        Data sets with equal fingerprints have equal packs: ids, labels, grids, temporal steps, file and row of every
-        sample, paths of images and videos, and the bytes of those in memory. No file is opened. A list and the store
-        that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's checksum is
-        stored, so a million samples take milliseconds; for a list all samples are read.
+        Data sets with equal fingerprints have equal packs: ids, labels, grids, temporal steps, file and row of
+        every sample, paths of images and videos, and the bytes of those in memory. No file is opened. A list and
+        the store that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's
+        checksum is stored, so a million samples take milliseconds; for a list all samples are read.
         """
         return fingerprint_of(self.samples, self.plan, self.source_weights)
 

@@ -68,8 +68,8 @@ def held_out(samples: Any, size: float, used: NDArray[np.bool_] | None = None) -
     wanted = int(size) if size >= 1 else max(1, round(size * len(group)))
     if wanted >= len(group):
         raise ValueError(
-            f"--val-size (val_size) asks for {wanted:,} of {counted(len(group), 'row')}, and none would be left to "
-            "train on; hold out fewer"
+            f"--val-size (val_size) asks for {wanted:,} of {counted(len(group), 'row')}, and none would be left "
+            "to train on; hold out fewer"
         )
     _, first, inverse, count = np.unique(
         group, return_index=True, return_inverse=True, return_counts=True
@@ -135,8 +135,8 @@ def _keys_of(one: Media) -> Iterator[Hashable]:
 def within_limits(samples: Any, limits: Mapping[str, tuple[int, int]]) -> NDArray[np.bool_]:
     """Which samples the `num_samples` and `max_samples` of `dataset_info.json` entries leave, a bool each.
 
-    `max_samples` leaves the first samples of an entry, `num_samples` chooses among them by the hash of their file and
-    number. Documents count once, however many pieces they have.
+    `max_samples` leaves the first samples of an entry, `num_samples` chooses among them by the hash of their file
+    and number. Documents count once, however many pieces they have.
 
     Args:
         limits: files of an entry, joined by "/" -> (num_samples, max_samples), 0: no limit.
@@ -153,7 +153,8 @@ def within_limits(samples: Any, limits: Mapping[str, tuple[int, int]]) -> NDArra
         own = own[: max_samples or None]
         if num_samples > len(own):
             _log.warning(
-                "num_samples of %s is %s, but %s are there; each is used once per epoch, and --mix repeats a source",
+                "num_samples of %s is %s, but %s are there; each is used once per epoch, and --mix repeats a "
+                "source",
                 names,
                 f"{num_samples:,}",
                 counted(len(own), "sample"),
@@ -190,7 +191,7 @@ def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
     )
     if not len(part.sample_index):
         raise ValueError(
-            f"none of the {counted(int(own.sum()), 'row')} to train on, or held out (--val-size), fits a pack; choose "
-            "more rows, or pack with a larger --capacity"
+            f"none of the {counted(int(own.sum()), 'row')} to train on, or held out (--val-size), fits a pack; "
+            "choose more rows, or pack with a larger --capacity"
         )
     return assigned(part, plan.seed)

@@ -105,7 +105,8 @@ class SampleSizes:
         num_tokens, num_patches: (N,) as they are planned.
         is_alone: (N,) samples that are not planned together with others: those that are too long for a pack.
         cost: (N,) cost of each sample; None: without costs.
-        image_cost: (I,) the part of it that is spent on each image; None: unknown, so an image counts in every sample.
+        image_cost: (I,) the part of it that is spent on each image; None: unknown, so an image counts in every
+            sample.
     """
 
     num_tokens: Int64
