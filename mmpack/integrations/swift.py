@@ -90,7 +90,10 @@ REFUSED_OPTIONS = {
     "cached_val_dataset": ("it holds rows", "pass a packed folder as --val_dataset"),
     "split_dataset_ratio": ("packs are not split", "pack two sets, and pass --val_dataset"),
     "interleave_prob": (_PLANNED, "leave it out"),
-    "columns": (_ENCODED + "fields are chosen when rows are packed", "pack with --column"),
+    "columns": (
+        _ENCODED + "fields are chosen when rows are packed",
+        "name them in an entry of dataset_info.json, and pack with --dataset",
+    ),
     "group_by_length": (_PLANNED, "leave it out"),
     "system": (_ENCODED + "a system prompt would not apply", "write it into the rows"),
     "truncation_strategy": (_ENCODED + "rows are cut when packed", "pack with --on-overflow"),

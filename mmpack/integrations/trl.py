@@ -79,7 +79,7 @@ REFUSED_OPTIONS = {
     ),
     "dataset_text_field": (
         _ENCODED + "fields are chosen when rows are packed",
-        "pack with --column",
+        "name it in an entry of dataset_info.json, and pack with --dataset",
     ),
     "dataset_kwargs": (_ENCODED + "no row is prepared", "leave it out"),
     "dataset_num_proc": (_ENCODED + "no row is prepared", "pack with --jobs"),
