@@ -295,7 +295,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
     def append_empty_packs(self, multiple: int) -> None:
         """Append empty packs until the number of items is a multiple of `multiple`, the number of ranks times
-        packs per batch.
+        packs per batch; ranks that share packs (`ContextGroup`) count once.
 
         Otherwise accelerate evens out ranks by repeating packs of other ranks. An empty pack is the smallest
         sample without its labels; its loss and gradients are zero.

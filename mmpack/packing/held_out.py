@@ -131,15 +131,18 @@ def _shown(samples: Any) -> Iterator[tuple[bool, Iterable[Hashable]]]:
         names = np.array([*batch.paths, None], dtype=object)[batch.path]
         inside = batch.offset >= 0
         names[inside] = batch.offset[inside]  # equal contents have one position
+        for place in np.flatnonzero(batch.in_tar).tolist():
+            names[place] = names[place], int(batch.in_tar[place])
         keys, ends = names.tolist(), batch.files.tolist()
         for begin, end in zip(ends, ends[1:]):
             yield next(again), keys[begin:end]
 
 
 def _key(one: ImageRef) -> Hashable:
-    """What an image, a video file or a frame is known by: its path, or its content."""
+    """What an image, a video file or a frame is known by: its path, with its position in a tar file, or its
+    content."""
     if one.data is None:
-        return one.path
+        return one.path if one.member is None else (one.path, one.member.offset)
     if isinstance(one.data, (bytes, bytearray, memoryview)):
         return hashlib.sha256(one.data).digest()
     return hashlib.sha256(one.data.tobytes()).digest()  # a PIL image
