@@ -69,7 +69,7 @@ class ContextDict(TypedDict, total=False):
     checksum: int  # of the whole pack; context_parallel
     rows: tuple[int, int]  # begin and end of the rows in the whole pack's; weight_count
     supervised_offsets: tuple[int, ...]  # S + 1, as above, in the whole pack's rows; throughput
-    weight: float  # sum of weights of the whole pack's rows; written by weight_count if not all 1; loss, evaluation
+    weight: float  # sum of the whole pack's weights; written by weight_count if not all 1; loss, evaluation
     # With images or videos in the pack.
     sent: SentDict  # context_parallel
     sent_sizes: tuple[int, ...]  # features to each rank; context_parallel
