@@ -97,6 +97,7 @@ def test_packs_are_those_of_files(shards, tmp_path, numbering):
     assert saved.media_folders == [str(shards)]
     of_store = images_of(saved.samples)
     np.testing.assert_array_equal(of_store.ids, images[1].ids)
+    np.testing.assert_array_equal(_groups(saved.samples), _groups(tars.samples))
     plain = dataclasses.replace
     for one, other in zip(tars.samples, saved.samples):
         assert [plain(image, size=None) for image in one.media] == list(other.media)
