@@ -128,7 +128,10 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
         why = "LoRA adapts trained weights (--lora-rank)"
         yield [] if options.model else ["config"], why, "pass --model"
     if options.context_size > 1 and options.on_bad_image == "drop":
-        why = "ranks share a pack (--context-size), and one that cannot read a file would have another"
+        why = (
+            "a rank that cannot read a file would have another pack than the ranks it shares it with "
+            "(--context-size)"
+        )
         yield ["on_bad_image"], why, "find broken images first: mmpack check --decode"
     if len(packed) < len(sets):  # some are rows
         return
