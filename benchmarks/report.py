@@ -46,7 +46,8 @@ TESTS = {
     "headers": ("test_images",),
     "host": ("test_collator", "test_pixels"),
     "index": ("test_build", "test_encode"),
-    # Inside other frameworks, of which only TRL is installed where reports are made; each benchmark compares losses itself.
+    # Inside other frameworks, of which only TRL is installed where reports are made; each benchmark compares
+    # losses itself.
     "inside LLaMA-Factory": ("test_callbacks", "test_trainer"),
     "inside TRL": ("test_trl",),
     "inside ms-swift": ("test_callbacks", "test_trainer"),

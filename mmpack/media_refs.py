@@ -36,8 +36,8 @@ class ImageRef:
         size: (height, width) in pixels if known.
         options: its own pixel limits or size; None: the spec's.
         member: where it is in the file, if that is a tar file; None: it is the whole file.
-        version: of an object in object storage, what identified its content when its row was read (bytes, and ETag or
-            modification time); it must be the same when its pixels are read. Empty: not known, or a file.
+        version: of an object in object storage, what identified its content when its row was read (bytes, and
+            ETag or modification time); it must be the same when its pixels are read. Empty: not known, or a file.
     """
 
     path: str

@@ -14,9 +14,10 @@ class ObjectServer(ThreadingHTTPServer):
     """Serves the files of a folder.
 
     Attributes:
-        faults: path -> faults, such as {"/a.png": ["500", "500"]}: one is taken at each request, and the last stays if it
-            ends with "!". "403", "404", "500", "503": that status. "cut": half of the body. "slow": waits `seconds`
-            first. "no range": all bytes, whatever was asked for. "no tag": no ETag. "no size". "gzip". "to URL": a redirect.
+        faults: path -> faults, such as {"/a.png": ["500", "500"]}: one is taken at each request, and the last
+            stays if it ends with "!". "403", "404", "500", "503": that status. "cut": half of the body. "slow":
+            waits `seconds` first. "no range": all bytes, whatever was asked for. "no tag": no ETag. "no size".
+            "gzip". "to URL": a redirect.
         requests: (method, path, Range) of each.
         num_sent: bytes of bodies.
     """

@@ -79,8 +79,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Name the first option that the command does not have, before argparse says what else is missing because of it.
-    `mmpack train` has those of TrainingArguments, too, and names them itself."""
+    """Name the first option that the command does not have, before argparse says what else is missing because of
+    it. `mmpack train` has those of TrainingArguments, too, and names them itself."""
     command = words[0] if words else ""
     if command not in COMMANDS or command == "train":
         return

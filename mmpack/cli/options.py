@@ -175,7 +175,8 @@ class PackOptions(PackingOptions, PictureOptions):
     jobs: int | None = option("processes (default: one per core if there are many rows)", None)
     shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
     val_size: float | None = option(
-        "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data FOLDER:val",
+        "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data "
+        "FOLDER:val",
         None,
         metavar="N",
     )
@@ -298,8 +299,8 @@ class TrainOptions(PackingOptions, Options):
         "token",
     )
     context_size: int = option(
-        "ranks that share each pack, whose --capacity is theirs together (default: 1); needs a multiple of as many "
-        "processes (torchrun)",
+        "ranks that share each pack, whose --capacity is theirs together (default: 1); needs a multiple of as "
+        "many processes (torchrun)",
         1,
         metavar="N",
     )

@@ -54,14 +54,15 @@ def is_packed(data: Iterable[str], option: str = "--data") -> bool:
     for folder in packed if option == "--data" else ():
         if packed_split(folder) != (folder, "train"):
             raise ValueError(
-                f"{option} {folder} are the rows held out for evaluation; pass the folder, and {folder} to --eval-data"
+                f"{option} {folder} are the rows held out for evaluation; pass the folder, and {folder} to "
+                f"--eval-data"
             )
     is_joined = option != "--data" and len(packed) == len(folders)
     if packed and len(folders) > 1 and not is_joined:
         mix = "; mix them with --mix WEIGHT ..., or" if option == "--data" else ";"
         raise ValueError(
-            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack the "
-            "data files of all of them together with mmpack pack"
+            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack "
+            "the data files of all of them together with mmpack pack"
         )
     return bool(packed)
 
@@ -111,7 +112,8 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
         sets = [("--data", (data,)) for data in options.data]
         if len(options.mix) != len(options.data):
             raise ValueError(
-                f"--mix has {counted(len(options.mix), 'weight')} for {len(options.data)} --data; pass one for each"
+                f"--mix has {counted(len(options.mix), 'weight')} for {len(options.data)} --data; pass one for "
+                f"each"
             )
     else:
         yield ["mix_by", "epoch_tokens"], "there is one source of data", "pass --mix too"
@@ -126,7 +128,10 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
         why = "LoRA adapts trained weights (--lora-rank)"
         yield [] if options.model else ["config"], why, "pass --model"
     if options.context_size > 1 and options.on_bad_image == "drop":
-        why = "a rank that cannot read a file would have another pack than the ranks it shares it with (--context-size)"
+        why = (
+            "a rank that cannot read a file would have another pack than the ranks it shares it with "
+            "(--context-size)"
+        )
         yield ["on_bad_image"], why, "find broken images first: mmpack check --decode"
     if len(packed) < len(sets):  # some are rows
         return

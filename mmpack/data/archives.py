@@ -1,7 +1,8 @@
-"""Opens tar files: `open_archive` is the one place. A process keeps a few of them open, for the images that it reads.
+"""Opens tar files: `open_archive` is the one place. A process keeps a few of them open, for the images that it
+reads.
 
-A member is read by position, so threads and forked workers can share an open file. Before a member's bytes are used,
-its header and the size of the tar file are compared with those of when its row was read.
+A member is read by position, so threads and forked workers can share an open file. Before a member's bytes are
+used, its header and the size of the tar file are compared with those of when its row was read.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def open_member(
     if archive.size != archive_bytes:
         _archives.forget(path)  # it may be written again
         raise RowError(
-            f"{place} cannot be read: the tar file has {archive.size:,} bytes, and had {archive_bytes:,} when it was "
-            "packed",
+            f"{place} cannot be read: the tar file has {archive.size:,} bytes, and had {archive_bytes:,} when it "
+            "was packed",
             "pack the data again",
         )
     block = archive.read_at(offset - BLOCK, BLOCK) if offset >= BLOCK else b""

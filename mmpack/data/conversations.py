@@ -56,8 +56,8 @@ def turns_of(
         unread: keys of turns and parts that are not read are added to it (`mmpack.data.row_keys`).
 
     Raises:
-        RowError: a field is missing or not text, a role is unknown, an answer is empty, the last turn is another, or
-            a key means something that is not supported.
+        RowError: a field is missing or not text, a role is unknown, an answer is empty, the last turn is another,
+            or a key means something that is not supported.
     """
     columns = fields.columns
     turns = _SHAPES.get(fields.formatting, _chat_turns)(row, fields, unread)

@@ -25,9 +25,9 @@ def data_files(path: str | os.PathLike[str]) -> Sequence[DataPath]:
     `[...]`, `{000..123}` and `{a,b}` in it stand for several.
 
     Raises:
-        ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
-            or one of them is not a regular file (a pipe, a device, a dangling link); or it is a URL that is not read,
-            or of a folder on a web server, which has no list.
+        ValueError: there is no such path, the type is not supported, a folder has files of several types or
+            splits, or one of them is not a regular file (a pipe, a device, a dangling link); or it is a URL that
+            is not read, or of a folder on a web server, which has no list.
     """
     if is_url(path):
         named_here = list(map(data_path, without_braces(os.fspath(path))))
@@ -93,8 +93,8 @@ def _remote_files(path: DataPath) -> Sequence[DataPath]:
         return [path]
     if scheme_of(path.url) in HTTP:
         raise ValueError(
-            f"{path} has none of the suffixes {', '.join(SUFFIXES)}, and a web server has no list of a folder's files; "
-            "name the files"
+            f"{path} has none of the suffixes {', '.join(SUFFIXES)}, and a web server has no list of a folder's "
+            "files; name the files"
         )
     try:
         names = listed(path.url)
@@ -114,8 +114,8 @@ def _remote_files(path: DataPath) -> Sequence[DataPath]:
 def _refuse_compressed_tar(path: DataPath) -> None:
     if path.name.lower().endswith(tar_shards.COMPRESSED):
         raise ValueError(
-            f"{path} is a compressed tar file, in which an image has no position of its own; decompress it (gunzip, "
-            "zstd -d): pictures in it are compressed already"
+            f"{path} is a compressed tar file, in which an image has no position of its own; decompress it "
+            "(gunzip, zstd -d): pictures in it are compressed already"
         )
 
 

@@ -1,8 +1,8 @@
 """Paths that a user named -> data files, each with its entry in a `dataset_info.json` (LLaMA-Factory's).
 
 An entry maps the names of fields (`mmpack.data.row_fields`). Its `file_name` is relative to the folder of the
-`dataset_info.json`, and so are images and videos, as in LLaMA-Factory, where `media_dir` is by default the folder of
-the data sets. An entry can also have a `media_dir` of its own, which LLaMA-Factory does not read.
+`dataset_info.json`, and so are images and videos, as in LLaMA-Factory, where `media_dir` is by default the folder
+of the data sets. An entry can also have a `media_dir` of its own, which LLaMA-Factory does not read.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def limits_by_files(
         for name, own in Counter(limit.files.split("/")).items():
             if count[name] != own:
                 raise ValueError(
-                    f"num_samples and max_samples find a row by the name of its file, but {count[name]} files of several "
-                    f"entries are {name}; rename them, or pack the entries apart and mix them (--mix)"
+                    f"num_samples and max_samples find a row by the name of its file, but {count[name]} files of "
+                    f"several entries are {name}; rename them, or pack the entries apart and mix them (--mix)"
                 )
     return {limit.files: (limit.num_samples, limit.max_samples) for limit in limits}
 

@@ -1,5 +1,5 @@
-"""A data file -> its bytes, decompressed; regular files and objects in object storage only, and decompressed bytes are
-limited by file size."""
+"""A data file -> its bytes, decompressed; regular files and objects in object storage only, and decompressed
+bytes are limited by file size."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ class _Decompressed(io.RawIOBase):
         self._left -= len(data)
         if self._left < 0:
             raise ValueError(
-                f"{self._path.name} decompresses from {self._size:,} to more than {most_bytes(self._size):,} bytes, "
-                "too many for a data set; write it again"
+                f"{self._path.name} decompresses from {self._size:,} to more than {most_bytes(self._size):,} "
+                "bytes, too many for a data set; write it again"
             )
         buffer[: len(data)] = data
         return len(data)

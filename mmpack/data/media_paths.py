@@ -1,9 +1,9 @@
 """An image or a video in a row -> a reference to a file inside the media folders, or to bytes.
 
 Paths in rows are not trusted: with links resolved, they must lie inside the folders that the user named; URLs are
-refused; only regular files are opened. A file can change after its row was read, so `open_media` checks again. A folder
-that the user named may be the URL of a root in object storage; a path in a row then means an object under it
-(`mmpack.data.remote_roots`).
+refused; only regular files are opened. A file can change after its row was read, so `open_media` checks again. A
+folder that the user named may be the URL of a root in object storage; a path in a row then means an object under
+it (`mmpack.data.remote_roots`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _OF_VIDEO = 1 << 20  # bytes of a video in object storage that are read first
 
 
 class MediaFolders:
-    """The folders that images and videos may be in, on this machine or in object storage (URLs). A relative path starts
-    from `root` if given, else it must be in one of the folders only.
+    """The folders that images and videos may be in, on this machine or in object storage (URLs). A relative path
+    starts from `root` if given, else it must be in one of the folders only.
 
     Raises:
         ValueError: a URL is not one of a root, see `remote_root`.
@@ -115,8 +115,8 @@ class MediaFolders:
         return self.locate(source)
 
     def locate(self, value: Any, kind: str = "image") -> ImageRef:
-        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}`, a PIL image or
-        the member of a tar file; `kind` is the word for it in errors.
+        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}`, a PIL image
+        or the member of a tar file; `kind` is the word for it in errors.
 
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
@@ -211,7 +211,8 @@ class MediaFolders:
         )
 
     def _in_storage(self, path: str, kind: str) -> str:
-        """`_resolved` where a root is in object storage. Objects are looked for only if there are several roots."""
+        """`_resolved` where a root is in object storage. Objects are looked for only if there are several
+        roots."""
         places = [
             object_in(root, path, kind)
             if is_remote(root)
@@ -317,8 +318,8 @@ def open_media(
         version: of an object, as in `ImageRef`.
 
     Raises:
-        RowError: it does not exist, is outside the folders, or is not a regular file; or the tar file has changed, or
-            an object cannot be read, or is not of this version.
+        RowError: it does not exist, is outside the folders, or is not a regular file; or the tar file has
+            changed, or an object cannot be read, or is not of this version.
     """
     if is_remote(path):
         return _open_object(path, kind, folders, buffering, member, version)

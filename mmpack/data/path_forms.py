@@ -1,5 +1,5 @@
-"""A path as a row writes it -> the path of a file: `file:` URLs, Unicode forms, folders of frames, and text that is
-not a path but base64."""
+"""A path as a row writes it -> the path of a file: `file:` URLs, Unicode forms, folders of frames, and text that
+is not a path but base64."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Objects of object storage, read by fsspec: what identifies them, and ranges of them.
 
-File systems are opened in each process by itself: threads and connections of fsspec do not survive a fork. Faults that
-may be over at the next try are tried again. Credentials are fsspec's business (environment, its configuration); no
-error repeats what a library says about a request, because that can have a signature.
+File systems are opened in each process by itself: threads and connections of fsspec do not survive a fork. Faults
+that may be over at the next try are tried again. Credentials are fsspec's business (environment, its
+configuration); no error repeats what a library says about a request, because that can have a signature.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def _check(url: str, version: str, now: Identity, when: str = "since it was pack
     if version and str(now) != version:
         tag = version.partition(" ")[2]
         raise RowError(
-            f"{url} changed {when}: it has {_described(now)}, but {_described(Identity(size_of(version), tag))} when it was "
-            "first looked at",
+            f"{url} changed {when}: it has {_described(now)}, but {_described(Identity(size_of(version), tag))} "
+            "when it was first looked at",
             "pack the data again with --overwrite",
         )
 

@@ -1,7 +1,7 @@
 """Ranges of objects behind `http://` and `https://`, by the session of fsspec's file system.
 
-fsspec's own reads follow redirects anywhere and read whole bodies, whatever range was asked for. Here a redirect stays
-on its host, and no more of a body is read than was asked for.
+fsspec's own reads follow redirects anywhere and read whole bodies, whatever range was asked for. Here a redirect
+stays on its host, and no more of a body is read than was asked for.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def _redirected(url: str, location: str | None) -> str:
     if not (is_same or is_upgrade) or "@" in new.netloc:
         raise OSError(
             errno.EXDEV,
-            f"the server redirects to another host, {host}, which was not named; name that one as the root, or the "
-            "storage itself (s3, gs, hf)",
+            f"the server redirects to another host, {host}, which was not named; name that one as the root, or "
+            "the storage itself (s3, gs, hf)",
         )
     return target
 

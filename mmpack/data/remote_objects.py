@@ -35,8 +35,8 @@ def identity_of(file: BinaryIO) -> Identity:
 
 
 class RemoteObject:
-    """An object, read by position, by one thread. The first range is kept, and the last; each is twice as long as the
-    one before, so that what needs more than a header soon has all.
+    """An object, read by position, by one thread. The first range is kept, and the last; each is twice as long as
+    the one before, so that what needs more than a header soon has all.
 
     Args:
         version: as in `open_object`.

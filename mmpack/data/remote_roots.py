@@ -1,8 +1,8 @@
 """What may be read from object storage: the roots that a user names, and the objects under them that a row names.
 
-A root is a URL that the user wrote on the command line or in Python. Rows are not trusted: a row names an object by its
-path under a root, as it names a file by its path in a folder, and `object_in` refuses every path that could mean
-something else. Nothing is opened here.
+A root is a URL that the user wrote on the command line or in Python. Rows are not trusted: a row names an object
+by its path under a root, as it names a file by its path in a folder, and `object_in` refuses every path that
+could mean something else. Nothing is opened here.
 """
 
 from __future__ import annotations
@@ -67,21 +67,21 @@ def remote_root(name: str | os.PathLike[str]) -> str | None:
     shown = f"{scheme:.40}://..." if "://" in text else f"{text:.40}"
     if "::" in text:
         raise ValueError(
-            f"the root {text.partition(':')[0]:.40}::... chains file systems, which is not read; name the object itself "
-            f"({_LISTED}), or write ./ before a local name"
+            f"the root {text.partition(':')[0]:.40}::... chains file systems, which is not read; name the object "
+            f"itself ({_LISTED}), or write ./ before a local name"
         )
     if scheme not in SCHEMES:
         raise ValueError(f"the root {shown} is not read; roots are local paths, {_LISTED}")
     place, slash, path = rest.partition("/")
     if "@" in place or (scheme not in HTTP and ":" in place):
         raise ValueError(
-            f"the root {shown} has a user name or a password, which a store would record; give credentials to fsspec "
-            "(environment or configuration), and remove them from the URL"
+            f"the root {shown} has a user name or a password, which a store would record; give credentials to "
+            "fsspec (environment or configuration), and remove them from the URL"
         )
     if "?" in rest or "#" in rest:
         raise ValueError(
-            f"the root {scheme}://{place}/... has '?' or '#'; a signature in it would be recorded in the store, so "
-            "give credentials to fsspec (environment or configuration), and name the object alone"
+            f"the root {scheme}://{place}/... has '?' or '#'; a signature in it would be recorded in the store, "
+            "so give credentials to fsspec (environment or configuration), and name the object alone"
         )
     try:
         why = next(filter(None, map(_flaw, _decoded(path.lstrip("/")))), "")
@@ -141,8 +141,8 @@ def object_in(root: str, path: str, kind: str = "data") -> str:
         kind: the word for the object in errors.
 
     Raises:
-        RowError: the path is absolute, a URL, chained (`::`) or not a name, has `..`, also percent-encoded any number
-            of times, or chooses a version of the object.
+        RowError: the path is absolute, a URL, chained (`::`) or not a name, has `..`, also percent-encoded any
+            number of times, or chooses a version of the object.
     """
     scheme = scheme_of(root)
     why = "is not a name" if not path or len(path) > _MOST_PATH else ""
@@ -267,6 +267,6 @@ def require_local(name: str | os.PathLike[str], option: str) -> None:
     """
     if is_url(name):
         raise ValueError(
-            f"{option} {os.fspath(name).partition(':')[0]:.40}://... is not a local folder; packed data are written and "
-            "opened on local disks, so choose one, and copy it yourself"
+            f"{option} {os.fspath(name).partition(':')[0]:.40}://... is not a local folder; packed data are "
+            "written and opened on local disks, so choose one, and copy it yourself"
         )

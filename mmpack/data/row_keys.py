@@ -290,7 +290,8 @@ def refuse_pictures(holder: Mapping[Any, Any], keys: Iterable[Any], where: str) 
         if looks_like_media(holder[key]):
             raise RowError(
                 f"{where} has what looks like images or videos in {str(key)[:40]!r}, which is not read",
-                "rename it to 'images' or 'videos', or map it in a dataset_info.json, and add markers; or remove it",
+                "rename it to 'images' or 'videos', or map it in a dataset_info.json, and add markers; or remove "
+                "it",
             )
 
 

@@ -1,7 +1,7 @@
 """Rows -> their samples, or why they cannot be used; many rows at once where images are in object storage.
 
-Reading a row there waits for the headers of its images, so as many rows are read at a time as a process may have objects
-in flight. The order of rows and of errors is that of one at a time.
+Reading a row there waits for the headers of its images, so as many rows are read at a time as a process may have
+objects in flight. The order of rows and of errors is that of one at a time.
 """
 
 from __future__ import annotations

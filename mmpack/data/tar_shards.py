@@ -1,11 +1,11 @@
 """Tar shards in WebDataset's convention -> rows, whose images and videos stay where they are.
 
 A member's key is its name up to the first dot after the last slash; the rest, in lower case, is its extension.
-Members of one key that follow one another are a sample: `key.json` is its row, `key.txt` its text, pictures and videos
-are its images and videos (`0001.jpg`, or `0001.0.jpg` and `0001.1.jpg`).
+Members of one key that follow one another are a sample: `key.json` is its row, `key.txt` its text, pictures and
+videos are its images and videos (`0001.jpg`, or `0001.0.jpg` and `0001.1.jpg`).
 
-A member that is no regular file, a name that leads out of the archive, and a key or an extension that comes twice make
-a sample a bad row. A damaged archive ends its rows (`mmpack.data.tar_headers`).
+A member that is no regular file, a name that leads out of the archive, and a key or an extension that comes twice
+make a sample a bad row. A damaged archive ends its rows (`mmpack.data.tar_headers`).
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class TarSample:
         return value
 
     def _of_kind(self, kind: str) -> list[ImageRef]:
-        """Its images or videos in order: that of their numbers, if only the numbers of their extensions differ, else
-        that of the archive."""
+        """Its images or videos in order: that of their numbers, if only the numbers of their extensions differ,
+        else that of the archive."""
         found = [(extension, ref) for extension, ref in self.media if _kind(extension) == kind]
         if len({re.sub(r"[0-9]+", "", extension) for extension, _ in found}) == 1:
             found.sort(key=lambda one: natural(one[0]))
@@ -212,8 +212,8 @@ def tar_rows(path: DataPath, parse: Callable[[str], Any]) -> Iterator[TarRow]:
 
 
 def rows_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of what rows are made of: names and positions of all members, and the bytes of `.json` and `.txt`. The
-    bytes of images and videos are not read.
+    """SHA-256 of what rows are made of: names and positions of all members, and the bytes of `.json` and `.txt`.
+    The bytes of images and videos are not read.
 
     Raises:
         ValueError: it is damaged, or not a regular file.

@@ -168,8 +168,8 @@ def linear_keywords(pack: MmpackDict) -> dict[str, Any]:
 
 
 def has_linear_kernels(both: bool = True) -> bool:
-    """Whether flash-linear-attention and causal-conv1d are installed, by which a Gated DeltaNet then runs on a GPU;
-    with `both=False`, whether one of them is."""
+    """Whether flash-linear-attention and causal-conv1d are installed, by which a Gated DeltaNet then runs on a
+    GPU; with `both=False`, whether one of them is."""
     installed = is_flash_linear_attention_available(), is_causal_conv1d_available()
     return all(installed) if both else any(installed)
 

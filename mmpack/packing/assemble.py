@@ -81,12 +81,13 @@ def assemble(
         pixels: decode images and videos; otherwise `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; both give the same pack.
         share_images: the pack has the patches of an image or a video once, however many markers show it
-            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs them.
+            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs
+            them.
         empty: allocates the arrays that the core and the decoder write; called like `numpy.empty`.
 
     Returns:
-        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them, then
-        videos.
+        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them,
+        then videos.
 
     Raises:
         ValueError: there are no samples, their specs differ, or a sample's arrays contradict each other.
@@ -215,8 +216,9 @@ def load_pixels(
             and must decode.
         share_images: as in `assemble`.
         empty: allocates the arrays; called like `numpy.empty`.
-        context: decode only the images and videos of which this rank's tower gets frames, and keep only those frames;
-            all of them if samples whose images do not decode are to be dropped, which every rank must know.
+        context: decode only the images and videos of which this rank's tower gets frames, and keep only those
+            frames; all of them if samples whose images do not decode are to be dropped, which every rank must
+            know.
 
     Returns:
         (the samples kept from each group, the pixels of all groups).
@@ -249,8 +251,8 @@ def load_pixels(
 def _own_frames(
     joined: Joined, size: Size, context: ContextGroup
 ) -> tuple[tuple[NDArray[Any], NDArray[Any]], Size]:
-    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; the size with patches of
-    these frames)"""
+    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; the size with
+    patches of these frames)"""
     ids, markers = joined.input_ids, (joined.image_id, joined.video_id)
     is_video = ids[np.isin(ids, markers)] == joined.video_id
     is_new = joined.first_shown == np.arange(len(is_video))
@@ -275,7 +277,8 @@ class PixelBuffer:
     Args:
         vision: the samples' spec.
         size: the size of the samples, from `join`.
-        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded again.
+        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded
+            again.
         empty: allocates the arrays; called like `numpy.empty`.
         own: whether to keep each frame of the distinct images, and of the distinct videos; None: all.
     """

@@ -1,4 +1,5 @@
-"""The images of a pack that are in object storage, read several at once before they are decoded one after another."""
+"""The images of a pack that are in object storage, read several at once before they are decoded one after
+another."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from mmpack.types import ImageRef, Media
 
 
 class FetchedImages:
-    """Reads images in threads that end when all are read. Their bytes are kept until this object is gone: those of one
-    pack.
+    """Reads images in threads that end when all are read. Their bytes are kept until this object is gone: those
+    of one pack.
 
     Args:
-        media: images and videos, of which only images in object storage are read, each once; with folders that must
-            contain them.
+        media: images and videos, of which only images in object storage are read, each once; with folders that
+            must contain them.
     """
 
     def __init__(self, media: Iterable[tuple[Media, MediaFolders | None]]) -> None:

@@ -61,8 +61,8 @@ def row_sources(
     """The sources of a `PackStream`, from its arguments.
 
     Raises:
-        ValueError: a mixture's name or weight is not usable, it has no encoder for a source, encoders have different
-            specs, or an encoder does not go with a stream.
+        ValueError: a mixture's name or weight is not usable, it has no encoder for a source, encoders have
+            different specs, or an encoder does not go with a stream.
     """
     if not isinstance(source, Mapping):
         return (_row_source(source, encoder, cost, on_overflow, "", 1),)
@@ -92,8 +92,8 @@ def on_error_of(sources: Sequence[RowSource]) -> OnError | None:
         first = found[0][1]
         if not (on_error == first if isinstance(first, str) else on_error is first):
             raise ValueError(
-                f"the encoders of {found[0][0]!r} and {name!r} differ in on_error, and a stream has one for all rows; "
-                "pass on_error=..."
+                f"the encoders of {found[0][0]!r} and {name!r} differ in on_error, and a stream has one for all "
+                "rows; pass on_error=..."
             )
     return found[0][1] if found else None
 
@@ -118,8 +118,8 @@ def _row_source(
         group = RowGroup((), None, MediaFolders(media_folders(groups)))
     if any(one.limit is not None for one in groups):
         raise ValueError(
-            "num_samples and max_samples of a mapping are for plans, and a stream has none; remove them, and limit the "
-            "source"
+            "num_samples and max_samples of a mapping are for plans, and a stream has none; remove them, and "
+            "limit the source"
         )
     return RowSource(
         source=source, encoder=encoder, group=group, name=name, weight=Fraction(weight)

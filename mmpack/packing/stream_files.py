@@ -75,8 +75,8 @@ class FilePass(Iterator[FileRow]):
 
 
 def _rows_of(path: DataPath) -> Iterator[Row]:
-    """The rows of a file. The damage of a tar file is its last row, a bad one: other files can be read, and the damage is
-    the same whenever the file is read, which holds for no other error of a file."""
+    """The rows of a file. The damage of a tar file is its last row, a bad one: other files can be read, and the
+    damage is the same whenever the file is read, which holds for no other error of a file."""
     number = 0
     try:
         for row in read_rows(path):

@@ -1,7 +1,7 @@
 """EncodedSamples <-> an Arrow record batch with one row per sample, whose last column is the row's checksum.
 
-Images and videos without a file (bytes in rows) are not in the batch: the store's `media.bin` holds each distinct one
-once, and the rows hold its position.
+Images and videos without a file (bytes in rows) are not in the batch: the store's `media.bin` holds each distinct
+one once, and the rows hold its position.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def _replaced(batch: Any, positions: pyarrow.StructArray) -> bytes:
 
 
 def position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
-    """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are not
-    in it, 0."""
+    """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are
+    not in it, 0."""
     values = column.values
     inside: NDArray[np.bool_] = values.is_valid().to_numpy(zero_copy_only=False)
     offsets, lengths = (np.where(inside, values.field(name).to_numpy(), 0) for name in _POSITION)

@@ -43,8 +43,8 @@ def stamps(files: Iterable[DataPath]) -> dict[str, Stamp]:
 
 def changed_files(store: EncodedStore) -> list[str]:
     """Data files that have changed since the store was made: another size, or another modification time and other
-    content; of objects, another size or ETag. Files that are missing or unreadable are not listed, because a store no
-    longer needs them."""
+    content; of objects, another size or ETag. Files that are missing or unreadable are not listed, because a
+    store no longer needs them."""
     changed = []
     for path, known in store.about.files.items():
         if is_remote(path):

@@ -3,12 +3,12 @@
 A store is a folder. `samples.arrow` is a stream for any Arrow reader. `index.json` and its arrays hold the
 positions of its batches and the sizes of its samples. `mmpack.json` holds the `VisionSpec` and what the store was
 made from. Two more small files are for `datasets.load_from_disk`. Image and video files are not copied: a row
-holds their paths. Images and videos that have no file (bytes in rows) are in `media.bin`, each distinct one once; a
-row holds their positions.
+holds their paths. Images and videos that have no file (bytes in rows) are in `media.bin`, each distinct one once;
+a row holds their positions.
 
 All data is checked before use. Each row has a checksum, checked whenever the row is read; a checksum per batch
 would make the first read of any row read 256 rows. A batch's offsets are validated on first use, so that a wrong
-one cannot read memory outside it. The small files have their own checksums and a schema. The checksums of the whole
+one cannot read memory outside it. The small files have their own checksums and a schema. The checksums of all of
 `samples.arrow` and `media.bin` are checked when another store is made from them. Only regular files are opened.
 """
 
@@ -130,7 +130,7 @@ class EncodedStore(Sequence[EncodedSample]):
         return np.concatenate(chunks)
 
     def grids(self) -> tuple[Int32, Int64]:
-        """grid_thw of all markers (I, 3), and offsets (N + 1,): sample n has rows `offsets[n] : offsets[n + 1]`."""
+        """grid_thw of all markers (I, 3), and offsets (N + 1,) of each sample's: `offsets[n] : offsets[n + 1]`."""
         chunks = [self._columns(n)[2] for n in range(self.num_batches)]
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks]).reshape(-1, 3)
         lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])

@@ -74,8 +74,8 @@ class About:
 
     Attributes:
         begun: `time.time_ns()` when reading began; images that changed later make the store out of date.
-        files: data files by path: (bytes, modification time in ns, SHA-256); by URL: (bytes, 0, what identifies the
-            object).
+        files: data files by path: (bytes, modification time in ns, SHA-256); by URL: (bytes, 0, what identifies
+            the object).
         made_from: everything that the samples depend on, see `mmpack.store.build.made_from`.
         media_folders: folders that images and videos must be in, and URLs of roots; None: any folder.
         tokenizer: the tokenizer's folder, or `hf:owner/name@commit`.
