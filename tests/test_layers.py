@@ -52,6 +52,7 @@ ROOMS = {
         "store/encoded_store",
         "store/arrow_schema",
     },
+    "ray": {"store/ray_chunks"},
     "safetensors": {"hf"},  # transformers needs it
     "tokenizers": {"cli/demo"},
     "torch": {
