@@ -12,7 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.media_options import MediaOptions
+from mmpack.media_refs import ImageRef as ImageRef
+from mmpack.media_refs import Media as Media
+from mmpack.media_refs import TarMember as TarMember
+from mmpack.media_refs import VideoRef as VideoRef
 from mmpack.vision_spec import VisionSpec
 
 Int32 = NDArray[np.int32]
@@ -50,49 +53,6 @@ PACK_ARRAYS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """A reference to an image. Only `mmpack.data.images` opens it.
-
-    Attributes:
-        path: its file, or if `data` holds the image, a name for errors.
-        data: the encoded image (bytes of a JPEG, PNG, ...) or a PIL image; None: read the file.
-        size: (height, width) in pixels if known.
-        options: its own pixel limits or size; None: the spec's.
-    """
-
-    path: str
-    data: Any = None
-    size: tuple[int, int] | None = None
-    options: MediaOptions | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class VideoRef:
-    """A reference to a video: a file, which only `mmpack.data.videos` opens, or a list of frames.
-
-    Attributes:
-        path: its file, or a name for errors.
-        data: the encoded video as bytes; None: read the file.
-        frames: its frames, already sampled, if it is a list of images.
-        num_frames: number of frames in the file or the list.
-        fps: frames per second of the file or the list, if known.
-        size: (height, width) of its frames in pixels, if known.
-        options: its own pixel limits, size and sampling; None: the spec's.
-        folder: the folder whose pictures are its frames, if the row names a folder.
-    """
-
-    path: str
-    data: Any = None
-    frames: tuple[ImageRef, ...] = ()
-    num_frames: int = 0
-    fps: float | None = None
-    size: tuple[int, int] | None = None
-    options: MediaOptions | None = None
-    folder: str | None = None
-
-
-Media = ImageRef | VideoRef
 Loss = Literal["default", "prompt", "none"]  # of a turn, see `Message`
 
 

@@ -18,7 +18,7 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.media_paths import open_media
 from mmpack.data.readers import Reader, RowGroup, RowReader
-from mmpack.data.row_keys import UnreadFields
+from mmpack.data.row_keys import UnreadByFile, UnreadFields
 from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.image_units import UnitSizes, units_of
@@ -71,7 +71,7 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
     checked.unread = reader.unread
     if row.error is None:
-        checked.digest = _digest(row.content)
+        checked.digest = _digest(row.content if row.tar is None else [row.content, row.tar.media])
     try:
         checked.samples = reader.samples(row)
     except RowError as error:
@@ -118,7 +118,7 @@ class Summary:
         roles, turns: number of turns per role; number of rows per number of user turns.
         images_per_row: number of rows per number of images.
         num_videos, video_frames: number of videos, and the frames of each before sampling.
-        image_uses: path -> number of uses, without images in memory.
+        image_uses: name -> number of uses, without images in memory.
         weights: those of the loss other than 1, of rows and turns. num_weighted: number of rows with any.
         typed_text, typed_ids: number of each special token in rows that stays text, and that becomes its id.
         lengths: (tokens or, without a tokenizer, characters, source, row) of each usable row.
@@ -240,18 +240,21 @@ class Summary:
             self.image_sizes.append(image.size)
         if image.data is not None:
             return
-        if self._hash_files and image.path not in self.image_uses:
+        if self._hash_files and image.name not in self.image_uses:
             digest = hashlib.sha256()
-            with open_media(image.path, "image") as file:
+            with open_media(image.path, "image", member=image.member) as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
-            self._by_content[digest.digest()].add(image.path)
-        self.image_uses[image.path] += 1
+            self._by_content[digest.digest()].add(image.name)
+        self.image_uses[image.name] += 1
 
     @property
     def unread(self) -> list[tuple[str, UnreadFields]]:
         """For each file that has them: its fields that are not read, and the number of rows with each."""
-        return [(source, fields) for source, fields in self._unread.values() if fields]
+        found = UnreadByFile()
+        for source, fields in self._unread.values():
+            found.add(source, fields)
+        return list(found.items())
 
     @property
     def num_usable(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,7 +243,7 @@ def _described(view: PackView, medium: Medium) -> str:
     p = view.pack.vision.patch_size
     return (
         f"{medium.name}: {size_in_patches(medium)} patches of {p} ({width * p} x {height * p} pixels), "
-        f"{view.num_tokens(medium):,} tokens, {one_line(Path(medium.ref.path).name)}"
+        f"{view.num_tokens(medium):,} tokens, {one_line(medium.ref.short_name)}"
         f"{', shared' if medium.is_shared else ''}"
     )
 
@@ -323,7 +322,7 @@ def as_dict(view: PackView, decode: TokenText | None, chosen: Sequence[int]) -> 
         media = [
             {
                 "name": medium.name,
-                "path": medium.ref.path,
+                "path": medium.ref.name,
                 "grid_thw": medium.grid_thw,
                 "tokens": view.num_tokens(medium),
                 "shared": medium.is_shared,

@@ -120,7 +120,7 @@ class Page:
             "width": max(1, round(width * shrink)),  # of the thumbnail
             "height": max(1, round(height * shrink)),
             "tokens": view.num_tokens(medium),
-            "file": one_line(Path(medium.ref.path).name),
+            "file": one_line(medium.ref.short_name),
             **self._thumbnail(view, medium),
         }
 

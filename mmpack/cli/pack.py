@@ -33,10 +33,9 @@ from mmpack.packing.stored_plan import open_samples
 from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
+from mmpack.store.data_files import changed_files, rows_sha256
 from mmpack.store.encoded_store import (
     EncodedStore,
-    changed_files,
-    file_sha256,
     open_store,
     reuse_store,
     write_batches,
@@ -221,7 +220,7 @@ def _encode(
 
 def _stamp(file: Path) -> tuple[int, int, str]:
     stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, file_sha256(file)
+    return stat.st_size, stat.st_mtime_ns, rows_sha256(file)
 
 
 def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: Any) -> None:

@@ -17,6 +17,7 @@ from mmpack.data.file_bytes import require_file
 from mmpack.data.file_formats import data_files, parse_json
 from mmpack.data.limits import MAX_COUNT, MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
+from mmpack.data.tar_shards import SUFFIX
 from mmpack.errors import names
 
 Mapping = str | Sequence[str] | dict[str, Any] | None
@@ -134,6 +135,10 @@ def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:
     root = (file.entry or {}).get("media_dir")
     named = [folder for folder in media_dirs if folder != DATA_URIS]
     allowed: list[_PathLike] = [*media_dirs] if named else [home, *media_dirs]
+    if file.path.suffix == SUFFIX:  # its images are in the file itself, which the user named
+        real = os.path.realpath(file.path)
+        if not MediaFolders(allowed).contains(real):
+            allowed.append(os.path.dirname(real))
     if root is None:
         return MediaFolders(allowed)
     if not isinstance(root, str) or not root:

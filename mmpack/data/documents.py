@@ -10,7 +10,7 @@ from typing import Any
 
 from mmpack.data.content_parts import MARKERS, Part, parts_of
 from mmpack.data.conversations import chat_turns
-from mmpack.data.row_fields import Fields
+from mmpack.data.row_fields import Fields, detect_fields
 from mmpack.data.row_keys import LOSS_KEYS, part_keys
 from mmpack.errors import RowError, names
 
@@ -39,6 +39,19 @@ def document_columns(row: dict[str, Any], fields: Fields | None) -> frozenset[st
     columns = ("conversations", "messages") if _is_chat(row, None) else ("text",)
     used = next((column for column in columns if row.get(column) is not None), columns[0])
     return frozenset((used, "images", "image"))
+
+
+def has_row_fields(content: Any, are_documents: bool) -> bool:
+    """Whether the JSON beside an image is a row by its fields, and not about the image."""
+    if not isinstance(content, dict):
+        return False
+    if are_documents:
+        return any(content.get(key) is not None for key in ("text", "conversations", "messages"))
+    try:
+        detect_fields(content)
+        return True
+    except RowError:
+        return False
 
 
 def _is_chat(row: dict[str, Any], fields: Fields | None) -> bool:

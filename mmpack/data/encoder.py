@@ -390,7 +390,7 @@ def _named(ref: Media, grid_of: Callable[..., tuple[int, int, int]], *sizes: Any
         return grid_of(*sizes)
     except RowError as error:
         kind = "image" if isinstance(ref, ImageRef) else "video"
-        raise RowError(f"{kind} {ref.path}: {error.error}", error.advice) from None
+        raise RowError(f"{kind} {ref.name}: {error.error}", error.advice) from None
 
 
 def _report(sample: Sample, error: ValueError, on_error: OnError) -> None:

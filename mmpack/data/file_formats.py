@@ -1,4 +1,4 @@
-"""Data files -> rows: JSON, JSON lines, CSV, Parquet and Arrow, plain or compressed, one or many.
+"""Data files -> rows: JSON, JSON lines, CSV, Parquet, Arrow and tar, plain or compressed, one or many.
 
 A row is one record of the file, usually a dict; `mmpack.data.readers` turns it into a `Sample`. An error in one
 record is stored in its `Row`, so that other rows stay usable; an error of the whole file is raised.
@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmpack.data import tar_shards
 from mmpack.data.columnar_files import arrow_contents, parquet_contents, parquet_count
 from mmpack.data.file_bytes import open_bytes, require_file
 from mmpack.data.limits import MAX_DEPTH, MAX_ROW
+from mmpack.data.path_patterns import is_pattern, matching, mixed_splits
+from mmpack.data.tar_shards import TarSample
 from mmpack.errors import RowError, counted, names
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", tar_shards.SUFFIX)
 
 _LONG = f"longer than {MAX_ROW:,} bytes"
 _SPLIT_FILE = re.compile(
@@ -38,23 +41,31 @@ class Row:
     number: int  # from 0, blank lines not counted
     content: Any
     error: RowError | None = None
+    tar: TarSample | None = None  # what a tar file has beside the content
 
 
 def data_files(path: str | os.PathLike[str]) -> list[Path]:
     """The data files at a path: the file itself, or those in a folder, or in its subfolder `data` as in data sets
-    on the Hugging Face Hub. They must have one type, and belong to one split.
+    on the Hugging Face Hub. They must have one type, and belong to one split. If there is no such path, `*`, `?`,
+    `[...]`, `{000..123}` and `{a,b}` in it stand for several.
 
     Raises:
         ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
             or one of them is not a regular file (a pipe, a device, a dangling link).
     """
     path = Path(path)
+    if not os.path.lexists(path) and is_pattern(str(path)):
+        named = [data_files(one) for one in matching(str(path))]
+        return [file for files in named for file in files]
     if os.path.isdir(path):
         try:
             inside = sorted(p for p in path.iterdir() if p.name not in _NOT_DATA)
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from None
         files = [p for p in inside if _data_suffix(p) is not None]
+        if not files or files[0].suffix == tar_shards.SUFFIX:
+            for file in inside:
+                _refuse_compressed_tar(file)
         if not files and (path / "data").is_dir():
             return data_files(path / "data")
         for file in files:
@@ -69,14 +80,25 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
             raise ValueError(
                 f"{path} has files of several splits {sorted(splits)}; name the ones to read"
             )
+        if suffixes == [tar_shards.SUFFIX] and (mixed := mixed_splits([p.name for p in files])):
+            raise ValueError(f"{path} has files of several splits {mixed}; name the ones to read")
         return files
     require_file(path)
+    _refuse_compressed_tar(path)
     if _data_suffix(path) is None:
         raise ValueError(
             f"{path} has none of the suffixes {', '.join(SUFFIXES)} (the first three also with .gz or .zst); "
             "rename it to match its format"
         )
     return [path]
+
+
+def _refuse_compressed_tar(path: Path) -> None:
+    if path.name.lower().endswith(tar_shards.COMPRESSED):
+        raise ValueError(
+            f"{path} is a compressed tar file, in which an image has no position of its own; decompress it (gunzip, "
+            "zstd -d): pictures in it are compressed already"
+        )
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -91,6 +113,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         ".csv": _csv,
         ".parquet": _parquet,
         ".arrow": _arrow,
+        ".tar": _tar,
     }
     suffix = _data_suffix(path)
     assert suffix is not None, path
@@ -315,6 +338,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _arrow(path: Path) -> Iterator[Row]:
     for number, (content, error) in enumerate(arrow_contents(path)):
         yield Row(path.name, number, content, error)
+
+
+def _tar(path: Path) -> Iterator[Row]:
+    for number, (content, error, sample) in enumerate(tar_shards.tar_rows(path, parse_json)):
+        yield Row(path.name, number, content, error, sample)
 
 
 def memory_rows(rows: Any) -> Iterator[Row]:

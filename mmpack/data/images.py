@@ -92,7 +92,7 @@ def load_patches(
         width, height = opened.size
         if vision.image_grid(height, width, image.options) != (1, grid_h, grid_w):
             raise ValueError(
-                f"image {image.path} is now {width} x {height} pixels, but was planned as a grid of "
+                f"image {image.name} is now {width} x {height} pixels, but was planned as a grid of "
                 f"{grid_h} x {grid_w} patches; pack the data again"
             )
         if out is None:
@@ -178,19 +178,19 @@ def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Imag
         yield image.data  # the caller closes it
         return
     in_memory = None if image.data is None else io.BytesIO(image.data)
-    with in_memory or open_media(image.path, "image", folders) as file:
+    with in_memory or open_media(image.path, "image", folders, member=image.member) as file:
         try:
             with _strict():
                 opened = Image.open(file, formats=_formats())
         except UnidentifiedImageError:
             raise RowError(
-                f"image {image.path} is in none of the formats {', '.join(_formats())}",
+                f"image {image.name} is in none of the formats {', '.join(_formats())}",
                 "save it in one of them, or replace it",
             ) from None
         except Image.DecompressionBombError as error:
-            raise RowError(f"image {image.path} is too large: {error}", "shrink it") from None
+            raise RowError(f"image {image.name} is too large: {error}", "shrink it") from None
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
-            raise RowError(f"image {image.path} cannot be opened: {error}", "replace it") from None
+            raise RowError(f"image {image.name} cannot be opened: {error}", "replace it") from None
         with opened:
             yield opened
 
@@ -237,7 +237,7 @@ def _decode(image: ImageRef, opened: Image) -> Image:
         with _strict():
             opened.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        raise RowError(f"image {image.path} cannot be decoded: {error}", "replace it") from None
+        raise RowError(f"image {image.name} cannot be decoded: {error}", "replace it") from None
     return opened
 
 
@@ -258,7 +258,7 @@ def _check_shape(image: ImageRef, height: int, width: int) -> None:
     try:
         check_aspect_ratio(height, width)
     except RowError as error:
-        raise RowError(f"image {image.path}: {error.error}", error.advice) from None
+        raise RowError(f"image {image.name}: {error.error}", error.advice) from None
 
 
 def most_pixels() -> float:
@@ -277,10 +277,10 @@ def _webp_size(image: ImageRef) -> tuple[int, int] | None:
     """
     if isinstance(image.data, bytes):
         header, length = image.data[:_WEBP_HEADER], len(image.data)
-    elif image.data is None and image.path[-5:].lower() == ".webp":
+    elif image.data is None and image.short_name[-5:].lower() == ".webp":
         try:
-            with open_media(image.path, "image", buffering=0) as file:
-                header, length = file.read(_WEBP_HEADER), os.fstat(file.fileno()).st_size
+            with open_media(image.path, "image", buffering=0, member=image.member) as file:
+                header, length = file.read(_WEBP_HEADER), file.seek(0, os.SEEK_END)
         except OSError:
             return None
     else:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from mmpack.data.archives import open_member
 from mmpack.data.media_keys import entry_of
 from mmpack.data.path_forms import (
     base64_error,
@@ -23,7 +24,7 @@ from mmpack.data.path_forms import (
 )
 from mmpack.errors import RowError, a_kind, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
-from mmpack.types import ImageRef, VideoRef
+from mmpack.types import ImageRef, TarMember, VideoRef
 from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: data URIs in rows are allowed
@@ -87,7 +88,7 @@ class MediaFolders:
         if hasattr(value, "getbands"):
             raise RowError("a video is given as a single image", "give a list of frames, or a path")
         found = self.locate(frames, "video")
-        return VideoRef(found.path, found.data)
+        return VideoRef(found.path, found.data, member=found.member)
 
     def _frame(self, value: Any) -> ImageRef:
         source, options = entry_of(value, "image")
@@ -97,12 +98,15 @@ class MediaFolders:
         return self.locate(source)
 
     def locate(self, value: Any, kind: str = "image") -> ImageRef:
-        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}` or a PIL
-        image; `kind` is the word for it in errors.
+        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}`, a PIL image or
+        the member of a tar file; `kind` is the word for it in errors.
 
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
         """
+        if isinstance(value, ImageRef) and value.member is not None:
+            self.real_path(value.path, kind)
+            return value
         if isinstance(value, dict) and value.get("base64") is not None:
             return self._decode_base64(value["base64"], kind)
         if isinstance(value, dict):
@@ -246,21 +250,29 @@ class MediaFolders:
 
 
 def open_media(
-    path: str, kind: str, folders: MediaFolders | None = None, buffering: int = -1
+    path: str,
+    kind: str,
+    folders: MediaFolders | None = None,
+    buffering: int = -1,
+    member: TarMember | None = None,
 ) -> BinaryIO:
     """Open the file of an image or a video for reading; `kind` is the word for it in errors.
 
     Args:
         folders: folders that must contain it, links resolved; None: any folder.
         buffering: as in `open`.
+        member: where it is in the file, if that is a tar file.
 
     Raises:
-        RowError: it does not exist, is outside the folders, or is not a regular file.
+        RowError: it does not exist, is outside the folders, or is not a regular file; or the tar file has changed.
     """
     real = path if folders is None else folders.real_path(path, kind)
     try:
         # `real` contains no links, unless one was created since
-        return open_regular(real, follow_link=folders is None, buffering=buffering)
+        links = folders is None
+        if member is not None:
+            return open_member(real, member, kind, follow_link=links, buffering=buffering)
+        return open_regular(real, follow_link=links, buffering=buffering)
     except NotRegularError as error:
         error.path = path
         raise _not_a_file(error, kind) from None

@@ -138,7 +138,7 @@ def frames_in(folder: str) -> list[str]:
         ) from None
     if not names:
         raise RowError(f"the folder {folder:.200} has no frames", "name a folder of pictures")
-    names.sort(key=_natural)
+    names.sort(key=natural)
     others = [name for name in names if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES]
     if others:
         raise RowError(
@@ -149,7 +149,8 @@ def frames_in(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A sort key by which 2.png comes before 10.png."""
     parts = re.split(r"([0-9]+)", name)
     numbered = [
         (0, int(part[:18]), part) if n % 2 else (1, 0, part.lower()) for n, part in enumerate(parts)

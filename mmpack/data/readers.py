@@ -29,7 +29,7 @@ from mmpack.data.dataset_info import (
     named_files,
     row_limits,
 )
-from mmpack.data.documents import document_columns, document_of
+from mmpack.data.documents import document_columns, document_of, has_row_fields
 from mmpack.data.file_formats import Row, memory_rows, read_rows
 from mmpack.data.media_keys import entry_of, with_options
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
@@ -43,8 +43,15 @@ from mmpack.data.row_keys import (
     unread_keys,
     unread_line,
 )
-from mmpack.data.row_media import count_advice, media_values
+from mmpack.data.row_media import (
+    count_advice,
+    is_given,
+    media_parts,
+    media_values,
+    prepend_markers,
+)
 from mmpack.data.row_weights import row_weight
+from mmpack.data.tar_shards import SUFFIX, TarSample
 from mmpack.data.tool_calls import tools_of
 from mmpack.errors import (
     BadRow,
@@ -129,9 +136,9 @@ class Reader:
         """Read samples from data files or rows in memory.
 
         Args:
-            data: a file (.json, .jsonl, .csv, .parquet, .arrow; the first three also with .gz or .zst), a folder
-                of files of one type, a list of these, or an iterable of rows (dicts), such as a
-                `datasets.Dataset`.
+            data: a file (.json, .jsonl, .csv, .parquet, .arrow, .tar; the first three also with .gz or .zst), a
+                folder of files of one type, a name with `*` or `{00..99}`, a list of these, or an iterable of rows
+                (dicts), such as a `datasets.Dataset`.
 
         Yields:
             One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message
@@ -175,6 +182,7 @@ class Reader:
         """Like `read`, for callers that need the groups, too. Fields of a file that are not read are named in the
         log at its end, except those in `told`, to which they are added."""
         on_error = counting(self.on_error)
+        of_shards = set[str]()  # fields of tar files, of which there can be thousands
         for group in groups:
             reader = RowReader(self, group)
             for row in group.rows:
@@ -187,7 +195,8 @@ class Reader:
                     refuse(bad, on_error)
                     continue
                 yield from samples
-            log_unread(group.name, reader.unread, told)
+            is_shard = told is None and group.name.endswith(SUFFIX)
+            log_unread(group.name, reader.unread, of_shards if is_shard else told)
 
 
 def _told_limits(groups: Iterable[RowGroup]) -> Iterator[RowGroup]:
@@ -240,9 +249,17 @@ class RowReader:
         if row.error is not None:
             raise row.error
         nested = row.content if isinstance(row.content, list) and row.content else [row.content]
-        return [self._sample(content, row) for content in nested]
+        try:
+            return [self._sample(content, row) for content in nested]
+        except RowError as error:
+            if row.tar is None:
+                raise
+            raise RowError(f"{error.error} (sample {row.tar.place})", error.advice) from None
 
     def _sample(self, content: Any, row: Row) -> Sample:
+        if row.tar is not None:
+            is_row = self._fields is not None or has_row_fields(content, self._are_documents)
+            content = row.tar.content(content, is_row, self._are_documents, self.unread.count)
         if not isinstance(content, dict):
             raise RowError(f"a row must be an object, got {type(content).__name__}", "fix the row")
         fields, columns, read = self._columns(content)
@@ -276,11 +293,15 @@ class RowReader:
             self.unread.count(unread)
         tools = () if self._are_documents else tools_of(content.get(columns["tools"]))
         values = {kind: media_values(content, columns, kind) for kind in MARKERS}
-        if keys and not any(values.values()) and not any(map(_is_given, _media_parts(turns))):
+        if row.tar is not None:
+            row.tar.fill(values, any(map(is_given, media_parts(turns))), self._are_documents)
+        if keys and not any(values.values()) and not any(map(is_given, media_parts(turns))):
             refuse_pictures(content, keys, "the row")
         if fields is not None and fields.formatting == "pairs":
-            _prepend(turns, values)
-        messages = self.place_media(turns, values)
+            prepend_markers(turns, values)
+        messages = self.place_media(turns, values, row.tar)
+        if row.tar is not None:
+            self.unread.count(row.tar.unused(messages))
         return Sample(messages, row.source, row.number, tools, weight)
 
     def _columns(
@@ -298,18 +319,21 @@ class RowReader:
                 raise
         return fields, fields.columns, fields.read
 
-    def place_media(self, turns: list[Turn], values: dict[str, list[Any]]) -> tuple[Message, ...]:
-        """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind.
+    def place_media(
+        self, turns: list[Turn], values: dict[str, list[Any]], tar: TarSample | None = None
+    ) -> tuple[Message, ...]:
+        """Turns as messages, with each marker replaced by its image or video from `values`, a list per kind; of a
+        sample in a tar file, names are those of its members.
 
         Raises:
             RowError: the number of markers differs from the number of images or videos, or one of them is
                 unusable.
         """
         if self._prepends:
-            _prepend(turns, values)
-        parts = _media_parts(turns)
+            prepend_markers(turns, values)
+        parts = media_parts(turns)
         for kind, listed in values.items():
-            markers = sum(part.kind == kind and not _is_given(part) for part in parts)
+            markers = sum(part.kind == kind and not is_given(part) for part in parts)
             if markers != len(listed):
                 raise RowError(
                     f"{markers:,} {MARKERS[kind]} marker{'s' * (markers != 1)} but {counted(len(listed), kind)}",
@@ -330,6 +354,7 @@ class RowReader:
                                 "keep one",
                             )
                         options = options or own
+                    value = value if tar is None else tar.named(value, part.kind)
                     is_path = isinstance(value, str) and not value.startswith(DATA_URIS)
                     locate = self._file if is_path else self._locate
                     content.append(with_options(locate(value, part.kind), options))
@@ -350,24 +375,6 @@ class RowReader:
             return videos.probe(self._folders.locate_video(value), decode=self._decode)
         image = self._folders.locate(value)
         return replace(image, size=images.probe(image, decode=self._decode))
-
-
-def _media_parts(turns: Iterable[Turn]) -> list[MediaPart]:
-    return [part for turn in turns for part in turn.parts if isinstance(part, MediaPart)]
-
-
-def _is_given(part: MediaPart) -> bool:
-    """Whether an image or video is in the turn itself, not in the row's list."""
-    return part.value is not None
-
-
-def _prepend(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
-    """Put markers in front of the first turn for images, and for videos, if the turns have none."""
-    kinds = {part.kind for part in _media_parts(turns)}
-    first = next(t.parts for t in turns if t.role not in ("system", "developer"))
-    for kind, listed in values.items():
-        if kind not in kinds:
-            first[:0] = [MediaPart(kind=kind)] * len(listed)
 
 
 def limits_of(groups: Iterable[RowGroup]) -> dict[str, tuple[int, int]]:

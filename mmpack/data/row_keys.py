@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from mmpack.data.media_keys import RATE_KEYS, media_keys
 from mmpack.data.path_forms import PICTURE_SUFFIXES, VIDEO_SUFFIXES
+from mmpack.data.path_patterns import without_number
 from mmpack.data.row_values import text_of
 from mmpack.errors import RowError, counted
 from mmpack.media_options import VIDEO_KEYS
@@ -329,11 +330,11 @@ class UnreadFields(dict[str, int]):
 
 
 class UnreadByFile(dict[str, UnreadFields]):
-    """File -> its fields that are not read."""
+    """File -> its fields that are not read; shards of a data set are one file."""
 
     def add(self, source: str, fields: Mapping[str, int]) -> None:
         for field, rows in fields.items():
-            self.setdefault(source, UnreadFields()).count([field], rows)
+            self.setdefault(without_number(source), UnreadFields()).count([field], rows)
 
 
 def unread_line(source: str, fields: Mapping[str, int]) -> str:

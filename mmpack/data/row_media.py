@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mmpack.data.content_parts import MARKERS
+from mmpack.data.content_parts import MARKERS, MediaPart
 from mmpack.data.conversations import Turn
 from mmpack.data.row_values import structured
 from mmpack.errors import RowError, a_kind
@@ -58,3 +58,22 @@ def count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int
         f"add the missing {kind} or remove a marker; to keep a literal {MARKERS[kind]} in the text, write the "
         "message as OpenAI content parts"
     )
+
+
+def media_parts(turns: Iterable[Turn]) -> list[MediaPart]:
+    """The images and videos of turns, in order."""
+    return [part for turn in turns for part in turn.parts if isinstance(part, MediaPart)]
+
+
+def is_given(part: MediaPart) -> bool:
+    """Whether an image or video is in the turn itself, not in the row's list."""
+    return part.value is not None
+
+
+def prepend_markers(turns: Sequence[Turn], values: dict[str, list[Any]]) -> None:
+    """Put markers in front of the first turn for images, and for videos, if the turns have none."""
+    kinds = {part.kind for part in media_parts(turns)}
+    first = next(t.parts for t in turns if t.role not in ("system", "developer"))
+    for kind, listed in values.items():
+        if kind not in kinds:
+            first[:0] = [MediaPart(kind=kind)] * len(listed)

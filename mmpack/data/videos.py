@@ -47,7 +47,7 @@ def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
         height, width, fps = stream.height, stream.width, float(stream.average_rate or 0)
         if height * width > images.most_pixels():  # before a frame is decoded
             raise RowError(
-                f"video {video.path} is too large: {width} x {height} pixels", "shrink it"
+                f"video {video.name} is too large: {width} x {height} pixels", "shrink it"
             )
         num_frames = promised = stream.frames
         if not num_frames or decode:
@@ -55,14 +55,14 @@ def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
             num_frames = sum(len(_decode(video, p)) if decode else p.size > 0 for p in packets)
         if num_frames < promised:
             raise RowError(
-                f"video {video.path} has fewer frames than its header says: {num_frames:,} of {promised:,} "
+                f"video {video.name} has fewer frames than its header says: {num_frames:,} of {promised:,} "
                 "could be decoded",
                 "re-encode it",
             )
     if not num_frames:
-        raise RowError(f"video {video.path} has no frames", "replace it")
+        raise RowError(f"video {video.name} has no frames", "replace it")
     if not is_rate(fps):
-        raise RowError(f"video {video.path} has no frame rate in its header", "remux it")
+        raise RowError(f"video {video.name} has no frame rate in its header", "remux it")
     _check_shape(video, height, width)
     return _with(video, num_frames, fps, (height, width))
 
@@ -85,7 +85,7 @@ def sampled(video: VideoRef, vision: VisionSpec) -> SampledFrames:
     try:
         return vision.frame_times(video.num_frames, video.fps, bool(video.frames), video.options)
     except RowError as error:
-        raise RowError(f"video {video.path}: {error.error}", error.advice) from None
+        raise RowError(f"video {video.name}: {error.error}", error.advice) from None
 
 
 def load_patches(
@@ -121,7 +121,7 @@ def load_patches(
         size = (picture.height, picture.width)
         if vision.video_grid(len(index), *size, video.options) != planned:
             raise ValueError(
-                f"video {video.path} is now {picture.width} x {picture.height} pixels with {len(index)} "
+                f"video {video.name} is now {picture.width} x {picture.height} pixels with {len(index)} "
                 f"sampled frames, but was planned as a grid of {' x '.join(map(str, planned))} patches; "
                 "pack the data again"
             )
@@ -132,7 +132,7 @@ def load_patches(
             images.write_frame(picture, (height, width), vision, rows, place)
     if number + 1 != len(index):
         raise ValueError(
-            f"video {video.path} has fewer frames than its header says: {number + 1} of {len(index)} "
+            f"video {video.name} has fewer frames than its header says: {number + 1} of {len(index)} "
             "sampled ones could be decoded; re-encode it, and find such files with mmpack check --decode"
         )
     return out
@@ -150,7 +150,7 @@ def thumbnail(
     with closing(_pictures(video, index[:1], folders)) as pictures:
         for picture in pictures:
             return images.thumbnail(picture, side)
-    raise RowError(f"video {video.path} has no frames", "replace it")
+    raise RowError(f"video {video.name} has no frames", "replace it")
 
 
 def _pictures(
@@ -183,23 +183,23 @@ def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tupl
         import av  # here: the extra [video]
     except ImportError:
         raise RowError(
-            f"video {video.path} needs PyAV to be read", "pip install 'mmpack[video]'"
+            f"video {video.name} needs PyAV to be read", "pip install 'mmpack[video]'"
         ) from None
     in_memory = None if video.data is None else io.BytesIO(video.data)
-    with in_memory or open_media(video.path, "video", folders) as file:
+    with in_memory or open_media(video.path, "video", folders, member=video.member) as file:
         try:
             container = av.open(file, options=_OPTIONS)
         except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
             raise RowError(
-                f"video {video.path} is not a video FFmpeg can read: {_reason(error)}", "replace it"
+                f"video {video.name} is not a video FFmpeg can read: {_reason(error)}", "replace it"
             ) from None
         with container:
             if not container.streams.video:
-                raise RowError(f"video {video.path} has no video stream", "replace it")
+                raise RowError(f"video {video.name} has no video stream", "replace it")
             stream = container.streams.video[0]
             if getattr(stream, "codec_context", None) is None:
                 raise RowError(
-                    f"video {video.path} has a codec that FFmpeg does not know",
+                    f"video {video.name} has a codec that FFmpeg does not know",
                     "re-encode it",
                 )
             stream.thread_count = 1  # DataLoader workers are the threads
@@ -212,7 +212,7 @@ def _decode(video: VideoRef, packet: Any) -> list[Any]:
         return frames
     except Exception as error:
         raise RowError(
-            f"video {video.path} cannot be decoded: {_reason(error)}", "replace it"
+            f"video {video.name} cannot be decoded: {_reason(error)}", "replace it"
         ) from None
 
 
@@ -223,7 +223,7 @@ def _packets(video: VideoRef, container: Any, stream: Any) -> Iterator[Any]:
             packet = next(packets, None)
         except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
             raise RowError(
-                f"video {video.path} cannot be read: {_reason(error)}", "replace it"
+                f"video {video.name} cannot be read: {_reason(error)}", "replace it"
             ) from None
         if packet is None:
             return
@@ -237,11 +237,11 @@ def _reason(error: Exception) -> str:
 def _probe_list(video: VideoRef, decode: bool) -> VideoRef:
     sizes: dict[tuple[int, int], str] = {}
     for frame in video.frames:
-        sizes.setdefault(images.probe(frame, decode=decode), frame.path)
+        sizes.setdefault(images.probe(frame, decode=decode), frame.name)
     if len(sizes) > 1:
         (height, width), (other_height, other_width) = list(sizes)[:2]
         raise RowError(
-            f"the frames of a video differ in size: {video.path} is {width} x {height} pixels, "
+            f"the frames of a video differ in size: {video.name} is {width} x {height} pixels, "
             f"{list(sizes.values())[1]} is {other_width} x {other_height}",
             "resize them to one size",
         )
@@ -256,4 +256,4 @@ def _check_shape(video: VideoRef, height: int, width: int) -> None:
     try:
         check_aspect_ratio(height, width)
     except RowError as error:
-        raise RowError(f"video {video.path}: {error.error}", error.advice) from None
+        raise RowError(f"video {video.name}: {error.error}", error.advice) from None

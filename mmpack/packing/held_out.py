@@ -120,12 +120,12 @@ def _keys(sample: EncodedSample) -> Iterator[Hashable]:
 
 
 def _keys_of(one: Media) -> Iterator[Hashable]:
-    """What an image or video is known by: its path, or its content."""
+    """What an image or video is known by: its path, with its position in a tar file, or its content."""
     if not isinstance(one, ImageRef) and one.frames:
         for frame in one.frames:
             yield from _keys_of(frame)
     elif one.data is None:
-        yield one.path
+        yield one.path if one.member is None else (one.path, one.member.offset)
     elif isinstance(one.data, (bytes, bytearray, memoryview)):
         yield hashlib.sha256(one.data).digest()
     else:  # a PIL image

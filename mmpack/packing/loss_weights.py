@@ -6,13 +6,13 @@ The loss of an optimizer step is the sum of weight * cross entropy over its rows
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mmpack.data.path_patterns import without_number
 from mmpack.data.row_weights import RANGE, is_weight
 from mmpack.types import IGNORE, EncodedSample, Float32
 
@@ -71,12 +71,12 @@ def loss_weights(samples: Sequence[EncodedSample], reduction: LossReduction) -> 
 
 
 def source_name(file: str) -> str:
-    """The source of a data file: its name, without the number of a shard, `-00000-of-00010`; in a mixture, the name of
-    the source there."""
+    """The source of a data file: its name, without the number of a shard; in a mixture, the name of the source
+    there."""
     mixed, mark, _ = file.partition(MIX_MARK)
     if mark:
         return mixed
-    return re.sub(r"-\d{5,}-of-\d{5,}", "", file)
+    return without_number(file)
 
 
 def with_weight(sample: EncodedSample, weight: float) -> EncodedSample:

@@ -142,7 +142,7 @@ def images_of(
 def _of_store(store: Any) -> SampleImages:
     """`images_of` an `EncodedStore`, whose equal bytes have one position in `media.bin`."""
     sources: dict[Hashable, int] = {}
-    known: list[Int64] = []  # (source, part) of each grid
+    known: list[Int64] = []  # (source, part, or position in the source) of each grid
     grids: list[Int32] = []
     counts: list[Int64] = []
     first = 0
@@ -154,7 +154,8 @@ def _of_store(store: Any) -> SampleImages:
         num_grids = np.diff(rows.grids)
         found = np.zeros((len(rows.grid_thw), 2), dtype=np.int64)
         plain = np.repeat(rows.is_plain, num_grids)
-        found[plain, 0] = source[np.repeat(rows.is_plain, np.diff(rows.files))]
+        plain_files = np.repeat(rows.is_plain, np.diff(rows.files))
+        found[plain] = np.stack([source, rows.in_tar], axis=1)[plain_files]
         for row in np.flatnonzero(~rows.is_plain).tolist():
             places = rows.offset[rows.files[row] : rows.files[row + 1]].tolist()
             entries = _of_row(store[first + row], places, sources)
@@ -183,14 +184,17 @@ def _of_row(
         keys = [((sample.source, sample.row), len(sample.grid_thw))]
     entries = []
     for key, count in keys:
+        first = 0
         match key:
+            case ("image", ("member", str(path), int(first)), _, ()):
+                number = sources.setdefault(path, len(sources))
             case ("image", str(path), _, ()):
                 number = sources.setdefault(path, len(sources))
             case ("image", ("bytes", int(place)), _, ()):
                 number = -1 - place
             case _:
                 number = sources.setdefault(key, len(sources))
-        entries += [(number, part) for part in range(count)]
+        entries += [(number, first + part) for part in range(count)]
     return entries
 
 

@@ -1,7 +1,7 @@
 """Which images and videos of a pack are the same, so that it has the patches of each once.
 
-Two are the same if their rows name the same thing: the same file with the same grid and options, or the same bytes, or
-the same PIL object. Nothing is opened or decoded. Two names of one file (links) are two images, and so are equal bytes
+Two are the same if their rows name the same thing: the same file, or the same place in a tar file, with the same grid
+and options, or the same bytes, or the same PIL object. Nothing is opened or decoded. Two names of one file (links) are two images, and so are equal bytes
 in two files.
 """
 
@@ -50,6 +50,8 @@ def media_key(
 
 
 def _source(ref: Media, of_bytes: Callable[[bytes], Hashable]) -> Key:
+    if ref.data is None and ref.member is not None:
+        return "member", ref.path, ref.member.offset
     if ref.data is None:
         return ref.path  # absolute, as the encoder resolved it
     return (

@@ -59,7 +59,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     Args:
         source: an iterable of rows as in `Encoder.read` (such as a `datasets.IterableDataset`), of `Sample`s or of
             `EncodedSample`s; or a function that returns one (`lambda: encoder.read(path)`). An iterator only lasts
-            for one pass. A mixture is a dict, name -> (source, weight): weights are shares of tokens, a source that ends
+            for one pass. Or paths of data files (`"shards/train-{000..123}.tar"`), as in `Encoder.read`: with at least
+            as many files as workers of all ranks, each reads only its own. A mixture is a dict, name -> (source, weight): weights are shares of tokens, a source that ends
             begins again, and the stream has no end.
         encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Of a mixture also a dict,
             name -> encoder, so that each source has its own stage.
@@ -72,12 +73,13 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         seed: decides between samples that fit equally well.
         on_error: what to do with a row that cannot be used; by default what the encoder's `on_error` says; if those of a
             mixture's encoders differ, it must be given. "raise" ends the stream. "skip" (or a `Skip`) leaves the row out, up to a share of a worker's rows. A list: without
-            a limit; bad rows are appended to it. A list gets rows, and `bad_rows_file` too, as their pack is made in
+            a limit; bad rows are appended to it. A tar file that is cut off or damaged is one bad row, after its good
+            ones. A list gets rows, and `bad_rows_file` too, as their pack is made in
             this process, or, if it is made in a `DataLoader` worker, when it is consumed (`consume`).
 
     Attributes:
         on_bad_image, max_bad, media_folders, source_weights: as in `PackedDataset`; `media_folders` is the encoder's
-            `media_dir`, if given; in a mixture, each source has that of its encoder.
+            `media_dir`, if given, and with data files as in `mmpack pack`; in a mixture, each source has its own.
         bad_rows_file: a file that lists rows left out by `on_error` and `on_bad_image`, one per line of JSON; a resumed
             run lists each once. With several ranks, each has its own, with `-RANK-of-RANKS` in its name. None: no
             file; `PackingCallback` then sets `bad_rows.jsonl` in Trainer's `output_dir`.
@@ -114,9 +116,14 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         encoders = [one.encoder for one in self._row_sources if one.encoder is not None]
         if on_error is None:
             on_error = on_error_of(self._row_sources)
-        if any(one.media_dir is not None for one in encoders):
-            groups = {one.name: one.group for one in self._row_sources}
-            folders = {name: None if one is None else one.folders for name, one in groups.items()}
+        has_folders = any(one.media_dir is not None for one in encoders)
+        if has_folders or any(one.has_files for one in self._row_sources):
+            folders = {
+                one.name: None
+                if one.group is None or not (has_folders or one.has_files)
+                else one.group.folders
+                for one in self._row_sources
+            }
             if "" in folders:  # no mixture
                 self._media = folders[""]
             else:

@@ -15,13 +15,15 @@ from typing import Any
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
-from mmpack.data.readers import RowGroup, RowReader, log_unread
+from mmpack.data.media_paths import MediaFolders
+from mmpack.data.readers import RowGroup, RowReader, log_unread, media_folders
 from mmpack.errors import BadRow, OnError, RowError
 from mmpack.packing import overflow
 from mmpack.packing.cost import costs_of
 from mmpack.packing.left_out import ShardErrors
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.mixture import check_alike, check_weights
+from mmpack.packing.stream_files import DataFiles, FileRow, is_paths
 from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Sample
 
@@ -34,7 +36,7 @@ class RowSource:
     """A source of a stream.
 
     Attributes:
-        source: as in `PackStream`. encoder: of its rows; None: they are encoded.
+        source: as in `PackStream`, of paths `DataFiles`. encoder: of its rows; None: they are encoded.
         group: the encoder's fields and media folders.
         name: its name in a mixture; else empty. weight: its share of the mixture's tokens.
     """
@@ -44,6 +46,11 @@ class RowSource:
     group: RowGroup | None
     name: str = ""
     weight: Fraction = Fraction(1)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it reads data files."""
+        return isinstance(self.source, DataFiles)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -110,7 +117,7 @@ class SourceReader:
 
     def __init__(self, recipe: Recipe, number: int, shard: tuple[int, int]) -> None:
         self._recipe, self._number, self._shard = recipe, number, shard
-        self.one = one = recipe.sources[number]
+        self.one = recipe.sources[number]
         self.number_of_pass = self.num_entries = 0
         self.position = (0, 0)
         self._num_rows = 0  # of the passes before this one
@@ -119,8 +126,7 @@ class SourceReader:
         self._errors = ShardErrors(recipe.on_error)
         self._ended: list[tuple[int, BadRow]] = []  # pass and bad row, of passes that ended
         self._told = set[str]()  # unread fields named in the log
-        if one.encoder is not None and one.group is not None:
-            self._reader = RowReader(one.encoder, one.group)
+        self._readers: dict[int, RowReader] = {}  # of the file that is read now; 0: no file
 
     def begin(self, number_of_pass: int) -> None:
         """Go to the start of a pass."""
@@ -269,19 +275,34 @@ class SourceReader:
             place = next(n for n in left if (inputs[n].source, inputs[n].row) == origin)
             left.remove(place)
             number = samples[place][0]
-            content = None if isinstance(items[number], Sample) else items[number]
+            content = (
+                items[number].row.content if isinstance(items[number], FileRow) else items[number]
+            )
+            content = None if isinstance(content, Sample) else content
             self._errors.leave_out(number, replace(bad, content=content))
         yield from ((samples[place][0], sample) for place, sample in encoded.items())
 
-    def _samples(self, number: int, row: Any) -> list[Sample]:
+    def _samples(self, number: int, item: Any) -> list[Sample]:
+        file, row = 0, Row(self.one.rows_name, number, item)
+        if isinstance(item, FileRow):
+            file, row = item
+        reader = self._reader_of(file)
         try:
-            samples = self._reader.samples(Row(self.one.rows_name, number, row))
-            log_unread(self.one.rows_name, self._reader.unread, self._told)
+            samples = reader.samples(row)
+            log_unread(row.source, reader.unread, self._told)
             return samples
         except RowError as error:
-            bad = BadRow(self.one.rows_name, number, error.error, error.advice, row)
+            bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
             self._errors.leave_out(number, bad)
             return []
+
+    def _reader_of(self, file: int) -> RowReader:
+        if file not in self._readers:
+            one = self.one
+            assert one.encoder is not None and one.group is not None
+            group = one.source.groups[file] if isinstance(one.source, DataFiles) else one.group
+            self._readers = {file: RowReader(one.encoder, group)}
+        return self._readers[file]
 
     def _fitted(self, number: int, sample: EncodedSample) -> list[EncodedSample]:
         """The parts of the sample to pack: the sample, truncated, split, or nothing."""
@@ -355,13 +376,21 @@ def _row_source(
     source: Any, encoder: Any, cost: Any, on_overflow: overflow.OnOverflow, name: str, weight: float
 ) -> RowSource:
     if encoder is None:
+        if is_paths(source):
+            raise ValueError(
+                "data files need an encoder; pass an Encoder or a processor as encoder"
+            )
         return RowSource(
             source=source, encoder=None, group=None, name=name, weight=Fraction(weight)
         )
     encoder = Encoder.of(encoder, cost)
     overflow.check_split(on_overflow, encoder.stage)
-    (group,) = encoder.groups(iter(()))  # for its media folders
-    if group.limit is not None:
+    groups = list(encoder.groups(source if is_paths(source) else iter(())))
+    group = groups[0]  # for its media folders
+    if is_paths(source):
+        source = DataFiles(groups)
+        group = RowGroup((), None, MediaFolders(media_folders(groups)))
+    if any(one.limit is not None for one in groups):
         raise ValueError(
             "num_samples and max_samples of a mapping are for plans, and a stream has none; remove them, and limit the "
             "source"

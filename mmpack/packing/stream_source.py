@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch.utils.data._utils.worker as torch_worker
 
+from mmpack.packing.stream_files import DataFiles
+
 _FIRST = 16  # rows in the checksum; at least this many are read before the first pack
 _SNAPSHOT = 64  # rows between two saved states of a source that has states
 # Stages of a `datasets` stream that can read a part of the files. Others (take, skip, interleave) count rows, so
@@ -64,12 +66,13 @@ class SourceRows:
         shard: (index of the shard, number of shards).
         num_ranks: number of ranks.
         begin: (rows read before, the source's state at that point), or None for the start of the pass. Only a
-            `datasets.IterableDataset` has states.
+            `datasets.IterableDataset` and `DataFiles` have states.
         checksum: checksum of the first rows, if `begin` is after them.
 
     Attributes:
         checksum: checksum of the source's first rows, equal in every shard and rank. If a
-            `datasets.IterableDataset` gives each shard its own files, checksum of the shuffle state.
+            `datasets.IterableDataset` gives each shard its own files, checksum of the shuffle state; of `DataFiles`, of
+            names and sizes.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class SourceRows:
             rows, state = self._open()
         start = 0 if self._begin is None else self._begin[0]
         for number, row in enumerate(_read(rows), start):
-            if number < _FIRST and not self._has_own_files:
+            if number < _FIRST and self._sums_rows:
                 self.checksum = zlib.crc32(_text(row), self.checksum)
             if number % self._of == self._own:
                 yield number, row
@@ -115,24 +118,31 @@ class SourceRows:
         source = self._source() if callable(self._source) else self._source
         if hasattr(source, "set_epoch"):
             source.set_epoch(self._number_of_pass)
-        self._has_own_files = False
+        self._sums_rows = True
+        if isinstance(source, DataFiles):
+            self._sums_rows, self.checksum = False, source.checksum
+            part = (0, 1)
+            if len(source) >= self._of:
+                part, self._own, self._of = (self._own, self._of), 0, 1
+            files = source.rows(part, self._begin and self._begin[1])
+            return files, files.state
         if not (hasattr(source, "num_shards") and hasattr(source, "iter")):
             return iter(source), None
         # a datasets.IterableDataset
-        part = getattr(source, "_distributed", None)  # set by split_dataset_by_node
-        if part is not None and part.world_size > 1 and self._num_ranks > 1:
+        split = getattr(source, "_distributed", None)  # set by split_dataset_by_node
+        if split is not None and split.world_size > 1 and self._num_ranks > 1:
             raise ValueError(
-                f"the source is already split for rank {part.rank} of {part.world_size}, and the stream would "
+                f"the source is already split for rank {split.rank} of {split.world_size}, and the stream would "
                 f"deal that part to {self._num_ranks} ranks; remove split_dataset_by_node"
             )
         parts = list(_parts(getattr(source, "_ex_iterable", None)))
-        is_dealt_by_file = part is None and all(map(_is_by_row, parts))
-        self._has_own_files = is_dealt_by_file and source.num_shards >= self._of
-        if self._has_own_files:  # without a seed, each rank shuffles them differently
+        is_dealt_by_file = split is None and all(map(_is_by_row, parts))
+        self._sums_rows = not (is_dealt_by_file and source.num_shards >= self._of)
+        if not self._sums_rows:  # without a seed, each rank shuffles them differently
             states = [repr(p.generator.bit_generator.state) for p in parts if _is_shuffled(p)]
             self.checksum = zlib.crc32(_text([source.num_shards, *states]))
-        source = source.shard(*((self._of, self._own) if self._has_own_files else (1, 0)))
-        if self._has_own_files:
+        source = source.shard(*((1, 0) if self._sums_rows else (self._of, self._own)))
+        if not self._sums_rows:
             self._own, self._of = 0, 1
         source.set_epoch(self._number_of_pass)  # `shard` returned a new source
         if self._begin is not None:

@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 from mmpack.data import images
 from mmpack.media_options import VIDEO_KEYS, MediaOptions
 from mmpack.store.media_file import Position
-from mmpack.store.row_checksum import arrays_of, files_of, options_of, row_checksum, videos_of
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, VideoRef
+from mmpack.store.row_checksum import (
+    arrays_of,
+    files_of,
+    members_of,
+    options_of,
+    row_checksum,
+    videos_of,
+)
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, TarMember, VideoRef
 from mmpack.vision_spec import VisionSpec
 
 _VIDEO = {
@@ -32,6 +39,13 @@ _VIDEO = {
     "folder": pyarrow.string(),  # whose pictures are the frames; null: none is named
 }
 _POSITION = {"offset": pyarrow.int64(), "length": pyarrow.int64()}  # in media.bin, in bytes
+_MEMBER = {  # as `TarMember`
+    "name": pyarrow.string(),
+    "offset": pyarrow.int64(),
+    "length": pyarrow.int64(),
+    "header": pyarrow.uint32(),
+    "archive_bytes": pyarrow.int64(),
+}
 _FLOATS = ("fps", "video_start", "video_end")
 _OPTIONS = {
     "place": pyarrow.int32(),  # number of the image or video in the row
@@ -54,6 +68,7 @@ SCHEMA = pyarrow.schema(
         "temporal_step": pyarrow.list_(pyarrow.float32()),  # per marker, or null
         "weights": pyarrow.list_(pyarrow.float32()),  # per id, or null
         "of_document": pyarrow.int64(),
+        "in_tar": pyarrow.list_(pyarrow.struct(_MEMBER)),  # per file, or null: none is in one
         "checksum": pyarrow.uint32(),  # covers everything but SIZES
     }
 )
@@ -99,6 +114,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
             media.setdefault(digest, content)
             numbered[place] = numbers.setdefault(digest, len(numbers))
             lengths[place] = len(content)
+    members = [members_of(of_sample) for of_sample in files]
     clips = [videos_of(sample.media) for sample in samples]
     options = [options_of(sample.media) for sample in samples]
     columns = [
@@ -118,6 +134,10 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
         [sample.weights for sample in samples],
         [sample.of_document for sample in samples],
         [
+            None if row is None else [one and dict(zip(_MEMBER, one)) for one in row]
+            for row in members
+        ],
+        [
             row_checksum(
                 arrays_of(sample),
                 [image.path for image in refs[begin:end]],
@@ -127,9 +147,10 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
                 clip,
                 given,
                 sample.of_document,
+                of_tar,
             )
-            for sample, clip, given, begin, end in zip(
-                samples, clips, options, file_offsets, file_offsets[1:]
+            for sample, clip, given, of_tar, begin, end in zip(
+                samples, clips, options, members, file_offsets, file_offsets[1:]
             )
         ],
     ]
@@ -209,7 +230,12 @@ def _bytes(image: ImageRef) -> bytes | None:
     return None if image.data is None else images.encoded_bytes(image)
 
 
-_REQUIRED = {"videos": 3, "in_media": 2, "options": 1}  # first fields, never null
+_REQUIRED = {
+    "videos": 3,
+    "in_media": 2,
+    "options": 1,
+    "in_tar": len(_MEMBER),
+}  # first fields, never null
 
 
 def read_batch(data: Any) -> Any:
@@ -228,13 +254,21 @@ def read_batch(data: Any) -> Any:
     except (pyarrow.ArrowException, EOFError) as error:  # some are not ValueErrors
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
-        num_nulls = 0 if name in ("temporal_step", "weights") else column.null_count
-        if pyarrow.types.is_list(column.type) and name != "in_media":
+        num_nulls = 0 if name in ("temporal_step", "weights", "in_tar") else column.null_count
+        if pyarrow.types.is_list(column.type) and name not in ("in_media", "in_tar"):
             num_nulls += column.values.null_count
+        values = (
+            column.flatten().drop_null() if name == "in_tar" else getattr(column, "values", column)
+        )
         for number in range(_REQUIRED.get(name, 0)):
-            num_nulls += column.values.field(number).null_count
+            num_nulls += values.field(number).null_count
         if num_nulls:
             raise ValueError(f"{name} has {num_nulls:,} nulls")
+    lengths, num_files = (
+        batch[one].value_lengths().to_numpy(False) for one in ("in_tar", "images")
+    )
+    if not ((lengths == num_files) | np.isnan(lengths.astype(float))).all():
+        raise ValueError("in_tar does not have an entry per file")
     return batch
 
 
@@ -268,8 +302,11 @@ def sample_of(
     """
     ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
     paths, at, source, number = (column[row].as_py() for column in columns[3:7])
-    *_, clips, options, step, weights, of_document, checksum = columns
+    *_, clips, options, step, weights, of_document, in_tar, checksum = columns
     clips, of_document, checksum = (one[row].as_py() for one in (clips, of_document, checksum))
+    members = in_tar[row].as_py()
+    if members is not None:
+        members = [one and tuple(one[key] for key in _MEMBER) for one in members]
     step, weights = (
         None if one[row].values is None else one[row].values.to_numpy() for one in (step, weights)
     )
@@ -285,7 +322,8 @@ def sample_of(
     by_position = dict(zip(distinct, found))
     data = [None if pair is None else by_position[pair] for pair in pairs]
     arrays = [ids, labels, grid, step, weights]
-    if row_checksum(arrays, paths, data, source, number, clips, given, of_document) != checksum:
+    rest = (source, number, clips, given, of_document, members)
+    if row_checksum(arrays, paths, data, *rest) != checksum:
         return None
     if (
         not len(ids)
@@ -295,10 +333,15 @@ def sample_of(
         or (weights is not None and len(weights) != len(ids))
         or of_document < 0
         or len(data) != len(paths)
+        or len(members or paths) != len(paths)
         or not all(0 <= clip["place"] < len(paths) for clip in clips)
     ):
         return None
-    media = _media(tuple(map(ImageRef, paths, data)), clips)
+    files = tuple(map(ImageRef, paths, data))
+    if members is not None:
+        refs = zip(files, members)
+        files = tuple(replace(file, member=one and TarMember(*one)) for file, one in refs)
+    media = _media(files, clips)
     try:
         for place, values in given:
             if place < 0:
@@ -332,5 +375,6 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Me
         frames = files[begin:end] if listed else ()
         data = None if listed else file.data
         known = {name: video[name] for name in ("num_frames", "fps", "folder")}
-        media.append(VideoRef(file.path, data, frames, **known))
+        member = None if listed else file.member
+        media.append(VideoRef(file.path, data, frames, member=member, **known))
     return [*media, *files[end:]]

@@ -14,7 +14,6 @@ one cannot read memory outside it. The small files have their own checksums and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -31,7 +30,7 @@ import pyarrow
 from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks, item_at
-from mmpack.regular_files import NotRegularError, open_regular, regular_stat
+from mmpack.regular_files import regular_stat
 from mmpack.store import media_rows
 from mmpack.store.arrow_schema import (
     SCHEMA,
@@ -364,37 +363,3 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
         ValueError: the folder has no store, one in another format, or a damaged one.
     """
     return EncodedStore(Path(folder), read_manifest(Path(folder)))
-
-
-def changed_files(store: EncodedStore) -> list[str]:
-    """Data files that have changed since the store was made: another size, or another modification time and other
-    content. Files that are missing or unreadable are not listed, because a store no longer needs them."""
-    changed = []
-    for path, (num_bytes, time_ns, sha256) in store.about.files.items():
-        try:
-            found = regular_stat(path)
-            if found.st_size != num_bytes or (
-                found.st_mtime_ns != time_ns and file_sha256(path) != sha256
-            ):
-                changed.append(path)
-        except NotRegularError:
-            changed.append(path)
-        except (OSError, ValueError):  # ValueError: an invalid file name
-            continue
-    return changed
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a regular file's content, up to its size when it is opened.
-
-    Raises:
-        ValueError: it is not a regular file.
-        OSError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        left = os.fstat(file.fileno()).st_size
-        while block := file.read(min(left, 1 << 20)):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()

@@ -23,7 +23,7 @@ from mmpack.store.records import (
 from mmpack.video_spec import VideoSpec
 from mmpack.vision_spec import VisionSpec
 
-FORMAT = 12
+FORMAT = 13
 _POSITIVE, _ID, _COUNT = range(1, 1 << 31), range(1 << 31), range(MAX_COUNT + 1)
 _CAPACITY = range(1, 1 << 63)
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from mmpack.store.arrow_schema import SCHEMA, position_arrays
 from mmpack.types import Int32, Int64
 
-_GRIDS, _IMAGES, _AT, _VIDEOS, _OPTIONS = (
-    SCHEMA.get_field_index(name) for name in ("grid_thw", "images", "in_media", "videos", "options")
+_GRIDS, _IMAGES, _AT, _VIDEOS, _OPTIONS, _TAR = (
+    SCHEMA.get_field_index(name)
+    for name in ("grid_thw", "images", "in_media", "videos", "options", "in_tar")
 )
 
 
@@ -22,6 +23,7 @@ class MediaRows(NamedTuple):
     Attributes:
         paths: distinct paths of the batch. path: (n,) the number in `paths` of each image, video or frame.
         offset: (n,) its position in `media.bin`; -1: it is a file.
+        in_tar: (n,) its position in that file, a tar file; 0: it is the whole file.
         files: (rows + 1,) those of row r are `files[r] : files[r + 1]`.
         grid_thw: (I, 3) of all markers. grids: (rows + 1,) those of row r are `grids[r] : grids[r + 1]`.
         is_plain: (rows,) whether a row has only images, one per grid, without options.
@@ -30,6 +32,7 @@ class MediaRows(NamedTuple):
     paths: list[str]
     path: Int64
     offset: Int64
+    in_tar: Int64
     files: Int64
     grid_thw: Int32
     grids: Int64
@@ -41,12 +44,17 @@ def media_rows(columns: Sequence[Any]) -> MediaRows:
     encoded = columns[_IMAGES].values.dictionary_encode()
     inside, offsets, _ = position_arrays(columns[_AT])
     files = columns[_IMAGES].offsets.to_numpy().astype(np.int64)
+    members = columns[_TAR].flatten()
+    in_tar = np.zeros(len(inside), dtype=np.int64)
+    is_valid = columns[_TAR].is_valid().to_numpy(zero_copy_only=False)
+    in_tar[np.repeat(is_valid, np.diff(files))] = members.field("offset").fill_null(0).to_numpy()
     grids = columns[_GRIDS].offsets.to_numpy().astype(np.int64) // 3
     videos, options = (columns[n].value_lengths().to_numpy() for n in (_VIDEOS, _OPTIONS))
     return MediaRows(
         paths=encoded.dictionary.to_pylist(),
         path=encoded.indices.to_numpy().astype(np.int64),
         offset=np.where(inside, offsets, -1),
+        in_tar=in_tar,
         files=files,
         grid_thw=columns[_GRIDS].values.to_numpy().reshape(-1, 3),
         grids=grids,

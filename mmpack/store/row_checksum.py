@@ -22,7 +22,7 @@ def files_of(media: Iterable[Media]) -> list[ImageRef]:
         if isinstance(ref, ImageRef):
             files.append(ref)
         else:
-            files += ref.frames or (ImageRef(ref.path, ref.data),)
+            files += ref.frames or (ImageRef(ref.path, ref.data, member=ref.member),)
     return files
 
 
@@ -46,6 +46,12 @@ def options_of(media: Sequence[Media]) -> list[tuple[int, dict[str, int | float]
     return [(n, ref.options.given) for n, ref in enumerate(media) if ref.options is not None]
 
 
+def members_of(files: Sequence[ImageRef]) -> list[tuple[Any, ...] | None] | None:
+    """Where each file is in its tar file, as the values of a `TarMember`; None: none is in one."""
+    members = [None if file.member is None else tuple(file.member) for file in files]
+    return members if any(members) else None
+
+
 def arrays_of(sample: EncodedSample) -> list[NDArray[Any] | None]:
     """The arrays of a row."""
     grids = sample.grid_thw.ravel()
@@ -57,14 +63,16 @@ def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
 
     Args:
         arrays: those of `arrays_of`.
-        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of`, `options_of` and
-            `of_document`.
+        texts: paths of the files, their bytes (None: in the file), source, row, `videos_of`, `options_of`,
+            `of_document` and `members_of`.
     """
     checksum = 0
     for array in arrays:
         if array is not None:
             checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
-    paths, data, *rest = texts
+    paths, data, *rest, members = texts
+    if members is not None:  # without tar files, as before there were any
+        rest.append(members)
     data = data or ()
     lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
     contents = {id(one): zlib.crc32(one) for one in {id(one): one for one in data if one}.values()}
@@ -81,8 +89,7 @@ def contents_checksum(samples: Iterable[EncodedSample]) -> int:
         data = [file.data for file in files]
         data = [repr(one.size).encode() if hasattr(one, "size") else one for one in data]
         paths = [file.path for file in files]
-        rest = (videos_of(sample.media), options_of(sample.media), sample.of_document)
-        rows.append(
-            row_checksum(arrays_of(sample), paths, data, sample.source, int(sample.row), *rest)
-        )
+        rest = [videos_of(sample.media), options_of(sample.media), sample.of_document]
+        given = (paths, data, sample.source, int(sample.row), *rest)
+        rows.append(row_checksum(arrays_of(sample), *given, members_of(files)))
     return zlib.crc32(np.array(rows, dtype="<u4").tobytes())

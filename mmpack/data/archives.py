@@ -1,0 +1,163 @@
+"""Opens tar files: `open_archive` is the one place. A process keeps a few of them open, for the images that it reads.
+
+A member is read by position, so threads and forked workers can share an open file. Before a member's bytes are used,
+its header and the size of the tar file are compared with those of when its row was read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections import OrderedDict
+from typing import BinaryIO
+
+from mmpack.data.tar_headers import BLOCK, header_check
+from mmpack.errors import RowError
+from mmpack.media_refs import TarMember
+from mmpack.regular_files import open_regular
+
+_MOST_OPEN = 64  # tar files that a process keeps open; a usual limit is 1,024 files
+
+
+class OpenArchive:
+    """An open tar file, `tar_headers.Archive`; closed when nothing uses it any more.
+
+    Args:
+        file: binary and seekable. If it has a file descriptor, reading does not move its position.
+    """
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file, self.path = file, path
+        self._lock = threading.Lock()
+        try:
+            self._descriptor: int | None = file.fileno()
+        except OSError:  # not a file of the operating system
+            self._descriptor = None
+            self._size = file.seek(0, io.SEEK_END)
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    @property
+    def size(self) -> int:
+        """Its bytes; of a local file, now."""
+        return self._size if self._descriptor is None else os.fstat(self._descriptor).st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes from `offset` on, fewer at the end of the file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        length = max(0, min(length, self.size - offset))
+        if self._descriptor is not None:
+            data = os.pread(self._descriptor, length, offset)
+            while 0 < len(data) < length:  # interrupted, or beyond what one call returns
+                more = os.pread(self._descriptor, length - len(data), offset + len(data))
+                data, length = data + more, length if more else len(data)
+            return data
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(length)
+
+
+def open_archive(path: str, *, follow_link: bool = True) -> OpenArchive:
+    """Open a tar file.
+
+    Raises:
+        NotRegularError: it is not a regular file.
+        OSError: it cannot be opened.
+    """
+    return OpenArchive(open_regular(path, follow_link=follow_link, buffering=0), path)
+
+
+def open_member(
+    path: str, member: TarMember, kind: str, *, follow_link: bool = True, buffering: int = -1
+) -> BinaryIO:
+    """Open an image or a video in a tar file for reading; `kind` is the word for it in errors.
+
+    Args:
+        path: of the tar file.
+        buffering: as in `open`.
+
+    Raises:
+        RowError: the tar file has another size, or another member at this place, than when the row was read.
+        NotRegularError, OSError: as `open_archive`.
+    """
+    archive = _archives.get(path, follow_link)
+    name, offset, length, header, archive_bytes = member
+    place = f"{kind} {name} (byte {offset:,} of {path})"
+    if archive.size != archive_bytes:
+        _archives.forget(path)  # it may be written again
+        raise RowError(
+            f"{place} cannot be read: the tar file has {archive.size:,} bytes, and had {archive_bytes:,} when it was "
+            "packed",
+            "pack the data again",
+        )
+    if offset < BLOCK or header_check(archive.read_at(offset - BLOCK, BLOCK)) != header:
+        _archives.forget(path)
+        raise RowError(
+            f"{place} cannot be read: the tar file has another member there than when it was packed",
+            "pack the data again",
+        )
+    file = _MemberFile(archive, offset, length)
+    return file if buffering == 0 else io.BufferedReader(file)  # type: ignore[return-value]
+
+
+class _MemberFile(io.RawIOBase):
+    """The bytes of a member as a file, with a position of its own."""
+
+    def __init__(self, archive: OpenArchive, offset: int, length: int) -> None:
+        self._archive, self._offset, self._length, self._at = archive, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError("a position before the beginning")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        wanted = max(0, min(len(buffer), self._length - self._at))
+        data = self._archive.read_at(self._offset + self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class _Archives:
+    """The tar files that were used last, open. A forked process begins with none, and so with its own."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, OpenArchive] = OrderedDict()
+
+    def get(self, path: str, follow_link: bool) -> OpenArchive:
+        if self._process != os.getpid():
+            self.__init__()  # type: ignore[misc]
+        with self._lock:
+            archive = self._open.get(path)
+            if archive is None:
+                archive = self._open[path] = open_archive(path, follow_link=follow_link)
+            self._open.move_to_end(path)
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+            return archive
+
+    def forget(self, path: str) -> None:
+        with self._lock:
+            self._open.pop(path, None)
+
+
+_archives = _Archives()
