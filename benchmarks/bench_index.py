@@ -4,19 +4,29 @@ Uses the real rows, and is skipped if they are not beside the checkout. Indexing
 checking rows, image headers, template, ids, labels and batches on disk. The peer is transformers' processor; the
 ceiling is the chat template and one batched call of the tokenizer on conversations in memory.
 
+And what do the ways cost that rows come: JSON lines, Parquet with the images' bytes, a `datasets` stream, tar shards,
+a Ray? In rows and images per second, with image sizes from headers. The peers of reading are `datasets` streaming and
+`webdataset`, which make the same rows and sizes of the same files and check nothing; of a Ray, as many processes.
+
 `python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines with texts of realistic lengths, and
 prints the memory of the whole process tree.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import tarfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,13 +53,13 @@ def samples(encoder, quick):
     return list(encoder.read(REALSET))[: 200 if quick else None]
 
 
-def index(path, encoder, folder, jobs=None):
-    """Index a file into a store."""
+def index(path, encoder, folder, jobs=None, ray=None):
+    """Index a file, or rows, into a store."""
     from mmpack.store.build import index_rows
     from mmpack.store.encoded_store import write_batches
 
     encoder = replace(encoder, media_dir=REALSET.parent)
-    rows = index_rows(list(encoder.groups(path)), encoder, jobs=jobs)
+    rows = index_rows(list(encoder.groups(path)), encoder, jobs=jobs, ray=ray)
     batches = (indexed.batch for indexed in rows if indexed.batch)
     return write_batches(folder, batches, encoder.vision)
 
@@ -102,6 +112,154 @@ def test_build(encoder, samples, tmp_path, benchmark, recorder, quick):
     print(f"x template and tokenizer: {medians['mmpack'] / floor:.2f}", end=", ")
     print(f"transformers' processor {np.median(processed) / floor:.1f}")
     benchmark.pedantic(candidates["mmpack"], rounds=1)
+
+
+def test_sources(encoder, tmp_path, benchmark, recorder, quick):
+    rows = json.loads(REALSET.read_text(encoding="utf-8"))[: 60 if quick else None]
+    sources = write_sources(rows, tmp_path)
+    reader = replace(encoder, media_dir=REALSET.parent)
+    candidates: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: sum(1 for _ in reader.read(opened(sources[name], name)))
+        for name in sources
+    }
+    candidates["datasets"] = lambda: read_by_datasets(sources["a datasets stream"])
+    if find_spec("webdataset") is not None:
+        candidates["webdataset"] = lambda: read_by_webdataset(sources["tar shards"])
+    else:
+        print("\nthe peer is not installed: pip install --no-deps webdataset braceexpand")
+    assert {run() for run in candidates.values()} == {len(rows)}
+    rounds = 1 if quick else 5
+    tell_rates(recorder, "read", time_ms(candidates, rounds=rounds, warmup=1, on_host=True), rows)
+
+    names = (tmp_path / str(n) for n in range(1000))
+    candidates = {
+        name: lambda name=name: index(opened(sources[name], name), encoder, next(names), 1)
+        for name in sources
+    }
+    assert {len(run()) for run in candidates.values()} == {len(rows)}
+    times = time_ms(candidates, rounds=rounds, warmup=0, on_host=True)
+    tell_rates(recorder, "index", times, rows)
+    benchmark.pedantic(candidates["tar shards"], rounds=1)
+
+
+def test_in_parallel(encoder, tmp_path, benchmark, recorder, quick):
+    """Processes are started anew in each round, for about three seconds, and Ray's before the first one; both load
+    the tokenizer in each round."""
+    if quick:
+        pytest.skip("starting processes takes longer than the rest of the quick benchmarks")
+    rows = json.loads(REALSET.read_text(encoding="utf-8")) * 8
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    names = (tmp_path / str(n) for n in range(1000))
+    candidates = {
+        "1 process": lambda: index(path, encoder, next(names), 1),
+        "2 processes": lambda: index(path, encoder, next(names), 2),
+    }
+    with ray_of_two() as has_ray:
+        if has_ray:
+            candidates["Ray, 2 workers"] = lambda: index(path, encoder, next(names), ray="local")
+        times = time_ms(candidates, rounds=3, warmup=1, on_host=True)
+    tell_rates(recorder, "in parallel", times, rows)
+    benchmark.pedantic(candidates["1 process"], rounds=1)
+
+
+def tell_rates(recorder, mode: str, times: dict[str, list[float]], rows: list[Any]) -> None:
+    """Record and print rows and images per second of each candidate."""
+    num_images = sum(len(row["images"]) for row in rows)
+    for name, taken in times.items():
+        rates = {"rows": len(rows), "images": num_images}
+        for metric, number in rates.items():
+            recorder.add(
+                "sources", name, mode, metric=metric, unit="1/s", x=("rows", len(rows)),
+                values=[1000 * number / ms for ms in taken], config=f"images={num_images}",
+            )  # fmt: skip
+        told = (f"{1000 * n / np.median(taken):,.0f} {metric}/s" for metric, n in rates.items())
+        print(f"{mode}, {name}: {', '.join(told)}")
+
+
+def write_sources(rows: list[Any], folder: Path) -> dict[str, Path]:
+    """The same rows as JSON lines, as Parquet and as tar shards."""
+    import pyarrow
+    import pyarrow.parquet
+
+    lines, parquet, shards = folder / "rows.jsonl", folder / "rows.parquet", folder / "shards"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines.write_text(text, encoding="utf-8")
+    images = [[(REALSET.parent / path).read_bytes() for path in row["images"]] for row in rows]
+    turns = [row["conversations"] for row in rows]
+    table = {
+        "conversations": turns,
+        "images": [[{"bytes": data} for data in own] for own in images],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), parquet, row_group_size=64)
+    shards.mkdir()
+    for first in range(0, len(rows), 128):
+        with tarfile.open(shards / f"{first:06d}.tar", "w") as tar:
+            for number in range(first, min(first + 128, len(rows))):
+                row = json.dumps({"conversations": turns[number]}, ensure_ascii=False).encode()
+                members = [("json", row)]
+                for place, (path, data) in enumerate(zip(rows[number]["images"], images[number])):
+                    members.append((f"{place}{Path(path).suffix}", data))
+                for extension, data in members:
+                    info = tarfile.TarInfo(f"{number:06d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return {
+        "JSON lines": lines, "Parquet": parquet, "a datasets stream": parquet, "tar shards": shards,
+    }  # fmt: skip
+
+
+def opened(source: Path, name: str) -> Any:
+    """What `Encoder.read` takes."""
+    return datasets_stream(source) if name == "a datasets stream" else source
+
+
+def datasets_stream(parquet: Path) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
+
+
+def read_by_datasets(parquet: Path) -> int:
+    """Number of rows, with the sizes of their images."""
+    from PIL import Image
+
+    count = 0
+    for row in datasets_stream(parquet):
+        [Image.open(io.BytesIO(one["bytes"])).size for one in row["images"]]
+        count += bool(row["conversations"])
+    return count
+
+
+def read_by_webdataset(shards: Path) -> int:
+    """Number of rows, with the sizes of their images."""
+    import webdataset
+    from PIL import Image
+
+    count = 0
+    names = sorted(map(str, shards.glob("*.tar")))
+    for sample in webdataset.WebDataset(names, shardshuffle=False):
+        for extension, data in sample.items():
+            if not extension.startswith("__") and extension != "json":
+                Image.open(io.BytesIO(data)).size  # noqa: B018
+        count += bool(json.loads(sample["json"])["conversations"])
+    return count
+
+
+@contextmanager
+def ray_of_two() -> Iterator[bool]:
+    """A Ray with two workers on this machine, for the block; False: it is not installed."""
+    if find_spec("ray") is None:
+        print("\nRay is not installed: pip install 'mmpack[ray]'")
+        yield False
+        return
+    import ray
+
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        yield True
+    finally:
+        ray.shutdown()
 
 
 def test_headers(encoder, benchmark, recorder, quick):
