@@ -16,7 +16,7 @@ from mmpack.packing.assemble import assemble
 from mmpack.store.encoded_store import write_store
 from mmpack.store.manifest import About, Planning
 from mmpack.store.plan_file import save_plan
-from mmpack.types import ImageRef, VideoRef
+from mmpack.types import ImageRef, TarMember, VideoRef
 
 ODD = (
     None,
@@ -48,7 +48,8 @@ def write(folder):
     frames = (ImageRef("d.png"), ImageRef("e.png"))
     clip = encoded(spec, 11, (2, 4, 4), 12)
     large = ImageRef("b.png", options=MediaOptions(max_pixels=4096, min_pixels=784))
-    media = [(), (ImageRef("a.png"),), (large, ImageRef("c", b"bytes"))]
+    member = TarMember("f.png", 512, 99, 7, 2048)
+    media = [(), (ImageRef("a.tar", member=member),), (large, ImageRef("c", b"bytes"))]
     samples = [replace(kinds[n % 3], media=media[n % 3], row=n) for n in range(257)]
     size = MediaOptions(resized_height=28, resized_width=56)
     samples.append(replace(clip, media=(VideoRef("d.png", None, frames, 2, 2.0, options=size),)))

@@ -18,17 +18,21 @@ import numpy as np
 import pytest
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model
 from PIL import Image
+from tar_files import chat, picture, write_tar
 from transformers import Trainer, TrainingArguments
 
 import mmpack.hf.training
-from mmpack import PackedDataset, PackStream, Skip
+from mmpack import Encoder, PackedDataset, PackStream, Skip
 from mmpack.cli import main as cli
+from mmpack.cli.demo import _tokenizer
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 from mmpack.store.encoded_store import write_store
 from mmpack.store.plan_file import save_plan
 from mmpack.types import ImageRef
 
 SPEC = replace(SMALL_SPEC, max_pixels=28 * 28 * 16)
+SPECIAL = ("image_pad", "video_pad", "vision_start", "vision_end")
+SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 STEPS, EVERY = 16, 3  # a step and a save take about as long; an epoch is 9 packs
 OPTIONS = {
     "max_steps": STEPS,
@@ -67,8 +71,24 @@ def packed(tmp_path_factory):
     write_store(folder / "packed", iter(samples), SPEC)
     save_plan(PackedDataset.from_samples(samples, 40).plan, folder / "packed")
     PackedDataset.from_samples(more_samples(), 40).save(folder / "more")
+    write_shards(folder / "shards")
     tiny_config(100, vision=SPEC).save_pretrained(folder)
     return folder
+
+
+def write_shards(folder):
+    """3 tar files of 11 samples with 0 to 2 images; one is bad, and the last file is cut off."""
+    folder.mkdir()
+    for shard in range(3):
+        members = []
+        for number in range(11 * shard, 11 * shard + 11):
+            images = [picture(number + n, size=(28, 56)) for n in range(number % 3)]
+            members += [(f"{number}.{n}.png", image) for n, image in enumerate(images)]
+            row = chat("<image>" * len(images) + "w" * (number % 5), "a" * (1 + number % 4))
+            members.append((f"{number}.json", b"{" if number == 15 else row))
+        write_tar(folder / f"train-{shard:03d}.tar", members)
+    last = folder / "train-002.tar"
+    last.write_bytes(last.read_bytes()[:30_000])
 
 
 def recorded(patch, path):
@@ -110,8 +130,12 @@ def train_stream(folder, data, seen, mixes=False):
         source = {"a": (source, 0.8), "b": (more_samples(), 0.2)}
         options = {"on_overflow": "split", "on_error": Skip(0.5)}
     stream = PackStream(source, None, 40, buffer=8, **options)
-    model = recorded(patch_model, seen)(tiny_model(tiny_config(100, vision=SPEC)))
-    settings = {**QUIET, **OPTIONS, "save_strategy": "steps"}
+    train_packs_of(stream, tiny_config(100, vision=SPEC), folder, seen)
+
+
+def train_packs_of(stream, config, folder, seen, **options):
+    model = recorded(patch_model, seen)(tiny_model(config))
+    settings = {**QUIET, **OPTIONS, "save_strategy": "steps", **options}
     args = TrainingArguments(
         str(folder), **settings, accelerator_config={"dispatch_batches": False}
     )
@@ -126,6 +150,21 @@ def train_stream(folder, data, seen, mixes=False):
     os._exit(0)
 
 
+def train_shards(folder, data, seen, workers=0):
+    """Tar files; by file to workers."""
+    tokenizer = _tokenizer(["w a"])
+    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL]
+    spec = replace(SPEC, **dict(zip(SPECIAL_IDS, ids)))
+    encoder = Encoder(tokenizer, spec)
+    stream = PackStream(data / "shards", encoder, 100, buffer=8, on_error=Skip(0.5))
+    config = tiny_config(len(tokenizer), vision=spec)
+    train_packs_of(stream, config, folder, seen, dataloader_num_workers=workers)
+
+
+def train_shards_with_workers(folder, data, seen):
+    train_shards(folder, data, seen, workers=2)
+
+
 def train_mixed_streams(folder, data, seen):
     """With bad rows."""
     train_stream(folder, data, seen, mixes=True)
@@ -136,6 +175,8 @@ SCRIPTS = {
     "mixture": train_mixture,
     "stream": train_stream,
     "mixed streams": train_mixed_streams,
+    "shards": train_shards,
+    "shards to workers": train_shards_with_workers,
 }
 
 
@@ -193,7 +234,7 @@ def wait_for(steps, path, process):
 def cases():
     """A script and a seed; few in a normal run."""
     for script in SCRIPTS:
-        usual = {"packs": 3, "stream": 3, "mixed streams": 1, "mixture": 0}[script]
+        usual = {"packs": 3, "stream": 3, "mixed streams": 1, "shards": 1}.get(script, 0)
         for seed in range(20):
             marks = () if seed < usual else pytest.mark.slow
             yield pytest.param(script, seed, marks=marks)
@@ -222,3 +263,4 @@ def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
     assert losses(tmp_path / "run") == expected
     assert left_out(tmp_path / "run") == bad_rows
     assert script != "mixed streams" or len(bad_rows.splitlines()) > 5  # in two passes
+    assert not script.startswith("shards") or len(bad_rows.splitlines()) >= 2

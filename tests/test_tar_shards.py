@@ -319,6 +319,13 @@ def test_a_name_that_is_not_text_is_refused(tmp_path):
     assert "has a name that is not UTF-8 text" in bad[0].error
 
 
+def test_a_name_is_at_most_a_path(tmp_path):
+    members = [("a" * 5000 + ".json", chat("q")), ("a" * 4000 + ".json", chat("q"))]
+    samples, bad = read(write_tar(tmp_path / "a.tar", members))
+    assert [sample.row for sample in samples] == [1]
+    assert "has a name of 5,005 characters" in bad[0].error and len(bad[0].error) < 1000
+
+
 def test_an_old_sparse_member_is_refused_and_passed_over(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.json", chat("q"))], tarfile.GNU_FORMAT)
     info = tarfile.TarInfo("b.png")

@@ -15,7 +15,9 @@ from mmpack.store.manifest import Planning
 from mmpack.store.ray_chunks import check_ray
 from mmpack.store.records import check, schema_of
 
-DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet or .arrow rows, or a folder of them"
+DATA_HELP = (
+    ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them"
+)
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 
 

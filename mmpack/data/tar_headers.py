@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 BLOCK = 512  # bytes; everything in a tar file begins at a multiple
 _ZEROS = bytes(BLOCK)
+_MOST_NAME = 4096  # characters; longer ones are no path of Linux or macOS
 _MOST_HEADER = 1 << 20  # bytes of an extended header; names take at most some KB
 _MOST_PADDING = 1 << 24  # zero bytes after the end; writers pad to records, of 10 KiB or so
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
@@ -233,6 +234,8 @@ def _name_flaw(name: str) -> str:
         return "has '..' in its name"
     if "\0" in name or any("\ud800" <= one <= "\udfff" for one in name):
         return "has a name that is not UTF-8 text"
+    if len(name) > _MOST_NAME:
+        return f"has a name of {len(name):,} characters"
     return ""
 
 

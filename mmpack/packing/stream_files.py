@@ -6,6 +6,7 @@ files, and rows are dealt by number, as those of other sources.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,5 +89,5 @@ def _path(group: RowGroup) -> Path:
 def is_paths(source: Any) -> bool:
     """Whether a stream's source is the path of data files, or several."""
     if isinstance(source, (list, tuple)):
-        return bool(source) and all(isinstance(one, (str, Path)) for one in source)
-    return isinstance(source, (str, Path))
+        return bool(source) and all(isinstance(one, (str, os.PathLike)) for one in source)
+    return isinstance(source, (str, os.PathLike))

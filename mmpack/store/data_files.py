@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from mmpack.data import tar_shards
+from mmpack.data.tar_headers import TornArchiveError
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.store.encoded_store import EncodedStore
 
@@ -21,7 +22,7 @@ def changed_files(store: EncodedStore) -> list[str]:
                 found.st_mtime_ns != time_ns and rows_sha256(path) != sha256
             ):
                 changed.append(path)
-        except NotRegularError:
+        except (NotRegularError, TornArchiveError):
             changed.append(path)
         except (OSError, ValueError):  # ValueError: an invalid file name
             continue
