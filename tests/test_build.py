@@ -180,7 +180,7 @@ def test_what_changed_is_named(pack, tmp_path, rows, change):
         name = "mask_history changed since"
     else:
         (tmp_path / "out" / "mmpack.json").write_text('{"format": 2}')
-        name = "store format 2, not 12"
+        name = "store format 2, not 13"
     code, error = pack(*options)
     assert code == 1
     assert name in error

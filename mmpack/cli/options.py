@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mmpack.data.remote_roots import require_local
 from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.packing.held_out import check_size
 from mmpack.packing.overflow import check_split
@@ -15,9 +16,7 @@ from mmpack.store.manifest import Planning
 from mmpack.store.ray_chunks import check_ray
 from mmpack.store.records import check, schema_of
 
-DATA_HELP = (
-    ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them"
-)
+DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them; also a URL"
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 
 
@@ -56,7 +55,7 @@ class ReadingOptions:
     )
     dataset: tuple[str, ...] = option("entry of dataset_info.json, repeatable", (), metavar="NAME")
     media_dir: tuple[str, ...] = option(
-        "folder that images and videos must be in, repeatable; a relative path must be in only one "
+        "folder or URL that images and videos must be in, repeatable; a relative path must be in only one "
         "(default: the data file's folder; training on packs: the recorded folders)",
         (),
         metavar="FOLDER",
@@ -192,6 +191,7 @@ class PackOptions(PackingOptions, PictureOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_local(self.out, "--out")
         if self.val_size is not None:
             check_size(self.val_size)
         if self.ray is not None:
@@ -212,6 +212,9 @@ class MergeOptions(PictureOptions):
         None,
         metavar="SHARE",
     )
+
+    def __post_init__(self) -> None:
+        require_local(self.out, "OUT")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,20 @@ def decoded_base64(text: object, kind: str) -> bytes:
         raise RowError(f"the base64 of the {kind} is broken", "encode it again") from None
 
 
+def decoded_uri(head: str, body: str, kind: str) -> bytes:
+    """The bytes of a data URI; `head` is what comes before its comma, `body` what follows.
+
+    Raises:
+        RowError: it is not base64.
+    """
+    if not head.endswith(";base64"):
+        raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
+
+
 def other_unicode_form(path: str) -> str | None:
     """An existing path with the same characters in another Unicode form; None if there is none. Macs store "é" as
     two code points (NFD), most other programs write one (NFC)."""

@@ -15,15 +15,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmpack.data.archives import OpenArchive, open_archive
+from mmpack.data.archives import open_archive
 from mmpack.data.limits import MAX_ROW
 from mmpack.data.path_forms import PICTURE_SUFFIXES, VIDEO_SUFFIXES, natural
-from mmpack.data.tar_headers import Entry, entries
+from mmpack.data.remote_roots import DataPath, RemotePath
+from mmpack.data.tar_headers import Archive, Entry, entries
 from mmpack.errors import RowError, names
 from mmpack.media_refs import ImageRef, TarMember
 from mmpack.types import Message
@@ -176,7 +176,7 @@ class _Found:
         self.error = self.error or RowError(error, advice)
 
 
-def tar_rows(path: Path, parse: Callable[[str], Any]) -> Iterator[TarRow]:
+def tar_rows(path: DataPath, parse: Callable[[str], Any]) -> Iterator[TarRow]:
     """The samples of a tar file, in order; one of them is in memory at a time, and 8 to 20 bytes per key.
 
     Args:
@@ -186,8 +186,7 @@ def tar_rows(path: Path, parse: Callable[[str], Any]) -> Iterator[TarRow]:
         TornArchiveError: it is cut off or damaged.
         OSError: it cannot be read.
     """
-    real = os.path.realpath(path)
-    archive = open_archive(real)
+    archive = open_archive(path.url if isinstance(path, RemotePath) else os.path.realpath(path))
     seen = _Keys()
     found: _Found | None = None
     keyless = 0
@@ -229,7 +228,7 @@ def rows_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _row(archive: OpenArchive, found: _Found, keyless: int, parse: Callable[[str], Any]) -> TarRow:
+def _row(archive: Archive, found: _Found, keyless: int, parse: Callable[[str], Any]) -> TarRow:
     try:
         if found.error is not None:
             raise found.error
@@ -237,7 +236,8 @@ def _row(archive: OpenArchive, found: _Found, keyless: int, parse: Callable[[str
         for extension, entry in found.members.items():
             if _kind(extension):
                 place = (entry.name, entry.offset, entry.length, entry.header, archive.size)
-                media.append((extension, ImageRef(archive.path, member=TarMember(*place))))
+                ref = ImageRef(archive.path, member=TarMember(*place), version=archive.version)
+                media.append((extension, ref))
             elif extension not in ("json", "txt"):
                 unread.append(f"*.{extension}")
         text = _text(archive, found.members.get("txt"))
@@ -264,7 +264,7 @@ def _row(archive: OpenArchive, found: _Found, keyless: int, parse: Callable[[str
         return TarRow({"__key__": found.key[:1000]}, bad, None)
 
 
-def _text(archive: OpenArchive, entry: Entry | None) -> str | None:
+def _text(archive: Archive, entry: Entry | None) -> str | None:
     if entry is None:
         return None
     if entry.length > MAX_ROW:

@@ -6,7 +6,7 @@ the C++ core writes the same arrays, bit for bit (`csrc/assembler.h`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -17,6 +17,7 @@ from mmpack import _native
 from mmpack.data import images, videos
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, counted
+from mmpack.packing.fetched_images import FetchedImages
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.shared_images import Key, check_place, first_shown, media_key
 from mmpack.types import (
@@ -222,6 +223,7 @@ def load_pixels(
     kept: list[Sequence[EncodedSample]] = []
     for group in groups:
         if isinstance(group, PackSamples):
+            buffer.fetch(group.policy.media_of(group))
             kept.append(group.policy.load(group, buffer))
             continue
         for sample in group:
@@ -253,9 +255,14 @@ class PixelBuffer:
         self._clips: images.Patches = empty(clips, dtype=np.uint8)
         self._num_stills = self._num_clips = 0  # patches written
         self._shares = share_images
+        self._fetched = FetchedImages(())
         # The folders that each was decoded from, and for those that do not decode, also why.
         self._decoded: dict[Key, MediaFolders | None] = {}
         self._failed: dict[Key, tuple[MediaFolders | None, ValueError]] = {}
+
+    def fetch(self, media: Iterable[tuple[Media, MediaFolders | None]]) -> None:
+        """Begin to read images that are in object storage, several at once; `load` waits for each."""
+        self._fetched = FetchedImages(media)
 
     def load(self, sample: EncodedSample, folders: MediaFolders | None = None) -> None:
         """Decode the next sample's images and videos. If one fails, none of the sample's patches are kept.
@@ -312,6 +319,7 @@ class PixelBuffer:
             raise error
         try:
             if isinstance(ref, ImageRef):
+                ref = self._fetched.image(ref, folders)
                 images.load_patches(ref, grid_thw[0], self._vision, out, folders)
             else:
                 videos.load_patches(ref, grid_thw, self._vision, out, folders)

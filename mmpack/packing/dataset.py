@@ -23,6 +23,7 @@ from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
 from mmpack.data.readers import limits_of, media_folders
+from mmpack.data.remote_roots import require_local
 from mmpack.errors import counted, counting
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
@@ -255,6 +256,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
         if not len(self.samples):
             raise ValueError("there are no samples to save")
+        require_local(folder, "the packed folder")
         out = Path(folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty; save to another folder")

@@ -27,7 +27,8 @@ from mmpack.packing import overflow
 from mmpack.packing.left_out import BadRowFile, as_line
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.stream_rows import Recipe, on_error_of, row_sources
+from mmpack.packing.row_sources import on_error_of, row_sources
+from mmpack.packing.stream_rows import Recipe
 from mmpack.packing.stream_shard import Shard
 from mmpack.vision_spec import VisionSpec
 

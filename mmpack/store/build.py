@@ -22,16 +22,21 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
-from mmpack.data.readers import RowGroup, RowReader, log_unread
-from mmpack.data.row_keys import UnreadByFile
+from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.remote_files import identity, in_parallel
+from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
+from mmpack.data.row_keys import UnreadByFile, log_unread
+from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import Batch, as_batch, read_batch, sample_of
+from mmpack.store.data_files import changed_objects
 from mmpack.store.encoded_store import EncodedStore
 from mmpack.types import EncodedSample
 
@@ -156,12 +161,12 @@ class _Work:
         reader = self._readers[number]
         bad_rows: list[BadRow] = []
         samples = []
-        for row in rows:
-            try:
-                samples += reader.samples(row)
-            except RowError as error:
-                bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+        for row, found in outcomes(reader, rows):
+            if isinstance(found, RowError):
+                bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
                 bad_rows.append(bad)
+            else:
+                samples += found
         encoded = [one for _, one in self._encoder.encode_chunk(samples, bad_rows)]
         bad_rows.sort(key=lambda bad: bad.row)
         unread = dict(reader.unread)
@@ -294,15 +299,23 @@ def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
     not included; `why_outdated` checks them.
     """
     parts = {"mmpack's version": version("mmpack")}
+    groups = list(groups)
+    objects = {group.file.url for group in groups if isinstance(group.file, RemotePath)}
+    known = dict(zip(objects, map(str, in_parallel(identity, objects))))
     for group in groups:
         if group.file is not None:
-            found = group.file.stat()
-            name = str(group.file.resolve())
+            file = name = str(group.file.resolve())
             while name in parts:  # read more than once, perhaps by another entry
                 name += " again"
-            parts[name] = f"{found.st_size} bytes, {found.st_mtime_ns} ns, {group.fields}"
+            parts[name] = f"{known.get(file) or _stat(group.file)}, {group.fields}"
             parts[f"media folders of {name}"] = repr(group.folders.names)
     return parts | encoder.settings()
+
+
+def _stat(file: DataPath) -> str:
+    assert isinstance(file, Path)
+    found = file.stat()
+    return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
 
 
 def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -318,7 +331,9 @@ def why_outdated(
     names = different(store.about.made_from, parts)
     if names or not look_at_images:
         return names
-    images = sorted(set(store.image_paths()))
+    if changed := changed_objects(sorted(set(store.objects())), needed=True):
+        return changed[:1]
+    images = sorted(path for path in set(store.image_paths()) if not is_remote(path))
     folders = sorted(
         set(store.frame_folders())
     )  # a frame that is added or removed changes its folder

@@ -30,6 +30,7 @@ import pyarrow
 from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks, item_at
+from mmpack.data.remote_roots import require_local
 from mmpack.regular_files import regular_stat
 from mmpack.store import media_rows
 from mmpack.store.arrow_schema import (
@@ -140,6 +141,11 @@ class EncodedStore(Sequence[EncodedSample]):
         for n in range(self.num_batches):
             yield from media_rows.image_paths(self._columns(n))
 
+    def objects(self) -> Iterator[tuple[str, str]]:
+        """(URL, version) of all images and videos in object storage, with duplicates."""
+        for n in range(self.num_batches):
+            yield from media_rows.objects(self._columns(n))
+
     def frame_folders(self) -> Iterator[str]:
         """Folders whose pictures are the frames of a video, with duplicates."""
         for n in range(self.num_batches):
@@ -238,7 +244,7 @@ def write_store(
         about: what the samples were made from; by default nothing is recorded.
 
     Raises:
-        ValueError: there are no samples, or the folder already holds a store.
+        ValueError: there are no samples, or the folder already holds a store, or is not local.
     """
     return write_batches(folder, map(as_batch, chunks(samples)), vision, about)
 
@@ -252,6 +258,7 @@ def write_batches(
 ) -> EncodedStore:
     """Like `write_store`, for batches made by `as_batch` in any process; only one batch is in memory at a time.
     `about` is written last, so its `Part.chunks` may grow until then."""
+    require_local(folder, "the packed folder")
     folder = Path(folder)
     if (folder / "mmpack.json").exists():
         raise ValueError(f"{folder} already holds a store; choose another folder")
@@ -362,4 +369,5 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
     Raises:
         ValueError: the folder has no store, one in another format, or a damaged one.
     """
+    require_local(folder, "the packed folder")
     return EncodedStore(Path(folder), read_manifest(Path(folder)))
