@@ -4,9 +4,10 @@ Uses the real rows, and is skipped if they are not beside the checkout. Indexing
 checking rows, image headers, template, ids, labels and batches on disk. The peer is transformers' processor; the
 ceiling is the chat template and one batched call of the tokenizer on conversations in memory.
 
-And what do the ways cost that rows come: JSON lines, Parquet with the images' bytes, a `datasets` stream, tar shards,
-a Ray? In rows and images per second, with image sizes from headers. The peers of reading are `datasets` streaming and
-`webdataset`, which make the same rows and sizes of the same files and check nothing; of a Ray, as many processes.
+And what do the ways cost that rows come: JSON lines, Parquet with the images' bytes, a `datasets` stream, tar
+shards on disk and over HTTP (loopback), in rows and images per second? The peers of reading are `datasets` and
+`webdataset`, which give the same rows and image sizes of the same files and check nothing; of a Ray, as many
+processes.
 
 `python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines with texts of realistic lengths, and
 prints the memory of the whole process tree.
@@ -14,15 +15,13 @@ prints the memory of the whole process tree.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,11 +32,18 @@ import pytest
 
 from benchmarks.harness import CEILING, SHARED, measure, time_ms
 from benchmarks.peer_collators import chat_of
+from benchmarks.range_server import serving
+from benchmarks.row_sources import (
+    REALSET,
+    opened,
+    read_by_datasets,
+    read_by_webdataset,
+    write_sources,
+)
 from mmpack import Encoder
 
 pytestmark = pytest.mark.cpu
 
-REALSET = SHARED / "realset" / "realset_sft.json"
 MAX_PIXELS = 28 * 28 * 1280
 
 
@@ -118,27 +124,35 @@ def test_sources(encoder, tmp_path, benchmark, recorder, quick):
     rows = json.loads(REALSET.read_text(encoding="utf-8"))[: 60 if quick else None]
     sources = write_sources(rows, tmp_path)
     reader = replace(encoder, media_dir=REALSET.parent)
-    candidates: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: sum(1 for _ in reader.read(opened(sources[name], name)))
-        for name in sources
-    }
-    candidates["datasets"] = lambda: read_by_datasets(sources["a datasets stream"])
-    if find_spec("webdataset") is not None:
-        candidates["webdataset"] = lambda: read_by_webdataset(sources["tar shards"])
-    else:
-        print("\nthe peer is not installed: pip install --no-deps webdataset braceexpand")
-    assert {run() for run in candidates.values()} == {len(rows)}
-    rounds = 1 if quick else 5
-    tell_rates(recorder, "read", time_ms(candidates, rounds=rounds, warmup=1, on_host=True), rows)
-
     names = (tmp_path / str(n) for n in range(1000))
-    candidates = {
-        name: lambda name=name: index(opened(sources[name], name), encoder, next(names), 1)
-        for name in sources
-    }
-    assert {len(run()) for run in candidates.values()} == {len(rows)}
-    times = time_ms(candidates, rounds=rounds, warmup=0, on_host=True)
-    tell_rates(recorder, "index", times, rows)
+    rounds = 1 if quick else 5
+    with ExitStack() as stack:
+        if find_spec("aiohttp") is None:
+            print("\nnothing reads over HTTP here: pip install 'mmpack[remote]'")
+        else:
+            url = stack.enter_context(serving(tmp_path))
+            shards = len(list(sources["tar shards"].iterdir()))
+            sources["tar shards over HTTP"] = f"{url}/shards/{{000..{shards - 1:03d}}}.tar"
+        candidates: dict[str, Callable[[], Any]] = {
+            name: lambda name=name: sum(1 for _ in reader.read(opened(sources[name], name)))
+            for name in sources
+        }
+        candidates["datasets"] = lambda: read_by_datasets(sources["Parquet"])
+        if find_spec("webdataset") is None:
+            print("\nthe peer is not installed: pip install --no-deps webdataset braceexpand")
+        else:
+            candidates["webdataset"] = lambda: read_by_webdataset(sources["tar shards"])
+        assert {run() for run in candidates.values()} == {len(rows)}
+        times = time_ms(candidates, rounds=rounds, warmup=0, on_host=True)
+        tell_rates(recorder, "read", times, rows)
+
+        candidates = {
+            name: lambda name=name: index(opened(sources[name], name), encoder, next(names), 1)
+            for name in sources
+        }
+        assert {len(run()) for run in candidates.values()} == {len(rows)}
+        times = time_ms(candidates, rounds=rounds, warmup=0, on_host=True)
+        tell_rates(recorder, "index", times, rows)
     benchmark.pedantic(candidates["tar shards"], rounds=1)
 
 
@@ -147,7 +161,7 @@ def test_in_parallel(encoder, tmp_path, benchmark, recorder, quick):
     the tokenizer in each round."""
     if quick:
         pytest.skip("starting processes takes longer than the rest of the quick benchmarks")
-    rows = json.loads(REALSET.read_text(encoding="utf-8")) * 8
+    rows = json.loads(REALSET.read_text(encoding="utf-8")) * 4
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     names = (tmp_path / str(n) for n in range(1000))
@@ -175,75 +189,6 @@ def tell_rates(recorder, mode: str, times: dict[str, list[float]], rows: list[An
             )  # fmt: skip
         told = (f"{1000 * n / np.median(taken):,.0f} {metric}/s" for metric, n in rates.items())
         print(f"{mode}, {name}: {', '.join(told)}")
-
-
-def write_sources(rows: list[Any], folder: Path) -> dict[str, Path]:
-    """The same rows as JSON lines, as Parquet and as tar shards."""
-    import pyarrow
-    import pyarrow.parquet
-
-    lines, parquet, shards = folder / "rows.jsonl", folder / "rows.parquet", folder / "shards"
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    lines.write_text(text, encoding="utf-8")
-    images = [[(REALSET.parent / path).read_bytes() for path in row["images"]] for row in rows]
-    turns = [row["conversations"] for row in rows]
-    table = {
-        "conversations": turns,
-        "images": [[{"bytes": data} for data in own] for own in images],
-    }
-    pyarrow.parquet.write_table(pyarrow.table(table), parquet, row_group_size=64)
-    shards.mkdir()
-    for first in range(0, len(rows), 128):
-        with tarfile.open(shards / f"{first:06d}.tar", "w") as tar:
-            for number in range(first, min(first + 128, len(rows))):
-                row = json.dumps({"conversations": turns[number]}, ensure_ascii=False).encode()
-                members = [("json", row)]
-                for place, (path, data) in enumerate(zip(rows[number]["images"], images[number])):
-                    members.append((f"{place}{Path(path).suffix}", data))
-                for extension, data in members:
-                    info = tarfile.TarInfo(f"{number:06d}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return {
-        "JSON lines": lines, "Parquet": parquet, "a datasets stream": parquet, "tar shards": shards,
-    }  # fmt: skip
-
-
-def opened(source: Path, name: str) -> Any:
-    """What `Encoder.read` takes."""
-    return datasets_stream(source) if name == "a datasets stream" else source
-
-
-def datasets_stream(parquet: Path) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
-
-
-def read_by_datasets(parquet: Path) -> int:
-    """Number of rows, with the sizes of their images."""
-    from PIL import Image
-
-    count = 0
-    for row in datasets_stream(parquet):
-        [Image.open(io.BytesIO(one["bytes"])).size for one in row["images"]]
-        count += bool(row["conversations"])
-    return count
-
-
-def read_by_webdataset(shards: Path) -> int:
-    """Number of rows, with the sizes of their images."""
-    import webdataset
-    from PIL import Image
-
-    count = 0
-    names = sorted(map(str, shards.glob("*.tar")))
-    for sample in webdataset.WebDataset(names, shardshuffle=False):
-        for extension, data in sample.items():
-            if not extension.startswith("__") and extension != "json":
-                Image.open(io.BytesIO(data)).size  # noqa: B018
-        count += bool(json.loads(sample["json"])["conversations"])
-    return count
 
 
 @contextmanager
