@@ -102,8 +102,6 @@ LINES = [
          **_HOST),
     Line("reading Parquet with images, rows", "sources", "read", "rows", ("Parquet",), {"datasets": "datasets"},
          **_HOST),
-    Line("indexing on a Ray of two workers, rows", "sources", "in parallel", "rows", ("Ray, 2 workers",),
-         {"two processes": "2 processes", "one process": "1 process"}, **_HOST),
     Line("packs of 8,192 full", "plan", "plan", "utilization", ("mmpack by cost",), _PLANNERS,
          config="real", x=8192, as_values=True, **_HOST),
     Line("busiest of 64 ranks over the mean", "plan", "plan", "imbalance 64", ("mmpack by cost",), _PLANNERS,
