@@ -152,6 +152,21 @@ def test_what_ends_a_task_is_told(monkeypatch):
     assert fake.cancelled == [left]
 
 
+def test_a_ray_that_does_not_start_is_told(monkeypatch):
+    def init(address, **options):
+        assert (address, options["num_cpus"]) == ("local", 2)
+        assert options["include_dashboard"] is False
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        raise RuntimeError("no memory")
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init)
+    )
+    with pytest.raises(ValueError, match="Ray did not start on this machine: no memory; /tmp/ray"):
+        RayTasks(len, "local", 2)
+
+
 def test_results_are_in_order_and_few_chunks_in_flight(monkeypatch):
     """The one place that hands out chunks, with workers that count."""
     seen = []

@@ -124,9 +124,13 @@ def _connect(ray: Any, address: str, cores: int) -> bool:
         return False
     if address == LOCAL:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no argument for it
-        ray.init(
-            LOCAL, num_cpus=cores, include_dashboard=False, logging_level="ERROR", log_to_driver=False
-        )  # fmt: skip
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            ray.init(LOCAL, num_cpus=cores, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"Ray did not start on this machine: {error!s:.400}; /tmp/ray has its logs; --jobs works without it"
+            ) from None
         return True
     _try(address)
     ray.init(address, logging_level="ERROR")
