@@ -40,6 +40,7 @@ PUBLISHED = "*/published.csv"
 TESTS = {
     "assemble": ("test_assemble",),
     "batch": ("test_assemble", "test_assemble_sequence", "test_device_batches"),
+    "context": ("test_context", "test_context_part"),
     "embed_features": ("test_embed_features",),
     "head": ("test_supervised_cross_entropy", "test_supervised_linear_cross_entropy"),
     "headers": ("test_images",),

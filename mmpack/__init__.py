@@ -17,6 +17,7 @@ from mmpack.data.readers import Reader
 from mmpack.errors import BadRow, RowError, Skip
 from mmpack.media_options import MediaOptions
 from mmpack.packing.assemble import assemble
+from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.cost import costs_of
 from mmpack.packing.pack_stats import busiest, cost_floor, rank_imbalance
 from mmpack.packing.plan import plan_packs
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadRow",
+    "ContextGroup",
     "EncodedSample",
     "Encoder",
     "ImageRef",

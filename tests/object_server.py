@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.startswith("to "):
             return self._send(302, b"", {"Location": fault[3:]})
         if fault.isdigit():
-            return self._send(int(fault), b"no", {})
+            return self._send(int(fault), b"no", {}, is_head)
         try:
             file = server.folder / path.lstrip("/")
             size = file.stat().st_size

@@ -4,6 +4,7 @@ One test for each name, which fails with what breaks; run on a new version of tr
 """
 
 import ast
+import contextlib
 import copy
 import functools
 import inspect
@@ -15,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.parallelism_config import ParallelismConfig
@@ -289,6 +291,24 @@ def _(family):
     return given == ("bounds", "host", "ids")
 
 
+@check(
+    "text: Gated DeltaNet's projections, conv1d, A_log, dt_bias, norm, out_proj, sizes",
+    "has_linear_attention",
+)
+def _(family):
+    layer = model_of(family).model.language_model.layers[0].linear_attn
+    modules = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "norm", "out_proj")
+    sizes = ("key_dim", "value_dim", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+    channels = 2 * layer.key_dim + layer.value_dim
+    return (
+        has(layer, *modules, *sizes)
+        and layer.conv1d.bias is None
+        and layer.conv1d.weight.shape[:2] == (channels, 1)
+        and layer.A_log.shape == layer.dt_bias.shape == (layer.num_v_heads,)
+        and [*inspect.signature(layer.norm.forward).parameters] == ["hidden_states", "gate"]
+    )
+
+
 @check("config: _attn_implementation")
 def _(family):
     base = copy.deepcopy(model_of(family).model)
@@ -358,6 +378,20 @@ def _(family):
     return all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
+@check("torch: all_to_all_single_autograd")
+def _(family):
+    if not dist.is_available():
+        return True
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rows = torch.ones(3, 2, requires_grad=True)
+        out = compat.all_to_all(rows, [3], [3], dist.group.WORLD)
+        (out * out).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    return type(out) is torch.Tensor and torch.equal(rows.grad, 2 * torch.ones(3, 2))
+
+
 @check("torch: _is_replica")
 def _(family):
     linear = nn.Linear(1, 1)
@@ -417,6 +451,17 @@ def _(family, folder):
     return [batch["items"] for batch in trainer.get_train_dataloader()] == [[7]]
 
 
+@check("Trainer: get_eval_dataloader, get_test_dataloader")
+def _(family, folder):
+    trainer, seen = trainer_of(folder), []
+    trainer.get_eval_dataloader = lambda data: seen.append(("evaluate", data)) or []
+    trainer.get_test_dataloader = lambda data: seen.append(("predict", data)) or []
+    for method in (trainer.evaluate, trainer.predict):
+        with contextlib.suppress(Exception):  # a list is no loader
+            method([1])
+    return seen == [("evaluate", [1]), ("predict", [1])]
+
+
 @check("Trainer: arguments are read when it trains")
 def _(family, folder):
     trainer = trainer_of(folder)
@@ -455,6 +500,16 @@ def _(family, folder):
     trainer_of(folder)  # makes accelerate's state
     loader = prepare_data_loader(DataLoader(range(5), batch_size=2))
     return [compat.remainder_of(loader) for _ in loader] == [None, None, 1]
+
+
+@check("accelerate: deals batches to ranks in turn")
+def _(family, folder):
+    def of_rank(rank):
+        loader = DataLoader(list(range(8)), batch_size=2)
+        mine = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+        return list(mine.batch_sampler)
+
+    return [of_rank(0), of_rank(1)] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 @check("accelerate: base_dataloader")

@@ -17,13 +17,14 @@ from builders import (
     tiny_model,
 )
 
-from mmpack import PackedDataset, PackStream
+from mmpack import ContextGroup, PackedDataset, PackStream
 from mmpack.hf import PackCollator, PackingCallback, loss_denominator, patch_model
 from mmpack.hf.forward_kwargs import assemble_on_device
-from mmpack.hf.mmpack_dict import CompactDict, EveryBatch, MmpackDict
+from mmpack.hf.mmpack_dict import CompactDict, ContextDict, EveryBatch, MmpackDict, SentDict
 
 HINTS = {
-    kind: typing.get_type_hints(kind, include_extras=True) for kind in (MmpackDict, CompactDict)
+    kind: typing.get_type_hints(kind, include_extras=True)
+    for kind in (MmpackDict, CompactDict, ContextDict, SentDict)
 }
 TEXT = [encoded(SMALL_SPEC, 1, 2, 3), encoded(SMALL_SPEC, 4, 5)]
 
@@ -34,11 +35,15 @@ def check(kind, pack):
         hint = HINTS[kind][name]
         if typing.get_origin(hint) is typing.Annotated:
             assert value.dtype == hint.__metadata__[0], name
-        elif hint is CompactDict:
-            assert check(CompactDict, value) == HINTS[CompactDict].keys()
+            continue
+        options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+        nested = [option for option in options if option in HINTS]
+        if nested and value is not None:
+            missing = HINTS[nested[0]].keys() - check(nested[0], value)
+            assert missing <= {"group"}, name  # the model's hook writes it
         else:
-            options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
-            kinds = tuple(typing.get_origin(option) or option for option in options)
+            known = [option for option in options if option not in nested]
+            kinds = tuple(typing.get_origin(option) or option for option in known)
             assert isinstance(value, kinds), name
     return set(pack)
 
@@ -59,6 +64,10 @@ def from_the_collator(family):
     batch = weighted([packed(sources, family)])
     loss_denominator([batch])
     yield batch["mmpack"]
+    shared = patch_model(tiny_model(small_config(family)), context=ContextGroup(1, 2))
+    yield PackCollator(model=shared)([packed([encoded(SMALL_SPEC, 1, (2, 4), 2)], family)])[
+        "mmpack"
+    ]
     for item in PackStream(TEXT, None, 30):
         yield collator(family)([item])["mmpack"]
 

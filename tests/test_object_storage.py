@@ -133,6 +133,25 @@ def test_training_reads_the_same_pixels(demo, server, tmp_path):
     assert_equal(batches(saved, encoder), expected)
 
 
+@pytest.mark.slow
+def test_several_processes(demo, server):
+    encoder = encoder_of(demo)
+    url = f"{server.url}/train.json"
+    alone = PackedDataset.from_files(url, encoder, 2048)
+    several = PackedDataset.from_files(url, encoder, 2048, jobs=2)
+    assert several.fingerprint() == alone.fingerprint()
+
+
+def test_inspect(demo, server, tmp_path, capsys):
+    """It shows images as training reads them."""
+    assert pack(demo, f"{server.url}/train.json", tmp_path / "web") == 0
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(tmp_path / "web"), "--html", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["problems"] == []
+    assert "noise%201.png" in page.read_text() and "data:image/jpeg" in page.read_text()
+
+
 def test_memory(demo, tmp_path):
     encoder = encoder_of(demo)
     url = in_memory(demo)

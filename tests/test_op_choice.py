@@ -19,7 +19,7 @@ from ranks import on_ranks
 
 import mmpack.ops
 from benchmarks import tune_models
-from mmpack import reference
+from mmpack import ContextGroup, reference
 from mmpack.hf import (
     PackCollator,
     attention,
@@ -265,6 +265,19 @@ def test_what_is_measured_for_a_model():
     assert set(table_of(dtype=torch.float16)) <= set(texts)
 
 
+def test_ranks_that_share_packs_attend_with_a_part_of_the_heads():
+    """All else is as without: rotary embedding comes before tokens are exchanged for heads."""
+    alone = roles_of(CONFIG)
+    for size, heads in ((2, {"H": 2, "Hk": 1}), (4, {"H": 1, "Hk": 1})):
+        roles = roles_of(CONFIG, size)
+        assert dict(roles["attention"][1]) == dict(alone["attention"][1]) | heads
+        assert {**roles, "attention": None} == {**alone, "attention": None}
+    choice = choose(CONFIG, table_of(), 2)
+    assert choice == {
+        role: one for role, one in choose(CONFIG, table_of()).items() if role != "attention"
+    }
+
+
 def test_a_dry_run_of_the_benchmarks_model_lists_it(capsys):
     assert tune_models.main(["--dry-run"]) == 0
     first, *_, last = capsys.readouterr().out.splitlines()
@@ -325,6 +338,20 @@ def a_rank(folder):
 
 def test_ranks_that_differ_use_the_same_ops(tmp_path):
     on_ranks(a_rank, tmp_path)
+
+
+def test_a_ranks_heads_that_were_not_measured_are_told(here, caplog):
+    """Attention by all heads was; a rank that shares packs has half of them."""
+    here(table := table_of(roles=["attention", "rotary"]))
+    state = SimpleNamespace(global_step=0, stateful_callbacks={})
+    model = patch_model(tiny_model(CONFIG), context=ContextGroup(0, 2))
+    assert begin(model, state) == {"impl": "auto", "rotary float32": "triton"}
+    assert "attention float32" in begin(patch_model(model), state)
+    for size in (1, 2):
+        tell_choice(choose(CONFIG, table, size), torch.device("cuda"), 2, size)
+    (told,) = caplog.messages
+    assert "not measured for the heads of a rank of a context group; `mmpack tune MODEL" in told
+    assert "--context-size 2` does that" in told
 
 
 def test_a_resumed_run_keeps_its_ops(here, caplog):

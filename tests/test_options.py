@@ -85,6 +85,7 @@ ARGUMENT = "--template-arg add_vision_id=true"
 PACK = "{data} --tokenizer tokenizer --capacity 2048 --out {out}/packed"
 ROWS = "--data {data} --tokenizer tokenizer --capacity 2048 --config config.json"
 TRAIN = "--data packed --config config.json --output_dir {out}/run"
+RANKS = TRAIN + " --ddp_timeout 60"  # on two ranks
 MIX = "--data packed packed --mix 1 1 --config config.json --output_dir {out}/run"
 
 
@@ -212,6 +213,11 @@ CASES = [
     Case("train", "weights_dtype", TRAIN, "--weights-dtype bfloat16"),
     Case("train", "loss_reduction", TRAIN, "--loss-reduction sample"),
     Case("train", "loss_reduction", pack("rows.json", "train"), "--loss-reduction sqrt"),
+    Case("train", "context_size", RANKS, "--context-size 2"),
+    Case("train", "context_size", RANKS, "--context-size 3", "the run's processes, 2, do not divide into groups of 3"),
+    Case("train", "context_size", TRAIN, "--context-size 2", "the run's processes, 1, do not divide into groups of 2"),
+    Case("train", "context_size", TRAIN, "--context-size 0", "--context-size must be positive, got 0"),
+    Case("train", "on_bad_image", RANKS + " --context-size 2", "--on-bad-image drop", "another pack than the ranks"),
     Case("train", "source_weight", pack("rows.json --data more.json", "train"), "--source-weight more.json=2"),
     Case("train", "source_weight", TRAIN, "--source-weight rows.json=2", "which changes nothing; leave it out"),
     Case("train", "source_weight", TRAIN, "--source-weight rows=2", "the data's sources are 'rows.json'"),
@@ -237,6 +243,9 @@ CASES = [
     Case("tune", "models", "config.json", "wide.json"),
     Case("tune", "capacity", "config.json", "--capacity 1000"),
     Case("tune", "capacity", "config.json", "--capacity 0", "--capacity must be positive, got 0"),
+    Case("tune", "context_size", "config.json", "--context-size 2"),
+    Case("tune", "context_size", "config.json", "--context-size 3", "do not divide among the 3 ranks"),
+    Case("tune", "context_size", "config.json", "--context-size 0", "--context-size must be positive, got 0"),
     Case("tune", "dtype", "config.json", "--dtype float16"),
     Case("tune", "json", "config.json", "--json"),
     Case("tune", "quiet", "config.json", "--quiet"),
@@ -358,7 +367,10 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen.update(jobs=jobs, ray=ray)
         return index_rows(*args, jobs=1, **options)
 
-    def train(model, dataset, args, impl, loss_reduction, eval_dataset, patience, processor):
+    def train(
+        model, dataset, args, impl, loss_reduction, eval_dataset, patience, processor, context_size
+    ):
+        seen["context size"] = context_size
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
         seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
@@ -397,6 +409,8 @@ def run(world, tmp_path, monkeypatch, capsys):
             return known[words]
         out = tmp_path / str(next(places))
         out.mkdir()
+        if "--ddp_timeout" in words:
+            monkeypatch.setattr(TrainingArguments, "world_size", 2)
         if "{copy}" in words:
             shutil.copytree("packed", out / "copy")
         seen.clear()

@@ -22,7 +22,7 @@ from test_docs import ROOT, blocks_of
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import Encoder, PackedDataset
+from mmpack import ContextGroup, Encoder, PackedDataset
 from mmpack.hf import PackCollator, PackingCallback, loss_denominator, patch_model
 
 SUPERVISED = (166, 6, 40)  # of each pack
@@ -141,14 +141,14 @@ def test_a_resumed_loop_goes_on(trained):
     assert again == losses[3:]
 
 
-def block_of_the_page(word):
-    """The block of docs/own_loop.md with this word, as code."""
+def block_of_the_page(word, page="own_loop.md"):
+    """The block of a page with this word, as code."""
     (text,) = [
         block.text
-        for block in blocks_of(ROOT / "docs" / "own_loop.md")
+        for block in blocks_of(ROOT / "docs" / page)
         if block.language == "python" and word in block.text
     ]
-    return compile(text, "own_loop.md", "exec")
+    return compile(text, page, "exec")
 
 
 def run_page(word):
@@ -185,6 +185,30 @@ def test_the_page_on_two_ranks(tmp_path):
     expected = run_page("def step(")
     assert len(expected) == NUM_STEPS
     on_ranks(on_a_rank, tmp_path)
+    for rank in range(2):
+        losses = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def on_a_shared_pack(folder):
+    """The loop of docs/context_parallelism.md, whose two ranks share each pack."""
+    torch.manual_seed(0)
+    names = {
+        "AutoModelForImageTextToText": SimpleNamespace(from_config=tiny_model),
+        "config": small_config(),
+        "train": dataset_of(),
+        "patch_model": patch_model,
+        "ContextGroup": ContextGroup,
+        "PackCollator": PackCollator,
+    }
+    exec(block_of_the_page("EvenPacks(", "context_parallelism.md"), names)
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(names["losses"]))
+
+
+def test_the_context_page_on_two_ranks(tmp_path):
+    """Two packs per step of one group; an epoch of three has an empty one."""
+    expected = run_page("def step(")
+    on_ranks(on_a_shared_pack, tmp_path)
     for rank in range(2):
         losses = json.loads((tmp_path / f"{rank}.json").read_text())
         assert losses == pytest.approx(expected, rel=1e-5)

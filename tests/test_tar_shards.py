@@ -587,6 +587,21 @@ def test_a_changed_archive_is_noticed(tmp_path, change, why, replaced):
         images.probe(image)
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"length": 1 << 60}, {"length": 1}, {"length": -1}, {"offset": 0}, {"offset": -512},
+        {"offset": 1 << 60}, {"offset": 1024}, {"header": 0}, {"archive_bytes": 1 << 60},
+    ],
+)  # fmt: skip
+def test_a_forged_position_reads_nothing(tmp_path, forged):
+    """A store from elsewhere, whose checksums are right."""
+    (sample,), _ = read(write_tar(tmp_path / "a.tar", captions([0])))
+    member = sample.images[0].member._replace(**forged)
+    with pytest.raises(RowError, match="image 0000.png .* cannot be read: the tar file has"):
+        open_media(sample.images[0].path, "image", member=member)
+
+
 def test_an_archive_may_not_leave_its_folder(tmp_path):
     """As for image files: a link that leads out of the media folders, a pipe, a file that is gone."""
     inside, outside = tmp_path / "in", tmp_path / "out"

@@ -15,7 +15,7 @@ from ranks import on_ranks
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from mmpack import Encoder, PackedDataset, PackStream
+from mmpack import ContextGroup, Encoder, PackedDataset, PackStream
 from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
 
@@ -464,6 +464,11 @@ def test_other_refusals(tmp_path):
     padded = {"data_collator": PackCollator(pad_to=16)}
     with pytest.raises(ValueError, match=r"pad_to_multiple_of=32.*PackCollator\(pad_to=32\)"):
         sft(tmp_path, packs(), more=padded, pad_to_multiple_of=32)
+    shared = patch_model(model_of(), context=ContextGroup(0, 2))
+    with pytest.raises(
+        ValueError, match="model shares packs over 2 ranks .*use transformers' Trainer"
+    ):
+        sft(tmp_path, packs(), model=shared)
     trainer = sft(tmp_path, packs())
     with pytest.raises(ValueError, match="not PackCollator's; evaluate packs"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.zeros(1, 4)})

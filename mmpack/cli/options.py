@@ -16,7 +16,7 @@ from mmpack.store.manifest import Planning
 from mmpack.store.ray_chunks import check_ray
 from mmpack.store.records import check, schema_of
 
-DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them; also a URL"
+DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, a folder of them, or a URL"
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 
 
@@ -304,6 +304,12 @@ class TrainOptions(PackingOptions, Options):
         "what counts once in the loss: each supervised token, or each row; sqrt: a row of n tokens sqrt(n) times",
         "token",
     )
+    context_size: int = option(
+        "ranks that share each pack, whose --capacity is theirs together (default: 1); needs a multiple of as many "
+        "processes (torchrun)",
+        1,
+        metavar="N",
+    )
     source_weight: tuple[str, ...] = option(
         "factor of the loss of a data file's rows, repeatable; NAME is the file's name",
         (),
@@ -342,6 +348,11 @@ class TuneOptions(Options):
         metavar="MODEL",
     )
     capacity: int = option("tokens per pack, for timing (default: 8192)", 8192)
+    context_size: int = option(
+        "ranks that share each pack, as in mmpack train (default: 1): each has a part of the heads",
+        1,
+        metavar="N",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = option(
         "dtype of computations, that of mixed precision if it is used", "bfloat16"
     )

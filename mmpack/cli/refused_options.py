@@ -127,6 +127,9 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
     if options.lora_rank is not None:
         why = "LoRA adapts trained weights (--lora-rank)"
         yield [] if options.model else ["config"], why, "pass --model"
+    if options.context_size > 1 and options.on_bad_image == "drop":
+        why = "a rank that cannot read a file would have another pack than the ranks it shares it with (--context-size)"
+        yield ["on_bad_image"], why, "find broken images first: mmpack check --decode"
     if len(packed) < len(sets):  # some are rows
         return
     acts = {*_ON_PACKS, "plan_seed"} if options.mix else _ON_PACKS  # a mixture is planned now

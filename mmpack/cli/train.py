@@ -51,6 +51,7 @@ def run_train(
         raise ValueError(f"--early-stopping-patience must be positive, got {patience}")
     if options.lora_rank is not None and options.lora_rank < 1:
         raise ValueError(f"--lora-rank must be positive, got {options.lora_rank}")
+    check_context_size(options.context_size, args)
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
@@ -71,6 +72,8 @@ def run_train(
     freeze(model, options.frozen)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
+        if options.context_size > 1:
+            full = f"{full}, each over {options.context_size} ranks"
         print(f"{full}; weights in {options.weights_dtype}")
         if options.mix:
             print("\n".join(mixture_lines(dataset.report())))
@@ -92,6 +95,7 @@ def run_train(
                 eval_dataset=evaluated.get("", evaluated or None),
                 patience=patience,
                 processor=read.files,
+                context_size=options.context_size,
             )
         except KeyboardInterrupt:
             if args.process_index:
@@ -245,6 +249,21 @@ def _source_weights(words: Sequence[str]) -> dict[str, float]:
                 f"--source-weight takes NAME=FACTOR, each name once, got {word!r:.80}"
             ) from None
     return weights
+
+
+def check_context_size(size: int, args: Any) -> None:
+    """Refuse a `--context-size` that the processes of the run do not divide into.
+
+    Raises:
+        ValueError: it is.
+    """
+    if size < 1:
+        raise ValueError(f"--context-size must be positive, got {size}")
+    if args.world_size % size:
+        raise ValueError(
+            f"--context-size {size} does not apply: the run's processes, {args.world_size}, do not divide into groups "
+            f"of {size}; start a multiple of {size}: torchrun --nproc_per_node {size} -m mmpack train ..."
+        )
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:

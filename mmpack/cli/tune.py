@@ -22,12 +22,16 @@ def run_tune(configs: Iterable[Any], options: TuneOptions) -> int:
     """
     if options.capacity < 1:
         raise ValueError(f"--capacity must be positive, got {options.capacity}")
+    if (size := options.context_size) < 1:
+        raise ValueError(f"--context-size must be positive, got {size}")
     tuning, op_choice = import_module("mmpack.ops.tuning"), import_module("mmpack.hf.op_choice")
     facts = tuning.machine()
     dtype = getattr(import_module("torch"), options.dtype)
-    classes = dict.fromkeys(
-        one for config in configs for one in op_choice.shape_classes(config, dtype)
-    )
+    check_heads = import_module("mmpack.hf.context_parallel").check_heads
+    classes: dict[Any, None] = {}
+    for config in configs:
+        classes |= dict.fromkeys(op_choice.shape_classes(config, dtype, size))
+        check_heads(config, size)
     print(f"measuring {len(classes)} shape classes on {facts['GPU']}", file=sys.stderr)
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from mmpack.data.remote_objects import RemoteObject
 from mmpack.data.remote_roots import is_remote
-from mmpack.data.tar_headers import BLOCK, Archive, header_check
+from mmpack.data.tar_headers import BLOCK, Archive, is_header
 from mmpack.errors import RowError
 from mmpack.media_refs import TarMember
 from mmpack.regular_files import open_regular
@@ -55,7 +55,6 @@ class OpenArchive:
         Raises:
             OSError: it cannot be read.
         """
-        length = max(0, min(length, self.size - offset))
         if self._descriptor is not None:
             data = os.pread(self._descriptor, length, offset)
             while 0 < len(data) < length:  # interrupted, or beyond what one call returns
@@ -117,7 +116,8 @@ def open_member(
             "packed",
             "pack the data again",
         )
-    if offset < BLOCK or header_check(archive.read_at(offset - BLOCK, BLOCK)) != header:
+    block = archive.read_at(offset - BLOCK, BLOCK) if offset >= BLOCK else b""
+    if offset + length > archive_bytes or not is_header(block, header, length):
         _archives.forget(path)
         raise RowError(
             f"{place} cannot be read: the tar file has another member there than when it was packed",
@@ -148,6 +148,11 @@ class _MemberFile(io.RawIOBase):
             raise OSError("a position before the beginning")
         self._at = start + offset
         return self._at
+
+    def readall(self) -> bytes:
+        data = self._archive.read_at(self._offset + self._at, max(0, self._length - self._at))
+        self._at += len(data)
+        return data
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         wanted = max(0, min(len(buffer), self._length - self._at))

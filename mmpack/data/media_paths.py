@@ -25,7 +25,7 @@ from mmpack.data.path_forms import (
 )
 from mmpack.data.remote_files import error_words, exists, size_of
 from mmpack.data.remote_objects import HEADER, open_object
-from mmpack.data.remote_roots import is_inside, is_remote, object_in, remote_root
+from mmpack.data.remote_roots import absolute, is_inside, is_remote, object_in
 from mmpack.errors import RowError, a_kind, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, TarMember, VideoRef
@@ -54,10 +54,11 @@ class MediaFolders:
     ) -> None:
         names = [os.fspath(folder) for folder in folders]
         self._takes_data_uris = DATA_URIS in names
-        self._names = [_absolute(name) for name in names if name != DATA_URIS]
+        self._names = [absolute(name) for name in names if name != DATA_URIS]
         self._folders = [os.path.realpath(name) for name in self._names if not is_remote(name)]
         self._remote = [name for name in self._names if is_remote(name)]
-        self._roots = self._names if root is None else [_absolute(root)]
+        self._roots = self._names if root is None else [absolute(root)]
+        self._starts_remote = any(map(is_remote, self._roots))
 
     @property
     def names(self) -> list[str]:
@@ -186,7 +187,7 @@ class MediaFolders:
             raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
         if len(path) > _MOST_PATH and (error := base64_error(written, kind)):
             raise error
-        if any(map(is_remote, self._roots)) and not (os.path.isabs(path) and self._folders):
+        if self._starts_remote and not (os.path.isabs(path) and self._folders):
             try:
                 return self._in_storage(path, kind)
             except RowError as error:
@@ -245,8 +246,12 @@ class MediaFolders:
         Raises:
             RowError: it is outside the folders.
         """
-        real = path if is_remote(path) else os.path.realpath(path)
-        if self.contains(real):
+        if is_remote(path):
+            real, is_in = path, self.contains(path)
+        else:
+            real = os.path.realpath(path)
+            is_in = any(_is_inside(real, folder) for folder in self._folders)
+        if is_in:
             return real
         leads = "" if real == path else f" (a link to {real:.200})"
         raise RowError(
@@ -363,10 +368,6 @@ def _open_object(
     except OSError as error:
         what, advice = error_words(error)
         raise RowError(f"{kind} {url:.300} {what}", advice) from None
-
-
-def _absolute(folder: str | os.PathLike[str]) -> str:
-    return remote_root(folder) or os.path.abspath(folder)
 
 
 def _ambiguous(path: str, found: Sequence[str], kind: str) -> RowError:

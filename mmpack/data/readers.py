@@ -101,7 +101,7 @@ class Reader:
             detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`,
             `instruction`/`input`/`output`, `prompt`/`completion`, `query`/`response`, or `texts` of
             `user`/`assistant`.
-        media_dir: folders that images and videos may be in; a relative path must be in one of them only. Default:
+        media_dir: folders, or URLs, that images and videos may be in; a relative path must be in one of them only. Default:
             the data file's folder, or the folder of the `dataset_info.json` with its entry (rows in memory: the
             current folder). An entry's own `media_dir` comes before them. The value "data:" allows data URIs.
         on_error: for a row that cannot be used: "raise" an error; "skip" it with a warning, up to 5 % of all rows
@@ -139,9 +139,9 @@ class Reader:
         """Read samples from data files or rows in memory.
 
         Args:
-            data: a file (.json, .jsonl, .csv, .parquet, .arrow, .tar; the first three also with .gz or .zst), a
-                folder of files of one type, a name with `*` or `{00..99}`, a list of these, or an iterable of rows
-                (dicts), such as a `datasets.Dataset`.
+            data: a file (.json, .jsonl, .csv, .parquet, .arrow, .tar; the first three also with .gz or .zst), its URL
+                (`s3://`, `https://`, ...), a folder of files of one type, a name with `*` or `{00..99}`, a list of
+                these, or an iterable of rows (dicts), such as a `datasets.Dataset`.
 
         Yields:
             One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message

@@ -114,6 +114,15 @@ def remote_root(name: str | os.PathLike[str]) -> str | None:
     return f"{scheme}://{'/'.join(parts)}"
 
 
+def absolute(name: str | os.PathLike[str]) -> str:
+    """A folder or a root that the user named, wherever the process goes.
+
+    Raises:
+        ValueError: as `remote_root`.
+    """
+    return remote_root(name) or os.path.abspath(name)
+
+
 def is_root(url: str) -> bool:
     """Whether a URL is as `remote_root` returns it."""
     try:

@@ -139,6 +139,15 @@ def header_check(block: bytes) -> int:
     return zlib.crc32(block[:100] + block[124:136] + block[156:157] + block[345:500])
 
 
+def is_header(block: bytes, header: int, length: int) -> bool:
+    """Whether a block is the header with this `header_check`, of a member with this many bytes."""
+    try:
+        is_right = len(block) == BLOCK and header_check(block) == header
+        return is_right and _number(block[124:136]) == length
+    except ValueError:
+        return False
+
+
 def _checked(block: bytes) -> tuple[bytes, int]:
     """(type, size) of a header.
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from mmpack.hf.compat import AttentionMaskInterface, sdpa_attention_forward, sdpa_mask
+from mmpack.hf.context_parallel import to_heads, to_tokens
 from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.op_choice import compute_dtype, impl_for
 from mmpack.hf.rotary import rotate_vision
@@ -36,7 +37,8 @@ def text_attention(
     Without an `mmpack` dict (`generate`, padded evaluation), calls transformers' sdpa.
 
     Raises:
-        ValueError: attention dropout or a sliding window is enabled.
+        ValueError: attention dropout or a sliding window is enabled, or attention is to be recorded under context
+            parallelism.
     """
     if mmpack is None:
         attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -52,9 +54,17 @@ def text_attention(
             "packed attention does not support a sliding window; set use_sliding_window to False in the config"
         )
     if "watch" in mmpack:
+        if mmpack.get("context") is not None:
+            raise ValueError(
+                "attention_every cannot record attention under context parallelism, where a rank has some of the heads; "
+                "leave attention_every out"
+            )
         mmpack["watch"](module.layer_idx, query[0], key[0], kwargs["scaling"], mmpack)
     dtype = compute_dtype(value)
     q_THK, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    over = mmpack.get("context")
+    if over is not None:
+        q_THK, k, v = to_heads((q_THK, k, v), over)
     out = varlen_attention(
         q_THK,
         k,
@@ -67,6 +77,8 @@ def text_attention(
         offsets=mmpack["offsets"],
         impl=impl_for(mmpack, "attention", dtype),
     )
+    if over is not None:
+        out = to_tokens(out, over)
     return out[None], None
 
 

@@ -22,6 +22,7 @@ from mmpack.hf.batch_hook import BatchHook
 from mmpack.hf.checkpoint_files import STREAM_FILE, begin_writing, checkpoint_folder, write_list
 from mmpack.hf.checkpoints import PackKeeper, WeightKeeper, check_checkpoint, check_unfinished
 from mmpack.hf.compat import callbacks_of, has_scaler
+from mmpack.hf.context_ranks import ALONE, check_known, count_once, join_group, seen_in_group
 from mmpack.hf.divergence import DivergenceWatch, LastCallback
 from mmpack.hf.evaluation import Evaluation
 from mmpack.hf.fit import check_fit
@@ -62,6 +63,7 @@ class PackingCallback(TrainerCallback):
     - Lists a checkpoint's files and sizes last, so that incomplete ones are detected
       (`mmpack.hf.checkpoint_files`).
     - Makes `eval_loss` the mean over all supervised tokens (`mmpack.hf.evaluation`).
+    - Gives ranks that share packs (`patch_model(context=...)`) the same ones (`mmpack.hf.context_ranks`).
     - Divides the loss by the sum of its weights (`mmpack.hf.weight_count`); Trainer counts labels.
     - Adds `pack/` values to the log beside the loss: utilization, tokens/s, imbalance, TFLOP/s, MFU, attention
       to images, the loss of each source. "What the log says" in docs/trainer.md defines them.
@@ -116,6 +118,7 @@ class PackingCallback(TrainerCallback):
         self._last = LastCallback(self._before_saving)
         self._divergence = DivergenceWatch(self._data)
         self._evaluation: Evaluation | None = None
+        self._group = ALONE  # the ranks that share packs with this one
 
     def __repr__(self) -> str:
         return f"PackingCallback({self.dataset!r})"
@@ -136,6 +139,7 @@ class PackingCallback(TrainerCallback):
             )
         check_metrics(trainer)
         WeightCount(trainer)
+        self._group = join_group(trainer, self.dataset, self.attention_every is not None)
         even = self._prepare(trainer.args, trainer.model)
         if self._evaluation is not None:
             self._evaluation.tell(trainer.eval_dataset)
@@ -177,7 +181,7 @@ class PackingCallback(TrainerCallback):
             self._evaluation = Evaluation(model, args)
         if isinstance(model, PreTrainedModel):  # PEFT adapters have their own files
             self._weights = WeightKeeper(model)
-        return self._data.prepare(args)
+        return self._data.prepare(args, self._group)
 
     def _take_places(self) -> None:
         """Put the callback first in Trainer's list, before reporters, and `LastCallback` last, after all others
@@ -198,6 +202,7 @@ class PackingCallback(TrainerCallback):
         assert model is not None
         loader: Any = kwargs.get("train_dataloader")
         check_collator(getattr(loader, "collate_fn", None), model)
+        check_known(model, self._group)
         if args.should_log:
             tell_weights(model)
         if state.global_step and checkpoint_folder(args, state).is_dir():
@@ -221,7 +226,7 @@ class PackingCallback(TrainerCallback):
         if is_costed and isinstance(self.dataset, PackedDataset):
             check_fit(base, self.dataset)
         costs = TrainedCosts(model, base) if is_costed else None
-        self._batches.begin(PackCounter(costs, share))
+        self._batches.begin(PackCounter(costs, share, self._group.size))
         self._hooks = [
             model.register_forward_pre_hook(self._batches, with_kwargs=True, prepend=True),
             self._divergence.begin(model, args),
@@ -237,7 +242,8 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         self._remove_hooks()
         if self._stream is not None:
-            tell_unseen(self.dataset.source_weights, self._batches.counter.losses.seen)
+            seen = seen_in_group(self._batches.counter.losses.seen, self._group)
+            tell_unseen(self.dataset.source_weights, seen)
         if (
             self._weights is not None
             and args.load_best_model_at_end
@@ -356,15 +362,13 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         if logs is None:
             return
+        count_once(self._group, logs, *state.log_history[-1:])
         if self._evaluation is not None:
             self._evaluation.correct(logs, *state.log_history[-1:])
         if "loss" not in logs or not self._batches.counter.num_batches:
             return  # the log of an evaluation or the summary, or no pack was counted
         capacity = self.dataset.capacity * state.train_batch_size  # every batch is full
-        left_out = {"dropped_segments": self.dataset.num_dropped_segments}
-        if isinstance(self.dataset, PackStream):
-            left_out["bad_rows"] = self.dataset.num_bad_rows
-        values = self._batches.counter.pop(capacity, left_out, args.device)
+        values = self._batches.counter.pop(capacity, self._data.left_out(), args.device)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # Trainer copies the log before it calls callbacks

@@ -5,8 +5,8 @@ loads weights by name with `strict=False`; Qwen2-VL and Qwen2.5-VL save theirs u
 release, so nothing is restored and only a warning is logged (transformers issue 43701).
 
 The next packs follow from the step alone: under `PackingCallback`, step s of epoch e trains on packs s * n to
-(s + 1) * n of `plan_epoch(plan, e)`, where n = ranks x packs per batch x accumulated batches. Only the product n
-matters. Trainer skips by index, so skipped packs are never assembled.
+(s + 1) * n of `plan_epoch(plan, e)`, where n = ranks x packs per batch x accumulated batches; ranks that share packs
+(`ContextGroup`) count once. Only the product n matters. Trainer skips by index, so skipped packs are never assembled.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mmpack.hf.compat import (
     loads_whole_checkpoints,
 )
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.even_packs import EvenPacks
 
@@ -101,9 +102,9 @@ class PackKeeper:
         self._record: dict[str, Any] | None = None
         self._packs: EvenPacks | None = None
 
-    def prepare(self, args: TrainingArguments) -> EvenPacks:
+    def prepare(self, args: TrainingArguments, group: ContextGroup) -> EvenPacks:
         """Make Trainer keep the plan's order, which is random, differs in every epoch and does not depend on the
-        number of ranks. Trainer's own order depends on ranks and torch's seed.
+        number of ranks. Trainer's own order depends on ranks and torch's seed. Ranks of a group get the same packs.
 
         Returns:
             The data to train on, with equally many packs on every rank.
@@ -120,10 +121,17 @@ class PackKeeper:
         self._record = {
             "made of": self.dataset.fingerprint(),
             "ranks": args.world_size,
+            "context size": group.size,
             "batch size": args.train_batch_size,
             "accumulated": args.gradient_accumulation_steps,
         }
-        self._packs = EvenPacks(self.dataset, args.world_size * args.train_batch_size)
+        size = args.train_batch_size
+        self._packs = EvenPacks(
+            self.dataset,
+            args.world_size // group.size * size,
+            context_size=group.size,
+            batch_size=size,
+        )
         return self._packs
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
@@ -174,6 +182,10 @@ class PackKeeper:
         # The epoch is a fraction in a run resumed within an epoch, and a whole number after a finished one.
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
+    def left_out(self) -> dict[str, int]:
+        """What this rank has left out so far, for the log."""
+        return {"dropped_segments": self.dataset.num_dropped_segments}
+
     def note_place(self, step: int, batch: int, pack: MmpackDict) -> None:
         """Do nothing: a step's packs follow from its number."""
 
@@ -183,13 +195,13 @@ class PackKeeper:
     def place_of(self, step: int, batch: int | None, rank: int | None) -> str:
         """The packs and rows of a step (from 1) in words; only those of one rank's batch where it is known."""
         assert self._record is not None and self._packs is not None
-        ranks, size = self._record["ranks"], self._record["batch size"]
-        accumulated, num_packs = self._record["accumulated"], len(self._packs)
-        epoch, place = divmod(step - 1, -(-num_packs // (ranks * size * accumulated)))
-        first = place * accumulated * ranks * size
-        packs = range(first, min(first + accumulated * ranks * size, num_packs))
+        groups, size = _groups(self._record), self._record["batch size"]
+        per_step, num_packs = _packs_of_a_step(self._record), self._packs.num_packs
+        epoch, place = divmod(step - 1, -(-num_packs // per_step))
+        first = place * per_step
+        packs = range(first, min(first + per_step, num_packs))
         if batch is not None and rank is not None:
-            first += (batch * ranks + rank) * size
+            first += (batch * groups + rank // self._record["context size"]) * size
             packs = range(first, first + size)
         plan = self.dataset.epoch_plan(epoch)
         full = [pack for pack in packs if pack < plan.num_packs]
@@ -276,12 +288,18 @@ def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _packs_of_a_step(record: dict[str, Any]) -> int:
-    packs: int = record["ranks"] * record["batch size"] * record["accumulated"]
+    packs: int = _groups(record) * record["batch size"] * record["accumulated"]
     return packs
 
 
+def _groups(record: dict[str, Any]) -> int:
+    """Ranks with packs of their own; those of a context group count once."""
+    groups: int = record["ranks"] // record.get("context size", 1)
+    return groups
+
+
 def _product(record: dict[str, Any]) -> str:
-    return (
-        f"{counted(record['ranks'], 'rank')} x {record['batch size']} per batch x "
-        f"{record['accumulated']} accumulated"
-    )
+    ranks, size = counted(record["ranks"], "rank"), record.get("context size", 1)
+    if size > 1:
+        ranks = f"{counted(_groups(record), 'group')} of {counted(size, 'rank')}"
+    return f"{ranks} x {record['batch size']} per batch x {record['accumulated']} accumulated"

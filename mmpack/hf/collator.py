@@ -21,11 +21,12 @@ from mmpack.errors import counted
 from mmpack.hf.fit import check_ids, num_ids
 from mmpack.hf.forward_kwargs import PIXELS, batch_of, compact_batch_of, pixel_values_of
 from mmpack.hf.model_parts import TowerSpec, family_of, inner_model, tower_of
-from mmpack.hf.model_patch import is_patched
+from mmpack.hf.model_patch import context_of, is_patched
 from mmpack.hf.weight_count import weight_entries
 from mmpack.packing import worker_buffers
 from mmpack.packing.assemble import assemble, load_pixels
 from mmpack.packing.compact import compact
+from mmpack.packing.context_part import ContextPart, part_of
 from mmpack.packing.left_out import joined_resume
 from mmpack.packing.loss_weights import LossReduction, check_reduction
 from mmpack.packing.pack_samples import PackSamples
@@ -88,6 +89,10 @@ class PackCollator:
     flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without `model`,
     so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read them.
 
+    With a model that is patched for a place among ranks that share packs (`patch_model(context=...)`), a batch is this
+    rank's part of the pack: its tokens, their labels and supervised rows, and the pixels of its frames, which alone are
+    decoded; `image_grid_thw` and `video_grid_thw` have a row (1, h, w) per frame. `mmpack["context"]` says what goes where.
+
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
             whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
@@ -109,7 +114,8 @@ class PackCollator:
 
     Raises:
         ValueError: uint8 pixels, assembly on the device, a reduction or weights without a patched model, an
-            unsupported model, an unpatched Qwen3.5, or `pad_to` below 1. In a call: items that cannot form a batch; names the item.
+            unsupported model, an unpatched Qwen3.5, `pad_to` below 1, or `full_logits` or assembly on the device for ranks
+            that share packs. In a call: items that cannot form a batch; names the item.
     """
 
     def __init__(
@@ -149,6 +155,20 @@ class PackCollator:
             )
         if pad_to is not None and pad_to < 1:
             raise ValueError(f"pad_to must be positive, got {pad_to}")
+        self.context = None if model is None else context_of(model)
+        for option, is_set, why in (
+            (
+                "full_logits=True",
+                full_logits,
+                "the label of a rank's last token is the next rank's",
+            ),
+            ("assemble='device'", assemble == "device", "the host says which rank gets what"),
+        ):
+            if self.context is not None and is_set:
+                raise ValueError(
+                    f"{option} does not work under context parallelism ({self.context}), because {why}; leave it out, or "
+                    "patch the model without context"
+                )
         self.pixels = pixels
         self.full_logits = full_logits
         self.pad_to = pad_to
@@ -173,10 +193,11 @@ class PackCollator:
     def __call__(self, features: Sequence[Any]) -> Batch:
         segments, values = self._segments(features)
         samples = [sample for item in segments for sample in item]
-        if self.pad_to is not None:
-            missing = -sum(sample.num_tokens for sample in samples) % self.pad_to
-            if missing:
-                samples.append(EncodedSample.filler(missing, samples[0].vision))
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        padded = max(num_tokens, self.context.size if self.context else 0)  # a token for each rank
+        padded += -padded % (self.pad_to or 1)
+        if padded > num_tokens:
+            samples.append(EncodedSample.filler(padded - num_tokens, samples[0].vision))
         if self.assemble == "device":
             batch = compact_batch_of(compact(samples, worker_buffers.empty), values, self.tower)
         else:
@@ -186,9 +207,13 @@ class PackCollator:
             if self._num_ids is None:  # no model: it may be a hybrid
                 may_be = whole.vision.video is not None and whole.vision.video.has_timestamps
                 tower = replace(tower, has_linear_attention=may_be)
-            batch = batch_of(whole, values, tower)
+            part = None if self.context is None else part_of(whole, self.context)
+            if part is not None and sum(map(len, values.values())) > len(part.patches):
+                values = _of_part(values, part)  # pixels of all ranks
+            batch = batch_of(whole, values, tower, part)
         pack = batch["mmpack"]
-        pack |= weight_entries(samples, self.loss_reduction, pack["supervised_offsets"])
+        offsets, context = pack["supervised_offsets"], pack.get("context")
+        pack |= weight_entries(samples, self.loss_reduction, offsets, context)
         if "loss_weight_bits" in pack and not self.is_patched:
             first = next(sample for sample in samples if sample.weights is not None)
             raise ValueError(
@@ -236,7 +261,7 @@ class PackCollator:
                     f"{error}; rows of a PackCollator have their images in the current folder, unless its encoder "
                     "names another: PackCollator(Encoder.from_processor(processor, media_dir=FOLDER))"
                 ) from error
-        segments, buffer = load_pixels(groups, self.is_patched, worker_buffers.empty)
+        segments, buffer = load_pixels(groups, self.is_patched, worker_buffers.empty, self.context)
         vision = segments[0][0].vision
         return segments, pixel_values_of(buffer.stills, buffer.clips, vision, self.pixels)
 
@@ -251,6 +276,17 @@ class PackCollator:
                 "items of a PackedDataset, EncodedSamples or raw rows"
             )
         return values
+
+
+def _of_part(values: dict[str, torch.Tensor], part: ContextPart) -> dict[str, torch.Tensor]:
+    """The pixels of a rank's frames in those of a pack."""
+    found, begin = {}, 0
+    for name, pixels in values.items():
+        own = part.patches[(part.patches >= begin) & (part.patches < begin + len(pixels))] - begin
+        if len(own):
+            found[name] = pixels[torch.from_numpy(own)]
+        begin += len(pixels)
+    return found
 
 
 def _has(feature: Mapping[str, Any], name: str) -> bool:

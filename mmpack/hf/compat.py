@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -84,6 +85,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "Qwen3.5's Gated DeltaNets would not be found, and segments would share their states",
     "text: Gated DeltaNet's kernels get seq_idx, cu_seqlens, cu_seqlens_cpu":
         "segments would share states where the kernels are installed, and in an unpatched Qwen3.5",
+    "text: Gated DeltaNet's projections, conv1d, A_log, dt_bias, norm, out_proj, sizes":
+        "ranks that share a pack could not run it on some of its heads",
     "config: _attn_implementation":
         "unpatch_model could not restore the attention",
     "config: _name_or_path":
@@ -99,6 +102,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "hooks would stay on an unpatched model, and modules with hooks would count as plain",
     "torch: FSDP2's hooks are of torch.distributed.fsdp":
         "a head that is an FSDP2 group of its own would keep its logits",
+    "torch: all_to_all_single_autograd":
+        "ranks that share a pack could not exchange tokens, or would get no gradients from each other",
     "torch: _is_replica":
         "nn.DataParallel would split packs instead of being refused",
     # Loading
@@ -111,6 +116,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "reporters would not get the pack/ values",
     "Trainer: train_dataset is read when it trains":
         "accelerate would repeat packs when ranks have different numbers of them",
+    "Trainer: get_eval_dataloader, get_test_dataloader":
+        "with context parallelism, the ranks of a group would evaluate different packs",
     "Trainer: arguments are read when it trains":
         "packs would be in Trainer's order, and a diverged run would log 0.0",
     "Trainer: _get_num_items_in_batch, model_accepts_loss_kwargs, label_smoother":
@@ -119,6 +126,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "weights of ranks that share a batch would be counted several times",
     "accelerate: remainder, end_of_dataloader":
         "eval_loss would count packs that accelerate repeats twice",
+    "accelerate: deals batches to ranks in turn":
+        "the ranks of a context group would get different packs",
     "accelerate: base_dataloader":
         "a resumed stream would draw different random numbers",
     "accelerate: IterableDatasetShard.num_processes, process_index":
@@ -222,6 +231,14 @@ def remove_hook(module: nn.Module, hook_id: Any) -> None:
         module._forward_hooks_with_kwargs,
     ):
         table.pop(hook_id, None)
+
+
+def all_to_all(
+    rows: torch.Tensor, received: list[int], sent: list[int], group: Any
+) -> torch.Tensor:
+    """Rows to and from every rank of a process group, with a gradient; `received` and `sent` are rows by rank."""
+    out = all_to_all_single_autograd(rows, received, sent, group)
+    return out.wait() if hasattr(out, "wait") else out  # on the device; the host goes on
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ from mmpack.hf.mmpack_dict import MmpackDict
 from mmpack.hf.source_losses import SourceLosses, mean_losses
 from mmpack.hf.trainer_checks import check_evaluation, tell_evaluation
 from mmpack.ops.supervised_cross_entropy import supervised_cross_entropy
+from mmpack.packing.even_packs import EvenPacks
 
 
 @dataclass
@@ -101,6 +102,7 @@ class Evaluation:
         self._sums: list[torch.Tensor] = []
         self._weight = 0.0
         self._has_sources = True  # of all batches so far
+        self._times = 1.0  # how often Trainer counts each pack
 
     def tell(self, data: Any) -> None:
         """Warn, once, if several packs of the data make a batch."""
@@ -119,8 +121,12 @@ class Evaluation:
             self._loader, self._sums, self._weight = loader, [], 0.0
             self._sources.pop()
             self._has_sources = True
-            self.tell(getattr(loader, "dataset", None))
-            check_evaluation(getattr(loader, "dataset", None), self._args)
+            data = getattr(loader, "dataset", None)
+            self.tell(data)
+            check_evaluation(data, self._args)
+            self._times = 1.0
+            if isinstance(data, EvenPacks) and len(data.dataset):
+                self._times = len(data) / len(data.dataset)
         supervised, ends = batch.pack["supervised_offsets"], batch.pack["items"]
         num_items = num_real_items(loader, len(ends) - 1, self._args)
         tokens = supervised[ends[num_items]] if num_items < len(ends) - 1 else supervised[-1]
@@ -132,7 +138,10 @@ class Evaluation:
             if batch.losses is not None:
                 self._sources.take(batch.losses)
             self._has_sources &= self._sources.count([batch.pack])
-            divisor = weight if batch.num_items is None else batch.num_items
+            divisor = batch.num_items
+            if divisor is None:  # a pack of several ranks has a divisor for all of them
+                context = batch.pack.get("context")
+                divisor = weight if context is None else context["weight"]
             self._sums.append((batch.loss.double() * divisor).reshape(()))
         elif batch.losses is not None or batch.rows is not None:
             self._has_sources = False  # of some rows only
@@ -147,10 +156,14 @@ class Evaluation:
     def correct(self, *metrics: dict[str, Any]) -> None:
         """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, add `eval_loss/NAME` of each
         source if there are several, and reset the sums. A collective. Other metrics, and those of a set without
-        supervised tokens, are unchanged."""
+        supervised tokens, are unchanged; but packs that several ranks share count once in `samples_per_second`."""
         name = loss_name(metrics[0])
         if name is None:
             return
+        speed = f"{name.removesuffix('loss')}samples_per_second"
+        for one in metrics if self._times != 1 else ():
+            if speed in one:
+                one[speed] = round(one[speed] / self._times, 3)
         loss, sources = self._pop()
         for one in metrics if loss is not None else ():
             if name in one:
@@ -161,7 +174,7 @@ class Evaluation:
         loss = float(torch.stack(self._sums).sum()) if self._sums else 0.0
         found = self._sources.pop()
         mine: Any = (loss, self._weight, found if self._has_sources else None)
-        self._loader, self._sums, self._weight = None, [], 0.0
+        self._loader, self._sums, self._weight, self._times = None, [], 0.0, 1.0
         ranks = gathered(mine)
         weight = sum(one for _, one, _ in ranks)
         sources = (

@@ -11,6 +11,7 @@ which an unpatched model fails at once. The hook calls `assemble_on_device` to e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ from mmpack.hf.compat import (
     linear_keywords,
 )
 from mmpack.hf.fit import facts_of_data
-from mmpack.hf.mmpack_dict import CompactDict, MmpackDict
+from mmpack.hf.mmpack_dict import CompactDict, ContextDict, MmpackDict
 from mmpack.hf.model_parts import TowerSpec
 from mmpack.packing import worker_buffers
 from mmpack.packing.compact import CompactPack
+from mmpack.packing.context_part import ContextPart
 from mmpack.packing.worker_buffers import as_ints, as_tensor
 from mmpack.types import Int32, Int64, Pack
 from mmpack.vision_spec import VisionSpec
@@ -55,14 +57,20 @@ def pixel_values_of(
     return values
 
 
-def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> dict[str, Any]:
-    """The batch of an assembled pack; `values` are its pixels."""
+def batch_of(
+    pack: Pack,
+    values: dict[str, torch.Tensor],
+    tower: TowerSpec,
+    part: ContextPart | None = None,
+) -> dict[str, Any]:
+    """The batch of an assembled pack, or of a rank's part of it; `values` are its pixels."""
     first_token = pack.grid_token
     by_segment = np.argsort(first_token)
     grid_offsets = np.searchsorted(first_token[by_segment], pack.cu_seqlens)
     is_new = np.zeros(len(by_segment), dtype=bool)
     is_new[np.unique(pack.vision_index[by_segment], return_index=True)[1]] = True
-    batch = _batch(pack, values, pack.grid_thw[by_segment], grid_offsets, is_new)
+    batch = _batch(pack, values, pack.grid_thw[by_segment], grid_offsets, is_new, part)
+    pack = pack if part is None else part.pack
     batch["input_ids"] = as_tensor(pack.input_ids)[None]
     batch["position_ids"] = as_tensor(pack.position_ids)[:, None]
     for name in (
@@ -82,7 +90,14 @@ def batch_of(pack: Pack, values: dict[str, torch.Tensor], tower: TowerSpec) -> d
         batch["mmpack"][name] = as_tensor(getattr(pack, name))
     if values and tower.window_side is not None:
         order, windows = _windows(pack.vision_grid_thw, pack.vision, tower.window_side)
-        batch["mmpack"] |= {**windows, **_in_windows(batch["mmpack"], order)}
+        batch["mmpack"] |= windows
+        if part is None:
+            batch["mmpack"] |= _in_windows(batch["mmpack"], order)
+        else:  # the features that the tower gives are those to be sent
+            sent = batch["mmpack"]["context"]["sent"]
+            places = {"vision_position_ids": batch["mmpack"]["vision_position_ids"]}
+            for name, tensor in _in_windows({**sent, **places}, order).items():
+                (sent if name in sent else batch["mmpack"])[name] = tensor
     if values and tower.table_side is not None:
         index, weight = get_vision_interpolation_indices_and_weights(
             torch.from_numpy(pack.vision_grid_thw),
@@ -180,21 +195,30 @@ def _batch(
     grid_thw: Int64 | Int32,
     grid_offsets: Any,
     is_new: Any,
+    part: ContextPart | None = None,
 ) -> dict[str, Any]:
     """The part of the batch that both kinds share; `grid_thw` (I, 3) and `is_new` (I,), whether nothing before shows
     the same, by segment; `grid_offsets` (S + 1,)."""
-    rows = pack.supervised_index.astype(np.int64)
-    shift_labels = torch.from_numpy(pack.labels[rows + 1])
-    supervised = torch.from_numpy(rows)
+    own: Pack | CompactPack = pack
+    begin, end, start = 0, len(pack.supervised_index), 0
+    if part is not None:
+        own, (begin, end), start = part.pack, part.rows, part.start
+    rows = pack.supervised_index[begin:end].astype(np.int64)
+    shift_labels = torch.from_numpy(pack.labels[rows + 1])  # the last one may be of the next rank
+    supervised = torch.from_numpy(rows - start)
+    supervised_offsets = np.searchsorted(pack.supervised_index, pack.cu_seqlens)
     batch: dict[str, Any] = {
         "input_ids": None,  # first, because Trainer reads its size
-        "labels": as_tensor(pack.labels)[None],
+        "labels": as_tensor(own.labels)[None],
         "shift_labels": shift_labels[None],
         "logits_to_keep": supervised,
         "position_ids": None,
         "use_cache": False,
     }
     grids = as_tensor(pack.grid_thw).split([pack.num_images, len(pack.grid_thw) - pack.num_images])
+    if part is not None:
+        num_videos = len(own.vision_grid_thw) - part.num_still_frames
+        grids = as_tensor(own.vision_grid_thw).split([part.num_still_frames, num_videos])
     for (name, grid_name), grids_of_kind in zip(PIXELS.items(), grids):
         if name in values:
             batch |= {name: values[name], grid_name: grids_of_kind}
@@ -205,23 +229,51 @@ def _batch(
     payload: MmpackDict = {
         "offsets": as_ints(pack.cu_seqlens),
         "max_seqlen": pack.max_seqlen,
-        "supervised_offsets": as_ints(np.searchsorted(pack.supervised_index, pack.cu_seqlens)),
+        "supervised_offsets": as_ints(supervised_offsets.clip(begin, end) - begin),
         "supervised_index": supervised,
-        "num_patches": int(pack.vision_cu_seqlens[-1]),
+        "num_patches": int(own.vision_cu_seqlens[-1]),
         "grid_thw": as_ints(grid_thw),
         "grid_offsets": as_ints(grid_offsets),
         "grid_is_new": tuple(map(bool, is_new)),
-        "vision_grid_thw": as_tensor(pack.vision_grid_thw),
+        "vision_grid_thw": as_tensor(own.vision_grid_thw),
         "video_rule": rule,
-        "vision_offsets": as_ints(pack.vision_cu_seqlens),
-        "vision_max_seqlen": pack.vision_max_seqlen,
+        "vision_offsets": as_ints(own.vision_cu_seqlens),
+        "vision_max_seqlen": own.vision_max_seqlen,
         "id_range": _id_range(pack.input_ids, shift_labels.numpy()),
         "facts": facts_of_data(pack.vision, len(grid_thw) > 0),
     }
     if any(patches.dtype == torch.uint8 for patches in values.values()):
         payload["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
+    if part is not None:
+        payload["context"] = _context(part)
     batch["mmpack"] = payload
     return batch
+
+
+def _context(part: ContextPart) -> ContextDict:
+    """The `context` entry of a rank's part."""
+    context: ContextDict = {
+        "rank": part.group.rank,
+        "size": part.group.size,
+        "tokens": as_ints(np.diff(part.tokens)),
+        "checksum": part.checksum,
+        "rows": part.rows,
+        "supervised_offsets": as_ints(
+            np.searchsorted(part.pack.supervised_index, part.pack.cu_seqlens)
+        ),
+        "weight": float(len(part.pack.supervised_index)),
+    }
+    if len(part.pack.grid_thw):
+        context |= {
+            "sent": {
+                "feature_index": as_tensor(part.sent_index),
+                "feature_token": as_tensor(part.sent_row),
+                "feature_offsets": as_tensor(part.sent_offsets),
+            },
+            "sent_sizes": as_ints(part.sent),
+            "received_sizes": as_ints(part.received),
+        }
+    return context
 
 
 def _id_range(*arrays: Int64 | Int32) -> tuple[int, int]:
@@ -249,7 +301,7 @@ def _windows(grid_thw: Int64, vision: VisionSpec, side: int) -> tuple[torch.Tens
     }
 
 
-def _in_windows(pack: MmpackDict, order_F: torch.Tensor) -> dict[str, torch.Tensor]:
+def _in_windows(pack: Mapping[str, Any], order_F: torch.Tensor) -> dict[str, torch.Tensor]:
     """The feature and position entries of an `mmpack` dict, in a windowed tower's order."""
     place_F = torch.empty_like(order_F)
     place_F[order_F.long()] = torch.arange(len(order_F), dtype=torch.int32, device=order_F.device)

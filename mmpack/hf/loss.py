@@ -2,7 +2,8 @@
 
 A packed batch holds the supervised rows (`logits_to_keep`) and their targets (`shift_labels`). Logits are (1, L,
 V), or (1, 1, 1) if the head has already summed the losses (`mmpack.hf.head`). The loss is the sum over L rows
-divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks.
+divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks; else
+by those of the batch's pack, of which ranks may share the rows (context parallelism).
 Other batches get the model's own loss.
 """
 
@@ -40,7 +41,7 @@ class PackedLoss:
         logits: torch.Tensor,
         labels: torch.Tensor,
         vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         shift_labels: torch.Tensor | None = None,
         mmpack: MmpackDict | None = None,
         **kwargs: Any,
@@ -67,6 +68,9 @@ class PackedLoss:
                 num_items_in_batch=num_items_in_batch,
                 **kwargs,
             )
+        over = mmpack.get("context")
+        if over is not None and num_items_in_batch is None:
+            num_items_in_batch = over["weight"]  # of the whole pack
         labels_L = shift_labels.reshape(-1).to(logits.device)
         if has_no_logits(logits):
             weights_L = row_weights(labels_L, weights, logits.dtype)

@@ -22,9 +22,10 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mmpack.hf import attention, tower
+from mmpack.hf import attention, context_parallel, tower
 from mmpack.hf.compat import (
     DEEPSTACK_METHOD,
     attention_name,
@@ -52,6 +53,7 @@ from mmpack.hf.op_choice import Choice, choose, table_here, tell_choice
 from mmpack.hf.rotary import rotations, text_forward
 from mmpack.hf.self_test import check_isolation
 from mmpack.ops.varlen_attention import IMPLEMENTATIONS
+from mmpack.packing.context_group import ContextGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,14 +66,16 @@ class _Patch:
     text_attention: str  # the implementation to restore
     impl: str
     facts: dict[str, Any]  # what data must be encoded with (`mmpack.hf.fit`)
+    context: ContextGroup | None  # the ranks that share a pack
+    is_same_pack: bool = False  # that they do was checked
     is_isolated: bool = False
     choice: Choice = field(default_factory=dict)  # with impl "auto"; made at the first forward
     chosen_for: str = ""  # the type of its device
 
 
-def patch_model(model: Model, impl: str = "auto") -> Model:
+def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None = None) -> Model:
     """Patch a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5, dense or MoE, in place to train on packs; returns the
-    model. Patching a patched model only changes `impl`.
+    model. Patching a patched model only changes `impl` and `context`.
 
     A self-test follows: it runs a small pack twice with different first segments, and the second segment's hidden
     states must be equal to the bit (with experts: up to rounding). If it cannot run yet (weights on the meta
@@ -87,9 +91,14 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
             embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in Triton's
             interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named
             implementation is used or refused.
+        context: this rank's place among the ranks that share each pack (context parallelism): a `PackCollator` made
+            for the model then gives this rank's part of a pack, and all ranks of a group need the same packs. The
+            process group is made from torch.distributed's default one, which all ranks must do: here if that is
+            initialized, else at the first packed forward. None, or a size of 1: each rank has packs of its own.
 
     Raises:
-        ValueError: the model is not supported, or something else has replaced a method that mmpack binds.
+        ValueError: the model is not supported, something else has replaced a method that mmpack binds, or its heads do
+            not divide among the ranks of `context`, or this rank has another place.
         RuntimeError: the self-test found that segments attend to each other.
     """
     if impl not in ("auto", "libraries", *IMPLEMENTATIONS):
@@ -97,9 +106,16 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
             f"impl must be 'auto', 'libraries' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
         )
     base = inner_model(model)
+    if context is not None and context.size == 1:
+        context = None
+    if context is not None:
+        context_parallel.check_heads(base.config, context.size)
+        if dist.is_available() and dist.is_initialized():  # here, as a compiled model cannot
+            context_parallel.process_group(context)
     if hasattr(base, PATCH):
         patch = getattr(base, PATCH)
         patch.impl, patch.choice, patch.chosen_for = impl, {}, ""
+        patch.context, patch.is_same_pack = context, False
         return model
     bindings = _bindings(base)
     for module, method, _ in bindings:
@@ -112,7 +128,7 @@ def patch_model(model: Model, impl: str = "auto") -> Model:
         setattr(module, method, MethodType(over(getattr(type(module), method)), module))
     text_attention = attention_name(base.language_model.config)
     facts = facts_of_model(base.config)
-    setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts))
+    setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts, context))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
     # A model that Trainer has not yet moved to its GPU cannot run kernels.
@@ -161,6 +177,13 @@ def patch_of(model: nn.Module) -> tuple[Any, str] | None:
     return None if patch is None else (base, patch.impl)
 
 
+def context_of(model: nn.Module) -> ContextGroup | None:
+    """The `context` that a model is patched with."""
+    base = find_inner(model)
+    patch = None if base is None else vars(base).get(PATCH)
+    return None if patch is None else patch.context
+
+
 def use_choice(model: nn.Module, choice: Choice, device: torch.device) -> bool:
     """Use these ops from now on in a patched model with impl "auto"; returns whether that is new. The self-test
     runs again if they are others."""
@@ -202,6 +225,12 @@ def _take_pack(
         kwargs, pack = assemble_on_device(kwargs, pack, tower_of(base).table_side)
     give_targets(pack)
     pack = {**pack, "impl": impl, "tuned": patch.choice}
+    over = pack.get("context")
+    if over is not None:
+        over = pack["context"] = {**over, "group": context_parallel.process_group(patch.context)}
+        if not patch.is_same_pack and not torch.compiler.is_compiling():
+            context_parallel.check_same_pack(over)
+            patch.is_same_pack = True
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton" or "rotary" in patch.choice or "vision_rotary" in patch.choice:
         pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
@@ -211,8 +240,13 @@ def _take_pack(
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_trained(base.visual)):
         if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
             features = tower.run_tower(base, *tower.pixels_and_grids(kwargs), pack)
+        elif over is not None and "sent" in over:
+            features = tower.run_on_nothing(base, impl)  # none of which is sent
         elif tower.must_run(base.visual):
-            nothing = 0 * tower.run_on_nothing(base, impl)
+            blank = tower.run_on_nothing(base, impl)
+            nothing = 0 * torch.stack([x.sum() for x in blank]).sum()
+        if over is not None and "sent" in over:
+            features = [context_parallel.exchange_features(level, over) for level in features]
     embeds_TD = embed(base.get_input_embeddings(), kwargs["input_ids"][0], features[0], pack)
     if nothing is not None:
         embeds_TD = embeds_TD + nothing.to(embeds_TD.device, embeds_TD.dtype)
@@ -256,6 +290,10 @@ def _check_batch(
     if kwargs.get("attention_mask") is not None:
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
     num_tokens = pack["offsets"][-1]
+    patch, over = getattr(base, PATCH), pack.get("context")
+    context_parallel.check_part(patch.context, kwargs)
+    if over is not None:
+        num_tokens = over["tokens"][over["rank"]]
     if "compact" in pack:
         num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # not yet expanded
     if kwargs["input_ids"].shape != (1, num_tokens):
@@ -288,7 +326,7 @@ def _check_batch(
         )
     if pack["video_rule"] is not None:
         check_videos(base, pack["video_rule"])
-    check_facts(getattr(base, PATCH).facts, pack["facts"])
+    check_facts(patch.facts, pack["facts"])
     check_ids(num_ids(base), pack["id_range"])
 
 
@@ -296,11 +334,12 @@ def _choose_once(base: Any, kwargs: dict[str, Any]) -> None:
     """Choose ops for the device of the first batch, unless that was done for all ranks (`rank_choice`)."""
     patch, device = getattr(base, PATCH), kwargs["mmpack"]["supervised_index"].device
     if patch.impl == "auto" and patch.chosen_for != device.type:
-        choice = choose(base.config, table_here(device))
+        size = 1 if patch.context is None else patch.context.size
+        choice = choose(base.config, table_here(device), size)
         if choice != patch.choice:
             patch.choice, patch.is_isolated = choice, False
         patch.chosen_for = device.type
-        tell_choice(choice, device)
+        tell_choice(choice, device, context_size=size)
 
 
 def _check_once(base: Any) -> None:

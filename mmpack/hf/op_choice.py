@@ -23,11 +23,15 @@ Choice = dict[str, dict[torch.dtype, str]]  # role -> dtype -> implementation
 _log = logging.getLogger(__name__)
 
 
-def roles_of(config: Any) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
-    """Each role's op and sizes (`ShapeClass`), from a model's config."""
+def roles_of(
+    config: Any, context_size: int = 1
+) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
+    """Each role's op and sizes (`ShapeClass`), from a model's config. Of `context_size` ranks that share a pack, each
+    has a part of the heads of text attention."""
     family, text, tower = FAMILIES[config.model_type], config.text_config, config.vision_config
     heads, key_heads = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    of_rank = {"H": heads // context_size, "Hk": max(key_heads // context_size, 1), "K": head_dim}
     tower_heads = tower.num_heads
     tower_width = getattr(tower, family.tower_width)
     tower_dim = tower_width // tower_heads
@@ -43,7 +47,7 @@ def roles_of(config: Any) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
     full = {**in_tower, "causal": 0, "window": 0}
     sections = text.rope_parameters.get("mrope_section")
     roles: dict[str, tuple[str, dict[str, int]]] = {
-        "attention": ("varlen_attention", {**in_text, "causal": 1, "window": 0}),
+        "attention": ("varlen_attention", {**of_rank, "causal": 1, "window": 0}),
         "vision_attention": ("varlen_attention", full),
         "vision_rotary": ("apply_mrope", {**in_tower, **_sections((tower_dim // 4,) * 2)}),
         "patches": ("patch_embed", patch),
@@ -65,12 +69,15 @@ def _sections(sections: tuple[int, ...], is_interleaved: bool = False) -> dict[s
     return {**{f"S{n}": padded[n] for n in range(3)}, "interleaved": int(is_interleaved)}
 
 
-def shape_classes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[ShapeClass]:
+def shape_classes(
+    config: Any, dtype: torch.dtype = torch.bfloat16, context_size: int = 1
+) -> list[ShapeClass]:
     """What `mmpack tune` measures for a model that computes in `dtype`; the embedding also in float32, in which
     mixed precision keeps weights.
 
     Args:
         config: the model's config.
+        context_size: ranks that share each pack.
 
     Raises:
         ValueError: the model's family is not supported.
@@ -80,18 +87,18 @@ def shape_classes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[Shap
             f"a model of model_type {config.model_type!r} has no packs; supported: {', '.join(FAMILIES)}"
         )
     found: dict[ShapeClass, None] = {}  # in order, without those that two roles share
-    for role, (op, sizes) in roles_of(config).items():
+    for role, (op, sizes) in roles_of(config, context_size).items():
         for one in (dtype, torch.float32) if role == "embedding" else (dtype,):
             found[ShapeClass(op, _name(one), sizes)] = None
     return list(found)
 
 
-def choose(config: Any, table: Table) -> Choice:
+def choose(config: Any, table: Table, context_size: int = 1) -> Choice:
     """The choice for each role and dtype that was measured."""
     choice: Choice = {}
     if not table:
         return choice
-    for role, (op, sizes) in roles_of(config).items():
+    for role, (op, sizes) in roles_of(config, context_size).items():
         for dtype in DTYPES:
             measured = table.get(str(ShapeClass(op, _name(dtype), sizes)))
             if measured is not None:
@@ -117,12 +124,20 @@ def usable(table: Table) -> Table:
     return table
 
 
-def tell_choice(choice: Choice, device: torch.device, ranks: int = 1) -> None:
-    """Log what was chosen on the GPUs of all ranks, or how to choose."""
+def tell_choice(
+    choice: Choice, device: torch.device, ranks: int = 1, context_size: int = 1
+) -> None:
+    """Log what was chosen on the GPUs of all ranks, of which `context_size` share each pack, or how to choose."""
     if device.type != "cuda":
         return
     if choice:
         _log.info("ops by `mmpack tune`: %s", ", ".join(in_words(choice)))
+        if context_size > 1 and "attention" not in choice:
+            _log.warning(
+                "attention uses a library, because it was not measured for the heads of a rank of a context group; "
+                "`mmpack tune MODEL --context-size %d` does that",
+                context_size,
+            )
         return
     _log.warning(
         "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` does "

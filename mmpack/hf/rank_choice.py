@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 
 from mmpack.hf.checkpoints import describe_changes
 from mmpack.hf.gather import gathered
-from mmpack.hf.model_patch import patch_of, use_choice
+from mmpack.hf.model_patch import context_of, patch_of, use_choice
 from mmpack.hf.op_choice import (
     Choice,
     as_record,
@@ -45,10 +46,13 @@ def agree_on_ops(
     device = torch.device(args.device)
     is_auto = impl == "auto"
     table = agreed(gathered(table_here(device) if is_auto else {}))
-    choice = choose(base.config, table)
+    context = context_of(model)
+    size = 1 if context is None else context.size
+    choice = choose(base.config, table, size)
     then = state.stateful_callbacks.get(KEY) if state.global_step else None
     if then is not None:
-        choice, changed = _kept(base.config, then, {"impl": impl, **as_record(choice)}, table)
+        now, roles = {"impl": impl, **as_record(choice)}, roles_of(base.config, size)
+        choice, changed = _kept(roles, then, now, table)
         if changed and args.should_log:
             _log.warning(
                 "the checkpoint was trained with other ops: %s; results agree up to rounding, not to the bit",
@@ -58,17 +62,17 @@ def agree_on_ops(
     state.stateful_callbacks[KEY] = {"impl": impl, **as_record(choice)}
     if is_auto and args.should_log:
         if is_new:
-            tell_choice(choice, device, args.world_size)
-        _tell_capacity(base.config, choice, table, capacity)
+            tell_choice(choice, device, args.world_size, size)
+        _tell_capacity(roles_of(base.config, size), choice, table, capacity)
 
 
 def _kept(
-    config: Any, then: dict[str, str], now: dict[str, str], table: Table
+    roles: Mapping[str, Any], then: dict[str, str], now: dict[str, str], table: Table
 ) -> tuple[Choice, str]:
     """(a checkpoint's choice as far as it is right here, what differs from it in words)."""
     kept: Choice = {}
     if now["impl"] == then["impl"] == "auto":
-        for role, (op, sizes) in roles_of(config).items():
+        for role, (op, sizes) in roles.items():
             for name in {*then, *now}:
                 of_role, _, dtype = name.partition(" ")
                 if of_role != role:
@@ -85,10 +89,10 @@ def _kept(
     return kept, describe_changes({**library, **then}, {**library, **used})
 
 
-def _tell_capacity(config: Any, choice: Choice, table: Table, capacity: int) -> None:
+def _tell_capacity(roles: Mapping[str, Any], choice: Choice, table: Table, capacity: int) -> None:
     """Warn if packs are much larger or smaller than what was measured."""
     for role in choice:
-        op, sizes = roles_of(config)[role]
+        op, sizes = roles[role]
         for dtype in choice[role]:
             name = str(ShapeClass(op, str(dtype).removeprefix("torch."), sizes))
             measured = table.get(name)

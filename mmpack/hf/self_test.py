@@ -83,6 +83,7 @@ def _second_segment(
     values = pixel_values_of(pixels, pixels[:0], pack.vision, "float32")
     batch = batch_of(pack, values, tower_of(base))
     batch = _to_device(batch, base.device)
+    batch["mmpack"]["context"] = None  # whole, on every rank
     batch["mmpack"]["facts"] = facts_of_model(base.config)  # the test's normalization is arbitrary
     for name in ("labels", "shift_labels", "logits_to_keep"):  # for the outer model
         del batch[name]

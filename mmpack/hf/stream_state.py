@@ -15,6 +15,7 @@ from mmpack.hf.checkpoint_files import KEY, STREAM_FILE, checkpoint_folder
 from mmpack.hf.checkpoints import reduction_of
 from mmpack.hf.compat import base_loader, take_whole
 from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.stream import PackStream
 
 
@@ -23,14 +24,14 @@ class StreamKeeper:
 
     def __init__(self, stream: PackStream) -> None:
         self.stream = stream
-        self._ranks = 1
+        self._ranks, self._group = 1, ContextGroup(0, 1)
         self._is_compared = False
         self._places: dict[tuple[int, int], MmpackDict] = {}  # since the last check
         self._rank = 0
         self._reduction: str | None = None
 
-    def prepare(self, args: TrainingArguments) -> PackStream:
-        """Shard the stream, and disable Trainer's way of resuming, which assembles and discards all earlier packs.
+    def prepare(self, args: TrainingArguments, group: ContextGroup) -> PackStream:
+        """Shard the stream over groups of ranks that share packs, and disable Trainer's way of resuming, which assembles and discards all earlier packs.
 
         Raises:
             ValueError: accelerate would split batches.
@@ -41,10 +42,12 @@ class StreamKeeper:
                 'TrainingArguments(accelerator_config={"dispatch_batches": False})'
             )
         args.ignore_data_skip = True
-        self._ranks = args.world_size
+        self._ranks, self._group = args.world_size, group
         self._rank = args.process_index
-        self.stream.shard(args.process_index, args.world_size).endless = True
-        if self.stream.bad_rows_file is None and args.output_dir is not None:
+        self.stream.shard(self._rank // group.size, self._ranks // group.size).endless = True
+        if group.rank:
+            self.stream.bad_rows_file = None  # its group's first rank lists them
+        elif self.stream.bad_rows_file is None and args.output_dir is not None:
             self.stream.bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
         return self.stream
 
@@ -74,13 +77,18 @@ class StreamKeeper:
                 f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; use the "
                 "same, or start from its weights (from_pretrained) instead of resuming"
             )
-        ranks = then.get("ranks", args.world_size)
-        if ranks != args.world_size:
+        ranks, size = then.get("ranks", args.world_size), then.get("context size", 1)
+        groups = args.world_size // self._group.size
+        if ranks // size != groups:
+            unit = "rank" if size == self._group.size == 1 else "group"
             raise ValueError(
-                f"the stream's state was saved on {counted(ranks, 'rank')}, this run has {args.world_size}, and "
-                f"every rank buffers rows of its own; resume on {ranks}, or use a PackedDataset"
+                f"the stream's state was saved on {counted(ranks // size, unit)}, this run has {groups}, and every "
+                f"{unit} buffers rows of its own; resume on {ranks // size}, or use a PackedDataset"
             )
-        path = self._path(args, state)
+        rank = args.process_index
+        if size != self._group.size:  # one of the ranks that had this group's rows
+            rank = rank // self._group.size * size
+        path = checkpoint_folder(args, state) / STREAM_FILE.format(rank=rank)
         if path.exists():
             self.stream.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
         elif not self.stream.state_dict()["consumed"]:
@@ -93,6 +101,7 @@ class StreamKeeper:
         """Record in the state how many ranks save their position, and the loss."""
         state.stateful_callbacks[KEY] = {
             "ranks": self._ranks,
+            "context size": self._group.size,
             "is a stream": True,
             "loss reduction": self._reduction,
         }
@@ -132,12 +141,14 @@ class StreamKeeper:
             f"{found['worker']}"
         )
 
+    def left_out(self) -> dict[str, int]:
+        """What this rank has left out so far, for the log."""
+        stream = self.stream
+        return {"dropped_segments": stream.num_dropped_segments, "bad_rows": stream.num_bad_rows}
+
     def on_save(self, args: TrainingArguments, state: TrainerState) -> None:
-        path = self._path(args, state)
+        path = checkpoint_folder(args, state) / STREAM_FILE.format(rank=args.process_index)
         path.parent.mkdir(parents=True, exist_ok=True)  # each machine may have its own disk
         written = path.with_suffix(".tmp")
         written.write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
         written.replace(path)
-
-    def _path(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return checkpoint_folder(args, state) / STREAM_FILE.format(rank=args.process_index)

@@ -88,6 +88,12 @@ class TrainedCosts:
         )
 
 
+def supervised_of(pack: MmpackDict) -> Sequence[int]:
+    """S + 1 segment offsets in the supervised rows of a whole pack, also where this rank has a part of it."""
+    context = pack.get("context")
+    return pack["supervised_offsets"] if context is None else context["supervised_offsets"]
+
+
 def useful_tokens(pack: MmpackDict) -> int:
     """Tokens of a batch's samples that have supervised tokens: not those of filler and empty packs."""
     is_useful = np.diff(pack["supervised_offsets"]) > 0
@@ -100,16 +106,22 @@ class PackCounter:
     Args:
         costs: FLOPs of segments; None: FLOPs are not counted.
         share: records attention to images; None: not recorded.
+        context_size: ranks that share each pack (`ContextGroup`). Each of them counts the whole pack, and the log
+            values are of each group's first.
 
     Attributes:
         losses: those of the data's sources.
     """
 
     def __init__(
-        self, costs: TrainedCosts | None = None, share: AttentionShare | None = None
+        self,
+        costs: TrainedCosts | None = None,
+        share: AttentionShare | None = None,
+        context_size: int = 1,
     ) -> None:
         self.costs = costs
         self.share = share
+        self.context_size = context_size
         self.losses = SourceLosses()
         self._seen = Seen()
 
@@ -138,7 +150,7 @@ class PackCounter:
         """Count batches of a step by their `mmpack` dicts."""
         seen = self._seen
         for pack in packs:
-            tokens, supervised = np.diff(pack["offsets"]), np.diff(pack["supervised_offsets"])
+            tokens, supervised = np.diff(pack["offsets"]), np.diff(supervised_of(pack))
             # An image or a video that several segments show counts for the first one.
             is_new = np.array(pack["grid_is_new"], dtype=bool)
             grids = np.array(pack["grid_thw"], dtype=np.int64).reshape(-1, 3)[is_new]
@@ -172,7 +184,7 @@ class PackCounter:
         seen.left_out = dict(left_out)
         mine: Any = (seen, self.share.pop() if self.share is not None else None, self.losses.pop())
         ranks = gathered(mine)
-        every = [rank for rank, _, _ in ranks]
+        every = [rank for rank, _, _ in ranks[:: self.context_size]]  # of groups
         room = capacity * sum(rank.num_batches for rank in every)
         values = {
             "utilization": sum(rank.tokens for rank in every) / room,
@@ -181,9 +193,9 @@ class PackCounter:
             "patches_per_second": sum(rank.patches for rank in every) / seconds,
         }
         if self.costs is not None:
-            steps = np.array([rank.flops for rank in every])  # (ranks, steps)
+            steps = np.array([rank.flops for rank in every])  # (groups, steps)
             values["flops_max_over_mean"] = steps.max(axis=0).sum() / steps.mean(axis=0).sum()
-            tflops = sum(rank.useful_flops for rank in every) / seconds / len(every) / 1e12
+            tflops = sum(rank.useful_flops for rank in every) / seconds / len(ranks) / 1e12
             values["tflops"] = tflops
             peak = peak_tflops(device)
             if peak is not None:

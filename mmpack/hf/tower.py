@@ -69,9 +69,9 @@ def run_tower(
     return [output.pooler_output, *getattr(output, "deepstack_features", [])]
 
 
-def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
-    """Run the tower on zeros, one feature's patches made on the device; returns the sum of all outputs, a
-    scalar."""
+def run_on_nothing(base: Any, impl: str) -> list[torch.Tensor]:
+    """Run the tower on zeros, one feature's patches made on the device; returns what `run_tower` does, for this
+    feature."""
     config, device = base.visual.config, base.visual.device
     num_patches = config.spatial_merge_size**2
     patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -94,7 +94,7 @@ def run_on_nothing(base: Any, impl: str) -> torch.Tensor:
     }
     zeros = torch.zeros(num_patches, patch_values, dtype=base.visual.dtype, device=device)
     grid_thw = torch.ones(1, 3, dtype=torch.long, device=device)
-    return torch.stack([x.sum() for x in run_tower(base, zeros, grid_thw, pack)]).sum()
+    return run_tower(base, zeros, grid_thw, pack)
 
 
 def is_trained(tower: nn.Module) -> bool:

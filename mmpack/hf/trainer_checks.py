@@ -21,6 +21,7 @@ from mmpack.hf.compat import loads_whole_checkpoints
 from mmpack.hf.model_parts import find_inner
 from mmpack.hf.model_patch import is_patched
 from mmpack.packing.dataset import PackedDataset
+from mmpack.packing.even_packs import EvenPacks
 from mmpack.packing.stream import PackStream
 
 _log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def tell_evaluation(data: Any, size: int) -> bool:
     """Warn if an evaluation puts several packs into a batch, which Trainer's default of 8 does. `data` is a data set
     or a dict of them; returns whether there are packs in it."""
     for one in data.values() if isinstance(data, Mapping) else [data]:
+        one = one.dataset if isinstance(one, EvenPacks) else one
         if isinstance(one, PackedDataset | PackStream):
             tell_batch_size("per_device_eval_batch_size", size, one.capacity)
             return True

@@ -28,6 +28,7 @@ from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import patch_model
 from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.hf.unavailable import unavailable
+from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.loss_weights import LossReduction
 
@@ -138,10 +139,12 @@ def train(
     eval_dataset: PackedDataset | dict[str, PackedDataset] | None = None,
     patience: int | None = None,
     processor: ProcessorFiles | None = None,
+    context_size: int = 1,
 ) -> dict[str, Any]:
     """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
     folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `patience`: end after this
-    many evaluations in a row that are no better than the best. `processor` is saved with the model.
+    many evaluations in a row that are no better than the best. `processor` is saved with the model. `context_size`: how
+    many ranks share each pack (`ContextGroup`).
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one (of several sets
@@ -155,7 +158,10 @@ def train(
     for data in (dataset, *sets.values()):
         if data is not None:
             check_fit(inner_model(model), data)
-    patch_model(model, impl=impl)
+    group = None
+    if context_size > 1:
+        group = ContextGroup.of(args.process_index, args.world_size, context_size)
+    patch_model(model, impl=impl, context=group)
     with unavailable():
         trainer = Trainer(
             model=model,

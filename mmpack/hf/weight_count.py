@@ -17,18 +17,22 @@ from torch import nn
 
 from mmpack.hf.compat import bind_count, num_replicas, own_loss, stock_count
 from mmpack.hf.loss import PackedLoss
-from mmpack.hf.mmpack_dict import MmpackDict
+from mmpack.hf.mmpack_dict import ContextDict, MmpackDict
 from mmpack.packing.loss_weights import LossReduction, loss_weights, source_name
 from mmpack.types import EncodedSample
 
 
 def weight_entries(
-    samples: Sequence[EncodedSample], reduction: LossReduction, offsets: Sequence[int]
+    samples: Sequence[EncodedSample],
+    reduction: LossReduction,
+    offsets: Sequence[int],
+    context: ContextDict | None = None,
 ) -> dict[str, Any]:
     """The entries of the `mmpack` dict for the weights and the sources of a batch's segments.
 
     Args:
-        offsets: S + 1 offsets of the segments in the supervised rows.
+        offsets: S + 1 offsets of the segments in the supervised rows of the batch.
+        context: of a rank's part of the samples; it gets the sum of the weights of all parts.
 
     Raises:
         ValueError: a weight is not a positive number.
@@ -43,6 +47,10 @@ def weight_entries(
     entries: dict[str, Any] = {}
     if weights is not None:
         exact = weights.astype(np.float64)
+        if context is not None:
+            context["weight"] = float(exact.sum())
+            begin, end = context["rows"]
+            weights, exact = weights[begin:end].copy(), exact[begin:end]
         sums = np.array([exact[begin:end].sum() for begin, end in pairwise(offsets)])
         entries["loss_weight_bits"] = torch.from_numpy(weights.view(np.int32))
         entries["loss_weight_sums"] = tuple(map(float, sums))

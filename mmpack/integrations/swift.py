@@ -122,7 +122,10 @@ REFUSED_OPTIONS = {
     "acc_strategy": ("token_acc needs logits, and is not logged", "leave it out"),
     "predict_with_generate": ("packs hold answers, too", "leave it out"),
     "use_logits_to_keep": ("only supervised tokens reach the head", "leave it out"),
-    "sequence_parallel_size": ("a pack is not split over ranks", "leave it out"),
+    "sequence_parallel_size": (
+        "the plugin does not split a pack over ranks",
+        "leave it out, or use mmpack train --context-size",
+    ),
     "data_seed": ("the plan determines the order of packs", "pack with --plan-seed"),
     "dataset_shuffle": ("the plan determines the order of packs", "leave it out"),
     "train_dataloader_shuffle": ("the plan determines the order of packs", "leave it out"),

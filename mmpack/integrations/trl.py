@@ -24,6 +24,7 @@ from mmpack.data.processor_folder import load_tokenizer
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.compat import folder_of
+from mmpack.hf.context_ranks import group_of
 from mmpack.hf.evaluation import loss_name
 from mmpack.hf.model_patch import patch_model
 from mmpack.hf.processor_files import ProcessorFiles
@@ -182,6 +183,11 @@ class PackedSFTTrainer(SFTTrainer):
                 "callbacks has a PackingCallback of another data set; pass one PackingCallback(train_dataset), or none"
             )
         if isinstance(model, nn.Module):
+            if (size := group_of(model).size) > 1:
+                raise ValueError(
+                    f"the model shares packs over {size} ranks (patch_model(context=...)), which TRL's metrics would "
+                    "count once per rank; use transformers' Trainer, or patch the model without context"
+                )
             patch_model(model)
         files = None
         if options.get("processing_class") is None:

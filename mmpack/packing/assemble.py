@@ -12,11 +12,14 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.data import images, videos
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, counted
+from mmpack.packing.context_group import ContextGroup
+from mmpack.packing.context_part import owners
 from mmpack.packing.fetched_images import FetchedImages
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.shared_images import Key, check_place, first_shown, media_key
@@ -27,6 +30,7 @@ from mmpack.types import (
     Float32,
     ImageRef,
     Int32,
+    Int64,
     Media,
     Pack,
 )
@@ -202,6 +206,7 @@ def load_pixels(
     groups: Sequence[Sequence[EncodedSample]],
     share_images: bool = True,
     empty: Callable[..., Any] = np.empty,
+    context: ContextGroup | None = None,
 ) -> tuple[list[Sequence[EncodedSample]], PixelBuffer]:
     """Decode the images and videos of a pack's samples, group by group.
 
@@ -210,6 +215,8 @@ def load_pixels(
             and must decode.
         share_images: as in `assemble`.
         empty: allocates the arrays; called like `numpy.empty`.
+        context: decode only the images and videos of which this rank's tower gets frames, and keep only those frames;
+            all of them if samples whose images do not decode are to be dropped, which every rank must know.
 
     Returns:
         (the samples kept from each group, the pixels of all groups).
@@ -218,18 +225,48 @@ def load_pixels(
         ValueError: as in `assemble`, or too many samples of a data set were dropped.
     """
     samples = [sample for group in groups for sample in group]
-    _, size = join(samples, share_images)
-    buffer = PixelBuffer(samples[0].vision, size, share_images, empty)
+    joined, size = join(samples, share_images)
+    may_drop = any(
+        isinstance(one, PackSamples) and one.policy.on_bad_image == "drop" for one in groups
+    )
+    own = None
+    if context is not None and not may_drop:
+        own, size = _own_frames(joined, size, context)
+    buffer = PixelBuffer(samples[0].vision, size, share_images, empty, own)
     kept: list[Sequence[EncodedSample]] = []
     for group in groups:
         if isinstance(group, PackSamples):
-            buffer.fetch(group.policy.media_of(group))
+            if own is None:  # else most images are of other ranks
+                buffer.fetch(group.policy.media_of(group))
             kept.append(group.policy.load(group, buffer))
             continue
         for sample in group:
             buffer.load(sample)
         kept.append(group)
     return kept, buffer
+
+
+def _own_frames(
+    joined: Joined, size: Size, context: ContextGroup
+) -> tuple[tuple[NDArray[Any], NDArray[Any]], Size]:
+    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; the size with patches of
+    these frames)"""
+    ids, markers = joined.input_ids, (joined.image_id, joined.video_id)
+    is_video = ids[np.isin(ids, markers)] == joined.video_id
+    is_new = joined.first_shown == np.arange(len(is_video))
+    stills, clips = (
+        _frames(joined.grid_thw[is_new & (is_video == kind)]) for kind in (False, True)
+    )
+    is_own = owners(np.concatenate([stills, clips]), context.size) == context.rank
+    own = is_own[: len(stills)], is_own[len(stills) :]
+    own_stills, own_clips = int(stills @ own[0]), int(clips @ own[1])
+    return own, size._replace(patches=own_stills + own_clips, image_patches=own_stills)
+
+
+def _frames(grid_thw: Int32) -> Int64:
+    """The patches of each frame of grids."""
+    frames: Int64 = grid_thw[:, 1:].prod(axis=1, dtype=np.int64).repeat(grid_thw[:, 0])
+    return frames
 
 
 class PixelBuffer:
@@ -240,6 +277,7 @@ class PixelBuffer:
         size: the size of the samples, from `join`.
         share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded again.
         empty: allocates the arrays; called like `numpy.empty`.
+        own: whether to keep each frame of the distinct images, and of the distinct videos; None: all.
     """
 
     def __init__(
@@ -248,12 +286,16 @@ class PixelBuffer:
         size: Size,
         share_images: bool = True,
         empty: Callable[..., Any] = np.empty,
+        own: tuple[NDArray[Any], NDArray[Any]] | None = None,
     ) -> None:
         self._vision, values = vision, vision.patch_values
-        clips = (size.patches - size.image_patches, vision.temporal_patch_size * values)
-        self._stills: images.Patches = empty((size.image_patches, values), dtype=np.uint8)
-        self._clips: images.Patches = empty(clips, dtype=np.uint8)
-        self._num_stills = self._num_clips = 0  # patches written
+        patches = (size.image_patches, size.patches - size.image_patches)
+        widths = (values, vision.temporal_patch_size * values)
+        self._patches: list[images.Patches] = [  # of images, of videos
+            empty((n, width), dtype=np.uint8) for n, width in zip(patches, widths)
+        ]
+        self._own = own
+        self._written, self._frames = [0, 0], [0, 0]  # patches and frames of each kind
         self._shares = share_images
         self._fetched = FetchedImages(())
         # The folders that each was decoded from, and for those that do not decode, also why.
@@ -275,7 +317,7 @@ class PixelBuffer:
             BadImageError: an image or video cannot be decoded to its planned grid, or is outside `folders`; the
                 message gives file and row.
         """
-        vision, still, clip = self._vision, self._num_stills, self._num_clips
+        vision, written, frames = self._vision, [*self._written], [*self._frames]
         counts = [videos.num_grids(ref, vision) for ref in sample.media]
         if sum(counts) != len(sample.grid_thw):
             raise ValueError(
@@ -292,18 +334,24 @@ class PixelBuffer:
                     if folders is not None and folders is not decoded[key]:
                         check_place(ref, folders)
                     continue
-                patches = int(grid_thw.prod(axis=1).sum())
-                if isinstance(ref, ImageRef):
-                    out = self._stills[still : still + patches]
-                    still += patches
-                else:
-                    out = self._clips[clip : clip + patches]
-                    clip += patches
-                self._decode(ref, key, grid_thw, out, folders)
+                kind = 0 if isinstance(ref, ImageRef) else 1
+                begin, sizes = written[kind], _frames(grid_thw)
+                frames[kind] += len(sizes)
+                is_own = np.ones(len(sizes), dtype=bool)
+                if self._own is not None:
+                    is_own = self._own[kind][frames[kind] - len(sizes) : frames[kind]]
+                written[kind] += int(sizes[is_own].sum())
+                out = self._patches[kind][begin : written[kind]]
+                if is_own.all():
+                    self._decode(ref, key, grid_thw, out, folders)
+                elif len(out):
+                    whole = np.empty((sizes.sum(), out.shape[1]), dtype=np.uint8)
+                    self._decode(ref, key, grid_thw, whole, folders)
+                    np.compress(is_own.repeat(sizes), whole, axis=0, out=out)
                 decoded[key] = folders
             except ValueError as error:
                 raise BadImageError(f"{_where(sample)}: {error}") from None
-        self._num_stills, self._num_clips, self._decoded = still, clip, decoded
+        self._written, self._frames, self._decoded = written, frames, decoded
 
     def _decode(
         self,
@@ -330,12 +378,12 @@ class PixelBuffer:
     @property
     def stills(self) -> images.Patches:
         """(P1, C * p * p) uint8 patches of the images so far, in merge order."""
-        return _begin(self._stills, self._num_stills)
+        return _begin(self._patches[0], self._written[0])
 
     @property
     def clips(self) -> images.Patches:
         """(P2, C * t * p * p) uint8 patches of the videos so far."""
-        return _begin(self._clips, self._num_clips)
+        return _begin(self._patches[1], self._written[1])
 
 
 def _begin(array: images.Patches, length: int) -> images.Patches:

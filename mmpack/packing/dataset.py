@@ -59,8 +59,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             out of the pack, log a warning and count it.
         max_bad: the largest share of samples with images or videos that may be dropped, 0.05 by default. From
             1,000 samples on, a larger share is an error that counts the reasons.
-        media_folders: folders that must contain image and video files when they are opened, links resolved; None:
-            any folder. `from_store` and `from_files` set the folders that the rows were read with.
+        media_folders: folders, or URLs, that must contain image and video files when they are opened, links resolved;
+            None: any local folder. `from_store` and `from_files` set the folders that the rows were read with.
         source_weights: name of a data file -> factor of its samples' loss, see `PackSource`; they are not saved.
     """
 
@@ -296,7 +296,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
     def append_empty_packs(self, multiple: int) -> None:
         """Append empty packs until the number of items is a multiple of `multiple`, the number of ranks times
-        packs per batch.
+        packs per batch; ranks that share packs (`ContextGroup`) count once.
 
         Otherwise accelerate evens out ranks by repeating packs of other ranks. An empty pack is the smallest
         sample without its labels; its loss and gradients are zero.

@@ -148,7 +148,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
 
         Rows are dealt round-robin to the workers of all ranks, and each worker reads all rows; with a
         `datasets.IterableDataset` that has enough shards, each worker reads only its own. The source must not
-        split itself by rank, see `check_ranks`. It may split itself by worker; it is not shown any workers.
+        split itself by rank, see `check_ranks`. It may split itself by worker; it is not shown any workers. Ranks that
+        share packs (`ContextGroup`) get one part: `shard(rank // size, num_ranks // size)`.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
