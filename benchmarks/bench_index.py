@@ -158,7 +158,7 @@ def test_sources(encoder, tmp_path, benchmark, recorder, quick):
 
 def test_in_parallel(encoder, tmp_path, benchmark, recorder, quick):
     """Processes are started anew in each round, for about three seconds, and Ray's before the first one; both load
-    the tokenizer in each round."""
+    the tokenizer in each round. Ray's workers have nice 15: beside other work they starve."""
     if quick:
         pytest.skip("starting processes takes longer than the rest of the quick benchmarks")
     rows = json.loads(REALSET.read_text(encoding="utf-8")) * 4
