@@ -42,7 +42,7 @@ def plan_counts(plan: PackPlan) -> str:
         f"{counted(plan.num_packs, 'pack')} of {plan.capacity:,} tokens",
         f"{plan.utilization:.0%}".replace("%", " % full"),
         counted(len(plan.num_tokens), "sample"),
-        *([f"{len(plan.unused):,} in another plan"] if len(plan.unused) else []),
+        *([f"{len(plan.unused):,} not in this plan"] if len(plan.unused) else []),
         *([f"{plan.num_dropped:,} dropped"] if plan.num_dropped else []),
         *([f"{plan.num_truncated:,} truncated"] if plan.num_truncated else []),
     ]

@@ -209,7 +209,7 @@ class PackPlan:
         num_patches: (N,) int64, or None: patches are not limited.
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
-        unused: numbers of samples that are in another plan (`mmpack pack --val-size`), ascending.
+        unused: numbers of samples that are held out (`mmpack pack --val-size`) or beyond `num_samples`, ascending.
         unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count an
             image that several of them show only for the first; None: each sample is planned by itself.
     """

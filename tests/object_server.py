@@ -102,8 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             body, self.close_connection = body[: len(body) // 2], True
         for start in range(0, 0 if is_head else len(body), 1 << 16):
             block = body[start : start + (1 << 16)]
+            self.server.num_sent += len(block)  # first: the client may be ahead of this thread
             self.wfile.write(block)
-            self.server.num_sent += len(block)
 
 
 @contextlib.contextmanager

@@ -364,6 +364,20 @@ def test_shares_of_packs():
     assert nothing == {"share": 0.0, "p10": 0.0, "p50": 0.0, "p90": 0.0}
 
 
+def test_shares_of_many_groups_are_those_of_each_alone():
+    rng = np.random.default_rng(0)
+    plan = plan_packs(rng.integers(1, 40, 500), 100)
+    group = np.concatenate([np.arange(100), rng.integers(0, 5, 400)])
+    found = token_shares(plan, group)
+    assert len(found) == 100
+    for name, shares in found.items():
+        own = np.where(group == int(name), plan.num_tokens, 0)
+        parts = plan.totals(own) / plan.pack_tokens
+        expected = [own.sum() / plan.num_tokens.sum(), *np.percentile(parts, [10, 50, 90])]
+        assert list(shares.values()) == pytest.approx(expected, abs=5.01e-5)
+        assert share_spread(plan, own) == shares
+
+
 def test_balanced_packs_are_miniatures_of_the_data_set(real_mix):
     tokens, patches, flops = real_mix
     spreads = []

@@ -193,9 +193,10 @@ def test_a_callback_that_is_not_attached_says_what_it_lacks(tmp_path, caplog):
 
 
 def test_training_is_the_same_to_the_bit(tmp_path):
-    def run(*added):
+    def run(**options):
         torch.manual_seed(0)
         model, dataset = patch_model(tiny_model(CONFIG)), dataset_of()
+        added = [PackingCallback(dataset, **options)] if options else []
         options = {"learning_rate": 1e-2, "neftune_noise_alpha": 5.0, "max_steps": 3}
         options["train_sampling_strategy"] = (
             "sequential"  # the packs' order, which the callback keeps
@@ -205,9 +206,7 @@ def test_training_is_the_same_to_the_bit(tmp_path):
         return losses, model.state_dict(), torch.get_rng_state(), logged(trainer)
 
     losses, weights, rng, values = run()
-    losses_with, weights_with, rng_with, values_with = run(
-        PackingCallback(dataset_of(), attention_every=1)
-    )
+    losses_with, weights_with, rng_with, values_with = run(attention_every=1)
     assert len(losses) == 3
     assert losses == losses_with
     assert torch.equal(rng, rng_with)

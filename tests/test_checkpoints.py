@@ -118,6 +118,8 @@ def test_the_command_line(finished, tmp_path, capsys):
     resume = ["--resume_from_checkpoint", output / "checkpoint-4"]
     assert train(finished, output, *resume, steps=6) == 1
     assert "is not a complete checkpoint: optimizer.pt is missing" in capsys.readouterr().err
+    assert train(finished, output, "--resume_from_checkpoint", "true", steps=6) == 1
+    assert "true is not a complete checkpoint: there is no such folder" in capsys.readouterr().err
     assert train(finished, output, "--resume_from_checkpoint", "last") == 0
     assert f"continuing from {output / 'checkpoint-2'}" in capsys.readouterr().err
 

@@ -152,6 +152,28 @@ def test_errors_without_a_trace(demo, packed, tmp_path, capsys):
             "has no Qwen-VL",
         ),
         (["train", "--data", str(tmp_path)], "is not a folder written by mmpack pack"),
+        (
+            ["train", "--data", str(tmp_path), *tokenizer],
+            "by mmpack pack; to pack rows now, pass --capacity\n",
+        ),
+        (
+            ["train", "--data", str(tmp_path / "no.json"), *tokenizer],
+            f"cannot read --data {tmp_path / 'no.json'}: no such file or folder",
+        ),
+        (
+            ["pack", str(folder / "train.json"), *tokenizer, *out[:3], str(folder), "--overwrite"],
+            "is not empty; choose another --out: only what mmpack pack wrote is overwritten",
+        ),
+        (
+            [
+                "pack",
+                *[str(folder / "train.json")] * 2,
+                *tokenizer,
+                *out[:3],
+                str(folder / "train.json"),
+            ],
+            "train.json is a file; choose another --out",
+        ),
         (["train", "--data", str(packed[1])], "pass --model FOLDER, or --config FILE"),
     ]
     for arguments, message in cases:

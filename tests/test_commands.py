@@ -146,7 +146,7 @@ def broken(works, small_set, tmp_path):
         "other model": (train("--config", tmp_path / "other.json"), 1, "the model has image_token"),
         "no Qwen-VL": (train("--config", tmp_path / "llama"), 1, "model_type 'llama'; supported: "),
         "a prefix": ([*works["train"], "--learning_rat", "1"], 2, "mean --learning_rate?"),
-        "a prefix of ours": ([*works["pack"], "--cap", "8"], 2, "unrecognized arguments: --cap 8"),
+        "a prefix of ours": ([*works["pack"], "--cap", "8"], 2, "--cap is not an option of mmpack pack; did you mean --capacity?"),
         "no capacity": (replaced("pack", "--capacity", "0"), 1, "--capacity is 0, not an integer"),
         "no seed": ([*works["pack"], "--plan_seed", "-1"], 1, "--plan-seed is -1, not an integer"),
         "no share": ([*works["pack"], "--max-image-share", "nan"], 1, "--max-image-share is nan"),

@@ -1,6 +1,7 @@
 """Rows held out of training: as many as asked, apart by image, the same whatever the plan; their loss by source."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -177,10 +178,25 @@ def test_a_store_has_two_plans_of_all_rows(folder, capsys):
     assert not images[0] & images[1]
     train.set_epoch(3)
     assert not places(train) & places(val)
-    assert "6 in another plan" in repr(train.plan)
+    assert "6 not in this plan" in repr(train.plan)
     assert train.fingerprint() != val.fingerprint()
     assert pack(folder, "other", "--val-size", "0.2", "--plan-seed", "5") == 0
-    assert "6 rows of them, or pieces, are held out in" in capsys.readouterr().out
+    assert "held out: 6 rows of them, in" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["inspect", f"{folder}/packed:val", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(s["source"], s["row"]) for s in shown["segments"]] == [
+        (s.source, s.row) for s in val[0]
+    ]
+    held = next(iter(val[0]))
+    assert main(["inspect", f"{folder}/packed", "--row", f"{held.source}:{held.row}"]) == 1
+    assert (
+        "is in no pack; was it refused, dropped or held out (FOLDER:val)" in capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError, match=r"packed:val has no finished store \(its rows held out are"
+    ):
+        PackedDataset.from_store(f"{folder}/packed:val")
     other = PackedDataset.from_store(folder / "other", split="val")
     assert places(other) == places(val)
     assert pack(folder, "whole") == 0
@@ -357,7 +373,7 @@ def test_python_and_training_honour_limits_too(limited, capsys, caplog):
     files = [folder / "rows.json", folder / "more.json"]
     dataset = PackedDataset.from_files(files, encoder, 120)
     assert len(rows_in(dataset)) == 5
-    assert "15 in another plan" in repr(dataset)
+    assert "15 not in this plan" in repr(dataset)
     mixed = PackedDataset.mixed({"a": (dataset, 1)})
     assert mixed.report()[0]["samples"] == 15
     code, _, err = train(
@@ -436,3 +452,34 @@ def test_rows_planned_together_are_held_out_together():
     for own in (found, ~found):
         plan = part_of(data.plan, own)
         assert sorted(plan.sample_index) == np.flatnonzero(own).tolist()
+
+
+def test_rows_beyond_a_limit_may_be_longer_than_a_pack(folder, tmp_path, capsys):
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    rows = json.loads((folder / "rows.json").read_text())
+    for turns in (rows[2]["conversations"], rows[15]["conversations"]):
+        turns[1]["value"] = "long " * 200
+    (folder / "rows.json").write_text(json.dumps(rows))
+    with_info(folder, max_samples=2)
+    assert pack(folder, "few") == 0
+    assert (
+        "18 rows of them are not used, beyond num_samples or max_samples" in capsys.readouterr().out
+    )
+    encoder = Encoder.from_folder(folder / "tokenizer")
+    dataset = PackedDataset.from_files(folder / "rows.json", encoder, 120)
+    assert rows_in(dataset) == {0, 1}
+    with_info(folder, max_samples=3)
+    assert pack(folder, "few", "--overwrite") == 1
+    assert "1 of 13 samples; the longest, row 2 of rows.json" in capsys.readouterr().err
+
+
+def test_long_rows_of_both_plans_are_counted_and_listed(folder, capsys):
+    words = ["--val-size", "0.4", "--on-overflow", "drop", "--json"]
+    assert pack(folder, "long", *words, capacity=60) == 0
+    report = json.loads(capsys.readouterr().out)
+    sides = [PackedDataset.from_store(folder / "long", split=s).plan for s in ("train", "val")]
+    assert all(plan.num_dropped for plan in sides)
+    assert report["dropped"] == sum(plan.num_dropped for plan in sides)
+    listed = (folder / "long" / "overflow.jsonl").read_text().splitlines()
+    assert len(listed) == report["dropped"]
+    assert "unused" not in report

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from mmpack import PackedDataset, PackStream, assemble, cost_floor, plan_packs, rank_imbalance
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.packing.mixed_dataset import joined
-from mmpack.packing.mixture import Mixture, even_order, mixture_of
+from mmpack.packing.mixture import Mixture, check_alike, even_order, mixture_of
 from mmpack.packing.split_documents import split_samples
 from mmpack.types import ImageRef
 
@@ -328,9 +328,9 @@ def test_a_mixture_that_cannot_be_is_refused(sources, options, reason):
     [
         (
             lambda: chats(capacity=80),
-            "'a' and 'b' .* not packed alike: --capacity 80 instead of 64",
+            "'a' and 'b' .* not packed alike, they differ in --capacity 64 and 80; pack one",
         ),
-        (lambda: chats(spec=OTHER), r"the spec's image_mean \[0.5, 0.5, 0.5\] instead of \[0.48"),
+        (lambda: chats(spec=OTHER), r"the spec's image_mean \[0.48.* and \[0.5, 0.5, 0.5\]"),
         (lambda: PackedDataset.mixed({"c": (chats(), 1)}), "'b' is a mixture itself; mix its"),
         (lambda: PackedDataset.from_samples([], 64), "the source 'b' of a mixture has no samples"),
         (
@@ -345,8 +345,23 @@ def test_sources_that_differ_are_refused(other, reason):
 
 
 def test_the_example_of_the_docs_names_a_store_that_is_not_there():
-    with pytest.raises(ValueError, match="nowhere has no finished store"):
+    with pytest.raises(
+        ValueError, match=r"nowhere has no finished store \(there is no such folder\)"
+    ):
         PackedDataset.mixed({"a": (Path("nowhere"), 1)})
+
+
+def test_what_is_no_mixture_is_named():
+    with pytest.raises(ValueError, match=r"a dict, name -> \(source, weight\), got a list"):
+        PackedDataset.mixed([(chats(), 1)])
+    with pytest.raises(
+        ValueError, match=r"source 'a' of a mixture must be \(source, weight\), got a Pack"
+    ):
+        PackedDataset.mixed({"a": chats()})
+    with pytest.raises(
+        ValueError, match="must be a flat array of .* the model's config, got a str"
+    ):
+        PackedDataset.mixed({"a": (chats(), 1)}, "config.json")
 
 
 def test_a_report_is_json():
@@ -475,3 +490,10 @@ def test_a_small_source_is_not_cut_from_every_epoch():
     print(f"cut: {lost} of {planned} tokens")
     assert lost[2] > 0
     assert (lost[:2] / planned[:2] <= lost[2] / planned[2]).all()
+
+
+def test_settings_that_the_first_source_does_not_know_are_compared():
+    unknown, one, other = {"x": 1}, {"x": 1, "the tokenizer": "a"}, {"x": 1, "the tokenizer": "b"}
+    check_alike({"a": unknown, "b": one, "c": one})
+    with pytest.raises(ValueError, match="'b' and 'c' .*not packed alike, .* the tokenizer; pack"):
+        check_alike({"a": unknown, "b": one, "c": other})

@@ -254,6 +254,22 @@ def test_a_root_of_an_entry(demo, server, tmp_path):
         (demo / "short.json").unlink()
 
 
+def test_an_entry_names_no_root_of_its_own(demo, server, tmp_path):
+    """A local dataset_info.json may name a URL as `media_dir` only inside of one that the user names."""
+    rows = [{"instruction": "<image>?", "output": "!", "images": ["000_0.png"]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    info = {"d": {"file_name": "rows.json", "media_dir": f"{server.url}/charts"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="is outside .*; add it with --media-dir"):
+        list(Reader().read(tmp_path / "rows.json"))
+    (sample,) = Reader(media_dir=server.url).read(tmp_path / "rows.json")
+    assert sample.images[0].path == f"{server.url}/charts/000_0.png"
+    info = {"d": {"file_name": f"{server.url}/train.json"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="has a URL as file_name"):
+        list(Reader(mapping="d").read(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("fault", "why"),
     [

@@ -313,6 +313,13 @@ def test_a_nested_row_is_several_samples(tmp_path):
             {"instruction": "x", "output": "y", "history": [["one"]]},
             "'history' must be a list of pairs",
         ),
+        ({"instruction": "x", "output": "y", "history": 0}, "'history' must be a list of pairs"),
+        ({"instruction": 0, "output": "y"}, "text of the instruction must be a string, got 0"),
+        (
+            {"instruction": "Is it even?", "input": 0, "output": "Yes."},
+            "text of the instruction must be a string, got 0",
+        ),
+        ({"conversations": TURNS, "images": ["a.png"], "system": 0}, "the system prompt must be"),
         (
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
             "content part of type 'audio'; use text, image or video parts",

@@ -248,6 +248,18 @@ def test_a_datasets_stream_continues_in_a_dataloader(tmp_path, encoder, workers,
         assert [b["input_ids"].tolist() for b in second] == [ids for ids, _ in whole[after:]]
 
 
+def test_rows_among_encoded_samples_are_not_lost_when_a_stream_continues(encoder):
+    rows = [sharegpt(n, False) for n in range(24)]
+    samples = list(encoder.encode(encoder.read(rows)))
+    source = [samples[n] if n % 2 else row for n, row in enumerate(rows)]
+    whole = [[s.input_ids.tolist() for s in p] for p in PackStream(source, encoder, 64, buffer=3)]
+    first, second = (PackStream(source, encoder, 64, buffer=3) for _ in range(2))
+    first.consume(list(itertools.islice(first, 2))[-1].resume)
+    second.load_state_dict(first.state_dict())
+    assert whole[2:] == [[s.input_ids.tolist() for s in p] for p in second]
+    assert sorted(sum(whole, [])) == sorted(s.input_ids.tolist() for s in samples)
+
+
 def test_bad_rows_are_skipped_and_the_rows_after_them_keep_their_numbers(encoder, caplog):
     """One that cannot be read, one that cannot be encoded, one of two samples, documents."""
     picture = Image.new("RGB", (900, 3))

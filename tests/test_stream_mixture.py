@@ -190,9 +190,20 @@ def test_mixtures_that_cannot_be_are_refused(encoder):
         PackStream({"a": ([], 1), "b": ([], 1)}, {"a": encoder}, 64)
     other = replace(encoder, vision=replace(encoder.vision, max_pixels=28 * 28 * 4))
     with pytest.raises(
-        ValueError, match="'a' and 'b' .* not packed alike: the spec's max_pixels 3136 ins"
+        ValueError,
+        match=r"'a' and 'b' .* not packed alike, they differ in the spec's max_pixels \d+ and 3136",
     ):
         PackStream({"a": ([], 1), "b": ([], 1)}, {"a": encoder, "b": other}, 64)
+    with pytest.raises(ValueError, match="must be .source, weight., got a list"):
+        PackStream({"a": few}, None, 64)
+    with pytest.raises(ValueError, match="an encoder for 'b', which is no source of the mixture"):
+        PackStream({"a": ([], 1)}, {"a": encoder, "b": encoder}, 64)
+    with pytest.raises(ValueError, match="names 'c', but the data's sources are 'a', 'b'"):
+        PackStream({"a": (few, 1), "b": (few, 1)}, None, 64).source_weights = {"c": 2}
+    with pytest.raises(
+        ValueError, match="source 'b' of the mixture is an iterator, which has ended"
+    ):
+        list(itertools.islice(PackStream({"a": (few, 1), "b": (iter(few), 1)}, None, 64), 5))
     with pytest.raises(
         ValueError, match="the source 'b' of the mixture gives this worker no samples"
     ):

@@ -82,9 +82,14 @@ def test_bfloat16_weights_are_to_be_had(folder, tmp_path, capsys):
     assert sum(language) / len(language) < 0.1
 
 
-def test_random_weights_too(folder, tmp_path):
-    """Whatever the config says of the weights that it came with."""
+def test_random_weights_too(folder, tmp_path, capsys):
+    """Whatever the config says of the weights that it came with. The folder is named, and if it has a run already."""
+    for step in (3, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
     assert train(folder, tmp_path, "--config", folder / "config.json") == 0
+    captured = capsys.readouterr()
+    assert f"{tmp_path} has checkpoints of an earlier run, up to checkpoint-12" in captured.err
+    assert f"written to {tmp_path}" in captured.out.splitlines()
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
 

@@ -10,8 +10,9 @@ from builders import tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from mmpack import Encoder
+from mmpack import Encoder, PackedDataset
 from mmpack.cli.main import main
+from mmpack.cli.train import tell_other_settings
 from mmpack.hf.lora import add_lora
 
 FAMILY = "qwen2_vl"
@@ -171,6 +172,26 @@ def test_other_settings_of_evaluation_are_told(world, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "--eval-data was encoded with other settings than --data: max_pixels" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["eval_loss"] > 0
+
+
+def test_another_tokenizer_of_evaluation_is_told(world, tmp_path, capsys):
+    tokenizer = shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
+    saved = json.loads((tokenizer / "tokenizer.json").read_text())
+    ids = saved["model"]["vocab"]
+    first, second = (word for word, number in ids.items() if number in (40, 41))
+    ids[first], ids[second] = ids[second], ids[first]
+    (tokenizer / "tokenizer.json").write_text(json.dumps(saved))
+    words = ["--capacity", "1024", "--max-pixels", str(BUDGET), "--out", str(tmp_path / "other")]
+    files = [str(world / "eval.json"), "--tokenizer", str(tokenizer)]
+    assert main(["pack", *files, *words, "--quiet"]) == 0
+    train_set = PackedDataset.from_store(world / "packed")
+    other = PackedDataset.from_store(tmp_path / "other")
+    tell_other_settings(train_set, train_set)
+    assert not capsys.readouterr().err
+    for one in (train_set, PackedDataset.mixed({"a": (train_set, 1)})):
+        tell_other_settings(one, other)
+        told = capsys.readouterr().err
+        assert "--eval-data was encoded with other text settings than --data: the tokenizer" in told
 
 
 @pytest.fixture(scope="module")

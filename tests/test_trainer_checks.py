@@ -10,7 +10,7 @@ from builders import QUIET, SMALL_SPEC, encoded, small_config, tiny_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, default_data_collator
 
 from mmpack import Encoder, PackedDataset, PackStream, plan_packs
-from mmpack.hf import PackCollator, PackingCallback, patch_model
+from mmpack.hf import PackCollator, PackingCallback, loss_denominator, patch_model
 from mmpack.hf.trainer_checks import tell_weights
 from mmpack.packing.overflow import fit_sample
 
@@ -267,3 +267,24 @@ def test_conversations_are_not_split(tmp_path):
     assert len(fit_sample(document, CAPACITY, None, "split")) == 2
     again = fit_sample(document, CAPACITY, None, "split")[1]  # its first token is context
     assert len(fit_sample(again, 12, None, "split")) > 1
+
+
+def test_one_batch_is_no_list_of_batches():
+    batch = PackCollator()([packs()[0]])
+    assert loss_denominator([batch]) > 0
+    with pytest.raises(
+        ValueError, match=r"takes a list of batches, this is one batch; pass \[batch\]"
+    ):
+        loss_denominator(batch)
+
+
+def test_a_callback_for_other_packs_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, attach=False)
+    with pytest.raises(
+        ValueError, match="PackingCallback is for PackedD.* train_dataset is another"
+    ):
+        PackingCallback(packs()).attach(trainer)
+    with pytest.raises(
+        ValueError, match="PackingCallback is for PackStream.* train_dataset is anot"
+    ):
+        PackingCallback(PackStream([], None, CAPACITY)).attach(trainer)

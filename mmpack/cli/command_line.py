@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -63,6 +64,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         dashed.append(name + equals + value if name in known else word)
+    _refuse_unknown(parser, dashed)
     namespace, rest = parser.parse_known_args(dashed)
     given: dict[str, Any] = vars(namespace)
     given |= {name: tuple(one) for name, one in given.items() if isinstance(one, list)}
@@ -74,6 +76,25 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return command, kind(**given)
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Name the first option that the command does not have, before argparse says what else is missing because of it.
+    `mmpack train` has those of TrainingArguments, too, and names them itself."""
+    command = words[0] if words else ""
+    if command not in COMMANDS or command == "train":
+        return
+    known = [flag(one.name) for one in fields(COMMANDS[command][0]) if one.metadata]
+    for word in words[1:]:
+        name = word.partition("=")[0]
+        if word == "--":
+            return
+        if name.startswith("--") and name not in (*known, "--help"):
+            close = get_close_matches(name, known, 1)
+            guess = f"; did you mean {close[0]}?" if close else f"; see mmpack {command} --help"
+            parser.exit(
+                2, f"mmpack {command}: error: {name} is not an option of mmpack {command}{guess}\n"
+            )
 
 
 def command_line() -> argparse.ArgumentParser:

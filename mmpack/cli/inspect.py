@@ -154,7 +154,7 @@ def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
     places = np.flatnonzero(is_it[plan.sample_index])
     if not len(places):
         raise ValueError(
-            f"row {row} is in no pack; was it refused or dropped when this was packed?"
+            f"row {row} is in no pack; was it refused, dropped or held out (FOLDER:val) when this was packed?"
         )
     packs = np.searchsorted(plan.bin_offsets, places, side="right") - 1
     return list(zip(packs.tolist(), (places - plan.bin_offsets[packs]).tolist()))

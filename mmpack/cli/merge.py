@@ -87,7 +87,7 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             names.append(f"the number of parts, {of} and {num_parts},")
         if names:
             raise ValueError(
-                f"{folder} and {first.folder} do not belong together: {' and '.join(names[:4])} differ; "
+                f"{folder} and {first.folder} do not belong together: {' and '.join(names[:4])} {'differs' if len(names) == 1 else 'differ'}; "
                 "pack the parts of one data set with the same options"
             )
         if number in found:

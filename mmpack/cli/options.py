@@ -221,7 +221,11 @@ class MergeOptions(PictureOptions):
 class InspectOptions(Options):
     """show a pack: segments, text, images, supervision"""
 
-    data: str = option("folder that mmpack pack wrote", positional=True, metavar="PACKED")
+    data: str = option(
+        "folder that mmpack pack wrote; FOLDER:val: its rows held out",
+        positional=True,
+        metavar="PACKED",
+    )
     pack: str | None = option(
         "pack to show (default: 0); with --html also K-L (default: the first 10)",
         None,

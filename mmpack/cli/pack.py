@@ -138,6 +138,12 @@ def _look(out: Path, about: About, overwrite: bool, look_at_images: bool = True)
     if mark is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             torn = " (an unfinished store)" if (out / "samples.arrow").exists() else ""
+            if not out.is_dir():
+                raise ValueError(f"{out} is a file; choose another --out")
+            if overwrite:
+                raise ValueError(
+                    f"{out} is not empty{torn}; choose another --out: only what mmpack pack wrote is overwritten"
+                )
             raise ValueError(
                 f"{out} is not empty{torn}; choose another --out, or --overwrite a packed set"
             )

@@ -12,6 +12,7 @@ from mmpack.cli.plots import pack_picture
 from mmpack.cli.tables import balance_lines, balance_report, fewer
 from mmpack.cli.terminal import say
 from mmpack.data.row_keys import UnreadByFile, unread_line
+from mmpack.errors import counted
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.held_out import SPLITS
 from mmpack.packing.plan import padded_utilization
@@ -59,9 +60,15 @@ def report_packs(
         **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2, costs),
         "seconds": round(time.perf_counter() - start, 3),
     }
+    num_unused = len(plan.unused)
     if (out / f"{SPLITS['val']}.json").exists():
         val = load_plan(out, SPLITS["val"])
         report |= {"val_samples": len(val.sample_index), "val_packs": val.num_packs}
+        report["dropped"] += val.num_dropped
+        report["truncated"] += val.num_truncated
+        num_unused -= len(val.sample_index) + val.num_dropped
+    if num_unused:
+        report["unused"] = num_unused
     if isinstance(samples, SplitSamples):
         report |= {"split": samples.num_split, "pieces": len(samples)}
     if options.png is not None:
@@ -73,7 +80,7 @@ def report_packs(
     if reused:
         say(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
     say(
-        f"{report['rows']:,} rows -> {plan.num_packs:,} packs of {plan.capacity:,} tokens, "
+        f"{counted(report['rows'], 'row')} -> {counted(plan.num_packs, 'pack')} of {plan.capacity:,} tokens, "
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
         f"{vision.max_pixels:,} pixels"
     )
@@ -90,16 +97,22 @@ def report_packs(
         say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
     for source, named in (unread or {}).items():
         say(unread_line(source, named))
-    if "val_packs" in report:
+    unit = "piece" if isinstance(samples, SplitSamples) else "row"
+    if num_unused:
         say(
-            f"{report['val_samples']:,} rows of them, or pieces, are held out in {report['val_packs']:,} packs more, for "
-            f"--eval-data {out}:val"
+            f"{counted(num_unused, unit)} of them {'is' if num_unused == 1 else 'are'} not used, beyond num_samples or "
+            "max_samples of dataset_info.json"
+        )
+    if "val_packs" in report:
+        held_out = counted(report["val_samples"], unit)
+        say(
+            f"held out: {held_out} of them, in {counted(report['val_packs'], 'pack')} more, for --eval-data {out}:val"
         )
     if num_bad:
-        say(f"{num_bad:,} bad rows left out, listed in {out / 'bad_rows.jsonl'}")
-    if plan.num_dropped or plan.num_truncated:
+        say(f"{counted(num_bad, 'bad row')} left out, listed in {out / 'bad_rows.jsonl'}")
+    if report["dropped"] or report["truncated"]:
         say(
-            f"{plan.num_dropped:,} long rows dropped and {plan.num_truncated:,} cut, listed in "
+            f"{counted(report['dropped'], 'long row')} dropped and {report['truncated']:,} cut, listed in "
             f"{out / 'overflow.jsonl'}"
         )
     say(f"written to {out}")

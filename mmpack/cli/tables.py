@@ -222,6 +222,8 @@ def balance_lines(report: dict[str, Any]) -> list[str]:
         + (f"; {part['images']:.0%} of them images" if "images" in part else "")
         for name, part in parts
     ]
+    if (more := len(report["sources"]) - SHOWN_SOURCES) > 0:
+        lines.append(f"... {more:,} more, smaller; --json has all")
     for ranks, imbalance in report.get("imbalance", {}).items():
         floor = report["imbalance_floor"][ranks]
         lines.append(

@@ -56,6 +56,8 @@ def run_train(
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         where = args.resume_from_checkpoint or f"the start, {args.output_dir} holds no checkpoint"
         print(f"continuing from {where}", file=sys.stderr)
+    elif not args.resume_from_checkpoint and not args.process_index:
+        _tell_earlier_run(str(args.output_dir))
     frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
     frozen = tuple(dict.fromkeys(frozen))
     read = _Reading(options, encoder_of, config_of, frozen)
@@ -65,7 +67,7 @@ def run_train(
         name: read.dataset(data, "--eval-data", dataset.capacity) for name, data in sets.items()
     }
     for eval_dataset in evaluated.values():
-        _tell_other_settings(dataset, eval_dataset)
+        tell_other_settings(dataset, eval_dataset)
     model = load_model(options.model, options.config, args.seed, options.weights_dtype)
     if options.lora_rank is not None:
         model = add_lora(model, options.lora_rank, str(options.model), args.seed)
@@ -101,6 +103,8 @@ def run_train(
             if args.process_index:
                 raise
             raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
+        if not args.process_index:
+            print(f"written to {args.output_dir}")
     print(json.dumps(result))
 
 
@@ -189,8 +193,12 @@ class _Reading:
         from mmpack.packing.plan_samples import plan_samples
 
         options = self._options
+        for one in data:
+            if not Path(one).exists():
+                raise ValueError(f"cannot read {flag} {one}: no such file or folder; fix the path")
         if options.tokenizer is None or capacity is None:
-            needed = "--tokenizer and --capacity" if capacity is None else "--tokenizer"
+            lacks = {"--tokenizer": options.tokenizer is None, "--capacity": capacity is None}
+            needed = " and ".join(name for name, is_missing in lacks.items() if is_missing)
             raise ValueError(
                 f"{' '.join(data)} is not a folder written by mmpack pack; to pack rows now, pass "
                 f"{needed}"
@@ -251,6 +259,18 @@ def _source_weights(words: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+def _tell_earlier_run(folder: str) -> None:
+    """Warn if a run that starts over writes into the folder of another, whose checkpoints might be continued for it."""
+    found = [path.name for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    if found:
+        last = max(found, key=lambda name: int(name[11:]))
+        print(
+            f"mmpack: {folder} has checkpoints of an earlier run, up to {last}, and this run starts over: until it has "
+            "saved later ones, --resume_from_checkpoint last continues the earlier run; choose another --output_dir",
+            file=sys.stderr,
+        )
+
+
 def check_context_size(size: int, args: Any) -> None:
     """Refuse a `--context-size` that the processes of the run do not divide into.
 
@@ -302,8 +322,10 @@ def tell_other_costs(planning: Planning | None, frozen: Sequence[str], is_lora: 
         )
 
 
-def _tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
+def tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
     """Warn if the evaluation set was encoded with other settings than the training data."""
+    from mmpack.packing.mixed_dataset import text_settings
+
     ours, theirs = asdict(dataset.vision), asdict(eval_dataset.vision)
     names = [name for name in ours if ours[name] != theirs[name]]
     if names:
@@ -311,5 +333,13 @@ def _tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
         print(
             f"mmpack: --eval-data was encoded with other settings than --data: {listed}; its loss is that of "
             "other images, so encode both alike",
+            file=sys.stderr,
+        )
+    ours, theirs = text_settings(dataset), text_settings(eval_dataset)
+    names = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    if names:
+        print(
+            f"mmpack: --eval-data was encoded with other text settings than --data: {', '.join(names)}; its loss is "
+            "that of other tokens, so encode both alike",
             file=sys.stderr,
         )

@@ -62,7 +62,7 @@ def turns_of(
     columns = fields.columns
     turns = _SHAPES.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if system:
+    if not is_absent(system):
         if turns[0].role == "system":  # a system turn takes precedence over the column
             unread.add(columns["system"])
         else:
@@ -199,7 +199,8 @@ def _pair_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list[T
 
 def _alpaca_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list[Turn]:
     columns = fields.columns
-    history = structured(row.get(columns["history"])) or []
+    history = structured(row.get(columns["history"]))
+    history = [] if is_absent(history) else history
     if not isinstance(history, list) or not all(
         isinstance(p, list) and len(p) == 2 for p in history
     ):
@@ -218,7 +219,7 @@ def _alpaca_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list
         for role, text in (("user", question), ("assistant", answer)):
             where = f"history {number}"
             turns.append(Turn(role, parts_of(text_of(text, where), where)))
-    texts = [text_of(text, "the instruction") for text in (prompt, query) if text]
+    texts = [text_of(text, "the instruction") for text in (prompt, query) if not is_absent(text)]
     turns.append(Turn("user", parts_of("\n".join(texts), "the instruction")))
     answer = text_of(row[columns["response"]], "the output")
     turns.append(Turn("assistant", parts_of(answer, "the output")))

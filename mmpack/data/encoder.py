@@ -122,7 +122,7 @@ class Encoder(Reader):
         if not hasattr(processor, "image_processor"):
             raise ValueError(
                 f"an Encoder or a transformers Qwen-VL processor is needed, got a "
-                f"{type(processor).__name__}; make one from its parts with Encoder(tokenizer, vision)"
+                f"{type(processor).__name__}; Encoder.from_folder(FOLDER) makes one of a tokenizer's folder"
             )
         return cls(processor, VisionSpec.from_processor(processor, config), **options)
 

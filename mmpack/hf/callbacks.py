@@ -35,7 +35,7 @@ from mmpack.hf.trainer_checks import (
     check_arguments,
     check_collator,
     check_evaluation,
-    check_metrics,
+    check_trainer,
     tell_batch_size,
     tell_unseen,
     tell_weights,
@@ -137,7 +137,7 @@ class PackingCallback(TrainerCallback):
                 "the Trainer already has a PackingCallback; attach one, and pass none in "
                 "Trainer(callbacks=[...])"
             )
-        check_metrics(trainer)
+        check_trainer(trainer, self.dataset)
         WeightCount(trainer)
         self._group = join_group(trainer, self.dataset, self.attention_every is not None)
         even = self._prepare(trainer.args, trainer.model)
@@ -324,7 +324,7 @@ class PackingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._trainer is not None:
-            check_metrics(self._trainer)
+            check_trainer(self._trainer, self.dataset)
         if self._evaluation is not None:
             self._evaluation.count(eval_dataloader)
 

@@ -266,7 +266,7 @@ def check_checkpoint(folder: str | os.PathLike[str], ignored: str = "") -> None:
     Raises:
         ValueError: it is not; says what is missing.
     """
-    why = lacking(Path(folder), ignored)
+    why = lacking(Path(folder), ignored) if Path(folder).is_dir() else "there is no such folder"
     if why is not None:
         raise ValueError(
             f"{folder} is not a complete checkpoint: {why}; pass another one, or `last` for the newest complete "

@@ -54,6 +54,22 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
+def check_trainer(trainer: Trainer, of_callback: PackedDataset | PackStream) -> None:
+    """Refuse a Trainer that trains on other packs than the callback's, whose epochs nobody would set (a data set that
+    wraps the callback's is not known and passes), or `compute_metrics` that would not have all logits.
+
+    Raises:
+        ValueError: it is another `PackedDataset` or `PackStream`, or the collator leaves logits out.
+    """
+    of_trainer = trainer.train_dataset
+    if isinstance(of_trainer, (PackedDataset, PackStream)) and of_trainer is not of_callback:
+        raise ValueError(
+            f"PackingCallback is for {of_callback!r}, but Trainer's train_dataset is another, {of_trainer!r}; pass the "
+            "same to both"
+        )
+    _check_metrics(trainer)
+
+
 def check_collator(collator: Any, model: nn.Module) -> None:
     """Refuse a collator that cannot read packs, or whose batches the model cannot; warn if the model is not patched.
 
@@ -106,7 +122,7 @@ def check_collator(collator: Any, model: nn.Module) -> None:
     )
 
 
-def check_metrics(trainer: Trainer) -> None:
+def _check_metrics(trainer: Trainer) -> None:
     """Refuse `compute_metrics` on logits of supervised tokens only, which stand beside the labels of every token.
 
     Raises:

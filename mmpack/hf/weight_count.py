@@ -78,6 +78,10 @@ def loss_denominator(batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
     Raises:
         ValueError: a batch is not `PackCollator`'s.
     """
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            "loss_denominator takes a list of batches, this is one batch; pass [batch]"
+        )
     total = 0.0
     for batch in batches:
         pack = batch.get("mmpack")

@@ -87,19 +87,22 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         seed: int = 0,
         group_images: bool = False,
     ) -> PackedDataset:
-        """Plan the samples into packs of at most `capacity` tokens (and `patch_capacity` patches).
+        """Plan samples into packs.
 
-        With `cost`, packs also cost the same, so that data-parallel ranks do not wait for each other. `cost` is
-        the config of the model to train, or (N,) numbers (from `costs_of` if parts of the model are frozen).
-
-        `on_overflow` is what to do with a longer sample: "error"; "drop" it and list it in `plan.dropped`;
-        "truncate" it with `truncate_sample` and list it in `plan.truncated`, or drop it if no answer is left (both
-        log how many and name the first);
-        "split" (documents only) it into pieces, which `samples` then holds, see `mmpack.packing.split_documents`.
-
-        `group_images` plans samples that show the same image together: a pack runs the vision tower once for each
-        image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers count an
-        image for each of its samples.
+        Args:
+            samples: a list, or an `EncodedStore`.
+            capacity: maximum tokens per pack.
+            cost: the config of the model to train, or (N,) numbers (from `costs_of` if parts of the model are frozen).
+                Packs then also cost the same, so that data-parallel ranks do not wait for each other.
+            patch_capacity: maximum vision patches per pack.
+            on_overflow: what to do with a sample longer than a pack: "error"; "drop" it and list it in `plan.dropped`;
+                "truncate" it with `truncate_sample` and list it in `plan.truncated`, or drop it if no answer is left
+                (both log how many and name the first); "split" (documents only) it into pieces, which `samples` then
+                holds, see `mmpack.packing.split_documents`.
+            seed: decides the packs and their order.
+            group_images: plan samples that show the same image together: a pack runs the vision tower once for each
+                image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers
+                count an image for each of its samples.
 
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an

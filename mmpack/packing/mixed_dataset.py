@@ -17,8 +17,9 @@ from mmpack.errors import MAX_BAD
 from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.mixed_samples import MixedSamples
-from mmpack.packing.mixture import By, check_alike, check_weights, mixture_of, union_of
-from mmpack.packing.split_documents import SplitSamples
+from mmpack.packing.mixture import By, check_alike, check_pairs, check_weights, mixture_of, union_of
+from mmpack.packing.plan import quantised
+from mmpack.packing.split_documents import unsplit
 from mmpack.packing.stream import PackStream
 from mmpack.packing.truncate import truncate_sample
 from mmpack.types import PackPlan
@@ -48,6 +49,7 @@ class MixedDataset(PackedDataset):
         epoch_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
+        check_pairs(sources)
         opened = {name: (_opened(source), weight) for name, (source, weight) in sources.items()}
         _check({name: one for name, (one, _) in opened.items()})
         samples = MixedSamples({name: one.samples for name, (one, _) in opened.items()})
@@ -60,6 +62,8 @@ class MixedDataset(PackedDataset):
             )
         if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
             cost = costs_of_sources([one for one, _ in opened.values()], cost)
+        if cost is not None:
+            quantised(cost, len(samples))  # refuses what is no cost
         costs = None if cost is None else np.asarray(cost)
         self.mixture = mixture_of(plans, costs, by, epoch_tokens, seed)
         super().__init__(samples, self.mixture.plan(0))
@@ -182,17 +186,21 @@ def _check(sources: Mapping[str, PackedDataset]) -> None:
                     f"the source {name!r} of a mixture has {option} {found!r}, which the mixture would not use; set it "
                     "on the mixture"
                 )
-    first, *others = [(name, _settings(one)) for name, one in sources.items()]
-    for other in others:
-        check_alike(first, other)
+    check_alike({name: _settings(one) for name, one in sources.items()})
+
+
+def text_settings(dataset: PackedDataset) -> dict[str, Any]:
+    """What its text was encoded with, as far as it is recorded; sources of a mixture have that in common."""
+    samples: Any = dataset.samples
+    parts = samples.parts.values() if isinstance(samples, MixedSamples) else [samples]
+    store: Any = unsplit(next(iter(parts)))
+    made_from = store.about.made_from if hasattr(store, "about") else {}
+    return {name: made_from[name] for name in _TEXT_SETTINGS if name in made_from}
 
 
 def _settings(dataset: PackedDataset) -> dict[str, Any]:
-    """What sources must have in common; of the text, as far as it is recorded."""
-    store: Any = dataset.samples
-    store = store.samples if isinstance(store, SplitSamples) else store
-    made_from = store.about.made_from if hasattr(store, "about") else {}
-    text = {name: made_from[name] for name in _TEXT_SETTINGS if name in made_from}
+    """What sources must have in common."""
+    text = text_settings(dataset)
     capacities = {
         "--capacity": dataset.capacity,
         "--patch-capacity": dataset.plan.patch_capacity,

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.data.limits import MAX_COUNT
-from mmpack.errors import counted
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_stats import share_spread
 from mmpack.packing.plan import assigned, quantised
@@ -329,6 +328,23 @@ def _epoch_costs(costs: NDArray[Any], sources: Sequence[MixSource]) -> Int64:
     return quantised(costs, len(costs), total)
 
 
+def check_pairs(sources: Any) -> None:
+    """
+    Raises:
+        ValueError: they are not name -> (source, weight), or see `check_weights`.
+    """
+    if not isinstance(sources, Mapping):
+        raise ValueError(
+            f"a mixture is a dict, name -> (source, weight), got a {type(sources).__name__}"
+        )
+    for name, one in sources.items():
+        if not (isinstance(one, (tuple, list)) and len(one) == 2):
+            raise ValueError(
+                f"the source {name!r} of a mixture must be (source, weight), got a {type(one).__name__}"
+            )
+    check_weights({name: weight for name, (_, weight) in sources.items()})
+
+
 def check_weights(weights: Mapping[str, float]) -> None:
     """
     Raises:
@@ -348,18 +364,31 @@ def check_weights(weights: Mapping[str, float]) -> None:
             )
 
 
-def check_alike(first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]) -> None:
+def check_alike(sources: Mapping[str, Mapping[str, Any]]) -> None:
     """
     Args:
-        first, other: name and settings of a source.
+        sources: name -> settings. A setting that a source does not have is not known of it.
 
     Raises:
-        ValueError: the settings differ; names them with both values.
+        ValueError: two sources differ in a setting; names the settings with both values.
     """
-    names = [name for name, value in first[1].items() if other[1].get(name, value) != value]
-    if names:
-        listed = ", ".join(f"{n} {other[1][n]} instead of {first[1][n]}" for n in names[:4])
-        raise ValueError(
-            f"the sources {first[0]!r} and {other[0]!r} of a mixture were not packed alike: {listed}; pack "
-            f"{counted(len(names), 'setting')} alike with mmpack pack"
-        )
+    first: dict[str, str] = {}  # the first source that has a setting
+    for name, settings in sources.items():
+        differ = [
+            one
+            for one, value in settings.items()
+            if sources[first.setdefault(one, name)][one] != value
+        ]
+        if differ:
+            other = first[differ[0]]
+            same = [one for one in differ if first[one] == other]
+            listed = ", ".join(
+                one
+                if one == "the tokenizer"
+                else f"{one} {sources[other][one]} and {settings[one]}"
+                for one in same[:4]  # a tokenizer's value is a checksum
+            )
+            raise ValueError(
+                f"the sources {other!r} and {name!r} of a mixture were not packed alike, they differ in {listed}; "
+                "pack one of them again as the other"
+            )

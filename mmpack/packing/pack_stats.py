@@ -115,8 +115,17 @@ def token_shares(
         its share of a pack's tokens.
     """
     names, number = np.unique(np.asarray(group), return_inverse=True)
+    kept, num_packs = plan.sample_index, plan.num_packs
+    packs = np.repeat(np.arange(num_packs), np.diff(plan.bin_offsets))
+    # Only pairs of a group and a pack that occur: a thousand files times all packs would take minutes.
+    pairs, place = np.unique(number[kept] * max(1, num_packs) + packs, return_inverse=True)
+    group_of, pack_of = np.divmod(pairs, max(1, num_packs))
+    tokens = np.bincount(place, plan.num_tokens[kept], len(pairs))
+    parts = tokens / np.maximum(plan.pack_tokens, 1)[pack_of]
+    sums = np.bincount(group_of, tokens, len(names)) / max(1, int(plan.pack_tokens.sum()))
+    bounds = np.searchsorted(group_of, np.arange(len(names) + 1))
     shares = {
-        str(name): share_spread(plan, np.where(number == n, plan.num_tokens, 0))
+        str(name): _spread(sums[n], parts[bounds[n] : bounds[n + 1]], num_packs)
         for n, name in enumerate(names)
     }
     return dict(sorted(shares.items(), key=lambda item: -item[1]["share"]))
@@ -141,9 +150,21 @@ def image_shares(
 def share_spread(plan: PackPlan, tokens: Int64) -> dict[str, float]:
     """`share`, `p10`, `p50` and `p90` as in `token_shares`, for (N,) tokens of each sample."""
     part, whole = plan.totals(tokens), np.maximum(plan.pack_tokens, 1)
-    quantiles = np.percentile(part / whole, [10, 50, 90]) if plan.num_packs else np.zeros(3)
     share = part.sum() / max(1, int(plan.pack_tokens.sum()))
+    return _spread(share, part / whole, plan.num_packs)
+
+
+def _spread(share: float, parts: Float64, num_packs: int) -> dict[str, float]:
+    """`share`, and percentiles over `num_packs` packs of `parts`, to which zeros are added."""
+    num_zeros, parts = num_packs - len(parts), np.sort(parts)
+    values = [share]
+    for quantile in (0.1, 0.5, 0.9):
+        place = quantile * max(0, num_packs - 1)
+        low = int(place)
+        ends = [
+            0.0 if n < num_zeros else parts[n - num_zeros] for n in (low, low + 1) if n < num_packs
+        ]
+        values.append(float(np.interp(place - low, [0, 1][: len(ends)], ends)) if ends else 0.0)
     return {
-        name: round(float(value), 4)
-        for name, value in zip(("share", "p10", "p50", "p90"), [share, *quantiles])
+        name: round(float(value), 4) for name, value in zip(("share", "p10", "p50", "p90"), values)
     }

@@ -217,9 +217,10 @@ def quantised(cost: ArrayLike, num_samples: int, total: float | None = None) -> 
     order."""
     costs = np.asarray(cost)
     if costs.shape != (num_samples,) or not np.issubdtype(costs.dtype, np.number):
-        raise ValueError(
-            f"cost must be a flat array of {num_samples} numbers, got {costs.dtype} {costs.shape}"
-        )
+        got = f"got {costs.dtype} {costs.shape}"
+        if not costs.shape:
+            got = f"or for a data set the model's config, got a {type(cost).__name__}"
+        raise ValueError(f"cost must be a flat array of {num_samples} numbers, {got}")
     costs = costs.astype(np.float64)
     if not np.isfinite(costs).all() or (costs < 0).any():
         worst = int(np.flatnonzero(~(costs >= 0) | ~np.isfinite(costs))[0])

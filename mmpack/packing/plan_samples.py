@@ -48,18 +48,26 @@ def plan_samples(
         samples: a list or an `EncodedStore`.
         cost, group_images: as in `PackedDataset.from_samples`.
         frozen: parts of the model that are not trained, if `cost` is a config.
-        side: (N,) integers; units have samples of one number only, so that `part_of` a plan has whole units.
+        side: (N,) integers, 0 for samples that are in no part of the plan (`part_of`), which may be of any length; units
+            have samples of one number only, so that `part_of` a plan has whole units.
     """
     num_tokens, num_patches = sizes_of(samples)
     too_long = is_too_long(num_tokens, num_patches, capacity, patch_capacity)
+    if side is not None:  # a sample that is not used takes no pack, so its length is of no interest
+        unused = too_long & (side == 0)
+        num_tokens[unused] = np.minimum(num_tokens[unused], capacity)
+        if patch_capacity is not None:
+            num_patches[unused] = np.minimum(num_patches[unused], patch_capacity)
+        too_long &= ~unused
     overflow = np.flatnonzero(too_long).tolist()
     room = room_of(capacity, patch_capacity)
+    num_used = len(samples) if side is None else int(np.count_nonzero(side))
     truncated: dict[int, EncodedSample] = {}
     if overflow and on_overflow == "error":
         longest = max(overflow, key=lambda n: (int(num_tokens[n]), int(num_patches[n])))
         sample = samples[longest]
         raise ValueError(
-            f"too long for a pack of {room}: {len(overflow):,} of {counted(len(samples), 'sample')}; the longest, "
+            f"too long for a pack of {room}: {len(overflow):,} of {counted(num_used, 'sample')}; the longest, "
             f"row {sample.row} of {sample.source}, has {num_tokens[longest]:,} tokens and "
             f"{num_patches[longest]:,} patches; {TOO_LONG_ADVICE}"
         )
@@ -93,7 +101,7 @@ def plan_samples(
         return f"row {samples[number].row} of {samples[number].source}"
 
     for fate, numbers in (("left out", plan.dropped.tolist()), ("cut", list(truncated))):
-        tell_overflow(fate, numbers, name, len(samples), room)
+        tell_overflow(fate, numbers, name, num_used, room)
     return replace(plan, truncated=np.array(list(truncated), dtype=np.int64))
 
 

@@ -14,7 +14,7 @@ from mmpack.data.readers import RowGroup, media_folders
 from mmpack.errors import OnError
 from mmpack.packing import overflow
 from mmpack.packing.loss_weights import MIX_MARK
-from mmpack.packing.mixture import check_alike, check_weights
+from mmpack.packing.mixture import check_alike, check_pairs
 from mmpack.packing.stream_files import DataFiles, is_paths
 
 
@@ -66,7 +66,9 @@ def row_sources(
     """
     if not isinstance(source, Mapping):
         return (_row_source(source, encoder, cost, on_overflow, "", 1),)
-    check_weights({name: weight for name, (_, weight) in source.items()})
+    check_pairs(source)
+    if isinstance(encoder, Mapping) and (more := [one for one in encoder if one not in source]):
+        raise ValueError(f"there is an encoder for {more[0]!r}, which is no source of the mixture")
     found = []
     for name, (rows, weight) in source.items():
         own = encoder.get(name) if isinstance(encoder, Mapping) else encoder
@@ -75,9 +77,7 @@ def row_sources(
                 f"the source {name!r} of the mixture has no encoder; pass encoder={{{name!r}: ..., ...}}"
             )
         found.append(_row_source(rows, own, cost, on_overflow, name, weight))
-    first, *others = [(one.name, one.settings) for one in found]
-    for other in others:
-        check_alike(first, other)
+    check_alike({one.name: one.settings for one in found})
     return tuple(found)
 
 
@@ -90,8 +90,7 @@ def on_error_of(sources: Sequence[RowSource]) -> OnError | None:
     found = [(one.name, one.encoder.on_error) for one in sources if one.encoder is not None]
     for name, on_error in found[1:]:
         first = found[0][1]
-        is_same = on_error == first if isinstance(first, str) else on_error is first
-        if not is_same:
+        if not (on_error == first if isinstance(first, str) else on_error is first):
             raise ValueError(
                 f"the encoders of {found[0][0]!r} and {name!r} differ in on_error, and a stream has one for all rows; "
                 "pass on_error=..."

@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mmpack.errors import BadRow, OnError, Skip, check_on_error, count_reason, counted, counting
 from mmpack.packing import overflow
 from mmpack.packing.left_out import BadRowFile, as_line
+from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
 from mmpack.packing.row_sources import on_error_of, row_sources
@@ -250,6 +251,9 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         self._consumed = {int(worker): place for worker, place in state["consumed"].items()}
         self._images = state["images"]
         self._dropped.restore(self._images)
+
+    def _sources(self) -> Iterable[str] | None:
+        return [f"{one.name}{MIX_MARK}" for one in self._row_sources if one.name] or None
 
     def _settings(self) -> dict[str, Any]:
         names = ("capacity", "patch_capacity", "buffer", "on_overflow", "seed", "source_weights")

@@ -213,9 +213,9 @@ class SourceReader:
         for chunk in chunks(rows, _CHUNK):
             samples: list[tuple[int, Sample]] = []
             read = self._samples(chunk)
+            encoded = [(number, one) for number, one in chunk if isinstance(one, EncodedSample)]
             for number, item in chunk:
                 if isinstance(item, EncodedSample):
-                    yield number, item
                     continue
                 if encoder is None:
                     raise ValueError(
@@ -224,7 +224,8 @@ class SourceReader:
                 found = [item] if isinstance(item, Sample) else next(read)
                 samples += [(number, sample) for sample in found]
             if encoder is not None:
-                yield from self._encode(encoder, samples, dict(chunk))
+                encoded += self._encode(encoder, samples, dict(chunk))
+            yield from sorted(encoded, key=lambda one: one[0])  # a position is after all before it
 
     def _encode(
         self, encoder: Encoder, samples: list[tuple[int, Sample]], items: dict[int, Any]

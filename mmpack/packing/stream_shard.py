@@ -121,6 +121,11 @@ class Shard:
 
     def _begin_again(self, reader: SourceReader) -> None:
         if not reader.num_entries:
+            if reader.number_of_pass and isinstance(reader.one.source, Iterator):
+                raise ValueError(
+                    f"the source {reader.one.name!r} of the mixture is an iterator, which has ended and cannot begin "
+                    "again; pass a list, a data set, or a function that returns one"
+                )
             raise ValueError(
                 f"the source {reader.one.name!r} of the mixture gives this worker no samples in a pass; every worker of "
                 "every rank needs some, so use fewer, leave the source out, or pack it (PackedDataset.mixed)"

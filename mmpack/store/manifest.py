@@ -145,6 +145,11 @@ def read_manifest(folder: Path) -> Manifest:
         saved = read_json(path)
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+        whole, mark, split = str(folder).rpartition(":")
+        if not reason and mark and split == "val" and (Path(whole) / "mmpack.json").exists():
+            reason = f" (its rows held out are split='val' of {whole})"
+        elif not folder.exists():
+            reason = " (there is no such folder)"
         raise ValueError(
             f"{folder} has no finished store{reason}; make one with mmpack pack"
         ) from None
