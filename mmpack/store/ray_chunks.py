@@ -129,7 +129,7 @@ def _connect(ray: Any, address: str, cores: int) -> bool:
             ray.init(LOCAL, num_cpus=cores, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"Ray did not start on this machine: {error!s:.400}; /tmp/ray has its logs; --jobs works without it"
+                f"Ray did not start on this machine: {error!s:.400}; its logs say more, and --jobs works without it"
             ) from None
         return True
     _try(address)
