@@ -57,6 +57,7 @@ TESTS = {
     "pixels": ("test_images", "test_pixels"),
     "plan": ("test_plan", "test_balance", "test_cost"),
     "ranks": ("test_plan", "test_balance", "test_cost"),
+    "sources": ("test_build", "test_encode", "test_tar_shards", "test_ray_chunks"),
     "store": ("test_store",),
     "stream": ("test_stream",),
     "tower": ("test_vision_spec", "test_families", "test_equivalence"),

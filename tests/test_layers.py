@@ -54,6 +54,7 @@ ROOMS = {
         "store/encoded_store",
         "store/arrow_schema",
     },
+    "ray": {"store/ray_chunks"},
     "safetensors": {"hf"},  # transformers needs it
     "tokenizers": {"cli/demo"},
     "torch": {

@@ -141,7 +141,7 @@ def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
                 if which not in either:
                     either[which] = place.add_mutually_exclusive_group()
                 place = either[which]
-            if "nargs" in argument:  # several values per use
+            if argument.get("nargs") == "+":  # several values per use
                 argument["action"] = "extend"
             if argument.pop("positional", False):
                 argument.pop("action", None)

@@ -15,6 +15,7 @@ PACK_EXAMPLES = """examples:
   mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --config Qwen/Qwen2-VL-2B-Instruct \\
       --capacity 8192 --out packed --json
   mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
+  mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out packed --ray head:6379
   mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen/Qwen2-VL-2B --capacity 8192 --out packed
 """
 MERGE_EXAMPLES = """Machine I of N makes a part: mmpack pack ... --shard I/N --out parts/I

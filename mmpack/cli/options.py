@@ -13,6 +13,7 @@ from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.packing.held_out import check_size
 from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
+from mmpack.store.ray_chunks import check_ray
 from mmpack.store.records import check, schema_of
 
 DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, a folder of them, or a URL"
@@ -173,6 +174,14 @@ class PackOptions(PackingOptions, PictureOptions):
     config: str | None = option("config.json, folder or name of the model, to balance packs", None)
     overwrite: bool = option("replace a packed data set in --out", False)
     jobs: int | None = option("processes (default: one per core if there are many rows)", None)
+    ray: str | None = option(
+        "encode as tasks of Ray (extra ray): of the cluster at ADDRESS, HOST:PORT or auto; without ADDRESS, of a Ray "
+        "on this machine",
+        None,
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+    )
     shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
     val_size: float | None = option(
         "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data "
@@ -186,6 +195,8 @@ class PackOptions(PackingOptions, PictureOptions):
         require_local(self.out, "--out")
         if self.val_size is not None:
             check_size(self.val_size)
+        if self.ray is not None:
+            check_ray(self.ray)
 
 
 @dataclass(frozen=True, kw_only=True)

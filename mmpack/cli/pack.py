@@ -213,7 +213,7 @@ def _encode(
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
     about = replace(about, files=stamps(files))
-    batches = _batches(groups, encoder, about.part, options.jobs, unread)
+    batches = _batches(groups, encoder, about.part, options, unread)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
@@ -283,13 +283,15 @@ def _batches(
     groups: list[RowGroup],
     encoder: Encoder,
     part: Part | None,
-    jobs: int | None,
+    options: PackOptions,
     unread: UnreadByFile,
 ) -> Iterator[Batch]:
     """Yield a store's batches, show progress, and record the chunks of a part and fields that are not read."""
     number, of = (1, 1) if part is None else (part.number, part.of)
     with row_progress("encoding", groups, parts=of) as (groups, bar):
-        for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):
+        for indexed in index_rows(
+            groups, encoder, jobs=options.jobs, part=(number, of), ray=options.ray
+        ):
             bar.update(indexed.num_rows)
             unread.add(indexed.source, indexed.unread)
             if part is not None:

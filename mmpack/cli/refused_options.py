@@ -102,6 +102,8 @@ def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
     if isinstance(options, PackOptions) and options.shard is not None:
         why = "a part has no packs to draw yet"
         yield ["png"], why, "pass it to mmpack merge"
+    if isinstance(options, PackOptions) and options.ray is not None:
+        yield ["jobs"], "Ray gives each chunk a core (--ray)", "leave one of the two out"
     if isinstance(options, InspectOptions) and options.row is not None:
         yield ["segment"], "--row shows the segment of its row", "leave one of the two out"
 
