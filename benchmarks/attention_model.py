@@ -62,8 +62,8 @@ class Kernel:
 
 
 def loop_of(sass: str) -> Loop:
-    """The loop with products of matrices: what lies between the target of a conditional branch back and the branch.
-    A part without products that a branch leaves out is for masked steps."""
+    """The loop with products of matrices: what lies between the target of a conditional branch back and the
+    branch. A part without products that a branch leaves out is for masked steps."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in sass.splitlines():
@@ -114,8 +114,8 @@ def compiled(K: int, G: int, causal: bool) -> dict[str, Kernel]:
 
 
 def steps_of(kernel: Kernel, tiles: np.ndarray, G: int, causal: bool) -> np.ndarray:
-    """(programs of a head, 2): steps of each program's loop, and how many of them are masked. A program of dk and dv
-    serves the G query heads of a key head."""
+    """(programs of a head, 2): steps of each program's loop, and how many of them are masked. A program of dk and
+    dv serves the G query heads of a key head."""
     out = []
     for tile in tiles.tolist():
         begin, end, segment_begin, segment_end = tile
@@ -136,8 +136,8 @@ def steps_of(kernel: Kernel, tiles: np.ndarray, G: int, causal: bool) -> np.ndar
 
 
 def cycles_of(kernel: Kernel, K: int, steps: np.ndarray) -> np.ndarray:
-    """(alone, busy) of each program, (2, n): its cycles if it has a multiprocessor to itself, and those in which the
-    most used of the three units is busy."""
+    """(alone, busy) of each program, (2, n): its cycles if it has a multiprocessor to itself, and those in which
+    the most used of the three units is busy."""
     products, waits = STEPS[kernel.name]
     warps, (count, masked) = kernel.num_warps, steps.T
     tensor = 2 * products * kernel.BM * kernel.BN * K / FLOPS_PER_CYCLE

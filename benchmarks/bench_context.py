@@ -1,10 +1,10 @@
 """How does a pack's memory fall when ranks share it, and what do they exchange for that?
 
-Forward and backward of one rank of a context group, on packs of rows with an image. The peer is the same pack on one
-rank; the memory's ceiling is that divided by the ranks. A backend that sends nothing stands for the other ranks: it
-allocates what they would send, so that one process shows a rank's memory, counted from torch's allocations without the
-parameters' gradients. Rows that leave the rank are counted where all exchanges pass, and must equal the formula. Times
-are those of a real network only, and not measured here.
+Forward and backward of one rank of a context group, on packs of rows with an image. The peer is the same pack on
+one rank; the memory's ceiling is that divided by the ranks. A backend that sends nothing stands for the other
+ranks: it allocates what they would send, so that one process shows a rank's memory, counted from torch's
+allocations without the parameters' gradients. Rows that leave the rank are counted where all exchanges pass, and
+must equal the formula. Times are those of a real network only, and not measured here.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ CONFIG = {
 
 
 def exchanged_bytes(text: Any, tokens: Sequence[int], rank: int, width: int) -> int:
-    """Bytes that leave a rank in one forward of the text model's layers, which is also what leaves it in the backward
-    and, with gradient checkpointing, in the second forward.
+    """Bytes that leave a rank in one forward of the text model's layers, which is also what leaves it in the
+    backward and, with gradient checkpointing, in the second forward.
 
-    Per layer with attention, of the rank's n tokens to heads and of all others' tokens back, for H heads of K on S ranks:
-    width * K * ((S - 1) / S * n * (H + 2 max(Hk, S)) + (T - n) * H / S); the same for Gated DeltaNets, of which v heads
-    also have two gates.
+    Per layer with attention, of the rank's n tokens to heads and of all others' tokens back, for H heads of K on S
+    ranks: width * K * ((S - 1) / S * n * (H + 2 max(Hk, S)) + (T - n) * H / S); the same for Gated DeltaNets, of
+    which v heads also have two gates.
 
     Args:
         text: the text model's config.
@@ -74,8 +74,8 @@ def exchanged_bytes(text: Any, tokens: Sequence[int], rank: int, width: int) -> 
 
 
 def features_bytes(sent: Sequence[int], rank: int, width: int, hidden: int, levels: int = 1) -> int:
-    """Bytes of features that leave a rank in a forward: a feature of the tower, once to each other rank that shows it,
-    per level (deepstack has several)."""
+    """Bytes of features that leave a rank in a forward: a feature of the tower, once to each other rank that shows
+    it, per level (deepstack has several)."""
     return (sum(sent) - sent[rank]) * hidden * levels * width
 
 
@@ -176,5 +176,6 @@ def test_context(num_tokens, benchmark, recorder, quick):
                     "context", "mmpack", "forward", metric=f"{what} sent", unit="MiB",
                     values=[sent / 2**20], x=x, config=config,
                 )  # fmt: skip
-            line += f", sent in a forward: layers {found['layers'] / 2**20:.2f}, features {found['features'] / 2**20:.2f} MiB"
+            layers, features = found["layers"] / 2**20, found["features"] / 2**20
+            line += f", sent in a forward: layers {layers:.2f}, features {features:.2f} MiB"
         print(line)

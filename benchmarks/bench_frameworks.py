@@ -1,12 +1,13 @@
 """What do mmpack's packs give inside another framework's trainer, beside that framework's own batches?
 
-The same rows, one epoch, a tiny model: the framework's trainer with its own padding or packing, with mmpack's packs
-inside it, and transformers' Trainer with the same packs, whose losses ours must equal. Useful tokens are those of the
-rows, however they are batched; padding share is what the model computes beyond them. The peer is the framework's own
-way, which also tokenizes there; the ceiling is transformers' Trainer with the packs, which has no framework around it.
+The same rows, one epoch, a tiny model: the framework's trainer with its own padding or packing, with mmpack's
+packs inside it, and transformers' Trainer with the same packs, whose losses ours must equal. Useful tokens are
+those of the rows, however they are batched; padding share is what the model computes beyond them. The peer is the
+framework's own way, which also tokenizes there; the ceiling is transformers' Trainer with the packs, which has no
+framework around it.
 
-A framework that is not installed in this Python is skipped. CI has TRL; `benchmarks/environments` has a script for each
-of the others.
+A framework that is not installed in this Python is skipped. CI has TRL; `benchmarks/environments` has a script for
+each of the others.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Watch(TrainerCallback):
     """What a Trainer did: its losses, seconds of its steps, and tokens that the model computed.
 
     Attributes:
-        slots: tokens of all batches, with padding. tokens: without it; no row has the padding's id. (A mask does not
-            always say: LLaMA-Factory's `packing` attends to padding.)
+        slots: tokens of all batches, with padding. tokens: without it; no row has the padding's id. (A mask does
+            not always say: LLaMA-Factory's `packing` attends to padding.)
     """
 
     def __init__(self) -> None:
@@ -99,8 +100,8 @@ class Watch(TrainerCallback):
 
 @dataclass
 class Setting:
-    """The rows, packed, and a tiny model, in a folder: `train.json` (ShareGPT), `charts`, `tokenizer`, `config.json`,
-    `packed` (`mmpack pack`'s) and `model`, with the files of a published model."""
+    """The rows, packed, and a tiny model, in a folder: `train.json` (ShareGPT), `charts`, `tokenizer`,
+    `config.json`, `packed` (`mmpack pack`'s) and `model`, with the files of a published model."""
 
     folder: Path
     num_rows: int
@@ -156,8 +157,8 @@ def stock(setting: Setting, watch: Watch) -> None:
 def compare(
     setting: Setting, recorder: Any, name: str, package: str, runs: dict[str, Run], rounds: int
 ) -> None:
-    """Run transformers' Trainer, then each of a framework's ways, in turn, `rounds` times; record them, and check that
-    `runs["mmpack"]` has the losses of the first.
+    """Run transformers' Trainer, then each of a framework's ways, in turn, `rounds` times; record them, and check
+    that `runs["mmpack"]` has the losses of the first.
 
     Args:
         name: the framework's. package: the distribution that has its version.
@@ -195,8 +196,9 @@ def compare(
 
 @pytest.mark.peer("--no-deps llamafactory", "llamafactory")
 def test_llamafactory(setting, recorder, quick, monkeypatch):
-    """LLaMA-Factory pads rows, or packs them with `packing`, where rows attend to each other. Its `neat_packing` keeps
-    them apart; in 0.9.5, without flash attention, it stops on these rows: the mask is shorter than the tokens."""
+    """LLaMA-Factory pads rows, or packs them with `packing`, where rows attend to each other. Its `neat_packing`
+    keeps them apart; in 0.9.5, without flash attention, it stops on these rows: the mask is shorter than the
+    tokens."""
     from mmpack.integrations import llamafactory
 
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
@@ -284,8 +286,8 @@ def test_trl(setting, recorder, quick):
 
 @pytest.mark.peer("ms-swift", "swift")
 def test_swift(setting, recorder, quick, monkeypatch):
-    """ms-swift pads rows; its packing needs flash attention, which a CPU does not have. Its template has the ids of the
-    published tokenizer, which are others in the demo's."""
+    """ms-swift pads rows; its packing needs flash attention, which a CPU does not have. Its template has the ids
+    of the published tokenizer, which are others in the demo's."""
     from swift.callbacks import callbacks_map
     from swift.pipelines import sft_main
     from swift.template.templates.qwen import Qwen2VLTemplate

@@ -4,8 +4,8 @@ From a pack's last hidden states to the loss, and back to their gradient and the
 does it: supervised rows only, their logits in chunks of the vocabulary, or kept where they take less than the
 head's gradient. Beside it, the same rows' logits kept, with the gradient written over them. Peers: transformers,
 with logits of all tokens in float32 and its `ForCausalLMLoss`; and, on the same rows as ours, torch's chunked
-`linear_cross_entropy` and TRL's chunked loss; on a GPU also Liger and cut-cross-entropy, which do not run on a CPU.
-Memory is the peak allocation of a call, with its two gradients; on a CPU, torch's allocations are summed. The
+`linear_cross_entropy` and TRL's chunked loss; on a GPU also Liger and cut-cross-entropy, which do not run on a
+CPU. Memory is the peak allocation of a call, with its two gradients; on a CPU, torch's allocations are summed. The
 memory's ceiling is the gradients alone.
 """
 

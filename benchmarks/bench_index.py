@@ -4,6 +4,11 @@ Uses the real rows, and is skipped if they are not beside the checkout. Indexing
 checking rows, image headers, template, ids, labels and batches on disk. The peer is transformers' processor; the
 ceiling is the chat template and one batched call of the tokenizer on conversations in memory.
 
+And what do the ways cost that rows come: JSON lines, Parquet with the images' bytes, a `datasets` stream, tar
+shards on disk and over HTTP (loopback), in rows and images per second? The peers of reading are `datasets` and
+`webdataset`, which give the same rows and image sizes of the same files and check nothing; of a Ray, as many
+processes.
+
 `python -m benchmarks.bench_index ROWS FOLDER` indexes synthetic JSON lines with texts of realistic lengths, and
 prints the memory of the whole process tree.
 """
@@ -15,19 +20,30 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.harness import CEILING, SHARED, measure, time_ms
 from benchmarks.peer_collators import chat_of
+from benchmarks.range_server import serving
+from benchmarks.row_sources import (
+    REALSET,
+    opened,
+    read_by_datasets,
+    read_by_webdataset,
+    write_sources,
+)
 from mmpack import Encoder
 
 pytestmark = pytest.mark.cpu
 
-REALSET = SHARED / "realset" / "realset_sft.json"
 MAX_PIXELS = 28 * 28 * 1280
 
 
@@ -43,13 +59,13 @@ def samples(encoder, quick):
     return list(encoder.read(REALSET))[: 200 if quick else None]
 
 
-def index(path, encoder, folder, jobs=None):
-    """Index a file into a store."""
+def index(path, encoder, folder, jobs=None, ray=None):
+    """Index a file, or rows, into a store."""
     from mmpack.store.build import index_rows
     from mmpack.store.encoded_store import write_batches
 
     encoder = replace(encoder, media_dir=REALSET.parent)
-    rows = index_rows(list(encoder.groups(path)), encoder, jobs=jobs)
+    rows = index_rows(list(encoder.groups(path)), encoder, jobs=jobs, ray=ray)
     batches = (indexed.batch for indexed in rows if indexed.batch)
     return write_batches(folder, batches, encoder.vision)
 
@@ -102,6 +118,93 @@ def test_build(encoder, samples, tmp_path, benchmark, recorder, quick):
     print(f"x template and tokenizer: {medians['mmpack'] / floor:.2f}", end=", ")
     print(f"transformers' processor {np.median(processed) / floor:.1f}")
     benchmark.pedantic(candidates["mmpack"], rounds=1)
+
+
+def test_sources(encoder, tmp_path, benchmark, recorder, quick):
+    rows = json.loads(REALSET.read_text(encoding="utf-8"))[: 60 if quick else None]
+    sources = write_sources(rows, tmp_path)
+    reader = replace(encoder, media_dir=REALSET.parent)
+    names = (tmp_path / str(n) for n in range(1000))
+    rounds = 1 if quick else 5
+    with ExitStack() as stack:
+        if find_spec("aiohttp") is None:
+            print("\nnothing reads over HTTP here: pip install 'mmpack[remote]'")
+        else:
+            url = stack.enter_context(serving(tmp_path))
+            shards = len(list(sources["tar shards"].iterdir()))
+            sources["tar shards over HTTP"] = f"{url}/shards/{{000..{shards - 1:03d}}}.tar"
+        candidates: dict[str, Callable[[], Any]] = {
+            name: lambda name=name: sum(1 for _ in reader.read(opened(sources[name], name)))
+            for name in sources
+        }
+        candidates["datasets"] = lambda: read_by_datasets(sources["Parquet"])
+        if find_spec("webdataset") is None:
+            print("\nthe peer is not installed: pip install --no-deps webdataset braceexpand")
+        else:
+            candidates["webdataset"] = lambda: read_by_webdataset(sources["tar shards"])
+        assert {run() for run in candidates.values()} == {len(rows)}
+        times = time_ms(candidates, rounds=rounds, warmup=0, on_host=True)
+        tell_rates(recorder, "read", times, rows)
+
+        candidates = {
+            name: lambda name=name: index(opened(sources[name], name), encoder, next(names), 1)
+            for name in sources
+        }
+        assert {len(run()) for run in candidates.values()} == {len(rows)}
+        times = time_ms(candidates, rounds=rounds, warmup=0, on_host=True)
+        tell_rates(recorder, "index", times, rows)
+    benchmark.pedantic(candidates["tar shards"], rounds=1)
+
+
+def test_in_parallel(encoder, tmp_path, benchmark, recorder, quick):
+    """Processes are started anew in each round, for about three seconds, and Ray's before the first one; both load
+    the tokenizer in each round. Ray's workers have nice 15: beside other work they starve."""
+    if quick:
+        pytest.skip("starting processes takes longer than the rest of the quick benchmarks")
+    rows = json.loads(REALSET.read_text(encoding="utf-8")) * 4
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    names = (tmp_path / str(n) for n in range(1000))
+    candidates = {
+        "1 process": lambda: index(path, encoder, next(names), 1),
+        "2 processes": lambda: index(path, encoder, next(names), 2),
+    }
+    with ray_of_two() as has_ray:
+        if has_ray:
+            candidates["Ray, 2 workers"] = lambda: index(path, encoder, next(names), ray="local")
+        times = time_ms(candidates, rounds=3, warmup=1, on_host=True)
+    tell_rates(recorder, "in parallel", times, rows)
+    benchmark.pedantic(candidates["1 process"], rounds=1)
+
+
+def tell_rates(recorder, mode: str, times: dict[str, list[float]], rows: list[Any]) -> None:
+    """Record and print rows and images per second of each candidate."""
+    num_images = sum(len(row["images"]) for row in rows)
+    for name, taken in times.items():
+        rates = {"rows": len(rows), "images": num_images}
+        for metric, number in rates.items():
+            recorder.add(
+                "sources", name, mode, metric=metric, unit="1/s", x=("rows", len(rows)),
+                values=[1000 * number / ms for ms in taken], config=f"images={num_images}",
+            )  # fmt: skip
+        told = (f"{1000 * n / np.median(taken):,.0f} {metric}/s" for metric, n in rates.items())
+        print(f"{mode}, {name}: {', '.join(told)}")
+
+
+@contextmanager
+def ray_of_two() -> Iterator[bool]:
+    """A Ray with two workers on this machine, for the block; False: it is not installed."""
+    if find_spec("ray") is None:
+        print("\nRay is not installed: pip install 'mmpack[ray]'")
+        yield False
+        return
+    import ray
+
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        yield True
+    finally:
+        ray.shutdown()
 
 
 def test_headers(encoder, benchmark, recorder, quick):

@@ -2,9 +2,9 @@
 
 For real images if they are beside the checkout, else synthetic photographs: all of `images.load_patches`. The
 ceiling is Pillow's decoding and resizing, the minimum for anything that resizes with Pillow. For images in memory:
-the resize alone, and all from an image to `pixel_values`. Peers: Pillow's resize and torch's (antialiased bicubic of
-bytes, as torchvision calls it; its pixels differ), and transformers' PIL image processor. Whole packs, decoded and
-collated, are in `bench_host`, with LLaMA-Factory and VeOmni as peers too.
+the resize alone, and all from an image to `pixel_values`. Peers: Pillow's resize and torch's (antialiased bicubic
+of bytes, as torchvision calls it; its pixels differ), and transformers' PIL image processor. Whole packs, decoded
+and collated, are in `bench_host`, with LLaMA-Factory and VeOmni as peers too.
 """
 
 from __future__ import annotations

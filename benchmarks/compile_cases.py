@@ -28,8 +28,8 @@ class Case:
     """A kernel as launched in a GPU run, and its limits.
 
     `arguments` are Triton types; ":16" marks divisibility by 16, which arguments that the kernel does not
-    specialize must not have. `programs` are those that a multiprocessor must hold at once, by architecture on which
-    the kernel is offered. `needs` are required instructions, `lacks` forbidden ones.
+    specialize must not have. `programs` are those that a multiprocessor must hold at once, by architecture on
+    which the kernel is offered. `needs` are required instructions, `lacks` forbidden ones.
     """
 
     name: str
@@ -130,7 +130,8 @@ def _attention_cases(dtype: str, K: int, G: int, causal: bool) -> list[Case]:
     programs = dict.fromkeys(("fwd", "bwd_dq"), 2 if K <= 96 else 1)
     programs["bwd_dkv"] = 2 if K <= 128 else 1
     # At 256, dk and dv take 128 registers, and ptxas spills addresses in shared memory that it computes before the
-    # loop: with Triton 3.7.1 the loop loads 21 of them and stores none. Exact float32 products use no tensor cores.
+    # loop: with Triton 3.7.1 the loop loads 21 of them and stores none. Exact float32 products use no tensor
+    # cores.
     spills = dict.fromkeys(("fwd", "bwd_dq"), 64)
     spills["bwd_dkv"] = 64 if K <= 128 else 320
     cases = []

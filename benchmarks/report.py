@@ -46,7 +46,8 @@ TESTS = {
     "headers": ("test_images",),
     "host": ("test_collator", "test_pixels"),
     "index": ("test_build", "test_encode"),
-    # Inside other frameworks, of which only TRL is installed where reports are made; each benchmark compares losses itself.
+    # Inside other frameworks, of which only TRL is installed where reports are made; each benchmark compares
+    # losses itself.
     "inside LLaMA-Factory": ("test_callbacks", "test_trainer"),
     "inside TRL": ("test_trl",),
     "inside ms-swift": ("test_callbacks", "test_trainer"),
@@ -56,6 +57,7 @@ TESTS = {
     "pixels": ("test_images", "test_pixels"),
     "plan": ("test_plan", "test_balance", "test_cost"),
     "ranks": ("test_plan", "test_balance", "test_cost"),
+    "sources": ("test_build", "test_encode", "test_tar_shards", "test_ray_chunks"),
     "store": ("test_store",),
     "stream": ("test_stream",),
     "tower": ("test_vision_spec", "test_families", "test_equivalence"),

@@ -75,8 +75,8 @@ def _scaled(
     if not inside.all():
         number = int(np.flatnonzero(~inside)[0])
         raise ValueError(
-            f"box {number} {given[number].tolist()} is outside the picture of {width} x {height} pixels; boxes are "
-            "x1, y1, x2, y2 in its pixels, before EXIF rotation"
+            f"box {number} {given[number].tolist()} is outside the picture of {width} x {height} pixels; boxes "
+            "are x1, y1, x2, y2 in its pixels, before EXIF rotation"
         )
     scaled = np.rint(pairs * (sides / original)).astype(np.int64)
     clipped: NDArray[np.int64] = np.clip(scaled, 0, most).reshape(given.shape)

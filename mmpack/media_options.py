@@ -1,4 +1,5 @@
-"""Size and sampling of one image or video, given in its row: the keys of Qwen's `qwen-vl-utils`, with their meaning.
+"""Size and sampling of one image or video, given in its row: the keys of Qwen's `qwen-vl-utils`, with their
+meaning.
 
 A value that the row leaves out comes from the processor's settings (`VisionSpec`, `VideoSpec`), or, where a
 processor has no such setting, from `qwen-vl-utils` 0.0.14, whose `smart_resize`, `smart_nframes` and
@@ -90,8 +91,8 @@ class MediaOptions:
         sides = sorted(side for side in (self.resized_height, self.resized_width) if side)
         if sides and sides[1] > _MAX_RATIO * sides[0]:
             raise RowError(
-                f"'resized_height' {self.resized_height} and 'resized_width' {self.resized_width} differ by more than "
-                f"{_MAX_RATIO} times",
+                f"'resized_height' {self.resized_height} and 'resized_width' {self.resized_width} differ by more "
+                f"than {_MAX_RATIO} times",
                 "fix them",
             )
         by_size = ("min_pixels", "max_pixels", "total_pixels")

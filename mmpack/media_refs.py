@@ -36,6 +36,8 @@ class ImageRef:
         size: (height, width) in pixels if known.
         options: its own pixel limits or size; None: the spec's.
         member: where it is in the file, if that is a tar file; None: it is the whole file.
+        version: of an object in object storage, what identified its content when its row was read (bytes, and
+            ETag or modification time); it must be the same when its pixels are read. Empty: not known, or a file.
     """
 
     path: str
@@ -43,6 +45,7 @@ class ImageRef:
     size: tuple[int, int] | None = None
     options: MediaOptions | None = None
     member: TarMember | None = None
+    version: str = ""
 
     @property
     def name(self) -> str:
@@ -69,6 +72,7 @@ class VideoRef:
         options: its own pixel limits, size and sampling; None: the spec's.
         folder: the folder whose pictures are its frames, if the row names a folder.
         member: where it is in the file, if that is a tar file; None: it is the whole file.
+        version: as in `ImageRef`.
     """
 
     path: str
@@ -80,6 +84,7 @@ class VideoRef:
     options: MediaOptions | None = None
     folder: str | None = None
     member: TarMember | None = None
+    version: str = ""
 
     @property
     def name(self) -> str:

@@ -1,9 +1,9 @@
 """THE SPECIFICATION: defines what mmpack computes, in slow and clear code.
 
 Every fast version is tested against this file and does not import it; only `mmpack.packing.assemble` and
-`mmpack.hf` can run it, on request. Shapes: T tokens in a pack, S segments, I images, U distinct images, P patches, F
-features, M placeholders, D hidden size, H heads, K head dim, L supervised tokens, C channels, p patch side, E hidden
-size of the vision tower.
+`mmpack.hf` can run it, on request. Shapes: T tokens in a pack, S segments, I images, U distinct images, P patches,
+F features, M placeholders, D hidden size, H heads, K head dim, L supervised tokens, C channels, p patch side, E
+hidden size of the vision tower.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def assemble(
     """Expand, concatenate and index the samples of a pack, without pixels.
 
     Positions equal those of transformers' `Qwen2VLModel.get_rope_index` for each sample by itself; row 0 is the
-    position in the segment, from which transformers separates segments. Grids are ordered images first, then videos,
-    so that one call of the tower processes both. An image or a video that several markers show is encoded once: the
-    grids of distinct ones, their patches and features have the order of the first markers.
+    position in the segment, from which transformers separates segments. Grids are ordered images first, then
+    videos, so that one call of the tower processes both. An image or a video that several markers show is encoded
+    once: the grids of distinct ones, their patches and features have the order of the first markers.
 
     Args:
         first_shown: (I,) the number of the first marker that shows the same, for each marker
@@ -123,8 +123,8 @@ def loss_weights(samples: Sequence[EncodedSample], reduction: str) -> Float32:
     """(L,) the weight of each supervised row of a pack.
 
     A token's own weight is that of its row times that of its turn times that of its source. With the reduction
-    "sample", the weights of a sample with n supervised tokens are divided by n, so that samples count equally; with
-    "sqrt" by the square root of n. The n of a piece of a split document is the document's.
+    "sample", the weights of a sample with n supervised tokens are divided by n, so that samples count equally;
+    with "sqrt" by the square root of n. The n of a piece of a split document is the document's.
     """
     weights: list[float] = []
     for sample in samples:
@@ -259,8 +259,8 @@ def repeat_features(
 def insert_features(
     embeds_TD: torch.Tensor, features_MD: torch.Tensor, feature_token: torch.Tensor
 ) -> torch.Tensor:
-    """(T, D) embeddings with row `feature_token[m]` replaced by row m of the features. Out of place, because the output
-    of a frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
+    """(T, D) embeddings with row `feature_token[m]` replaced by row m of the features. Out of place, because the
+    output of a frozen embedding may be a leaf that requires grad (LoRA with checkpointing).
 
     Equal to transformers' `masked_scatter` of the features into the placeholders.
     """
@@ -367,8 +367,9 @@ def supervised_cross_entropy(
     num_items: float | None = None,
     weights_L: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum over rows of weight * -log(softmax(logits)[label]), divided by `num_items` or, if None, by the sum of
-    the weights; 0 counts as 1. A row without a label (-100) or of weight 0 adds nothing, whatever its logits."""
+    """The sum over rows of weight * -log(softmax(logits)[label]), divided by `num_items` or, if None, by the sum
+    of the weights; 0 counts as 1. A row without a label (-100) or of weight 0 adds nothing, whatever its
+    logits."""
     weights = torch.ones(len(labels_L)) if weights_L is None else weights_L
     kept = [n for n in range(len(labels_L)) if labels_L[n] != IGNORE and weights[n] != 0]
     total = logits_LV.new_zeros((), dtype=torch.promote_types(logits_LV.dtype, torch.float32))

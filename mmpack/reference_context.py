@@ -18,19 +18,19 @@ from mmpack.types import Pack
 def part_of(pack: Pack, rank: int, size: int) -> dict[str, Any]:
     """What the rank at place `rank` of `size` gets of a pack.
 
-    - Tokens: contiguous, T / size of them up to rounding. A supervised row belongs to the rank of its token; the label
-      is the next token's, which may be another rank's.
-    - Images and videos: whole frames (of a video, temporal patches), as the tower attends within them. Every frame is
-      one rank's, `owners` says whose.
+    - Tokens: contiguous, T / size of them up to rounding. A supervised row belongs to the rank of its token; the
+      label is the next token's, which may be another rank's.
+    - Images and videos: whole frames (of a video, temporal patches), as the tower attends within them. Every frame
+      is one rank's, `owners` says whose.
     - Features: a rank sends its own to the ranks that have a placeholder of them, each once per rank. What a rank
       receives is in the order of the senders, then of the pack.
 
     Returns:
         tokens: the rank's tokens, ascending. rows: its supervised rows, as indices into `pack.supervised_index`.
-        frames: its frames. patches: their patches. sent: for each rank, the features sent to it, counted among those of
-        the own frames. received: for each rank, the features received from it, counted in the pack. feature_index: (n,)
-        for each own token, its feature among all received, or -1. text_order, text_id_offsets: as in `Pack`, of the
-        own tokens.
+        frames: its frames. patches: their patches. sent: for each rank, the features sent to it, counted among
+        those of the own frames. received: for each rank, the features received from it, counted in the pack.
+        feature_index: (n,) for each own token, its feature among all received, or -1. text_order, text_id_offsets:
+        as in `Pack`, of the own tokens.
     """
     bounds = [pack.num_tokens * r // size for r in range(size + 1)]
     tokens = range(bounds[rank], bounds[rank + 1])

@@ -1,7 +1,7 @@
 """The data types: Sample -> EncodedSample -> PackPlan -> Pack.
 
-All are frozen and flat: ragged data is values plus offsets, never a list of lists. Letters in shapes: T tokens in
-a pack, S segments, I images, U distinct images, P patches, F features, M placeholders, N samples, L supervised tokens.
+All are frozen and flat: ragged data is values plus offsets, never a list of lists. Letters in shapes: T tokens,
+S segments, I images, U distinct ones, P patches, F features, M placeholders, N samples, L supervised tokens.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ class PackPlan:
         cost: (N,) int64, proportional to each sample's cost, or None: costs were not balanced.
         seed: decides the order of packs, and of samples of equal size.
         unused: numbers of samples that are held out (`mmpack pack --val-size`) or beyond `num_samples`, ascending.
-        unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count an
-            image that several of them show only for the first; None: each sample is planned by itself.
+        unit: (N,) int64, samples of equal number share a pack in every epoch, and `num_patches` and `cost` count
+            an image that several of them show only for the first; None: each sample is planned by itself.
     """
 
     sample_index: Int64
@@ -268,8 +268,8 @@ class PackPlan:
 class Pack:
     """One assembled row: the flat input of a training step.
 
-    Everything irregular is an index computed here, so a training step does not synchronize with the device. An image
-    or a video that several markers show has patches and features once (`mmpack.packing.shared_images`).
+    Everything irregular is an index computed here, so a training step does not synchronize with the device. An
+    image or a video that several markers show has patches and features once (`mmpack.packing.shared_images`).
 
     Attributes:
         input_ids, labels: (T,) int64; labels are -100 on prompts, images and the first token of each segment, and
@@ -280,15 +280,15 @@ class Pack:
         tiles: (n, 4) int32: begin and end of the text attention rows of one program, and begin and end of their
             segment; most work first (`mmpack.reference.attention_tiles`).
         feature_index: (T,) int32: index of the feature at each token, -1 for text.
-        feature_token, feature_offsets: (M,), (F + 1,) int32: its inverse, each feature's tokens, and their offsets.
+        feature_token, feature_offsets: (M,), (F + 1,) int32: its inverse, the tokens of features, and offsets.
         text_order: (T - M,) int32: text tokens, sorted by id, then by position.
         text_id_offsets: (R + 1,) int32: offsets in `text_order` of runs of one id, at most 32 tokens each.
         supervised_index: (L,) int32: rows whose prediction is supervised (the label is at the next row).
         grid_thw: (I, 3) int64 patches of each marker's grid: images in marker order, then videos.
         num_images: number of grids that belong to images.
         vision_index: (I,) int32: the row of `vision_grid_thw` that each grid shows.
-        vision_grid_thw: (U, 3) int64 grids of the distinct images, then of the distinct videos, in the order of the
-            first markers that show them. Patches and features have the same order.
+        vision_grid_thw: (U, 3) int64 grids of the distinct images, then of the distinct videos, in the order of
+            the first markers that show them. Patches and features have the same order.
         vision_cu_seqlens: (frames + 1,) int32 offsets of the frames in the patches.
         vision_max_seqlen: patches in the largest frame.
         vision_segment_ids, vision_tiles: (P,) and (n, 4) int32, like `segment_ids` and `tiles`, for frames.

@@ -265,8 +265,8 @@ def with_noise(samples, seed=0):
 
 @contextlib.contextmanager
 def float64_stays():
-    """Casts of float64 to float32 do nothing. Qwen3.5 casts weights, whose gradients would be sums in float32: over
-    the tokens of the pack, or over those of each row."""
+    """Casts of float64 to float32 do nothing. Qwen3.5 casts weights, whose gradients would be sums in float32:
+    over the tokens of the pack, or over those of each row."""
     to = torch.Tensor.to
 
     def without(self, *args, **kwargs):

@@ -136,7 +136,8 @@ def small_encoder(small_set):
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where kernels run: a GPU or its emulator, or Triton's interpreter on CPU tensors (bf16 sums are wrong there)."""
+    """Where kernels run: a GPU or its emulator, or Triton's interpreter on CPU tensors (bf16 sums are wrong
+    there)."""
     if request.param == "cuda":
         return mode.DEVICE if emulator else torch.device("cuda")
     if emulator or torch.cuda.is_available():

@@ -1,7 +1,8 @@
-"""Runs a function on every rank of a group, for tests of distributed training.
+"""Runs a function on every rank of a group, for tests of distributed training, or in a process that may be killed.
 
-Ranks are forked by a server process, which has imported torch and transformers once: importing them takes a process
+They are forked by a server process, which has imported torch and transformers once: importing them takes a process
 longer than most of these tests. The server is started by the first call and ends with the process that called.
+(multiprocessing's server is one for all: whoever starts it first says what it has imported.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 TESTS = Path(__file__).resolve().parent
 IMPORTED = (
@@ -39,19 +41,42 @@ def on_ranks(function: Callable, *arguments: object, size: int = 2, timeout: flo
     Raises:
         AssertionError: a rank failed or took too long; it holds what the ranks wrote to stderr.
     """
-    server = _server()
-    job = {
+    failed = _ask("_run", **_call(function, arguments), size=size, timeout=timeout)
+    assert not failed, failed
+
+
+class Forked:
+    """A function with these arguments, as `on_ranks` takes them, in a process of its own and of no group."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self._pid = _ask("_start", **_call(function, arguments))
+
+    def is_alive(self) -> bool:
+        return _ask("_status", pid=self._pid, timeout=0) is None
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+    def join(self, timeout: float = 120) -> int | None:
+        """Its exit code, -9 if it was killed; None if it runs on."""
+        return _ask("_status", pid=self._pid, timeout=timeout)
+
+
+def _call(function: Callable, arguments: tuple[object, ...]) -> dict[str, Any]:
+    return {
         "module": function.__module__,
         "function": function.__name__,
         "arguments": [a if isinstance(a, int) else str(a) for a in arguments],
-        "size": size,
-        "timeout": timeout,
     }
+
+
+def _ask(what: str, **job: Any) -> Any:
+    """What the server's function of this name answers."""
+    server = _server()
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.write(json.dumps([what, job]) + "\n")
     server.stdin.flush()
-    failed = json.loads(server.stdout.readline())
-    assert not failed, failed
+    return json.loads(server.stdout.readline())
 
 
 @functools.cache
@@ -64,30 +89,58 @@ def _server() -> subprocess.Popen:
 def _serve() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
-    gc.freeze()  # what ranks share: none of it is garbage
+    gc.freeze()  # what they share: none of it is garbage
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what ranks print is no answer
     for line in sys.stdin:
-        answers.write(json.dumps(_run(json.loads(line))) + "\n")
+        what, job = json.loads(line)
+        if "module" in job:
+            importlib.import_module(job["module"])
+            gc.freeze()
+        answers.write(json.dumps(globals()[what](**job)) + "\n")
         answers.flush()
 
 
-def _run(job: dict) -> str:
-    """Run a job; returns what was written by ranks if one failed."""
+def _start(**call: Any) -> int:
+    """Begin a call; returns the id of its process."""
+    if (child := os.fork()) == 0:
+        _work(**call)
+    return child
+
+
+_ended: dict[int, int] = {}  # process -> exit code
+
+
+def _status(pid: int, timeout: float) -> int | None:
+    """The exit code of a process that `_start` began; None if it runs that many seconds later."""
+    end = time.monotonic() + timeout
+    while pid not in _ended:
+        child, status = os.waitpid(pid, os.WNOHANG)
+        if child:
+            _ended[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() >= end:
+            return None
+        else:
+            time.sleep(0.01)
+    return _ended[pid]
+
+
+def _run(size: int, timeout: float, **call: Any) -> str:
+    """Run a call on ranks; returns what was written by ranks if one failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     reads, running = [], {}
-    for rank in range(job["size"]):
+    for rank in range(size):
         read, write = os.memfd_create("stderr"), None
         reads.append(read)
         write = os.dup(read)
         if (child := os.fork()) == 0:
             os.dup2(write, 2)
-            _rank(job, rank, port)
+            _rank(call, rank, size, port)
         os.close(write)
         running[child] = rank
-    failed = _wait(running, job["timeout"])
+    failed = _wait(running, timeout)
     said = []
     for rank, read in enumerate(reads):
         size = os.lseek(read, 0, os.SEEK_END)
@@ -107,6 +160,8 @@ def _wait(running: dict[int, int], timeout: float) -> dict[int, str]:
             rank = running.pop(child)
             if status:
                 failed[rank] = f"status {status}"
+        elif child:
+            _ended[child] = os.waitstatus_to_exitcode(status)
         if running and (failed or time.monotonic() > end):
             for child, rank in running.items():
                 failed.setdefault(rank, "killed")
@@ -118,14 +173,17 @@ def _wait(running: dict[int, int], timeout: float) -> dict[int, str]:
     return failed
 
 
-def _rank(job: dict, rank: int, port: int) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["size"]}
-    names |= {"LOCAL_WORLD_SIZE": job["size"], "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+def _rank(call: dict[str, Any], rank: int, size: int, port: int) -> NoReturn:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    names |= {"LOCAL_WORLD_SIZE": size, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in names.items()})
+    _work(**call)
+
+
+def _work(module: str, function: str, arguments: list[Any]) -> NoReturn:
     code = 1
     try:
-        function = getattr(importlib.import_module(job["module"]), job["function"])
-        function(*job["arguments"])
+        getattr(importlib.import_module(module), function)(*arguments)
         import torch
 
         if torch.distributed.is_initialized():

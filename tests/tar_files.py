@@ -17,7 +17,8 @@ def picture(number, kind="PNG", size=(56, 84)):
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """Write a tar file of (name, bytes, or a `TarInfo`'s attributes as a dict, or a dict as JSON) and return its path."""
+    """Write a tar file of (name, bytes, or a `TarInfo`'s attributes as a dict, or a dict as JSON) and return its
+    path."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)

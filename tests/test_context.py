@@ -1,7 +1,7 @@
 """Context parallelism: loss and gradients of ranks that share packs equal those of their rows alone in stock.
 
-The ranks are started once for all cases. A collective that one of them does not reach, or reaches at another place, ends
-in an error after gloo's timeout.
+The ranks are started once for all cases. A collective that one of them does not reach, or reaches at another
+place, ends in an error after gloo's timeout.
 """
 
 import contextlib
@@ -260,7 +260,8 @@ def different_packs():
 
 
 def bytes_of(family):
-    """(bytes that leave this rank in a forward, of the text model's layers and of features; the formulas' results)"""
+    """(bytes that leave this rank in a forward, of the text model's layers and of features; the formulas'
+    results)"""
     model = tiny_model(small_config(family))
     model = patch_model(model, context=ContextGroup(dist.get_rank(), dist.get_world_size()))
     batch, found = PackCollator(model=model)(packs_of("images first", family)[0]), {}

@@ -43,8 +43,8 @@ DISPATCH = {"accelerator_config": {"dispatch_batches": False}}
 
 
 def samples_of(count=22):
-    """Text of two sources, and in some samples images, before or after the text; the last image is a third of a pack,
-    so that it may be across a cut. Supervised are the last tokens of each."""
+    """Text of two sources, and in some samples images, before or after the text; the last image is a third of a
+    pack, so that it may be across a cut. Supervised are the last tokens of each."""
     rng = np.random.default_rng(0)
     samples = []
     for n in range(count):

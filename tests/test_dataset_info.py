@@ -166,6 +166,21 @@ def test_the_command_line_takes_every_dataset(folder, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]["rows"] == 2
 
 
+def test_limited_entries_with_files_of_one_name_are_told_before_packing(folder, capsys):
+    """By `check`, too, in the words of `pack`."""
+    for name in "AB":
+        write(folder / name / "rows.jsonl", [row("0.png")])
+    info(
+        folder,
+        a={"file_name": "A/rows.jsonl", "media_dir": "A", "num_samples": 1},
+        b={"file_name": "B/rows.jsonl", "media_dir": "B"},
+    )
+    assert main(["check", str(folder), "--dataset", "a,b"]) == 1
+    error = capsys.readouterr().err
+    assert "by the name of its file, but 2 files of several entries are rows.jsonl; rename" in error
+    assert main(["check", str(folder), "--dataset", "a"]) == 0
+
+
 def test_a_store_knows_both_readings_of_a_file(folder, encoder):
     """The same file through two entries: each counts, so a change of either is a change."""
     info(

@@ -1,5 +1,5 @@
-"""A run of two ranks with DeepSpeed ZeRO-2 and ZeRO-3 is the run of one process on the same packs per step: resumed
-too, and with images on one rank only."""
+"""A run of two ranks with DeepSpeed ZeRO-2 and ZeRO-3 is the run of one process on the same packs per step:
+resumed too, and with images on one rank only."""
 
 import json
 import os

@@ -178,16 +178,26 @@ def options():
         known.update(re.findall(r'add_?(?:argument|option)\(\s*"(--[\w-]+)"', path.read_text()))
     known |= {"--nproc_per_node", "--dist", "--no-deps"}  # torchrun's, pytest's, pip's
     return known | {  # ms-swift's
-        "--model_type", "--template", "--dataset", "--val_dataset", "--tuner_type", "--external_plugins", "--loss_scale",
-        "--max_length",
+        "--model_type", "--template", "--dataset", "--val_dataset", "--tuner_type", "--external_plugins",
+        "--loss_scale", "--max_length",
     }  # fmt: skip
+
+
+OPTION = r"(?<![\w-])--[a-z][\w-]*"
 
 
 @any_page
 def test_options_exist(page, options):
     text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.S)
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
-    assert named <= options
+    assert set(re.findall(OPTION, text)) <= options
+
+
+def test_options_that_the_code_names_exist(options):
+    """In messages, docstrings and examples: what an error advises can be passed."""
+    others = {"--revision", "--include", "--no-build-isolation"}  # hf's, pip's
+    named = {one for text in texts_of_the_code() for one in re.findall(OPTION, text)}
+    assert sorted(named - options - others) == []
+    assert len(named) >= 50
 
 
 def test_python_options_exist():
@@ -204,6 +214,13 @@ def test_python_options_exist():
 MODULE = r"\bmmpack(?:\.\w+)+"
 # benchmarks/bench_x.py and tests/test_x.py stand for files to be written
 FILE = r"\b(?:mmpack|csrc|tests|benchmarks|docs)/(?:\w+/)*(?!(?:bench_|test_)?x\.)\w+\.(?:py|cpp|h|sh|md)\b"
+
+NAMES_FILES = [
+    *(p for name in ("mmpack", "benchmarks", "tests") for p in sorted((ROOT / name).rglob("*.py"))),
+    *sorted((ROOT / "csrc").iterdir()),
+    *(ROOT / "benchmarks").rglob("*.sh"),
+    *(ROOT / name for name in (".ci/run", "pyproject.toml", "setup.py", "MANIFEST.in")),
+]
 
 
 def docstrings():
@@ -237,6 +254,9 @@ def is_there(name):
 def test_modules_and_files_that_are_named_exist():
     texts = [(page, page.read_text(encoding="utf-8")) for page in NAMING]
     files, names, missing = set(), set(), []
+    for path in NAMES_FILES:  # not modules: names of tests may look like them
+        text = path.read_text(encoding="utf-8")
+        files |= {(path.name, file) for file in re.findall(FILE, text)}
     for place, text in [*texts, *docstrings()]:
         files |= {(place.name, file) for file in re.findall(FILE, text)}
         names |= {(place.name, name) for name in re.findall(MODULE, text)}

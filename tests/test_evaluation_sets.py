@@ -1,4 +1,5 @@
-"""Evaluation under a stock Trainer with our collator: streams, dicts of sets, the best model kept, early stopping."""
+"""Evaluation under a stock Trainer with our collator: streams, dicts of sets, the best model kept, early
+stopping."""
 
 import pytest
 from builders import small_config, tiny_model

@@ -1,4 +1,5 @@
-"""Rows held out of training: as many as asked, apart by image, the same whatever the plan; their loss by source."""
+"""Rows held out of training: as many as asked, apart by image, the same whatever the plan; their loss by
+source."""
 
 import json
 import shutil
@@ -16,9 +17,10 @@ from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.hf import patch_model
-from mmpack.packing.held_out import held_out, part_of
+from mmpack.packing.held_out import held_out, part_of, within_limits
 from mmpack.packing.mixed_dataset import joined
 from mmpack.packing.split_documents import split_samples
+from mmpack.store.encoded_store import write_store
 from mmpack.types import ImageRef, VideoRef
 
 
@@ -40,8 +42,9 @@ def test_as_many_rows_as_asked(size):
     assert found.sum() == max(1, round(100 * size) if size < 1 else size)
 
 
-def test_rows_that_share_an_image_are_on_one_side():
-    """Directly, or through a third row; by path, by content, as frames of a video, or as one row of the file."""
+def test_rows_that_share_an_image_are_on_one_side(tmp_path):
+    """Directly, or through a third row; by path, by content, as frames of a video, or as one row of the file; the
+    same ones of a store, whose columns are read."""
     rng = np.random.default_rng(0)
     images = [
         (n, {f"{x}.png" for x in rng.integers(0, 150, rng.integers(1, 3))}) for n in range(120)
@@ -54,15 +57,23 @@ def test_rows_that_share_an_image_are_on_one_side():
     samples[123] = replace(samples[123], media=(ImageRef("d", picture.copy()),))
     samples[124] = replace(samples[124], media=(VideoRef("v", frames=(ImageRef("1.png"),)),))
     samples[126] = replace(samples[126], row=125)
+    samples[127] = replace(samples[127], media=(VideoRef("w.mp4"), ImageRef("2.png")))
+    samples[128] = replace(samples[128], media=(VideoRef("w.mp4", b"bytes"), ImageRef("3.png")))
+    samples[129] = replace(samples[129], media=(VideoRef("w.mp4"),))
+    store = write_store(tmp_path / "store", samples, SMALL_SPEC)
+    limits = {"rows.json": (40, 120)}
+    assert (within_limits(samples, limits) == within_limits(store, limits)).all()
     for size in (10, 20, 0.3):
         found = held_out(samples, size)
+        assert (held_out(store, size) == found).all()
         sides = {}
         for number, sample in enumerate(samples):
             keys = {one.path for one in sample.media if isinstance(one, ImageRef) and not one.data}
             keys |= {frame.path for one in sample.media for frame in getattr(one, "frames", ())}
             for key in keys | {("row", sample.row)}:
                 assert sides.setdefault(key, found[number]) == found[number]
-        assert found[120] == found[121]
+        assert found[120] == found[121] == found[128]
+        assert found[127] == found[129]
         assert found[122] == found[123]
         assert 0 < found.sum() <= (size if size >= 1 else 45)
 

@@ -184,7 +184,7 @@ def audit(event, arguments):
         opened.append(event)
     elif event == "open" and isinstance(arguments[0], (str, bytes)):
         path = os.path.realpath(os.fsdecode(arguments[0]))
-        if not path.startswith((folder, extra, sys.prefix, sys.base_prefix)):
+        if not path.startswith((folder, extra, sys.prefix, sys.base_prefix, sys.pycache_prefix or extra)):
             opened.append(path)
 sys.addaudithook(audit)
 bad = []

@@ -1,23 +1,23 @@
 """Training killed with SIGKILL at random moments, saving included, and continued: losses and samples are
 those of the run nobody killed.
 
-Runs are processes that a server forks, so that each begins within milliseconds; what runs in them is the
-command line, for a stream, which it has none for, a script.
+Runs are processes that a server forks (ranks.py), so that each begins within milliseconds; what runs in them is
+the command line, for a stream, which it has none for, a script.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import QUIET, SMALL_SPEC, encoded, tiny_config, tiny_model
 from PIL import Image
+from ranks import Forked
 from tar_files import chat, picture, write_tar
 from transformers import Trainer, TrainingArguments
 
@@ -107,6 +107,7 @@ def recorded(patch, path):
 
 
 def train_packs(folder, data, seen, mix=()):
+    folder, data = Path(folder), Path(data)
     mmpack.hf.training.patch_model = recorded(mmpack.hf.training.patch_model, seen)
     options = {**QUIET, **OPTIONS, "save_strategy": "steps", "resume_from_checkpoint": "last"}
     del options["per_device_eval_batch_size"]  # there is no evaluation
@@ -121,6 +122,7 @@ def train_mixture(folder, data, seen):
 
 
 def train_stream(folder, data, seen, mixes=False):
+    folder, data = Path(folder), Path(data)
     source, options = samples_of(data), {}
     if mixes:
         long = encoded(SPEC, 1, 2, [2] * 60)
@@ -152,6 +154,7 @@ def train_packs_of(stream, config, folder, seen, **options):
 
 def train_shards(folder, data, seen, workers=0):
     """Tar files; by file to workers."""
+    folder, data = Path(folder), Path(data)
     tokenizer = _tokenizer(["w a"])
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL]
     spec = replace(SPEC, **dict(zip(SPECIAL_IDS, ids)))
@@ -181,18 +184,11 @@ SCRIPTS = {
 
 
 def start(script, folder, data, seen):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_kills"])
-    process = context.Process(target=SCRIPTS[script], args=(folder, data, seen))
-    with pytest.MonkeyPatch.context() as patch:  # the server, as it starts, does not get sys.path
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        process.start()
-    return process
+    return Forked(SCRIPTS[script], folder, data, seen)
 
 
 def finish(process):
-    process.join(timeout=120)
-    assert process.exitcode == 0
+    assert process.join() == 0
 
 
 def lines(path):
@@ -252,8 +248,7 @@ def test_killed_at_a_random_moment(whole, packed, tmp_path, seed):
     while time.monotonic() < moment and len(lines(tmp_path / "first")) < STEPS - 1:
         time.sleep(0.001)  # not later than its last steps: it may be faster than the other was
     process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.join() == -signal.SIGKILL
     newest = last_checkpoint(tmp_path / "run")
     done = 0 if newest is None else int(newest.rpartition("-")[2])
     saved = [int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*")]

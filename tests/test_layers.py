@@ -34,11 +34,13 @@ EXCEPTIONS = {
 ROOMS = {
     "PIL": {"data/images", "data/resize", "cli/demo"},
     "accelerate": {"hf"},
+    "aiohttp": {"data/remote_http"},
     "av": {"data/videos"},
     "datasets": {"integrations/trl"},
     "filelock": {"store/atomic_folder"},
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
+    "fsspec": {"data/remote_files"},
     "huggingface_hub": {"data/model_folder"},
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
@@ -52,6 +54,7 @@ ROOMS = {
         "store/encoded_store",
         "store/arrow_schema",
     },
+    "ray": {"store/ray_chunks"},
     "safetensors": {"hf"},  # transformers needs it
     "tokenizers": {"cli/demo"},
     "torch": {

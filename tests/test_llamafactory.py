@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -267,7 +268,8 @@ def test_what_cannot_be_imported_is_one_sentence(error, text, monkeypatch, capsy
 
 @pytest.fixture(scope="module")
 def world(small_set, tmp_path_factory):
-    """The demo's rows as data sets of a dataset_info.json, documents, and a tiny model with its processor's files."""
+    """The demo's rows as data sets of a dataset_info.json, documents, and a tiny model with its processor's
+    files."""
     folder = tmp_path_factory.mktemp("llamafactory")
     shutil.copytree(small_set / "charts", folder / "charts")
     shutil.copytree(small_set / "tokenizer", folder / "model")
@@ -515,6 +517,9 @@ def test_the_second_run_reuses_packs_and_a_store_trains_alike(world, framework, 
     evaluated = framework["trainer"].eval_dataset
     assert [s.row for s in evaluated[0].samples] == [s.row for s in held_out[0].samples]
     assert len(values(framework["trainer"].state.log_history, "eval_loss")) == 1
+    written = re.escape(f"write packed: {split} and eval_packed: {split}:val")
+    with pytest.raises(ValueError, match=f"^packed: .* held out for evaluation; {written}$"):
+        llamafactory.run({**options, "packed": f"{split}:val"})
     with pytest.raises(ValueError, match="^cutoff_len: 100 does not apply: the packs of"):
         llamafactory.run({**options, "cutoff_len": 100})
 

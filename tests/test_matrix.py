@@ -97,8 +97,8 @@ def model_of(dtype, mode, impl=None, family="qwen2_vl"):
 
 @pytest.mark.parametrize(("family", "impl", "mode"), CASES)
 def test_the_theorem(family, impl, mode):
-    """float64: to 1e-10. float32: of float64 on the rows alone to 1e-5, or, where stock float32 on the rows alone is
-    further from it (an adapter's large random weights), no further than twice stock's distance."""
+    """float64: to 1e-10. float32: of float64 on the rows alone to 1e-5, or, where stock float32 on the rows alone
+    is further from it (an adapter's large random weights), no further than twice stock's distance."""
     name, dtype, tolerance = IMPLS[impl]
     batch, stock, num_items = made_up_rows(family)
     rows_alone = model_of(dtype, mode, family=family)

@@ -1,7 +1,7 @@
 """Damaged pictures and films, thousands of them: each is read, or refused with a ValueError.
 
-Every batch runs in a process of its own (this file as a script), which a crash of a decoder ends; the batch's seed and
-the number of the case make it again.
+Every batch runs in a process of its own (this file as a script), which a crash of a decoder ends; the batch's seed
+and the number of the case make it again.
 """
 
 import io

@@ -1,5 +1,5 @@
-"""How a row may name a picture or a film: keys, `file:` URLs, base64, folders of frames; and what it is told when it
-cannot be found."""
+"""How a row may name a picture or a film: keys, `file:` URLs, base64, folders of frames; and what it is told when
+it cannot be found."""
 
 import base64
 import dataclasses

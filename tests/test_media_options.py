@@ -1,8 +1,8 @@
 """Size and sampling given for one image or video, and the keys a picture can be named with.
 
-The numbers in `IMAGES` and `VIDEOS` are what `fetch_image` and `fetch_video` of qwen-vl-utils 0.0.14 gave (its wheel on
-PyPI, the file `vision_process.py`, executed once with frames of no content and the range and sampling of its decord
-reader): (options, side of a patch, what is there, indices, (height, width), frames sampled per second).
+The numbers in `IMAGES` and `VIDEOS` are what `fetch_image` and `fetch_video` of qwen-vl-utils 0.0.14 gave (its
+wheel on PyPI, the file `vision_process.py`, executed once with frames of no content and the range and sampling of
+its decord reader): (options, side of a patch, what is there, indices, (height, width), frames sampled per second).
 """
 
 import dataclasses

@@ -477,8 +477,8 @@ def test_what_is_set_on_a_source_is_not_dropped(make, name, value):
 
 
 def test_a_small_source_is_not_cut_from_every_epoch():
-    """What epochs that need too many packs leave out is of each source by its share, up to one sample: the rest is of
-    the largest."""
+    """What epochs that need too many packs leave out is of each source by its share, up to one sample: the rest is
+    of the largest."""
     lost, planned = np.zeros(3, dtype=int), np.zeros(3, dtype=int)
     shares = np.array([0.03, 0.1, 0.87])
     for seed in range(3):

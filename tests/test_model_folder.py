@@ -251,8 +251,8 @@ def test_a_model_is_loaded_with_its_weights(small_set, monkeypatch):
     assert asked == [("owner/model", "v1", False), ("owner/model", "main", True)]
 
 
-# In one process, as importing transformers takes longest: packed, inspected offline, and packed again when the branch
-# has moved.
+# In one process, as importing transformers takes longest: packed, inspected offline, and packed again when the
+# branch has moved.
 PACK_AND_INSPECT = """
 import os, sys, urllib.request
 from mmpack.cli.main import main

@@ -147,6 +147,9 @@ CASES = [
     Case("pack", "data", pack("rows.json"), "more.json"),
     Case("pack", "overwrite", "rows.json --tokenizer tokenizer --capacity 700 --out {copy}", "--overwrite"),
     Case("pack", "jobs", pack("rows.json"), "--jobs 1"),
+    Case("pack", "ray", pack("rows.json"), "--ray"),
+    Case("pack", "ray", pack("rows.json"), "--ray more.json", "takes HOST:PORT of a cluster, or auto"),
+    Case("pack", "jobs", pack("rows.json --ray"), "--jobs 2", "Ray gives each chunk a core"),
     Case("pack", "shard", pack("rows.json"), "--shard 1/2"),
     Case("pack", "val_size", pack("rows.json"), "--val-size 4"),
     Case("pack", "val_size", pack("rows.json"), "--val-size 1.5", "must be a number of rows, or a share"),
@@ -360,8 +363,8 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen["video"] = encoder.vision.video
         return encoder
 
-    def keep_jobs(*args, jobs, **options):
-        seen["jobs"] = jobs
+    def keep_jobs(*args, jobs, ray, **options):
+        seen.update(jobs=jobs, ray=ray)
         return index_rows(*args, jobs=1, **options)
 
     def train(
@@ -379,6 +382,7 @@ def run(world, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Encoder, "from_folder", keep_spec)
     monkeypatch.setattr("mmpack.cli.pack.index_rows", keep_jobs)
+    monkeypatch.setattr("mmpack.store.ray_chunks.find_spec", lambda name: name)
     monkeypatch.setattr("mmpack.hf.training.train", train)
     monkeypatch.setattr(
         "mmpack.hf.loading.load_model", lambda *args: seen.update(loaded=args) or nn.Module()

@@ -85,8 +85,8 @@ def parts():
 
 
 def loop(first=0, last=NUM_STEPS, model=None, of_step=True):
-    """(losses, gradients) of steps of a plain loop. `of_step`: divide by the step's supervised tokens, else by each
-    pack's, and by the number of packs."""
+    """(losses, gradients) of steps of a plain loop. `of_step`: divide by the step's supervised tokens, else by
+    each pack's, and by the number of packs."""
     start, optimizer, dataset = parts()
     if model is not None:
         start.load_state_dict(model.state_dict())

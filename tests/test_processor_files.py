@@ -1,4 +1,5 @@
-"""The processor's files beside a trained model: what transformers and mmpack read there is what was trained with."""
+"""The processor's files beside a trained model: what transformers and mmpack read there is what was trained
+with."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The PTX emulator of tests/ptx on small programs: what instructions do, as PTX's manual has it, and its faults."""
+"""The PTX emulator of tests/ptx on small programs: what instructions do, as PTX's manual has it, and its
+faults."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""The emulator on attention's kernels: what it notices if something is taken out of their PTX, and launches' limits."""
+"""The emulator on attention's kernels: what it notices if something is taken out of their PTX, and launches'
+limits."""
 
 import re
 
@@ -103,8 +104,8 @@ def is_noticed(driver, case, kernel, pattern, numbers):
     ],
 )
 def test_a_barrier_or_wait_that_is_taken_out_is_noticed(K, kernel, driver):
-    """Every wait; and of the barriers, taken out one after the other as long as nothing is noticed, most: Triton has
-    one before each copy of a thread that makes several in turn, where one would do."""
+    """Every wait; and of the barriers, taken out one after the other as long as nothing is noticed, most: Triton
+    has one before each copy of a thread that makes several in turn, where one would do."""
     case = Case(K)
     waits = numbers_of(driver, case, kernel, WAITS)
     barriers = numbers_of(driver, case, kernel, BARRIERS)

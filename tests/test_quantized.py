@@ -42,8 +42,8 @@ def adapted(model):
 
 @pytest.mark.parametrize("order", ["patched, then adapted", "adapted, then patched"])
 def test_gradients_of_adapters_are_those_of_the_rows_alone(folder, order):
-    """The self-test evaluates the model once. On a CPU with bf16 instructions, bitsandbytes' layers then change their
-    weights' layout for good, and fail in training."""
+    """The self-test evaluates the model once. On a CPU with bf16 instructions, bitsandbytes' layers then change
+    their weights' layout for good, and fail in training."""
     num_items = sum(sample.num_supervised for sample in SAMPLES)
     rows = [PackCollator()([packed([sample], seed=7)]) for sample in SAMPLES]
     for row in rows:

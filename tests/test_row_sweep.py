@@ -1,5 +1,5 @@
-"""More than 500 rows, each with one key more than a row that is known to be good: the key acts, is refused by its name, or is
-named as unread. No key is passed over in silence."""
+"""More than 500 rows, each with one key more than a row that is known to be good: the key acts, is refused by its
+name, or is named as unread. No key is passed over in silence."""
 
 import copy
 import dataclasses

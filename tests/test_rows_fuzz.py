@@ -1,7 +1,7 @@
 """Mutated data files of every kind, each batch in a process of its own: rows, refusals, never a crash.
 
-`python -m pytest -m slow tests/test_rows_fuzz.py` changes 20,000 bytes behind each door; a failing case is named by its
-kind and number, `mutated(kind, number)` makes it again.
+`python -m pytest -m slow tests/test_rows_fuzz.py` changes 20,000 bytes behind each door; a failing case is named
+by its kind and number, `mutated(kind, number)` makes it again.
 """
 
 import gzip

@@ -1,5 +1,5 @@
-"""docs/sft_trainer.md as it is: PackedSFTTrainer on the demo's packed rows, and the README's rows, `conversations` and
-images as paths, in TRL's SFTTrainer."""
+"""docs/sft_trainer.md as it is: PackedSFTTrainer on the demo's packed rows, and the README's rows, `conversations`
+and images as paths, in TRL's SFTTrainer."""
 
 import json
 import shutil

@@ -147,8 +147,8 @@ def model_of(family, dtype, impl=None):
 def test_the_theorem_on_rows_that_share_images(family, impl, dtype):
     """The rows alone, each with its own copy of every image, in stock transformers; as in `test_matrix`.
 
-    transformers rotates a tower's q and k in float32. Stock rounds the gradient of each copy, a pack rounds their sum, so
-    float64 must stay.
+    transformers rotates a tower's q and k in float32. Stock rounds the gradient of each copy, a pack rounds their
+    sum, so float64 must stay.
     """
     batch, stock, num_items = shared_rows(family)
     with float64_stays() if dtype == torch.float64 else contextlib.nullcontext():

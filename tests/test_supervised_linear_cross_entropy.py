@@ -61,7 +61,8 @@ def test_float64_equals_the_reference(L, D, V, num_items, weighted, small_chunks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_no_further_from_float64_than_what_transformers_computes(dtype, impl, device, monkeypatch):
-    """At most 1.1 times, in the norm: logits and their gradient are rounded as in stock, and the sums not at all."""
+    """At most 1.1 times, in the norm: logits and their gradient are rounded as in stock, and the sums not at
+    all."""
     if (impl, dtype, device.type) == ("triton", torch.bfloat16, "cpu"):
         pytest.skip("bf16 sums are wrong in the interpreter")
     monkeypatch.setattr(op, "LEAST", 1)

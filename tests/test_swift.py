@@ -1,5 +1,6 @@
-"""ms-swift's `swift sft` on packs, in an environment of its own (benchmarks/environments/swift.sh): it trains like a stock
-Trainer, everything replaced is restored, and options that would do nothing are refused. CI does not have ms-swift."""
+"""ms-swift's `swift sft` on packs, in an environment of its own (benchmarks/environments/swift.sh): it trains like
+a stock Trainer, everything replaced is restored, and options that would do nothing are refused. CI does not have
+ms-swift."""
 
 import json
 import os
@@ -285,6 +286,7 @@ def test_options_are_refused(name):
 
 def test_every_option_of_data_and_text_is_in_a_table():
     names = {one.name for kind in (DataArguments, TemplateArguments) for one in fields(kind)}
+    names |= {one.name for one in fields(SftArguments) if one.name.startswith("packing")}
     assert names <= plugin.REFUSED_OPTIONS.keys() | set(plugin.APPLIED)
     assert not plugin.REFUSED_OPTIONS.keys() & set(plugin.APPLIED)
 
@@ -339,8 +341,8 @@ def test_the_pages_plugin_installs():
 
 
 def test_the_page_is_followed(setting, small_set, tmp_path):
-    """Its commands, before and after, in a shell; a tiny model's folder stands for the published one's name, and a few
-    options say what ms-swift knows of that, and that this is a CPU."""
+    """Its commands, before and after, in a shell; a tiny model's folder stands for the published one's name, and a
+    few options say what ms-swift knows of that, and that this is a CPU."""
     (block,) = [one for one in blocks_of(ROOT / "docs" / "ms_swift.md") if one.language == "bash"]
     rows = json.loads((small_set / "train.json").read_text())
     roles = {"human": "user", "gpt": "assistant"}

@@ -13,7 +13,7 @@ from tar_files import captions, chat, picture, write_tar
 
 from mmpack.cli.main import main
 from mmpack.data import archives, images, tar_shards
-from mmpack.data.file_formats import data_files
+from mmpack.data.data_paths import data_files
 from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.data.readers import Reader
 from mmpack.data.tar_headers import TornArchiveError, entries

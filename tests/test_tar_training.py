@@ -1,4 +1,5 @@
-"""Packs of tar shards: those of the same rows in files, from memory, a store and a stream; and shards that change."""
+"""Packs of tar shards: those of the same rows in files, from memory, a store and a stream; and shards that
+change."""
 
 import dataclasses
 import itertools
@@ -29,7 +30,8 @@ from mmpack.types import PACK_ARRAYS
 
 
 def rows_of(numbers):
-    """(key, row, images by extension) of samples that say their number; some have no image, some show one twice."""
+    """(key, row, images by extension) of samples that say their number; some have no image, some show one
+    twice."""
     for number in numbers:
         count = number % 3
         markers, images = (
@@ -95,6 +97,7 @@ def test_packs_are_those_of_files(shards, tmp_path, numbering):
     assert saved.media_folders == [str(shards)]
     of_store = images_of(saved.samples)
     np.testing.assert_array_equal(of_store.ids, images[1].ids)
+    np.testing.assert_array_equal(_groups(saved.samples), _groups(tars.samples))
     plain = dataclasses.replace
     for one, other in zip(tars.samples, saved.samples):
         assert [plain(image, size=None) for image in one.media] == list(other.media)

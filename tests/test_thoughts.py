@@ -1,4 +1,5 @@
-"""Rows that think, and texts that a template trims: ids are stock transformers', supervised as written out here."""
+"""Rows that think, and texts that a template trims: ids are stock transformers', supervised as written out
+here."""
 
 import pytest
 from test_templates import (

@@ -85,7 +85,8 @@ def test_bfloat16_weights_are_to_be_had(folder, tmp_path, capsys):
 
 
 def test_random_weights_too(folder, tmp_path, capsys):
-    """Whatever the config says of the weights that it came with. The folder is named, and if it has a run already."""
+    """Whatever the config says of the weights that it came with. The folder is named, and if it has a run
+    already."""
     for step in (3, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert train(folder, tmp_path, "--config", folder / "config.json") == 0

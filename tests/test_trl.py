@@ -236,8 +236,8 @@ def test_dft(tmp_path):
 
 
 def test_a_repeated_part_of_a_batch_is_left_out(tmp_path, monkeypatch):
-    """On several ranks, accelerate repeats packs in the last batch: eval_loss is of the first packs alone, and with
-    their weights. `test_two_ranks` has the ranks."""
+    """On several ranks, accelerate repeats packs in the last batch: eval_loss is of the first packs alone, and
+    with their weights. `test_two_ranks` has the ranks."""
     train = packs(40)
     assert len(train) > 2
     monkeypatch.setattr("mmpack.hf.evaluation.num_real_items", lambda *args: 2)
@@ -495,6 +495,28 @@ def test_rows_held_out(small_set, tmp_path):
         ValueError, match="split:val are the rows held out for evaluation; train on"
     ):
         sft(tmp_path, f"{split}:val")
+
+
+def test_no_hook_of_the_trainers_stays_on_the_model(tmp_path):
+    """After training, interrupted or not, and after evaluation; the loss of each is that of packs."""
+    trainer = sft(tmp_path, packs(), packs())
+    model = trainer.model
+    trainer.train()
+    assert trainer.scores not in model._forward_hooks.values()
+    evaluated = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert trainer.scores not in model._forward_hooks.values()
+    theirs = stock(tmp_path, packs(), packs(), model=model)
+    assert_same(evaluated, [theirs.evaluate()["eval_loss"]] * 2)
+
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            assert trainer.scores in model._forward_hooks.values()
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.scores not in model._forward_hooks.values()
 
 
 def test_ones_own_callback_is_attached(tmp_path):

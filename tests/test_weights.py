@@ -1,5 +1,5 @@
-"""The theorem with weights: loss and gradients of packs equal the weighted sum over rows alone, for weights of rows,
-turns and sources and every reduction; and which weights are refused."""
+"""The theorem with weights: loss and gradients of packs equal the weighted sum over rows alone, for weights of
+rows, turns and sources and every reduction; and which weights are refused."""
 
 import dataclasses
 import functools

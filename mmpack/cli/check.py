@@ -8,7 +8,6 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,11 @@ import numpy as np
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
-from mmpack.data.media_paths import open_media
+from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.data.readers import Reader, RowGroup, RowReader
+from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
 from mmpack.data.row_keys import UnreadByFile, UnreadFields
+from mmpack.data.row_outcomes import outcomes
 from mmpack.data.special_tokens import TypedTokens
 from mmpack.errors import BadRow, RowError
 from mmpack.packing.image_units import UnitSizes, units_of
@@ -43,6 +44,7 @@ class CheckedRow:
     typed: list[TypedTokens] = field(default_factory=list)  # of each sample, with a tokenizer
     bad: BadRow | None = None
     digest: bytes | None = None  # of its content; None: unknown
+    folders: MediaFolders | None = None  # that its images are in
     unread: UnreadFields | None = (
         None  # fields that are not read, counted over all rows of its file
     )
@@ -56,15 +58,16 @@ def check_rows(groups: Iterable[RowGroup], reader: Reader) -> Iterator[CheckedRo
     for group in groups:
         row_reader = RowReader(reader, group)
         for chunk in chunks(rows_or_error(group.rows)):
-            checked = [_read(row, row_reader) for row in chunk]
+            rows = [row for row in chunk if isinstance(row, Row)]
+            checked = [_checked(*found, row_reader) for found in outcomes(row_reader, rows)]
+            ends = [one for one in chunk if isinstance(one, ValueError)]  # the last, if any
+            checked += [CheckedRow("", None, "", bad=BadRow("", -1, str(end))) for end in ends]
             if isinstance(reader, Encoder):
                 _encode(checked, reader)
             yield from checked
 
 
-def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
-    if isinstance(row, ValueError):
-        return CheckedRow("", None, "", bad=BadRow("", -1, str(row)))
+def _checked(row: Row, found: list[Sample] | RowError, reader: RowReader) -> CheckedRow:
     is_object = isinstance(row.content, dict)
     name = row.content.get("source") if is_object else None
     fields = [key for key, value in row.content.items() if value or value == 0] if is_object else []
@@ -73,17 +76,17 @@ def _read(row: Row | ValueError, reader: RowReader) -> CheckedRow:
     checked.unread = reader.unread
     if row.error is None:
         checked.digest = _digest(row)
-    try:
-        checked.samples = reader.samples(row)
-    except RowError as error:
-        checked.bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+    if isinstance(found, RowError):
+        checked.bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
+    else:
+        checked.samples, checked.folders = found, reader.folders
     return checked
 
 
 def _digest(row: Row) -> bytes | None:
-    """A digest of a row, equal for equal fields in any order; files of images and videos count by their paths. Of a tar
-    file: for equal fields and texts, and images and videos as `_sampled`, in any shard and under any key. None: the row
-    is nested too deeply, or an image in memory or in a tar file cannot be read."""
+    """A digest of a row, equal for equal fields in any order; files of images and videos count by their paths. Of
+    a tar file: for equal fields and texts, and images and videos as `_sampled`, in any shard and under any key.
+    None: the row is nested too deeply, or an image in memory or in a tar file cannot be read."""
     try:
         content = row.content
         if row.tar is not None:
@@ -96,8 +99,11 @@ def _digest(row: Row) -> bytes | None:
 
 
 def _sampled(ref: ImageRef) -> tuple[int, bytes]:
-    """The length of a member of a tar file, and the bytes in its middle; others of that length are hardly equal there."""
+    """The length of a member of a tar file, and the bytes in its middle; others of that length are hardly equal
+    there. In object storage, where each would be a request, its name."""
     assert ref.member is not None
+    if is_remote(ref.path):
+        return ref.member.length, ref.member.name.encode()
     with open_media(ref.path, "image", member=ref.member) as file:
         file.seek(ref.member.length // 2)
         return ref.member.length, file.read(_SAMPLED)
@@ -203,7 +209,7 @@ class Summary:
             self.num_videos += len(sample.videos)
             self.video_frames += [video.num_frames for video in sample.videos]
             for image in sample.images:
-                self._add_image(image)
+                self._add_image(image, checked.folders)
         for typed in checked.typed:
             self.typed_text.update(typed.text)
             self.typed_ids.update(typed.ids)
@@ -220,17 +226,17 @@ class Summary:
                 )
                 self.lengths.append((characters, sample.source, sample.row))
 
-    def add_files(self, files: Iterable[Path | None]) -> None:
+    def add_files(self, files: Iterable[DataPath | None]) -> None:
         """Find data files that are the same file; None: rows in memory."""
-        first: dict[tuple[int, int], str] = {}
+        first: dict[Any, str] = {}
         for file in files:
             try:
-                found = None if file is None else os.stat(file)
+                found = None if file is None or isinstance(file, RemotePath) else os.stat(file)
             except OSError:  # reading will report it
                 continue
-            if found is None:
+            if file is None:
                 continue
-            place = (found.st_dev, found.st_ino)
+            place = file if found is None else (found.st_dev, found.st_ino)
             if place in first:
                 self.twice.append((str(file), first[place]))
             first.setdefault(place, str(file))
@@ -249,14 +255,16 @@ class Summary:
             named = f"row {earlier & (1 << 40) - 1} of {source}"
             self.again = (f"row {checked.row} of {checked.source}", named)
 
-    def _add_image(self, image: ImageRef) -> None:
+    def _add_image(self, image: ImageRef, folders: MediaFolders | None) -> None:
         if image.size is not None:
             self.image_sizes.append(image.size)
         if image.data is not None:
             return
         if self._hash_files and image.name not in self.image_uses:
             digest = hashlib.sha256()
-            with open_media(image.path, "image", member=image.member) as file:
+            with open_media(
+                image.path, "image", folders, member=image.member, version=image.version
+            ) as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
             self._by_content[digest.digest()].add(image.name)

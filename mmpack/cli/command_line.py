@@ -79,8 +79,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[str, Options]:
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Name the first option that the command does not have, before argparse says what else is missing because of it.
-    `mmpack train` has those of TrainingArguments, too, and names them itself."""
+    """Name the first option that the command does not have, before argparse says what else is missing because of
+    it. `mmpack train` has those of TrainingArguments, too, and names them itself."""
     command = words[0] if words else ""
     if command not in COMMANDS or command == "train":
         return
@@ -141,7 +141,7 @@ def _add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
                 if which not in either:
                     either[which] = place.add_mutually_exclusive_group()
                 place = either[which]
-            if "nargs" in argument:  # several values per use
+            if argument.get("nargs") == "+":  # several values per use
                 argument["action"] = "extend"
             if argument.pop("positional", False):
                 argument.pop("action", None)

@@ -33,6 +33,7 @@ PACKAGES = {
     "flash-attn": "flash_attn",
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
+    "ray": "",
     "datasets": "",
     "trl": "",
     "peft": "",

@@ -15,6 +15,7 @@ PACK_EXAMPLES = """examples:
   mmpack pack data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --config Qwen/Qwen2-VL-2B-Instruct \\
       --capacity 8192 --out packed --json
   mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out parts/3 --shard 3/8
+  mmpack pack data --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 --out packed --ray head:6379
   mmpack pack docs.jsonl --stage pretrain --tokenizer Qwen/Qwen2-VL-2B --capacity 8192 --out packed
 """
 MERGE_EXAMPLES = """Machine I of N makes a part: mmpack pack ... --shard I/N --out parts/I
@@ -23,7 +24,8 @@ examples:
   mmpack merge packed parts/1 parts/2 parts/3
   mmpack merge packed parts/* --overwrite
 """
-INSPECT_EXAMPLES = """Supervised tokens are green, or between [[ and ]] if the output is not a terminal. The placeholders
+INSPECT_EXAMPLES = """\
+Supervised tokens are green, or between [[ and ]] if the output is not a terminal. The placeholders
 of an image are shown as one word; --json has the exact positions.
 
 examples:
@@ -48,7 +50,8 @@ examples:
   mmpack train --data data/train.json --tokenizer Qwen/Qwen2-VL-2B-Instruct --capacity 8192 \\
       --config tiny_config.json --steps 20
 """
-TUNE_EXAMPLES = """Implementations run in a child process, so one that crashes or hangs is left out. Results are kept in
+TUNE_EXAMPLES = """\
+Implementations run in a child process, so one that crashes or hangs is left out. Results are kept in
 the user's cache folder; patch_model(impl="auto"), which mmpack train uses, reads them. mmpack env shows them.
 
 examples:
@@ -59,7 +62,8 @@ DEMO_EXAMPLES = """examples:
   mmpack demo
   mmpack demo --write demo_data
 """
-ENV_EXAMPLES = """Paste the output into bug reports. Missing and broken packages are listed; the command never fails.
+ENV_EXAMPLES = """\
+Paste the output into bug reports. Missing and broken packages are listed; the command never fails.
 
 examples:
   mmpack env

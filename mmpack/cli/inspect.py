@@ -139,8 +139,8 @@ def find_row(dataset: PackedDataset, row: str) -> list[tuple[int, int]]:
     file, _, number = row.rpartition(":")
     if not number.isdecimal():
         raise ValueError(f"--row takes N or FILE:N, got {row!r}")
-    store, plan, sources = unsplit(dataset.samples), dataset.plan, dataset.samples.sources  # type: ignore[attr-defined]
-    rows = store.rows
+    store, plan = unsplit(dataset.samples), dataset.plan
+    rows, sources = store.rows, dataset.samples.sources  # type: ignore[attr-defined]
     if store is not dataset.samples:
         rows = rows[dataset.samples.sample_of]  # type: ignore[attr-defined]
     is_it = rows == int(number)

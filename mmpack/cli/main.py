@@ -36,7 +36,7 @@ from mmpack.data.media_paths import DATA_URIS
 from mmpack.data.model_folder import local_path, pinned
 from mmpack.data.processor_folder import load_config
 from mmpack.data.progress import row_progress
-from mmpack.data.readers import Reader
+from mmpack.data.readers import Reader, limits_of
 from mmpack.errors import OnError, json_line
 
 # What mmpack[train] installs.
@@ -157,6 +157,7 @@ def _check(options: CheckOptions) -> int:
                 "--config does not apply: only Qwen2.5-VL's videos depend on the model's config; leave it out"
             )
     groups = list(reader.groups(options.data))
+    limits_of(groups)  # what packing would refuse of the entries
     summary = Summary(hash_files=options.decode)
     summary.add_files(group.file for group in groups)
     with row_progress("checking", groups) as (groups, bar):

@@ -87,8 +87,9 @@ def _in_order(folders: Sequence[Path]) -> list[EncodedStore]:
             names.append(f"the number of parts, {of} and {num_parts},")
         if names:
             raise ValueError(
-                f"{folder} and {first.folder} do not belong together: {' and '.join(names[:4])} {'differs' if len(names) == 1 else 'differ'}; "
-                "pack the parts of one data set with the same options"
+                f"{folder} and {first.folder} do not belong together: {' and '.join(names[:4])} "
+                f"{'differs' if len(names) == 1 else 'differ'}; pack the parts of one data set with the same "
+                f"options"
             )
         if number in found:
             raise ValueError(

@@ -15,7 +15,8 @@ _SAME = {"steps": "max_steps"}  # one option, two names
 
 
 def expanded(words: Sequence[str]) -> list[str]:
-    """The words of `mmpack train` with those of its option file. An option that is also passed replaces the file's.
+    """The words of `mmpack train` with those of its option file. An option that is also passed replaces the
+    file's.
 
     Raises:
         ValueError: the file cannot be read, or has a key that is no option or has no value.

@@ -8,15 +8,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mmpack.data.remote_roots import require_local
 from mmpack.errors import MAX_BAD, check_max_bad
 from mmpack.packing.held_out import check_size
 from mmpack.packing.overflow import check_split
 from mmpack.store.manifest import Planning
+from mmpack.store.ray_chunks import check_ray
 from mmpack.store.records import check, schema_of
 
-DATA_HELP = (
-    ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, or a folder of them"
-)
+DATA_HELP = ".json, .jsonl, .csv (also .gz, .zst), .parquet, .arrow or .tar rows, a folder of them, or a URL"
 TOKENIZER_HELP = "tokenizer and processor: a folder, or a Hugging Face name (owner/name)"
 
 
@@ -55,7 +55,7 @@ class ReadingOptions:
     )
     dataset: tuple[str, ...] = option("entry of dataset_info.json, repeatable", (), metavar="NAME")
     media_dir: tuple[str, ...] = option(
-        "folder that images and videos must be in, repeatable; a relative path must be in only one "
+        "folder or URL that images and videos must be in, repeatable; a relative path must be in only one "
         "(default: the data file's folder; training on packs: the recorded folders)",
         (),
         metavar="FOLDER",
@@ -174,17 +174,29 @@ class PackOptions(PackingOptions, PictureOptions):
     config: str | None = option("config.json, folder or name of the model, to balance packs", None)
     overwrite: bool = option("replace a packed data set in --out", False)
     jobs: int | None = option("processes (default: one per core if there are many rows)", None)
+    ray: str | None = option(
+        "encode as tasks of Ray (extra ray): of the cluster at ADDRESS, HOST:PORT or auto; without ADDRESS, of a Ray "
+        "on this machine",
+        None,
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+    )
     shard: str | None = option("encode part I of N; then mmpack merge", None, metavar="I/N")
     val_size: float | None = option(
-        "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data FOLDER:val",
+        "hold out this many rows, or this share of them, below 1: a second plan, for mmpack train --eval-data "
+        "FOLDER:val",
         None,
         metavar="N",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_local(self.out, "--out")
         if self.val_size is not None:
             check_size(self.val_size)
+        if self.ray is not None:
+            check_ray(self.ray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +213,9 @@ class MergeOptions(PictureOptions):
         None,
         metavar="SHARE",
     )
+
+    def __post_init__(self) -> None:
+        require_local(self.out, "OUT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,8 +310,8 @@ class TrainOptions(PackingOptions, Options):
         "token",
     )
     context_size: int = option(
-        "ranks that share each pack, whose --capacity is theirs together (default: 1); needs a multiple of as many "
-        "processes (torchrun)",
+        "ranks that share each pack, whose --capacity is theirs together (default: 1); needs a multiple of as "
+        "many processes (torchrun)",
         1,
         metavar="N",
     )

@@ -33,7 +33,7 @@ from mmpack.packing.stored_plan import open_samples
 from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
-from mmpack.store.data_files import changed_files, rows_sha256
+from mmpack.store.data_files import changed_files, stamps
 from mmpack.store.encoded_store import (
     EncodedStore,
     open_store,
@@ -212,8 +212,8 @@ def _encode(
     if encoder.on_error == "skip":
         encoder = replace(encoder, on_error=Skip(options.max_bad, bad_rows))
     files = [group.file.resolve() for group in groups if group.file is not None]
-    about = replace(about, files={str(file): _stamp(file) for file in files})
-    batches = _batches(groups, encoder, about.part, options.jobs, unread)
+    about = replace(about, files=stamps(files))
+    batches = _batches(groups, encoder, about.part, options, unread)
     may_be_empty = about.part is not None
     store = write_batches(partial, batches, encoder.vision, about, may_be_empty=may_be_empty)
     if changed := changed_files(store):
@@ -222,11 +222,6 @@ def _encode(
     lines = [{name: getattr(row, name) for name in names} for row in bad_rows]
     _write_lines(partial / "bad_rows.jsonl", lines)
     return store
-
-
-def _stamp(file: Path) -> tuple[int, int, str]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, rows_sha256(file)
 
 
 def write_plan(folder: Path, store: EncodedStore, planning: Planning, config: Any) -> None:
@@ -288,13 +283,15 @@ def _batches(
     groups: list[RowGroup],
     encoder: Encoder,
     part: Part | None,
-    jobs: int | None,
+    options: PackOptions,
     unread: UnreadByFile,
 ) -> Iterator[Batch]:
     """Yield a store's batches, show progress, and record the chunks of a part and fields that are not read."""
     number, of = (1, 1) if part is None else (part.number, part.of)
     with row_progress("encoding", groups, parts=of) as (groups, bar):
-        for indexed in index_rows(groups, encoder, jobs=jobs, part=(number, of)):
+        for indexed in index_rows(
+            groups, encoder, jobs=options.jobs, part=(number, of), ray=options.ray
+        ):
             bar.update(indexed.num_rows)
             unread.add(indexed.source, indexed.unread)
             if part is not None:

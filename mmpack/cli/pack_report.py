@@ -31,8 +31,8 @@ def report_packs(
     start: float,
     unread: UnreadByFile | None = None,
 ) -> None:
-    """Print a summary of the packs at `out`, planned with the costs of `config` (None: without costs), and the fields
-    that were not read while they were encoded."""
+    """Print a summary of the packs at `out`, planned with the costs of `config` (None: without costs), and the
+    fields that were not read while they were encoded."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
     plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
     store = samples.samples if isinstance(samples, SplitSamples) else samples
@@ -100,13 +100,14 @@ def report_packs(
     unit = "piece" if isinstance(samples, SplitSamples) else "row"
     if num_unused:
         say(
-            f"{counted(num_unused, unit)} of them {'is' if num_unused == 1 else 'are'} not used, beyond num_samples or "
-            "max_samples of dataset_info.json"
+            f"{counted(num_unused, unit)} of them {'is' if num_unused == 1 else 'are'} not used, beyond "
+            "num_samples or max_samples of dataset_info.json"
         )
     if "val_packs" in report:
         held_out = counted(report["val_samples"], unit)
         say(
-            f"held out: {held_out} of them, in {counted(report['val_packs'], 'pack')} more, for --eval-data {out}:val"
+            f"held out: {held_out} of them, in {counted(report['val_packs'], 'pack')} more, for --eval-data "
+            f"{out}:val"
         )
     if num_bad:
         say(f"{counted(num_bad, 'bad row')} left out, listed in {out / 'bad_rows.jsonl'}")

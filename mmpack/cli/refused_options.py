@@ -53,14 +53,15 @@ def is_packed(data: Iterable[str], option: str = "--data") -> bool:
     for folder in packed if option == "--data" else ():
         if packed_split(folder) != (folder, "train"):
             raise ValueError(
-                f"{option} {folder} are the rows held out for evaluation; pass the folder, and {folder} to --eval-data"
+                f"{option} {folder} are the rows held out for evaluation; pass the folder, and {folder} to "
+                f"--eval-data"
             )
     is_joined = option != "--data" and len(packed) == len(folders)
     if packed and len(folders) > 1 and not is_joined:
         mix = "; mix them with --mix WEIGHT ..., or" if option == "--data" else ";"
         raise ValueError(
-            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack the "
-            "data files of all of them together with mmpack pack"
+            f"{packed[0]} is one of {len(folders)} {option}, but a packed folder must be the only one{mix} pack "
+            "the data files of all of them together with mmpack pack"
         )
     return bool(packed)
 
@@ -90,6 +91,8 @@ def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:
     if isinstance(options, PackOptions) and options.shard is not None:
         why = "a part has no packs to draw yet"
         yield ["png"], why, "pass it to mmpack merge"
+    if isinstance(options, PackOptions) and options.ray is not None:
+        yield ["jobs"], "Ray gives each chunk a core (--ray)", "leave one of the two out"
     if isinstance(options, InspectOptions) and options.row is not None:
         yield ["segment"], "--row shows the segment of its row", "leave one of the two out"
 
@@ -100,7 +103,8 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
         sets = [("--data", (data,)) for data in options.data]
         if len(options.mix) != len(options.data):
             raise ValueError(
-                f"--mix has {counted(len(options.mix), 'weight')} for {len(options.data)} --data; pass one for each"
+                f"--mix has {counted(len(options.mix), 'weight')} for {len(options.data)} --data; pass one for "
+                f"each"
             )
     else:
         yield ["mix_by", "epoch_tokens"], "there is one source of data", "pass --mix too"
@@ -115,7 +119,10 @@ def _training_rules(options: TrainOptions) -> Iterator[tuple[Iterable[str], str,
         why = "LoRA adapts trained weights (--lora-rank)"
         yield [] if options.model else ["config"], why, "pass --model"
     if options.context_size > 1 and options.on_bad_image == "drop":
-        why = "a rank that cannot read a file would have another pack than the ranks it shares it with (--context-size)"
+        why = (
+            "a rank that cannot read a file would have another pack than the ranks it shares it with "
+            "(--context-size)"
+        )
         yield ["on_bad_image"], why, "find broken images first: mmpack check --decode"
     if len(packed) < len(sets):  # some are rows
         return

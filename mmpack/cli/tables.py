@@ -146,8 +146,8 @@ def _capacity_table(summary: Summary, lengths: np.ndarray) -> list[str]:
             row += [f"{share['rows']:,}", *less]
         notes.insert(
             0,
-            "patches enter the vision tower; a pack encodes an image once, and mmpack pack --group-images plans the "
-            "rows of an image together (less closely with --config, which also balances costs)",
+            "patches enter the vision tower; a pack encodes an image once, and mmpack pack --group-images plans "
+            "the rows of an image together (less closely with --config, which also balances costs)",
         )
     return [*aligned(rows), *notes]
 
@@ -242,7 +242,7 @@ def mixture_lines(report: Sequence[dict[str, Any]]) -> list[str]:
     """What `mmpack train` says about the sources of a mixture, from `MixedDataset.report`."""
     return [
         f"{one_line(part['name'])}: {part['share']:.1%} of the tokens of an epoch (asked: {part['asked']:.1%} of "
-        f"{part['by']}), per pack {part['p10']:.0%} to {part['p90']:.0%} (p10 to p90); {part['tokens']:,} tokens in "
-        f"{part['drawn']:,} samples, {part['passes']:.2f} passes over {part['samples']:,}"
+        f"{part['by']}), per pack {part['p10']:.0%} to {part['p90']:.0%} (p10 to p90); {part['tokens']:,} tokens "
+        f"in {part['drawn']:,} samples, {part['passes']:.2f} passes over {part['samples']:,}"
         for part in report
     ]

@@ -260,13 +260,15 @@ def _source_weights(words: Sequence[str]) -> dict[str, float]:
 
 
 def _tell_earlier_run(folder: str) -> None:
-    """Warn if a run that starts over writes into the folder of another, whose checkpoints might be continued for it."""
+    """Warn if a run that starts over writes into the folder of another, whose checkpoints might be continued for
+    it."""
     found = [path.name for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
     if found:
         last = max(found, key=lambda name: int(name[11:]))
         print(
-            f"mmpack: {folder} has checkpoints of an earlier run, up to {last}, and this run starts over: until it has "
-            "saved later ones, --resume_from_checkpoint last continues the earlier run; choose another --output_dir",
+            f"mmpack: {folder} has checkpoints of an earlier run, up to {last}, and this run starts over: until "
+            "it has saved later ones, --resume_from_checkpoint last continues the earlier run; choose another "
+            "--output_dir",
             file=sys.stderr,
         )
 
@@ -281,8 +283,8 @@ def check_context_size(size: int, args: Any) -> None:
         raise ValueError(f"--context-size must be positive, got {size}")
     if args.world_size % size:
         raise ValueError(
-            f"--context-size {size} does not apply: the run's processes, {args.world_size}, do not divide into groups "
-            f"of {size}; start a multiple of {size}: torchrun --nproc_per_node {size} -m mmpack train ..."
+            f"--context-size {size} does not apply: the run's processes, {args.world_size}, do not divide into "
+            f"groups of {size}; start a multiple of {size}: torchrun --nproc_per_node {size} -m mmpack train ..."
         )
 
 
@@ -339,7 +341,7 @@ def tell_other_settings(dataset: Any, eval_dataset: Any) -> None:
     names = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
     if names:
         print(
-            f"mmpack: --eval-data was encoded with other text settings than --data: {', '.join(names)}; its loss is "
-            "that of other tokens, so encode both alike",
+            f"mmpack: --eval-data was encoded with other text settings than --data: {', '.join(names)}; its loss "
+            "is that of other tokens, so encode both alike",
             file=sys.stderr,
         )

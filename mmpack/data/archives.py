@@ -1,7 +1,8 @@
-"""Opens tar files: `open_archive` is the one place. A process keeps a few of them open, for the images that it reads.
+"""Opens tar files: `open_archive` is the one place. A process keeps a few of them open, for the images that it
+reads.
 
-A member is read by position, so threads and forked workers can share an open file. Before a member's bytes are used,
-its header and the size of the tar file are compared with those of when its row was read.
+A member is read by position, so threads and forked workers can share an open file. Before a member's bytes are
+used, its header and the size of the tar file are compared with those of when its row was read.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import threading
 from collections import OrderedDict
 from typing import BinaryIO
 
-from mmpack.data.tar_headers import BLOCK, is_header
+from mmpack.data.remote_objects import RemoteObject
+from mmpack.data.remote_roots import is_remote
+from mmpack.data.tar_headers import BLOCK, Archive, is_header
 from mmpack.errors import RowError
 from mmpack.media_refs import TarMember
 from mmpack.regular_files import open_regular
 
+_SCANNED = 1 << 20  # bytes of an object that are read at a time to find its members
 _MOST_OPEN = 64  # tar files that a process keeps open; a usual limit is 1,024 files
 
 
@@ -38,6 +42,8 @@ class OpenArchive:
 
     def __del__(self) -> None:
         self._file.close()
+
+    version = ""  # as in `ImageRef`
 
     @property
     def size(self) -> int:
@@ -61,37 +67,54 @@ class OpenArchive:
             return self._file.read(length)
 
 
-def open_archive(path: str, *, follow_link: bool = True) -> OpenArchive:
-    """Open a tar file.
+def open_archive(path: str, *, follow_link: bool = True) -> Archive:
+    """Open a tar file, or one that is an object in object storage.
 
     Raises:
         NotRegularError: it is not a regular file.
         OSError: it cannot be opened.
     """
+    if is_remote(path):
+        return RemoteObject(path, first=_SCANNED, most=_SCANNED)
     return OpenArchive(open_regular(path, follow_link=follow_link, buffering=0), path)
 
 
 def open_member(
-    path: str, member: TarMember, kind: str, *, follow_link: bool = True, buffering: int = -1
+    path: str,
+    member: TarMember,
+    kind: str,
+    *,
+    follow_link: bool = True,
+    buffering: int = -1,
+    version: str = "",
 ) -> BinaryIO:
     """Open an image or a video in a tar file for reading; `kind` is the word for it in errors.
 
     Args:
         path: of the tar file.
-        buffering: as in `open`.
+        buffering: as in `open`; of an object, bytes that are read first.
+        version: of an object, as in `ImageRef`.
 
     Raises:
         RowError: the tar file has another size, or another member at this place, than when the row was read.
         NotRegularError, OSError: as `open_archive`.
     """
-    archive = _archives.get(path, follow_link)
     name, offset, length, header, archive_bytes = member
     place = f"{kind} {name} (byte {offset:,} of {path})"
+    archive: Archive
+    if is_remote(path):
+        first, end = BLOCK + max(buffering, BLOCK), offset + length
+        try:
+            archive = RemoteObject(path, version, max(offset - BLOCK, 0), first, end)
+        except RowError as error:
+            raise RowError(f"{place} cannot be read: {error.error}", error.advice) from None
+    else:
+        archive = _archives.get(path, follow_link)
     if archive.size != archive_bytes:
         _archives.forget(path)  # it may be written again
         raise RowError(
-            f"{place} cannot be read: the tar file has {archive.size:,} bytes, and had {archive_bytes:,} when it was "
-            "packed",
+            f"{place} cannot be read: the tar file has {archive.size:,} bytes, and had {archive_bytes:,} when it "
+            "was packed",
             "pack the data again",
         )
     block = archive.read_at(offset - BLOCK, BLOCK) if offset >= BLOCK else b""
@@ -108,7 +131,7 @@ def open_member(
 class _MemberFile(io.RawIOBase):
     """The bytes of a member as a file, with a position of its own."""
 
-    def __init__(self, archive: OpenArchive, offset: int, length: int) -> None:
+    def __init__(self, archive: Archive, offset: int, length: int) -> None:
         self._archive, self._offset, self._length, self._at = archive, offset, length, 0
 
     def readable(self) -> bool:
@@ -146,9 +169,9 @@ class _Archives:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, OpenArchive] = OrderedDict()
+        self._open: OrderedDict[str, Archive] = OrderedDict()
 
-    def get(self, path: str, follow_link: bool) -> OpenArchive:
+    def get(self, path: str, follow_link: bool) -> Archive:
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]
         with self._lock:

@@ -1,8 +1,8 @@
 """The layout that a tokenizer's chat template gives a conversation: everything but the conversation's own texts.
 
 The template is rendered with stand-ins once per conversation shape, which shows which characters the template
-wrote. It is also rendered with the real texts, and a row whose text it rewrites is refused. Tools and tool calls are
-written by the template, so they are part of the shape. A document has no template.
+wrote. It is also rendered with the real texts, and a row whose text it rewrites is refused. Tools and tool calls
+are written by the template, so they are part of the shape. A document has no template.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mmpack.data.file_bytes import need_pyarrow
+from mmpack.data.file_bytes import need_pyarrow, num_bytes, openable
 from mmpack.data.limits import MAX_ROW, most_bytes, most_rows
+from mmpack.data.remote_roots import DataPath, RemotePath
 from mmpack.errors import RowError
 
 _ROWS = 256  # converted at once: one row at a time is slow
@@ -34,7 +35,7 @@ class Unread:
         return f"<{self.why}>"
 
 
-def parquet_contents(path: Path) -> Iterator[Content]:
+def parquet_contents(path: DataPath) -> Iterator[Content]:
     """The rows of a Parquet file.
 
     Raises:
@@ -45,17 +46,17 @@ def parquet_contents(path: Path) -> Iterator[Content]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as opened:
+        with pyarrow.parquet.ParquetFile(openable(path)) as opened:
             about = opened.metadata  # row groups only: pyarrow 26 aborts on damaged column metadata
             groups = range(about.num_row_groups)
-            num_bytes = sum(about.row_group(group).total_byte_size for group in groups)
-            _check_size(path, num_bytes)
+            claimed = sum(about.row_group(group).total_byte_size for group in groups)
+            _check_size(path, claimed)
             yield from _contents(path, opened.iter_batches(batch_size=_ROWS))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path.name} is not a Parquet file: {error}") from None
 
 
-def parquet_count(path: Path) -> int:
+def parquet_count(path: DataPath) -> int:
     """The number of rows in a Parquet file's footer.
 
     Raises:
@@ -66,12 +67,12 @@ def parquet_count(path: Path) -> int:
     import pyarrow.parquet
 
     try:
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
+        return int(pyarrow.parquet.read_metadata(openable(path)).num_rows)
     except pyarrow.ArrowException as error:  # some are not ValueErrors
         raise ValueError(f"{path.name} is not a Parquet file: {error}") from None
 
 
-def arrow_contents(path: Path) -> Iterator[Content]:
+def arrow_contents(path: DataPath) -> Iterator[Content]:
     """The rows of an Arrow file in either layout: the stream that `datasets` writes, or the file format
     (Feather), which is a stream followed by an index.
 
@@ -83,7 +84,10 @@ def arrow_contents(path: Path) -> Iterator[Content]:
     import pyarrow.ipc
 
     try:
-        with pyarrow.memory_map(str(path)) as mapped:
+        is_remote = isinstance(path, RemotePath)
+        source = openable(path)
+        opened = pyarrow.PythonFile(source) if is_remote else pyarrow.memory_map(source)
+        with closing(opened) as mapped:
             start = len(_ARROW_FILE) if mapped.read(len(_ARROW_FILE)) == _ARROW_FILE else 0
             if start:
                 pyarrow.ipc.open_file(mapped)  # reads the file's end, so a cut file fails here
@@ -95,24 +99,25 @@ def arrow_contents(path: Path) -> Iterator[Content]:
         raise ValueError(f"{path.name} is not an Arrow file: {error}") from None
 
 
-def _check_size(path: Path, num_bytes: int) -> None:
-    size = path.stat().st_size
-    if num_bytes > most_bytes(size):
+def _check_size(path: DataPath, claimed: int) -> None:
+    size = num_bytes(path)
+    if claimed > most_bytes(size):
         raise ValueError(
-            f"{path.name} claims to hold {num_bytes:,} bytes in a file of {size:,}, too many for a data set; "
+            f"{path.name} claims to hold {claimed:,} bytes in a file of {size:,}, too many for a data set; "
             "write it again"
         )
 
 
-def _contents(path: Path, batches: Any) -> Iterator[Content]:
+def _contents(path: DataPath, batches: Any) -> Iterator[Content]:
     from pyarrow import ArrowInvalid
 
-    number, most = 0, most_rows(path.stat().st_size)
+    size = num_bytes(path)
+    number, most = 0, most_rows(size)
     for batch in batches:
         last = number + batch.num_rows - 1
         if last >= most:
             raise ValueError(
-                f"{path.name} claims to hold {last + 1:,} rows in a file of {path.stat().st_size:,} bytes, "
+                f"{path.name} claims to hold {last + 1:,} rows in a file of {size:,} bytes, "
                 "too many for a data set; write it again"
             )
         try:
@@ -130,15 +135,15 @@ def _contents(path: Path, batches: Any) -> Iterator[Content]:
 def _rows(batch: Any, unread: list[str]) -> Iterator[Content]:
     """The rows of a batch of at most `_ROWS`; one row at a time if they are large."""
     columns = [column for column, why in zip(batch.columns, unread) if not why]
-    num_bytes = sum(map(_num_bytes, columns))
-    if num_bytes > MAX_ROW and batch.num_rows > 1:
+    size = sum(map(_num_bytes, columns))
+    if size > MAX_ROW and batch.num_rows > 1:
         for row in range(batch.num_rows):
             yield from _rows(batch.slice(row, 1), unread)
-    elif num_bytes > MAX_ROW:
+    elif size > MAX_ROW:
         yield (
             None,
             RowError(
-                f"the row takes {num_bytes:,} bytes, at most {MAX_ROW:,} are read",
+                f"the row takes {size:,} bytes, at most {MAX_ROW:,} are read",
                 "shorten the row, or give images as paths",
             ),
         )

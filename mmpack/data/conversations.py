@@ -56,13 +56,13 @@ def turns_of(
         unread: keys of turns and parts that are not read are added to it (`mmpack.data.row_keys`).
 
     Raises:
-        RowError: a field is missing or not text, a role is unknown, an answer is empty, the last turn is another, or
-            a key means something that is not supported.
+        RowError: a field is missing or not text, a role is unknown, an answer is empty, the last turn is another,
+            or a key means something that is not supported.
     """
     columns = fields.columns
     turns = _SHAPES.get(fields.formatting, _chat_turns)(row, fields, unread)
     system = row.get(columns["system"])
-    if not is_absent(system):
+    if not _is_left_out(system):
         if turns[0].role == "system":  # a system turn takes precedence over the column
             unread.add(columns["system"])
         else:
@@ -197,10 +197,14 @@ def _pair_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list[T
     return turns
 
 
+def _is_left_out(value: Any) -> bool:
+    return is_absent(value) and value == value  # NaN is an error
+
+
 def _alpaca_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list[Turn]:
     columns = fields.columns
     history = structured(row.get(columns["history"]))
-    history = [] if is_absent(history) else history
+    history = [] if _is_left_out(history) else history
     if not isinstance(history, list) or not all(
         isinstance(p, list) and len(p) == 2 for p in history
     ):
@@ -219,7 +223,7 @@ def _alpaca_turns(row: dict[str, Any], fields: Fields, unread: set[str]) -> list
         for role, text in (("user", question), ("assistant", answer)):
             where = f"history {number}"
             turns.append(Turn(role, parts_of(text_of(text, where), where)))
-    texts = [text_of(text, "the instruction") for text in (prompt, query) if not is_absent(text)]
+    texts = [text_of(text, "the instruction") for text in (prompt, query) if not _is_left_out(text)]
     turns.append(Turn("user", parts_of("\n".join(texts), "the instruction")))
     answer = text_of(row[columns["response"]], "the output")
     turns.append(Turn("assistant", parts_of(answer, "the output")))

@@ -1,25 +1,30 @@
 """Paths that a user named -> data files, each with its entry in a `dataset_info.json` (LLaMA-Factory's).
 
 An entry maps the names of fields (`mmpack.data.row_fields`). Its `file_name` is relative to the folder of the
-`dataset_info.json`, and so are images and videos, as in LLaMA-Factory, where `media_dir` is by default the folder of
-the data sets. An entry can also have a `media_dir` of its own, which LLaMA-Factory does not read.
+`dataset_info.json`, and so are images and videos, as in LLaMA-Factory, where `media_dir` is by default the folder
+of the data sets. An entry can also have a `media_dir` of its own, which LLaMA-Factory does not read.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmpack.data.file_bytes import require_file
-from mmpack.data.file_formats import data_files, parse_json
+from mmpack.data.data_paths import data_files
+from mmpack.data.file_bytes import open_binary, require_file
+from mmpack.data.file_formats import parse_json
 from mmpack.data.limits import MAX_COUNT, MAX_ROW
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
+from mmpack.data.remote_files import error_words, exists
+from mmpack.data.remote_roots import DataPath, RemotePath, data_path, object_in, remote_root
 from mmpack.data.tar_shards import SUFFIX
 from mmpack.errors import names
 
+_log = logging.getLogger("mmpack")
 Mapping = str | Sequence[str] | dict[str, Any] | None
 _PathLike = str | os.PathLike[str]
 
@@ -28,9 +33,9 @@ class DataFile(NamedTuple):
     """A data file, its entry (None: fields are detected per row), and the folder that the entry's paths start
     from (None: the file's)."""
 
-    path: Path
+    path: DataPath
     entry: dict[str, Any] | None
-    folder: Path | None
+    folder: DataPath | None
 
 
 def named_files(paths: Sequence[_PathLike], mapping: Mapping) -> list[DataFile]:
@@ -51,11 +56,12 @@ def named_files(paths: Sequence[_PathLike], mapping: Mapping) -> list[DataFile]:
             raise ValueError(
                 f"the entry {entries[0]!r} is looked up in one folder, got {len(paths)} paths; pass one folder"
             )
-        return [file for name in entries for file in _entry_files(Path(paths[0]), name)]
+        return [file for name in entries for file in _entry_files(data_path(paths[0]), name)]
     files = [file for path in paths for file in data_files(path)]
     if mapping is not None:
         return [DataFile(file, mapping, None) for file in files]
-    return [DataFile(file, _entry_beside(file), None) for file in files]
+    known: dict[DataPath, Any] = {}  # contents of dataset_info.json, by folder
+    return [DataFile(file, _entry_beside(file, known), None) for file in files]
 
 
 class RowLimit(NamedTuple):
@@ -116,8 +122,8 @@ def limits_by_files(
         for name, own in Counter(limit.files.split("/")).items():
             if count[name] != own:
                 raise ValueError(
-                    f"num_samples and max_samples find a row by the name of its file, but {count[name]} files of several "
-                    f"entries are {name}; rename them, or pack the entries apart and mix them (--mix)"
+                    f"num_samples and max_samples find a row by the name of its file, but {count[name]} files of "
+                    f"several entries are {name}; rename them, or pack the entries apart and mix them (--mix)"
                 )
     return {limit.files: (limit.num_samples, limit.max_samples) for limit in limits}
 
@@ -136,14 +142,18 @@ def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:
     named = [folder for folder in media_dirs if folder != DATA_URIS]
     allowed: list[_PathLike] = [*media_dirs] if named else [home, *media_dirs]
     if file.path.suffix == SUFFIX:  # its images are in the file itself, which the user named
-        real = os.path.realpath(file.path)
+        is_remote = isinstance(file.path, RemotePath)
+        real = os.fspath(file.path) if is_remote else os.path.realpath(file.path)
         if not MediaFolders(allowed).contains(real):
             allowed.append(os.path.dirname(real))
     if root is None:
         return MediaFolders(allowed)
     if not isinstance(root, str) or not root:
         raise ValueError(f"the media_dir of {file.path.name} must be a folder, got {root!a:.80}")
-    root = os.path.join(home, root)
+    if isinstance(home, RemotePath):
+        root = object_in(home.url, root, "media_dir")
+    elif remote_root(root) is None:
+        root = os.path.join(home, root)
     if not MediaFolders([*allowed, home]).contains(root):
         raise ValueError(
             f"the media_dir of {file.path.name} in its dataset_info.json, {root}, is outside {home}; "
@@ -152,7 +162,7 @@ def folders_of(file: DataFile, media_dirs: Sequence[_PathLike]) -> MediaFolders:
     return MediaFolders([root, *allowed], root=root)
 
 
-def _entry_files(path: Path, name: str) -> list[DataFile]:
+def _entry_files(path: DataPath, name: str) -> list[DataFile]:
     info_path = path if path.suffix == ".json" else path / "dataset_info.json"
     info = _read_info(info_path)
     if not isinstance(info, dict) or not isinstance(info.get(name), dict):
@@ -164,17 +174,22 @@ def _entry_files(path: Path, name: str) -> list[DataFile]:
         raise ValueError(
             f"dataset {name!r} of {info_path} has no file_name; only files are read, download it first"
         )
-    files = data_files(info_path.parent / file_name)
+    place = info_path.parent / file_name  # of a local folder, perhaps absolute
+    if remote_root(file_name) is not None:
+        raise ValueError(
+            f"dataset {name!r} of {info_path} has a URL as file_name; name the URL itself as the data"
+        )
+    files = data_files(place)
     return [DataFile(file, entry, info_path.parent) for file in files]
 
 
-def _entry_beside(file: Path) -> dict[str, Any] | None:
+def _entry_beside(file: DataPath, known: dict[DataPath, Any]) -> dict[str, Any] | None:
     """The entry for a file in a dataset_info.json beside it; None if there is none (`datasets` writes files of
     that name, too, without such entries)."""
-    info_path = file.parent / "dataset_info.json"
-    if not os.path.lexists(info_path):
-        return None
-    info = _read_info(info_path)
+    folder, info_path = file.parent, file.parent / "dataset_info.json"
+    if folder not in known:
+        known[folder] = _read_info(info_path) if _is_there(info_path) else None
+    info = known[folder]
     named = {
         name: entry
         for name, entry in (info.items() if isinstance(info, dict) else ())
@@ -188,14 +203,27 @@ def _entry_beside(file: Path) -> dict[str, Any] | None:
     return next(iter(named.values()), None)
 
 
-def _is_named(file: Path, file_name: Any) -> bool:
+def _is_there(path: DataPath) -> bool:
+    if not isinstance(path, RemotePath):
+        return os.path.lexists(path)
+    try:
+        return exists(path.url)
+    except OSError as error:  # storage that may not be listed forbids what does not exist
+        what, advice = error_words(error)
+        if error.errno != errno.EACCES:
+            raise ValueError(f"{path} {what}; {advice}") from None
+        _log.warning("%s %s, and is not used", path, what)
+        return False
+
+
+def _is_named(file: DataPath, file_name: Any) -> bool:
     return isinstance(file_name, str) and os.path.normpath(file_name) == file.name
 
 
-def _read_info(path: Path) -> Any:
+def _read_info(path: DataPath) -> Any:
     require_file(path)
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             text = file.read(MAX_ROW).decode("utf-8-sig")
         return parse_json(text)
     except OSError as error:

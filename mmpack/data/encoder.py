@@ -56,9 +56,10 @@ class Encoder(Reader):
         train_on_prompt: supervise all text, but no vision tokens.
         mask_history: supervise the last answer only.
         mask_thinking: leave thoughts and their `<think>` tags unsupervised.
-        typed_tokens: special tokens in a row's text, other than control tokens (those of turns, images and videos),
-            become their "ids", as in transformers, or stay "text". Control tokens always stay text.
-        template_args: arguments of the chat template for all rows and prompts, such as `{"enable_thinking": False}`.
+        typed_tokens: special tokens in a row's text, other than control tokens (those of turns, images and
+            videos), become their "ids", as in transformers, or stay "text". Control tokens always stay text.
+        template_args: arguments of the chat template for all rows and prompts, such as
+            `{"enable_thinking": False}`.
         stage, mapping, media_dir, on_error, missing_marker, verify: as in `Reader`.
 
     Raises:
@@ -208,11 +209,11 @@ class Encoder(Reader):
     def encode(self, samples: Iterable[Sample]) -> Iterator[EncodedSample]:
         """Encode samples: ids with one marker per image or video, labels, and grids from image headers.
 
-        The assistant's thought, its text, its tool calls and the token that ends its turn (`<|im_end|>`) are supervised, the
-        newline after it is not. A token that spans template text and answer (an answer that begins with a newline) counts as
-        answer. A document (`stage="pretrain"`) has no template: it is encoded as its texts, its images as
-        `<|vision_start|>` marker `<|vision_end|>`, and `<|endoftext|>`; everything except the images is
-        supervised.
+        The assistant's thought, its text, its tool calls and the token that ends its turn (`<|im_end|>`) are
+        supervised, the newline after it is not. A token that spans template text and answer (an answer that begins
+        with a newline) counts as answer. A document (`stage="pretrain"`) has no template: it is encoded as its
+        texts, its images as `<|vision_start|>` marker `<|vision_end|>`, and `<|endoftext|>`; everything except the
+        images is supervised.
 
         Args:
             samples: conversations or documents, as `read` yields them.
@@ -240,7 +241,8 @@ class Encoder(Reader):
         return self._encode(self._template, samples, on_error)
 
     def typed_in(self, sample: Sample) -> TypedTokens:
-        """The special tokens in a sample's texts, tools and tool calls: how many stay text, how many become ids."""
+        """The special tokens in a sample's texts, tools and tool calls: how many stay text, how many become
+        ids."""
         calls = [message.tool_calls for message in sample.messages]
         texts = texts_of(sample.messages)
         return self._template.special_tokens.typed([texts, calls, sample.tools])

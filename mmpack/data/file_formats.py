@@ -9,28 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mmpack.data import tar_shards
 from mmpack.data.columnar_files import arrow_contents, parquet_contents, parquet_count
+from mmpack.data.data_paths import data_suffix
 from mmpack.data.file_bytes import open_bytes, require_file
 from mmpack.data.limits import MAX_DEPTH, MAX_ROW
-from mmpack.data.path_patterns import is_pattern, matching, mixed_splits
+from mmpack.data.remote_files import RemoteError, error_words
+from mmpack.data.remote_roots import DataPath, RemotePath
 from mmpack.data.tar_shards import TarSample
 from mmpack.errors import RowError, counted, names
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", tar_shards.SUFFIX)
-
 _LONG = f"longer than {MAX_ROW:,} bytes"
-_SPLIT_FILE = re.compile(
-    r"(\w+)-\d{5}-of-\d{5}\b"
-)  # as `datasets` names them: train-00000-of-00002
-_NOT_DATA = ("dataset_info.json", "state.json")  # metadata of LLaMA-Factory and `datasets`
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,64 +38,7 @@ class Row:
     tar: TarSample | None = None  # what a tar file has beside the content
 
 
-def data_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The data files at a path: the file itself, or those in a folder, or in its subfolder `data` as in data sets
-    on the Hugging Face Hub. They must have one type, and belong to one split. If there is no such path, `*`, `?`,
-    `[...]`, `{000..123}` and `{a,b}` in it stand for several.
-
-    Raises:
-        ValueError: there is no such path, the type is not supported, a folder has files of several types or splits,
-            or one of them is not a regular file (a pipe, a device, a dangling link).
-    """
-    path = Path(path)
-    if not os.path.lexists(path) and is_pattern(str(path)):
-        named = [data_files(one) for one in matching(str(path))]
-        return [file for files in named for file in files]
-    if os.path.isdir(path):
-        try:
-            inside = sorted(p for p in path.iterdir() if p.name not in _NOT_DATA)
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
-        files = [p for p in inside if _data_suffix(p) is not None]
-        if not files or files[0].suffix == tar_shards.SUFFIX:
-            for file in inside:
-                _refuse_compressed_tar(file)
-        if not files and (path / "data").is_dir():
-            return data_files(path / "data")
-        for file in files:
-            require_file(file)
-        suffixes = sorted({str(_data_suffix(p)) for p in files})
-        if not files:
-            raise ValueError(f"{path} has no data files ({', '.join(SUFFIXES)}); fix the path")
-        if len(suffixes) > 1:
-            raise ValueError(f"{path} has files of several types {suffixes}; name the ones to read")
-        splits = {match[1] for p in files if (match := _SPLIT_FILE.match(p.name))}
-        if len(splits) > 1:
-            raise ValueError(
-                f"{path} has files of several splits {sorted(splits)}; name the ones to read"
-            )
-        if suffixes == [tar_shards.SUFFIX] and (mixed := mixed_splits([p.name for p in files])):
-            raise ValueError(f"{path} has files of several splits {mixed}; name the ones to read")
-        return files
-    require_file(path)
-    _refuse_compressed_tar(path)
-    if _data_suffix(path) is None:
-        raise ValueError(
-            f"{path} has none of the suffixes {', '.join(SUFFIXES)} (the first three also with .gz or .zst); "
-            "rename it to match its format"
-        )
-    return [path]
-
-
-def _refuse_compressed_tar(path: Path) -> None:
-    if path.name.lower().endswith(tar_shards.COMPRESSED):
-        raise ValueError(
-            f"{path} is a compressed tar file, in which an image has no position of its own; decompress it (gunzip, "
-            "zstd -d): pictures in it are compressed already"
-        )
-
-
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: DataPath) -> Iterator[Row]:
     """Every record of one data file.
 
     Raises:
@@ -115,7 +52,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         ".arrow": _arrow,
         ".tar": _tar,
     }
-    suffix = _data_suffix(path)
+    suffix = data_suffix(path)
     assert suffix is not None, path
     row = None
     require_file(path)
@@ -126,17 +63,19 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise ValueError(
             f"{path.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
         ) from None
+    except RemoteError as error:
+        raise ValueError(f"{path} {'; '.join(error_words(error))}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     if row is None:
         raise ValueError(f"{path.name} holds no rows; remove it or fix the path")
 
 
-def count_rows(path: Path) -> int | None:
+def count_rows(path: DataPath) -> int | None:
     """The number of rows in a file, for a progress bar (blank lines count too). None: counting is not cheap, or
     the file cannot be read."""
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix == ".jsonl" and not isinstance(path, RemotePath):
             with path.open("rb", buffering=0) as opened:
                 return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
         if path.suffix == ".parquet":
@@ -144,14 +83,6 @@ def count_rows(path: Path) -> int | None:
     except (OSError, ValueError):
         pass
     return None
-
-
-def _data_suffix(path: Path) -> str | None:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in (".gz", ".zst"):
-        suffix = suffixes[-2] if len(suffixes) > 1 else None
-        return suffix if suffix in SUFFIXES[:3] else None
-    return path.suffix if path.suffix in SUFFIXES else None
 
 
 def parse_json(text: str) -> Any:
@@ -187,7 +118,7 @@ def _check_depth(value: Any, num_opened: int) -> None:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _json_array(path: Path) -> Iterator[Row]:
+def _json_array(path: DataPath) -> Iterator[Row]:
     """The rows of a JSON array. The whole text is in memory; rows are parsed one at a time."""
     with open_bytes(path) as opened:
         text = opened.read().decode("utf-8-sig")
@@ -243,7 +174,7 @@ def _array_items(text: str, place: int) -> Iterator[tuple[Any, int, int]]:
         raise json.JSONDecodeError("Extra data", text, skip(place + 1))
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: DataPath) -> Iterator[Row]:
     number = line_number = 0
     with open_bytes(path) as opened:
         while line := opened.readline(MAX_ROW):
@@ -275,7 +206,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             number += 1
 
 
-def _bad_line(path: Path, number: int, line: bytes, problem: str, line_number: int) -> Row:
+def _bad_line(path: DataPath, number: int, line: bytes, problem: str, line_number: int) -> Row:
     error = RowError(f"line {line_number} {problem}", "fix or delete the line")
     return Row(path.name, number, line[:1000].decode("utf-8", errors="replace"), error)
 
@@ -300,7 +231,7 @@ class _CsvLines:
         return line
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: DataPath) -> Iterator[Row]:
     csv.field_size_limit(MAX_ROW)  # process-wide; larger than the default
     with (
         open_bytes(path) as opened,
@@ -330,17 +261,17 @@ def _csv(path: Path) -> Iterator[Row]:
             number += 1
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: DataPath) -> Iterator[Row]:
     for number, (content, error) in enumerate(parquet_contents(path)):
         yield Row(path.name, number, content, error)
 
 
-def _arrow(path: Path) -> Iterator[Row]:
+def _arrow(path: DataPath) -> Iterator[Row]:
     for number, (content, error) in enumerate(arrow_contents(path)):
         yield Row(path.name, number, content, error)
 
 
-def _tar(path: Path) -> Iterator[Row]:
+def _tar(path: DataPath) -> Iterator[Row]:
     for number, (content, error, sample) in enumerate(tar_shards.tar_rows(path, parse_json)):
         yield Row(path.name, number, content, error, sample)
 

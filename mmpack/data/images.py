@@ -18,13 +18,17 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.data.media_paths import MediaFolders, open_media
+from mmpack.data.remote_files import RemoteError, error_words
+from mmpack.data.remote_objects import HEADER, identity_of
+from mmpack.data.remote_roots import is_remote
 from mmpack.data.resize import write_resized
 from mmpack.errors import RowError
 from mmpack.types import ImageRef
@@ -56,12 +60,40 @@ def probe(image: ImageRef, *, decode: bool = False) -> tuple[int, int]:
             (decompression bombs; checked before decoding), or an aspect ratio above 200.
     """
     size = None if decode else _webp_size(image)
-    if size is not None:
-        _check_shape(image, *size)
-        return size
-    with _open(image) as opened:
+    return _size(image, None, decode) if size is None else _checked(image, size)
+
+
+def probed(
+    image: ImageRef, *, decode: bool = False, folders: MediaFolders | None = None
+) -> ImageRef:
+    """The image with its size, as `probe`, and of an object in object storage also its version.
+
+    Args:
+        folders: those that a row's image is in; of an object they must contain it.
+
+    Raises:
+        RowError: as `probe`, or an object cannot be read.
+    """
+    if image.data is not None or not is_remote(image.path):
+        return replace(image, size=probe(image, decode=decode))
+    with open_media(
+        image.path, "image", folders, HEADER, member=image.member, version=image.version
+    ) as file:
+        version = image.version or str(identity_of(file))
+        is_webp = image.short_name[-5:].lower() == ".webp" and not decode
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        size = _webp_header_size(file.read(_WEBP_HEADER), length) if is_webp else None
+        file.seek(0)
+        size = _size(image, file, decode) if size is None else _checked(image, size)
+    return replace(image, size=size, version=version)
+
+
+def _size(image: ImageRef, file: BinaryIO | None, decode: bool) -> tuple[int, int]:
+    """`probe`, by Pillow; `file` is its file if that is open."""
+    with _open(image, file=file) as opened:
         width, height = opened.size
-        _check_shape(image, height, width)
+        _checked(image, (height, width))
         if decode or _looks_cut(opened):
             _decode(image, opened)
     return height, width
@@ -171,17 +203,21 @@ def thumbnail(picture: Image | NDArray[np.uint8], side: int) -> bytes:
 
 
 @contextmanager
-def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Image]:
+def _open(
+    image: ImageRef, folders: MediaFolders | None = None, file: BinaryIO | None = None
+) -> Iterator[Image]:
     from PIL import Image, UnidentifiedImageError  # here: `import mmpack` stays light
 
     if isinstance(image.data, Image.Image):
         yield image.data  # the caller closes it
         return
-    in_memory = None if image.data is None else io.BytesIO(image.data)
-    with in_memory or open_media(image.path, "image", folders, member=image.member) as file:
+    given = file if image.data is None else io.BytesIO(image.data)
+    with given or open_media(
+        image.path, "image", folders, member=image.member, version=image.version
+    ) as content:
         try:
             with _strict():
-                opened = Image.open(file, formats=_formats())
+                opened = Image.open(content, formats=_formats())
         except UnidentifiedImageError:
             raise RowError(
                 f"image {image.name} is in none of the formats {', '.join(_formats())}",
@@ -189,6 +225,8 @@ def _open(image: ImageRef, folders: MediaFolders | None = None) -> Iterator[Imag
             ) from None
         except Image.DecompressionBombError as error:
             raise RowError(f"image {image.name} is too large: {error}", "shrink it") from None
+        except (RemoteError, RowError) as error:
+            raise _unread(image, error) from None
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
             raise RowError(f"image {image.name} cannot be opened: {error}", "replace it") from None
         with opened:
@@ -236,9 +274,19 @@ def _decode(image: ImageRef, opened: Image) -> Image:
     try:
         with _strict():
             opened.load()
+    except (RemoteError, RowError) as error:
+        raise _unread(image, error) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise RowError(f"image {image.name} cannot be decoded: {error}", "replace it") from None
     return opened
+
+
+def _unread(image: ImageRef, error: RemoteError | RowError) -> RowError:
+    """The error for an object that could be read in part."""
+    if isinstance(error, RowError):
+        return error
+    what, advice = error_words(error)
+    return RowError(f"image {image.name} {what}", advice)
 
 
 def _looks_cut(opened: Image) -> bool:
@@ -254,11 +302,13 @@ def _looks_cut(opened: Image) -> bool:
     return is_cut
 
 
-def _check_shape(image: ImageRef, height: int, width: int) -> None:
+def _checked(image: ImageRef, size: tuple[int, int]) -> tuple[int, int]:
+    """The size, if its aspect ratio is allowed."""
     try:
-        check_aspect_ratio(height, width)
+        check_aspect_ratio(*size)
     except RowError as error:
         raise RowError(f"image {image.name}: {error.error}", error.advice) from None
+    return size
 
 
 def most_pixels() -> float:
@@ -269,22 +319,27 @@ def most_pixels() -> float:
 
 
 def _webp_size(image: ImageRef) -> tuple[int, int] | None:
-    """(height, width) of a WebP image with a single chunk; None for anything else.
+    """`_webp_header_size` of an image in memory or in a file."""
+    if isinstance(image.data, bytes):
+        return _webp_header_size(image.data[:_WEBP_HEADER], len(image.data))
+    if image.data is None and image.short_name[-5:].lower() == ".webp":
+        try:
+            with open_media(image.path, "image", buffering=0, member=image.member) as file:
+                header, length = file.read(_WEBP_HEADER), file.seek(0, os.SEEK_END)
+                return _webp_header_size(header, length)
+        except OSError:
+            return None
+    return None
+
+
+def _webp_header_size(header: bytes, length: int) -> tuple[int, int] | None:
+    """(height, width) of a WebP image with a single chunk, from the beginning of its `length` bytes; None for
+    anything else.
 
     Pillow reads the whole WebP file and creates a decoder to learn its size: 752 us, against 10 us here
     (benchmarks/LOG.md). The checks are those of libwebp's `WebPGetFeatures` for such files (RFC 9649, RFC 6386
     section 9.1).
     """
-    if isinstance(image.data, bytes):
-        header, length = image.data[:_WEBP_HEADER], len(image.data)
-    elif image.data is None and image.short_name[-5:].lower() == ".webp":
-        try:
-            with open_media(image.path, "image", buffering=0, member=image.member) as file:
-                header, length = file.read(_WEBP_HEADER), file.seek(0, os.SEEK_END)
-        except OSError:
-            return None
-    else:
-        return None
     if len(header) < _WEBP_HEADER or header[:4] != b"RIFF" or header[8:12] != b"WEBP":
         return None
     riff_bytes, chunk_bytes = (int.from_bytes(header[at : at + 4], "little") for at in (4, 16))

@@ -76,8 +76,8 @@ def turn_weights(sample: Sample) -> list[float] | None:
 
 
 def strings(layout: Layout, texts: Iterable[str]) -> Iterator[str]:
-    """The strings to tokenize: each slot whole, then without the text after an answer if that ends it early, then up
-    to the end of its thought if that is not supervised."""
+    """The strings to tokenize: each slot whole, then without the text after an answer if that ends it early, then
+    up to the end of its thought if that is not supervised."""
     remaining = iter(texts)
     for item in layout:
         if isinstance(item, Slot):

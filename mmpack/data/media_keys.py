@@ -1,8 +1,8 @@
 """The keys of one image or video in a row -> where it is, and its options.
 
-A content part (`{"type": "image", "path": ..., "max_pixels": ...}`) and an entry of the columns `images` and `videos`
-have the same keys: those of transformers' chat format, of `datasets` (`bytes`, `path`), of OpenAI's `image_url`, and
-the options of `qwen-vl-utils`.
+A content part (`{"type": "image", "path": ..., "max_pixels": ...}`) and an entry of the columns `images` and
+`videos` have the same keys: those of transformers' chat format, of `datasets` (`bytes`, `path`), of OpenAI's
+`image_url`, and the options of `qwen-vl-utils`.
 """
 
 from __future__ import annotations

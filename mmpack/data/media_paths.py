@@ -1,13 +1,13 @@
 """An image or a video in a row -> a reference to a file inside the media folders, or to bytes.
 
 Paths in rows are not trusted: with links resolved, they must lie inside the folders that the user named; URLs are
-refused; only regular files are opened. A file can change after its row was read, so `open_media` checks again.
+refused; only regular files are opened. A file can change after its row was read, so `open_media` checks again. A
+folder that the user named may be the URL of a root in object storage; a path in a row then means an object under
+it (`mmpack.data.remote_roots`).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 from collections.abc import Sequence
@@ -18,10 +18,14 @@ from mmpack.data.media_keys import entry_of
 from mmpack.data.path_forms import (
     base64_error,
     decoded_base64,
+    decoded_uri,
     frames_in,
     other_unicode_form,
     path_of_url,
 )
+from mmpack.data.remote_files import error_words, exists, size_of
+from mmpack.data.remote_objects import HEADER, open_object
+from mmpack.data.remote_roots import absolute, is_inside, is_remote, object_in
 from mmpack.errors import RowError, a_kind, names
 from mmpack.regular_files import NotRegularError, open_regular, regular_stat
 from mmpack.types import ImageRef, TarMember, VideoRef
@@ -30,11 +34,17 @@ from mmpack.video_spec import is_rate
 DATA_URIS = "data:"  # in the list of folders: data URIs in rows are allowed
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # at least two letters: C:\ is not a URL
 _MOST_PATH = 4096  # characters; longer ones are no path of Linux or macOS
+_MOST_AT_ONCE = 1 << 26  # bytes of an object that are read in one request
+_OF_VIDEO = 1 << 20  # bytes of a video in object storage that are read first
 
 
 class MediaFolders:
-    """The folders that images and videos may be in. A relative path starts from `root` if given, else it must be
-    in one of the folders only."""
+    """The folders that images and videos may be in, on this machine or in object storage (URLs). A relative path
+    starts from `root` if given, else it must be in one of the folders only.
+
+    Raises:
+        ValueError: a URL is not one of a root, see `remote_root`.
+    """
 
     def __init__(
         self,
@@ -44,14 +54,21 @@ class MediaFolders:
     ) -> None:
         names = [os.fspath(folder) for folder in folders]
         self._takes_data_uris = DATA_URIS in names
-        self._names = [os.path.abspath(name) for name in names if name != DATA_URIS]
-        self._folders = [os.path.realpath(name) for name in self._names]
-        self._roots = self._names if root is None else [os.path.abspath(root)]
+        self._names = [absolute(name) for name in names if name != DATA_URIS]
+        self._folders = [os.path.realpath(name) for name in self._names if not is_remote(name)]
+        self._remote = [name for name in self._names if is_remote(name)]
+        self._roots = self._names if root is None else [absolute(root)]
+        self._starts_remote = any(map(is_remote, self._roots))
 
     @property
     def names(self) -> list[str]:
         """The folders, and "data:" if data URIs are allowed."""
         return [*self._names, *([DATA_URIS] if self._takes_data_uris else [])]
+
+    @property
+    def are_remote(self) -> bool:
+        """Whether some are in object storage, so that reading waits."""
+        return bool(self._remote)
 
     def locate_video(self, value: Any) -> VideoRef:
         """Resolve one video of a row: a path, also of a folder of frames, bytes, `{"path": ..., "bytes": ...}`,
@@ -72,7 +89,7 @@ class MediaFolders:
             frames = frames.get("path", frames)
         if isinstance(frames, str) and not frames.startswith(DATA_URIS):
             full = self._resolved(frames, "video")
-            if os.path.isdir(full):
+            if not is_remote(full) and os.path.isdir(full):
                 frames, folder = frames_in(full), full
             elif fps is not None:
                 raise RowError(
@@ -88,7 +105,7 @@ class MediaFolders:
         if hasattr(value, "getbands"):
             raise RowError("a video is given as a single image", "give a list of frames, or a path")
         found = self.locate(frames, "video")
-        return VideoRef(found.path, found.data, member=found.member)
+        return VideoRef(found.path, found.data, member=found.member, version=found.version)
 
     def _frame(self, value: Any) -> ImageRef:
         source, options = entry_of(value, "image")
@@ -98,8 +115,8 @@ class MediaFolders:
         return self.locate(source)
 
     def locate(self, value: Any, kind: str = "image") -> ImageRef:
-        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}`, a PIL image or
-        the member of a tar file; `kind` is the word for it in errors.
+        """Resolve one image of a row: a path, bytes, `{"path": ..., "bytes": ...}`, `{"base64": ...}`, a PIL image
+        or the member of a tar file; `kind` is the word for it in errors.
 
         Raises:
             RowError: it is none of these, the file does not exist, or it is in a place that is not allowed.
@@ -144,6 +161,8 @@ class MediaFolders:
         if path.startswith(DATA_URIS):
             return self._decode_uri(path, kind)
         full = self._resolved(path, kind)
+        if is_remote(full):  # reading its header tells whether it exists
+            return ImageRef(full)
         try:
             regular_stat(full)
         except NotRegularError as error:
@@ -156,7 +175,7 @@ class MediaFolders:
         return ImageRef(full)
 
     def _resolved(self, path: str, kind: str) -> str:
-        """The path of an existing file or folder that a row's path means.
+        """The path of an existing file or folder that a row's path means, or the URL of an object.
 
         Raises:
             RowError: there is none, or it is in a place that is not allowed.
@@ -168,6 +187,11 @@ class MediaFolders:
             raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
         if len(path) > _MOST_PATH and (error := base64_error(written, kind)):
             raise error
+        if self._starts_remote and not (os.path.isabs(path) and self._folders):
+            try:
+                return self._in_storage(path, kind)
+            except RowError as error:
+                raise base64_error(written, kind) or error from None
         full = self._full(path, kind)
         if "\\" in path and not (self.contains(full) and os.path.exists(full)):
             full = self._full(path.replace("\\", "/"), kind)  # written on Windows
@@ -186,14 +210,49 @@ class MediaFolders:
             "fix the path or --media-dir (media_dir)",
         )
 
+    def _in_storage(self, path: str, kind: str) -> str:
+        """`_resolved` where a root is in object storage. Objects are looked for only if there are several
+        roots."""
+        places = [
+            object_in(root, path, kind)
+            if is_remote(root)
+            else os.path.normpath(os.path.join(root, path))
+            for root in self._roots
+        ]
+        if len(places) == 1:
+            return places[0]
+        try:
+            found = [place for place in places if self._is_there(place)]
+        except OSError as error:
+            what, advice = error_words(error)
+            raise RowError(f"{kind} {error.filename:.300} {what}", advice) from None
+        if len(found) > 1:
+            raise _ambiguous(path, found, kind)
+        if not found:
+            where = " or ".join(self._roots)
+            raise RowError(
+                f"{kind} {path:.200} does not exist in {where}",
+                "fix the path or --media-dir (media_dir)",
+            )
+        return found[0]
+
+    def _is_there(self, place: str) -> bool:
+        if is_remote(place):
+            return exists(place)
+        return self.contains(place) and os.path.exists(place)
+
     def real_path(self, path: str, kind: str) -> str:
-        """The path with links resolved as they are now.
+        """The path with links resolved as they are now; of an object, its URL.
 
         Raises:
             RowError: it is outside the folders.
         """
-        real = os.path.realpath(path)
-        if any(_is_inside(real, folder) for folder in self._folders):
+        if is_remote(path):
+            real, is_in = path, self.contains(path)
+        else:
+            real = os.path.realpath(path)
+            is_in = any(_is_inside(real, folder) for folder in self._folders)
+        if is_in:
             return real
         leads = "" if real == path else f" (a link to {real:.200})"
         raise RowError(
@@ -202,7 +261,9 @@ class MediaFolders:
         )
 
     def contains(self, path: str) -> bool:
-        """Whether a path, with links resolved, is inside the folders."""
+        """Whether a path, with links resolved, or a URL is inside the folders."""
+        if is_remote(path):
+            return any(path == root or is_inside(path, root) for root in self._remote)
         real = os.path.realpath(path)
         return any(_is_inside(real, folder) for folder in self._folders)
 
@@ -217,11 +278,7 @@ class MediaFolders:
             return places[0]
         found = [place for place in places if self.contains(place) and os.path.exists(place)]
         if len({os.path.realpath(place) for place in found}) > 1:
-            raise RowError(
-                f"{kind} {path:.200} is ambiguous: {found[0]:.200} and {found[1]:.200} exist",
-                "give each data set its own root, the 'media_dir' of its dataset_info.json entry, or pack them "
-                "separately with one --media-dir (media_dir) each",
-            )
+            raise _ambiguous(path, found, kind)
         return found[0] if found else places[0]
 
     def _decode_base64(self, text: Any, kind: str) -> ImageRef:
@@ -241,12 +298,7 @@ class MediaFolders:
                 f"{kind} {head:.60},... is a data URI; these are not allowed by default",
                 f"allow them with --allow-data-uri ({DATA_URIS!r} in media_dir)",
             )
-        if not head.endswith(";base64"):
-            raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
-        try:
-            return ImageRef("data URI", base64.b64decode(body, validate=True))
-        except (binascii.Error, ValueError):
-            raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
+        return ImageRef("data URI", decoded_uri(head, body, kind))
 
 
 def open_media(
@@ -255,17 +307,22 @@ def open_media(
     folders: MediaFolders | None = None,
     buffering: int = -1,
     member: TarMember | None = None,
+    version: str = "",
 ) -> BinaryIO:
-    """Open the file of an image or a video for reading; `kind` is the word for it in errors.
+    """Open the file or the object of an image or a video for reading; `kind` is the word for it in errors.
 
     Args:
-        folders: folders that must contain it, links resolved; None: any folder.
-        buffering: as in `open`.
+        folders: folders that must contain it, links resolved; None: any folder on this machine.
+        buffering: as in `open`; of an object, bytes that are read first.
         member: where it is in the file, if that is a tar file.
+        version: of an object, as in `ImageRef`.
 
     Raises:
-        RowError: it does not exist, is outside the folders, or is not a regular file; or the tar file has changed.
+        RowError: it does not exist, is outside the folders, or is not a regular file; or the tar file has
+            changed, or an object cannot be read, or is not of this version.
     """
+    if is_remote(path):
+        return _open_object(path, kind, folders, buffering, member, version)
     real = path if folders is None else folders.real_path(path, kind)
     try:
         # `real` contains no links, unless one was created since
@@ -282,6 +339,44 @@ def open_media(
         raise RowError(
             f"{kind} {path} cannot be opened: {error.strerror}", "fix the path or its permissions"
         ) from None
+
+
+def _open_object(
+    url: str,
+    kind: str,
+    folders: MediaFolders | None,
+    first: int,
+    member: TarMember | None,
+    version: str,
+) -> BinaryIO:
+    if folders is None:
+        raise RowError(
+            f"{kind} {url:.300} is in object storage, and no root there was named",
+            "name it with --media-dir (media_dir, media_folders)",
+        )
+    folders.real_path(url, kind)
+    if first < 1 and kind == "image" and version:  # its pixels are needed
+        first = min(size_of(version) if member is None else member.length, _MOST_AT_ONCE)
+    first = max(first, HEADER if kind == "image" else _OF_VIDEO)
+    try:
+        if member is not None:
+            return open_member(url, member, kind, buffering=first, version=version)
+        return open_object(url, version, first)
+    except RowError as error:
+        if member is not None:
+            raise
+        raise RowError(f"{kind} {error.error}", error.advice) from None
+    except OSError as error:
+        what, advice = error_words(error)
+        raise RowError(f"{kind} {url:.300} {what}", advice) from None
+
+
+def _ambiguous(path: str, found: Sequence[str], kind: str) -> RowError:
+    return RowError(
+        f"{kind} {path:.200} is ambiguous: {found[0]:.200} and {found[1]:.200} exist",
+        "give each data set its own root, the 'media_dir' of its dataset_info.json entry, or pack them "
+        "separately with one --media-dir (media_dir) each",
+    )
 
 
 def _not_a_file(error: NotRegularError, kind: str) -> RowError:

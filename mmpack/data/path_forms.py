@@ -1,5 +1,5 @@
-"""A path as a row writes it -> the path of a file: `file:` URLs, Unicode forms, folders of frames, and text that is
-not a path but base64."""
+"""A path as a row writes it -> the path of a file: `file:` URLs, Unicode forms, folders of frames, and text that
+is not a path but base64."""
 
 from __future__ import annotations
 
@@ -89,6 +89,20 @@ def decoded_base64(text: object, kind: str) -> bytes:
         return base64.b64decode(joined, validate=True)
     except (binascii.Error, ValueError):
         raise RowError(f"the base64 of the {kind} is broken", "encode it again") from None
+
+
+def decoded_uri(head: str, body: str, kind: str) -> bytes:
+    """The bytes of a data URI; `head` is what comes before its comma, `body` what follows.
+
+    Raises:
+        RowError: it is not base64.
+    """
+    if not head.endswith(";base64"):
+        raise RowError(f"{kind} {head:.60},... is not base64", "encode it as base64")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise RowError(f"{kind} {head:.60},... is broken base64", "encode it again") from None
 
 
 def other_unicode_form(path: str) -> str | None:

@@ -30,7 +30,7 @@ def matching(path: str) -> list[str]:
         ValueError: there are none, or braces stand for more than 100,000.
     """
     found: list[str] = []
-    for name in _without_braces(path):
+    for name in without_braces(path):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not matches:
             raise ValueError(f"no file matches {name}; fix the path")
@@ -38,7 +38,12 @@ def matching(path: str) -> list[str]:
     return found
 
 
-def _without_braces(path: str) -> Iterator[str]:
+def without_braces(path: str) -> Iterator[str]:
+    """The names that a path with braces stands for; of another path, itself.
+
+    Raises:
+        ValueError: they are more than 100,000.
+    """
     texts, groups, end = [], list[Sequence[str]](), 0
     for match in _BRACES.finditer(path):
         first, last, listed = match.groups()

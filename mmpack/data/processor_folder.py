@@ -65,8 +65,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
 
 def image_settings(folder: Path) -> SimpleNamespace:
-    """The settings of a folder's image processor, read as transformers' class reads them: importing the class takes
-    longer than importing torch.
+    """The settings of a folder's image processor, read as transformers' class reads them: importing the class
+    takes longer than importing torch.
 
     Raises:
         ValueError: there are none, or they are not a Qwen-VL image processor's.

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 from mmpack.data import images, videos
+from mmpack.data.chunks import chunks
 from mmpack.data.content_parts import MARKERS, MediaPart
 from mmpack.data.conversations import Turn, turns_of
 from mmpack.data.dataset_info import (
@@ -33,15 +34,16 @@ from mmpack.data.documents import document_columns, document_of, has_row_fields
 from mmpack.data.file_formats import Row, memory_rows, read_rows
 from mmpack.data.media_keys import entry_of, with_options
 from mmpack.data.media_paths import DATA_URIS, MediaFolders
+from mmpack.data.remote_roots import DataPath
 from mmpack.data.row_fields import Fields, detect_fields, mapped_fields
 from mmpack.data.row_keys import (
     ROW_KEYS,
     ROW_WEIGHT_KEYS,
     UnreadFields,
     is_absent,
+    log_unread,
     refuse_pictures,
     unread_keys,
-    unread_line,
 )
 from mmpack.data.row_media import (
     count_advice,
@@ -50,6 +52,7 @@ from mmpack.data.row_media import (
     media_values,
     prepend_markers,
 )
+from mmpack.data.row_outcomes import chunk_size, outcomes
 from mmpack.data.row_weights import row_weight
 from mmpack.data.tar_shards import SUFFIX, TarSample
 from mmpack.data.tool_calls import tools_of
@@ -75,7 +78,7 @@ class RowGroup(NamedTuple):
     rows: Iterable[Row]
     fields: Fields | None  # None: detected per row
     folders: MediaFolders
-    file: Path | None = None  # None: rows in memory
+    file: DataPath | None = None  # None: rows in memory
     limit: RowLimit | None = None  # of the rows that are planned
 
     @property
@@ -98,9 +101,10 @@ class Reader:
             detected per row: `conversations` with `from`/`value`, `messages` with `role`/`content`,
             `instruction`/`input`/`output`, `prompt`/`completion`, `query`/`response`, or `texts` of
             `user`/`assistant`.
-        media_dir: folders that images and videos may be in; a relative path must be in one of them only. Default:
-            the data file's folder, or the folder of the `dataset_info.json` with its entry (rows in memory: the
-            current folder). An entry's own `media_dir` comes before them. The value "data:" allows data URIs.
+        media_dir: folders, or URLs, that images and videos may be in; a relative path must be in one of them
+            only. Default: the data file's folder, or the folder of the `dataset_info.json` with its entry (rows
+            in memory: the current folder). An entry's own `media_dir` comes before them. The value "data:" allows
+            data URIs.
         on_error: for a row that cannot be used: "raise" an error; "skip" it with a warning, up to 5 % of all rows
             once there are 1,000 (`mmpack.Skip(max_bad=...)` for another share); a list: leave the row out and
             append it to the list, without a limit. Reading and encoding share a `Skip`.
@@ -136,9 +140,9 @@ class Reader:
         """Read samples from data files or rows in memory.
 
         Args:
-            data: a file (.json, .jsonl, .csv, .parquet, .arrow, .tar; the first three also with .gz or .zst), a
-                folder of files of one type, a name with `*` or `{00..99}`, a list of these, or an iterable of rows
-                (dicts), such as a `datasets.Dataset`.
+            data: a file (.json, .jsonl, .csv, .parquet, .arrow, .tar; the first three also with .gz or .zst), its
+                URL (`s3://`, `https://`, ...), a folder of files of one type, a name with `*` or `{00..99}`, a
+                list of these, or an iterable of rows (dicts), such as a `datasets.Dataset`.
 
         Yields:
             One `Sample` per usable row, in order. Rows are numbered from 0 in each file. A document is one message
@@ -185,16 +189,15 @@ class Reader:
         of_shards = set[str]()  # fields of tar files, of which there can be thousands
         for group in groups:
             reader = RowReader(self, group)
-            for row in group.rows:
-                if isinstance(on_error, Skip):
-                    on_error.saw("reading")
-                try:
-                    samples = reader.samples(row)
-                except RowError as error:
-                    bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
-                    refuse(bad, on_error)
-                    continue
-                yield from samples
+            for chunk in chunks(group.rows, chunk_size(reader)):
+                for row, found in outcomes(reader, chunk):
+                    if isinstance(on_error, Skip):
+                        on_error.saw("reading")
+                    if isinstance(found, RowError):
+                        bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
+                        refuse(bad, on_error)
+                    else:
+                        yield from found
             is_shard = told is None and group.name.endswith(SUFFIX)
             log_unread(group.name, reader.unread, of_shards if is_shard else told)
 
@@ -210,22 +213,13 @@ def _told_limits(groups: Iterable[RowGroup]) -> Iterator[RowGroup]:
         yield group
 
 
-def log_unread(source: str, unread: dict[str, int], told: set[str] | None = None) -> None:
-    """Name fields that are not read in the log, except those in `told`, to which they are added."""
-    if told is not None and unread.keys() <= told:
-        return
-    new = {field: rows for field, rows in unread.items() if field not in (told or ())}
-    if new:
-        _log.warning("%s", unread_line(source, new))
-    if told is not None:
-        told.update(new)
-
-
 class RowReader:
     """Turns the rows of one file into samples; holds their fields, media folders and options.
 
     Attributes:
+        folders: that images and videos may be in.
         unread: number of rows with each field that is not read, so far.
+        waits: whether images may be in object storage; `samples` then may run in several threads.
     """
 
     def __init__(self, reader: Reader, group: RowGroup) -> None:
@@ -233,7 +227,8 @@ class RowReader:
         self._unnamed = set[str]()  # columns a row may have that its mapping does not name
         if group.fields is not None and reader.stage == "sft":
             self._unnamed.update(group.fields.unnamed)
-        self._folders = group.folders
+        self.folders = group.folders
+        self.waits = group.folders.are_remote
         self._prepends = reader.missing_marker == "prepend"
         self._decode = reader.verify == "decode"
         self._are_documents = reader.stage == "pretrain"
@@ -276,7 +271,7 @@ class RowReader:
         keys = unread_keys(content, read | ROW_WEIGHT_KEYS, ROW_KEYS, "the row")
         if keys:
             self.unread.count(str(key)[:60] for key in keys)
-        for column in {name for name in self._unnamed if content.get(columns[name])}:
+        for column in [name for name in tuple(self._unnamed) if content.get(columns[name])]:
             self._unnamed.discard(column)
             _log.warning(
                 "the mapping of %s does not name the column %r, which row %d has; it is read",
@@ -372,9 +367,10 @@ class RowReader:
 
     def _locate(self, value: Any, kind: str) -> Media:
         if kind == "video":
-            return videos.probe(self._folders.locate_video(value), decode=self._decode)
-        image = self._folders.locate(value)
-        return replace(image, size=images.probe(image, decode=self._decode))
+            video = self.folders.locate_video(value)
+            return videos.probe(video, decode=self._decode, folders=self.folders)
+        image = self.folders.locate(value)
+        return images.probed(image, decode=self._decode, folders=self.folders)
 
 
 def limits_of(groups: Iterable[RowGroup]) -> dict[str, tuple[int, int]]:

@@ -1,8 +1,8 @@
 """A chat template's rendering of a conversation with stand-ins, split at special tokens.
 
 Stand-ins for the row's texts, and marks around strings of its tools and tool calls, show which characters of the
-rendering the template wrote. They are noncharacters of Unicode: no template tests for them, and a tool or tool call
-that has one is refused.
+rendering the template wrote. They are noncharacters of Unicode: no template tests for them, and a tool or tool
+call that has one is refused.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def _marked(value: Any, number: int) -> Any:
 
 
 def kind_of(part: str | Media) -> str:
-    """ "image", "video", "text", "thought", or "" for an empty text, which has no stand-in because templates test for
-    it."""
+    """ "image", "video", "text", "thought", or "" for an empty text, which has no stand-in because templates test
+    for it."""
     if isinstance(part, Thought):
         return "thought"
     if isinstance(part, str):

@@ -1,8 +1,8 @@
 """A picture resized as Pillow resizes it, bit for bit, straight into patches, by `csrc/resize.h`.
 
 Pillow's result depends on the order of its two passes, because the bytes between them are rounded; the order has
-changed between versions. So the installed Pillow is asked once per process, with a few tiny pictures. Where none of the
-known orders gives its pixels, Pillow itself resizes, after a warning.
+changed between versions. So the installed Pillow is asked once per process, with a few tiny pictures. Where none
+of the known orders gives its pixels, Pillow itself resizes, after a warning.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _never(size: Size, out_size: Size) -> bool:
 
 
 def _shrinks_more_in_height(size: Size, out_size: Size) -> bool:
-    """The vertical pass comes first where the height loses more than twice the rows that the width loses columns."""
+    """The vertical pass comes first where the height loses more than twice the rows that the width loses
+    columns."""
     rows, columns = size[0] - out_size[0], size[1] - out_size[1]
     return rows > 0 and rows > 2 * columns
 
@@ -108,8 +109,8 @@ def installed_order() -> VerticalFirst | None:
         if all(_equals_pillow(size, mode, rule) for size in _ASKED for mode in ("RGB", "L")):
             return rule
     warnings.warn(
-        f"mmpack's resize does not equal that of Pillow {__version__}; Pillow resizes the images, which is slower; "
-        "install a Pillow release from 10 to 13",
+        f"mmpack's resize does not equal that of Pillow {__version__}; Pillow resizes the images, which is "
+        "slower; install a Pillow release from 10 to 13",
         stacklevel=2,
     )
     return None

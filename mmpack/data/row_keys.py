@@ -13,7 +13,9 @@ Keys of image and video parts are in `mmpack.data.media_keys`; it also refuses t
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,11 +26,13 @@ from mmpack.data.row_values import text_of
 from mmpack.errors import RowError, counted
 from mmpack.media_options import VIDEO_KEYS
 
+_log = logging.getLogger("mmpack")
 # Of a turn: ms-swift's, OpenAI's, LLaMA-Factory v1's
 LOSS_KEYS = frozenset(("loss", "weight", "loss_weight"))
 ROW_WEIGHT_KEYS = frozenset(("weight", "loss_weight", "sample_weight"))
 THOUGHT_KEYS = frozenset(("reasoning_content", "thinking"))  # of an assistant's turn
 GROUNDING = "docs/grounding.md"
+_counting = threading.Lock()  # several threads read rows of one file (`mmpack.data.row_outcomes`)
 _MOST_KEYS = 1000  # different unread keys that are counted per file
 _LONGEST_KEY = 60  # characters of a key that are shown
 _LONGEST_PATH = 1000  # characters of a text that can be a path
@@ -286,7 +290,8 @@ def refuse_pictures(holder: Mapping[Any, Any], keys: Iterable[Any], where: str) 
         if looks_like_media(holder[key]):
             raise RowError(
                 f"{where} has what looks like images or videos in {str(key)[:40]!r}, which is not read",
-                "rename it to 'images' or 'videos', or map it in a dataset_info.json, and add markers; or remove it",
+                "rename it to 'images' or 'videos', or map it in a dataset_info.json, and add markers; or remove "
+                "it",
             )
 
 
@@ -324,9 +329,10 @@ class UnreadFields(dict[str, int]):
     """Field that is not read -> number of rows with it."""
 
     def count(self, fields: Iterable[str], rows: int = 1) -> None:
-        for field in fields:
-            if field in self or len(self) < _MOST_KEYS:
-                self[field] = self.get(field, 0) + rows
+        with _counting:
+            for field in fields:
+                if field in self or len(self) < _MOST_KEYS:
+                    self[field] = self.get(field, 0) + rows
 
 
 class UnreadByFile(dict[str, UnreadFields]):
@@ -335,6 +341,17 @@ class UnreadByFile(dict[str, UnreadFields]):
     def add(self, source: str, fields: Mapping[str, int]) -> None:
         for field, rows in fields.items():
             self.setdefault(without_number(source), UnreadFields()).count([field], rows)
+
+
+def log_unread(source: str, unread: dict[str, int], told: set[str] | None = None) -> None:
+    """Name fields that are not read in the log, except those in `told`, to which they are added."""
+    if told is not None and unread.keys() <= told:
+        return
+    new = {field: rows for field, rows in unread.items() if field not in (told or ())}
+    if new:
+        _log.warning("%s", unread_line(source, new))
+    if told is not None:
+        told.update(new)
 
 
 def unread_line(source: str, fields: Mapping[str, int]) -> str:

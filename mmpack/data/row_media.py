@@ -47,7 +47,8 @@ def count_advice(turns: Sequence[Turn], kind: str, markers: int, num_values: int
     spellings = (f"<{short}", f"<{kind}", f"[{kind}]", f"<|{kind}")
     if markers < num_values and MARKERS[kind] in text:  # in a string it would be a marker
         return (
-            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind(kind)} is a part of its own: "
+            f"{MARKERS[kind]} inside a text part is literal text; in content parts, {a_kind(kind)} is a part of "
+            f"its own: "
             f'{{"type": "{kind}"}}'
         )
     if markers == 0 and any(near in text.lower() for near in spellings):

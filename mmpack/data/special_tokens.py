@@ -1,10 +1,10 @@
 """Special tokens in a row's text: which become their ids, and which stay text.
 
-Control tokens are those that give a conversation its structure: the tokenizer's bos, eos and pad tokens, the vision
-tokens of the spec, Qwen's turn tokens, and every special token that the chat template writes. Typed in a row, they
-stay text, so a row cannot open a turn or claim an image. All other special tokens of the tokenizer (Qwen's
-`<|box_start|>`, tokens that a user added) become their ids, as in transformers; with `typed_tokens="text"`, they
-stay text, too.
+Control tokens are those that give a conversation its structure: the tokenizer's bos, eos and pad tokens, the
+vision tokens of the spec, Qwen's turn tokens, and every special token that the chat template writes. Typed in a
+row, they stay text, so a row cannot open a turn or claim an image. All other special tokens of the tokenizer
+(Qwen's `<|box_start|>`, tokens that a user added) become their ids, as in transformers; with
+`typed_tokens="text"`, they stay text, too.
 """
 
 from __future__ import annotations

@@ -39,11 +39,15 @@ class Archive(Protocol):
 
     @property
     def path(self) -> str:
-        """Its path, for errors."""
+        """Its path or URL."""
 
     @property
     def size(self) -> int:
         """Its bytes."""
+
+    @property
+    def version(self) -> str:
+        """As in `ImageRef`."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         """The bytes from `offset` on, fewer at the end of the file."""

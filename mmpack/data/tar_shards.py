@@ -1,11 +1,11 @@
 """Tar shards in WebDataset's convention -> rows, whose images and videos stay where they are.
 
 A member's key is its name up to the first dot after the last slash; the rest, in lower case, is its extension.
-Members of one key that follow one another are a sample: `key.json` is its row, `key.txt` its text, pictures and videos
-are its images and videos (`0001.jpg`, or `0001.0.jpg` and `0001.1.jpg`).
+Members of one key that follow one another are a sample: `key.json` is its row, `key.txt` its text, pictures and
+videos are its images and videos (`0001.jpg`, or `0001.0.jpg` and `0001.1.jpg`).
 
-A member that is no regular file, a name that leads out of the archive, and a key or an extension that comes twice make
-a sample a bad row. A damaged archive ends its rows (`mmpack.data.tar_headers`).
+A member that is no regular file, a name that leads out of the archive, and a key or an extension that comes twice
+make a sample a bad row. A damaged archive ends its rows (`mmpack.data.tar_headers`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmpack.data.archives import OpenArchive, open_archive
+from mmpack.data.archives import open_archive
 from mmpack.data.limits import MAX_ROW
 from mmpack.data.path_forms import PICTURE_SUFFIXES, VIDEO_SUFFIXES, natural
-from mmpack.data.tar_headers import Entry, entries
+from mmpack.data.remote_roots import DataPath, RemotePath
+from mmpack.data.tar_headers import Archive, Entry, entries
 from mmpack.errors import RowError, names
 from mmpack.media_refs import ImageRef, TarMember
 from mmpack.types import Message
@@ -118,8 +118,8 @@ class TarSample:
         return value
 
     def _of_kind(self, kind: str) -> list[ImageRef]:
-        """Its images or videos in order: that of their numbers, if only the numbers of their extensions differ, else
-        that of the archive."""
+        """Its images or videos in order: that of their numbers, if only the numbers of their extensions differ,
+        else that of the archive."""
         found = [(extension, ref) for extension, ref in self.media if _kind(extension) == kind]
         if len({re.sub(r"[0-9]+", "", extension) for extension, _ in found}) == 1:
             found.sort(key=lambda one: natural(one[0]))
@@ -176,7 +176,7 @@ class _Found:
         self.error = self.error or RowError(error, advice)
 
 
-def tar_rows(path: Path, parse: Callable[[str], Any]) -> Iterator[TarRow]:
+def tar_rows(path: DataPath, parse: Callable[[str], Any]) -> Iterator[TarRow]:
     """The samples of a tar file, in order; one of them is in memory at a time, and 8 to 20 bytes per key.
 
     Args:
@@ -186,8 +186,7 @@ def tar_rows(path: Path, parse: Callable[[str], Any]) -> Iterator[TarRow]:
         TornArchiveError: it is cut off or damaged.
         OSError: it cannot be read.
     """
-    real = os.path.realpath(path)
-    archive = open_archive(real)
+    archive = open_archive(path.url if isinstance(path, RemotePath) else os.path.realpath(path))
     seen = _Keys()
     found: _Found | None = None
     keyless = 0
@@ -213,8 +212,8 @@ def tar_rows(path: Path, parse: Callable[[str], Any]) -> Iterator[TarRow]:
 
 
 def rows_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of what rows are made of: names and positions of all members, and the bytes of `.json` and `.txt`. The
-    bytes of images and videos are not read.
+    """SHA-256 of what rows are made of: names and positions of all members, and the bytes of `.json` and `.txt`.
+    The bytes of images and videos are not read.
 
     Raises:
         ValueError: it is damaged, or not a regular file.
@@ -229,7 +228,7 @@ def rows_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _row(archive: OpenArchive, found: _Found, keyless: int, parse: Callable[[str], Any]) -> TarRow:
+def _row(archive: Archive, found: _Found, keyless: int, parse: Callable[[str], Any]) -> TarRow:
     try:
         if found.error is not None:
             raise found.error
@@ -237,7 +236,8 @@ def _row(archive: OpenArchive, found: _Found, keyless: int, parse: Callable[[str
         for extension, entry in found.members.items():
             if _kind(extension):
                 place = (entry.name, entry.offset, entry.length, entry.header, archive.size)
-                media.append((extension, ImageRef(archive.path, member=TarMember(*place))))
+                ref = ImageRef(archive.path, member=TarMember(*place), version=archive.version)
+                media.append((extension, ref))
             elif extension not in ("json", "txt"):
                 unread.append(f"*.{extension}")
         text = _text(archive, found.members.get("txt"))
@@ -264,7 +264,7 @@ def _row(archive: OpenArchive, found: _Found, keyless: int, parse: Callable[[str
         return TarRow({"__key__": found.key[:1000]}, bad, None)
 
 
-def _text(archive: OpenArchive, entry: Entry | None) -> str | None:
+def _text(archive: Archive, entry: Entry | None) -> str | None:
     if entry is None:
         return None
     if entry.length > MAX_ROW:

@@ -42,7 +42,8 @@ def check_arguments(arguments: Mapping[str, Any], tokenizer: Any, stage: str) ->
             or name in inspect.signature(tokenizer.apply_chat_template).parameters
         ):
             raise ValueError(
-                f"the chat template has no argument {name!r} to set; leave it out of --template-arg (template_args)"
+                f"the chat template has no argument {name!r} to set; leave it out of --template-arg "
+                f"(template_args)"
             )
 
 

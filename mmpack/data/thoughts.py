@@ -1,7 +1,7 @@
 """An assistant's thoughts, and texts in the form in which a chat template writes them.
 
-A thought comes from a field of its turn, or from `<think>...</think>` at the start of the turn's text. The template
-gets it as `reasoning_content`, as transformers passes it.
+A thought comes from a field of its turn, or from `<think>...</think>` at the start of the turn's text. The
+template gets it as `reasoning_content`, as transformers passes it.
 """
 
 from __future__ import annotations

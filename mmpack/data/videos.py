@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from mmpack.data import images
 from mmpack.data.media_paths import MediaFolders, open_media
+from mmpack.data.remote_objects import identity_of
+from mmpack.data.remote_roots import is_remote
 from mmpack.errors import RowError
 from mmpack.types import ImageRef, Int64, Media, VideoRef
 from mmpack.video_spec import is_rate
@@ -30,20 +32,26 @@ _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
 
 
-def probe(video: VideoRef, *, decode: bool = False) -> VideoRef:
+def probe(
+    video: VideoRef, *, decode: bool = False, folders: MediaFolders | None = None
+) -> VideoRef:
     """The video with `num_frames`, `fps` and `size` from its header, or from the headers of all its frames if it
-    is a list of them.
+    is a list of them; objects in object storage with their version.
 
     Args:
         decode: decode every frame; only this finds damage.
+        folders: those that a row's video is in; of objects they must contain them.
 
     Raises:
         RowError: the video cannot be read, has no frames or no rate, frames differ in size or exceed Pillow's
             pixel limit, or PyAV is missing; with `decode`, also fewer frames than the header says.
     """
     if video.frames:
-        return _probe_list(video, decode)
-    with _open(video) as (container, stream):
+        return _probe_list(video, decode, folders)
+    if video.data is None and is_remote(video.path) and not video.version:
+        with open_media(video.path, "video", folders) as file:
+            video = replace(video, version=str(identity_of(file)))
+    with _open(video, folders if video.version else None) as (container, stream):
         height, width, fps = stream.height, stream.width, float(stream.average_rate or 0)
         if height * width > images.most_pixels():  # before a frame is decoded
             raise RowError(
@@ -186,7 +194,9 @@ def _open(video: VideoRef, folders: MediaFolders | None = None) -> Iterator[tupl
             f"video {video.name} needs PyAV to be read", "pip install 'mmpack[video]'"
         ) from None
     in_memory = None if video.data is None else io.BytesIO(video.data)
-    with in_memory or open_media(video.path, "video", folders, member=video.member) as file:
+    with in_memory or open_media(
+        video.path, "video", folders, member=video.member, version=video.version
+    ) as file:
         try:
             container = av.open(file, options=_OPTIONS)
         except Exception as error:  # FFmpeg's errors are not all OSError or ValueError
@@ -234,10 +244,15 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)[:100]
 
 
-def _probe_list(video: VideoRef, decode: bool) -> VideoRef:
+def _probe_list(video: VideoRef, decode: bool, folders: MediaFolders | None) -> VideoRef:
     sizes: dict[tuple[int, int], str] = {}
+    frames = []
     for frame in video.frames:
-        sizes.setdefault(images.probe(frame, decode=decode), frame.name)
+        found = images.probed(frame, decode=decode, folders=folders)
+        assert found.size is not None
+        sizes.setdefault(found.size, frame.name)
+        frames.append(replace(frame, version=found.version))
+    video = replace(video, frames=tuple(frames))
     if len(sizes) > 1:
         (height, width), (other_height, other_width) = list(sizes)[:2]
         raise RowError(

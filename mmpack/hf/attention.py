@@ -56,8 +56,8 @@ def text_attention(
     if "watch" in mmpack:
         if mmpack.get("context") is not None:
             raise ValueError(
-                "attention_every cannot record attention under context parallelism, where a rank has some of the heads; "
-                "leave attention_every out"
+                "attention_every cannot record attention under context parallelism, where a rank has some of the "
+                "heads; leave attention_every out"
             )
         mmpack["watch"](module.layer_idx, query[0], key[0], kwargs["scaling"], mmpack)
     dtype = compute_dtype(value)

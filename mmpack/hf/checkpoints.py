@@ -5,8 +5,9 @@ loads weights by name with `strict=False`; Qwen2-VL and Qwen2.5-VL save theirs u
 release, so nothing is restored and only a warning is logged (transformers issue 43701).
 
 The next packs follow from the step alone: under `PackingCallback`, step s of epoch e trains on packs s * n to
-(s + 1) * n of `plan_epoch(plan, e)`, where n = ranks x packs per batch x accumulated batches; ranks that share packs
-(`ContextGroup`) count once. Only the product n matters. Trainer skips by index, so skipped packs are never assembled.
+(s + 1) * n of `plan_epoch(plan, e)`, where n = ranks x packs per batch x accumulated batches; ranks that share
+packs (`ContextGroup`) count once. Only the product n matters. Trainer skips by index, so skipped packs are never
+assembled.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class PackKeeper:
 
     def prepare(self, args: TrainingArguments, group: ContextGroup) -> EvenPacks:
         """Make Trainer keep the plan's order, which is random, differs in every epoch and does not depend on the
-        number of ranks. Trainer's own order depends on ranks and torch's seed. Ranks of a group get the same packs.
+        number of ranks. Trainer's own order depends on ranks and torch's seed. Ranks of a group get the same
+        packs.
 
         Returns:
             The data to train on, with equally many packs on every rank.
@@ -155,14 +157,14 @@ class PackKeeper:
         changed = describe_changes(then["made of"], self._record["made of"])
         if changed:
             raise ValueError(
-                f"the checkpoint was trained on other packs or another loss: {changed}; to train on these, start from "
-                "its weights (mmpack train --model, from_pretrained) instead of resuming"
+                f"the checkpoint was trained on other packs or another loss: {changed}; to train on these, start "
+                "from its weights (mmpack train --model, from_pretrained) instead of resuming"
             )
         steps = [_packs_of_a_step(record) for record in (then, self._record)]
         if steps[0] != steps[1]:
             raise ValueError(
-                f"a step had {counted(steps[0], 'pack')} in the checkpoint ({_product(then)}) and has {steps[1]} now "
-                f"({_product(self._record)}), so packs would be skipped or repeated; set "
+                f"a step had {counted(steps[0], 'pack')} in the checkpoint ({_product(then)}) and has {steps[1]} "
+                f"now ({_product(self._record)}), so packs would be skipped or repeated; set "
                 f"gradient_accumulation_steps so that the product is {steps[0]}"
             )
         if args.ignore_data_skip and state.global_step % -(-then["made of"]["packs"] // steps[0]):

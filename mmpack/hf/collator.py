@@ -81,24 +81,28 @@ class PackCollator:
     `pixel_values_videos` (P, C * t * p * p), a quarter. The patched model's patch embedding normalizes them.
 
     With a patched `model`, the pixels of an image or a video that several markers show are there once
-    (`mmpack.packing.shared_images`), and `image_grid_thw` has a row per marker all the same; P counts what is there.
+    (`mmpack.packing.shared_images`), and `image_grid_thw` has a row per marker all the same; P counts what is
+    there.
 
     Qwen2.5-VL's, Qwen3-VL's and Qwen3.5's towers need extra indices that depend on the model (attention windows,
     rows of a position table). The worker computes them, given `model`. A Qwen3.5's batch also has `cu_seq_lens_q
     (S + 1,)` and `seq_idx (1, T)`, on which transformers raises if the model is not patched and
-    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without `model`,
-    so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read them.
+    flash-linear-attention and causal-conv1d are not both installed (before 5.24 it may ignore them). Without
+    `model`, so has every batch that may be one: of data whose videos have timestamps. A Qwen3-VL does not read
+    them.
 
-    With a model that is patched for a place among ranks that share packs (`patch_model(context=...)`), a batch is this
-    rank's part of the pack: its tokens, their labels and supervised rows, and the pixels of its frames, which alone are
-    decoded; `image_grid_thw` and `video_grid_thw` have a row (1, h, w) per frame. `mmpack["context"]` says what goes where.
+    With a model that is patched for a place among ranks that share packs (`patch_model(context=...)`), a batch is
+    this rank's part of the pack: its tokens, their labels and supervised rows, and the pixels of its frames, which
+    alone are decoded; `image_grid_thw` and `video_grid_thw` have a row (1, h, w) per frame. `mmpack["context"]`
+    says what goes where.
 
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,
             whatever `on_error` says, because a batch must have all rows requested. Images of raw rows are in the
-            encoder's `media_dir`, by default the current folder: `Encoder.from_processor(processor, media_dir=...)`.
-        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels and images that are not
-            shared. It is inspected, not kept.
+            encoder's `media_dir`, by default the current folder:
+            `Encoder.from_processor(processor, media_dir=...)`.
+        model: the model that the batches are for; optional for Qwen2-VL with float32 pixels and images that are
+            not shared. It is inspected, not kept.
         pixels: "float32" or "uint8"; "uint8" needs a patched `model`.
         full_logits: leave out `logits_to_keep` and `shift_labels`, so that the model returns the logits of every
             token: for `compute_metrics` and `compute_loss_func`. Costs the memory of (1, T, V) logits.
@@ -114,8 +118,8 @@ class PackCollator:
 
     Raises:
         ValueError: uint8 pixels, assembly on the device, a reduction or weights without a patched model, an
-            unsupported model, an unpatched Qwen3.5, `pad_to` below 1, or `full_logits` or assembly on the device for ranks
-            that share packs. In a call: items that cannot form a batch; names the item.
+            unsupported model, an unpatched Qwen3.5, `pad_to` below 1, or `full_logits` or assembly on the device
+            for ranks that share packs. In a call: items that cannot form a batch; names the item.
     """
 
     def __init__(
@@ -150,8 +154,8 @@ class PackCollator:
         base = None if model is None else inner_model(model)
         if base is not None and family_of(base).has_linear_attention and not is_patched(base):
             raise ValueError(
-                f"{type(model).__name__} is not patched, and its Gated DeltaNet layers would mix the segments of a "
-                "pack; pass PackCollator(model=patch_model(model))"
+                f"{type(model).__name__} is not patched, and its Gated DeltaNet layers would mix the segments of "
+                "a pack; pass PackCollator(model=patch_model(model))"
             )
         if pad_to is not None and pad_to < 1:
             raise ValueError(f"pad_to must be positive, got {pad_to}")
@@ -166,8 +170,8 @@ class PackCollator:
         ):
             if self.context is not None and is_set:
                 raise ValueError(
-                    f"{option} does not work under context parallelism ({self.context}), because {why}; leave it out, or "
-                    "patch the model without context"
+                    f"{option} does not work under context parallelism ({self.context}), because {why}; leave it "
+                    "out, or patch the model without context"
                 )
         self.pixels = pixels
         self.full_logits = full_logits
@@ -272,8 +276,8 @@ class PackCollator:
         values = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
         if values and self.pixels == "uint8":
             raise ValueError(
-                "processor outputs have float pixel_values, not the bytes of pixels='uint8'; leave it out, or pass "
-                "items of a PackedDataset, EncodedSamples or raw rows"
+                "processor outputs have float pixel_values, not the bytes of pixels='uint8'; leave it out, or "
+                "pass items of a PackedDataset, EncodedSamples or raw rows"
             )
         return values
 
@@ -321,7 +325,8 @@ def _from_processor(feature: Mapping[str, Any], number: int, vision: VisionSpec)
         patches = int(grid_thw.astype(np.int64).prod(axis=-1).sum())
         if len(grid_thw) and len(feature[pixels]) != patches:
             raise ValueError(
-                f"feature {number}: number of patches is {len(feature[pixels])} in {pixels}, but {patches} in {name}"
+                f"feature {number}: number of patches is {len(feature[pixels])} in {pixels}, but {patches} in "
+                f"{name}"
             )
         if kind == "video" and len(grid_thw) and vision.video_spec.has_timestamps:
             grid_thw = np.insert(grid_thw[:, 1:].repeat(grid_thw[:, 0], axis=0), 0, 1, axis=1)

@@ -106,7 +106,7 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
     "torch: all_to_all_single_autograd":
         "ranks that share a pack could not exchange tokens, or would get no gradients from each other",
     "torch: _device_types, _get_backend, options._timeout":
-        "ranks that share a pack would wait for each other as long as torch's default says, not as ddp_timeout does",
+        "ranks that share a pack would wait for each other as long as torch's default, not ddp_timeout",
     "torch: _is_replica":
         "nn.DataParallel would split packs instead of being refused",
     # Loading
@@ -171,8 +171,8 @@ def linear_keywords(pack: MmpackDict) -> dict[str, Any]:
 
 
 def has_linear_kernels(both: bool = True) -> bool:
-    """Whether flash-linear-attention and causal-conv1d are installed, by which a Gated DeltaNet then runs on a GPU;
-    with `both=False`, whether one of them is."""
+    """Whether flash-linear-attention and causal-conv1d are installed, by which a Gated DeltaNet then runs on a
+    GPU; with `both=False`, whether one of them is."""
     installed = is_flash_linear_attention_available(), is_causal_conv1d_available()
     return all(installed) if both else any(installed)
 

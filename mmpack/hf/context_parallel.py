@@ -1,8 +1,10 @@
-"""Context parallelism: what the ranks that share a pack exchange (`mmpack.packing.context_part` says what each has).
+"""Context parallelism: what the ranks that share a pack exchange (`mmpack.packing.context_part` says what each
+has).
 
-Until attention a token needs no other, so each rank embeds its own tokens. The tower runs on a rank's own images, and
-its features go to the ranks whose tokens show them. Around attention, ranks exchange tokens for heads and back
-(DeepSpeed-Ulysses, arXiv 2309.14509): each attends over the whole pack, within its segments, with some of the heads.
+Until attention a token needs no other, so each rank embeds its own tokens. The tower runs on a rank's own images,
+and its features go to the ranks whose tokens show them. Around attention, ranks exchange tokens for heads and back
+(DeepSpeed-Ulysses, arXiv 2309.14509): each attends over the whole pack, within its segments, with some of the
+heads.
 
 Every rank takes part in every exchange, in one order, forward and backward, also with nothing to give.
 """
@@ -44,34 +46,35 @@ def check_heads(config: Any, size: int) -> None:
             continue
         if many % size:
             raise ValueError(
-                f"{many} heads ({heads}) do not divide among the {size} ranks of a context group; choose a size that "
-                f"divides {many}"
+                f"{many} heads ({heads}) do not divide among the {size} ranks of a context group; choose a size "
+                f"that divides {many}"
             )
         if few % size and size % few:
             raise ValueError(
-                f"{few} heads ({key_heads}) and the {size} ranks of a context group do not divide each other; choose a "
-                f"size that divides {few}, or a multiple of it that divides {many}"
+                f"{few} heads ({key_heads}) and the {size} ranks of a context group do not divide each other; "
+                f"choose a size that divides {few}, or a multiple of it that divides {many}"
             )
 
 
 def process_group(context: ContextGroup) -> Any:
-    """The process group of this rank's context group: made at the first call, which all ranks of the world must make,
-    with the world's timeout, and kept.
+    """The process group of this rank's context group: made at the first call, which all ranks of the world must
+    make, with the world's timeout, and kept.
 
     Raises:
         ValueError: there are no ranks, or this rank has another place in its group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
-            f"context parallelism needs ranks, and torch.distributed is not initialized; start {context.size} or a "
-            f"multiple of processes: torchrun --nproc_per_node {context.size}, or accelerate launch"
+            f"context parallelism needs ranks, and torch.distributed is not initialized; start {context.size} or "
+            f"a multiple of processes: torchrun --nproc_per_node {context.size}, or accelerate launch"
         )
     world, rank = dist.get_world_size(), dist.get_rank()
     place = ContextGroup.of(rank, world, context.size)
     if place != context:
         raise ValueError(
-            f"global rank {rank} is at place {place.rank} of its context group of {place.size} ranks, but the model was "
-            f"patched for place {context.rank}; pass patch_model(context=ContextGroup.of(rank, world, size))"
+            f"global rank {rank} is at place {place.rank} of its context group of {place.size} ranks, but the "
+            f"model was patched for place {context.rank}; pass patch_model(context=ContextGroup.of(rank, world, "
+            f"size))"
         )
     if context.size == world:
         return dist.group.WORLD
@@ -83,8 +86,8 @@ def process_group(context: ContextGroup) -> Any:
 
 
 def check_part(context: ContextGroup | None, batch: Mapping[str, Any]) -> None:
-    """Refuse the batch of a collator that was made for another `context` than the model's, and what needs more than a
-    part.
+    """Refuse the batch of a collator that was made for another `context` than the model's, and what needs more
+    than a part.
 
     Raises:
         ValueError: it was, and names both; or a router's auxiliary loss is asked for.
@@ -93,8 +96,8 @@ def check_part(context: ContextGroup | None, batch: Mapping[str, Any]) -> None:
     over = pack.get("context")
     if over is not None and batch.get("output_router_logits"):
         raise ValueError(
-            "output_router_logits asks for the router's auxiliary loss, which is no sum over the tokens that ranks share "
-            "under context parallelism; leave it out"
+            "output_router_logits asks for the router's auxiliary loss, which is no sum over the tokens that "
+            "ranks share under context parallelism; leave it out"
         )
     made_for = None if over is None else ContextGroup(over["rank"], over["size"])
     if made_for != context and ("context" not in pack or over is not None):  # not the self-test's
@@ -116,7 +119,8 @@ def check_same_pack(over: ContextDict) -> None:
     if len(set(found)) > 1:
         raise ValueError(
             f"the {len(found)} ranks of a context group have parts of different packs (checksums "
-            f"{', '.join(f'{one:08x}' for one in found)}); give all ranks of a group the same packs in the same order"
+            f"{', '.join(f'{one:08x}' for one in found)}); give all ranks of a group the same packs in the same "
+            f"order"
         )
 
 
@@ -132,8 +136,8 @@ def to_heads(parts: Sequence[torch.Tensor], over: ContextDict) -> list[torch.Ten
     """This rank's tokens with all heads -> all tokens with this rank's heads, in one exchange.
 
     Args:
-        parts: tensors (n, H, K) of n own tokens, each with H and K of its own. If there are fewer heads than ranks, ranks
-            share them: each gets a copy.
+        parts: tensors (n, H, K) of n own tokens, each with H and K of its own. If there are fewer heads than
+            ranks, ranks share them: each gets a copy.
 
     Returns:
         A tensor (T, max(H / size, 1), K) for each.

@@ -1,9 +1,9 @@
 """Context parallelism under a stock Trainer: the ranks of a group train and evaluate on the same packs.
 
-The group is that of the patched model (`patch_model(context=...)`). accelerate deals batches to ranks in turn, so a
-data set that repeats every batch for the ranks of a group (`EvenPacks`) needs nothing else of Trainer; a `PackStream`
-is sharded over groups. The supervised tokens of a pack are divided among its ranks, so counts of them add up over all
-ranks, as without groups, and so do losses and gradients.
+The group is that of the patched model (`patch_model(context=...)`). accelerate deals batches to ranks in turn, so
+a data set that repeats every batch for the ranks of a group (`EvenPacks`) needs nothing else of Trainer; a
+`PackStream` is sharded over groups. The supervised tokens of a pack are divided among its ranks, so counts of them
+add up over all ranks, as without groups, and so do losses and gradients.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def check_known(model: nn.Module, group: ContextGroup) -> None:
     found = group_of(model)
     if found != group:
         raise ValueError(
-            f"the model shares packs over {found.size} ranks (patch_model(context=...)), of which PackingCallback did "
-            "not know; patch the model first, then PackingCallback(dataset).attach(trainer)"
+            f"the model shares packs over {found.size} ranks (patch_model(context=...)), of which PackingCallback "
+            "did not know; patch the model first, then PackingCallback(dataset).attach(trainer)"
         )
 
 
@@ -67,14 +67,14 @@ def join_group(
     place = ContextGroup.of(args.process_index, args.world_size, group.size)
     if place != group:
         raise ValueError(
-            f"the model's context group has rank {group.rank} of {group.size}, but process {args.process_index} of "
-            f"{args.world_size} is rank {place.rank} of its group; use ContextGroup.of(RANK, WORLD_SIZE, "
+            f"the model's context group has rank {group.rank} of {group.size}, but process {args.process_index} "
+            f"of {args.world_size} is rank {place.rank} of its group; use ContextGroup.of(RANK, WORLD_SIZE, "
             f"{group.size}) with the numbers that torchrun gives"
         )
     if trainer.train_dataset is not dataset:
         raise ValueError(
-            "Trainer's train_dataset is not the data set passed to PackingCallback, so ranks of a context group would "
-            "get different packs; pass the same one"
+            "Trainer's train_dataset is not the data set passed to PackingCallback, so ranks of a context group "
+            "would get different packs; pass the same one"
         )
     if watches:
         _refuse("attention_every", "a rank sees a part of the heads", "leave it out")
@@ -116,8 +116,8 @@ def count_once(group: ContextGroup, *metrics: dict[str, Any]) -> None:
 
 
 def seen_in_group(mine: set[str], group: ContextGroup) -> set[str]:
-    """The union of a set over the ranks of this rank's group, whose parts of a pack have rows of different sources. A
-    collective of all ranks if groups have several."""
+    """The union of a set over the ranks of this rank's group, whose parts of a pack have rows of different
+    sources. A collective of all ranks if groups have several."""
     if group.size == 1:
         return mine
     ranks = gathered(mine)
@@ -140,8 +140,8 @@ def _share_evaluation(trainer: Any, group: ContextGroup) -> None:
             return data
         if not isinstance(data, PackedDataset):
             raise ValueError(
-                f"eval_dataset is a {type(data).__name__}, of which the ranks of a context group would get different "
-                "packs; evaluate a PackedDataset (PackedDataset.from_files)"
+                f"eval_dataset is a {type(data).__name__}, of which the ranks of a context group would get "
+                "different packs; evaluate a PackedDataset (PackedDataset.from_files)"
             )
         size = trainer.args.eval_batch_size
         multiple = trainer.args.world_size // group.size * size

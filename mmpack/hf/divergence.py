@@ -138,8 +138,8 @@ class DivergenceWatch:
             raise DivergedError(
                 "training has diverged: the loss, a gradient or a weight is NaN or infinite, first in step "
                 f"{found[0]} ({self._data.place_of(*found)}); no checkpoint was written since. Inspect the rows "
-                "(mmpack inspect), lower learning_rate or raise warmup_steps, and resume from the last checkpoint: "
-                "--resume_from_checkpoint last"
+                "(mmpack inspect), lower learning_rate or raise warmup_steps, and resume from the last "
+                "checkpoint: --resume_from_checkpoint last"
             )
         self._data.forget_places()
 

@@ -1,5 +1,5 @@
-"""`eval_loss`: the mean over all supervised tokens of the set, each counted once, or with its weight (of rows, turns,
-sources and the collator's `loss_reduction`), as in training.
+"""`eval_loss`: the mean over all supervised tokens of the set, each counted once, or with its weight (of rows,
+turns, sources and the collator's `loss_reduction`), as in training.
 
 Trainer's `eval_loss` is a mean over batches of means over tokens. It depends on how samples are packed, batched
 and distributed over ranks, an empty pack counts as much as a full one, and accelerate repeats packs from the start
@@ -34,12 +34,12 @@ class _Batch:
 
 
 class EvalHook:
-    """A forward hook that keeps a model's last packed batch in evaluation mode, and the losses of its rows, for which
-    `before` is a forward pre-hook.
+    """A forward hook that keeps a model's last packed batch in evaluation mode, and the losses of its rows, for
+    which `before` is a forward pre-hook.
 
     Args:
-        keeps_rows: keep its logits where the loss does not tell its rows' losses, so that repeated packs of a batch can
-            be left out.
+        keeps_rows: keep its logits where the loss does not tell its rows' losses, so that repeated packs of a
+            batch can be left out.
     """
 
     def __init__(self, keeps_rows: bool) -> None:
@@ -154,9 +154,10 @@ class Evaluation:
         self._weight += weight
 
     def correct(self, *metrics: dict[str, Any]) -> None:
-        """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, add `eval_loss/NAME` of each
-        source if there are several, and reset the sums. A collective. Other metrics, and those of a set without
-        supervised tokens, are unchanged; but packs that several ranks share count once in `samples_per_second`."""
+        """Replace Trainer's loss in an evaluation's metrics by the mean over all ranks, add `eval_loss/NAME` of
+        each source if there are several, and reset the sums. A collective. Other metrics, and those of a set
+        without supervised tokens, are unchanged; but packs that several ranks share count once in
+        `samples_per_second`."""
         name = loss_name(metrics[0])
         if name is None:
             return
@@ -197,8 +198,8 @@ def _sum_of(batch: _Batch, tokens: int) -> torch.Tensor:
 
 
 def num_real_items(loader: Any, num_items: int, args: TrainingArguments) -> int:
-    """The number of items, of an evaluated batch of this rank, that accelerate did not repeat from the start of the
-    set."""
+    """The number of items, of an evaluated batch of this rank, that accelerate did not repeat from the start of
+    the set."""
     remainder = remainder_of(loader)
     if args.world_size == 1 or remainder is None:
         return num_items

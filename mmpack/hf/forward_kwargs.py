@@ -197,8 +197,8 @@ def _batch(
     is_new: Any,
     part: ContextPart | None = None,
 ) -> dict[str, Any]:
-    """The part of the batch that both kinds share; `grid_thw` (I, 3) and `is_new` (I,), whether nothing before shows
-    the same, by segment; `grid_offsets` (S + 1,)."""
+    """The part of the batch that both kinds share; `grid_thw` (I, 3) and `is_new` (I,), whether nothing before
+    shows the same, by segment; `grid_offsets` (S + 1,)."""
     own: Pack | CompactPack = pack
     begin, end, start = 0, len(pack.supervised_index), 0
     if part is not None:

@@ -1,10 +1,10 @@
 """The head of a packed batch in training: the loss of its rows instead of their logits.
 
 A forward bound on the head, a bare `nn.Linear`, computes `supervised_linear_cross_entropy`. It is inside the head,
-because FSDP2 has the whole weight only there, and its result is the head's output, because FSDP2 gathers the weight
-for the backward when that needs the output's gradient. The outer model's pre-hook says that it is to, the inner
-model's hands it the targets; the installed loss (`mmpack.hf.loss`) divides. torch.compile does not trace the hooks of the
-outermost model, and takes the shapes of tensors that it finds on a module for constants.
+because FSDP2 has the whole weight only there, and its result is the head's output, because FSDP2 gathers the
+weight for the backward when that needs the output's gradient. The outer model's pre-hook says that it is to, the
+inner model's hands it the targets; the installed loss (`mmpack.hf.loss`) divides. torch.compile does not trace the
+hooks of the outermost model, and takes the shapes of tensors that it finds on a module for constants.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _SHARDING = ("deepspeed.", "torch.distributed.fsdp.")  # whose hooks do not touc
 
 
 class _Head:
-    """What a head's next forward scores; None: it returns logits. No dataclass: FSDP2 would look for tensors in it."""
+    """What a head's next forward scores; None: it returns logits. No dataclass: FSDP2 would look for tensors in
+    it."""
 
     def __init__(self) -> None:
         # labels, weights, the batch's dict
@@ -37,7 +38,8 @@ class _Head:
 
 
 def head_forward(self: Any, rows: torch.Tensor) -> torch.Tensor:
-    """The forward to bind on a head: the weighted sum of the rows' losses, (1, 1, 1), where that pays, else logits."""
+    """The forward to bind on a head: the weighted sum of the rows' losses, (1, 1, 1), where that pays, else
+    logits."""
     state = vars(self).get(_STATE)
     targets, weight = None, self.weight
     if state is not None:

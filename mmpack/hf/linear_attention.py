@@ -21,9 +21,9 @@ from mmpack.hf.mmpack_dict import ContextDict, MmpackDict
 def linear_forward(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The forward to bind on a Gated DeltaNet, given its class's forward `stock`.
 
-    With a pack, stock is called once per segment, which is exact on every device. On CUDA with flash-linear-attention
-    and causal-conv1d installed, it is called once, with the keywords by which their kernels begin each segment anew
-    (not measured).
+    With a pack, stock is called once per segment, which is exact on every device. On CUDA with
+    flash-linear-attention and causal-conv1d installed, it is called once, with the keywords by which their kernels
+    begin each segment anew (not measured).
     """
 
     def forward(
@@ -51,8 +51,8 @@ def _by_segment(
 
 
 class _HeadsOfRank:
-    """What stock's forward reads of a Gated DeltaNet, for some of its heads: the layer's attributes, except those that
-    are given."""
+    """What stock's forward reads of a Gated DeltaNet, for some of its heads: the layer's attributes, except those
+    that are given."""
 
     def __init__(self, layer: Any, **given: Any) -> None:
         self._layer = layer
@@ -69,9 +69,9 @@ def _over_ranks(
     pack: MmpackDict,
     over: ContextDict,
 ) -> torch.Tensor:
-    """Under context parallelism. Convolution, state and gates are a head's own, so that what the layer projects of own
-    tokens is exchanged for some heads of all tokens, on which stock's forward runs: its projections are then columns of
-    its input, and its norm and output are left for the own tokens."""
+    """Under context parallelism. Convolution, state and gates are a head's own, so that what the layer projects of
+    own tokens is exchanged for some heads of all tokens, on which stock's forward runs: its projections are then
+    columns of its input, and its norm and output are left for the own tokens."""
     n = hidden_1nD.shape[1]
     K, Kv = layer.head_k_dim, layer.head_v_dim
     channels = [layer.key_dim, layer.key_dim, layer.value_dim]

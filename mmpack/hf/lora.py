@@ -23,8 +23,8 @@ def add_lora(model: nn.Module, rank: int, name: str, seed: int) -> nn.Module:
     layers, which are not linear modules. `lora_alpha` is twice the rank; there is no dropout.
 
     Args:
-        name: what the model was loaded from, which the adapter's config records: an absolute path, or a name on the
-            Hugging Face Hub with its commit.
+        name: what the model was loaded from, which the adapter's config records: an absolute path, or a name on
+            the Hugging Face Hub with its commit.
         seed: determines the adapters' first values, on every rank alike.
 
     Raises:

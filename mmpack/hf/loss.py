@@ -2,9 +2,9 @@
 
 A packed batch holds the supervised rows (`logits_to_keep`) and their targets (`shift_labels`). Logits are (1, L,
 V), or (1, 1, 1) if the head has already summed the losses (`mmpack.hf.head`). The loss is the sum over L rows
-divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks; else
-by those of the batch's pack, of which ranks may share the rows (context parallelism).
-Other batches get the model's own loss.
+divided by the supervised tokens of the whole optimizer step, which Trainer counts over micro-batches and ranks;
+else by those of the batch's pack, of which ranks may share the rows (context parallelism). Other batches get the
+model's own loss.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def _before(
     """Forward pre-hook: says that the head is to score a packed batch in training, and the loss's `impl`. Refuses
     weights that TRL's forward would ignore.
 
-    Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of every
-    token: with logits of supervised rows they would fail or be wrong."""
+    Refuses Trainer's label smoothing and `compute_loss_func`, which remove the labels and expect the logits of
+    every token: with logits of supervised rows they would fail or be wrong."""
     state, pack = reset_targets(head.get_output_embeddings()), kwargs.get("mmpack")
     if pack is None:
         return None
@@ -142,7 +142,8 @@ def _before(
         if not any(getattr(hook, "applies_weights", False) for hook in forward_hooks(head)):
             raise ValueError(
                 "the batch has weights of the loss, which TRL's SFTTrainer does not apply; use "
-                "mmpack.integrations.trl.PackedSFTTrainer, or train without weights and with loss_reduction='token'"
+                "mmpack.integrations.trl.PackedSFTTrainer, or train without weights and with "
+                "loss_reduction='token'"
             )
     patch = getattr(head.model, PATCH)
     pack = {**pack, "impl": patch.impl, "tuned": patch.choice}

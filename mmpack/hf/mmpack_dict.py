@@ -52,8 +52,8 @@ class CompactDict(TypedDict):
 
 
 class SentDict(TypedDict):
-    """Which features of its tower a rank sends, by names that `embedding.at_placeholders` reads: the n rows that are
-    sent are the "tokens"."""
+    """Which features of its tower a rank sends, by names that `embedding.at_placeholders` reads: the n rows that
+    are sent are the "tokens"."""
 
     feature_index: Int32  # (n,) feature of each row, to rank 0 first
     feature_token: Int32  # (n,) rows of the features, one feature's together
@@ -69,7 +69,7 @@ class ContextDict(TypedDict, total=False):
     checksum: int  # of the whole pack; context_parallel
     rows: tuple[int, int]  # begin and end of the rows in the whole pack's; weight_count
     supervised_offsets: tuple[int, ...]  # S + 1, as above, in the whole pack's rows; throughput
-    weight: float  # sum of the weights of the whole pack's rows; written by weight_count if not all 1; loss, evaluation
+    weight: float  # sum of the whole pack's weights; written by weight_count if not all 1; loss, evaluation
     # With images or videos in the pack.
     sent: SentDict  # context_parallel
     sent_sizes: tuple[int, ...]  # features to each rank; context_parallel
@@ -113,8 +113,8 @@ class MmpackDict(EveryBatch, total=False):
 
     normalization: tuple[tuple[float, ...], tuple[float, ...]]  # uint8 pixels' mean and std; tower
     compact: CompactDict  # until expanded; forward_kwargs, model_patch
-    # A rank's part of a pack. `offsets`, `cu_seqlens`, `segment_ids`, `tiles`, `max_seqlen` and grids segment by segment
-    # are then of the whole pack; the rest is of this rank's tokens, rows and frames. None: the self-test.
+    # A rank's part of a pack. `offsets`, `cu_seqlens`, `segment_ids`, `tiles`, `max_seqlen` and grids segment by
+    # segment are then of the whole pack; the rest is of this rank's tokens, rows and frames. None: the self-test.
     context: ContextDict | None  # model_patch, attention, linear_attention, loss
 
     # Written by the collator.

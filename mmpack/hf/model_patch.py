@@ -88,17 +88,17 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
         impl: which ops to use. "auto": what `mmpack tune` found to be right and fastest on this GPU, else
             libraries' (torch, flash-attn), with a warning; under Trainer, all ranks use the same
             (`PackingCallback`). "libraries": only libraries'. "triton": mmpack's kernels (attention, rotary
-            embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in Triton's
-            interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A named
-            implementation is used or refused.
-        context: this rank's place among the ranks that share each pack (context parallelism): a `PackCollator` made
-            for the model then gives this rank's part of a pack, and all ranks of a group need the same packs. The
-            process group is made from torch.distributed's default one, which all ranks must do: here if that is
-            initialized, else at the first packed forward. None, or a size of 1: each rank has packs of its own.
+            embedding, token embedding with feature insertion, cast of uint8 pixels), on a CUDA device or in
+            Triton's interpreter. Or an implementation of `mmpack.ops.varlen_attention`, for attention only. A
+            named implementation is used or refused.
+        context: this rank's place among the ranks that share each pack (context parallelism): a `PackCollator`
+            made for the model then gives this rank's part of a pack, and all ranks of a group need the same packs.
+            The process group is made from torch.distributed's default one, which all ranks must do: here if that
+            is initialized, else at the first packed forward. None, or a size of 1: each rank has packs of its own.
 
     Raises:
-        ValueError: the model is not supported, something else has replaced a method that mmpack binds, or its heads do
-            not divide among the ranks of `context`, or this rank has another place.
+        ValueError: the model is not supported, something else has replaced a method that mmpack binds, or its
+            heads do not divide among the ranks of `context`, or this rank has another place.
         RuntimeError: the self-test found that segments attend to each other.
     """
     if impl not in ("auto", "libraries", *IMPLEMENTATIONS):

@@ -1,8 +1,10 @@
-"""Which implementation each op of a model uses with `patch_model(impl="auto")`: what `mmpack tune` found on this GPU.
+"""Which implementation each op of a model uses with `patch_model(impl="auto")`: what `mmpack tune` found on this
+GPU.
 
 A model has one shape class per role: text attention, attention in the tower and its windows, rotary embedding of
 both, the embedding of tokens and of uint8 patches, and the loss, of kept logits or in the head. The dtype is only
-known in the forward (autocast, mixed precision), so a choice is one implementation per role and dtype. Where nothing was measured, a library's ops run.
+known in the forward (autocast, mixed precision), so a choice is one implementation per role and dtype. Where
+nothing was measured, a library's ops run.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ _log = logging.getLogger(__name__)
 def roles_of(
     config: Any, context_size: int = 1
 ) -> dict[str, tuple[str, tuple[tuple[str, int], ...]]]:
-    """Each role's op and sizes (`ShapeClass`), from a model's config. Of `context_size` ranks that share a pack, each
-    has a part of the heads of text attention."""
+    """Each role's op and sizes (`ShapeClass`), from a model's config. Of `context_size` ranks that share a pack,
+    each has a part of the heads of text attention."""
     family, text, tower = FAMILIES[config.model_type], config.text_config, config.vision_config
     heads, key_heads = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -134,14 +136,14 @@ def tell_choice(
         _log.info("ops by `mmpack tune`: %s", ", ".join(in_words(choice)))
         if context_size > 1 and "attention" not in choice:
             _log.warning(
-                "attention uses a library, because it was not measured for the heads of a rank of a context group; "
-                "`mmpack tune MODEL --context-size %d` does that",
+                "attention uses a library, because it was not measured for the heads of a rank of a context "
+                "group; `mmpack tune MODEL --context-size %d` does that",
                 context_size,
             )
         return
     _log.warning(
-        "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` does "
-        "that, and impl='libraries' needs no measurement",
+        "impl='auto' uses library ops, because nothing was measured for this model on %s; `mmpack tune MODEL` "
+        "does that, and impl='libraries' needs no measurement",
         "this GPU" if ranks == 1 else "the GPU of every rank",
     )
 
@@ -171,7 +173,8 @@ def impl_for(pack: MmpackDict | Mapping[str, Any], role: str, dtype: torch.dtype
 
 
 def compute_dtype(value: torch.Tensor) -> torch.dtype:
-    """The dtype that layers compute in: under autocast its dtype, whatever arrives (rope makes q and k float32)."""
+    """The dtype that layers compute in: under autocast its dtype, whatever arrives (rope makes q and k
+    float32)."""
     device = value.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -60,8 +60,8 @@ def check_isolation(base: Any) -> None:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether the module is bitsandbytes', whose 4-bit layers rewrite their weights when they are evaluated on a CPU,
-    so that they could not be trained any more. In training mode they compute the same."""
+    """Whether the module is bitsandbytes', whose 4-bit layers rewrite their weights when they are evaluated on a
+    CPU, so that they could not be trained any more. In training mode they compute the same."""
     return type(module).__module__.partition(".")[0] == "bitsandbytes"
 
 

@@ -32,7 +32,8 @@ class SourceLosses:
         self._rows.append(losses_L)
 
     def count(self, packs: Sequence[MmpackDict]) -> bool:
-        """Add the batches whose losses were taken; `packs` are their `mmpack` dicts. False: they were not taken."""
+        """Add the batches whose losses were taken; `packs` are their `mmpack` dicts. False: they were not
+        taken."""
         self.seen.update(name for pack in packs for name in pack["sources"])
         rows, self._rows = self._rows, []
         if len(rows) != len(packs):

@@ -31,7 +31,8 @@ class StreamKeeper:
         self._reduction: str | None = None
 
     def prepare(self, args: TrainingArguments, group: ContextGroup) -> PackStream:
-        """Shard the stream over groups of ranks that share packs, and disable Trainer's way of resuming, which assembles and discards all earlier packs.
+        """Shard the stream over groups of ranks that share packs, and disable Trainer's way of resuming, which
+        assembles and discards all earlier packs.
 
         Raises:
             ValueError: accelerate would split batches.
@@ -74,16 +75,17 @@ class StreamKeeper:
         before = then.get("loss reduction", self._reduction)
         if before != self._reduction:
             raise ValueError(
-                f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; use the "
-                "same, or start from its weights (mmpack train --model, from_pretrained) instead of resuming"
+                f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; "
+                "use the same, or start from its weights (mmpack train --model, from_pretrained) instead of "
+                "resuming"
             )
         ranks, size = then.get("ranks", args.world_size), then.get("context size", 1)
         groups = args.world_size // self._group.size
         if ranks // size != groups:
             unit = "rank" if size == self._group.size == 1 else "group"
             raise ValueError(
-                f"the stream's state was saved on {counted(ranks // size, unit)}, this run has {groups}, and every "
-                f"{unit} buffers rows of its own; resume on {ranks // size}, or use a PackedDataset"
+                f"the stream's state was saved on {counted(ranks // size, unit)}, this run has {groups}, and "
+                f"every {unit} buffers rows of its own; resume on {ranks // size}, or use a PackedDataset"
             )
         rank = args.process_index
         if size != self._group.size:  # one of the ranks that had this group's rows
@@ -93,8 +95,8 @@ class StreamKeeper:
             self.stream.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
         elif not self.stream.state_dict()["consumed"]:
             raise ValueError(
-                f"{path} is missing, so the stream's position is unknown; resume with the same output_dir, or load "
-                "the state yourself: stream.load_state_dict(...)"
+                f"{path} is missing, so the stream's position is unknown; resume with the same output_dir, or "
+                "load the state yourself: stream.load_state_dict(...)"
             )
 
     def on_epoch_begin(self, state: TrainerState) -> None:

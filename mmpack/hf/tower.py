@@ -24,8 +24,8 @@ Binding = tuple[nn.Module, str, Callable[..., Any]]  # module, method, stock met
 
 
 def pixels_and_grids(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch's pixels (P, values) and their grids (U, 3), images before videos, for one call of the tower. If uint8
-    images and videos are mixed, the images are repeated in every frame, as the worker does for floats."""
+    """A batch's pixels (P, values) and their grids (U, 3), images before videos, for one call of the tower. If
+    uint8 images and videos are mixed, the images are repeated in every frame, as the worker does for floats."""
     pack: MmpackDict = batch["mmpack"]
     names = ("pixel_values", "pixel_values_videos")
     parts = [batch[name] for name in names if batch.get(name) is not None]

@@ -35,8 +35,8 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     if args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size would change the packs per step while training; set per_device_train_batch_size, "
-            "or pack with a smaller capacity"
+            "auto_find_batch_size would change the packs per step while training; set "
+            "per_device_train_batch_size, or pack with a smaller capacity"
         )
     if args.data_seed is not None:
         raise ValueError(
@@ -45,7 +45,8 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if args.dataloader_drop_last:
         raise ValueError(
-            "dataloader_drop_last=True would leave packs out of an evaluation, and training drops none; leave it out"
+            "dataloader_drop_last=True would leave packs out of an evaluation, and training drops none; leave it "
+            "out"
         )
     if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
         raise ValueError(
@@ -55,8 +56,8 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def check_trainer(trainer: Trainer, of_callback: PackedDataset | PackStream) -> None:
-    """Refuse a Trainer that trains on other packs than the callback's, whose epochs nobody would set (a data set that
-    wraps the callback's is not known and passes), or `compute_metrics` that would not have all logits.
+    """Refuse a Trainer that trains on other packs than the callback's, whose epochs nobody would set (a data set
+    that wraps the callback's is not known and passes), or `compute_metrics` that would not have all logits.
 
     Raises:
         ValueError: it is another `PackedDataset` or `PackStream`, or the collator leaves logits out.
@@ -64,14 +65,15 @@ def check_trainer(trainer: Trainer, of_callback: PackedDataset | PackStream) -> 
     of_trainer = trainer.train_dataset
     if isinstance(of_trainer, (PackedDataset, PackStream)) and of_trainer is not of_callback:
         raise ValueError(
-            f"PackingCallback is for {of_callback!r}, but Trainer's train_dataset is another, {of_trainer!r}; pass the "
-            "same to both"
+            f"PackingCallback is for {of_callback!r}, but Trainer's train_dataset is another, {of_trainer!r}; "
+            "pass the same to both"
         )
     _check_metrics(trainer)
 
 
 def check_collator(collator: Any, model: nn.Module) -> None:
-    """Refuse a collator that cannot read packs, or whose batches the model cannot; warn if the model is not patched.
+    """Refuse a collator that cannot read packs, or whose batches the model cannot; warn if the model is not
+    patched.
 
     A collator of one's own, or around `PackCollator`, is not known and passes.
 
@@ -101,13 +103,14 @@ def check_collator(collator: Any, model: nn.Module) -> None:
         ):
             if getattr(collator, name) == value:
                 raise ValueError(
-                    f"Trainer's model is not patched, but PackCollator({name}={value!r}) makes batches for a patched "
-                    f"model; {advice}"
+                    f"Trainer's model is not patched, but PackCollator({name}={value!r}) makes batches for a "
+                    f"patched model; {advice}"
                 )
         if collator.is_patched:
             raise ValueError(
-                "Trainer's model is not patched, but its PackCollator was made for a patched one, so an image that "
-                f"several rows show is in the batch once; {advice}, or pass PackCollator(model=model) of this model"
+                "Trainer's model is not patched, but its PackCollator was made for a patched one, so an image "
+                f"that several rows show is in the batch once; {advice}, or pass PackCollator(model=model) of "
+                f"this model"
             )
     family = FAMILIES.get(base.config.model_type)
     if family is not None and family.has_linear_attention:
@@ -142,8 +145,8 @@ def tell_batch_size(option: str, size: int, capacity: int) -> None:
     """Warn if several packs are put into one row; `option` is the argument that says how many."""
     if size > 1:
         _log.warning(
-            "%s=%d puts %d packs, up to %s tokens, into each batch, and one pack of %s tokens is a full batch; pass "
-            "%s=1%s",
+            "%s=%d puts %d packs, up to %s tokens, into each batch, and one pack of %s tokens is a full batch; "
+            "pass %s=1%s",
             option,
             size,
             size,
@@ -157,8 +160,8 @@ def tell_batch_size(option: str, size: int, capacity: int) -> None:
 
 
 def tell_evaluation(data: Any, size: int) -> bool:
-    """Warn if an evaluation puts several packs into a batch, which Trainer's default of 8 does. `data` is a data set
-    or a dict of them; returns whether there are packs in it."""
+    """Warn if an evaluation puts several packs into a batch, which Trainer's default of 8 does. `data` is a data
+    set or a dict of them; returns whether there are packs in it."""
     for one in data.values() if isinstance(data, Mapping) else [data]:
         one = one.dataset if isinstance(one, EvenPacks) else one
         if isinstance(one, PackedDataset | PackStream):
@@ -178,8 +181,8 @@ def tell_unseen(weights: Mapping[str, float], seen: set[str]) -> None:
 
 
 def check_evaluation(data: Any, args: TrainingArguments) -> None:
-    """Refuse to evaluate a stream whose batches accelerate would split, or repeat on several ranks: it tells how many
-    are repeated for data sets only. `data` is a data set or a dict of them.
+    """Refuse to evaluate a stream whose batches accelerate would split, or repeat on several ranks: it tells how
+    many are repeated for data sets only. `data` is a data set or a dict of them.
 
     Raises:
         ValueError: it would.
@@ -189,8 +192,9 @@ def check_evaluation(data: Any, args: TrainingArguments) -> None:
         return
     if args.world_size > 1:
         raise ValueError(
-            f"accelerate would repeat packs of the stream in eval_dataset to give all {args.world_size} ranks equally "
-            "many, and eval_loss would count them twice; evaluate a PackedDataset (PackedDataset.from_files)"
+            f"accelerate would repeat packs of the stream in eval_dataset to give all {args.world_size} ranks "
+            "equally many, and eval_loss would count them twice; evaluate a PackedDataset "
+            "(PackedDataset.from_files)"
         )
     if args.accelerator_config.dispatch_batches is not False:
         raise ValueError(
@@ -200,7 +204,8 @@ def check_evaluation(data: Any, args: TrainingArguments) -> None:
 
 
 def tell_weights(model: nn.Module) -> None:
-    """Warn if trained weights have 8 or 11 bits, in which small updates are lost. DeepSpeed keeps float32 copies."""
+    """Warn if trained weights have 8 or 11 bits, in which small updates are lost. DeepSpeed keeps float32
+    copies."""
     if loads_whole_checkpoints():
         return
     weights = [weight for weight in model.parameters() if weight.requires_grad]

@@ -91,8 +91,8 @@ class _EarlyStopping(EarlyStoppingCallback):
 
 
 def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
-    """Trainer's log as one line. For a step: loss, gradient norm, learning rate, tokens/s, utilization, MFU, and the
-    losses of up to 4 sources; for other logs, all values except times and rates."""
+    """Trainer's log as one line. For a step: loss, gradient norm, learning rate, tokens/s, utilization, MFU, and
+    the losses of up to 4 sources; for other logs, all values except times and rates."""
     line = [f"step {step:,}/{steps:,}"]
     if "loss" not in logs:
         hidden = ("runtime", "per_second", "epoch", "total_flos")
@@ -142,13 +142,14 @@ def train(
     context_size: int = 1,
 ) -> dict[str, Any]:
     """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
-    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `patience`: end after this
-    many evaluations in a row that are no better than the best. `processor` is saved with the model. `context_size`: how
-    many ranks share each pack (`ContextGroup`).
+    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `patience`: end after
+    this many evaluations in a row that are no better than the best. `processor` is saved with the model.
+    `context_size`: how many ranks share each pack (`ContextGroup`).
 
     Returns:
-        `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one (of several sets
-        a dict by name), and `best_checkpoint`, the folder of the best model, or None where no best model is kept.
+        `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one (of several
+        sets a dict by name), and `best_checkpoint`, the folder of the best model, or None where no best model is
+        kept.
 
     Raises:
         ValueError: the data was encoded for another model; the folder is not a complete checkpoint, or belongs to

@@ -173,8 +173,8 @@ def parse_training_arguments(
     `evaluates`: there is an evaluation set; `sets`: the names of several. By default it is evaluated when
     checkpoints are saved, if --save_strategy says when, and else after every epoch; the best model can only be
     kept if both agree, so --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when
-    the loss of an evaluation no longer falls; then it also keeps the best model, if it saves any. `own`: options of
-    `mmpack train` itself, for the error on a misspelt one.
+    the loss of an evaluation no longer falls; then it also keeps the best model, if it saves any. `own`: options
+    of `mmpack train` itself, for the error on a misspelt one.
 
     Raises:
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.

@@ -1,4 +1,5 @@
-"""What an option of transformers needs and is not there, packages, settings and the Hub, as one line that names it."""
+"""What an option of transformers needs and is not there, packages, settings and the Hub, as one line that names
+it."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def unavailable() -> Iterator[None]:
             raise
         if name == "mpi4py":
             raise ValueError(
-                "DeepSpeed found no launcher and looked for MPI (mpi4py is not installed); start it with torchrun: "
-                "torchrun --nproc_per_node N -m mmpack train ..."
+                "DeepSpeed found no launcher and looked for MPI (mpi4py is not installed); start it with "
+                "torchrun: torchrun --nproc_per_node N -m mmpack train ..."
             ) from error
         package = name.partition(".")[0]
         if not package.isidentifier():  # transformers' sentence about a distribution

@@ -1,1 +1,2 @@
-"""mmpack inside other training frameworks, one module per framework; each imports its framework only when it is used."""
+"""mmpack inside other training frameworks, one module per framework; each imports its framework only when it is
+used."""

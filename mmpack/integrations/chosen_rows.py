@@ -49,11 +49,12 @@ class RowChoice:
         """The groups of all data sets, reduced to these rows.
 
         Args:
-            groups_of: the files of each data set, from `Reader.groups`. They are read here once to count their rows.
+            groups_of: the files of each data set, from `Reader.groups`. They are read here once to count their
+                rows.
 
         Raises:
-            ValueError: so many rows would be held out that none, or all, are left; or an entry limits its rows, which
-                applies when packs are planned and thus after this choice.
+            ValueError: so many rows would be held out that none, or all, are left; or an entry limits its rows,
+                which applies when packs are planned and thus after this choice.
         """
         groups = [group for one in groups_of for group in one]
         if self.max_samples is None and self.part is None:
@@ -82,9 +83,9 @@ class RowChoice:
         for limit in (group.limit for group in groups if group.limit is not None):
             name = "num_samples" if limit.num_samples else "max_samples"
             raise ValueError(
-                f"{option} does not apply to {limit.files}, whose entry has {name}: rows would be chosen by {option} "
-                f"first, and {name} would then leave others than in LLaMA-Factory; leave one of them out, or write "
-                "the rows to use to a file of their own"
+                f"{option} does not apply to {limit.files}, whose entry has {name}: rows would be chosen by "
+                f"{option} first, and {name} would then leave others than in LLaMA-Factory; leave one of them "
+                "out, or write the rows to use to a file of their own"
             )
 
     def _held_out(self, num_rows: int) -> Any:
@@ -94,8 +95,8 @@ class RowChoice:
             count = int(min(size, num_rows)) if size > 1 else math.ceil(size * num_rows)
         if not 0 < count < num_rows:
             raise ValueError(
-                f"val_size: {size} holds {count} of {num_rows} rows out; use a share between 0 and 1, or a number of "
-                "rows above 1"
+                f"val_size: {size} holds {count} of {num_rows} rows out; use a share between 0 and 1, or a number "
+                "of rows above 1"
             )
         return np.random.default_rng(self.seed).permutation(num_rows)[:count]
 

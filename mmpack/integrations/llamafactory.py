@@ -1,8 +1,8 @@
 """LLaMA-Factory's command on packs: `python -m mmpack.integrations.llamafactory train.yaml [name=value ...]`.
 
 LLaMA-Factory reads the options, loads tokenizer, processor and model, adds adapters, freezes parts, and makes the
-optimizer, the Trainer and the files of the run. From mmpack come the data sets, the collator, the patched model and
-`PackingCallback`: five names of LLaMA-Factory are replaced while the run lasts (`REPLACED`).
+optimizer, the Trainer and the files of the run. From mmpack come the data sets, the collator, the patched model
+and `PackingCallback`: five names of LLaMA-Factory are replaced while the run lasts (`REPLACED`).
 docs/llama_factory.md is the user's page.
 """
 
@@ -22,6 +22,7 @@ from mmpack.cli.train import tell_other_costs
 from mmpack.integrations.llamafactory_options import OwnOptions, taken_options
 from mmpack.integrations.llamafactory_rows import Rows
 from mmpack.integrations.replaced_names import replaced
+from mmpack.store.manifest import packed_split
 
 USAGE = "python -m mmpack.integrations.llamafactory FILE.yaml [name=value ...]"
 _LIBRARY = "llamafactory"
@@ -100,8 +101,8 @@ def run(args: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     }
     if enabled := [name for name in _OTHER_CODE if used["is_env_enabled"](name)]:
         raise ValueError(
-            f"{enabled[0]}=1 does not apply: it starts another trainer than the one that mmpack's packs go to; unset "
-            "it, and start several ranks with torchrun -m mmpack.integrations.llamafactory"
+            f"{enabled[0]}=1 does not apply: it starts another trainer than the one that mmpack's packs go to; "
+            "unset it, and start several ranks with torchrun -m mmpack.integrations.llamafactory"
         )
     defaults = used["FinetuningArguments"]
     parts = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
@@ -136,12 +137,18 @@ class _Run:
         from mmpack.packing.dataset import PackedDataset
         from mmpack.packing.split_documents import unsplit
 
-        self.data = PackedDataset.from_store(self.own.packed)
+        folder, split = packed_split(self.own.packed) or (self.own.packed, "train")
+        if split == "val":
+            raise ValueError(
+                f"packed: {self.own.packed} are the rows held out for evaluation; write packed: {folder} and "
+                f"eval_packed: {self.own.packed}"
+            )
+        self.data = PackedDataset.from_store(folder)
         given, capacity = self.args.get("cutoff_len"), self.data.capacity
         if given not in (None, capacity):
             raise ValueError(
-                f"cutoff_len: {given} does not apply: the packs of {self.own.packed} hold {capacity} tokens; leave "
-                "it out, or pack again with --capacity"
+                f"cutoff_len: {given} does not apply: the packs of {self.own.packed} hold {capacity} tokens; "
+                "leave it out, or pack again with --capacity"
             )
         self.args["cutoff_len"] = capacity
         self.args["dataset"] = _name_of(self.own.packed)

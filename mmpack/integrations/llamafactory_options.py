@@ -33,17 +33,19 @@ _NO_STREAM = (
 
 # option -> (values that are accepted because they say what happens anyway, why others do nothing, advice)
 REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "stage": (("sft", "pt"), "mmpack packs conversations (sft) and documents (pt)", "use LLaMA-Factory's own command"),
+    "stage": (("sft", "pt"), "mmpack packs conversations (sft) and documents (pt)",
+              "use LLaMA-Factory's own command"),
     "do_train": ((True,), "this command trains", "set do_train: true"),
     "packing": ((True,), "rows are always packed, and do not attend to each other", "leave it out"),
     "streaming": ((False,), *_NO_STREAM),
     "buffer_size": ((), *_NO_STREAM),
-    "mix_strategy": (("concat",), "all data sets are packed together, each row once", "list rows of a data set more "
-                     "often, or train on a PackStream of datasets.interleave_datasets in a script"),
+    "mix_strategy": (("concat",), "all data sets are packed together, each row once",
+                     "list rows of a data set more often, or train on a PackStream of "
+                     "datasets.interleave_datasets in a script"),
     "interleave_probs": ((), "all data sets are packed together, each row once", "leave it out"),
     "preprocessing_batch_size": ((), *_PLANNED),
-    "tokenized_path": ((), "packs are kept in output_dir/packs and reused", "leave it out, or pack with mmpack pack "
-                       "and pass packed: FOLDER"),
+    "tokenized_path": ((), "packs are kept in output_dir/packs and reused",
+                       "leave it out, or pack with mmpack pack and pass packed: FOLDER"),
     "ignore_pad_token_for_loss": ((True,), "packs have no padding", "leave it out"),
     "tool_format": ((), *_TEMPLATE),
     "default_system": ((), *_TEMPLATE),
@@ -128,7 +130,8 @@ def taken_options(args: dict[str, Any], frozen_by_default: Mapping[str, bool]) -
         if packed is not None and name in OF_ROWS and value is not None:
             instead = "pass eval_packed" if name in ("eval_dataset", "val_size") else "leave it out"
             raise ValueError(
-                f"{name}: {_shown(value)} does not apply: the rows of {packed} are packed; {instead}, or pack again"
+                f"{name}: {_shown(value)} does not apply: the rows of {packed} are packed; {instead}, or pack "
+                f"again"
             )
     if args.get("do_train") is None:  # LLaMA-Factory would load the model and end
         args["do_train"] = True
@@ -160,11 +163,12 @@ def vision_with_budgets(
 ) -> VisionSpec:
     """The processor's spec within LLaMA-Factory's budgets, which also apply where the YAML does not name them.
 
-    LLaMA-Factory resizes an image to its budget before the processor does to its own, so the narrower of both holds.
+    LLaMA-Factory resizes an image to its budget before the processor does to its own, so the narrower of both
+    holds.
 
     Args:
-        model_args: with `image_max_pixels`, `image_min_pixels`, `video_max_pixels`, `video_min_pixels`, `video_fps`
-            and `video_maxlen`.
+        model_args: with `image_max_pixels`, `image_min_pixels`, `video_max_pixels`, `video_min_pixels`,
+            `video_fps` and `video_maxlen`.
         given: the options of the YAML.
 
     Raises:

@@ -1,4 +1,5 @@
-"""Names of another framework's module or class, replaced while a run lasts and restored after it, also after an error."""
+"""Names of another framework's module or class, replaced while a run lasts and restored after it, also after an
+error."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def replaced(owner: str | type, makers: Mapping[str, Callable[[Any], Any]]) -> I
     found: Any = importlib.import_module(owner) if isinstance(owner, str) else owner
     if missing := [name for name in makers if not hasattr(found, name)]:
         raise ValueError(
-            f"{owner if isinstance(owner, str) else owner.__name__} has no {' and no '.join(missing)}, which mmpack replaces; use a version that the page of "
-            "this framework in mmpack's docs lists"
+            f"{owner if isinstance(owner, str) else owner.__name__} has no {' and no '.join(missing)}, which "
+            "mmpack replaces; use a version that the page of this framework in mmpack's docs lists"
         )
     originals = {name: getattr(found, name) for name in makers}
     try:

@@ -4,12 +4,12 @@
     from mmpack.integrations.swift import install
     install()
 
-ms-swift loads model and processor, adds adapters, freezes parts, makes optimizer, checkpoints and logs; `--dataset` and
-`--val_dataset` are folders of `mmpack pack`. From mmpack come the data sets, collator, loss, the patched model and
-`PackingCallback`.
+ms-swift loads model and processor, adds adapters, freezes parts, makes optimizer, checkpoints and logs;
+`--dataset` and `--val_dataset` are folders of `mmpack pack`. From mmpack come the data sets, collator, loss, the
+patched model and `PackingCallback`.
 
-A plugin file of the user's, because ms-swift puts a plugin's folder first in `sys.path`, where this file would hide
-ms-swift itself.
+A plugin file of the user's, because ms-swift puts a plugin's folder first in `sys.path`, where this file would
+hide ms-swift itself.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ except ModuleNotFoundError as error:
     if str(error.name).partition(".")[0] != "swift":
         raise
     raise ModuleNotFoundError(
-        "mmpack.integrations.swift needs ms-swift 4, which is not installed; pip install ms-swift (the package swift "
-        "is something else)",
+        "mmpack.integrations.swift needs ms-swift 4, which is not installed; pip install ms-swift (the package "
+        "swift is something else)",
         name=error.name,
     ) from None
 
@@ -53,7 +53,7 @@ REPLACED = {  # what `packs` replaces -> why; tests/test_swift.py checks each
 OVERRIDDEN = {  # what `PackedTrainer` replaces by transformers', extends or leaves out of ms-swift's -> why
     "get_train_dataloader": "it splits batches itself, without skipping packs when a run is resumed",
     "_prepare_inputs": "it cuts labels to the rows that it asks logits of",
-    "compute_loss": "it needs logits, and the mean of a batch is weighted by a count that synchronizes with the device",
+    "compute_loss": "it needs logits, and weights a batch's mean by a count that synchronizes with the device",
     "_save": "it saves the model's processor, with other pixel budgets than the packs'",
     "template.register_post_encode_hook": "it embeds tokens before the model sees that a batch is packed",
 }
@@ -81,13 +81,19 @@ _OF_THOUGHTS = "+ignore_empty_think"  # appended to `loss_scale` for hybrid thin
 # Options that would do nothing, or not what they say: (why, what to do instead).
 REFUSED_OPTIONS = {
     "packing": (_PLANNED, "leave it out"),
+    "packing_length": (_PLANNED, "leave it out, or pack with --capacity"),
+    "packing_num_proc": (_PLANNED, "leave it out"),
+    "packing_strategy": (_PLANNED, "leave it out"),
     "padding_free": ("a pack has no padding", "leave it out"),
     "streaming": ("packs are in a folder", "leave it out"),
     "cached_dataset": ("it would be trained on instead", "pass the packed folder as --dataset"),
     "cached_val_dataset": ("it holds rows", "pass a packed folder as --val_dataset"),
     "split_dataset_ratio": ("packs are not split", "pack two sets, and pass --val_dataset"),
     "interleave_prob": (_PLANNED, "leave it out"),
-    "columns": (_ENCODED + "fields are chosen when rows are packed", "pack with --column"),
+    "columns": (
+        _ENCODED + "fields are chosen when rows are packed",
+        "name them in an entry of dataset_info.json, and pack with --dataset",
+    ),
     "group_by_length": (_PLANNED, "leave it out"),
     "system": (_ENCODED + "a system prompt would not apply", "write it into the rows"),
     "truncation_strategy": (_ENCODED + "rows are cut when packed", "pack with --on-overflow"),
@@ -135,7 +141,8 @@ REFUSED_OPTIONS = {
 
 
 class PackedTrainer(Seq2SeqTrainer):
-    """ms-swift's trainer on packs: its tuners, optimizers, checkpoints and logs, with transformers' loader and loss."""
+    """ms-swift's trainer on packs: its tuners, optimizers, checkpoints and logs, with transformers' loader and
+    loss."""
 
     def __init__(self, model: Any, args: Any, template: Any, **kwargs: Any) -> None:
         args.data_seed = None  # of ms-swift's order of rows
@@ -147,7 +154,8 @@ class PackedTrainer(Seq2SeqTrainer):
         PackingCallback(self.train_dataset).attach(self)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """ms-swift's, and the processor with the budgets trained on: it saves the model's, and none of adapters."""
+        """ms-swift's, and the processor with the budgets trained on: it saves the model's, and none of
+        adapters."""
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         if not (folder / "tokenizer_config.json").exists():
@@ -221,8 +229,8 @@ def check_arguments(args: Any, capacity: int) -> None:
     longest = args.model_info.max_model_len
     if args.max_length not in (None, longest, capacity):
         raise ValueError(
-            f"--max_length {args.max_length} does not apply: the packs have up to {capacity:,} tokens; leave it out, "
-            f"or pack with --capacity {args.max_length}"
+            f"--max_length {args.max_length} does not apply: the packs have up to {capacity:,} tokens; leave it "
+            f"out, or pack with --capacity {args.max_length}"
         )
 
 
@@ -237,8 +245,8 @@ def _packed_sets(self: Any) -> list[Any]:
     args = self.args
     if len(args.dataset) != 1:
         raise ValueError(
-            f"--dataset has {len(args.dataset)} values ({' '.join(args.dataset)}); with mmpack's plugin pass one folder "
-            "of mmpack pack, which packs several files together"
+            f"--dataset has {len(args.dataset)} values ({' '.join(args.dataset)}); with mmpack's plugin pass one "
+            "folder of mmpack pack, which packs several files together"
         )
     train = _opened("--dataset", args.dataset[0], is_training=True)
     check_arguments(args, train.capacity)

@@ -80,7 +80,7 @@ REFUSED_OPTIONS = {
     ),
     "dataset_text_field": (
         _ENCODED + "fields are chosen when rows are packed",
-        "pack with --column",
+        "name it in an entry of dataset_info.json, and pack with --dataset",
     ),
     "dataset_kwargs": (_ENCODED + "no row is prepared", "leave it out"),
     "dataset_num_proc": (_ENCODED + "no row is prepared", "pack with --jobs"),
@@ -141,9 +141,9 @@ class PackedSFTTrainer(SFTTrainer):
         eval_dataset: the same, or a dict of them.
         data_collator: a `PackCollator` with other options than `PackCollator(model=model)`.
         options: other arguments of `SFTTrainer`. Without `processing_class`, the model's tokenizer and processor
-            files are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`; a model
-            made from a config, and a stream of encoded samples, need one. A `PackingCallback` in `callbacks` is
-            attached in place of a default one.
+            files are saved beside the trained one, with the pixel budget of the packs, as by `mmpack train`; a
+            model made from a config, and a stream of encoded samples, need one. A `PackingCallback` in `callbacks`
+            is attached in place of a default one.
 
     Raises:
         ValueError: an argument or option does not apply to packs; the sentence names it.
@@ -180,13 +180,14 @@ class PackedSFTTrainer(SFTTrainer):
         own = [one for one in callbacks if isinstance(one, PackingCallback)]
         if len(own) > 1 or any(one.dataset is not train for one in own):
             raise ValueError(
-                "callbacks has a PackingCallback of another data set; pass one PackingCallback(train_dataset), or none"
+                "callbacks has a PackingCallback of another data set; pass one PackingCallback(train_dataset), or "
+                "none"
             )
         if isinstance(model, nn.Module):
             if (size := group_of(model).size) > 1:
                 raise ValueError(
-                    f"the model shares packs over {size} ranks (patch_model(context=...)), which TRL's metrics would "
-                    "count once per rank; use transformers' Trainer, or patch the model without context"
+                    f"the model shares packs over {size} ranks (patch_model(context=...)), which TRL's metrics "
+                    "would count once per rank; use transformers' Trainer, or patch the model without context"
                 )
             patch_model(model)
         files = None
@@ -248,6 +249,18 @@ class PackedSFTTrainer(SFTTrainer):
                 outputs = model(**{name: x for name, x in inputs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.scores.remove()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.scores.remove()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         name = loss_name(logs)
         if name is not None:
@@ -279,8 +292,8 @@ def check_options(args: SFTConfig, options: Mapping[str, Any], capacity: int) ->
             raise ValueError(f"SFTConfig({name}={value!r}) does not apply: {why}; {advice}")
     if args.max_length not in (None, defaults["max_length"], capacity):
         raise ValueError(
-            f"SFTConfig(max_length={args.max_length}) does not apply: the packs have up to {capacity:,} tokens; pass "
-            f"max_length=None, or pack with --capacity {args.max_length}"
+            f"SFTConfig(max_length={args.max_length}) does not apply: the packs have up to {capacity:,} tokens; "
+            f"pass max_length=None, or pack with --capacity {args.max_length}"
         )
     for name, sentence in _REFUSED_ARGUMENTS.items():
         if options.get(name) is not None:
@@ -302,8 +315,8 @@ def files_of(model: str | nn.Module, train: Packs) -> tuple[Path, VisionSpec]:
         )
     if train.vision is None:
         raise ValueError(
-            "train_dataset is a PackStream of encoded samples, whose pixel budget is not known before they are read; "
-            f"{advice}"
+            "train_dataset is a PackStream of encoded samples, whose pixel budget is not known before they are "
+            f"read; {advice}"
         )
     return folder, train.vision
 
@@ -329,8 +342,8 @@ def check_loss(args: SFTConfig, train: Packs, collator: PackCollator | None) -> 
         if train.source_weights or reduction != "token":
             found = "source_weights" if train.source_weights else f"loss_reduction={reduction!r}"
             raise ValueError(
-                f"loss_type='dft' does not apply weights of the loss, and there are {found}; leave them out, or pass "
-                "loss_type='nll'"
+                f"loss_type='dft' does not apply weights of the loss, and there are {found}; leave them out, or "
+                "pass loss_type='nll'"
             )
 
 

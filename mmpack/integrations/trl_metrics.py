@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmpack.hf.evaluation import num_real_items
@@ -19,11 +20,11 @@ FUSED = "fused_lm_head"  # the keyword that makes TRL's forward score tokens
 
 
 class PackedScores:
-    """A forward hook on the model with TRL's head: the loss of a packed batch, from the log-probabilities, with the
-    weights of its rows; reports the rows' losses to `pack/loss/` and to evaluation.
+    """A forward hook on the model with TRL's head: the loss of a packed batch, from the log-probabilities, with
+    the weights of its rows; reports the rows' losses to `pack/loss/` and to evaluation.
 
-    It comes before the hooks that read the loss, and acts while its trainer computes a loss (`with scores:`), because
-    other trainers may share the model.
+    It comes before the hooks that read the loss, and acts while its trainer computes a loss (`with scores:`),
+    because other trainers may share the model. The first loss puts it on the model, and `remove` takes it off.
 
     Attributes:
         applies_weights: whether it acts; `mmpack.hf.loss` refuses weights otherwise.
@@ -31,13 +32,21 @@ class PackedScores:
 
     def __init__(self, model: nn.Module, is_dft: bool) -> None:
         self.is_dft, self.applies_weights = is_dft, False
-        model.register_forward_hook(self, with_kwargs=True, prepend=True)
+        self._model = model
+        self._handle: RemovableHandle | None = None
 
     def __enter__(self) -> None:
+        if self._handle is None:
+            self._handle = self._model.register_forward_hook(self, with_kwargs=True, prepend=True)
         self.applies_weights = True
 
     def __exit__(self, *error: object) -> None:
         self.applies_weights = False
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -51,8 +60,8 @@ class PackedScores:
         if "loss_weight_bits" in pack:
             if self.is_dft:
                 raise ValueError(
-                    "the batch has weights of the loss, which loss_type='dft' does not apply; train without weights, "
-                    "or with loss_type='nll'"
+                    "the batch has weights of the loss, which loss_type='dft' does not apply; train without "
+                    "weights, or with loss_type='nll'"
                 )
             bits = pack["loss_weight_bits"].to(losses_L.device)
             weights_L = weights_L * bits.view(torch.float32)
@@ -137,6 +146,7 @@ class TokenMetrics(TrainerCallback):
 
 
 def of_rows(values: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """(L,) a field of TRL's output at the supervised rows; with full_logits, TRL scores every token but the last."""
+    """(L,) a field of TRL's output at the supervised rows; with full_logits, TRL scores every token but the
+    last."""
     whole = values[0]
     return whole if "shift_labels" in batch else whole[batch["mmpack"]["supervised_index"]]

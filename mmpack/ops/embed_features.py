@@ -9,9 +9,10 @@ Forward: one program per token selects its row's pointer, reads the row and writ
 Backward: one launch for both gradients. A feature's gradient is the sum over the tokens that it was inserted at
 (`feature_token`, `feature_offsets`): a copy for one token, else added in their order, in float32. A table row's
 gradient is the sum over its tokens, which are sorted by id in runs of at most MAX_RUN tokens (`text_order`,
-`text_id_offsets`): one program per run adds in a fixed order, in float32; ids with several runs leave partial sums,
-which a second launch adds. All indices are made on the CPU. No atomics, no sort, no host sync: two backward passes
-give the same bits. Placeholders are not read, while `embedding_dense_backward` sorts them and adds up their zeros.
+`text_id_offsets`): one program per run adds in a fixed order, in float32; ids with several runs leave partial
+sums, which a second launch adds. All indices are made on the CPU. No atomics, no sort, no host sync: two backward
+passes give the same bits. Placeholders are not read, while `embedding_dense_backward` sorts them and adds up their
+zeros.
 
 Bytes per column in bf16: forward 4 T, one launch; backward 4 T, plus 2 V to clear a new table gradient, three
 launches. Not measured on a GPU yet.
@@ -226,16 +227,16 @@ def embed_features(
     """Embed tokens and insert vision features at their placeholders: (T, D), out of place.
 
     Equal to transformers' `embed_tokens(input_ids).masked_scatter(is_placeholder, features)`. Differentiable in
-    `weight_VD` and `features_FD`; deterministic; a table row's gradient is rounded once, from a float32 sum, and so is
-    that of a feature at several placeholders.
+    `weight_VD` and `features_FD`; deterministic; a table row's gradient is rounded once, from a float32 sum, and
+    so is that of a feature at several placeholders.
 
     Args:
         input_ids_T: (T,) integer ids below V. Not checked, because that would synchronize with the device.
         feature_index_T: (T,) int32: index of the feature at each token, -1 for text.
         weight_VD: (V, D) embedding table.
         features_FD: (F, D) vision features, same dtype and device.
-        feature_token, feature_offsets: (M,) and (F + 1,) int32, the inverse of `feature_index_T`: the tokens of each
-            feature, and the offsets of the features in them.
+        feature_token, feature_offsets: (M,) and (F + 1,) int32, the inverse of `feature_index_T`: the tokens of
+            each feature, and the offsets of the features in them.
         text_order, text_id_offsets: (T - M,) and (R + 1,) int32: text tokens sorted by id, and offsets of their
             runs of one id and at most MAX_RUN tokens. All indices are fields of `mmpack.Pack`.
         padding_idx: an id without gradient, as in `torch.nn.Embedding`.

@@ -12,14 +12,14 @@ patch instead of 1,176 (14 pixels), 768 instead of 1,536 (16 pixels).
 Autograd goes through the fold, so gradients are those of the original weight and bias. The product is `F.linear`,
 not Conv3d, which is slow in bf16 in several versions of cuDNN.
 
-With `impl="triton"`, `cast_patches` writes x - 128 in one launch, in rows of a multiple of 8 values (14 pixels: 592
-for 588), because products on tensor cores read 16 bytes at a time; the folded weight gets as many columns of zeros,
-which change neither results nor gradients.
+With `impl="triton"`, `cast_patches` writes x - 128 in one launch, in rows of a multiple of 8 values (14 pixels:
+592 for 588), because products on tensor cores read 16 bytes at a time; the folded weight gets as many columns of
+zeros, which change neither results nor gradients.
 
-Bytes per still patch of 14 pixels, E = 1280, bf16: 588 sent to the GPU (float32 pixel_values: 4,704). On the GPU, by
-torch: 588 + 588 for x - 128, 588 + 1,176 for the cast, 1,176 + 2,560 for the product, 6,676; by `cast_patches`: 588 +
-1,184 and 1,184 + 2,560, 5,516. Kept for the backward: 1,176 or 1,184 (transformers: 2,352). The fold moves 22 MB,
-equal to 3,400 patches. Not measured on a GPU yet.
+Bytes per still patch of 14 pixels, E = 1280, bf16: 588 sent to the GPU (float32 pixel_values: 4,704). On the GPU,
+by torch: 588 + 588 for x - 128, 588 + 1,176 for the cast, 1,176 + 2,560 for the product, 6,676; by `cast_patches`:
+588 + 1,184 and 1,184 + 2,560, 5,516. Kept for the backward: 1,176 or 1,184 (transformers: 2,352). The fold moves
+22 MB, equal to 3,400 patches. Not measured on a GPU yet.
 """
 
 import torch

@@ -23,7 +23,8 @@ class Torch:
 
     @staticmethod
     def cross_entropy_fwd(logits_LC, labels_L, lse_L, target_L, first):
-        """Add columns `[first, first + C)` to the rows' log-sum-exp, and note the logit of each label among them."""
+        """Add columns `[first, first + C)` to the rows' log-sum-exp, and note the logit of each label among
+        them."""
         dtype = lse_L.dtype
         for logits, labels, lse, target in _chunks(logits_LC, labels_L, lse_L, target_L):
             index, inside = _columns(labels, first, logits.shape[1])
@@ -130,8 +131,8 @@ def check_weights(weights_L, labels_L):
 
 
 def supervised_cross_entropy_fwd(logits_LV, labels_L, weights_L, impl, losses_L=None):
-    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights. Without weights,
-    the rows' losses are written to `losses_L`."""
+    """(weighted sum of the rows' losses, log-sum-exp of each row (L,)), in the dtype of the weights. Without
+    weights, the rows' losses are written to `losses_L`."""
     lse_L, target_L = row_state(weights_L)
     implementation(impl, logits_LV).cross_entropy_fwd(logits_LV, labels_L, lse_L, target_L, 0)
     if losses_L is not None:
@@ -188,7 +189,8 @@ def supervised_cross_entropy(
         weights_L: (L,) float32 or float64, finite and not negative; None: all 1. A row of weight 0 is one without
             loss: it adds nothing, whatever its logits.
         impl: "torch", "triton" (our kernels, but for float64 and columns that are not adjacent), or "auto": torch,
-            until the kernels are measured on a GPU. Not used in a compiled graph, which fuses torch's cross entropy.
+            until the kernels are measured on a GPU. Not used in a compiled graph, which fuses torch's cross
+            entropy.
         losses_L: (L,) in the loss's dtype, overwritten with the rows' cross entropies without weights, for logs; 0
             for a row without loss.
 

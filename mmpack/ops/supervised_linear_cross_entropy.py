@@ -2,12 +2,14 @@
 
 The vocabulary is cut into chunks of C columns. The forward adds each chunk's logits (L, C) to the rows'
 log-sum-exps; the backward computes a chunk's logits again, overwrites them with their gradient and multiplies by
-it. So a chunk's part of the weight is read once per pass, and its gradient is one product over all rows, written to
-its place and rounded once, without an accumulator. (Chunks of *rows*, as in Liger (arXiv 2410.10989), TRL and torch's
-`linear_cross_entropy`, read the weight once per chunk and add their gradients of it: in float32 that takes 4 V D
-bytes.) Only the gradient of the hidden states is added up over chunks, in float32. Four products instead of three.
+it. So a chunk's part of the weight is read once per pass, and its gradient is one product over all rows, written
+to its place and rounded once, without an accumulator. (Chunks of *rows*, as in Liger (arXiv 2410.10989), TRL and
+torch's `linear_cross_entropy`, read the weight once per chunk and add their gradients of it: in float32 that takes
+4 V D bytes.) Only the gradient of the hidden states is added up over chunks, in float32. Four products instead of
+three.
 
-Peak memory beyond the arguments and the gradients returned, in bytes, with s bytes per number of the inputs, at most
+Peak memory beyond the arguments and the gradients returned, in bytes, with s bytes per number of the inputs, at
+most
 
     forward   s L C + 4 min(L C, CHUNK) + 100 L
     backward  s L C + 4 min(L C, CHUNK) + 100 L + 4 L D    the last: the sum

@@ -198,8 +198,8 @@ def tune(
     results in the user's cache folder after each shape class.
 
     Every implementation runs in a child process, forward and backward, on segments of 1, 127, 130, 64 and 3 rows;
-    its error must be within that of a library (`mmpack.ops.op_trials`). Those that are right are timed on a pack of
-    `capacity` tokens, rounded up to a power of two.
+    its error must be within that of a library (`mmpack.ops.op_trials`). Those that are right are timed on a pack
+    of `capacity` tokens, rounded up to a power of two.
 
     Args:
         classes: what to measure; `mmpack.hf.op_choice.shape_classes` lists what a model needs.

@@ -9,9 +9,9 @@ between its bounds: its segment's, or up to itself if causal. One kernel serves 
 q, k and v are read by TMA descriptors over (T, columns), where a head is a range of columns, so a view into a
 fused projection is read without a copy. A head dim that is not a power of two is split (80 = 64 + 16); columns
 that the parts have in excess (72 is read as 64 + 16: eight of the next head's) are zero in one operand of each
-product. The backward recomputes the scores from the saved log-sum-exp, once for dq (which also computes `delta` = rowsum(out *
-dout)) and once for dk and dv, whose programs add up a group's query heads in order: no atomics, so two backward
-passes give the same bits.
+product. The backward recomputes the scores from the saved log-sum-exp, once for dq (which also computes `delta` =
+rowsum(out * dout)) and once for dk and dv, whose programs add up a group's query heads in order: no atomics, so
+two backward passes give the same bits.
 
 Infinities and NaN stay in their segment. 0 x inf is NaN, so a product must not contain rows of other segments,
 even where p is 0. A tile of one long segment moves its last block back into the segment. A tile of whole segments

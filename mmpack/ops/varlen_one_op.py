@@ -1,8 +1,8 @@
 """SDPA within segments as one op, for torch.compile on a CPU.
 
 torch.compile unrolls a loop over segments, so every number of segments would be another graph. This op reads
-`cu_seqlens` when it runs, which on a CPU waits for nothing. Its backward computes the scores of a segment again, one key
-head at a time, in float32 or float64.
+`cu_seqlens` when it runs, which on a CPU waits for nothing. Its backward computes the scores of a segment again,
+one key head at a time, in float32 or float64.
 """
 
 from itertools import pairwise

@@ -29,8 +29,9 @@ _BLOCKS = {
 
 
 def launch_options(kernel, K, dtype):
-    """Blocks, stages, warps and registers of a kernel. Blocks are small for float32, whose exact sums use no tensor
-    cores. Scores are scaled and shifted by one FFMA each; newer versions of Triton fuse only with this option."""
+    """Blocks, stages, warps and registers of a kernel. Blocks are small for float32, whose exact sums use no
+    tensor cores. Scores are scaled and shifted by one FFMA each; newer versions of Triton fuse only with this
+    option."""
     largest = next(D for D in _BLOCKS[kernel] if K <= D)
     BM, BN, stages, num_warps = _BLOCKS[kernel][largest]
     options = {"enable_fp_fusion": True}
@@ -42,8 +43,8 @@ def launch_options(kernel, K, dtype):
 
 
 def _descriptors(x_THK, rows, D0, D1):
-    """Two TMA descriptors, of blocks (rows, D0) and (rows, D1) of x as (T, columns); the second is None if D1 is 0.
-    Reads after the last column give 0."""
+    """Two TMA descriptors, of blocks (rows, D0) and (rows, D1) of x as (T, columns); the second is None if D1 is
+    0. Reads after the last column give 0."""
     T, H, K = x_THK.shape
     shape, strides = [T, (H - 1) * x_THK.stride(1) + K], [x_THK.stride(0), 1]
     blocks = ([rows, D0], [rows, D1] if D1 else None)

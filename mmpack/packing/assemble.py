@@ -6,7 +6,7 @@ the C++ core writes the same arrays, bit for bit (`csrc/assembler.h`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, counted
 from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.context_part import owners
+from mmpack.packing.fetched_images import FetchedImages
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.shared_images import Key, check_place, first_shown, media_key
 from mmpack.types import (
@@ -80,12 +81,13 @@ def assemble(
         pixels: decode images and videos; otherwise `Pack.pixels` and `Pack.video_pixels` are None.
         impl: "native", or "reference" for the specification; both give the same pack.
         share_images: the pack has the patches of an image or a video once, however many markers show it
-            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs them.
+            (`mmpack.packing.shared_images`). False: once for each marker, as a model that is not patched needs
+            them.
         empty: allocates the arrays that the core and the decoder write; called like `numpy.empty`.
 
     Returns:
-        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them, then
-        videos.
+        The pack. Segment s is `samples[s]`; images come first, in the order of the first markers that show them,
+        then videos.
 
     Raises:
         ValueError: there are no samples, their specs differ, or a sample's arrays contradict each other.
@@ -214,8 +216,9 @@ def load_pixels(
             and must decode.
         share_images: as in `assemble`.
         empty: allocates the arrays; called like `numpy.empty`.
-        context: decode only the images and videos of which this rank's tower gets frames, and keep only those frames;
-            all of them if samples whose images do not decode are to be dropped, which every rank must know.
+        context: decode only the images and videos of which this rank's tower gets frames, and keep only those
+            frames; all of them if samples whose images do not decode are to be dropped, which every rank must
+            know.
 
     Returns:
         (the samples kept from each group, the pixels of all groups).
@@ -235,6 +238,8 @@ def load_pixels(
     kept: list[Sequence[EncodedSample]] = []
     for group in groups:
         if isinstance(group, PackSamples):
+            if own is None:  # else most images are of other ranks
+                buffer.fetch(group.policy.media_of(group))
             kept.append(group.policy.load(group, buffer))
             continue
         for sample in group:
@@ -246,8 +251,8 @@ def load_pixels(
 def _own_frames(
     joined: Joined, size: Size, context: ContextGroup
 ) -> tuple[tuple[NDArray[Any], NDArray[Any]], Size]:
-    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; the size with patches of
-    these frames)"""
+    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; the size with
+    patches of these frames)"""
     ids, markers = joined.input_ids, (joined.image_id, joined.video_id)
     is_video = ids[np.isin(ids, markers)] == joined.video_id
     is_new = joined.first_shown == np.arange(len(is_video))
@@ -272,7 +277,8 @@ class PixelBuffer:
     Args:
         vision: the samples' spec.
         size: the size of the samples, from `join`.
-        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded again.
+        share_images: as in `assemble`: an image or a video that was decoded for a sample before is not decoded
+            again.
         empty: allocates the arrays; called like `numpy.empty`.
         own: whether to keep each frame of the distinct images, and of the distinct videos; None: all.
     """
@@ -294,9 +300,14 @@ class PixelBuffer:
         self._own = own
         self._written, self._frames = [0, 0], [0, 0]  # patches and frames of each kind
         self._shares = share_images
+        self._fetched = FetchedImages(())
         # The folders that each was decoded from, and for those that do not decode, also why.
         self._decoded: dict[Key, MediaFolders | None] = {}
         self._failed: dict[Key, tuple[MediaFolders | None, ValueError]] = {}
+
+    def fetch(self, media: Iterable[tuple[Media, MediaFolders | None]]) -> None:
+        """Begin to read images that are in object storage, several at once; `load` waits for each."""
+        self._fetched = FetchedImages(media)
 
     def load(self, sample: EncodedSample, folders: MediaFolders | None = None) -> None:
         """Decode the next sample's images and videos. If one fails, none of the sample's patches are kept.
@@ -359,6 +370,7 @@ class PixelBuffer:
             raise error
         try:
             if isinstance(ref, ImageRef):
+                ref = self._fetched.image(ref, folders)
                 images.load_patches(ref, grid_thw[0], self._vision, out, folders)
             else:
                 videos.load_patches(ref, grid_thw, self._vision, out, folders)

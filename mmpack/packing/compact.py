@@ -28,12 +28,13 @@ class CompactPack:
         marker_thw: (I, 3) int32 grids of the markers, in their order.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch of a grid to the next.
         grid_offsets: (S + 1,) int32 offsets of the samples in `marker_thw`.
-        shown: (I, 3) int32, for each marker: the first marker that shows the same image or video, how many before it
-            show it, and how many do in all.
+        shown: (I, 3) int32, for each marker: the first marker that shows the same image or video, how many before
+            it show it, and how many do in all.
         markers: (I,) int32 positions of the markers in `input_ids`.
         labels, supervised_index, cu_seqlens, vision_cu_seqlens, max_seqlen, vision_max_seqlen, grid_thw,
             num_images, vision_grid_thw, vision: as in `mmpack.Pack`, expanded.
-        num_placeholders, num_features, num_runs, num_tiles, num_vision_tiles: lengths of the arrays that the device makes.
+        num_placeholders, num_features, num_runs, num_tiles, num_vision_tiles: lengths of the arrays that the
+            device makes.
     """
 
     input_ids: Int32

@@ -11,8 +11,8 @@ from mmpack.errors import integer
 class ContextGroup:
     """The place of a rank among the `size` ranks that share each pack.
 
-    Consecutive global ranks form a group: global rank r is in group r // size, at place r % size. It holds no process
-    group, so that it can be made, copied and pickled where there is none (DataLoader workers).
+    Consecutive global ranks form a group: global rank r is in group r // size, at place r % size. It holds no
+    process group, so that it can be made, copied and pickled where there is none (DataLoader workers).
 
     Attributes:
         rank: this rank's place in its group, 0 to size - 1.
@@ -32,8 +32,8 @@ class ContextGroup:
             raise ValueError(f"a context group needs at least one rank, got size={self.size}")
         if not 0 <= self.rank < self.size:
             raise ValueError(
-                f"rank {self.rank} is no place in a context group of {self.size} ranks (0 to {self.size - 1}); for "
-                "the place of a global rank use ContextGroup.of(rank, world, size)"
+                f"rank {self.rank} is no place in a context group of {self.size} ranks (0 to {self.size - 1}); "
+                "for the place of a global rank use ContextGroup.of(rank, world, size)"
             )
 
     @classmethod

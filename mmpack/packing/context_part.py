@@ -22,17 +22,17 @@ class ContextPart:
     """What a rank gets of a pack, on the CPU.
 
     Attributes:
-        pack: the pack with this rank's tokens (`input_ids`, `labels`, `position_ids`, features and text among them),
-            frames (`vision_*`, the grid (1, h, w) of each) and the features that it receives. Segments, `tiles`,
-            `supervised_index`, `grid_thw`, `vision_index` are the whole pack's.
+        pack: the pack with this rank's tokens (`input_ids`, `labels`, `position_ids`, features and text among
+            them), frames (`vision_*`, the grid (1, h, w) of each) and the features that it receives. Segments,
+            `tiles`, `supervised_index`, `grid_thw`, `vision_index` are the whole pack's.
         group: the rank's place.
         tokens: (size + 1,) offsets of the ranks' tokens in the pack.
         rows: begin and end of this rank's rows in `supervised_index`.
         patches: (P,) this rank's patches in the whole pack's.
         num_still_frames: how many of its frames are images.
         sent_index: (n,) int32: the own feature in each row that is sent, to rank 0 first.
-        sent_row, sent_offsets: (n,), (max(F, 1) + 1,) int32: its inverse, like `feature_token` and `feature_offsets`.
-            A rank without frames has one feature, of a blank image, which nobody gets.
+        sent_row, sent_offsets: (n,), (max(F, 1) + 1,) int32: its inverse, like `feature_token` and
+            `feature_offsets`. A rank without frames has one feature, of a blank image, which nobody gets.
         sent, received: (size,) features to and from each rank.
         checksum: of the whole pack, equal on all ranks.
     """
@@ -134,7 +134,8 @@ def part_of(pack: Pack, group: ContextGroup) -> ContextPart:
 
 
 def owners(num_patches: NDArray[Any], size: int) -> Int64:
-    """(frames,) the rank of each frame, given its patches: largest first, each to the rank with the fewest patches."""
+    """(frames,) the rank of each frame, given its patches: largest first, each to the rank with the fewest
+    patches."""
     owner, load = np.zeros(len(num_patches), dtype=np.int64), np.zeros(size, dtype=np.int64)
     for frame in np.argsort(-num_patches.astype(np.int64), kind="stable"):
         owner[frame] = rank = load.argmin()

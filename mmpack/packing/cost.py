@@ -85,8 +85,8 @@ def sample_flops(
 
 
 def image_flops(config: Any, grid_thw: ArrayLike, frozen: Collection[str] = ()) -> Int64:
-    """FLOPs of a training step in the vision tower and its mergers, for each of I grids: the part of `sample_flops`
-    that is spent once for images that a pack shows several times.
+    """FLOPs of a training step in the vision tower and its mergers, for each of I grids: the part of
+    `sample_flops` that is spent once for images that a pack shows several times.
 
     Args:
         config, frozen: as in `sample_flops`.

@@ -23,6 +23,7 @@ from mmpack.data.chunks import item_at
 from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
 from mmpack.data.readers import limits_of, media_folders
+from mmpack.data.remote_roots import require_local
 from mmpack.errors import counted, counting, integer, pack_limits
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
@@ -58,8 +59,9 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             out of the pack, log a warning and count it.
         max_bad: the largest share of samples with images or videos that may be dropped, 0.05 by default. From
             1,000 samples on, a larger share is an error that counts the reasons.
-        media_folders: folders that must contain image and video files when they are opened, links resolved; None:
-            any folder. `from_store` and `from_files` set the folders that the rows were read with.
+        media_folders: folders, or URLs, that must contain image and video files when they are opened, links
+            resolved; None: any local folder. `from_store` and `from_files` set the folders that the rows were
+            read with.
         source_weights: name of a data file -> factor of its samples' loss, see `PackSource`; they are not saved.
     """
 
@@ -91,17 +93,17 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         Args:
             samples: a list, or an `EncodedStore`.
             capacity: maximum tokens per pack.
-            cost: the config of the model to train, or (N,) numbers (from `costs_of` if parts of the model are frozen).
-                Packs then also cost the same, so that data-parallel ranks do not wait for each other.
+            cost: the config of the model to train, or (N,) numbers (from `costs_of` if parts of the model are
+                frozen). Packs then also cost the same, so that data-parallel ranks do not wait for each other.
             patch_capacity: maximum vision patches per pack.
-            on_overflow: what to do with a sample longer than a pack: "error"; "drop" it and list it in `plan.dropped`;
-                "truncate" it with `truncate_sample` and list it in `plan.truncated`, or drop it if no answer is left
-                (both log how many and name the first); "split" (documents only) it into pieces, which `samples` then
-                holds, see `mmpack.packing.split_documents`.
+            on_overflow: what to do with a sample longer than a pack: "error"; "drop" it and list it in
+                `plan.dropped`; "truncate" it with `truncate_sample` and list it in `plan.truncated`, or drop it if
+                no answer is left (both log how many and name the first); "split" (documents only) it into pieces,
+                which `samples` then holds, see `mmpack.packing.split_documents`.
             seed: decides the packs and their order.
-            group_images: plan samples that show the same image together: a pack runs the vision tower once for each
-                image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as numbers
-                count an image for each of its samples.
+            group_images: plan samples that show the same image together: a pack runs the vision tower once for
+                each image, so fewer patches enter it. The samples of a step are then less mixed. Costs given as
+                numbers count an image for each of its samples.
 
         Raises:
             ValueError: a sample is too long and `on_overflow` is "error", a conversation would be split, or an
@@ -194,8 +196,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
                 use the samples as packed. Data files may be deleted.
 
         Raises:
-            ValueError: the folder has no store, a damaged one or only a part, a data file has changed, or FOLDER:val and
-                `split` contradict each other.
+            ValueError: the folder has no store, a damaged one or only a part, a data file has changed, or
+                FOLDER:val and `split` contradict each other.
         """
         from mmpack.packing.stored_plan import open_samples  # here: only stores need Arrow
 
@@ -216,25 +218,25 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     ) -> MixedDataset:
         """Mix data sets in given shares, without encoding anything again.
 
-        By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to occur
-        once; the others repeat, in whole passes of another order each and a part of one, which the next epoch
-        continues. So samples of a source are drawn equally often, up to one; an epoch that would need more packs than
-        the first leaves the last few that it drew out. Packs are ordered so that the sources' shares
+        By default an epoch is as long as it takes for the source with the most tokens (or samples) per weight to
+        occur once; the others repeat, in whole passes of another order each and a part of one, which the next
+        epoch continues. So samples of a source are drawn equally often, up to one; an epoch that would need more
+        packs than the first leaves the last few that it drew out. Packs are ordered so that the sources' shares
         are about the same in all parts of an epoch.
 
         Args:
             sources: name -> (data set, weight). A data set is a folder, as in `from_store`, or a `PackedDataset`;
                 all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold for its rows;
-                `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear in the log (`pack/loss/NAME`),
-                and in errors before the file (`NAME::train.json`).
+                `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear in the log
+                (`pack/loss/NAME`), and in errors before the file (`NAME::train.json`).
             cost: as in `from_samples`: the model's config, or (N,) numbers for the samples of all sources.
             by: whether weights are shares of "tokens" or of "samples".
             epoch_tokens: tokens of an epoch.
             seed: decides which samples come when, and the packs.
 
         Raises:
-            ValueError: a weight is not a positive number, sources were not packed alike, or one has options that are the
-                mixture's; names the difference.
+            ValueError: a weight is not a positive number, sources were not packed alike, or one has options that
+                are the mixture's; names the difference.
         """
         from mmpack.packing.mixed_dataset import MixedDataset  # here: it needs this module
 
@@ -250,7 +252,8 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             folder: a new one, or empty. It appears complete or not at all.
 
         Raises:
-            ValueError: there are no samples, the folder is not empty, or it is of several with other media folders.
+            ValueError: there are no samples, the folder is not empty, or it is of several with other media
+                folders.
             OSError: it cannot be written.
         """
         from mmpack.store.atomic_folder import published  # here: only stores need Arrow
@@ -260,6 +263,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
         if not len(self.samples):
             raise ValueError("there are no samples to save")
+        require_local(folder, "the packed folder")
         out = Path(folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty; save to another folder")
@@ -312,10 +316,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
     def fingerprint(self) -> dict[str, Any]:
         """Settings, counts and checksums that determine the packs of every epoch, for JSON.
 
-        Data sets with equal fingerprints have equal packs: ids, labels, grids, temporal steps, file and row of every
-        sample, paths of images and videos, and the bytes of those in memory. No file is opened. A list and the store
-        that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's checksum is
-        stored, so a million samples take milliseconds; for a list all samples are read.
+        Data sets with equal fingerprints have equal packs: ids, labels, grids, temporal steps, file and row of
+        every sample, paths of images and videos, and the bytes of those in memory. No file is opened. A list and
+        the store that `save` wrote of it have equal fingerprints, unless the list holds PIL images. A store's
+        checksum is stored, so a million samples take milliseconds; for a list all samples are read.
         """
         return fingerprint_of(self.samples, self.plan, self.source_weights)
 

@@ -16,8 +16,8 @@ class EvenPacks(Dataset[PackSamples]):
     """The packs of a data set, followed by empty ones up to a multiple of `multiple`; the data set itself is not
     changed.
 
-    With context parallelism, every batch of packs occurs `context_size` times in a row. Whoever deals batches to ranks
-    in turn (accelerate does), then gives the ranks of a `ContextGroup` the same packs.
+    With context parallelism, every batch of packs occurs `context_size` times in a row. Whoever deals batches to
+    ranks in turn (accelerate does), then gives the ranks of a `ContextGroup` the same packs.
 
     Attributes:
         dataset: the data set; its attributes apply.

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from mmpack.packing.plan import assigned
 from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.split_documents import SplitSamples
 from mmpack.packing.stream_select import hashed
-from mmpack.types import EncodedSample, ImageRef, Media, PackPlan
+from mmpack.store.row_checksum import files_of
+from mmpack.types import EncodedSample, ImageRef, PackPlan
 
 SPLITS = {"train": "plan", "val": "val"}  # the name of the plan in a store
 _log = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ def held_out(samples: Any, size: float, used: NDArray[np.bool_] | None = None) -
     wanted = int(size) if size >= 1 else max(1, round(size * len(group)))
     if wanted >= len(group):
         raise ValueError(
-            f"--val-size (val_size) asks for {wanted:,} of {counted(len(group), 'row')}, and none would be left to "
-            "train on; hold out fewer"
+            f"--val-size (val_size) asks for {wanted:,} of {counted(len(group), 'row')}, and none would be left "
+            "to train on; hold out fewer"
         )
     _, first, inverse, count = np.unique(
         group, return_index=True, return_inverse=True, return_counts=True
@@ -91,8 +92,9 @@ def held_out(samples: Any, size: float, used: NDArray[np.bool_] | None = None) -
 
 
 def _groups(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
-    """(N,) a number per sample; samples that share an image, directly or through others, have the same."""
-    parent = list(range(len(samples)))
+    """(N,) a number per sample; samples that share an image, directly or through others, have the same: that of
+    the first of them."""
+    parent = list(range(len(samples)))  # none is larger than its sample
 
     def root(number: int) -> int:
         while parent[number] != number:
@@ -100,43 +102,57 @@ def _groups(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
             number = parent[number]
         return number
 
-    def join(number: int, other: int) -> None:
-        low, high = sorted((root(number), root(other)))
-        parent[high] = low
-
     first: dict[Hashable, int] = {}
-    row = None
-    for number, sample in enumerate(samples):
-        if row == (row := (sample.source, sample.row)):  # files in two folders may have one name
-            join(number, number - 1)
-        for key in _keys(sample):
-            join(number, first.setdefault(key, number))
-    return np.array([root(number) for number in range(len(samples))], dtype=np.int64)
+    for number, (is_again, keys) in enumerate(_shown(samples)):
+        shared = [number - 1] if is_again else []
+        shared += [other for key in keys if (other := first.setdefault(key, number)) != number]
+        for other in shared:
+            low, high = sorted((root(number), root(other)))
+            parent[high] = low
+    group = np.array(parent, dtype=np.int64)
+    while (group[group] != group).any():
+        group = group[group]
+    return group
 
 
-def _keys(sample: EncodedSample) -> Iterator[Hashable]:
-    for one in sample.media:
-        yield from _keys_of(one)
+def _shown(samples: Any) -> Iterator[tuple[bool, Iterable[Hashable]]]:
+    """For each sample: whether it is of the same row as the one before it (files in two folders may have one
+    name), and what its images and videos are known by. Of a store they are read from its columns."""
+    if not hasattr(samples, "media_rows"):
+        row = None
+        for sample in samples:
+            yield row == (row := (sample.source, sample.row)), map(_key, files_of(sample.media))
+        return
+    files, rows = samples.sources, samples.rows
+    is_again = np.zeros(len(rows), dtype=bool)
+    is_again[1:] = (files[1:] == files[:-1]) & (rows[1:] == rows[:-1])
+    again = iter(is_again.tolist())
+    for batch in samples.media_rows():
+        names = np.array([*batch.paths, None], dtype=object)[batch.path]
+        inside = batch.offset >= 0
+        names[inside] = batch.offset[inside]  # equal contents have one position
+        for place in np.flatnonzero(batch.in_tar).tolist():
+            names[place] = names[place], int(batch.in_tar[place])
+        keys, ends = names.tolist(), batch.files.tolist()
+        for begin, end in zip(ends, ends[1:]):
+            yield next(again), keys[begin:end]
 
 
-def _keys_of(one: Media) -> Iterator[Hashable]:
-    """What an image or video is known by: its path, with its position in a tar file, or its content."""
-    if not isinstance(one, ImageRef) and one.frames:
-        for frame in one.frames:
-            yield from _keys_of(frame)
-    elif one.data is None:
-        yield one.path if one.member is None else (one.path, one.member.offset)
-    elif isinstance(one.data, (bytes, bytearray, memoryview)):
-        yield hashlib.sha256(one.data).digest()
-    else:  # a PIL image
-        yield hashlib.sha256(one.data.tobytes()).digest()
+def _key(one: ImageRef) -> Hashable:
+    """What an image, a video file or a frame is known by: its path, with its position in a tar file, or its
+    content."""
+    if one.data is None:
+        return one.path if one.member is None else (one.path, one.member.offset)
+    if isinstance(one.data, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(one.data).digest()
+    return hashlib.sha256(one.data.tobytes()).digest()  # a PIL image
 
 
 def within_limits(samples: Any, limits: Mapping[str, tuple[int, int]]) -> NDArray[np.bool_]:
     """Which samples the `num_samples` and `max_samples` of `dataset_info.json` entries leave, a bool each.
 
-    `max_samples` leaves the first samples of an entry, `num_samples` chooses among them by the hash of their file and
-    number. Documents count once, however many pieces they have.
+    `max_samples` leaves the first samples of an entry, `num_samples` chooses among them by the hash of their file
+    and number. Documents count once, however many pieces they have.
 
     Args:
         limits: files of an entry, joined by "/" -> (num_samples, max_samples), 0: no limit.
@@ -153,7 +169,8 @@ def within_limits(samples: Any, limits: Mapping[str, tuple[int, int]]) -> NDArra
         own = own[: max_samples or None]
         if num_samples > len(own):
             _log.warning(
-                "num_samples of %s is %s, but %s are there; each is used once per epoch, and --mix repeats a source",
+                "num_samples of %s is %s, but %s are there; each is used once per epoch, and --mix repeats a "
+                "source",
                 names,
                 f"{num_samples:,}",
                 counted(len(own), "sample"),
@@ -162,11 +179,15 @@ def within_limits(samples: Any, limits: Mapping[str, tuple[int, int]]) -> NDArra
     return used
 
 
-def _by_hash(samples: Sequence[EncodedSample], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+def _by_hash(samples: Any, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """The order of samples by the hash of their file and number."""
-    names = (f"{one.source}:{one.row}" for one in (samples[number] for number in numbers.tolist()))
-    keys = hashed([zlib.crc32(name.encode()) for name in names], 0)
-    return np.argsort(keys, kind="stable")
+    if hasattr(samples, "media_rows"):
+        places = zip(samples.sources[numbers].tolist(), samples.rows[numbers].tolist())
+        names = [f"{source}:{row}" for source, row in places]
+    else:
+        chosen = (samples[number] for number in numbers.tolist())
+        names = [f"{one.source}:{one.row}" for one in chosen]
+    return np.argsort(hashed([zlib.crc32(name.encode()) for name in names], 0), kind="stable")
 
 
 def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
@@ -190,7 +211,7 @@ def part_of(plan: PackPlan, own: NDArray[np.bool_]) -> PackPlan:
     )
     if not len(part.sample_index):
         raise ValueError(
-            f"none of the {counted(int(own.sum()), 'row')} to train on, or held out (--val-size), fits a pack; choose "
-            "more rows, or pack with a larger --capacity"
+            f"none of the {counted(int(own.sum()), 'row')} to train on, or held out (--val-size), fits a pack; "
+            "choose more rows, or pack with a larger --capacity"
         )
     return assigned(part, plan.seed)

@@ -1,8 +1,8 @@
 """Units of samples that show the same images: planned as one, so that a pack encodes their images once.
 
-A unit has the tokens of its samples, and each of its images once: that is what its pack spends on it, unless another
-unit of the pack shows the same image. Planning by units changes no limit of a pack, but takes freedom from the planner:
-with costs, units are at most a half, a third or a quarter of a pack.
+A unit has the tokens of its samples, and each of its images once: that is what its pack spends on it, unless
+another unit of the pack shows the same image. Planning by units changes no limit of a pack, but takes freedom from
+the planner: with costs, units are at most a half, a third or a quarter of a pack.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class UnitSizes:
 def units_of(images: SampleImages, sizes: UnitSizes) -> Int64:
     """Join samples that show the same image into units within the limits.
 
-    Images with the most patches come first, because sharing them saves most. The units that show an image are joined,
-    the longest first, each with the fullest unit that has room for it. So most samples of an image are in as few units
-    as the limits allow, also where samples show several images.
+    Images with the most patches come first, because sharing them saves most. The units that show an image are
+    joined, the longest first, each with the fullest unit that has room for it. So most samples of an image are in
+    as few units as the limits allow, also where samples show several images.
 
     Returns:
         (N,) int64: the unit of each sample, which is the number of its first sample.

@@ -1,8 +1,9 @@
 """Rows that a stream leaves out: counted by its shards, listed in the process that trains.
 
-A shard reads ahead of the packs that are trained on, and a resumed shard reads some rows again. So a bad row belongs
-to the first pack whose state is after the row: that state counts it, and that pack carries it to the process that
-trains, which puts it into a list or a file. Each bad row is counted once, however often a run is stopped.
+A shard reads ahead of the packs that are trained on, and a resumed shard reads some rows again. So a bad row
+belongs to the first pack whose state is after the row: that state counts it, and that pack carries it to the
+process that trains, which puts it into a list or a file. Each bad row is counted once, however often a run is
+stopped.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def as_line(bad: BadRow, number_of_pass: int) -> dict[str, Any]:
 
 
 def joined_resume(items: Sequence[Any]) -> bytes | None:
-    """The `resume` of a batch of items, whose images have been decoded: the last one's, with the rows that all of them
-    left out. None: they are not of a stream."""
+    """The `resume` of a batch of items, whose images have been decoded: the last one's, with the rows that all of
+    them left out. None: they are not of a stream."""
     streamed = [item for item in items if isinstance(item, PackSamples) and item.resume is not None]
     if not streamed:
         return None
@@ -139,8 +140,8 @@ def joined_resume(items: Sequence[Any]) -> bytes | None:
 class BadRowFile:
     """Lists rows that were left out in a file, one per line of JSON.
 
-    Lines are appended. A row that the file lists already for the same pass and reason, also because a stopped run wrote
-    it, is not listed again, and a line that was cut off is removed.
+    Lines are appended. A row that the file lists already for the same pass and reason, also because a stopped run
+    wrote it, is not listed again, and a line that was cut off is removed.
 
     Args:
         path: the file; its folder is created.

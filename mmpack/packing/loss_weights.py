@@ -1,7 +1,7 @@
 """Weights of a pack's supervised rows: those of its samples, and the reduction of the loss.
 
-The loss of an optimizer step is the sum of weight * cross entropy over its rows, divided by the sum of the weights.
-`mmpack.reference.loss_weights` is the specification.
+The loss of an optimizer step is the sum of weight * cross entropy over its rows, divided by the sum of the
+weights. `mmpack.reference.loss_weights` is the specification.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def loss_weights(samples: Sequence[EncodedSample], reduction: LossReduction) -> 
     """The weights of a pack's supervised rows.
 
     Args:
-        reduction: "token": every token counts once. "sample": every sample does, so its tokens are multiplied by 1 /
-            its number of supervised tokens. "sqrt": by 1 / the square root of that number (InternVL's square
+        reduction: "token": every token counts once. "sample": every sample does, so its tokens are multiplied by 1
+            / its number of supervised tokens. "sqrt": by 1 / the square root of that number (InternVL's square
             averaging). A split document is one sample.
 
     Returns:
@@ -110,6 +110,6 @@ def check_source_weights(weights: Mapping[str, float], sources: Iterable[str] | 
             )
     if known and len({weights.get(name, 1) for name in known}) == 1:
         raise ValueError(
-            f"--source-weight (source_weights) gives every source of the data ({len(known)}) one weight, which changes "
-            "nothing; leave it out, or give sources different weights"
+            f"--source-weight (source_weights) gives every source of the data ({len(known)}) one weight, which "
+            "changes nothing; leave it out, or give sources different weights"
         )

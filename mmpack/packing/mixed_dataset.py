@@ -31,8 +31,8 @@ _TEXT_SETTINGS = ("the tokenizer", "typed_tokens", "template_args")
 class MixedDataset(PackedDataset):
     """Packs of a mixture; made by `PackedDataset.mixed`.
 
-    An epoch is planned once, when `set_epoch` is called; workers find its plan in shared memory. Every epoch has as
-    many packs as the first; if an epoch needs fewer, the last are empty.
+    An epoch is planned once, when `set_epoch` is called; workers find its plan in shared memory. Every epoch has
+    as many packs as the first; if an epoch needs fewer, the last are empty.
 
     Attributes:
         mixture: the sources, and what an epoch takes of each.
@@ -57,8 +57,8 @@ class MixedDataset(PackedDataset):
         grouped = [name for name, (one, _) in opened.items() if one.plan.unit is not None]
         if grouped:
             _log.warning(
-                f"packed with --group-images (group_images): {', '.join(grouped)}; a mixture plans each row by itself, so "
-                "rows of one image are not kept together"
+                f"packed with --group-images (group_images): {', '.join(grouped)}; a mixture plans each row by "
+                "itself, so rows of one image are not kept together"
             )
         if isinstance(cost, Mapping) or hasattr(cost, "model_type"):
             cost = costs_of_sources([one for one, _ in opened.values()], cost)
@@ -108,8 +108,8 @@ class MixedDataset(PackedDataset):
         return replace(plan, pack_tokens=plan.totals(plan.num_tokens))
 
     def report(self) -> list[dict[str, Any]]:
-        """The sources in epoch 0, for JSON: name, share that was asked, samples, samples drawn, passes, tokens, share
-        of all tokens, and percentiles of the share per pack."""
+        """The sources in epoch 0, for JSON: name, share that was asked, samples, samples drawn, passes, tokens,
+        share of all tokens, and percentiles of the share per pack."""
         return self.mixture.report(self.plan)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -171,8 +171,8 @@ def joined(sources: Mapping[str, PackedDataset]) -> PackedDataset:
 def _check(sources: Mapping[str, PackedDataset]) -> None:
     """
     Raises:
-        ValueError: there are no sources, a name is not usable, sources were not packed alike, or one has options that
-            are the mixture's.
+        ValueError: there are no sources, a name is not usable, sources were not packed alike, or one has options
+            that are the mixture's.
     """
     check_weights(dict.fromkeys(sources, 1))
     for name, one in sources.items():
@@ -184,8 +184,8 @@ def _check(sources: Mapping[str, PackedDataset]) -> None:
         for option, value in usual.items():
             if (found := getattr(one, option)) != value:
                 raise ValueError(
-                    f"the source {name!r} of a mixture has {option} {found!r}, which the mixture would not use; set it "
-                    "on the mixture"
+                    f"the source {name!r} of a mixture has {option} {found!r}, which the mixture would not use; "
+                    "set it on the mixture"
                 )
     check_alike({name: _settings(one) for name, one in sources.items()})
 
@@ -213,7 +213,8 @@ def _settings(dataset: PackedDataset) -> dict[str, Any]:
 def costs_of_sources(
     datasets: Sequence[PackedDataset], config: Any, frozen: Collection[str] = ()
 ) -> NDArray[Any]:
-    """(N,) FLOPs of the samples of several data sets, as `costs_of`; of those that a plan cuts, as they are cut."""
+    """(N,) FLOPs of the samples of several data sets, as `costs_of`; of those that a plan cuts, as they are
+    cut."""
     found = []
     for one in datasets:
         costs, plan = costs_of(one.samples, config, frozen), one.plan

@@ -1,9 +1,10 @@
 """Mixtures: an epoch of several data sets, in given shares, from their sizes alone.
 
-Each source is an endless row of passes over its samples, every pass in another order. An epoch takes the next part of
-each row: as many tokens as the source's share of the epoch (or samples, if shares are of samples). So an epoch is a
-pure function of seed and epoch, and over any number of epochs all samples of a source are drawn equally often, up to
-one. Of an epoch that would need more packs than allowed, the last few that were drawn are left out (`Mixture.plan`).
+Each source is an endless row of passes over its samples, every pass in another order. An epoch takes the next part
+of each row: as many tokens as the source's share of the epoch (or samples, if shares are of samples). So an epoch
+is a pure function of seed and epoch, and over any number of epochs all samples of a source are drawn equally
+often, up to one. Of an epoch that would need more packs than allowed, the last few that were drawn are left out
+(`Mixture.plan`).
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ class Mixture:
 
         Args:
             epoch: from 0.
-            num_packs: the most packs. An epoch that needs more is cut: the last samples of the sources whose epochs
-                are not whole passes are left out of it, of each at most its share of what is cut; the one with the most
-                tokens loses at least a sample.
+            num_packs: the most packs. An epoch that needs more is cut: the last samples of the sources whose
+                epochs are not whole passes are left out of it, of each at most its share of what is cut; the one
+                with the most tokens loses at least a sample.
         """
         chosen = [source.samples_of(epoch, self.seed) for source in self.sources]
         while True:
@@ -110,8 +111,8 @@ class Mixture:
             chosen = self._shortened(chosen, (plan.num_packs - num_packs) * plan.capacity // 2)
 
     def _shortened(self, chosen: list[Int64], tokens: int) -> list[Int64]:
-        """The samples of an epoch without the last ones of sources that are not whole: of each as many as this many
-        tokens are divided among them, rounded down to samples; of the largest rounded up, at least one."""
+        """The samples of an epoch without the last ones of sources that are not whole: of each as many as this
+        many tokens are divided among them, rounded down to samples; of the largest rounded up, at least one."""
         partial = [
             n for n, source in enumerate(self.sources) if not source.is_whole and len(chosen[n])
         ]
@@ -157,8 +158,8 @@ class Mixture:
         )
 
     def report(self, plan: PackPlan) -> list[dict[str, Any]]:
-        """For each source: its share of tokens as asked or as it follows (`share`), samples, passes, and percentiles
-        `p10`, `p50`, `p90` of its share of a pack."""
+        """For each source: its share of tokens as asked or as it follows (`share`), samples, passes, and
+        percentiles `p10`, `p50`, `p90` of its share of a pack."""
         lines = []
         for source in self.sources:
             tokens = np.zeros_like(plan.num_tokens)
@@ -182,8 +183,8 @@ class Mixture:
 def even_order(tokens: Int64, seed: int) -> Int64:
     """Order packs so that the shares of their sources are the same in every part of an epoch.
 
-    From packs in hashed order, the next one is that of 256 with which all so far are closest to the epoch's shares;
-    every eighth is the one that waits longest.
+    From packs in hashed order, the next one is that of 256 with which all so far are closest to the epoch's
+    shares; every eighth is the one that waits longest.
 
     Args:
         tokens: (sources, packs) tokens of each source in each pack.
@@ -196,8 +197,8 @@ def even_order(tokens: Int64, seed: int) -> Int64:
     if num_packs == 0 or len(tokens) == 1:
         return by_hash
     values = tokens[:, by_hash].T
-    # Excess tokens of each source, in units of 1 / all tokens: exact in integers would overflow, but each is rounded
-    # once, and sums are kept small by the choice.
+    # Excess tokens of each source, in units of 1 / all tokens: exact in integers would overflow, but each is
+    # rounded once, and sums are kept small by the choice.
     whole = int(values.sum())
     excess = np.rint(values - values.sum(axis=1, keepdims=True) * (values.sum(axis=0) / whole))
     waiting = np.arange(min(_CANDIDATES, num_packs))

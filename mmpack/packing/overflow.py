@@ -12,7 +12,10 @@ from mmpack.packing.truncate import truncate_sample
 from mmpack.types import EncodedSample
 
 OnOverflow = Literal["error", "drop", "truncate", "split"]
-CONVERSATION = "a conversation cannot be split; --on-overflow split (on_overflow) is for documents, --stage pretrain (stage)"
+CONVERSATION = (
+    "a conversation cannot be split; --on-overflow split (on_overflow) is for documents, "
+    "--stage pretrain (stage)"
+)
 _log = logging.getLogger(__name__)
 _NAMED = 3  # rows in a log line
 TOO_LONG_ADVICE = (

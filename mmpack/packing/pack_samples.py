@@ -7,14 +7,14 @@ Making an item opens no image. `PackCollator` opens them when it assembles the i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, BadRow, counted
 from mmpack.packing.loss_weights import MIX_MARK
-from mmpack.types import EncodedSample
+from mmpack.types import EncodedSample, Media
 
 if TYPE_CHECKING:
     from mmpack.packing.assemble import PixelBuffer
@@ -71,6 +71,15 @@ class MediaPolicy:
                 self.left_out.append((self.passes[number] if self.passes else 0, bad))
                 self.dropped.drop(error, self.max_bad)
         return kept or [EncodedSample.filler(1, samples[0].vision)]
+
+    def media_of(
+        self, samples: Sequence[EncodedSample]
+    ) -> Iterator[tuple[Media, MediaFolders | None]]:
+        """The images and videos of samples, each with the folders that it may be in."""
+        for sample in samples:
+            folders = self._folders_of(sample)
+            for ref in sample.media:
+                yield ref, folders
 
     def _folders_of(self, sample: EncodedSample) -> MediaFolders | None:
         if not self.of_sources or not sample.media:

@@ -34,7 +34,8 @@ class DroppedSegments:
         return int(self._counts[2].sum())
 
     def restore(self, counts: Sequence[int]) -> None:
-        """Continue from the counts of a run that is resumed: segments, those with images or videos, those dropped."""
+        """Continue from the counts of a run that is resumed: segments, those with images or videos, those
+        dropped."""
         self._counts.zero_()
         self._counts[:, -1] = torch.tensor(counts)
 
@@ -89,8 +90,8 @@ class PackSource:
     @property
     def source_weights(self) -> dict[str, float]:
         """Factors of the loss by source: the name of a data file, without the number of a shard
-        (`train-00000-of-00010.parquet` is of the source `train.parquet`). Files of the same name in several folders
-        are one source. Sources that are not named count once. Set it before workers start.
+        (`train-00000-of-00010.parquet` is of the source `train.parquet`). Files of the same name in several
+        folders are one source. Sources that are not named count once. Set it before workers start.
 
         Raises:
             ValueError: when set: a weight is not a number from 0.000001 to 1,000,000, or no sample of a

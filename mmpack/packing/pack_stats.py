@@ -55,8 +55,8 @@ def cost_floor(
     Args:
         plan: a plan of N samples.
         cost: (N,) cost of each sample.
-        pack_cost: (num_packs,) cost of each pack (`mmpack.packing.sample_images.pack_costs`); default: the sum of its
-            samples', which counts an image again for each of them.
+        pack_cost: (num_packs,) cost of each pack (`mmpack.packing.sample_images.pack_costs`); default: the sum of
+            its samples', which counts an image again for each of them.
 
     Returns:
         (num_packs,) float64, in the unit of `cost`.

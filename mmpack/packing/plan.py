@@ -42,9 +42,9 @@ def plan_packs(
             `mmpack.packing.pack_stats.busiest` measures the result.
         num_patches: (N,) vision patches of each sample; needed with `patch_capacity`.
         patch_capacity: maximum patches per pack, which bounds the vision tower's memory.
-        unit: (N,) integers; samples of equal number are planned as one, and share a pack in every epoch. Default: each
-            sample is a unit. `PackedDataset.from_samples(group_images=True)` makes units of samples that show the
-            same images.
+        unit: (N,) integers; samples of equal number are planned as one, and share a pack in every epoch. Default:
+            each sample is a unit. `PackedDataset.from_samples(group_images=True)` makes units of samples that show
+            the same images.
         seed: decides the order of packs, and of samples of equal size. The same arguments give the same plan on
             every machine.
         on_overflow: what to do with a sample that exceeds a pack. "error" raises; "drop" leaves it out, lists
@@ -153,8 +153,8 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
 
 
 def assigned(plan: PackPlan, seed: int) -> PackPlan:
-    """The plan with the samples in `sample_index` assigned to packs, by units if it has any; without units, a sample
-    may occur several times."""
+    """The plan with the samples in `sample_index` assigned to packs, by units if it has any; without units, a
+    sample may occur several times."""
     members, starts = _by_unit(plan)
 
     def of_units(values: Int64) -> Int64:

@@ -48,8 +48,8 @@ def plan_samples(
         samples: a list or an `EncodedStore`.
         cost, group_images: as in `PackedDataset.from_samples`.
         frozen: parts of the model that are not trained, if `cost` is a config.
-        side: (N,) integers, 0 for samples that are in no part of the plan (`part_of`), which may be of any length; units
-            have samples of one number only, so that `part_of` a plan has whole units.
+        side: (N,) integers, 0 for samples that are in no part of the plan (`part_of`), which may be of any length;
+            units have samples of one number only, so that `part_of` a plan has whole units.
     """
     capacity, patch_capacity = pack_limits(capacity, patch_capacity)
     num_tokens, num_patches = sizes_of(samples)
@@ -114,7 +114,8 @@ class SampleSizes:
         num_tokens, num_patches: (N,) as they are planned.
         is_alone: (N,) samples that are not planned together with others: those that are too long for a pack.
         cost: (N,) cost of each sample; None: without costs.
-        image_cost: (I,) the part of it that is spent on each image; None: unknown, so an image counts in every sample.
+        image_cost: (I,) the part of it that is spent on each image; None: unknown, so an image counts in every
+            sample.
     """
 
     num_tokens: Int64

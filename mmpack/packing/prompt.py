@@ -15,8 +15,9 @@ import numpy as np
 from mmpack.data.conversations import turns_of
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import MediaFolders
-from mmpack.data.readers import RowGroup, RowReader, log_unread
+from mmpack.data.readers import RowGroup, RowReader
 from mmpack.data.row_fields import detect_fields
+from mmpack.data.row_keys import log_unread
 from mmpack.data.tool_calls import tools_of
 from mmpack.packing.assemble import assemble
 from mmpack.types import Int64

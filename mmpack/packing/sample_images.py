@@ -1,8 +1,8 @@
 """Which images samples show, and what a pack spends on those that several of its samples show.
 
 A pack runs the vision tower once for each distinct image (`mmpack.packing.shared_images`), however many of its
-segments show it. So its cost is that of its text plus one run of the tower per distinct image, which is not a sum over
-samples: it depends on which of them share the pack. `pack_costs` counts it for packs that are planned;
+segments show it. So its cost is that of its text plus one run of the tower per distinct image, which is not a sum
+over samples: it depends on which of them share the pack. `pack_costs` counts it for packs that are planned;
 `mmpack.packing.image_units` plans samples that show the same images as one.
 """
 
@@ -176,8 +176,8 @@ def _of_store(store: Any) -> SampleImages:
 def _of_row(
     sample: EncodedSample, places: Sequence[int], sources: dict[Hashable, int]
 ) -> list[tuple[int, int]]:
-    """(source, part) of each grid of a stored sample, as `_of_store` numbers them; `places` are the positions of its
-    files in `media.bin`."""
+    """(source, part) of each grid of a stored sample, as `_of_store` numbers them; `places` are the positions of
+    its files in `media.bin`."""
     place_of = {id(file.data): place for file, place in zip(files_of(sample.media), places)}
     keys = media_keys(sample, lambda data: place_of[id(data)])
     if keys is None:

@@ -1,8 +1,8 @@
 """Which images and videos of a pack are the same, so that it has the patches of each once.
 
-Two are the same if their rows name the same thing: the same file, or the same place in a tar file, with the same grid
-and options, or the same bytes, or the same PIL object. Nothing is opened or decoded. Two names of one file (links) are two images, and so are equal bytes
-in two files.
+Two are the same if their rows name the same thing: the same file, or the same place in a tar file, with the same
+grid and options, or the same bytes, or the same PIL object. Nothing is opened or decoded. Two names of one file
+(links) are two images, and so are equal bytes in two files.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def media_key(
 
     Args:
         grids: (t, h, w) of its markers.
-        of_bytes: what stands for the bytes of one without a file; by default they do, which compares them exactly and
-            hashes an object once. A key then keeps them in memory: for many samples, pass a hash. In a store, their
-            place in `media.bin` is an identity as well, because each distinct one is written once.
+        of_bytes: what stands for the bytes of one without a file; by default they do, which compares them exactly
+            and hashes an object once. A key then keeps them in memory: for many samples, pass a hash. In a store,
+            their place in `media.bin` is an identity as well, because each distinct one is written once.
 
     Returns:
         Valid while `ref` exists, because a PIL image is known by its address.
@@ -62,8 +62,8 @@ def _source(ref: Media, of_bytes: Callable[[bytes], Hashable]) -> Key:
 def media_keys(
     sample: EncodedSample, of_bytes: Callable[[bytes], Hashable] = _itself
 ) -> list[tuple[Key, int]] | None:
-    """(`media_key`, number of grids) of a sample's images and videos, in marker order; None if its references do not
-    match its grids, as for one that has none."""
+    """(`media_key`, number of grids) of a sample's images and videos, in marker order; None if its references do
+    not match its grids, as for one that has none."""
     grids: list[list[int]] = sample.grid_thw.tolist()
     try:
         counts = [num_grids(ref, sample.vision) for ref in sample.media]
@@ -91,8 +91,8 @@ def check_place(ref: Media, folders: MediaFolders) -> None:
 
 
 def first_shown(samples: Iterable[EncodedSample]) -> Int32:
-    """(I,) for each marker of a pack, in order, the number of the first marker that shows the same image, or the same
-    part of the same video; its own number if there is none before it."""
+    """(I,) for each marker of a pack, in order, the number of the first marker that shows the same image, or the
+    same part of the same video; its own number if there is none before it."""
     numbers: list[int] = []
     first: dict[Key, int] = {}
     for sample in samples:

@@ -43,8 +43,8 @@ def split_bounds(
     Each piece is as long as the capacities allow.
 
     Raises:
-        RowError: an image does not fit into a pack with a text token, or the sample has videos, or text that is not
-            supervised, as conversations have.
+        RowError: an image does not fit into a pack with a text token, or the sample has videos, or text that is
+            not supervised, as conversations have.
     """
     if capacity < 2:
         raise ValueError(f"--capacity (capacity) must be at least 2 to split, got {capacity}")
@@ -208,7 +208,8 @@ def _flaw(samples: Any, sample_of: Int64, bounds: Int64, sizes: Int64) -> str:
 
 
 def unsplit(samples: Any) -> Any:
-    """The samples that pieces of documents are of, such as an `EncodedStore`; samples that are not split as they are."""
+    """The samples that pieces of documents are of, such as an `EncodedStore`; samples that are not split as they
+    are."""
     return samples.samples if isinstance(samples, SplitSamples) else samples
 
 

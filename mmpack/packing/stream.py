@@ -38,7 +38,8 @@ from mmpack.packing.left_out import BadRowFile, as_line
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.pack_source import PackSource
-from mmpack.packing.stream_rows import Recipe, on_error_of, row_sources
+from mmpack.packing.row_sources import on_error_of, row_sources
+from mmpack.packing.stream_rows import Recipe
 from mmpack.packing.stream_shard import Shard
 from mmpack.vision_spec import VisionSpec
 
@@ -70,11 +71,12 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     Args:
         source: an iterable of rows as in `Encoder.read` (such as a `datasets.IterableDataset`), of `Sample`s or of
             `EncodedSample`s; or a function that returns one (`lambda: encoder.read(path)`). An iterator only lasts
-            for one pass. Or paths of data files (`"shards/train-{000..123}.tar"`), as in `Encoder.read`: with at least
-            as many files as workers of all ranks, each reads only its own. A mixture is a dict, name -> (source, weight): weights are shares of tokens, a source that ends
-            begins again, and the stream has no end.
-        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Of a mixture also a dict,
-            name -> encoder, so that each source has its own stage.
+            for one pass. Or paths of data files (`"shards/train-{000..123}.tar"`), as in `Encoder.read`: with at
+            least as many files as workers of all ranks, each reads only its own. A mixture is a dict, name ->
+            (source, weight): weights are shares of tokens, a source that ends begins again, and the stream has no
+            end.
+        encoder: an `Encoder`, or a transformers Qwen-VL processor; None for `EncodedSample`s. Of a mixture also a
+            dict, name -> encoder, so that each source has its own stage.
         capacity: maximum tokens per pack.
         cost: the config of the model to train; packs then cost the same, as far as the buffer allows.
         buffer: number of samples to choose from.
@@ -82,18 +84,20 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         on_overflow: what to do with a sample longer than a pack: "error"; "drop" or "truncate" it with
             a warning in the log; "split" (documents only).
         seed: decides between samples that fit equally well.
-        on_error: what to do with a row that cannot be used; by default what the encoder's `on_error` says; if those of a
-            mixture's encoders differ, it must be given. "raise" ends the stream. "skip" (or a `Skip`) leaves the row out, up to a share of a worker's rows. A list: without
-            a limit; bad rows are appended to it. A tar file that is cut off or damaged is one bad row, after its good
-            ones. A list gets rows, and `bad_rows_file` too, as their pack is made in
-            this process, or, if it is made in a `DataLoader` worker, when it is consumed (`consume`).
+        on_error: what to do with a row that cannot be used; by default what the encoder's `on_error` says; if
+            those of a mixture's encoders differ, it must be given. "raise" ends the stream. "skip" (or a `Skip`)
+            leaves the row out, up to a share of a worker's rows. A list: without a limit; bad rows are appended to
+            it. A tar file that is cut off or damaged is one bad row, after its good ones. A list gets rows, and
+            `bad_rows_file` too, as their pack is made in this process, or, if it is made in a `DataLoader` worker,
+            when it is consumed (`consume`).
 
     Attributes:
-        on_bad_image, max_bad, media_folders, source_weights: as in `PackedDataset`; `media_folders` is the encoder's
-            `media_dir`, if given, and with data files as in `mmpack pack`; in a mixture, each source has its own.
-        bad_rows_file: a file that lists rows left out by `on_error` and `on_bad_image`, one per line of JSON; a resumed
-            run lists each once. With several ranks, each has its own, with `-RANK-of-RANKS` in its name. None: no
-            file; `PackingCallback` then sets `bad_rows.jsonl` in Trainer's `output_dir`.
+        on_bad_image, max_bad, media_folders, source_weights: as in `PackedDataset`; `media_folders` is the
+            encoder's `media_dir`, if given, and with data files as in `mmpack pack`; in a mixture, each source has
+            its own.
+        bad_rows_file: a file that lists rows left out by `on_error` and `on_bad_image`, one per line of JSON; a
+            resumed run lists each once. With several ranks, each has its own, with `-RANK-of-RANKS` in its name.
+            None: no file; `PackingCallback` then sets `bad_rows.jsonl` in Trainer's `output_dir`.
         endless: start another pass over the source when one ends; `PackingCallback` sets it.
 
     Raises:
@@ -160,8 +164,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
 
         Rows are dealt round-robin to the workers of all ranks, and each worker reads all rows; with a
         `datasets.IterableDataset` that has enough shards, each worker reads only its own. The source must not
-        split itself by rank, see `check_ranks`. It may split itself by worker; it is not shown any workers. Ranks that
-        share packs (`ContextGroup`) get one part: `shard(rank // size, num_ranks // size)`.
+        split itself by rank, see `check_ranks`. It may split itself by worker; it is not shown any workers. Ranks
+        that share packs (`ContextGroup`) get one part: `shard(rank // size, num_ranks // size)`.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be from 0 to {num_ranks - 1}, got {rank}")
@@ -176,8 +180,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
 
     @property
     def num_bad_rows(self) -> int:
-        """Rows that `on_error` left out of this rank's part, up to the packs consumed so far, in all passes and also
-        before the run was resumed."""
+        """Rows that `on_error` left out of this rank's part, up to the packs consumed so far, in all passes and
+        also before the run was resumed."""
         sources = [one for place in self._consumed.values() for one in place["sources"]]
         return sum(sum(one["errors"]["reasons"].values()) for one in sources)
 
@@ -249,8 +253,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         settings and the numbers of ranks and workers must be the same.
 
         Raises:
-            ValueError: the state is from another stream or has another format. While iterating: the number of workers
-                or the rows differ.
+            ValueError: the state is from another stream or has another format. While iterating: the number of
+                workers or the rows differ.
         """
         _check_format(state)
         now, then = self._settings(), state["made of"]
@@ -334,7 +338,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         )
 
     def _list(self, lines: Sequence[dict[str, Any]], bad_rows: Sequence[BadRow] = ()) -> None:
-        """List rows that were left out, in the list and the file. `bad_rows`: the same rows with their contents."""
+        """List rows that were left out, in the list and the file. `bad_rows`: the same rows with their
+        contents."""
         names = ("source", "row", "error", "advice", "content")
         rows = bad_rows or [BadRow(**{name: line[name] for name in names}) for line in lines]
         into = self.on_error.into if isinstance(self.on_error, Skip) else self.on_error

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmpack.data.file_bytes import num_bytes
 from mmpack.data.file_formats import Row, read_rows
 from mmpack.data.readers import RowGroup
+from mmpack.data.remote_files import in_parallel
+from mmpack.data.remote_roots import DataPath, RemotePath
 from mmpack.data.tar_headers import TornArchiveError
 from mmpack.errors import RowError
 
@@ -35,7 +37,10 @@ class DataFiles:
 
     def __init__(self, groups: Sequence[RowGroup]) -> None:
         self.groups = [group._replace(rows=()) for group in groups]
-        known = [(group.name, _path(group).stat().st_size) for group in groups]
+        paths = [_path(group) for group in groups]
+        are_remote = any(isinstance(path, RemotePath) for path in paths)
+        sizes = in_parallel(num_bytes, paths) if are_remote else map(num_bytes, paths)
+        known = list(zip([group.name for group in groups], sizes))
         self.checksum = zlib.crc32(repr(known).encode())
 
     def __len__(self) -> int:
@@ -69,9 +74,9 @@ class FilePass(Iterator[FileRow]):
                     yield FileRow(file, row)
 
 
-def _rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a file. The damage of a tar file is its last row, a bad one: other files can be read, and the damage is
-    the same whenever the file is read, which holds for no other error of a file."""
+def _rows_of(path: DataPath) -> Iterator[Row]:
+    """The rows of a file. The damage of a tar file is its last row, a bad one: other files can be read, and the
+    damage is the same whenever the file is read, which holds for no other error of a file."""
     number = 0
     try:
         for row in read_rows(path):
@@ -81,7 +86,7 @@ def _rows_of(path: Path) -> Iterator[Row]:
         yield Row(path.name, number, None, RowError(str(error)))
 
 
-def _path(group: RowGroup) -> Path:
+def _path(group: RowGroup) -> DataPath:
     assert group.file is not None
     return group.file
 

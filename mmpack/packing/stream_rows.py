@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
-from itertools import islice
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row
-from mmpack.data.media_paths import MediaFolders
-from mmpack.data.readers import RowGroup, RowReader, log_unread, media_folders
+from mmpack.data.readers import RowReader
+from mmpack.data.row_keys import log_unread
+from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, OnError, RowError
 from mmpack.packing import overflow
 from mmpack.packing.cost import costs_of
 from mmpack.packing.left_out import ShardErrors
 from mmpack.packing.loss_weights import MIX_MARK
-from mmpack.packing.mixture import check_alike, check_pairs
-from mmpack.packing.stream_files import DataFiles, FileRow, is_paths
+from mmpack.packing.row_sources import RowSource
+from mmpack.packing.stream_files import DataFiles, FileRow
 from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Sample
 
 _CHUNK = 16  # rows encoded in one call; small, so that a pack waits for few
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSource:
-    """A source of a stream.
-
-    Attributes:
-        source: as in `PackStream`, of paths `DataFiles`. encoder: of its rows; None: they are encoded.
-        group: the encoder's fields and media folders.
-        name: its name in a mixture; else empty. weight: its share of the mixture's tokens.
-    """
-
-    source: Any
-    encoder: Encoder | None
-    group: RowGroup | None
-    name: str = ""
-    weight: Fraction = Fraction(1)
-
-    @property
-    def has_files(self) -> bool:
-        """Whether it reads data files."""
-        return isinstance(self.source, DataFiles)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the sources of a mixture must have in common."""
-        if self.encoder is None:
-            return {}
-        spec = json.loads(json.dumps(asdict(self.encoder.vision)))
-        text = self.encoder.settings()
-        names = ("the tokenizer", "typed_tokens", "template_args")
-        return {**{f"the spec's {n}": v for n, v in spec.items()}, **{n: text[n] for n in names}}
-
-    @property
-    def rows_name(self) -> str:
-        """What errors call it."""
-        return f"{self.name}{MIX_MARK}the stream" if self.name else "the stream"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +212,7 @@ class SourceReader:
         encoder = self.one.encoder
         for chunk in chunks(rows, _CHUNK):
             samples: list[tuple[int, Sample]] = []
+            read = self._samples(chunk)
             encoded = [(number, one) for number, one in chunk if isinstance(one, EncodedSample)]
             for number, item in chunk:
                 if isinstance(item, EncodedSample):
@@ -258,7 +221,7 @@ class SourceReader:
                     raise ValueError(
                         "rows and samples need an encoder; pass an Encoder or a processor as encoder"
                     )
-                found = [item] if isinstance(item, Sample) else self._samples(number, item)
+                found = [item] if isinstance(item, Sample) else next(read)
                 samples += [(number, sample) for sample in found]
             if encoder is not None:
                 encoded += self._encode(encoder, samples, dict(chunk))
@@ -283,19 +246,28 @@ class SourceReader:
             self._errors.leave_out(number, replace(bad, content=content))
         yield from ((samples[place][0], sample) for place, sample in encoded.items())
 
-    def _samples(self, number: int, item: Any) -> list[Sample]:
-        file, row = 0, Row(self.one.rows_name, number, item)
-        if isinstance(item, FileRow):
-            file, row = item
-        reader = self._reader_of(file)
-        try:
-            samples = reader.samples(row)
-            log_unread(row.source, reader.unread, self._told)
-            return samples
-        except RowError as error:
-            bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
-            self._errors.leave_out(number, bad)
-            return []
+    def _samples(self, chunk: Sequence[tuple[int, Any]]) -> Iterator[list[Sample]]:
+        """The samples of each item that is a row."""
+        numbered = [
+            (number, item if isinstance(item, FileRow) else FileRow(0, self._row(number, item)))
+            for number, item in chunk
+            if not isinstance(item, (Sample, EncodedSample))
+        ]
+        for file, of_file in groupby(numbered, key=lambda one: one[1].file):
+            numbers, items = zip(*of_file)
+            reader = self._reader_of(file)
+            found_rows = outcomes(reader, [item.row for item in items])
+            for number, (row, found) in zip(numbers, found_rows):
+                if isinstance(found, RowError):
+                    bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
+                    self._errors.leave_out(number, bad)
+                    yield []
+                else:
+                    log_unread(row.source, reader.unread, self._told)
+                    yield found
+
+    def _row(self, number: int, content: Any) -> Row:
+        return Row(self.one.rows_name, number, content)
 
     def _reader_of(self, file: int) -> RowReader:
         if file not in self._readers:
@@ -327,74 +299,3 @@ class SourceReader:
         elif recipe.on_overflow == "truncate" and fitting[0] is not sample:
             _log.warning("cut: %s; %s tokens of it are kept", name, f"{fitting[0].num_tokens:,}")
         return fitting
-
-
-def row_sources(
-    source: Any, encoder: Any, cost: Any, on_overflow: overflow.OnOverflow
-) -> tuple[RowSource, ...]:
-    """The sources of a `PackStream`, from its arguments.
-
-    Raises:
-        ValueError: a mixture's name or weight is not usable, it has no encoder for a source, encoders have different
-            specs, or an encoder does not go with a stream.
-    """
-    if not isinstance(source, Mapping):
-        return (_row_source(source, encoder, cost, on_overflow, "", 1),)
-    check_pairs(source)
-    if isinstance(encoder, Mapping) and (more := [one for one in encoder if one not in source]):
-        raise ValueError(f"there is an encoder for {more[0]!r}, which is no source of the mixture")
-    found = []
-    for name, (rows, weight) in source.items():
-        own = encoder.get(name) if isinstance(encoder, Mapping) else encoder
-        if isinstance(encoder, Mapping) and name not in encoder:
-            raise ValueError(
-                f"the source {name!r} of the mixture has no encoder; pass encoder={{{name!r}: ..., ...}}"
-            )
-        found.append(_row_source(rows, own, cost, on_overflow, name, weight))
-    check_alike({one.name: one.settings for one in found})
-    return tuple(found)
-
-
-def on_error_of(sources: Sequence[RowSource]) -> OnError | None:
-    """The `on_error` of the sources' encoders; None: they have none.
-
-    Raises:
-        ValueError: they differ.
-    """
-    found = [(one.name, one.encoder.on_error) for one in sources if one.encoder is not None]
-    for name, on_error in found[1:]:
-        first = found[0][1]
-        if not (on_error == first if isinstance(first, str) else on_error is first):
-            raise ValueError(
-                f"the encoders of {found[0][0]!r} and {name!r} differ in on_error, and a stream has one for all rows; "
-                "pass on_error=..."
-            )
-    return found[0][1] if found else None
-
-
-def _row_source(
-    source: Any, encoder: Any, cost: Any, on_overflow: overflow.OnOverflow, name: str, weight: float
-) -> RowSource:
-    if encoder is None:
-        if is_paths(source):
-            raise ValueError(
-                "data files need an encoder; pass an Encoder or a processor as encoder"
-            )
-        return RowSource(
-            source=source, encoder=None, group=None, name=name, weight=Fraction(float(weight))
-        )
-    encoder = Encoder.of(encoder, cost)
-    overflow.check_split(on_overflow, encoder.stage)
-    groups = list(encoder.groups(source if is_paths(source) else iter(())))
-    group = groups[0]  # for its media folders
-    if is_paths(source):
-        source = DataFiles(groups)
-        group = RowGroup((), None, MediaFolders(media_folders(groups)))
-    if any(one.limit is not None for one in groups):
-        raise ValueError(
-            "num_samples and max_samples of a mapping are for plans, and a stream has none; remove them, and limit the "
-            "source"
-        )
-    return RowSource(
-        source=source, encoder=encoder, group=group, name=name, weight=Fraction(float(weight))
-    )

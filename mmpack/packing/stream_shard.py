@@ -1,8 +1,8 @@
 """One worker's part of a `PackStream`: the buffer, and the choice of packs from it.
 
-In a mixture, the next sample comes from the source that has the fewest tokens per weight so far. So after every sample,
-each source's tokens are within one longest row of its share, and packs follow, up to what waits in the buffer. A source
-that ends begins another pass.
+In a mixture, the next sample comes from the source that has the fewest tokens per weight so far. So after every
+sample, each source's tokens are within one longest row of its share, and packs follow, up to what waits in the
+buffer. A source that ends begins another pass.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Shard:
         return True
 
     def take_bad_rows(self) -> list[tuple[int, BadRow]]:
-        """(pass, bad row) of those before the shard's position that were not returned before; `place` counts them."""
+        """(pass, bad row) of those before the shard's position that were not returned before; `place` counts
+        them."""
         return [bad for reader in self._readers for bad in reader.take_bad_rows()]
 
     def place(self) -> dict[str, Any]:
@@ -123,12 +124,13 @@ class Shard:
         if not reader.num_entries:
             if reader.number_of_pass and isinstance(reader.one.source, Iterator):
                 raise ValueError(
-                    f"the source {reader.one.name!r} of the mixture is an iterator, which has ended and cannot begin "
-                    "again; pass a list, a data set, or a function that returns one"
+                    f"the source {reader.one.name!r} of the mixture is an iterator, which has ended and cannot "
+                    "begin again; pass a list, a data set, or a function that returns one"
                 )
             raise ValueError(
-                f"the source {reader.one.name!r} of the mixture gives this worker no samples in a pass; every worker of "
-                "every rank needs some, so use fewer, leave the source out, or pack it (PackedDataset.mixed)"
+                f"the source {reader.one.name!r} of the mixture gives this worker no samples in a pass; every "
+                "worker of every rank needs some, so use fewer, leave the source out, or pack it "
+                "(PackedDataset.mixed)"
             )
         reader.begin(reader.number_of_pass + 1)
 

@@ -71,8 +71,8 @@ class SourceRows:
 
     Attributes:
         checksum: checksum of the source's first rows, equal in every shard and rank. If a
-            `datasets.IterableDataset` gives each shard its own files, checksum of the shuffle state; of `DataFiles`, of
-            names and sizes.
+            `datasets.IterableDataset` gives each shard its own files, checksum of the shuffle state; of
+            `DataFiles`, of names and sizes.
     """
 
     def __init__(

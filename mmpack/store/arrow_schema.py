@@ -1,7 +1,7 @@
 """EncodedSamples <-> an Arrow record batch with one row per sample, whose last column is the row's checksum.
 
-Images and videos without a file (bytes in rows) are not in the batch: the store's `media.bin` holds each distinct one
-once, and the rows hold its position.
+Images and videos without a file (bytes in rows) are not in the batch: the store's `media.bin` holds each distinct
+one once, and the rows hold its position.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mmpack.store.row_checksum import (
     members_of,
     options_of,
     row_checksum,
+    versions_of,
     videos_of,
 )
 from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, TarMember, VideoRef
@@ -69,6 +70,7 @@ SCHEMA = pyarrow.schema(
         "weights": pyarrow.list_(pyarrow.float32()),  # per id, or null
         "of_document": pyarrow.int64(),
         "in_tar": pyarrow.list_(pyarrow.struct(_MEMBER)),  # per file, or null: none is in one
+        "versions": pyarrow.list_(pyarrow.string()),  # per file, or null: none is in object storage
         "checksum": pyarrow.uint32(),  # covers everything but SIZES
     }
 )
@@ -137,6 +139,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
             None if row is None else [one and dict(zip(_MEMBER, one)) for one in row]
             for row in members
         ],
+        [versions_of(of_sample) for of_sample in files],
         [
             row_checksum(
                 arrays_of(sample),
@@ -148,6 +151,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
                 given,
                 sample.of_document,
                 of_tar,
+                versions_of(refs[begin:end]),
             )
             for sample, clip, given, of_tar, begin, end in zip(
                 samples, clips, options, members, file_offsets, file_offsets[1:]
@@ -194,8 +198,8 @@ def _replaced(batch: Any, positions: pyarrow.StructArray) -> bytes:
 
 
 def position_arrays(column: Any) -> tuple[NDArray[np.bool_], Int64, Int64]:
-    """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are not
-    in it, 0."""
+    """(whether each file of a batch is in `media.bin`, offsets, lengths), in the order of rows; of those that are
+    not in it, 0."""
     values = column.values
     inside: NDArray[np.bool_] = values.is_valid().to_numpy(zero_copy_only=False)
     offsets, lengths = (np.where(inside, values.field(name).to_numpy(), 0) for name in _POSITION)
@@ -254,7 +258,9 @@ def read_batch(data: Any) -> Any:
     except (pyarrow.ArrowException, EOFError) as error:  # some are not ValueErrors
         raise ValueError(str(error) or type(error).__name__) from None
     for name, column in zip(batch.schema.names, batch.columns):
-        num_nulls = 0 if name in ("temporal_step", "weights", "in_tar") else column.null_count
+        num_nulls = (
+            0 if name in ("temporal_step", "weights", "in_tar", "versions") else column.null_count
+        )
         if pyarrow.types.is_list(column.type) and name not in ("in_media", "in_tar"):
             num_nulls += column.values.null_count
         values = (
@@ -302,8 +308,10 @@ def sample_of(
     """
     ids, labels, grid = (column[row].values.to_numpy() for column in columns[:3])
     paths, at, source, number = (column[row].as_py() for column in columns[3:7])
-    *_, clips, options, step, weights, of_document, in_tar, checksum = columns
-    clips, of_document, checksum = (one[row].as_py() for one in (clips, of_document, checksum))
+    *_, clips, options, step, weights, of_document, in_tar, versions, checksum = columns
+    clips, of_document, versions, checksum = (
+        one[row].as_py() for one in (clips, of_document, versions, checksum)
+    )
     members = in_tar[row].as_py()
     if members is not None:
         members = [one and tuple(one[key] for key in _MEMBER) for one in members]
@@ -322,7 +330,7 @@ def sample_of(
     by_position = dict(zip(distinct, found))
     data = [None if pair is None else by_position[pair] for pair in pairs]
     arrays = [ids, labels, grid, step, weights]
-    rest = (source, number, clips, given, of_document, members)
+    rest = (source, number, clips, given, of_document, members, versions)
     if row_checksum(arrays, paths, data, *rest) != checksum:
         return None
     if (
@@ -334,6 +342,7 @@ def sample_of(
         or of_document < 0
         or len(data) != len(paths)
         or len(members or paths) != len(paths)
+        or len(versions or paths) != len(paths)
         or not all(0 <= clip["place"] < len(paths) for clip in clips)
     ):
         return None
@@ -341,6 +350,8 @@ def sample_of(
     if members is not None:
         refs = zip(files, members)
         files = tuple(replace(file, member=one and TarMember(*one)) for file, one in refs)
+    if versions is not None:
+        files = tuple(replace(file, version=one) for file, one in zip(files, versions))
     media = _media(files, clips)
     try:
         for place, values in given:
@@ -375,6 +386,7 @@ def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Me
         frames = files[begin:end] if listed else ()
         data = None if listed else file.data
         known = {name: video[name] for name in ("num_frames", "fps", "folder")}
-        member = None if listed else file.member
-        media.append(VideoRef(file.path, data, frames, member=member, **known))
+        member, version = (None, "") if listed else (file.member, file.version)
+        known |= {"member": member, "version": version}
+        media.append(VideoRef(file.path, data, frames, **known))
     return [*media, *files[end:]]

@@ -1,7 +1,7 @@
 """Data files -> batches of encoded samples for a store, in several processes.
 
-The main process reads rows in order and hands them out in chunks. The main process or a worker checks a chunk,
-reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not depend on the
+The main process reads rows in order and hands them out in chunks. The main process or a worker (`_Workers`) checks
+a chunk, reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not depend on the
 process, and chunks are returned in order, so samples and errors are the same for any number of processes.
 """
 
@@ -19,20 +19,25 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from mmpack.data.chunks import chunks
 from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
-from mmpack.data.readers import RowGroup, RowReader, log_unread
-from mmpack.data.row_keys import UnreadByFile
+from mmpack.data.readers import RowGroup, RowReader
+from mmpack.data.remote_files import identity, in_parallel
+from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
+from mmpack.data.row_keys import UnreadByFile, log_unread
+from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import Batch, as_batch, read_batch, sample_of
+from mmpack.store.data_files import changed_objects
 from mmpack.store.encoded_store import EncodedStore
 from mmpack.types import EncodedSample
 
@@ -58,6 +63,7 @@ def index_rows(
     *,
     jobs: int | None = None,
     part: tuple[int, int] = (1, 1),
+    ray: str | None = None,
 ) -> Iterator[Indexed]:
     """Read and encode all rows, a chunk at a time and in order.
 
@@ -67,13 +73,14 @@ def index_rows(
         jobs: number of worker processes. Default: one per core, started only if the rows take more than a few
             seconds. 1: no workers.
         part: (i, n): encode every n-th chunk, starting with the i-th, from 1. All rows are read.
+        ray: address of a Ray cluster that does the work instead of processes; "local": a Ray on this machine.
 
     Yields:
         One `Indexed` per chunk: its samples as an Arrow batch.
 
     Raises:
         ValueError: a row is bad and the encoder's `on_error` is "raise", too many were skipped, a file cannot be
-            read, or a worker died.
+            read, or a worker died (of Ray: again and again).
     """
     on_error = counting(encoder.on_error)
     if jobs is not None and jobs < 1:
@@ -86,7 +93,7 @@ def index_rows(
         for place, chunk in enumerate(_chunks(groups))
         if place % of == number - 1 or isinstance(chunk, ValueError)
     )
-    with closing(_in_order(work, chunks, jobs)) as done:
+    with closing(_in_order(work, chunks, jobs, ray)) as done:
         for indexed in done:
             if isinstance(on_error, Skip):
                 on_error.saw("indexing", indexed.num_rows)
@@ -166,12 +173,12 @@ class _Work:
         reader = self._readers[number]
         bad_rows: list[BadRow] = []
         samples = []
-        for row in rows:
-            try:
-                samples += reader.samples(row)
-            except RowError as error:
-                bad = BadRow(row.source, row.number, error.error, error.advice, row.content)
+        for row, found in outcomes(reader, rows):
+            if isinstance(found, RowError):
+                bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
                 bad_rows.append(bad)
+            else:
+                samples += found
         encoded = [one for _, one in self._encoder.encode_chunk(samples, bad_rows)]
         bad_rows.sort(key=lambda bad: bad.row)
         unread = dict(reader.unread)
@@ -180,13 +187,29 @@ class _Work:
         return Indexed(len(rows), batch, bad_rows, self._groups[number].name, unread)
 
 
+class _Workers(Protocol):
+    """Where chunks are worked on, outside of this process: `_Processes`, `RayTasks`."""
+
+    def most(self) -> int:
+        """Chunks to hand out at once."""
+
+    def submit(self, chunk: _Chunk) -> Any:
+        """Hand out a chunk; returns what `result` takes."""
+
+    def result(self, task: Any) -> Indexed:
+        """Wait for a chunk's result."""
+
+    def close(self) -> None:
+        """End, without what is not finished."""
+
+
 def _in_order(
-    work: _Work, chunks: Iterator[_Chunk], jobs: int | None
+    work: _Work, chunks: Iterator[_Chunk], jobs: int | None, ray: str | None
 ) -> Generator[Indexed, None, None]:
     """Do the work for each chunk: in this process for the first seconds, then in workers."""
-    alone_until = -math.inf if jobs else time.monotonic() + _ALONE_S
+    alone_until = -math.inf if jobs or ray is not None else time.monotonic() + _ALONE_S
     jobs = jobs or _num_cores()
-    if jobs == 1:
+    if jobs == 1 and ray is None:
         alone_until = math.inf
     while time.monotonic() < alone_until:
         chunk = next(chunks, None)
@@ -194,26 +217,61 @@ def _in_order(
             return
         yield work(chunk)
 
-    pending: deque[Future[Indexed]] = deque()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "work")  # workers read a file in parallel, a pipe serially
-        with open(path, "wb") as file:
+    workers: _Workers
+    if ray is None:
+        workers = _Processes(work, jobs)
+    else:
+        from mmpack.store.ray_chunks import RayTasks
+
+        workers = RayTasks(work, ray, jobs)
+    pending: deque[Any] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(workers.submit(chunk))
+            if len(pending) > workers.most():
+                yield workers.result(pending.popleft())
+        while pending:
+            yield workers.result(pending.popleft())
+    finally:
+        workers.close()
+
+
+class _Processes:
+    """Worker processes of this machine."""
+
+    def __init__(self, work: _Work, jobs: int) -> None:
+        self._jobs = jobs
+        self._folder = tempfile.TemporaryDirectory()
+        path = os.path.join(self._folder.name, "work")
+        with open(path, "wb") as file:  # workers read a file in parallel, a pipe serially
             pickle.dump(work, file)
-        pool = ProcessPoolExecutor(jobs, work.context(), _begin, (path,))
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(_worked, chunk))
-                if len(pending) > jobs + 2:  # one per worker, and a few ready
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker process died: memory ran out (fewer jobs need less), or jobs= is used in a script "
-                "without if __name__ == '__main__':"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        self._pool = ProcessPoolExecutor(jobs, work.context(), _begin, (path,))
+
+    def most(self) -> int:
+        return self._jobs + 2  # one per worker, and a few ready
+
+    def submit(self, chunk: _Chunk) -> Future[Indexed]:
+        with _death_told():
+            return self._pool.submit(_worked, chunk)
+
+    def result(self, task: Future[Indexed]) -> Indexed:
+        with _death_told():
+            return task.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._folder.cleanup()
+
+
+@contextmanager
+def _death_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process died: memory ran out (fewer jobs need less), or jobs= is used in a script "
+            "without if __name__ == '__main__':"
+        ) from None
 
 
 def _num_cores() -> int:
@@ -253,15 +311,23 @@ def made_from(groups: Iterable[RowGroup], encoder: Encoder) -> dict[str, str]:
     not included; `why_outdated` checks them.
     """
     parts = {"mmpack's version": version("mmpack")}
+    groups = list(groups)
+    objects = {group.file.url for group in groups if isinstance(group.file, RemotePath)}
+    known = dict(zip(objects, map(str, in_parallel(identity, objects))))
     for group in groups:
         if group.file is not None:
-            found = group.file.stat()
-            name = str(group.file.resolve())
+            file = name = str(group.file.resolve())
             while name in parts:  # read more than once, perhaps by another entry
                 name += " again"
-            parts[name] = f"{found.st_size} bytes, {found.st_mtime_ns} ns, {group.fields}"
+            parts[name] = f"{known.get(file) or _stat(group.file)}, {group.fields}"
             parts[f"media folders of {name}"] = repr(group.folders.names)
     return parts | encoder.settings()
+
+
+def _stat(file: DataPath) -> str:
+    assert isinstance(file, Path)
+    found = file.stat()
+    return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
 
 
 def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -277,7 +343,9 @@ def why_outdated(
     names = different(store.about.made_from, parts)
     if names or not look_at_images:
         return names
-    images = sorted(set(store.image_paths()))
+    if changed := changed_objects(sorted(set(store.objects())), needed=True):
+        return changed[:1]
+    images = sorted(path for path in set(store.image_paths()) if not is_remote(path))
     folders = sorted(
         set(store.frame_folders())
     )  # a frame that is added or removed changes its folder

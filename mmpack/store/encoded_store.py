@@ -3,12 +3,12 @@
 A store is a folder. `samples.arrow` is a stream for any Arrow reader. `index.json` and its arrays hold the
 positions of its batches and the sizes of its samples. `mmpack.json` holds the `VisionSpec` and what the store was
 made from. Two more small files are for `datasets.load_from_disk`. Image and video files are not copied: a row
-holds their paths. Images and videos that have no file (bytes in rows) are in `media.bin`, each distinct one once; a
-row holds their positions.
+holds their paths. Images and videos that have no file (bytes in rows) are in `media.bin`, each distinct one once;
+a row holds their positions.
 
 All data is checked before use. Each row has a checksum, checked whenever the row is read; a checksum per batch
 would make the first read of any row read 256 rows. A batch's offsets are validated on first use, so that a wrong
-one cannot read memory outside it. The small files have their own checksums and a schema. The checksums of the whole
+one cannot read memory outside it. The small files have their own checksums and a schema. The checksums of all of
 `samples.arrow` and `media.bin` are checked when another store is made from them. Only regular files are opened.
 """
 
@@ -30,6 +30,7 @@ import pyarrow
 from numpy.typing import NDArray
 
 from mmpack.data.chunks import chunks, item_at
+from mmpack.data.remote_roots import require_local
 from mmpack.regular_files import regular_stat
 from mmpack.store import media_rows
 from mmpack.store.arrow_schema import (
@@ -129,7 +130,7 @@ class EncodedStore(Sequence[EncodedSample]):
         return np.concatenate(chunks)
 
     def grids(self) -> tuple[Int32, Int64]:
-        """grid_thw of all markers (I, 3), and offsets (N + 1,): sample n has rows `offsets[n] : offsets[n + 1]`."""
+        """grid_thw of all markers (I, 3), and offsets (N + 1,) of each sample's: `offsets[n] : offsets[n + 1]`."""
         chunks = [self._columns(n)[2] for n in range(self.num_batches)]
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks]).reshape(-1, 3)
         lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
@@ -139,6 +140,11 @@ class EncodedStore(Sequence[EncodedSample]):
         """Paths of all image and video files, with duplicates."""
         for n in range(self.num_batches):
             yield from media_rows.image_paths(self._columns(n))
+
+    def objects(self) -> Iterator[tuple[str, str]]:
+        """(URL, version) of all images and videos in object storage, with duplicates."""
+        for n in range(self.num_batches):
+            yield from media_rows.objects(self._columns(n))
 
     def frame_folders(self) -> Iterator[str]:
         """Folders whose pictures are the frames of a video, with duplicates."""
@@ -238,7 +244,7 @@ def write_store(
         about: what the samples were made from; by default nothing is recorded.
 
     Raises:
-        ValueError: there are no samples, or the folder already holds a store.
+        ValueError: there are no samples, or the folder already holds a store, or is not local.
     """
     return write_batches(folder, map(as_batch, chunks(samples)), vision, about)
 
@@ -252,6 +258,7 @@ def write_batches(
 ) -> EncodedStore:
     """Like `write_store`, for batches made by `as_batch` in any process; only one batch is in memory at a time.
     `about` is written last, so its `Part.chunks` may grow until then."""
+    require_local(folder, "the packed folder")
     folder = Path(folder)
     if (folder / "mmpack.json").exists():
         raise ValueError(f"{folder} already holds a store; choose another folder")
@@ -362,4 +369,5 @@ def open_store(folder: str | os.PathLike[str]) -> EncodedStore:
     Raises:
         ValueError: the folder has no store, one in another format, or a damaged one.
     """
+    require_local(folder, "the packed folder")
     return EncodedStore(Path(folder), read_manifest(Path(folder)))

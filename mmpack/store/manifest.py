@@ -75,9 +75,10 @@ class About:
 
     Attributes:
         begun: `time.time_ns()` when reading began; images that changed later make the store out of date.
-        files: data files by path: (bytes, modification time in ns, SHA-256).
+        files: data files by path: (bytes, modification time in ns, SHA-256); by URL: (bytes, 0, what identifies
+            the object).
         made_from: everything that the samples depend on, see `mmpack.store.build.made_from`.
-        media_folders: folders that images and videos must be in; None: any folder.
+        media_folders: folders that images and videos must be in, and URLs of roots; None: any folder.
         tokenizer: the tokenizer's folder, or `hf:owner/name@commit`.
         planning: how the samples were packed; None: unknown.
         part: which part of a store this is; None: the whole store.
@@ -135,8 +136,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def packed_split(word: str | os.PathLike[str]) -> tuple[str, Literal["train", "val"]] | None:
-    """(folder, split) of a folder that `mmpack pack` wrote, given as FOLDER, or as FOLDER:val for its rows held out;
-    None: it is none."""
+    """(folder, split) of a folder that `mmpack pack` wrote, given as FOLDER, or as FOLDER:val for its rows held
+    out; None: it is none."""
     word = os.fspath(word)
     if (Path(word) / "mmpack.json").exists():
         return word, "train"

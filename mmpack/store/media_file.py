@@ -1,4 +1,5 @@
-"""`media.bin`: the images and videos of a store that have no file of their own (bytes in rows), each distinct one once.
+"""`media.bin`: the images and videos of a store that have no file of their own (bytes in rows), each distinct one
+once.
 
 They are written as they came, one after another, not decoded; rows hold their positions. Two are equal if their
 SHA-256 is. A store without them has no `media.bin`. Reading maps the file into memory.
@@ -47,8 +48,8 @@ class MediaFile:
             )
 
     def contents(self, positions: Sequence[Position]) -> list[bytes] | None:
-        """The bytes at distinct positions; None if one is outside, or if they overlap so much that together they are
-        longer than the file."""
+        """The bytes at distinct positions; None if one is outside, or if they overlap so much that together they
+        are longer than the file."""
         size = len(self._mapped)
         if sum(length for _, length in positions) > size or not all(
             0 <= begin <= begin + length <= size for begin, length in positions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from mmpack.store.arrow_schema import SCHEMA, position_arrays
 from mmpack.types import Int32, Int64
 
-_GRIDS, _IMAGES, _AT, _VIDEOS, _OPTIONS, _TAR = (
+_GRIDS, _IMAGES, _AT, _VIDEOS, _OPTIONS, _TAR, _VERSIONS = (
     SCHEMA.get_field_index(name)
-    for name in ("grid_thw", "images", "in_media", "videos", "options", "in_tar")
+    for name in ("grid_thw", "images", "in_media", "videos", "options", "in_tar", "versions")
 )
 
 
@@ -67,6 +67,14 @@ def image_paths(columns: Sequence[Any]) -> list[str]:
     paths, is_file = columns[_IMAGES].flatten(), columns[_AT].flatten().is_null()
     found: list[str] = paths.filter(is_file).unique().to_pylist()
     return found
+
+
+def objects(columns: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """(URL, version) of a batch's images and videos in object storage."""
+    versions = columns[_VERSIONS]
+    urls = columns[_IMAGES].filter(versions.is_valid()).flatten().to_pylist()
+    pairs = zip(urls, versions.drop_null().flatten().to_pylist())
+    return ((url, version) for url, version in pairs if version)
 
 
 def frame_folders(columns: Sequence[Any]) -> list[str]:

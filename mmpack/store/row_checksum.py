@@ -22,8 +22,16 @@ def files_of(media: Iterable[Media]) -> list[ImageRef]:
         if isinstance(ref, ImageRef):
             files.append(ref)
         else:
-            files += ref.frames or (ImageRef(ref.path, ref.data, member=ref.member),)
+            files += ref.frames or (
+                ImageRef(ref.path, ref.data, member=ref.member, version=ref.version),
+            )
     return files
+
+
+def versions_of(files: Sequence[ImageRef]) -> list[str] | None:
+    """The version of each file, "" if it has none; None: none of them is in object storage."""
+    versions = [file.version for file in files]
+    return versions if any(versions) else None
 
 
 def videos_of(media: Iterable[Media]) -> list[dict[str, Any]]:
@@ -64,15 +72,17 @@ def row_checksum(arrays: Sequence[NDArray[Any] | None], *texts: Any) -> int:
     Args:
         arrays: those of `arrays_of`.
         texts: paths of the files, their bytes (None: in the file), source, row, `videos_of`, `options_of`,
-            `of_document` and `members_of`.
+            `of_document`, `members_of` and `versions_of`.
     """
     checksum = 0
     for array in arrays:
         if array is not None:
             checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
-    paths, data, *rest, members = texts
+    paths, data, *rest, members, versions = texts
     if members is not None:  # without tar files, as before there were any
         rest.append(members)
+    if versions is not None:
+        rest.append(versions)
     data = data or ()
     lengths = [None if one is None else len(memoryview(one)) for one in (*arrays, *data)]
     contents = {id(one): zlib.crc32(one) for one in {id(one): one for one in data if one}.values()}
@@ -91,5 +101,6 @@ def contents_checksum(samples: Iterable[EncodedSample]) -> int:
         paths = [file.path for file in files]
         rest = [videos_of(sample.media), options_of(sample.media), sample.of_document]
         given = (paths, data, sample.source, int(sample.row), *rest)
-        rows.append(row_checksum(arrays_of(sample), *given, members_of(files)))
+        places = (members_of(files), versions_of(files))
+        rows.append(row_checksum(arrays_of(sample), *given, *places))
     return zlib.crc32(np.array(rows, dtype="<u4").tobytes())

@@ -1,7 +1,7 @@
 """Instructions that compute a register from registers: integers, floats, predicates, conversions.
 
-`ARITHMETIC[name](parts)` gives (function of arrays, kinds of the operands), or raises KeyError for modifiers it does
-not know. ex2, lg2, rcp, sqrt and div are exact, a GPU's approximations are not modelled.
+`ARITHMETIC[name](parts)` gives (function of arrays, kinds of the operands), or raises KeyError for modifiers it
+does not know. ex2, lg2, rcp, sqrt and div are exact, a GPU's approximations are not modelled.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Triton's JIT with the emulator in place of a GPU: kernels are bound, specialized and compiled as for a GPU, and get
-CPU tensors. Limits of a launch are checked as a GPU's driver does.
+"""Triton's JIT with the emulator in place of a GPU: kernels are bound, specialized and compiled as for a GPU, and
+get CPU tensors. Limits of a launch are checked as a GPU's driver does.
 """
 
 from __future__ import annotations

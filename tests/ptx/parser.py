@@ -22,7 +22,8 @@ _GUARD = re.compile(r"@(!?)([%$\w@]+)\s+")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a kernel: `offset` and `size` in bytes; `kind` is "u64" or "f32", or "map" for a tensor map."""
+    """A parameter of a kernel: `offset` and `size` in bytes; `kind` is "u64" or "f32", or "map" for a tensor
+    map."""
 
     name: str
     kind: str

@@ -1,8 +1,8 @@
 """Finds accesses to shared memory that no barrier separates.
 
-Between two barriers of its CTA, a byte may be read by any warps, or written by one; another may only write the same
-value. Checked with all warps in step, so nothing depends on an order of warps. Order within a warp is taken for
-granted. TMA writes when it is issued and wgmma reads until it is waited for.
+Between two barriers of its CTA, a byte may be read by any warps, or written by one; another may only write the
+same value. Checked with all warps in step, so nothing depends on an order of warps. Order within a warp is taken
+for granted. TMA writes when it is issued and wgmma reads until it is waited for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class RaceCheck:
             self.read[touched] = self.epoch
 
     def writes(self, places, size, t, lanes, memory=None, words=None):
-        """Stores `words`, if any: warps may write the same, as they do if a tensor has fewer parts than threads."""
+        """Stores `words`, if any: warps may write the same, as they do if a tensor has fewer parts than
+        threads."""
         for warp, touched in _by_warp(places, size, t, lanes):
             if words is None:
                 self._write(touched, warp)

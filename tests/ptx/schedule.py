@@ -241,8 +241,8 @@ def _check_end(all_threads):
 
 
 def _events(program, t):
-    """Run threads to their end. Yields "barrier" if all are at one and others (of another warp) may not be, "wgmma" if
-    a warp needs the others of its group, "spin" if it waits for a copy."""
+    """Run threads to their end. Yields "barrier" if all are at one and others (of another warp) may not be,
+    "wgmma" if a warp needs the others of its group, "spin" if it waits for a copy."""
     steps, is_warp = program.steps, t.n == 32
     while True:
         runnable = t.alive & ~t.waiting

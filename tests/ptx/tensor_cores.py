@@ -1,4 +1,5 @@
-"""Products of matrices: wgmma of a warpgroup (sm_90a) and mma of a warp (sm_80), of bf16 and f16 with float32 sums.
+"""Products of matrices: wgmma of a warpgroup (sm_90a) and mma of a warp (sm_80), of bf16 and f16 with float32
+sums.
 
 A product of 16 terms is added up in float32, then added to the accumulator; a GPU's sum has fewer bits. As layouts
 are PTX's: an accumulator of 64 rows has, in thread l of warp w, registers for rows 16 w + l // 4 (+ 8) and columns

@@ -3,8 +3,8 @@
 Compact samples have one marker per image and a few bytes per token, while a finished pack has sixty bytes per
 token. The host knows the sizes, so nothing synchronizes with the device:
 
-- `_outline_kernel`, one program: prefix sums over the grids give the first token and M-RoPE position of each image,
-  and the first feature of what it shows.
+- `_outline_kernel`, one program: prefix sums over the grids give the first token and M-RoPE position of each
+  image, and the first feature of what it shows.
 - `_assemble_sequence_kernel`, one program per block of tokens: finds each token's segment and image by binary
   search in these sums, then writes the token and its indices.
 - `torch.sort` orders the text by id; `_text_runs_kernel`, one program, splits it into runs.
@@ -27,7 +27,8 @@ from mmpack.ops.assembly.attention_tiles import attention_tiles_fwd
 from mmpack.ops.assembly.offsets import search_steps
 from mmpack.types import MAX_RUN
 
-# T = tokens, F = features, M = placeholders, S = segments, I = images and videos, n = compact ids, R = runs of one id
+# T = tokens, F = features, M = placeholders, S = segments, I = images and videos, n = compact ids, R = runs of one
+# id
 BLOCK_I = 256  # grids or segments summed at once by the outline
 BLOCK_T = 256  # tokens per program
 BLOCK_X = 2048  # sorted text tokens split into runs at once
@@ -177,8 +178,8 @@ def assemble_sequence(
         markers: (I,) int32 positions of the markers in `input_ids`, ascending.
         grid_thw: (I, 3) int32 patches of each image and video; height and width are multiples of `merge_size`.
         temporal_step: (I,) float32 M-RoPE positions from one temporal patch to the next.
-        shown: (I, 3) int32, of each marker: the first marker that shows the same, how many before it show it, and how
-            many do in all (`CompactPack.shown`).
+        shown: (I, 3) int32, of each marker: the first marker that shows the same, how many before it show it, and
+            how many do in all (`CompactPack.shown`).
         sizes: (T, M, F, R, n): tokens, placeholders, features, runs and tiles of the pack.
         video_id: the marker id of videos, whose features come after those of images.
         merge_size: patches per side of a feature.

@@ -38,9 +38,9 @@ def _outline_kernel(
     LOG_I: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """For each grid: its first token, and the M-RoPE positions that the grids before it take beyond one per marker.
-    For each grid that shows something for the first time: its first feature, and the first place in `feature_token`.
-    For each segment: its first token and its first grid."""
+    """For each grid: its first token, and the M-RoPE positions that the grids before it take beyond one per
+    marker. For each grid that shows something for the first time: its first feature, and the first place in
+    `feature_token`. For each segment: its first token and its first grid."""
     stills, still_places = 0, 0
     for first in range(0, I, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
