@@ -43,6 +43,7 @@ class BadRow:
         source: its file. row: its number in the file, from 0.
         error, advice: as in `RowError`.
         content: the row itself; None if the error was found after reading, while encoding.
+        path: of a stream's data files, the path or URL of its file; else empty.
     """
 
     source: str
@@ -50,6 +51,7 @@ class BadRow:
     error: str
     advice: str = ""
     content: Any = None
+    path: str = ""
 
     def __str__(self) -> str:
         return f"row {self.row} of {self.source}: {RowError(self.error, self.advice)}"

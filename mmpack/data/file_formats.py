@@ -38,11 +38,16 @@ class Row:
     tar: TarSample | None = None  # what a tar file has beside the content
 
 
+class NoRowsError(ValueError):
+    """A data file that can be read and holds no record."""
+
+
 def read_rows(path: DataPath) -> Iterator[Row]:
     """Every record of one data file.
 
     Raises:
-        ValueError: the file cannot be read, does not match its suffix, or holds no record.
+        NoRowsError: it holds no record.
+        ValueError: the file cannot be read, or does not match its suffix.
     """
     readers = {
         ".json": _json_array,
@@ -68,7 +73,7 @@ def read_rows(path: DataPath) -> Iterator[Row]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     if row is None:
-        raise ValueError(f"{path.name} holds no rows; remove it or fix the path")
+        raise NoRowsError(f"{path.name} holds no rows; remove it or fix the path")
 
 
 def count_rows(path: DataPath) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -31,11 +32,21 @@ def matching(path: str) -> list[str]:
     """
     found: list[str] = []
     for name in without_braces(path):
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        is_literal = os.path.lexists(name) or not glob.has_magic(name)
+        matches = [name] if is_literal else _found(name)
         if not matches:
             raise ValueError(f"no file matches {name}; fix the path")
         found += matches
     return found
+
+
+def _found(name: str) -> list[str]:
+    """The paths that match wildcards, sorted. Those in the name of a folder that exists are none."""
+    folder, inside = os.path.split(name)
+    while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        folder, last = os.path.split(folder)
+        inside = os.path.join(last, inside)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), inside)))
 
 
 def without_braces(path: str) -> Iterator[str]:

@@ -31,7 +31,16 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"
 
 
 class TornArchiveError(ValueError):
-    """A tar file that is cut off or damaged, so that what follows in it cannot be read."""
+    """A tar file that is cut off or damaged, so that what follows in it cannot be read.
+
+    Attributes:
+        at: the position from which on nothing can be read.
+        is_cut: whether the file ends there, or inside what begins there, so that its true size is not known.
+    """
+
+    def __init__(self, message: str, at: int = 0, is_cut: bool = False) -> None:
+        super().__init__(message)
+        self.at, self.is_cut = at, is_cut
 
 
 class Archive(Protocol):
@@ -85,8 +94,9 @@ def entries(archive: Archive) -> Iterator[Entry]:
         block = archive.read_at(at, BLOCK)
         if len(block) < BLOCK:
             if at == 0:
-                raise _torn(archive, at, "it is too short for a tar file")
-            raise _torn(archive, at, f"it ends after {last}, without the zero block of a whole one")
+                raise _torn(archive, at, "it is too short for a tar file", is_cut=True)
+            why = f"it ends after {last}, without the zero block of a whole one"
+            raise _torn(archive, at, why, is_cut=True)
         if block == _ZEROS:
             if given:
                 raise _torn(archive, at, f"it ends after an extended header, behind {last}")
@@ -102,7 +112,8 @@ def entries(archive: Archive) -> Iterator[Entry]:
                 raise _torn(archive, at, f"it has an extended header of {length:,} bytes")
             content = archive.read_at(data, length)
             if len(content) < length:
-                raise _torn(archive, at, f"it ends inside an extended header after {last}")
+                why = f"it ends inside an extended header after {last}"
+                raise _torn(archive, at, why, is_cut=True)
             _extend(archive, at, kind, content, given)
             at = data + -(-length // BLOCK) * BLOCK
             continue
@@ -125,6 +136,7 @@ def entries(archive: Archive) -> Iterator[Entry]:
                 at,
                 f"its member {name:.200} has {length:,} bytes from byte {data:,} on, and the file ends at byte "
                 f"{archive.size:,}",
+                is_cut=True,
             )
         if not is_folder:
             flaw = f"is {flaw}" if flaw else _name_flaw(name)
@@ -191,8 +203,8 @@ def _extend(archive: Archive, at: int, kind: bytes, content: bytes, given: dict[
         given["path"] = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         return
     found: dict[str, str] = {}
-    place = 0
-    while place < len(content) and content[place:].strip(b"\0"):
+    place, content = 0, content.rstrip(b"\0")  # once: a header may have 100,000 records
+    while place < len(content):
         digits, space, _ = content[place : place + 20].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
         record = content[place : place + length]
@@ -219,7 +231,7 @@ def _after_sparse_map(archive: Archive, at: int, block: bytes) -> int:
     while is_extended:
         block = archive.read_at(data, BLOCK)
         if len(block) < BLOCK:
-            raise _torn(archive, at, "it ends inside a sparse member's header")
+            raise _torn(archive, at, "it ends inside a sparse member's header", is_cut=True)
         data, is_extended = data + BLOCK, block[504]
     return data
 
@@ -259,7 +271,9 @@ def _not_tar(block: bytes) -> str:
     return "it is not a tar file"
 
 
-def _torn(archive: Archive, at: int, why: str) -> TornArchiveError:
+def _torn(archive: Archive, at: int, why: str, *, is_cut: bool = False) -> TornArchiveError:
     return TornArchiveError(
-        f"{archive.path} is damaged at byte {at:,}: {why}; nothing from there on can be read, write it again"
+        f"{archive.path} is damaged at byte {at:,}: {why}; nothing from there on can be read, write it again",
+        at,
+        is_cut,
     )

@@ -117,7 +117,8 @@ def _groups(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
 
 def _shown(samples: Any) -> Iterator[tuple[bool, Iterable[Hashable]]]:
     """For each sample: whether it is of the same row as the one before it (files in two folders may have one
-    name), and what its images and videos are known by. Of a store they are read from its columns."""
+    name), and what its images and videos are known by. Of a store they are read from its columns; one that was
+    made of files has whole rows of one file in each batch, so a batch begins with another row."""
     if not hasattr(samples, "media_rows"):
         row = None
         for sample in samples:
@@ -126,8 +127,12 @@ def _shown(samples: Any) -> Iterator[tuple[bool, Iterable[Hashable]]]:
     files, rows = samples.sources, samples.rows
     is_again = np.zeros(len(rows), dtype=bool)
     is_again[1:] = (files[1:] == files[:-1]) & (rows[1:] == rows[:-1])
-    again = iter(is_again.tolist())
+    begin_of_batch = 0
     for batch in samples.media_rows():
+        if samples.about.files:
+            is_again[begin_of_batch] = False
+        again = iter(is_again[begin_of_batch : begin_of_batch + len(batch.files) - 1].tolist())
+        begin_of_batch += len(batch.files) - 1
         names = np.array([*batch.paths, None], dtype=object)[batch.path]
         inside = batch.offset >= 0
         names[inside] = batch.offset[inside]  # equal contents have one position

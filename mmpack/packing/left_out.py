@@ -69,8 +69,9 @@ class ShardErrors:
             self._num_rows += 1
             self._judge()
 
-    def leave_out(self, number: int, bad: BadRow) -> None:
-        """Handle a bad row, row `number` of the source.
+    def leave_out(self, number: int, bad: BadRow, *, of_file: bool = False) -> None:
+        """Handle a bad row, row `number` of the source. `of_file`: it stands for rows of a file, so the log names
+        it in any case.
 
         Raises:
             ValueError: `on_error` is "raise", or too many rows are bad.
@@ -83,7 +84,7 @@ class ShardErrors:
         self._example = self._example or f"{bad!s:.500}"
         count_reason(self._read, bad.error)
         count = self._read.total()
-        if count <= 3 or count & (count - 1) == 0:
+        if of_file or count <= 3 or count & (count - 1) == 0:
             so_far = "" if count <= 3 else f"; {count:,} rows left out so far"
             _log.warning("left out %s%s", bad, so_far)
         self._judge()
@@ -113,6 +114,7 @@ def as_line(bad: BadRow, number_of_pass: int) -> dict[str, Any]:
         "advice": bad.advice,
         "content": content if len(text) <= _CONTENT else f"{text[:_CONTENT]} ...",
         "pass": number_of_pass,
+        "path": bad.path,
     }
 
 
@@ -190,4 +192,5 @@ class BadRowFile:
 
 
 def _key(line: dict[str, Any]) -> int:
-    return hash(tuple(str(line.get(name)) for name in ("pass", "source", "row", "error")))
+    names = ("pass", "path", "source", "row", "error")
+    return hash(tuple(str(line.get(name, "")) for name in names))

@@ -44,6 +44,9 @@ from mmpack.packing.stream_shard import Shard
 from mmpack.vision_spec import VisionSpec
 
 _log = logging.getLogger(__name__)
+_OTHER_FILES = (
+    "its data files have other names or sizes; give every rank the same files, in the same order"
+)
 _ADVICE = (
     "rows are dealt by number, so some would be lost and others repeated; the source must give every "
     "worker of every rank all rows in one order: remove its own split (WebDataset: nodesplitter=None), "
@@ -233,9 +236,12 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         dist.all_gather_object(ranks, own)
         for rank, seen in enumerate(ranks):
             for other, known in enumerate(ranks[:rank]):
-                if any(known[n] != rows for n, rows in seen.items() if n in known):
+                differing = [n for n, rows in seen.items() if known.get(n, rows) != rows]
+                if differing:
+                    are_files = self._row_sources[differing[0][0]].has_files
                     raise ValueError(
-                        f"rank {rank} reads other rows of the source than rank {other}: {_ADVICE}"
+                        f"rank {rank} reads other rows of the source than rank {other}: "
+                        f"{_OTHER_FILES if are_files else _ADVICE}"
                     )
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,8 +259,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         settings and the numbers of ranks and workers must be the same.
 
         Raises:
-            ValueError: the state is from another stream or has another format. While iterating: the number of
-                workers or the rows differ.
+            ValueError: the state is from another stream, from other data files, or has another format. While
+                iterating: the number of workers or the rows differ.
         """
         _check_format(state)
         now, then = self._settings(), state["made of"]
@@ -262,10 +268,26 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         if changed:
             words = ", ".join(f"{n} was {then.get(n)} and is {now.get(n)}" for n in changed)
             raise ValueError(f"the state is from another stream: {words}")
+        self._check_files(state["consumed"].values())
         self._workers, self._next = state["workers"], state["next"]
         self._consumed = {int(worker): place for worker, place in state["consumed"].items()}
         self._images = state["images"]
         self._dropped.restore(self._images)
+
+    def _check_files(self, places: Iterable[dict[str, Any]]) -> None:
+        """
+        Raises:
+            ValueError: a state was made with other data files.
+        """
+        for place in places:
+            for one, then in zip(self._row_sources, place["sources"]):
+                if one.has_files and then["rows"] not in (None, one.source.checksum):
+                    of = f" of {one.name!r}" if one.name else ""
+                    raise ValueError(
+                        f"the state is from other data files: some{of} were added, removed or changed, so names "
+                        f"or sizes of the {counted(len(one.source), 'file')} now given differ; give the files of "
+                        "that run, or start from the checkpoint's weights"
+                    )
 
     def _sources(self) -> Iterable[str] | None:
         return [f"{one.name}{MIX_MARK}" for one in self._row_sources if one.name] or None
@@ -340,7 +362,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
     def _list(self, lines: Sequence[dict[str, Any]], bad_rows: Sequence[BadRow] = ()) -> None:
         """List rows that were left out, in the list and the file. `bad_rows`: the same rows with their
         contents."""
-        names = ("source", "row", "error", "advice", "content")
+        names = ("source", "row", "error", "advice", "content", "path")
         rows = bad_rows or [BadRow(**{name: line[name] for name in names}) for line in lines]
         into = self.on_error.into if isinstance(self.on_error, Skip) else self.on_error
         if isinstance(into, list):

@@ -16,13 +16,13 @@ from mmpack.data.file_formats import Row
 from mmpack.data.readers import RowReader
 from mmpack.data.row_keys import log_unread
 from mmpack.data.row_outcomes import outcomes
-from mmpack.errors import BadRow, OnError, RowError
+from mmpack.errors import BadRow, OnError, RowError, Skip
 from mmpack.packing import overflow
 from mmpack.packing.cost import costs_of
 from mmpack.packing.left_out import ShardErrors
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.row_sources import RowSource
-from mmpack.packing.stream_files import DataFiles, FileRow
+from mmpack.packing.stream_files import DataFiles, FileError, FileRow
 from mmpack.packing.stream_source import SourceRows
 from mmpack.types import EncodedSample, Sample
 
@@ -167,8 +167,9 @@ class SourceReader:
         self, begin: tuple[int, Any] | None, checksum: int, number: int | None = None
     ) -> SourceRows:
         number = self.number_of_pass if number is None else number
-        ranks = self._recipe.num_ranks
-        return SourceRows(self.one.source, number, self._shard, ranks, begin, checksum)
+        ranks, on_error = self._recipe.num_ranks, self._recipe.on_error
+        max_bad = on_error.max_bad if isinstance(on_error, Skip) else None
+        return SourceRows(self.one.source, number, self._shard, ranks, begin, checksum, max_bad)
 
     def _read(
         self,
@@ -184,9 +185,9 @@ class SourceReader:
         last, part = -1, 0
         for group in chunks(self._encoded(wanted), _CHUNK):
             fitting = []
-            for number, sample in group:
+            for number, item, sample in group:
                 last, part = number, part if number == last else 0
-                for piece in self._fitted(number, sample):
+                for piece in self._fitted(number, item, sample):
                     if (number, part) >= begin or (number, part) in held:
                         fitting.append((number, part, piece))
                     part += 1
@@ -208,7 +209,8 @@ class SourceReader:
                 self._errors.saw(number)
                 yield number, item
 
-    def _encoded(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, EncodedSample]]:
+    def _encoded(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any, EncodedSample]]:
+        """(number, item of the source, sample) of each sample."""
         encoder = self.one.encoder
         for chunk in chunks(rows, _CHUNK):
             samples: list[tuple[int, Sample]] = []
@@ -223,9 +225,11 @@ class SourceReader:
                     )
                 found = [item] if isinstance(item, Sample) else next(read)
                 samples += [(number, sample) for sample in found]
+            items = dict(chunk)
             if encoder is not None:
-                encoded += self._encode(encoder, samples, dict(chunk))
-            yield from sorted(encoded, key=lambda one: one[0])  # a position is after all before it
+                encoded += self._encode(encoder, samples, items)
+            encoded.sort(key=lambda one: one[0])  # a position is after all before it
+            yield from ((number, items[number], sample) for number, sample in encoded)
 
     def _encode(
         self, encoder: Encoder, samples: list[tuple[int, Sample]], items: dict[int, Any]
@@ -239,11 +243,10 @@ class SourceReader:
             place = next(n for n in left if (inputs[n].source, inputs[n].row) == origin)
             left.remove(place)
             number = samples[place][0]
-            content = (
-                items[number].row.content if isinstance(items[number], FileRow) else items[number]
-            )
+            item = items[number]
+            content = item.row.content if isinstance(item, FileRow) else item
             content = None if isinstance(content, Sample) else content
-            self._errors.leave_out(number, replace(bad, content=content))
+            self._errors.leave_out(number, replace(bad, content=content, path=self._path(item)))
         yield from ((samples[place][0], sample) for place, sample in encoded.items())
 
     def _samples(self, chunk: Sequence[tuple[int, Any]]) -> Iterator[list[Sample]]:
@@ -257,10 +260,11 @@ class SourceReader:
             numbers, items = zip(*of_file)
             reader = self._reader_of(file)
             found_rows = outcomes(reader, [item.row for item in items])
-            for number, (row, found) in zip(numbers, found_rows):
+            for number, item, (row, found) in zip(numbers, items, found_rows):
                 if isinstance(found, RowError):
-                    bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
-                    self._errors.leave_out(number, bad)
+                    place, path = (row.source, row.number), self._path(item)
+                    bad = BadRow(*place, found.error, found.advice, row.content, path)
+                    self._errors.leave_out(number, bad, of_file=isinstance(found, FileError))
                     yield []
                 else:
                     log_unread(row.source, reader.unread, self._told)
@@ -277,11 +281,18 @@ class SourceReader:
             self._readers = {file: RowReader(one.encoder, group)}
         return self._readers[file]
 
-    def _fitted(self, number: int, sample: EncodedSample) -> list[EncodedSample]:
+    def _path(self, item: Any) -> str:
+        """The path of a row's data file; empty: the source is no files."""
+        is_of_file = isinstance(item, FileRow) and isinstance(self.one.source, DataFiles)
+        return str(self.one.source.groups[item.file].file) if is_of_file else ""
+
+    def _fitted(self, number: int, item: Any, sample: EncodedSample) -> list[EncodedSample]:
         """The parts of the sample to pack: the sample, truncated, split, or nothing."""
         recipe = self._recipe
         limits = (recipe.capacity, recipe.patch_capacity)
-        name = f"row {number} of {self.one.rows_name} has {sample.num_tokens:,} tokens and "
+        # Numbers of data files' rows are of one worker.
+        place = (sample.source, sample.row) if self.one.has_files else (self.one.rows_name, number)
+        name = f"row {place[1]} of {place[0]} has {sample.num_tokens:,} tokens and "
         name += f"{sample.num_patches:,} patches, too many for a pack"
         if recipe.on_overflow == "error":
             if overflow.is_too_long(sample.num_tokens, sample.num_patches, *limits):
@@ -290,9 +301,8 @@ class SourceReader:
         try:
             fitting = overflow.fit_sample(sample, *limits, recipe.on_overflow)
         except RowError as error:
-            self._errors.leave_out(
-                number, BadRow(self.one.rows_name, number, error.error, error.advice)
-            )
+            bad = BadRow(*place, error.error, error.advice, path=self._path(item))
+            self._errors.leave_out(number, bad)
             return []
         if not fitting:
             _log.warning("dropped: %s", name)

@@ -68,6 +68,7 @@ class SourceRows:
         begin: (rows read before, the source's state at that point), or None for the start of the pass. Only a
             `datasets.IterableDataset` and `DataFiles` have states.
         checksum: checksum of the first rows, if `begin` is after them.
+        max_bad: the share of the bytes of data files that may be lost to damage; None: any.
 
     Attributes:
         checksum: checksum of the source's first rows, equal in every shard and rank. If a
@@ -83,10 +84,11 @@ class SourceRows:
         num_ranks: int,
         begin: tuple[int, Any] | None = None,
         checksum: int = 0,
+        max_bad: float | None = None,
     ) -> None:
         self._source, self._number_of_pass, self._num_ranks = source, number_of_pass, num_ranks
         self._own, self._of = shard
-        self._begin = begin
+        self._begin, self._max_bad = begin, max_bad
         self._snapshots = [] if begin is None else [begin]
         self.checksum = checksum
 
@@ -124,7 +126,7 @@ class SourceRows:
             part = (0, 1)
             if len(source) >= self._of:
                 part, self._own, self._of = (self._own, self._of), 0, 1
-            files = source.rows(part, self._begin and self._begin[1])
+            files = source.rows(part, self._begin and self._begin[1], self._max_bad)
             return files, files.state
         if not (hasattr(source, "num_shards") and hasattr(source, "iter")):
             return iter(source), None
