@@ -43,7 +43,7 @@ class BadRow:
         source: its file. row: its number in the file, from 0.
         error, advice: as in `RowError`.
         content: the row itself; None if the error was found after reading, while encoding.
-        path: of a stream's data files, the path or URL of its file; else empty.
+        path: the path or URL of its file; empty: not known, as of rows in memory.
     """
 
     source: str

@@ -17,10 +17,10 @@ from mmpack import Encoder, PackedDataset, PackStream
 from mmpack.cli.demo import write_data
 from mmpack.cli.main import main
 from mmpack.hf import patch_model
-from mmpack.packing.held_out import held_out, part_of, within_limits
+from mmpack.packing.held_out import _groups, held_out, part_of, within_limits
 from mmpack.packing.mixed_dataset import joined
 from mmpack.packing.split_documents import split_samples
-from mmpack.store.encoded_store import write_store
+from mmpack.store.encoded_store import open_store, write_store
 from mmpack.types import ImageRef, VideoRef
 
 
@@ -83,6 +83,20 @@ def test_rows_of_equal_number_in_files_of_one_name_are_not_one_row():
     one = [samples_of(20), samples_of(20)]
     found = held_out([*one[0], *one[1]], 1)
     assert found.sum() == 1
+
+
+def test_files_of_one_row_and_one_name_are_not_one_row(folder, tmp_path):
+    """As of a folder per sample. Samples of one row, a list of rows, are."""
+    rows = json.loads((folder / "rows.json").read_text())[18:]
+    files = [tmp_path / f"{n}" / "r.json" for n in range(4)]
+    for path, row in zip(files, [rows[0], rows[1], rows[:2], rows[0]]):
+        path.parent.mkdir()
+        path.write_text(json.dumps([row]))
+    words = ["--tokenizer", str(folder / "tokenizer"), "--capacity", "120", "--quiet"]
+    assert main(["pack", *map(str, files), *words, "--out", str(tmp_path / "packed")]) == 0
+    store = open_store(tmp_path / "packed")
+    assert list(store.sources) == ["r.json"] * 5 and not store.rows.any()
+    assert _groups(store).tolist() == [0, 1, 2, 2, 4]
 
 
 def test_rows_that_share_images_are_held_out_as_often_as_others():

@@ -194,7 +194,8 @@ class Reader:
                     if isinstance(on_error, Skip):
                         on_error.saw("reading")
                     if isinstance(found, RowError):
-                        bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
+                        place, path = (row.source, row.number), str(group.file or "")
+                        bad = BadRow(*place, found.error, found.advice, row.content, path)
                         refuse(bad, on_error)
                     else:
                         yield from found

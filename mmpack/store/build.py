@@ -181,11 +181,13 @@ class _Work:
             else:
                 samples += found
         encoded = [one for _, one in self._encoder.encode_chunk(samples, bad_rows)]
-        bad_rows.sort(key=lambda bad: bad.row)
+        group = self._groups[number]
+        path = str(group.file or "")
+        bad_rows = [replace(bad, path=path) for bad in sorted(bad_rows, key=lambda bad: bad.row)]
         unread = dict(reader.unread)
         reader.unread.clear()
         batch = as_batch(encoded) if encoded else None
-        return Indexed(len(rows), batch, bad_rows, self._groups[number].name, unread)
+        return Indexed(len(rows), batch, bad_rows, group.name, unread)
 
 
 class _Workers(Protocol):
