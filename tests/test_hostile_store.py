@@ -21,8 +21,8 @@ from mmpack.cli.main import main
 from mmpack.store.arrow_schema import SCHEMA, read_batch
 from mmpack.store.atomic_folder import others
 from mmpack.store.build import why_outdated
-from mmpack.store.data_files import changed_files, file_sha256
 from mmpack.store.encoded_store import open_store, write_store
+from mmpack.store.file_stamps import changed_files, file_sha256
 from mmpack.store.manifest import About, Part, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.store.records import MAX_RECORD_BYTES, write_record

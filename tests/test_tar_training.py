@@ -24,8 +24,8 @@ from mmpack.hf import PackCollator
 from mmpack.packing.held_out import _groups
 from mmpack.packing.sample_images import images_of
 from mmpack.store.build import why_outdated
-from mmpack.store.data_files import changed_files
 from mmpack.store.encoded_store import open_store
+from mmpack.store.file_stamps import changed_files
 from mmpack.types import PACK_ARRAYS
 
 

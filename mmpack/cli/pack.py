@@ -33,13 +33,13 @@ from mmpack.packing.stored_plan import open_samples
 from mmpack.store.arrow_schema import Batch
 from mmpack.store.atomic_folder import published, turn
 from mmpack.store.build import different, index_rows, made_from, why_outdated
-from mmpack.store.data_files import changed_files, stamps
 from mmpack.store.encoded_store import (
     EncodedStore,
     open_store,
     reuse_store,
     write_batches,
 )
+from mmpack.store.file_stamps import changed_files, stamps
 from mmpack.store.manifest import About, Part, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.vision_spec import VisionSpec

@@ -13,8 +13,8 @@ import numpy as np
 from mmpack.errors import counted
 from mmpack.packing.held_out import SPLITS
 from mmpack.packing.split_documents import SplitSamples
-from mmpack.store.data_files import changed_files
 from mmpack.store.encoded_store import EncodedStore, open_store
+from mmpack.store.file_stamps import changed_files
 from mmpack.store.manifest import packed_split
 from mmpack.store.plan_file import load_plan
 from mmpack.types import PackPlan

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,18 +17,20 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from mmpack.data import images
-from mmpack.media_options import VIDEO_KEYS, MediaOptions
+from mmpack.media_options import VIDEO_KEYS
 from mmpack.store.media_file import Position
 from mmpack.store.row_checksum import (
     arrays_of,
+    files_from,
     files_of,
+    media_of,
     members_of,
     options_of,
     row_checksum,
     versions_of,
     videos_of,
 )
-from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64, Media, TarMember, VideoRef
+from mmpack.types import IGNORE, EncodedSample, ImageRef, Int64
 from mmpack.vision_spec import VisionSpec
 
 _VIDEO = {
@@ -107,15 +108,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
     is_supervised[ids_offsets[:-1]] = False  # nothing predicts a segment's first token
     num_tokens = np.diff(ids_offsets) - np.diff(grid_offsets)
     data = [_bytes(image) for image in refs]
-    media: dict[bytes, bytes] = {}
-    numbers: dict[bytes, int] = {}
-    numbered, lengths = np.zeros((2, len(data)), dtype=np.int64)
-    for place, content in enumerate(data):
-        if content is not None:
-            digest = hashlib.sha256(content).digest()
-            media.setdefault(digest, content)
-            numbered[place] = numbers.setdefault(digest, len(numbers))
-            lengths[place] = len(content)
+    positions, media = _numbered(data)
     members = [members_of(of_sample) for of_sample in files]
     clips = [videos_of(sample.media) for sample in samples]
     options = [options_of(sample.media) for sample in samples]
@@ -124,7 +117,7 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
         _lists(labels, ids_offsets),
         _lists(grids.ravel(), 3 * grid_offsets),
         _lists([image.path for image in refs], file_offsets, pyarrow.string()),
-        _lists(_positions(numbered, lengths, [one is None for one in data]), file_offsets),
+        _lists(positions, file_offsets),
         [sample.source for sample in samples],
         [sample.row for sample in samples],
         num_tokens + _sums(vision.num_features(grids), grid_offsets),
@@ -159,6 +152,22 @@ def as_batch(samples: Sequence[EncodedSample]) -> Batch:
         ],
     ]
     return Batch(pyarrow.record_batch(columns, schema=SCHEMA).serialize().to_pybytes(), media)
+
+
+def _numbered(
+    data: Sequence[bytes | None],
+) -> tuple[pyarrow.StructArray, dict[bytes, bytes]]:
+    """(the position of each file, null if it has no content; `Batch.media`), of the files' contents."""
+    media: dict[bytes, bytes] = {}
+    numbers: dict[bytes, int] = {}
+    numbered, lengths = np.zeros((2, len(data)), dtype=np.int64)
+    for place, content in enumerate(data):
+        if content is not None:
+            digest = hashlib.sha256(content).digest()
+            media.setdefault(digest, content)
+            numbered[place] = numbers.setdefault(digest, len(numbers))
+            lengths[place] = len(content)
+    return _positions(numbered, lengths, [one is None for one in data]), media
 
 
 def with_offsets(batch: Any, offsets: Int64) -> bytes:
@@ -340,25 +349,12 @@ def sample_of(
         or (step is not None and 3 * len(step) != len(grid))
         or (weights is not None and len(weights) != len(ids))
         or of_document < 0
-        or len(data) != len(paths)
-        or len(members or paths) != len(paths)
-        or len(versions or paths) != len(paths)
+        or any(len(one) != len(paths) for one in (data, members or paths, versions or paths))
         or not all(0 <= clip["place"] < len(paths) for clip in clips)
     ):
         return None
-    files = tuple(map(ImageRef, paths, data))
-    if members is not None:
-        refs = zip(files, members)
-        files = tuple(replace(file, member=one and TarMember(*one)) for file, one in refs)
-    if versions is not None:
-        files = tuple(replace(file, version=one) for file, one in zip(files, versions))
-    media = _media(files, clips)
-    try:
-        for place, values in given:
-            if place < 0:
-                return None
-            media[place] = replace(media[place], options=MediaOptions(**values))
-    except (IndexError, ValueError):
+    media = media_of(files_from(paths, data, members, versions), clips, given)
+    if media is None:
         return None
     return EncodedSample(
         input_ids=ids,
@@ -372,21 +368,3 @@ def sample_of(
         weights=weights,
         of_document=of_document,
     )
-
-
-def _media(files: tuple[ImageRef, ...], videos: list[dict[str, Any]]) -> list[Media]:
-    """A sample's references, from its files and its video records."""
-    media: list[Media] = []
-    end = 0
-    for video in videos:
-        begin, listed = video["place"], video["listed"]
-        media += files[end:begin]
-        end = begin + max(listed, 1)
-        file = files[begin]
-        frames = files[begin:end] if listed else ()
-        data = None if listed else file.data
-        known = {name: video[name] for name in ("num_frames", "fps", "folder")}
-        member, version = (None, "") if listed else (file.member, file.version)
-        known |= {"member": member, "version": version}
-        media.append(VideoRef(file.path, data, frames, **known))
-    return [*media, *files[end:]]

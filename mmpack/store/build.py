@@ -38,8 +38,8 @@ from mmpack.data.row_outcomes import outcomes
 from mmpack.errors import BadRow, RowError, Skip, counting, refuse
 from mmpack.regular_files import regular_stat
 from mmpack.store.arrow_schema import Batch, as_batch, read_batch, sample_of
-from mmpack.store.data_files import changed_objects
 from mmpack.store.encoded_store import EncodedStore
+from mmpack.store.file_stamps import changed_objects
 from mmpack.types import EncodedSample
 
 _ALONE_S = 3.0  # seconds before workers are started; they take about as long to start

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.types import EncodedSample, ImageRef, Media, VideoRef
+from mmpack.media_options import MediaOptions
+from mmpack.types import EncodedSample, ImageRef, Media, TarMember, VideoRef
 
 
 def files_of(media: Iterable[Media]) -> list[ImageRef]:
@@ -58,6 +60,53 @@ def members_of(files: Sequence[ImageRef]) -> list[tuple[Any, ...] | None] | None
     """Where each file is in its tar file, as the values of a `TarMember`; None: none is in one."""
     members = [None if file.member is None else tuple(file.member) for file in files]
     return members if any(members) else None
+
+
+def files_from(
+    paths: list[str],
+    data: list[bytes | None],
+    members: list[Any] | None,
+    versions: list[str] | None,
+) -> tuple[ImageRef, ...]:
+    """A sample's files, from lists with an item per file."""
+    files = tuple(map(ImageRef, paths, data))
+    if members is not None:
+        refs = zip(files, members)
+        files = tuple(replace(file, member=one and TarMember(*one)) for file, one in refs)
+    if versions is not None:
+        files = tuple(replace(file, version=one) for file, one in zip(files, versions))
+    return files
+
+
+def media_of(
+    files: tuple[ImageRef, ...],
+    videos: list[dict[str, Any]],
+    options: list[tuple[int, dict[str, Any]]],
+) -> list[Media] | None:
+    """A sample's references, from its files, its video records, and (number, options) of those that have any; None
+    if these do not belong together."""
+    media: list[Media] = []
+    end = 0
+    for video in videos:
+        begin, listed = video["place"], video["listed"]
+        media += files[end:begin]
+        end = begin + max(listed, 1)
+        file = files[begin]
+        frames = files[begin:end] if listed else ()
+        data = None if listed else file.data
+        known = {name: video[name] for name in ("num_frames", "fps", "folder")}
+        member, version = (None, "") if listed else (file.member, file.version)
+        known |= {"member": member, "version": version}
+        media.append(VideoRef(file.path, data, frames, **known))
+    media += files[end:]
+    try:
+        for place, values in options:
+            if place < 0:
+                return None
+            media[place] = replace(media[place], options=MediaOptions(**values))
+    except (IndexError, ValueError):
+        return None
+    return media
 
 
 def arrays_of(sample: EncodedSample) -> list[NDArray[Any] | None]:
