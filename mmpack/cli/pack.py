@@ -96,13 +96,7 @@ def pack_groups(
                     print(f"encoding anew: {found.why}")
                 with build(out, found.mark is not None) as partial:
                     if found.store is not None:
-                        old = found.store.about
-                        if part is not None and old.part is not None:
-                            part.chunks.extend(old.part.chunks)
-                        about = replace(about, begun=old.begun, files=old.files)
-                        store = reuse_store(partial, found.store, about)
-                        if (out / "bad_rows.jsonl").exists():
-                            shutil.copyfile(out / "bad_rows.jsonl", partial / "bad_rows.jsonl")
+                        store = _reuse(partial, found.store, about)
                     else:
                         store = _encode(partial, groups, encoder, about, options, unread)
                     if part is None:
@@ -197,6 +191,17 @@ def build(out: Path, replaces: bool) -> Iterator[Path]:
         reason = error.strerror or str(error)
         what = f"{out} is unchanged" if replaces else "nothing was left behind"
         raise ValueError(f"cannot write {out}: {reason}; {what}") from None
+
+
+def _reuse(partial: Path, old: EncodedStore, about: About) -> EncodedStore:
+    """A store of the samples of `old`, planned anew."""
+    if about.part is not None and old.about.part is not None:
+        about.part.chunks.extend(old.about.part.chunks)
+    about = replace(about, begun=old.about.begun, files=old.about.files)
+    store = reuse_store(partial, old, about)
+    if (old.folder / "bad_rows.jsonl").exists():
+        shutil.copyfile(old.folder / "bad_rows.jsonl", partial / "bad_rows.jsonl")
+    return store
 
 
 def _encode(

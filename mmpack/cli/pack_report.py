@@ -34,9 +34,29 @@ def report_packs(
     """Print a summary of the packs at `out`, planned with the costs of `config` (None: without costs), and the
     fields that were not read while they were encoded."""
     dataset = PackedDataset.from_store(out, on_changed_data="warn")
-    plan, samples, vision = dataset.plan, dataset.samples, dataset.vision
+    report = {**_summary(out, dataset, config), "reused": reused, "unread": unread or {}}
+    report["seconds"] = round(time.perf_counter() - start, 3)
+    if options.png is not None:
+        samples: Any = dataset.samples
+        image_tokens = samples.num_patches // dataset.vision.merge_size**2
+        pack_picture(dataset.plan, samples.sources, image_tokens, options.png)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _tell(out, dataset, report)
+
+
+def _store_of(dataset: PackedDataset) -> EncodedStore:
+    samples = dataset.samples
     store = samples.samples if isinstance(samples, SplitSamples) else samples
-    assert isinstance(samples, EncodedStore | SplitSamples) and isinstance(store, EncodedStore)
+    assert isinstance(store, EncodedStore)
+    return store
+
+
+def _summary(out: Path, dataset: PackedDataset, config: Any) -> dict[str, Any]:
+    """What there is to say of the packs at `out`."""
+    plan, samples, vision, store = dataset.plan, dataset.samples, dataset.vision, _store_of(dataset)
+    assert isinstance(samples, EncodedStore | SplitSamples)
     num_bad = _count_lines(out / "bad_rows.jsonl")
     images, planning = images_in(plan, samples), store.about.planning
     assert planning is not None
@@ -47,7 +67,6 @@ def report_packs(
     report = {
         "rows": len(store) + num_bad,
         "bad_rows": num_bad,
-        "reused": reused,
         "dropped": plan.num_dropped,
         "truncated": plan.num_truncated,
         "packs": plan.num_packs,
@@ -55,10 +74,8 @@ def report_packs(
         "utilization": round(plan.utilization, 6),
         "padded_utilization": round(padded_utilization(store.num_tokens), 6),
         "max_pixels": vision.max_pixels,
-        "unread": unread or {},
         "patches": {"rows": in_rows, "packs": in_packs},
         **balance_report(plan, samples.sources, samples.num_patches // vision.merge_size**2, costs),
-        "seconds": round(time.perf_counter() - start, 3),
     }
     num_unused = len(plan.unused)
     if (out / f"{SPLITS['val']}.json").exists():
@@ -71,34 +88,36 @@ def report_packs(
         report["unused"] = num_unused
     if isinstance(samples, SplitSamples):
         report |= {"split": samples.num_split, "pieces": len(samples)}
-    if options.png is not None:
-        image_tokens = samples.num_patches // vision.merge_size**2
-        pack_picture(plan, samples.sources, image_tokens, options.png)
-    if options.json:
-        print(json.dumps(report))
-        return
-    if reused:
+    return report
+
+
+def _tell(out: Path, dataset: PackedDataset, report: dict[str, Any]) -> None:
+    """Print a summary as text."""
+    plan, planning = dataset.plan, _store_of(dataset).about.planning
+    if report["reused"]:
         say(f"nothing encoded anew: {out} was made from the same data, tokenizer and settings")
     say(
         f"{counted(report['rows'], 'row')} -> {counted(plan.num_packs, 'pack')} of {plan.capacity:,} tokens, "
         f"{plan.utilization:.1%} full, in {report['seconds']:.1f} s; images up to "
-        f"{vision.max_pixels:,} pixels"
+        f"{report['max_pixels']:,} pixels"
     )
     say(f"padded batches of 8 would be {report['padded_utilization']:.0%} full")
     say("\n".join(balance_lines(report)))
+    in_rows, in_packs = report["patches"]["rows"], report["patches"]["packs"]
     if in_rows:
-        how = "; rows of one image are planned together" if planning.group_images else ""
+        is_grouped = planning is not None and planning.group_images
+        how = "; rows of one image are planned together" if is_grouped else ""
         say(
             f"vision tower: {in_rows:,} patches in rows, {in_packs:,} in packs, which encode an image once "
             f"({fewer(in_packs, in_rows)}){how}"
         )
     if report.get("split"):
-        cut = report["pieces"] - len(store) + report["split"]
+        cut = report["pieces"] - len(_store_of(dataset)) + report["split"]
         say(f"{report['split']:,} documents longer than a pack are in {cut:,} pieces")
-    for source, named in (unread or {}).items():
+    for source, named in report["unread"].items():
         say(unread_line(source, named))
-    unit = "piece" if isinstance(samples, SplitSamples) else "row"
-    if num_unused:
+    unit = "piece" if isinstance(dataset.samples, SplitSamples) else "row"
+    if num_unused := report.get("unused", 0):
         say(
             f"{counted(num_unused, unit)} of them {'is' if num_unused == 1 else 'are'} not used, beyond "
             "num_samples or max_samples of dataset_info.json"
@@ -109,7 +128,7 @@ def report_packs(
             f"held out: {held_out} of them, in {counted(report['val_packs'], 'pack')} more, for --eval-data "
             f"{out}:val"
         )
-    if num_bad:
+    if num_bad := report["bad_rows"]:
         say(f"{counted(num_bad, 'bad row')} left out, listed in {out / 'bad_rows.jsonl'}")
     if report["dropped"] or report["truncated"]:
         say(
