@@ -90,9 +90,10 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         on_error: what to do with a row that cannot be used; by default what the encoder's `on_error` says; if
             those of a mixture's encoders differ, it must be given. "raise" ends the stream. "skip" (or a `Skip`)
             leaves the row out, up to a share of a worker's rows. A list: without a limit; bad rows are appended to
-            it. A tar file that is cut off or damaged is one bad row, after its good ones. A list gets rows, and
-            `bad_rows_file` too, as their pack is made in this process, or, if it is made in a `DataLoader` worker,
-            when it is consumed (`consume`).
+            it. A tar file that is cut off or damaged is one bad row, after its good ones, and so is a file without
+            rows; "skip" also limits, by the same share, the bytes that damaged files of a worker lack. A list gets
+            rows, and `bad_rows_file` too, as their pack is made in this process, or, if it is made in a
+            `DataLoader` worker, when it is consumed (`consume`).
 
     Attributes:
         on_bad_image, max_bad, media_folders, source_weights: as in `PackedDataset`; `media_folders` is the
