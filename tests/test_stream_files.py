@@ -221,3 +221,21 @@ def test_a_state_of_other_files_is_refused(tmp_path, numbering, change, mixed):
     )
     with pytest.raises(ValueError, match=why):
         made().load_state_dict(state)
+
+
+def test_ranks_with_other_files_are_told_so(tmp_path, numbering, monkeypatch):
+    """Each rank has a disk of its own, say, and one lacks a file."""
+    folder = shards_of(tmp_path / "shards", 6, 6)
+    streams = [PackStream(files, numbering, 200) for files in (folder, folder / "000.tar")]
+    for stream in streams:
+        read(stream)
+    (sums,) = ({(0, 0): one._row_sources[0].source.checksum} for one in streams[1:])
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object",
+        lambda into, own: into.__setitem__(slice(2), [own, sums]),
+    )
+    with pytest.raises(
+        ValueError, match="rank 1 reads other rows .* its data files have other names or"
+    ):
+        streams[0].check_ranks()
