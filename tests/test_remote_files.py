@@ -185,6 +185,58 @@ def test_without_a_tag_the_size_is_compared(server, tmp_path):
         open_object(url, "502000")
 
 
+@pytest.mark.parametrize("fault", ["400", "403", "405", "501", "no size"])
+def test_a_server_without_head(server, tmp_path, fault):
+    """The first byte's answer tells what HEAD does not."""
+    (tmp_path / "empty").write_bytes(b"")
+    for name, size in (("a.bin", len(CONTENT)), ("empty", 0)):
+        url = f"{server.url}/{name}"
+        with_head = identity(url)
+        server.faults[f"/{name}"] = [f"HEAD {fault}"]
+        server.requests.clear()
+        if size or fault != "no size":  # then not even the range says it
+            assert identity(url) == (with_head if size else (0, ""))
+            assert server.requests[-1] == ("GET", f"/{name}", "bytes=0-0")
+        assert server.num_sent <= 1
+
+
+def test_headers_named_like_keys_of_fsspec(server):
+    server.faults["/a.bin"] = ["odd headers!"]
+    url = f"{server.url}/a.bin"
+    found = identity(url)
+    assert found.size == len(CONTENT) and found.tag.startswith("ETag")
+    assert open_object(url, str(found)).read() == CONTENT
+
+
+@pytest.mark.parametrize("version", ["", "x ETag 1", "-5", "1" * 5000, "1.5 ETag", "\u0661"])
+def test_a_damaged_version(server, version):
+    url = f"{server.url}/a.bin"
+    with pytest.raises(RowError, match="a.bin was recorded with the version .* --overwrite"):
+        remote_files.size_of(url, version)
+    if version:
+        with pytest.raises(RowError, match="was recorded with the version"):
+            open_object(url, version)
+
+
+def test_values_are_taken_as_results_are(monkeypatch):
+    taken = []
+
+    def values():
+        for n in range(1000):
+            taken.append(n)
+            yield n
+
+    results = in_parallel(lambda n: n * n, values())
+    assert next(results) == 0
+    assert len(taken) <= 4 * remote_files.IN_FLIGHT
+    assert list(results) == [n * n for n in range(1, 1000)]
+
+    failing = in_parallel(lambda n: 1 // (n - 3), values())
+    assert [next(failing) for _ in range(3)] == [-1, -1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(failing)
+
+
 def test_many_at_once(server):
     found = list(in_parallel(lambda n: identity(f"{server.url}/a.bin?{n}").size, range(100)))
     assert found == [len(CONTENT)] * 100
@@ -211,6 +263,52 @@ def test_memory():
     memory.rm("/remote_files", recursive=True)
 
 
+class _Replaced:
+    """A file system without conditional requests, in which an object is replaced after some calls."""
+
+    def __init__(self, after):
+        self.after, self.calls = after, 0
+
+    def _strip_protocol(self, url):
+        return url
+
+    def _now(self):
+        self.calls += 1
+        return b"new" if self.calls > self.after else b"before"
+
+    def info(self, path):
+        content = self._now()
+        return {"size": len(content), "type": "file", "etag": content.decode()}
+
+    def cat_file(self, path, start, end):
+        content = self._now()
+        if start >= len(content):
+            raise OSError(errno.EINVAL, "Range Not Satisfiable")
+        return content[start:end]
+
+
+@pytest.mark.parametrize("version", ["", "6 ETag before"])
+def test_no_read_mixes_two_objects(monkeypatch, version):
+    """Wherever an object is replaced: the bytes of one, or an error at once."""
+    monkeypatch.setattr(remote_files, "_WAITS_S", (60.0,))
+    read = set()
+    for after in range(12):
+        storage = _Replaced(after)
+        monkeypatch.setitem(remote_files._opened, (os.getpid(), "gs"), storage)
+        try:
+            remote = RemoteObject("gs://bucket/a", version, first=2, most=2)
+            read.add(b"".join(remote.read_at(at, 2) for at in range(0, remote.size, 2)))
+        except RowError as error:
+            assert "gs://bucket/a changed" in str(error)
+            assert version or after, "the new one, from its beginning, is no error"
+    assert read == ({b"before"} if version else {b"before", b"new"})
+    if version:  # an image in training: its bytes, and one look
+        storage = _Replaced(99)
+        monkeypatch.setitem(remote_files._opened, (os.getpid(), "gs"), storage)
+        assert RemoteObject("gs://bucket/a", version).read_at(0, 6) == b"before"
+        assert storage.calls == 2
+
+
 class _Odd:
     """A file system of a library that raises what it likes."""
 
@@ -225,6 +323,14 @@ class _Odd:
         raise self.error
 
 
+def _of_library(*names):
+    """An error that is no OSError, of a class with these names, derived from each other."""
+    kind = Exception
+    for name in reversed(names):
+        kind = type(name, (kind,), {})
+    return kind("the server went away")
+
+
 @pytest.mark.parametrize(
     ("error", "reason", "tries"),
     [
@@ -233,6 +339,20 @@ class _Odd:
         (ValueError("secret key hunter2 is wrong"), "ValueError", 1),
         (PermissionError("Forbidden"), "Forbidden", 1),
         (OSError(errno.EBUSY, "Please reduce your request rate"), "reduce your request rate", 3),
+        (_of_library("ConnectError", "NetworkError", "TransportError"), "went away", 3),
+        (_of_library("ReadTimeout", "TimeoutException"), "it took too long", 3),
+        (_of_library("RemoteProtocolError", "ProtocolError"), "went away", 3),
+        (_of_library("UnsupportedProtocol", "TransportError"), "went away", 1),
+        (_of_library("ServerDisconnectedError", "ClientConnectionError"), "went away", 3),
+        (_of_library("ClientPayloadError", "ClientError"), "went away", 3),
+        (_of_library("ClientSSLError", "ClientConnectionError"), "went away", 1),
+        (
+            _of_library("EndpointConnectionError", "ConnectionError", "BotoCoreError"),
+            "went away",
+            3,
+        ),
+        (_of_library("ConnectionClosedError", "HTTPClientError"), "went away", 3),
+        (_of_library("NoCredentialsError", "BotoCoreError"), "went away", 1),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "reset by peer", 3),
     ],
 )

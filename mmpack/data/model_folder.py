@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mmpack.data.remote_roots import is_url, scheme_of
 from mmpack.errors import counted
 
 _NAME = re.compile(r"(hf:)?(\w[\w.-]*)/(\w[\w.-]*)(?:@([\w./+-]+))?", re.ASCII)
@@ -38,6 +39,11 @@ def local_path(
     text = os.fspath(name)
     if not text.startswith("hf:") and os.path.exists(text):
         return Path(text)
+    if is_url(text):  # it may have a password, and is not repeated
+        raise ValueError(
+            f"{scheme_of(text):.40}://... is a URL, not a file or a folder; a Hugging Face model is owner/name or "
+            "hf:owner/name@revision"
+        )
     match = _NAME.fullmatch(text)
     is_hub = match and (match[1] or (match[4] is None and not os.path.isdir(match[2])))
     if not match or not is_hub:

@@ -133,6 +133,12 @@ def part_of(pack: Pack, group: ContextGroup) -> ContextPart:
     )
 
 
+def frames_of(grid_thw: Int32) -> Int64:
+    """The patches of each frame of grids."""
+    frames: Int64 = grid_thw[:, 1:].prod(axis=1, dtype=np.int64).repeat(grid_thw[:, 0])
+    return frames
+
+
 def owners(num_patches: NDArray[Any], size: int) -> Int64:
     """(frames,) the rank of each frame, given its patches: largest first, each to the rank with the fewest
     patches."""
