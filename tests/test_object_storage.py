@@ -209,27 +209,6 @@ def test_every_kind_of_data_file(demo, server, tmp_path, monkeypatch):
     (demo / "a.csv").unlink()
 
 
-def test_folders():
-    memory = fsspec.filesystem("memory")
-    row = b'{"instruction": "?", "output": "!"}\n'
-    memory.pipe("/hub/data/train-00000-of-00002.jsonl", row)
-    memory.pipe("/hub/data/train-00001-of-00002.jsonl", row * 2)
-    memory.pipe("/hub/README.md", b"#")
-    assert len(list(Reader().read("memory://hub"))) == 3
-    assert len(list(Reader().read("memory://hub/data/"))) == 3
-    info = {"d": {"file_name": "data/train-00000-of-00002.jsonl"}, "up": {"file_name": "../x.json"}}
-    memory.pipe("/hub/dataset_info.json", json.dumps(info).encode())
-    assert len(list(Reader(mapping="d").read("memory://hub"))) == 1
-    with pytest.raises(ValueError, match=r"'\.\.'"):
-        list(Reader(mapping="up").read("memory://hub"))
-    memory.pipe("/hub/data/test-00000-of-00001.jsonl", row)
-    with pytest.raises(ValueError, match="several splits"):
-        list(Reader().read("memory://hub"))
-    with pytest.raises(ValueError, match="memory://nowhere has no data files"):
-        list(Reader().read("memory://nowhere"))
-    memory.rm("/hub", recursive=True)
-
-
 def test_a_folder_on_a_web_server_has_no_list(server):
     with pytest.raises(ValueError, match="a web server has no list of a folder's files; name the"):
         list(Reader().read(server.url))
