@@ -242,9 +242,9 @@ class _Odd:
         raise self.error
 
 
-def _of_library(*names):
-    """An error that is no OSError, of a class with these names, derived from each other."""
-    kind = Exception
+def _of_library(*names, base=Exception):
+    """An error of a class with these names, derived from each other; by default no OSError."""
+    kind = base
     for name in reversed(names):
         kind = type(name, (kind,), {})
     return kind("the server went away")
@@ -272,6 +272,7 @@ def _of_library(*names):
         ),
         (_of_library("ConnectionClosedError", "HTTPClientError"), "went away", 3),
         (_of_library("NoCredentialsError", "BotoCoreError"), "went away", 1),
+        (_of_library("OfflineModeIsEnabled", base=ConnectionError), "went away", 1),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "reset by peer", 3),
     ],
 )

@@ -110,11 +110,16 @@ def _known(headers: Mapping[str, str], size: int | None) -> dict[str, Any]:
     return {"size": size, **{name: headers[name] for name in _IDENTIFY if name in headers}}
 
 
-def _refused(status: int) -> OSError:
+def status_words(status: int) -> str:
+    """Such as "403 Forbidden"."""
     try:
-        words = f"{status} {HTTPStatus(status).phrase}"
+        return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
-        words = str(status)
+        return str(status)
+
+
+def _refused(status: int) -> OSError:
+    words = status_words(status)
     if status in (404, 410):
         return FileNotFoundError(errno.ENOENT, words)
     if status in (401, 403):
