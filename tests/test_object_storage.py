@@ -368,12 +368,24 @@ def test_packed_data_stay_local(demo, out, capsys):
         dataset.save(out)
 
 
-def test_check(demo, server, capsys):
+def test_check(demo, server, tmp_path, capsys):
     assert main(["check", f"{server.url}/train.json", f"{server.url}/train.json", "--decode", "--json"]) == 0  # fmt: skip
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]
     assert summary["usable"] == 2 * (NUM_ROWS + 3)
     assert summary["files_twice"] == 1
     assert main(["check", f"https://user:hunter2@127.0.0.1/{server.url}/train.json"]) == 1
     assert main(["check", "https://127.0.0.1/train.json?X-Amz-Signature=hunter2"]) == 1
+    secret = "https://user:hunter2@127.0.0.1/{0..999999}"
+    for command in (
+        ["check", secret],
+        ["inspect", secret],
+        ["train", secret, "--out", str(tmp_path)],
+    ):
+        assert main(command) in (1, 2), command
+    for option in ("--tokenizer", "--config", "--media-dir", "--model"):
+        command = "train" if option == "--model" else "pack"
+        words = ["--data"] if command == "train" else []
+        words = [command, *words, str(demo / "train.json"), "--out", str(tmp_path / "out")]
+        assert main([*words, option, secret, "--capacity", "2048"]) in (1, 2), option
     found = capsys.readouterr()
     assert "hunter2" not in found.out + found.err

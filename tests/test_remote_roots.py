@@ -206,7 +206,7 @@ def test_braces_repeat_no_secret(name):
 
 @pytest.mark.parametrize("scheme", ["https", "s3", "file"])
 def test_a_tokenizer_is_no_url(scheme):
-    with pytest.raises(ValueError, match=f"^{scheme}://... is a URL, not a file") as refused:
+    with pytest.raises(ValueError, match=f"^{scheme}://...: there is no such file") as refused:
         local_path(f"{scheme}://user:{SECRET}@host.example/x")
     assert SECRET not in str(refused.value)
 

@@ -39,16 +39,12 @@ def local_path(
     text = os.fspath(name)
     if not text.startswith("hf:") and os.path.exists(text):
         return Path(text)
-    if is_url(text):  # it may have a password, and is not repeated
-        raise ValueError(
-            f"{scheme_of(text):.40}://... is a URL, not a file or a folder; a Hugging Face model is owner/name or "
-            "hf:owner/name@revision"
-        )
     match = _NAME.fullmatch(text)
     is_hub = match and (match[1] or (match[4] is None and not os.path.isdir(match[2])))
     if not match or not is_hub:
+        shown = f"{scheme_of(text):.40}://..." if is_url(text) else text  # it may have a password
         raise ValueError(
-            f"{text}: there is no such file or folder; a Hugging Face model is owner/name or "
+            f"{shown}: there is no such file or folder; a Hugging Face model is owner/name or "
             "hf:owner/name@revision"
         )
     repo, revision = f"{match[2]}/{match[3]}", match[4] or "main"

@@ -30,7 +30,6 @@ from mmpack.types import (
     Float32,
     ImageRef,
     Int32,
-    Int64,
     Media,
     Pack,
 )
