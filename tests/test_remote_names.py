@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import fsspec
 import pytest
+from builders import VOCAB, tiny_config
 from object_server import serving
 
 pytest.importorskip("pyarrow")
@@ -16,6 +17,7 @@ import pyarrow.parquet
 
 from mmpack import Encoder, PackedDataset, Reader, assemble
 from mmpack.cli.demo import write_data
+from mmpack.cli.main import main
 from mmpack.data import remote_files
 from mmpack.data.progress import row_progress
 from mmpack.packing.assemble import load_pixels
@@ -129,3 +131,15 @@ def test_ranks_that_share_a_pack_read_their_own_images(demo, server):
         patches += len(buffer.stills)
     assert sorted(read) == sorted(urls) and at_once == [True, True]
     assert patches == len(whole.pixels)
+
+
+@pytest.mark.parametrize("place", ["web", "disk"])
+def test_train_takes_what_pack_takes(demo, server, tmp_path, capsys, place):
+    """A URL, and names with braces, as rows that are packed now."""
+    config = tiny_config(VOCAB, vision=Encoder.from_folder(demo / "tokenizer").vision)
+    config.to_json_file(tmp_path / "config.json")
+    data = f"{server.url if place == 'web' else demo}/{{train,train}}.json"
+    words = ["train", "--data", data, "--tokenizer", demo / "tokenizer", "--capacity", 1024]
+    words += ["--config", tmp_path / "config.json", "--steps", 1, "--save_strategy", "no"]
+    assert main(list(map(str, [*words, "--output_dir", tmp_path / "run"]))) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 1

@@ -47,6 +47,11 @@ def is_url(name: str | os.PathLike[str]) -> bool:
     return _ANY_URL.match(os.fspath(name)) is not None
 
 
+def shown(name: str) -> str:
+    """A path or a URL in an error; of a URL its scheme only, because it may have a password."""
+    return f"{scheme_of(name):.40}://..." if is_url(name) else name
+
+
 def scheme_of(url: str) -> str:
     """ "s3", "https", ..."""
     return url.partition(":")[0]
