@@ -1,8 +1,9 @@
 """Data files -> batches of encoded samples for a store, in several processes.
 
-The main process reads rows in order and hands them out in chunks. The main process or a worker (`_Workers`) checks
-a chunk, reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not depend on the
-process, and chunks are returned in order, so samples and errors are the same for any number of processes.
+The main process reads rows in order and hands them out in chunks. The main process or a worker (`_Workers`)
+checks a chunk, reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not
+depend on the process, and chunks are returned in order, so samples and errors are the same for any number of
+processes.
 """
 
 from __future__ import annotations
