@@ -86,6 +86,9 @@ def test_no_read_mixes_two_objects(monkeypatch, version):
             assert "gs://bucket/a changed" in str(error)
             assert version or after, "the new one, from its beginning, is no error"
     assert read == ({b"before"} if version else {b"before", b"new"})
+    monkeypatch.setitem(remote_files._opened, (os.getpid(), "gs"), _Replaced(0))
+    with pytest.raises(RowError, match="changed since it was packed"):
+        RemoteObject("gs://bucket/a", "0 ETag before")  # it was empty: there is no range
     if version:  # an image in training: its bytes, and one look
         storage = _Replaced(99)
         monkeypatch.setitem(remote_files._opened, (os.getpid(), "gs"), storage)

@@ -196,6 +196,16 @@ def test_values_are_taken_as_results_are(monkeypatch):
     assert len(taken) <= 4 * remote_files.IN_FLIGHT
     assert list(results) == [n * n for n in range(1, 1000)]
 
+    def torn():
+        yield from range(20)
+        raise ValueError("torn")
+
+    found = []
+    with pytest.raises(ValueError, match="torn"):
+        for one in in_parallel(lambda n: n, torn()):
+            found.append(one)  # noqa: PERF402
+    assert found == list(range(20))
+
     failing = in_parallel(lambda n: 1 // (n - 3), values())
     assert [next(failing) for _ in range(3)] == [-1, -1, -1]
     with pytest.raises(ZeroDivisionError):

@@ -128,16 +128,28 @@ def listed(url: str) -> list[str]:
 
 
 def in_parallel(function: Callable[[T], R], values: Iterable[T]) -> Iterator[R]:
-    """`map`, with `IN_FLIGHT` values at a time. Values are taken when there is room for their results."""
+    """`map`, with `IN_FLIGHT` values at a time. Values are taken when there is room for their results; an error of
+    `values` comes after the results of those before it, as from `map`."""
     results = deque[Future[R]]()
+    error = None
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         try:
-            for value in values:
+            taken = iter(values)
+            while True:
+                try:
+                    value = next(taken)
+                except StopIteration:
+                    break
+                except Exception as found:
+                    error = found
+                    break
                 results.append(pool.submit(function, value))
                 if len(results) >= _AHEAD:
                     yield results.popleft().result()
             while results:
                 yield results.popleft().result()
+            if error is not None:
+                raise error
         finally:
             for result in results:
                 result.cancel()
@@ -161,8 +173,7 @@ def first_range(url: str, start: int, end: int, version: str = "") -> tuple[Iden
         RowError: it is not the one of `version`.
     """
 
-    if version:
-        size_of(url, version)
+    recorded = Identity(size_of(url, version) if version else 0, version.partition(" ")[2])
 
     def read() -> tuple[Identity, bytes]:
         fs = _file_system(url)
@@ -172,10 +183,8 @@ def first_range(url: str, start: int, end: int, version: str = "") -> tuple[Iden
             _check(url, version, known)
             _check_length(data, max(min(end, known.size) - start, 0))
             return known, data
-        if version and start < end:  # one look is enough, after the bytes
-            tag = version.partition(" ")[2]
-            known = Identity(size_of(url, version), tag)
-            when = "since it was packed"
+        if start < min(end, recorded.size):  # one look is enough, after the bytes
+            known, when = recorded, "since it was packed"
         else:
             known, when = _identity(_info(fs, url)), "while it was read"
             _check(url, version, known)
