@@ -133,12 +133,6 @@ def part_of(pack: Pack, group: ContextGroup) -> ContextPart:
     )
 
 
-def frames_of(grid_thw: Int32) -> Int64:
-    """The patches of each frame of grids."""
-    frames: Int64 = grid_thw[:, 1:].prod(axis=1, dtype=np.int64).repeat(grid_thw[:, 0])
-    return frames
-
-
 def owners(num_patches: NDArray[Any], size: int) -> Int64:
     """(frames,) the rank of each frame, given its patches: largest first, each to the rank with the fewest
     patches."""
@@ -147,6 +141,12 @@ def owners(num_patches: NDArray[Any], size: int) -> Int64:
         owner[frame] = rank = load.argmin()
         load[rank] += num_patches[frame]
     return owner
+
+
+def frames_of(grid_thw: Int32) -> Int64:
+    """The patches of each frame of grids."""
+    frames: Int64 = grid_thw[:, 1:].prod(axis=1, dtype=np.int64).repeat(grid_thw[:, 0])
+    return frames
 
 
 def checksum(pack: Pack) -> int:
