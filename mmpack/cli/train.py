@@ -17,8 +17,10 @@ from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
 from mmpack.data.model_folder import local_path
+from mmpack.data.path_patterns import is_pattern
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import limits_of, media_folders
+from mmpack.data.remote_roots import is_url
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning
 
@@ -194,7 +196,7 @@ class _Reading:
 
         options = self._options
         for one in data:
-            if not Path(one).exists():
+            if not (is_url(one) or is_pattern(one) or Path(one).exists()):
                 raise ValueError(f"cannot read {flag} {one}: no such file or folder; fix the path")
         if options.tokenizer is None or capacity is None:
             lacks = {"--tokenizer": options.tokenizer is None, "--capacity": capacity is None}
