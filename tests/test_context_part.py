@@ -21,6 +21,7 @@ from builders import (
     with_noise,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from mmpack import ContextGroup, ImageRef, VideoRef, assemble, reference_context
 from mmpack.data import images
@@ -298,6 +299,28 @@ def test_a_routers_auxiliary_loss_is_refused():
     batch = PackCollator(model=model)([packed([encoded(SMALL_SPEC, 1, 2, 3)], "qwen3_vl_moe")])
     with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
         model(**batch, output_router_logits=True)
+
+
+@pytest.mark.parametrize("context", [None, ContextGroup(1, 2)])
+def test_the_convolution_gets_strides_that_its_kernel_takes(context):
+    """causal-conv1d refuses channels in rows whose strides are no multiple of 8."""
+    model = patch_model(tiny_model(small_config("qwen3_5")), context=context)
+    getattr(model.model, model_patch.PATCH).is_same_pack = True
+    batch = PackCollator(model=model)([encoded(small_spec("qwen3_5"), range(2, 18))])
+    stock, strides = modeling_qwen3_5.causal_conv1d_fn, []
+
+    def noted(x, *args, **kwargs):
+        strides.append(x.stride())
+        return stock(x, *args, **kwargs)
+
+    with (
+        as_one_of_two(1),
+        torch.no_grad(),
+        mock.patch.object(modeling_qwen3_5, "causal_conv1d_fn", noted),
+    ):
+        model(**batch)
+    assert strides and all(one[1] == 1 for one in strides)
+    assert not any(stride % 8 for one in strides for stride in (one[0], one[2]))
 
 
 def test_attention_is_not_recorded():
