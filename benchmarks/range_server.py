@@ -1,5 +1,7 @@
-"""A web server on the loopback with ranges and ETags, in a process of its own: `python -m benchmarks.range_server FOLDER`
-prints its port and ends with its input."""
+"""A web server on the loopback with ranges and ETags, in a process of its own.
+
+`python -m benchmarks.range_server FOLDER` prints its port and ends with its input.
+"""
 
 from __future__ import annotations
 

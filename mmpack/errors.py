@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 import warnings
 from collections import Counter
@@ -176,12 +177,40 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of Python's or numpy's; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def integer(value: Any, name: str) -> int:
+    """An integer of Python's or numpy's, or a float that is one, as int; `name` is what errors call it.
+
+    Raises:
+        ValueError: it is none, such as a text.
+    """
+    if is_number(value) and (isinstance(value, numbers.Integral) or float(value).is_integer()):
+        return int(value)
+    raise ValueError(f"{name} must be an integer, got {value!r:.80}")
+
+
+def pack_limits(capacity: Any, patch_capacity: Any) -> tuple[int, int | None]:
+    """A pack's limits as integers, see `integer`.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    capacity = integer(capacity, "--capacity (capacity)")
+    if patch_capacity is not None:
+        patch_capacity = integer(patch_capacity, "--patch-capacity (patch_capacity)")
+    return capacity, patch_capacity
+
+
 def check_max_bad(max_bad: float) -> None:
     """
     Raises:
         ValueError: it is not a share.
     """
-    if not 0 <= max_bad <= 1:
+    if not (is_number(max_bad) and 0 <= max_bad <= 1):
         raise ValueError(f"--max-bad (max_bad) must be a share from 0 to 1, got {max_bad!r}")
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,20 +188,40 @@ def test_what_changed_is_named(pack, tmp_path, rows, change):
     assert not pack(*options, "--overwrite")[1]["reused"]
 
 
-def test_ctrl_c_leaves_nothing(rows, shared, tmp_path):
+def fork_servers(pid):
+    """The fork servers that a process has started; where there is no /proc, none are found."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        found = [Path(f"/proc/{child}/cmdline") for child in children.read_text().split()]
+        return [one for one in found if "forkserver" in one.read_text()]
+    except OSError:
+        return []
+
+
+@pytest.mark.parametrize("begun", ["partial", "imports"])
+def test_ctrl_c_leaves_nothing(rows, shared, tmp_path, begun):
+    """Sent to all processes, as by a terminal; also while the fork server imports what workers need."""
     command = [sys.executable, "-m", "mmpack", "pack", *map(str, rows), "--jobs", "2"]
     command += ["--tokenizer", str(shared / "tokenizer" / "qwen2_vl"), "--capacity", "4096"]
     command += ["--out", str(tmp_path / "out"), "--on-error", "skip"]
     # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hear}
-    with subprocess.Popen(command, **options) as process:
+    with subprocess.Popen(command, **options, start_new_session=True) as process:
         while not list(tmp_path.glob("out.partial*")) and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=60)[1]
+        if begun == "imports":
+            if not Path("/proc").exists():
+                process.kill()
+                pytest.skip("needs /proc, to see when the fork server starts")
+            while not fork_servers(process.pid) and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=60)[1]  # at its end when workers have ended, too
     assert process.returncode == 130
     assert error.endswith("mmpack: interrupted\n")
+    assert "Traceback" not in error
     assert not list(tmp_path.glob("out*"))
 
 

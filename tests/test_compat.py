@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -390,6 +391,18 @@ def _(family):
     finally:
         dist.destroy_process_group()
     return type(out) is torch.Tensor and torch.equal(rows.grad, 2 * torch.ones(3, 2))
+
+
+@check("torch: _device_types, _get_backend, options._timeout")
+def _(family):
+    if not dist.is_available():
+        return True
+    options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=77), **options)
+    try:
+        return compat.timeout_of(dist.group.WORLD) == timedelta(seconds=77)
+    finally:
+        dist.destroy_process_group()
 
 
 @check("torch: _is_replica")

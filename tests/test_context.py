@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import bench_context
 from mmpack import ContextGroup, EncodedSample
-from mmpack.hf import PackCollator, context_parallel, head, loss_denominator, patch_model
+from mmpack.hf import PackCollator, compat, context_parallel, head, loss_denominator, patch_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -285,6 +285,8 @@ def work(folder, size, *names):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     if not names:
         torch.save(different_packs(), folder / f"said.{rank}.pt")
+        alone = context_parallel.process_group(ContextGroup(0, 1))
+        torch.save(compat.timeout_of(alone).total_seconds(), folder / f"timeout.{rank}.pt")
         torch.save([bytes_of(family) for family in FAMILIES], folder / f"bytes.{rank}.pt")
     for name in names or CASES:
         try:
@@ -374,6 +376,10 @@ def test_ranks_with_different_packs_are_told(results):
             different,
         )
         assert place.startswith(f"global rank {rank} is at place {rank} of its context group of 2")
+
+
+def test_a_group_waits_as_long_as_the_world(results):
+    assert [results(f"timeout.{rank}") for rank in range(2)] == [30, 30]
 
 
 def test_ranks_exchange_what_the_formulas_say(results):

@@ -204,10 +204,6 @@ def test_a_store_has_two_plans_of_all_rows(folder, capsys):
     assert (
         "is in no pack; was it refused, dropped or held out (FOLDER:val)" in capsys.readouterr().err
     )
-    with pytest.raises(
-        ValueError, match=r"packed:val has no finished store \(its rows held out are"
-    ):
-        PackedDataset.from_store(f"{folder}/packed:val")
     other = PackedDataset.from_store(folder / "other", split="val")
     assert places(other) == places(val)
     assert pack(folder, "whole") == 0
@@ -217,6 +213,28 @@ def test_a_store_has_two_plans_of_all_rows(folder, capsys):
         PackedDataset.from_store(folder / "whole", split="val")
     with pytest.raises(ValueError, match="split must be 'train' or 'val', got 'test'"):
         PackedDataset.from_store(folder / "whole", split="test")
+
+
+def test_folder_val_means_one_thing_everywhere(folder, tmp_path):
+    val = PackedDataset.from_store(folder / "packed", split="val")
+    for given, options in (
+        (f"{folder}/packed:val", {}),
+        (Path(f"{folder}/packed:val"), {"split": "val"}),
+    ):
+        assert PackedDataset.from_store(given, **options).fingerprint() == val.fingerprint()
+    mixed = PackedDataset.mixed({"held out": (f"{folder}/packed:val", 1)})
+    assert places(mixed).total() == places(val).total() == 6
+    with pytest.raises(
+        ValueError, match="packed:val are the rows held out of .*packed, but split is 'train'"
+    ):
+        PackedDataset.from_store(f"{folder}/packed:val", split="train")
+    with pytest.raises(ValueError, match="none:val has no finished store .there is no such folder"):
+        PackedDataset.from_store(f"{folder}/none:val")
+    for name in ("a", "a:val"):
+        shutil.copytree(folder / "packed", tmp_path / name)
+    own = PackedDataset.from_store(tmp_path / "a:val")  # a folder of that name
+    assert places(own) == places(PackedDataset.from_store(folder / "packed"))
+    assert places(PackedDataset.from_store(tmp_path / "a:val:val")) == places(val)
 
 
 def test_changing_the_size_encodes_nothing(folder, capsys):

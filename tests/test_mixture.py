@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from mmpack import PackedDataset, PackStream, assemble, cost_floor, plan_packs, rank_imbalance
+from mmpack import (
+    ContextGroup,
+    PackedDataset,
+    PackStream,
+    assemble,
+    cost_floor,
+    plan_packs,
+    rank_imbalance,
+)
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.packing.mixed_dataset import joined
 from mmpack.packing.mixture import Mixture, check_alike, even_order, mixture_of
@@ -497,3 +505,47 @@ def test_settings_that_the_first_source_does_not_know_are_compared():
     check_alike({"a": unknown, "b": one, "c": one})
     with pytest.raises(ValueError, match="'b' and 'c' .*not packed alike, .* the tokenizer; pack"):
         check_alike({"a": unknown, "b": one, "c": other})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.float32, float])
+def test_numbers_of_numpy_are_numbers(kind):
+    """Data sets made with them are those made with int and float, down to what checkpoints have as JSON."""
+    made = []
+    for of in (int, kind):
+        sources = {
+            name: (
+                PackedDataset.from_samples(
+                    chats().samples, of(64), patch_capacity=of(99), seed=of(3)
+                ),
+                of(n),
+            )
+            for n, name in enumerate(("a", "b"), 2)
+        }
+        mixed = PackedDataset.mixed(sources, epoch_tokens=of(700), seed=of(5))
+        mixed.set_epoch(of(2))
+        mixed.append_empty_packs(of(7))
+        rows = {name: (chats().samples, of(n)) for n, name in enumerate(("a", "b"), 2)}
+        stream = PackStream(rows, None, of(64), buffer=of(9), seed=of(3))
+        pack = next(iter(stream))
+        stream.consume(pack.resume)
+        record = [mixed.fingerprint(), mixed.report(), stream.state_dict()]
+        made.append((json.dumps(record), len(mixed), repr(list(mixed[1])), repr(list(pack))))
+        assert json.loads(json.dumps(astuple(ContextGroup(of(1), of(2))))) == [1, 2]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("value", ["64", 64.5, True, None, np.bool_(True), np.array(64)])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(ValueError, match=r"--capacity \(capacity\) must be an integer, got ."):
+        PackedDataset.from_samples(chats().samples, value)
+    with pytest.raises(ValueError, match=r"--capacity \(capacity\) must be an integer, got ."):
+        PackedDataset.from_files("nowhere.json", None, value)
+    with pytest.raises(ValueError, match=r"--capacity \(capacity\) must be an integer, got ."):
+        PackStream(chats().samples, None, value)
+    with pytest.raises(ValueError, match="buffer must be an integer, got ."):
+        PackStream(chats().samples, None, 64, buffer=value)
+    with pytest.raises(ValueError, match="epoch must be an integer, got ."):
+        PackedDataset.from_samples(chats().samples, 64).set_epoch(value)
+    if not isinstance(value, float):
+        with pytest.raises(ValueError, match="the weight of 'a' is .*, not a positive number"):
+            PackedDataset.mixed({"a": (chats(), value)})

@@ -73,8 +73,8 @@ def packed(data, tokenizer, out, *options):
     ids=["rows", "shards"],
 )
 def test_memory_is_bounded(make, few, many, rows_each, bytes_each, shared, tmp_path):
-    """What a hundred times the data adds to the peak, beside the pages of the store's own file, which is mapped to make
-    the plan: what a plan keeps of a row, or what is kept of a shard; not the rows."""
+    """What a hundred times the data adds to the peak, beside the pages of the store's own file, which is mapped to
+    make the plan: what a plan keeps of a row, or what is kept of a shard; not the rows."""
     peaks, sizes = [], []
     for count in (few, many):
         out = tmp_path / f"packed {count}"

@@ -1,6 +1,7 @@
 """Tar shards as data files: which members are a sample, what is refused by name, and that nothing else is read."""
 
 import io
+import json
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import tarfile
 import pytest
 from tar_files import captions, chat, picture, write_tar
 
+from mmpack.cli.main import main
 from mmpack.data import archives, images, tar_shards
 from mmpack.data.data_paths import data_files
 from mmpack.data.media_paths import MediaFolders, open_media
@@ -639,3 +641,24 @@ def test_too_many_bad_samples_end_the_reading(tmp_path):
         ValueError, match=r"were left out, .*x \.\.\. <image> markers but \.\.\. images"
     ):
         list(Reader(on_error=Skip(0.05, [])).read(write_tar(tmp_path / "a.tar", members)))
+
+
+def test_check_finds_a_sample_again_wherever_it_lies(tmp_path, capsys):
+    """In another shard, under another key; one pixel, the text or an extension makes another row."""
+    one, other = picture(1), bytearray(picture(1))
+    other[len(other) // 2] ^= 1
+    sample = {"a.png": one, "a.json": chat()}
+    write_tar(tmp_path / "0.tar", [*sample.items(), ("t.png", one), ("t.txt", b"A caption")])
+    copies = [("filler.json", chat("Text?")), ("b.png", one), ("b.json", chat())]
+    others = [("c.png", bytes(other)), ("c.json", chat()), ("d.0.png", one), ("d.json", chat())]
+    write_tar(
+        tmp_path / "1.tar", [*copies, *others, ("e.png", one), ("e.json", chat(answer="No."))]
+    )
+    captions = [("u.png", one), ("u.txt", b"A caption"), ("v.png", one), ("v.txt", b"Another")]
+    write_tar(tmp_path / "2.tar", captions)
+    main(["check", str(tmp_path), "--json", "--stage", "pretrain"])
+    texts = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]
+    main(["check", str(tmp_path / "0.tar"), str(tmp_path / "1.tar")])
+    out = capsys.readouterr().out
+    assert "1 row equals an earlier one (row 1 of 1.tar equals row 0 of 0.tar)" in out
+    assert texts["rows_again"] == 2  # b, and the caption

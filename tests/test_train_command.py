@@ -1,6 +1,7 @@
 """`mmpack train` trains: float32 weights under --bf16, and the parts that are not frozen."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from transformers import TrainingArguments
 
 from mmpack import Encoder, PackedDataset
 from mmpack.cli.main import main
+from mmpack.hf.checkpoints import last_checkpoint
 from mmpack.hf.training_options import parse_training_arguments
-from mmpack.store.encoded_store import write_store
+from mmpack.store.encoded_store import open_store, write_store
 from mmpack.store.manifest import About, Planning
 from mmpack.store.plan_file import save_plan
 from mmpack.types import ImageRef
@@ -93,6 +95,23 @@ def test_random_weights_too(folder, tmp_path, capsys):
     assert f"written to {tmp_path}" in captured.out.splitlines()
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+
+
+def test_resuming_with_another_capacity_is_refused(folder, tmp_path, capsys):
+    """And what the error advises works: the checkpoint's weights, as a model."""
+    assert train(folder, tmp_path / "run") == 0
+    shutil.copytree(folder / "packed", tmp_path / "packed")
+    save_plan(
+        PackedDataset.from_samples(open_store(tmp_path / "packed"), 60).plan, tmp_path / "packed"
+    )
+    words = ["--config", folder / "config.json", "--resume_from_checkpoint", "last"]
+    capsys.readouterr()
+    assert train(tmp_path, tmp_path / "run", *words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "trained on other packs or another loss: capacity was 30 and is 60, packs was" in error
+    assert "start from its weights (mmpack train --model, from_pretrained) instead" in error
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert train(tmp_path, tmp_path / "other", "--model", checkpoint) == 0
 
 
 def test_qwen3_5_packs_and_trains(small_set, tmp_path, capsys):

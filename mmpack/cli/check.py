@@ -17,7 +17,7 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.file_formats import Row, rows_or_error
 from mmpack.data.media_paths import MediaFolders, open_media
 from mmpack.data.readers import Reader, RowGroup, RowReader
-from mmpack.data.remote_roots import DataPath, RemotePath
+from mmpack.data.remote_roots import DataPath, RemotePath, is_remote
 from mmpack.data.row_keys import UnreadByFile, UnreadFields
 from mmpack.data.row_outcomes import outcomes
 from mmpack.data.special_tokens import TypedTokens
@@ -28,6 +28,7 @@ from mmpack.packing.sample_images import ImageNumbers, SampleImages, patches_in
 from mmpack.types import EncodedSample, ImageRef, Int32, Sample
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
+_SAMPLED = 4096  # bytes
 
 
 @dataclass
@@ -74,7 +75,7 @@ def _checked(row: Row, found: list[Sample] | RowError, reader: RowReader) -> Che
     checked = CheckedRow(row.source, row.number, group, tuple(str(key)[:40] for key in fields))
     checked.unread = reader.unread
     if row.error is None:
-        checked.digest = _digest(row.content if row.tar is None else [row.content, row.tar.media])
+        checked.digest = _digest(row)
     if isinstance(found, RowError):
         checked.bad = BadRow(row.source, row.number, found.error, found.advice, row.content)
     else:
@@ -82,14 +83,30 @@ def _checked(row: Row, found: list[Sample] | RowError, reader: RowReader) -> Che
     return checked
 
 
-def _digest(content: Any) -> bytes | None:
-    """A digest of a row, equal for equal fields in any order. None: the row is nested too deeply, or an image in
-    memory cannot be decoded."""
+def _digest(row: Row) -> bytes | None:
+    """A digest of a row, equal for equal fields in any order; files of images and videos count by their paths. Of
+    a tar file: for equal fields and texts, and images and videos as `_sampled`, in any shard and under any key.
+    None: the row is nested too deeply, or an image in memory or in a tar file cannot be read."""
     try:
+        content = row.content
+        if row.tar is not None:
+            media = [(extension, _sampled(ref)) for extension, ref in row.tar.media]
+            content = [content, row.tar.text, media]
         text = json.dumps(content, sort_keys=True, default=_in_digest)
     except (TypeError, ValueError, RecursionError, OSError, SyntaxError):
         return None
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _sampled(ref: ImageRef) -> tuple[int, bytes]:
+    """The length of a member of a tar file, and the bytes in its middle; others of that length are hardly equal
+    there. In object storage, where each would be a request, its name."""
+    assert ref.member is not None
+    if is_remote(ref.path):
+        return ref.member.length, ref.member.name.encode()
+    with open_media(ref.path, "image", member=ref.member) as file:
+        file.seek(ref.member.length // 2)
+        return ref.member.length, file.read(_SAMPLED)
 
 
 def _in_digest(value: Any) -> str:

@@ -29,7 +29,7 @@ from mmpack.cli.options import (
     TrainOptions,
     TuneOptions,
 )
-from mmpack.cli.refused_options import check_applies, packed_split
+from mmpack.cli.refused_options import check_applies
 from mmpack.cli.terminal import escaped_streams, is_colored, one_line, say, unescaped, width
 from mmpack.data.encoder import Encoder
 from mmpack.data.media_paths import DATA_URIS
@@ -197,8 +197,7 @@ def _inspect(options: InspectOptions) -> None:
     from mmpack.cli.plots import inspect_picture
     from mmpack.packing.dataset import PackedDataset
 
-    folder, split = packed_split(options.data) or (options.data, "train")
-    dataset = PackedDataset.from_store(folder, "warn", split)
+    dataset = PackedDataset.from_store(options.data, "warn")
     packs = None if options.pack is None else inspect.pack_range(options.pack)
     segment = options.segment
     if options.row is not None:

@@ -175,8 +175,8 @@ class PackOptions(PackingOptions, PictureOptions):
     overwrite: bool = option("replace a packed data set in --out", False)
     jobs: int | None = option("processes (default: one per core if there are many rows)", None)
     ray: str | None = option(
-        "encode as tasks of Ray (extra ray): of the cluster at ADDRESS, HOST:PORT or auto; without ADDRESS, of a Ray "
-        "on this machine",
+        "encode as tasks of Ray (extra ray): of the cluster at ADDRESS, HOST:PORT or auto; without ADDRESS, of a "
+        "Ray on this machine",
         None,
         nargs="?",
         const="local",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from pathlib import Path
-from typing import Literal
 
 from mmpack.cli.options import (
     CheckOptions,
@@ -23,6 +21,7 @@ from mmpack.cli.options import (
     flag,
 )
 from mmpack.errors import counted
+from mmpack.store.manifest import packed_split
 
 _VIDEO = ("video_fps", "video_max_frames", "video_max_pixels")
 # What an option that is also one of mmpack pack does when training on packs.
@@ -65,16 +64,6 @@ def is_packed(data: Iterable[str], option: str = "--data") -> bool:
             "the data files of all of them together with mmpack pack"
         )
     return bool(packed)
-
-
-def packed_split(word: str) -> tuple[str, Literal["train", "val"]] | None:
-    """(folder, split) of a folder that `mmpack pack` wrote, given as FOLDER or FOLDER:val; None: it is none."""
-    if (Path(word) / "mmpack.json").exists():
-        return word, "train"
-    folder, mark, split = word.rpartition(":")
-    if mark and split == "val" and (Path(folder) / "mmpack.json").exists():
-        return folder, "val"
-    return None
 
 
 def _rules(options: Options) -> Iterator[tuple[Iterable[str], str, str]]:

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mmpack.cli.options import TrainOptions
-from mmpack.cli.refused_options import is_packed, packed_split
+from mmpack.cli.options import TrainOptions, flag
+from mmpack.cli.refused_options import is_packed
 from mmpack.cli.tables import mixture_lines
 from mmpack.cli.terminal import one_line
 from mmpack.data.encoder import Encoder
@@ -22,7 +22,7 @@ from mmpack.data.progress import row_progress
 from mmpack.data.readers import limits_of, media_folders
 from mmpack.data.remote_roots import is_url
 from mmpack.errors import BadRow, OnError, Skip
-from mmpack.store.manifest import Planning
+from mmpack.store.manifest import Planning, packed_split
 
 
 def run_train(
@@ -48,6 +48,7 @@ def run_train(
         bool(sets),
         sets=[name for name in sets if name],
         stops_early=patience is not None,
+        own=[flag(one.name) for one in fields(options) if one.metadata],
     )
     if patience is not None and patience < 1:
         raise ValueError(f"--early-stopping-patience must be positive, got {patience}")
@@ -172,8 +173,7 @@ class _Reading:
         from mmpack.packing.dataset import PackedDataset
         from mmpack.packing.split_documents import unsplit
 
-        folder, split = packed_split(word) or (word, "train")
-        dataset = PackedDataset.from_store(folder, self._options.on_changed_data, split)
+        dataset = PackedDataset.from_store(word, self._options.on_changed_data)
         if self._options.media_dir:
             dataset.media_folders = self._options.media_dir
         if is_training:

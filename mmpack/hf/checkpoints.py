@@ -150,7 +150,7 @@ class PackKeeper:
         if self._record is None or then is None:
             raise ValueError(
                 "the checkpoint was saved without PackingCallback, so its packs are unknown; start from its "
-                "weights (from_pretrained) instead of resuming"
+                "weights (mmpack train --model, from_pretrained) instead of resuming"
                 if then is None
                 else _BY_HAND
             )
@@ -158,7 +158,7 @@ class PackKeeper:
         if changed:
             raise ValueError(
                 f"the checkpoint was trained on other packs or another loss: {changed}; to train on these, start "
-                "from its weights (from_pretrained) instead of resuming"
+                "from its weights (mmpack train --model, from_pretrained) instead of resuming"
             )
         steps = [_packs_of_a_step(record) for record in (then, self._record)]
         if steps[0] != steps[1]:

@@ -8,6 +8,7 @@ breaks if a name changes, including keywords and attributes that other files of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ CONTRACTS = {  # interface -> what breaks without it; tests/test_compat.py check
         "a head that is an FSDP2 group of its own would keep its logits",
     "torch: all_to_all_single_autograd":
         "ranks that share a pack could not exchange tokens, or would get no gradients from each other",
+    "torch: _device_types, _get_backend, options._timeout":
+        "ranks that share a pack would wait for each other as long as torch's default, not ddp_timeout",
     "torch: _is_replica":
         "nn.DataParallel would split packs instead of being refused",
     # Loading
@@ -239,6 +242,13 @@ def all_to_all(
     """Rows to and from every rank of a process group, with a gradient; `received` and `sent` are rows by rank."""
     out = all_to_all_single_autograd(rows, received, sent, group)
     return out.wait() if hasattr(out, "wait") else out  # on the device; the host goes on
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long the collectives of a process group wait for its other ranks; None: its backend does not tell."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    known = [getattr(getattr(one, "options", None), "_timeout", None) for one in backends]
+    return max((one for one in known if one is not None), default=None)
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

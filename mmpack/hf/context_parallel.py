@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mmpack import reference
-from mmpack.hf.compat import all_to_all
+from mmpack.hf.compat import all_to_all, timeout_of
 from mmpack.hf.embedding import at_placeholders
 from mmpack.hf.mmpack_dict import ContextDict, MmpackDict
 from mmpack.packing.context_group import ContextGroup
@@ -58,7 +58,7 @@ def check_heads(config: Any, size: int) -> None:
 
 def process_group(context: ContextGroup) -> Any:
     """The process group of this rank's context group: made at the first call, which all ranks of the world must
-    make, and kept.
+    make, with the world's timeout, and kept.
 
     Raises:
         ValueError: there are no ranks, or this rank has another place in its group.
@@ -80,7 +80,7 @@ def process_group(context: ContextGroup) -> Any:
         return dist.group.WORLD
     of_world, group = _groups.get(context.size, (None, None))
     if of_world is not dist.group.WORLD:
-        group, _ = dist.new_subgroups(context.size)
+        group, _ = dist.new_subgroups(context.size, timeout=timeout_of(dist.group.WORLD))
         _groups[context.size] = dist.group.WORLD, group
     return group
 

@@ -76,7 +76,8 @@ class StreamKeeper:
         if before != self._reduction:
             raise ValueError(
                 f"the checkpoint was trained with loss_reduction {before!r}, this run has {self._reduction!r}; "
-                "use the same, or start from its weights (from_pretrained) instead of resuming"
+                "use the same, or start from its weights (mmpack train --model, from_pretrained) instead of "
+                "resuming"
             )
         ranks, size = then.get("ranks", args.world_size), then.get("context size", 1)
         groups = args.world_size // self._group.size

@@ -165,6 +165,7 @@ def parse_training_arguments(
     *,
     sets: Sequence[str] = (),
     stops_early: bool = False,
+    own: Sequence[str] = (),
 ) -> TrainingArguments:
     """`TrainingArguments` from command line options.
 
@@ -172,7 +173,8 @@ def parse_training_arguments(
     `evaluates`: there is an evaluation set; `sets`: the names of several. By default it is evaluated when
     checkpoints are saved, if --save_strategy says when, and else after every epoch; the best model can only be
     kept if both agree, so --load_best_model_at_end also saves when it evaluates. `stops_early`: the run ends when
-    the loss of an evaluation no longer falls; then it also keeps the best model, if it saves any.
+    the loss of an evaluation no longer falls; then it also keeps the best model, if it saves any. `own`: options
+    of `mmpack train` itself, for the error on a misspelt one.
 
     Raises:
         ValueError: an option would do nothing, contradicts another one, or needs a package that is not installed.
@@ -187,8 +189,11 @@ def parse_training_arguments(
     )  # instead of defaults
     namespace, unknown = parser.parse_known_args(list(options), not_given)
     if unknown:
-        close = get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in names], 1)
-        guess = f"; did you mean {close[0]}?" if close else ""
+        known = {f"--{name}": f"--{name}" for name in names}
+        known |= {name.replace("-", "_").replace("__", "--", 1): name for name in own}
+        word = unknown[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        close = get_close_matches(word, known, 1)
+        guess = f"; did you mean {known[close[0]]}?" if close else ""
         parser.error(f"{unknown[0]} is not an option of mmpack train or TrainingArguments{guess}")
     words = Counter(
         word.partition("=")[0].replace("-", "_") for word in options if word[:2] == "--"

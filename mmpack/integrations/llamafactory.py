@@ -17,12 +17,12 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from mmpack.cli.refused_options import packed_split
 from mmpack.cli.terminal import escaped_streams, one_line
 from mmpack.cli.train import tell_other_costs
 from mmpack.integrations.llamafactory_options import OwnOptions, taken_options
 from mmpack.integrations.llamafactory_rows import Rows
 from mmpack.integrations.replaced_names import replaced
+from mmpack.store.manifest import packed_split
 
 USAGE = "python -m mmpack.integrations.llamafactory FILE.yaml [name=value ...]"
 _LIBRARY = "llamafactory"

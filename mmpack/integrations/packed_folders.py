@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from mmpack.cli.refused_options import packed_split
 from mmpack.packing.dataset import PackedDataset
+from mmpack.store.manifest import packed_split
 
 
 def open_packs(name: str | os.PathLike[str], is_training: bool = False) -> PackedDataset:

@@ -22,7 +22,6 @@ from typing import Any
 
 from transformers import Trainer
 
-from mmpack.cli.refused_options import packed_split
 from mmpack.hf.callbacks import PackingCallback
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.model_patch import patch_model
@@ -30,6 +29,7 @@ from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.integrations.packed_folders import open_packs
 from mmpack.integrations.replaced_names import replaced
 from mmpack.packing.dataset import PackedDataset
+from mmpack.store.manifest import packed_split
 
 try:
     from swift.pipelines.train.sft import SwiftSft

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmpack.errors import integer
+
 
 @dataclass(frozen=True, slots=True)
 class ContextGroup:
@@ -24,6 +26,8 @@ class ContextGroup:
     size: int
 
     def __post_init__(self) -> None:
+        for name in ("rank", "size"):
+            object.__setattr__(self, name, integer(getattr(self, name), name))
         if self.size < 1:
             raise ValueError(f"a context group needs at least one rank, got size={self.size}")
         if not 0 <= self.rank < self.size:

@@ -24,7 +24,7 @@ from mmpack.data.encoder import Encoder
 from mmpack.data.progress import progress, row_progress
 from mmpack.data.readers import limits_of, media_folders
 from mmpack.data.remote_roots import require_local
-from mmpack.errors import counted, counting
+from mmpack.errors import counted, counting, integer, pack_limits
 from mmpack.pack_html import plan_counts
 from mmpack.packing.cost import sizes_of
 from mmpack.packing.fingerprint import fingerprint_of
@@ -148,6 +148,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
             ValueError: a row cannot be used and the encoder's `on_error` is "raise"; the message gives file and
                 row. Or too many were skipped.
         """
+        capacity, patch_capacity = pack_limits(capacity, patch_capacity)  # before all is read
         encoder = Encoder.of(encoder, cost)
         check_split(on_overflow, encoder.stage)
         encoder = replace(encoder, on_error=counting(encoder.on_error))  # one count of bad rows
@@ -184,18 +185,19 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         cls,
         folder: str | os.PathLike[str],
         on_changed_data: Literal["raise", "warn"] = "raise",
-        split: Literal["train", "val"] = "train",
+        split: Literal["train", "val"] | None = None,
     ) -> PackedDataset:
         """Open a folder written by `mmpack pack --out FOLDER`.
 
         Args:
-            folder: the packed folder.
-            split: "val": the rows that `mmpack pack --val-size` held out; "train": all others.
+            folder: the packed folder; FOLDER:val is its split "val", as on the command line.
+            split: "val": the rows that `mmpack pack --val-size` held out; "train": all others (default).
             on_changed_data: if a data file has changed since packing: "raise" an error, or "warn" in the log and
                 use the samples as packed. Data files may be deleted.
 
         Raises:
-            ValueError: the folder has no store, a damaged one or only a part, or a data file has changed.
+            ValueError: the folder has no store, a damaged one or only a part, a data file has changed, or
+                FOLDER:val and `split` contradict each other.
         """
         from mmpack.packing.stored_plan import open_samples  # here: only stores need Arrow
 
@@ -223,10 +225,10 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         are about the same in all parts of an epoch.
 
         Args:
-            sources: name -> (data set, weight). A data set is a folder written by `mmpack pack`, or a
-                `PackedDataset`; all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold
-                for its rows; `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear
-                in the log (`pack/loss/NAME`), and in errors before the file (`NAME::train.json`).
+            sources: name -> (data set, weight). A data set is a folder, as in `from_store`, or a `PackedDataset`;
+                all have the same capacities, `VisionSpec` and tokenizer. Its `media_folders` hold for its rows;
+                `source_weights`, `on_bad_image` and `max_bad` are set on the mixture. Names appear in the log
+                (`pack/loss/NAME`), and in errors before the file (`NAME::train.json`).
             cost: as in `from_samples`: the model's config, or (N,) numbers for the samples of all sources.
             by: whether weights are shares of "tokens" or of "samples".
             epoch_tokens: tokens of an epoch.
@@ -293,7 +295,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
 
         The plan depends only on the epoch. Under Trainer, `mmpack.hf.PackingCallback` calls this.
         """
-        self._epoch[0] = epoch
+        self._epoch[0] = integer(epoch, "epoch")
 
     def epoch_plan(self, epoch: int) -> PackPlan:
         """The plan of an epoch, from 0; a pure function of `plan` and the epoch."""
@@ -306,6 +308,7 @@ class PackedDataset(PackSource, Dataset[PackSamples]):
         Otherwise accelerate evens out ranks by repeating packs of other ranks. An empty pack is the smallest
         sample without its labels; its loss and gradients are zero.
         """
+        multiple = integer(multiple, "multiple")
         if multiple < 1:
             raise ValueError(f"multiple must be positive, got {multiple}")
         self.num_empty = -self.plan.num_packs % multiple

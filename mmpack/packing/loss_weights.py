@@ -14,6 +14,7 @@ import numpy as np
 
 from mmpack.data.path_patterns import without_number
 from mmpack.data.row_weights import RANGE, is_weight
+from mmpack.errors import is_number
 from mmpack.types import IGNORE, EncodedSample, Float32
 
 MIX_MARK = "::"  # between a source's name in a mixture and a sample's file
@@ -95,7 +96,7 @@ def check_source_weights(weights: Mapping[str, float], sources: Iterable[str] | 
             same weight.
     """
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float)) or not is_weight(weight):
+        if not is_number(weight) or not is_weight(weight):
             raise ValueError(
                 f"--source-weight (source_weights) of {name!r} is {weight!r}, not a number {RANGE}; to leave a "
                 "source out, leave its files out of the data"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmpack.errors import MAX_BAD
+from mmpack.errors import MAX_BAD, integer
 from mmpack.packing.cost import costs_of, sizes_of
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.mixed_samples import MixedSamples
@@ -80,6 +80,7 @@ class MixedDataset(PackedDataset):
     def epoch_plan(self, epoch: int) -> PackPlan:
         """The plan of an epoch; a pure function of the sources, the seed and the epoch. It has at most
         `plan.num_packs` packs, and the samples of a source may be in several."""
+        epoch = integer(epoch, "epoch")
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
         return self.plan if epoch == 0 else self.mixture.plan(epoch, self.plan.num_packs)

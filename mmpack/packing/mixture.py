@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpack.data.limits import MAX_COUNT
+from mmpack.errors import integer, is_number
 from mmpack.packing.loss_weights import MIX_MARK
 from mmpack.packing.pack_stats import share_spread
 from mmpack.packing.plan import assigned, quantised
@@ -240,16 +241,19 @@ def mixture_of(
     """
     if by not in get_args(By):
         raise ValueError(f"--mix-by (by) must be 'tokens' or 'samples', got {by!r}")
+    seed = integer(seed, "seed")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     check_weights({name: weight for name, (_, weight) in plans.items()})
     first = next(iter(plans.values()))[0]
+    if epoch_tokens is not None:
+        epoch_tokens = integer(epoch_tokens, "--epoch-tokens (epoch_tokens)")
     if epoch_tokens is not None and epoch_tokens < first.capacity:
         raise ValueError(
             f"--epoch-tokens (epoch_tokens) must be at least the tokens of a pack, {first.capacity:,}, got "
             f"{epoch_tokens:,}"
         )
-    weights = [Fraction(weight) for _, weight in plans.values()]
+    weights = [Fraction(float(weight)) for _, weight in plans.values()]
     shares = [weight / sum(weights) for weight in weights]
     offset, found = 0, []
     for name, (plan, _) in plans.items():
@@ -358,7 +362,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
             raise ValueError(
                 f"a source's name must be a text without {MIX_MARK}, also not ending with :, got {name!r}"
             )
-        if not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
+        if not is_number(weight) or not (0 < weight < math.inf):
             raise ValueError(
                 f"--mix (sources): the weight of {name!r} is {weight!r}, not a positive number; to leave a source "
                 "out, leave it out of the data"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmpack import _native
-from mmpack.errors import counted
+from mmpack.errors import counted, integer, pack_limits
 from mmpack.packing.overflow import TOO_LONG_ADVICE, OnOverflow, is_too_long, tell_overflow
 from mmpack.types import Int64, PackPlan
 
@@ -76,7 +76,8 @@ def plan_sizes(
     on_overflow: OnOverflow,
 ) -> PackPlan:
     """`plan_packs`, which also tells what it left out. `limits`: capacity and patch capacity."""
-    capacity, patch_capacity = limits
+    capacity, patch_capacity = pack_limits(*limits)
+    seed = integer(seed, "seed")
     tokens = _sizes(num_tokens, "num_tokens")
     patches = None if num_patches is None else _sizes(num_patches, "num_patches")
     if capacity < 1 or (patch_capacity is not None and patch_capacity < 1):
@@ -136,6 +137,7 @@ def plan_epoch(plan: PackPlan, epoch: int) -> PackPlan:
     Raises:
         ValueError: the epoch is negative, or the plan was not made by `plan_packs`.
     """
+    epoch = integer(epoch, "epoch")
     if epoch < 0:
         raise ValueError(f"epoch must not be negative, got {epoch}")
     if epoch == 0:

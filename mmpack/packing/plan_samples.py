@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpack.errors import counted
+from mmpack.errors import counted, pack_limits
 from mmpack.packing.cost import costs_of, image_flops, sizes_of
 from mmpack.packing.image_units import UNLIMITED, UnitSizes, units_of
 from mmpack.packing.overflow import (
@@ -51,6 +51,7 @@ def plan_samples(
         side: (N,) integers, 0 for samples that are in no part of the plan (`part_of`), which may be of any length;
             units have samples of one number only, so that `part_of` a plan has whole units.
     """
+    capacity, patch_capacity = pack_limits(capacity, patch_capacity)
     num_tokens, num_patches = sizes_of(samples)
     too_long = is_too_long(num_tokens, num_patches, capacity, patch_capacity)
     if side is not None:  # a sample that is not used takes no pack, so its length is of no interest

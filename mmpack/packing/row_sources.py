@@ -107,7 +107,7 @@ def _row_source(
                 "data files need an encoder; pass an Encoder or a processor as encoder"
             )
         return RowSource(
-            source=source, encoder=None, group=None, name=name, weight=Fraction(weight)
+            source=source, encoder=None, group=None, name=name, weight=Fraction(float(weight))
         )
     encoder = Encoder.of(encoder, cost)
     overflow.check_split(on_overflow, encoder.stage)
@@ -122,5 +122,5 @@ def _row_source(
             "limit the source"
         )
     return RowSource(
-        source=source, encoder=encoder, group=group, name=name, weight=Fraction(weight)
+        source=source, encoder=encoder, group=group, name=name, weight=Fraction(float(weight))
     )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mmpack.data.chunks import item_at
-from mmpack.errors import RowError
+from mmpack.errors import RowError, pack_limits
 from mmpack.packing.sized_samples import are_sized
 from mmpack.packing.truncate import token_sizes
 from mmpack.store.mapped_arrays import ArrayType, load_arrays, save_arrays
@@ -221,6 +221,7 @@ def split_samples(
     Raises:
         ValueError: an image does not fit into a pack; the message gives file and row.
     """
+    capacity, patch_capacity = pack_limits(capacity, patch_capacity)
     whole = _sizes_of(samples)
     too_long = whole[:, 0] > capacity
     if patch_capacity is not None:

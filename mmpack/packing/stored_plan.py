@@ -15,6 +15,7 @@ from mmpack.packing.held_out import SPLITS
 from mmpack.packing.split_documents import SplitSamples
 from mmpack.store.data_files import changed_files
 from mmpack.store.encoded_store import EncodedStore, open_store
+from mmpack.store.manifest import packed_split
 from mmpack.store.plan_file import load_plan
 from mmpack.types import PackPlan
 
@@ -24,12 +25,18 @@ _log = logging.getLogger("mmpack.packing.dataset")
 def open_samples(
     folder: str | os.PathLike[str],
     on_changed_data: Literal["raise", "warn"],
-    split: Literal["train", "val"],
+    split: Literal["train", "val"] | None,
 ) -> tuple[EncodedStore | SplitSamples, PackPlan, Sequence[str] | None]:
     """The samples of a folder that `mmpack pack` wrote, the plan of a split, and their media folders, as
     `PackedDataset.from_store` takes them."""
     if on_changed_data not in ("raise", "warn"):
         raise ValueError(f"on_changed_data must be 'raise' or 'warn', got {on_changed_data!r}")
+    given, (folder, named) = folder, packed_split(folder) or (folder, "train")
+    if split is not None and named == "val" != split:
+        raise ValueError(
+            f"{given} are the rows held out of {folder}, but split is {split!r}; leave out one of :val and split"
+        )
+    split = split or named
     store = open_store(folder)
     if changed := changed_files(store):
         text = f"{' and '.join(changed[:4])} changed since {folder} was packed"

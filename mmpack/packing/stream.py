@@ -22,7 +22,17 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmpack.errors import BadRow, OnError, Skip, check_on_error, count_reason, counted, counting
+from mmpack.errors import (
+    BadRow,
+    OnError,
+    Skip,
+    check_on_error,
+    count_reason,
+    counted,
+    counting,
+    integer,
+    pack_limits,
+)
 from mmpack.packing import overflow
 from mmpack.packing.left_out import BadRowFile, as_line
 from mmpack.packing.loss_weights import MIX_MARK
@@ -108,6 +118,8 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         on_error: OnError | None = None,
     ) -> None:
         super().__init__()
+        capacity, patch_capacity = pack_limits(capacity, patch_capacity)
+        buffer, seed = integer(buffer, "buffer"), integer(seed, "seed")
         if capacity < 1 or buffer < 1 or (patch_capacity is not None and patch_capacity < 1):
             raise ValueError(
                 f"capacity, patch_capacity and buffer must be positive, got {capacity}, "
@@ -177,7 +189,7 @@ class PackStream(PackSource, IterableDataset[PackSamples]):
         """Choose the pass over the source with which the next iteration begins. An endless stream counts passes
         itself."""
         if not self.endless:
-            self._first_pass[0] = epoch
+            self._first_pass[0] = integer(epoch, "epoch")
 
     def consume(self, resume: bytes) -> None:
         """Record that a step has consumed the pack or batch that carried this state.

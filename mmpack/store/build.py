@@ -1,8 +1,9 @@
 """Data files -> batches of encoded samples for a store, in several processes.
 
-The main process reads rows in order and hands them out in chunks. The main process or a worker (`_Workers`) checks
-a chunk, reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not depend on the
-process, and chunks are returned in order, so samples and errors are the same for any number of processes.
+The main process reads rows in order and hands them out in chunks. The main process or a worker (`_Workers`)
+checks a chunk, reads its image headers, encodes it, and returns the bytes of an Arrow batch. The result does not
+depend on the process, and chunks are returned in order, so samples and errors are the same for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,6 +154,17 @@ class _Work:
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(self._encoder.tokenizer).__module__])
+        resource_tracker.ensure_running()  # first: starting it unblocks the signal
+        # The main process handles Ctrl-C; the fork server and workers, which inherit this, would print tracebacks.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # One that does nothing waits for the imports, so that Ctrl-C during them leaves no worker half started.
+        first = context.Process()
+        first.start()
+        first.join()
         return context
 
     def __call__(self, chunk: _Chunk) -> Indexed:

@@ -6,10 +6,11 @@ them must increase `FORMAT`; a store in another format must be packed again.
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from mmpack.data.limits import MAX_COUNT
 from mmpack.store.records import (
@@ -134,6 +135,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_record(folder / "mmpack.json", asdict(manifest))
 
 
+def packed_split(word: str | os.PathLike[str]) -> tuple[str, Literal["train", "val"]] | None:
+    """(folder, split) of a folder that `mmpack pack` wrote, given as FOLDER, or as FOLDER:val for its rows held
+    out; None: it is none."""
+    word = os.fspath(word)
+    if (Path(word) / "mmpack.json").exists():
+        return word, "train"
+    folder, mark, split = word.rpartition(":")
+    if mark and split == "val" and (Path(folder) / "mmpack.json").exists():
+        return folder, "val"
+    return None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `mmpack.json`.
 
@@ -145,10 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
         saved = read_json(path)
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
-        whole, mark, split = str(folder).rpartition(":")
-        if not reason and mark and split == "val" and (Path(whole) / "mmpack.json").exists():
-            reason = f" (its rows held out are split='val' of {whole})"
-        elif not folder.exists():
+        if not folder.exists():
             reason = " (there is no such folder)"
         raise ValueError(
             f"{folder} has no finished store{reason}; make one with mmpack pack"

@@ -32,13 +32,13 @@ def check_ray(address: str) -> None:
     """
     if address.startswith("ray://"):
         raise ValueError(
-            f"--ray {address} is an address of Ray's client; run mmpack pack on a machine of the cluster, with --ray "
-            "auto or HOST:PORT"
+            f"--ray {address} is an address of Ray's client; run mmpack pack on a machine of the cluster, with "
+            "--ray auto or HOST:PORT"
         )
     if address not in (LOCAL, "auto") and not re.fullmatch(r"[\w.-]+:\d{1,5}|\[.+\]:\d+", address):
         raise ValueError(
-            f"--ray takes HOST:PORT of a cluster, or auto, got {address}; for a Ray of its own, pass --ray as the last "
-            "option, or --ray local"
+            f"--ray takes HOST:PORT of a cluster, or auto, got {address}; for a Ray of its own, pass --ray as the "
+            "last option, or --ray local"
         )
     if find_spec("ray") is None:
         raise ValueError("--ray needs ray, which is not installed; pip install 'mmpack[ray]'")
@@ -100,8 +100,8 @@ class RayTasks:
         except errors.RayError as error:
             first = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"Ray ended {rows} without a result, after {RETRIES} retries if a worker died ({first:.300}); memory "
-                "ran out, or these rows end the process that reads them: --jobs 1 shows which"
+                f"Ray ended {rows} without a result, after {RETRIES} retries if a worker died ({first:.300}); "
+                "memory ran out, or these rows end the process that reads them: --jobs 1 shows which"
             ) from None
         finally:
             del self._rows[task]
@@ -129,7 +129,8 @@ def _connect(ray: Any, address: str, cores: int) -> bool:
             ray.init(LOCAL, num_cpus=cores, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"Ray did not start on this machine: {error!s:.400}; its logs say more, and --jobs works without it"
+                f"Ray did not start on this machine: {error!s:.400}; its logs say more, and --jobs works "
+                "without it"
             ) from None
         return True
     _try(address)
@@ -151,8 +152,8 @@ def _try(address: str) -> None:
         done = subprocess.run(tried, capture_output=True, text=True, timeout=_ANSWER_S)
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"no Ray answers at {address} within {_ANSWER_S:.0f} s; check the address (ray status), or leave it out for "
-            "a Ray on this machine"
+            f"no Ray answers at {address} within {_ANSWER_S:.0f} s; check the address (ray status), or leave it "
+            "out for a Ray on this machine"
         ) from None
     if done.returncode:
         causes = re.split(r"^(?=[\w.]+Error: (?!.*Traceback))", done.stderr, flags=re.M)
@@ -160,8 +161,8 @@ def _try(address: str) -> None:
             causes[min(1, len(causes) - 1)].partition("\n\n")[0].split()
         )  # the first one
         raise ValueError(
-            f"cannot use the Ray at {address}: {why:.400}; check the address and its versions (ray status), or leave "
-            "it out for a Ray on this machine"
+            f"cannot use the Ray at {address}: {why:.400}; check the address and its versions (ray status), or "
+            "leave it out for a Ray on this machine"
         )
 
 
@@ -170,8 +171,8 @@ def _named(rows: list[Row]) -> str:
 
 
 def _task(version: str) -> Callable[[list[Any], bytes], Any]:
-    """The function of a task. Inside of another function it is sent as code, so that it also runs, to say so, where
-    mmpack is not installed."""
+    """The function of a task. Inside of another function it is sent as code, so that it also runs, to say so,
+    where mmpack is not installed."""
 
     def chunk_of_rows(work: list[Any], chunk: bytes) -> Any:
         import os
@@ -186,8 +187,8 @@ def _task(version: str) -> Callable[[list[Any], bytes], Any]:
             ) from None
         if mmpack.__version__ != version:
             raise ValueError(
-                f"{host} of the Ray cluster has mmpack {mmpack.__version__}, this machine {version}; install the same "
-                "on all"
+                f"{host} of the Ray cluster has mmpack {mmpack.__version__}, this machine {version}; install the "
+                "same on all"
             )
         return _worked(work[0], chunk)
 
