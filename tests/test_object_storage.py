@@ -412,7 +412,14 @@ def test_the_train_command_reads_what_the_others_do(demo, tmp_path, monkeypatch,
 
     monkeypatch.setattr("mmpack.hf.training.train", train)
     data = place if "://" in place else demo / place
-    words = ["--capacity", 2048, "--tokenizer", demo / "tokenizer", "--config", demo / "config.json"]
+    words = [
+        "--capacity",
+        2048,
+        "--tokenizer",
+        demo / "tokenizer",
+        "--config",
+        demo / "config.json",
+    ]
     words = ["train", "--data", data, "--eval-data", data, *words, "--output_dir", tmp_path]
     assert main(list(map(str, [*words, "--quiet"]))) == 0
     rows = (2 if "{" in place else 1) * len(json.loads((demo / "train.json").read_text()))
