@@ -318,6 +318,11 @@ def test_a_routers_auxiliary_loss_is_refused():
     batch = PackCollator(model=model)([packed([encoded(SMALL_SPEC, 1, 2, 3)], "qwen3_vl_moe")])
     with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
         model(**batch, output_router_logits=True)
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
+        model(**batch)
+    with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
+        patch_model(unpatch_model(model), context=ContextGroup(0, 2))
 
 
 @pytest.mark.parametrize("context", [None, ContextGroup(1, 2)])
