@@ -7,6 +7,7 @@ from torch.utils.data import BatchSampler, SequentialSampler, Subset
 from transformers import Trainer, TrainingArguments
 
 from mmpack import ContextGroup, PackedDataset
+from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.hf.checkpoints import PackKeeper
 from mmpack.hf.context_ranks import check_known
@@ -181,3 +182,13 @@ def test_a_model_that_left_its_group_is_told(second_of_four, tmp_path):
             ValueError, match=f"attached for .*rank=1, size=2.*now patched for .*{words}"
         ):
             check_known(patch_model(model, context=now), SECOND)
+
+
+def test_the_command_checks_heads_before_it_reads_rows(second_of_four, tmp_path, capsys):
+    config = small_config()
+    config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 2
+    config.save_pretrained(tmp_path)
+    words = ["--data", tmp_path / "no.json", "--tokenizer", tmp_path, "--capacity", 64]
+    words += ["--config", tmp_path / "config.json", "--output_dir", tmp_path, "--context-size", 4]
+    assert main(["train", *map(str, words)]) == 1
+    assert "2 heads (num_attention_heads) do not divide among the 4" in capsys.readouterr().err

@@ -59,6 +59,19 @@ def check_heads(config: Any, size: int) -> None:
             )
 
 
+def join(config: Any, context: ContextGroup) -> None:
+    """Refuse a model that a group cannot share, and make the group's process groups if torch.distributed is
+    initialized: before the first forward, as a compiled one cannot.
+
+    Raises:
+        ValueError: `check_heads`, `check_router` or `process_group` does.
+    """
+    check_heads(config, context.size)
+    check_router(config)
+    if dist.is_available() and dist.is_initialized():
+        host_group(context)
+
+
 def process_group(context: ContextGroup) -> Any:
     """The process group of this rank's context group: made at the first call, which all ranks of the world must
     make, with the world's timeout, and kept.

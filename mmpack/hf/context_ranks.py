@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from mmpack.hf.compat import num_replicas
-from mmpack.hf.context_parallel import check_part, check_router, check_same_packs, host_group
+from mmpack.hf.context_parallel import check_part, check_same_packs, join
 from mmpack.hf.gather import gathered
 from mmpack.hf.model_parts import inner_model
 from mmpack.hf.model_patch import context_of, is_patched
@@ -89,11 +89,9 @@ def join_group(
     if watches:
         _refuse("attention_every", "a rank sees a part of the heads", "leave it out")
     _check_images(dataset)
-    check_router(inner_model(trainer.model).config)
+    join(inner_model(trainer.model).config, group)
     _check_options(trainer)
     _share_evaluation(trainer, group)
-    if dist.is_available() and dist.is_initialized():  # here, as a compiled model cannot
-        host_group(group)
     return group
 
 

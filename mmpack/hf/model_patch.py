@@ -22,7 +22,6 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mmpack.hf import attention, context_parallel, tower
@@ -108,10 +107,7 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
     if context is not None and context.size == 1:
         context = None
     if context is not None:
-        context_parallel.check_heads(base.config, context.size)
-        context_parallel.check_router(base.config)
-        if dist.is_available() and dist.is_initialized():  # here, as a compiled model cannot
-            context_parallel.host_group(context)
+        context_parallel.join(base.config, context)
     if hasattr(base, PATCH):
         patch = getattr(base, PATCH)
         patch.impl, patch.choice, patch.chosen_for = impl, {}, ""
@@ -131,17 +127,21 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
     setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts, context))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
-    # A model that Trainer has not yet moved to its GPU cannot run kernels.
-    needs_gpu = impl not in ("auto", "libraries", "sdpa", "reference", "flex") or (
-        family_of(base).has_linear_attention and has_linear_kernels(both=False)
-    )
-    if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
+    if _can_run(base, impl):
         try:
             _check_once(base)
         except BaseException:
             unpatch_model(model)
             raise
     return model
+
+
+def _can_run(base: Any, impl: str) -> bool:
+    """Whether a model has its weights and, if it needs one, its GPU, to which Trainer may not have moved it yet."""
+    needs_gpu = impl not in ("auto", "libraries", "sdpa", "reference", "flex") or (
+        family_of(base).has_linear_attention and has_linear_kernels(both=False)
+    )
+    return _has_weights(base) and (not needs_gpu or base.device.type == "cuda")
 
 
 def unpatch_model(model: Model) -> Model:
