@@ -11,8 +11,8 @@ Every rank takes part in every exchange, in one order, forward and backward, als
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -96,11 +96,10 @@ def process_group(context: ContextGroup) -> Any:
 
 
 def host_group(context: ContextGroup) -> Any:
-    """A process group like `process_group`, for what hosts tell each other without asking their devices: of gloo,
-    if torch has it. The first call is one that all ranks of the world must make."""
+    """A process group like `process_group`, but of gloo, for what hosts tell each other without asking their
+    devices. The first call is one that all ranks of the world must make."""
     group = process_group(context)
-    is_other = dist.get_backend(group) != "gloo" and dist.is_gloo_available()
-    return _subgroup(context.size, "gloo") if is_other else group
+    return group if dist.get_backend(group) == "gloo" else _subgroup(context.size, "gloo")
 
 
 def _subgroup(size: int, backend: str | None = None) -> Any:
@@ -152,14 +151,15 @@ def check_same_packs(context: ContextGroup, packs: Sequence[MmpackDict]) -> None
     Raises:
         ValueError: they do.
     """
-    ranks: list[Any] = [None] * context.size
-    mine = [pack["context"]["checksum"] for pack in packs]  # type: ignore[index]
-    dist.all_gather_object(ranks, mine, group=host_group(context))
-    found = next((one for one in zip_longest(*ranks) if len(set(one)) > 1), ())
-    if found:
-        listed = ", ".join("no pack" if one is None else f"{one:08x}" for one in found)
+    sums = [pack["context"]["checksum"] for pack in packs]  # type: ignore[index]
+    mine = torch.tensor(sums[0] if len(sums) == 1 else zlib.crc32(repr(sums).encode()))
+    ranks = [torch.empty_like(mine) for _ in range(context.size)]
+    dist.all_gather(ranks, mine, group=host_group(context))
+    found = [int(one) for one in ranks]
+    if len(set(found)) > 1:
         raise ValueError(
-            f"the {context.size} ranks of a context group have parts of different packs (checksums {listed}); "
+            f"the {context.size} ranks of a context group have parts of different packs (checksums "
+            f"{', '.join(f'{one:08x}' for one in found)}); "
             "give all ranks of a group the same packs in the same order. A stream that leaves out rows "
             "(on_error) packs others where a rank cannot read a file: mmpack check --decode on every machine"
         )

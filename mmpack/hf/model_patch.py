@@ -137,7 +137,7 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
 
 
 def _can_run(base: Any, impl: str) -> bool:
-    """Whether a model has its weights and, if it needs one, its GPU, to which Trainer may not have moved it yet."""
+    """Whether a model has its weights and, if it needs one, its GPU; Trainer may not have moved it yet."""
     needs_gpu = impl not in ("auto", "libraries", "sdpa", "reference", "flex") or (
         family_of(base).has_linear_attention and has_linear_kernels(both=False)
     )
