@@ -18,6 +18,7 @@ class ObjectServer(ThreadingHTTPServer):
             stays if it ends with "!". "403", "404", "500", "503": that status. "cut": half of the body. "slow":
             waits `seconds` first. "no range": all bytes, whatever was asked for. "no tag": no ETag. "no size".
             "gzip". "to URL": a redirect.
+            "odd headers": some named like keys of fsspec. "HEAD 405": the fault is of HEAD alone, and stays.
         requests: (method, path, Range) of each.
         num_sent: bytes of bodies.
     """
@@ -34,11 +35,13 @@ class ObjectServer(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self, path):
+    def fault(self, path, method):
         with self.lock:
             faults = self.faults.get(path, [])
             if not faults:
                 return ""
+            if faults[0].startswith("HEAD "):
+                return faults[0][5:] if method == "HEAD" else ""
             return faults[0][:-1] if faults[0].endswith("!") else faults.pop(0)
 
     def handle_error(self, request, client_address):
@@ -62,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         wanted = self.headers.get("Range")
         server.requests.append((self.command, path, wanted))
-        fault = server.fault(path)
+        fault = server.fault(path, self.command)
         if fault == "slow":
             time.sleep(server.seconds)
         if fault.startswith("to "):
@@ -80,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {}
         if fault == "gzip":
             headers["Content-Encoding"] = "gzip"
+        if fault == "odd headers":
+            headers |= {"Size": "3", "Type": "directory", "Created": str(len(server.requests))}
         status, body = 200, content
         if wanted and fault != "no range":
             first, last = map(int, wanted.removeprefix("bytes=").split("-"))

@@ -130,7 +130,7 @@ def test_an_encoder_travels_without_what_it_learnt(small_encoder):
 def test_what_serves_as_encoder(encoder, tokenizer, vision):
     assert Encoder.of(encoder) is encoder
     for other in (tokenizer, (tokenizer, vision)):
-        with pytest.raises(ValueError, match=f"needed, got a {type(other).__name__}; make one"):
+        with pytest.raises(ValueError, match=f"needed, got a {type(other).__name__}; Encoder"):
             Encoder.of(other)
 
 

@@ -41,7 +41,7 @@ ROOMS = {
     "flash_attn": {"ops"},
     "flash_attn_interface": {"ops"},
     "fsspec": {"data/remote_files"},
-    "huggingface_hub": {"data/model_folder"},
+    "huggingface_hub": {"data/model_folder", "data/remote_hub"},
     "jinja2": {"data/template_errors"},  # of torch and of transformers' templates
     "matplotlib": {"cli/plots"},
     "llamafactory": {"integrations"},

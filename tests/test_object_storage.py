@@ -209,27 +209,6 @@ def test_every_kind_of_data_file(demo, server, tmp_path, monkeypatch):
     (demo / "a.csv").unlink()
 
 
-def test_folders():
-    memory = fsspec.filesystem("memory")
-    row = b'{"instruction": "?", "output": "!"}\n'
-    memory.pipe("/hub/data/train-00000-of-00002.jsonl", row)
-    memory.pipe("/hub/data/train-00001-of-00002.jsonl", row * 2)
-    memory.pipe("/hub/README.md", b"#")
-    assert len(list(Reader().read("memory://hub"))) == 3
-    assert len(list(Reader().read("memory://hub/data/"))) == 3
-    info = {"d": {"file_name": "data/train-00000-of-00002.jsonl"}, "up": {"file_name": "../x.json"}}
-    memory.pipe("/hub/dataset_info.json", json.dumps(info).encode())
-    assert len(list(Reader(mapping="d").read("memory://hub"))) == 1
-    with pytest.raises(ValueError, match=r"'\.\.'"):
-        list(Reader(mapping="up").read("memory://hub"))
-    memory.pipe("/hub/data/test-00000-of-00001.jsonl", row)
-    with pytest.raises(ValueError, match="several splits"):
-        list(Reader().read("memory://hub"))
-    with pytest.raises(ValueError, match="memory://nowhere has no data files"):
-        list(Reader().read("memory://nowhere"))
-    memory.rm("/hub", recursive=True)
-
-
 def test_a_folder_on_a_web_server_has_no_list(server):
     with pytest.raises(ValueError, match="a web server has no list of a folder's files; name the"):
         list(Reader().read(server.url))
@@ -389,13 +368,27 @@ def test_packed_data_stay_local(demo, out, capsys):
         dataset.save(out)
 
 
-def test_check(demo, server, capsys):
+def test_check(demo, server, tmp_path, capsys):
     assert main(["check", f"{server.url}/train.json", f"{server.url}/train.json", "--decode", "--json"]) == 0  # fmt: skip
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]
     assert summary["usable"] == 2 * (NUM_ROWS + 3)
     assert summary["files_twice"] == 1
     assert main(["check", f"https://user:hunter2@127.0.0.1/{server.url}/train.json"]) == 1
     assert main(["check", "https://127.0.0.1/train.json?X-Amz-Signature=hunter2"]) == 1
+    secret = "https://user:hunter2@127.0.0.1/{0..999999}"
+    data, out = str(demo / "train.json"), str(tmp_path / "out")
+    to_pack = ["pack", data, "--out", out, "--capacity", "2048"]
+    for words in (
+        ["check", secret],
+        ["inspect", secret],
+        [*to_pack, "--tokenizer", secret],
+        [*to_pack, "--tokenizer", str(demo / "tokenizer"), "--config", secret],
+        [*to_pack, "--tokenizer", str(demo / "tokenizer"), "--media-dir", secret],
+        ["train", "--data", secret, "--model", secret, "--output_dir", out],
+        ["train", "--data", secret, "--model", secret, "--tokenizer", secret, "--capacity", "9"],
+        ["train", "--data", data, "--model", secret, "--tokenizer", secret, "--capacity", "9"],
+    ):
+        assert main(words) == 1, words
     found = capsys.readouterr()
     assert "hunter2" not in found.out + found.err
 

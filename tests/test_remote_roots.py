@@ -2,7 +2,9 @@
 
 import pytest
 
+from mmpack.data.data_paths import data_files
 from mmpack.data.media_paths import MediaFolders
+from mmpack.data.model_folder import local_path
 from mmpack.data.remote_roots import RemotePath, data_path, is_inside, object_in, remote_root
 from mmpack.errors import RowError
 
@@ -95,6 +97,7 @@ def test_allowed(root, path, url):
     ("root", "path"),
     [
         ("gs://bucket", "a.png#123"),
+        ("gs://bucket", "a.png?generation=1"),
         ("s3://bucket", "a.png?versionId=1"),
         ("hf://datasets/owner/name", "a@refs/convert/parquet/b.png"),
     ],
@@ -182,6 +185,29 @@ def test_roots(name, expected):
         return
     with pytest.raises(ValueError, match=expected) as refused:
         remote_root(name)
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"https://user:{SECRET}@host.example/{{0..999999}}.tar",
+        f"https://host.example/{{a,b}}{{0..999999}}.tar?X-Amz-Signature={SECRET}",
+        f"https://{{a/b,user:{SECRET}@host.example}}/{{0..999999}}.tar",
+        f"https://{{host.example,user:{SECRET}@host.example}}/a.tar",
+        f"s3://key:{SECRET}@bucket/{{a,b}}",
+    ],
+)
+def test_braces_repeat_no_secret(name):
+    with pytest.raises(ValueError, match="://") as refused:
+        data_files(name)
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", ["https", "s3", "file"])
+def test_a_tokenizer_is_no_url(scheme):
+    with pytest.raises(ValueError, match=f"^{scheme}://...: there is no such file") as refused:
+        local_path(f"{scheme}://user:{SECRET}@host.example/x")
     assert SECRET not in str(refused.value)
 
 

@@ -20,7 +20,7 @@ from mmpack.data.model_folder import local_path
 from mmpack.data.path_patterns import is_pattern
 from mmpack.data.progress import row_progress
 from mmpack.data.readers import limits_of, media_folders
-from mmpack.data.remote_roots import is_url
+from mmpack.data.remote_roots import is_url, shown
 from mmpack.errors import BadRow, OnError, Skip
 from mmpack.store.manifest import Planning, packed_split
 
@@ -214,7 +214,7 @@ class _Reading:
             lacks = {"--tokenizer": options.tokenizer is None, "--capacity": capacity is None}
             needed = " and ".join(name for name, is_missing in lacks.items() if is_missing)
             raise ValueError(
-                f"{' '.join(data)} is not a folder written by mmpack pack; to pack rows now, pass "
+                f"{' '.join(map(shown, data))} is not a folder written by mmpack pack; to pack rows now, pass "
                 f"{needed}"
             )
         bad_rows: list[BadRow] = []

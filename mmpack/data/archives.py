@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from typing import BinaryIO
 
-from mmpack.data.remote_objects import RemoteObject
+from mmpack.data.remote_objects import FileAt, RemoteObject
 from mmpack.data.remote_roots import is_remote
 from mmpack.data.tar_headers import BLOCK, Archive, is_header
 from mmpack.errors import RowError
@@ -124,43 +124,8 @@ def open_member(
             f"{place} cannot be read: the tar file has another member there than when it was packed",
             "pack the data again",
         )
-    file = _MemberFile(archive, offset, length)
+    file = FileAt(archive.read_at, offset, length)
     return file if buffering == 0 else io.BufferedReader(file)  # type: ignore[return-value]
-
-
-class _MemberFile(io.RawIOBase):
-    """The bytes of a member as a file, with a position of its own."""
-
-    def __init__(self, archive: Archive, offset: int, length: int) -> None:
-        self._archive, self._offset, self._length, self._at = archive, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if start + offset < 0:
-            raise OSError("a position before the beginning")
-        self._at = start + offset
-        return self._at
-
-    def readall(self) -> bytes:
-        data = self._archive.read_at(self._offset + self._at, max(0, self._length - self._at))
-        self._at += len(data)
-        return data
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        wanted = max(0, min(len(buffer), self._length - self._at))
-        data = self._archive.read_at(self._offset + self._at, wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 class _Archives:

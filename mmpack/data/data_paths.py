@@ -31,9 +31,7 @@ def data_files(path: str | os.PathLike[str]) -> Sequence[DataPath]:
     """
     if is_url(path):
         named_here = list(map(data_path, without_braces(os.fspath(path))))
-        if len(named_here) > 1:
-            list(in_parallel(require_file, named_here))  # which says what is missing, and soon
-        return [file for one in named_here for file in _remote_files(one)]
+        return [file for found in in_parallel(_remote_files, named_here) for file in found]
     path = Path(path)
     if not os.path.lexists(path) and is_pattern(str(path)):
         named = [data_files(one) for one in matching(str(path))]

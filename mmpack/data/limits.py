@@ -7,6 +7,7 @@ would kill the process without an error message.
 from __future__ import annotations
 
 MAX_ROW = 1 << 26  # bytes per row and per CSV field; real rows are far smaller
+MAX_PATH = 4096  # characters; longer ones are no path of Linux or macOS
 MAX_DEPTH = 100  # nested lists and objects; rows are pickled recursively between processes
 MAX_COUNT = (1 << 31) - 1  # of rows, in a dataset_info.json, in a store's manifest and in an epoch
 FREE_BYTES = 1 << 26  # decompressed bytes that any file may have ...

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from mmpack.data.archives import open_member
+from mmpack.data.limits import MAX_PATH
 from mmpack.data.media_keys import entry_of
 from mmpack.data.path_forms import (
     base64_error,
@@ -23,7 +24,7 @@ from mmpack.data.path_forms import (
     other_unicode_form,
     path_of_url,
 )
-from mmpack.data.remote_files import error_words, exists, size_of
+from mmpack.data.remote_files import MOST_AT_ONCE, error_words, exists, size_of
 from mmpack.data.remote_objects import HEADER, open_object
 from mmpack.data.remote_roots import absolute, is_inside, is_remote, object_in
 from mmpack.errors import RowError, a_kind, names
@@ -33,8 +34,6 @@ from mmpack.video_spec import is_rate
 
 DATA_URIS = "data:"  # in the list of folders: data URIs in rows are allowed
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # at least two letters: C:\ is not a URL
-_MOST_PATH = 4096  # characters; longer ones are no path of Linux or macOS
-_MOST_AT_ONCE = 1 << 26  # bytes of an object that are read in one request
 _OF_VIDEO = 1 << 20  # bytes of a video in object storage that are read first
 
 
@@ -185,7 +184,7 @@ class MediaFolders:
         written, path = path, path_of_url(path, kind)
         if _URL.match(path):
             raise RowError(f"{kind} {path:.100} is a URL, not a file", "download it first")
-        if len(path) > _MOST_PATH and (error := base64_error(written, kind)):
+        if len(path) > MAX_PATH and (error := base64_error(written, kind)):
             raise error
         if self._starts_remote and not (os.path.isabs(path) and self._folders):
             try:
@@ -214,27 +213,32 @@ class MediaFolders:
         """`_resolved` where a root is in object storage. Objects are looked for only if there are several
         roots."""
         places = [
-            object_in(root, path, kind)
-            if is_remote(root)
-            else os.path.normpath(os.path.join(root, path))
+            object_in(root, path, kind) if is_remote(root) else self._on_disk(root, path)
             for root in self._roots
         ]
         if len(places) == 1:
             return places[0]
         try:
-            found = [place for place in places if self._is_there(place)]
+            found = {place: None for place in places if self._is_there(place)}
         except OSError as error:
             what, advice = error_words(error)
             raise RowError(f"{kind} {error.filename:.300} {what}", advice) from None
-        if len(found) > 1:
-            raise _ambiguous(path, found, kind)
+        if len({place if is_remote(place) else os.path.realpath(place) for place in found}) > 1:
+            raise _ambiguous(path, list(found), kind)
         if not found:
             where = " or ".join(self._roots)
             raise RowError(
                 f"{kind} {path:.200} does not exist in {where}",
                 "fix the path or --media-dir (media_dir)",
             )
-        return found[0]
+        return next(iter(found))
+
+    def _on_disk(self, root: str, path: str) -> str:
+        """The file in a local root that a row's path means, as written there or in another form."""
+        full = os.path.normpath(os.path.join(root, path))
+        if "\\" in path and not self._is_there(full):
+            full = os.path.normpath(os.path.join(root, path.replace("\\", "/")))
+        return full if os.path.exists(full) else other_unicode_form(full) or full
 
     def _is_there(self, place: str) -> bool:
         if is_remote(place):
@@ -355,10 +359,10 @@ def _open_object(
             "name it with --media-dir (media_dir, media_folders)",
         )
     folders.real_path(url, kind)
-    if first < 1 and kind == "image" and version:  # its pixels are needed
-        first = min(size_of(version) if member is None else member.length, _MOST_AT_ONCE)
-    first = max(first, HEADER if kind == "image" else _OF_VIDEO)
     try:
+        if first < 1 and kind == "image" and version:  # its pixels are needed
+            first = min(size_of(url, version) if member is None else member.length, MOST_AT_ONCE)
+        first = max(first, HEADER if kind == "image" else _OF_VIDEO)
         if member is not None:
             return open_member(url, member, kind, buffering=first, version=version)
         return open_object(url, version, first)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mmpack.data.remote_roots import shown
 from mmpack.errors import counted
 
 _NAME = re.compile(r"(hf:)?(\w[\w.-]*)/(\w[\w.-]*)(?:@([\w./+-]+))?", re.ASCII)
@@ -42,7 +43,7 @@ def local_path(
     is_hub = match and (match[1] or (match[4] is None and not os.path.isdir(match[2])))
     if not match or not is_hub:
         raise ValueError(
-            f"{text}: there is no such file or folder; a Hugging Face model is owner/name or "
+            f"{shown(text)}: there is no such file or folder; a Hugging Face model is owner/name or "
             "hf:owner/name@revision"
         )
     repo, revision = f"{match[2]}/{match[3]}", match[4] or "main"

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from mmpack.data.remote_roots import shown
 from mmpack.errors import counted
 
 _MOST = 100_000  # names that braces stand for
@@ -51,7 +52,9 @@ def without_braces(path: str) -> Iterator[str]:
         groups.append(listed.split(",") if first is None else _Numbers(first, last))
         end = match.end()
     if (count := math.prod(map(len, groups))) > _MOST:
-        raise ValueError(f"{path} stands for {counted(count, 'file')}, at most {_MOST:,} are read")
+        raise ValueError(
+            f"{shown(path)} stands for {counted(count, 'file')}, at most {_MOST:,} are read"
+        )
     for values in itertools.product(*groups):
         yield "".join(text + value for text, value in zip(texts, values)) + path[end:]
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mmpack.data.file_formats import Row, count_rows
 from mmpack.data.readers import RowGroup
+from mmpack.data.remote_roots import RemotePath
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -102,7 +103,11 @@ def row_progress(
         parts: the block processes one of this many parts of the rows.
         total: number of rows, if `groups` are rows in memory.
     """
-    counts = [None if group.file is None else count_rows(group.file) for group in groups]
+    # Objects would be opened one after another, before the first row.
+    counts = [
+        None if group.file is None or isinstance(group.file, RemotePath) else count_rows(group.file)
+        for group in groups
+    ]
     is_array = [group.file is not None and group.file.suffix == ".json" for group in groups]
     if all(array or count is not None for array, count in zip(is_array, counts)):
         total = sum(count or 0 for count in counts) // parts

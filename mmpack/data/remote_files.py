@@ -13,11 +13,13 @@ import random
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from mmpack.data import remote_http
+from mmpack.data import remote_http, remote_hub
+from mmpack.data.remote_faults import may_pass, number, reason
 from mmpack.data.remote_roots import HTTP, SCHEMES, scheme_of
 from mmpack.errors import RowError
 
@@ -26,9 +28,11 @@ R = TypeVar("R")
 
 MOST_AT_ONCE = 1 << 26  # bytes of one request
 IN_FLIGHT = 16  # objects that a process reads at once
+_AHEAD = 4 * IN_FLIGHT  # values whose results may wait for a slower one before them
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each further try, half as long to 1.5 times
 _TIMEOUT_S = 30.0  # of a request, and a second more for each
 _SLOWEST = 1 << 18  # bytes
+_VERSION = re.compile(r"([0-9]{1,18})(?: |$)")
 _chance = random.SystemRandom()  # leaves the states that training is seeded with alone
 
 # Keys of fsspec's `info` that change with an object's content, the best first, and what errors call them.
@@ -90,13 +94,19 @@ def exists(url: str) -> bool:
     return True
 
 
-def size_of(version: str) -> int:
+def size_of(url: str, version: str) -> int:
     """The bytes of an object, from `str(Identity)`.
 
     Raises:
-        ValueError: it is not one.
+        RowError: it is not one; a store can be damaged.
     """
-    return int(version.partition(" ")[0])
+    match = _VERSION.match(version)
+    if match is None:
+        raise RowError(
+            f"{url} was recorded with the version {version!a:.80}, which does not begin with a size",
+            "pack the data again with --overwrite",
+        )
+    return int(match[1])
 
 
 def listed(url: str) -> list[str]:
@@ -109,26 +119,51 @@ def listed(url: str) -> list[str]:
     def names() -> list[str]:
         fs = _file_system(url)
         folder = fs._strip_protocol(url)
-        found = [one["name"] for one in fs.ls(folder, detail=True) if one["type"] == "file"]
+        fresh = {"refresh": True} if scheme_of(url) == "hf" else {}
+        inside = fs.ls(folder, detail=True, **fresh)
+        found = [one["name"] for one in inside if one["type"] == "file"]
         return sorted(name.rpartition("/")[2] for name in found)
 
     return _retried(url, names)
 
 
 def in_parallel(function: Callable[[T], R], values: Iterable[T]) -> Iterator[R]:
-    """`map`, with `IN_FLIGHT` values at a time."""
+    """`map`, with `IN_FLIGHT` values at a time. Values are taken when there is room for their results; an error of
+    `values` comes after the results of those before it, as from `map`."""
+    results = deque[Future[R]]()
+    error = None
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        yield from pool.map(function, values)
+        try:
+            taken = iter(values)
+            while True:
+                try:
+                    value = next(taken)
+                except StopIteration:
+                    break
+                except Exception as found:
+                    error = found
+                    break
+                results.append(pool.submit(function, value))
+                if len(results) >= _AHEAD:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
+            if error is not None:
+                raise error
+        finally:
+            for result in results:
+                result.cancel()
 
 
 def error_words(error: OSError) -> tuple[str, str]:
     """(what is wrong with an object, advice), after its name."""
     if isinstance(error, FileNotFoundError):
         return "does not exist", "fix the path or --media-dir (media_dir)"
-    return (
-        f"cannot be read: {error.strerror}",
-        "try again later, or check that this machine may read it",
-    )
+    advice = {
+        errno.EISDIR: "name an object in it",
+        errno.EACCES: "check that this machine may read it",
+    }.get(error.errno or 0, "try again later, or check that this machine may read it")
+    return f"cannot be read: {error.strerror}", advice
 
 
 def first_range(url: str, start: int, end: int, version: str = "") -> tuple[Identity, bytes]:
@@ -138,6 +173,8 @@ def first_range(url: str, start: int, end: int, version: str = "") -> tuple[Iden
         RowError: it is not the one of `version`.
     """
 
+    recorded = Identity(size_of(url, version) if version else 0, version.partition(" ")[2])
+
     def read() -> tuple[Identity, bytes]:
         fs = _file_system(url)
         if scheme_of(url) in HTTP:
@@ -146,20 +183,28 @@ def first_range(url: str, start: int, end: int, version: str = "") -> tuple[Iden
             _check(url, version, known)
             _check_length(data, max(min(end, known.size) - start, 0))
             return known, data
-        known = _identity(_info(fs, url))
-        _check(url, version, known)
-        return known, _bytes(fs, url, start, max(min(end, known.size), start))
+        if start < min(end, recorded.size):  # one look is enough, after the bytes
+            known, when = recorded, "since it was packed"
+        else:
+            known, when = _identity(_info(fs, url)), "while it was read"
+            _check(url, version, known)
+        return known, _same(fs, url, start, min(end, known.size), known, when)
 
     return _retried(url, read)
 
 
 def read_range(url: str, start: int, end: int, known: Identity) -> bytes:
-    """Bytes of an object that was opened before."""
+    """Bytes of an object that was opened before.
+
+    Raises:
+        FileNotFoundError, RemoteError, ValueError: as `identity`.
+        RowError: it is not the same any more.
+    """
 
     def read() -> bytes:
         fs = _file_system(url)
         if scheme_of(url) not in HTTP:
-            return _bytes(fs, url, start, end)
+            return _same(fs, url, start, end, known, "while it was read")
         found, read_now = _sync(fs, remote_http.ranged, end - start, fs, url, start, end)
         data: bytes = read_now
         _check(url, str(known), _identity(found), "while it was read")
@@ -169,12 +214,29 @@ def read_range(url: str, start: int, end: int, known: Identity) -> bytes:
     return _retried(url, read)
 
 
+def _same(fs: Any, url: str, start: int, end: int, known: Identity, when: str) -> bytes:
+    """Bytes of an object that is still the known one after they were read. An answer over HTTP tells what it is
+    of; other file systems give bytes alone, so they are asked again."""
+    if start >= end:
+        return b""
+    try:
+        data = _bytes(fs, url, start, end)
+    except FileNotFoundError:
+        raise
+    except Exception:  # a smaller object may not have the range
+        _check(url, str(known), _identity(_info(fs, url)), when)
+        raise
+    if not (scheme_of(url) == "hf" and remote_hub.is_fixed(url)):
+        _check(url, str(known), _identity(_info(fs, url)), when)
+    return data
+
+
 def _check(url: str, version: str, now: Identity, when: str = "since it was packed") -> None:
     if version and str(now) != version:
-        tag = version.partition(" ")[2]
+        before = Identity(size_of(url, version), version.partition(" ")[2])
         raise RowError(
-            f"{url} changed {when}: it has {_described(now)}, but {_described(Identity(size_of(version), tag))} "
-            "when it was first looked at",
+            f"{url} changed {when}: it has {_described(now)}, but {_described(before)} when it was first looked "
+            "at",
             "pack the data again with --overwrite",
         )
 
@@ -197,8 +259,9 @@ def _identity(found: dict[str, Any]) -> Identity:
 
 def _info(fs: Any, url: str) -> dict[str, Any]:
     path = fs._strip_protocol(url)
-    # what was listed before may be old
-    fresh = {"refresh": True} if scheme_of(url) in ("s3", "hf") else {}
+    if scheme_of(url) == "hf":
+        return remote_hub.info(fs, path)
+    fresh = {"refresh": True} if scheme_of(url) == "s3" else {}  # what was listed may be old
     if getattr(fs, "async_impl", False):
         found: dict[str, Any] = _sync(fs, fs._info, 0, path, **fresh)
         return found
@@ -206,10 +269,10 @@ def _info(fs: Any, url: str) -> dict[str, Any]:
 
 
 def _bytes(fs: Any, url: str, start: int, end: int) -> bytes:
-    if start == end:
-        return b""
     path = fs._strip_protocol(url)
-    if getattr(fs, "async_impl", False):
+    if scheme_of(url) == "hf":
+        data = remote_hub.read(fs, path, start, end)
+    elif getattr(fs, "async_impl", False):
         data = _sync(fs, fs._cat_file, end - start, path, start=start, end=end)
     else:
         data = fs.cat_file(path, start=start, end=end)
@@ -275,41 +338,8 @@ def _retried(url: str, action: Callable[[], T]) -> T:
         except Exception as error:  # libraries raise what they like
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "it does not exist", url) from None
-            if wait is None or not _may_pass(error):
+            if wait is None or not may_pass(error):
                 tries = f" (tried {len(_WAITS_S) + 1} times)" if wait is None else ""
-                number = errno.EACCES if isinstance(error, PermissionError) else errno.EIO
-                raise RemoteError(number, f"{_reason(error)}{tries}", url) from None
+                raise RemoteError(number(error), f"{reason(error)}{tries}", url) from None
         time.sleep(wait * _chance.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
-
-
-_FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
-_FINAL_NUMBERS = (errno.EXDEV, errno.EIO, errno.ELOOP, errno.EACCES, errno.EPERM)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed."""
-    status = getattr(getattr(error, "response", None), "status_code", None)  # Hugging Face's
-    if isinstance(status, int):
-        return status in (408, 429) or status >= 500
-    if isinstance(error, (TimeoutError, ConnectionError)) or _is_timeout(error):
-        return True
-    return isinstance(error, OSError) and not (
-        isinstance(error, _FINAL) or error.errno in _FINAL_NUMBERS
-    )
-
-
-def _is_timeout(error: Exception) -> bool:
-    return type(error).__name__ in ("FSTimeoutError", "TimeoutError")
-
-
-def _reason(error: Exception) -> str:
-    """A fault in words that have no URL, signature or key."""
-    if _is_timeout(error) or isinstance(error, TimeoutError):
-        return "it took too long"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = text.partition("\n")[0]
-    if re.search(r"://|[?&=]|(?i:key|token|secret|signature|password)", text):
-        text = ""
-    name = type(error).__name__
-    return text[:200] or name

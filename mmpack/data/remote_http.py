@@ -18,6 +18,7 @@ _MOST_REDIRECTS = 5
 _BLOCK = 1 << 16
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 _PORTS = {"http": 80, "https": 443}
+_IDENTIFY = ("etag", "content-md5", "last-modified")  # headers
 
 Answer = tuple[dict[str, Any], bytes]  # (size and headers that identify the object, its bytes)
 
@@ -36,21 +37,28 @@ async def ranged(fs: Any, url: str, start: int, end: int) -> Answer:
     import aiohttp
 
     session = await fs.set_session()
-    method = "HEAD" if start == end else "GET"
+    is_head, first, last = start == end, start, end
     try:
         for _ in range(_MOST_REDIRECTS + 1):
-            async with session.request(method, fs.encode_url(url), **_options(fs, start, end)) as r:
+            method = "HEAD" if is_head else "GET"
+            async with session.request(
+                method, fs.encode_url(url), **_options(fs, first, last)
+            ) as r:
                 if r.status in (301, 302, 303, 307, 308):
                     url = _redirected(url, r.headers.get("Location"))
-                elif method == "HEAD" and r.status in (400, 403, 405, 501):
-                    method, start, end = "GET", 0, 1  # HEAD is not allowed
+                elif is_head and (r.status in (400, 403, 405, 501) or _has_no_size(r)):
+                    is_head, first, last = False, 0, 1  # the first byte tells what HEAD does not
                 else:
-                    answer: Answer = await _read(r, start, end)
-                    return answer
+                    found, data = await _read(r, first, last)
+                    return found, b"" if start == end else data
     except (aiohttp.ClientError, TimeoutError) as error:
         # their texts have the URL that was asked for, with what a redirect added
         raise ConnectionError(_words(error)) from None
     raise OSError(errno.ELOOP, f"more than {_MOST_REDIRECTS} redirects")
+
+
+def _has_no_size(r: Any) -> bool:
+    return r.status == 200 and not r.headers.get("Content-Length", "").isdigit()
 
 
 def _options(fs: Any, start: int, end: int) -> dict[str, Any]:
@@ -66,7 +74,7 @@ async def _read(r: Any, start: int, end: int) -> Answer:
     headers: Mapping[str, str] = r.headers
     if r.status == 416:  # of an empty object, each range is outside
         total = headers.get("Content-Range", "").rpartition("/")[2]
-        return {"size": int(total) if total.isdigit() else None, **headers}, b""
+        return _known(headers, int(total) if total.isdigit() else None), b""
     if r.status >= 400:
         raise _refused(r.status)
     if headers.get("Content-Encoding", "identity") not in ("", "identity"):
@@ -94,14 +102,24 @@ async def _read(r: Any, start: int, end: int) -> Answer:
         left = max(left - len(block), 0)
     if not r.content.at_eof():
         r.close()  # a body that goes on is not read
-    return {"size": size, **headers}, bytes(data[:wanted])
+    return _known(headers, size), bytes(data[:wanted])
+
+
+def _known(headers: Mapping[str, str], size: int | None) -> dict[str, Any]:
+    """The size, and of the headers only those that identify an object: a server may send one named `size`."""
+    return {"size": size, **{name: headers[name] for name in _IDENTIFY if name in headers}}
+
+
+def status_words(status: int) -> str:
+    """Such as "403 Forbidden"."""
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
 
 
 def _refused(status: int) -> OSError:
-    try:
-        words = f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:
-        words = str(status)
+    words = status_words(status)
     if status in (404, 410):
         return FileNotFoundError(errno.ENOENT, words)
     if status in (401, 403):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from mmpack.data.remote_files import MOST_AT_ONCE, Identity, first_range, read_range
@@ -25,12 +26,15 @@ def open_object(url: str, version: str = "", block: int = READ_AHEAD) -> BinaryI
         FileNotFoundError, RemoteError, ValueError: as `identity`. While reading, too.
         RowError: the object is not the recorded one.
     """
-    return io.BufferedReader(_ObjectFile(RemoteObject(url, version, 0, block)), block)
+    remote = RemoteObject(url, version, 0, block)
+    file = io.BufferedReader(FileAt(remote.some_at, 0, remote.size), block)
+    file.remote = remote  # type: ignore[attr-defined]
+    return file
 
 
 def identity_of(file: BinaryIO) -> Identity:
     """What identifies the object that `open_object` opened."""
-    known: Identity = file.raw.remote.identity  # type: ignore[attr-defined]
+    known: Identity = file.remote.identity  # type: ignore[attr-defined]
     return known
 
 
@@ -96,11 +100,16 @@ class RemoteObject:
         return self._last[1][:length]
 
 
-class _ObjectFile(io.RawIOBase):
-    """An object as a file."""
+class FileAt(io.RawIOBase):
+    """Bytes that are read by position, as a file with a position of its own.
 
-    def __init__(self, remote: RemoteObject) -> None:
-        self.remote, self._at = remote, 0
+    Args:
+        read_at: gives bytes from an offset on, at least one and at most so many.
+        start: offset of the file's first byte. length: its bytes.
+    """
+
+    def __init__(self, read_at: Callable[[int, int], bytes], start: int, length: int) -> None:
+        self._read_at, self._start, self._length, self._at = read_at, start, length, 0
 
     def readable(self) -> bool:
         return True
@@ -112,19 +121,22 @@ class _ObjectFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.remote.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if base + offset < 0:
             raise ValueError(f"negative position {base + offset}")
         self._at = base + offset
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        data = self.remote.some_at(self._at, len(buffer))
+        data = self._some(len(buffer))
         buffer[: len(data)] = data
-        self._at += len(data)
         return len(data)
 
     def readall(self) -> bytes:
-        data = self.remote.read_at(self._at, self.remote.size)
+        return b"".join(iter(lambda: self._some(self._length), b""))
+
+    def _some(self, length: int) -> bytes:
+        wanted = min(length, self._length - self._at)
+        data = self._read_at(self._start + self._at, wanted) if wanted > 0 else b""
         self._at += len(data)
         return data

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
+from mmpack.data.limits import MAX_PATH
 from mmpack.errors import RowError
 
 HTTP = ("http", "https")
@@ -31,9 +32,8 @@ _ANY_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")  # at least two letter
 _PLACE = re.compile(r"[\w.~:\[\]-]*")  # a host and its port, or a bucket
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SAFE = "!$&'()*+,;=:@~"  # what a segment of a URL may have as it is, RFC 3986 section 3.3
-_AS_VERSION = {"s3": "?", "gs": "#", "hf": "@"}  # what begins a version in a file system's paths
+_AS_VERSION = {"s3": "?", "gs": "#?", "hf": "@"}  # each begins a version in a file system's paths
 _HUB_KINDS = ("datasets", "models", "spaces", "kernels", "buckets")
-_MOST_PATH = 4096  # characters
 _LISTED = ", ".join(f"{scheme}://" for scheme in SCHEMES)
 
 
@@ -45,6 +45,11 @@ def is_remote(path: str) -> bool:
 def is_url(name: str | os.PathLike[str]) -> bool:
     """Whether what a user named is a URL, of a root or refused, and not a path on this machine."""
     return _ANY_URL.match(os.fspath(name)) is not None
+
+
+def shown(name: str) -> str:
+    """A path or a URL in an error; of a URL its scheme only, because it may have a password."""
+    return f"{scheme_of(name):.40}://..." if is_url(name) else name
 
 
 def scheme_of(url: str) -> str:
@@ -145,13 +150,13 @@ def object_in(root: str, path: str, kind: str = "data") -> str:
             number of times, or chooses a version of the object.
     """
     scheme = scheme_of(root)
-    why = "is not a name" if not path or len(path) > _MOST_PATH else ""
+    why = "is not a name" if not path or len(path) > MAX_PATH else ""
     try:
         why = why or next(filter(None, map(_flaw, _decoded(path))), "")
     except UnicodeDecodeError:
         why = "is not UTF-8 in its % signs"
-    version = _AS_VERSION.get(scheme)
-    if not why and version and version in path:
+    version = next((one for one in _AS_VERSION.get(scheme, "") if one in path), "")
+    if not why and version:
         why = f"has {version!r}, which {scheme}:// reads as a version"
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
     if not why and not parts:

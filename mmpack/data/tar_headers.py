@@ -11,9 +11,10 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from mmpack.data.limits import MAX_PATH
+
 BLOCK = 512  # bytes; everything in a tar file begins at a multiple
 _ZEROS = bytes(BLOCK)
-_MOST_NAME = 4096  # characters; longer ones are no path of Linux or macOS
 _MOST_HEADER = 1 << 20  # bytes of an extended header; names take at most some KB
 _MOST_PADDING = 1 << 24  # zero bytes after the end; writers pad to records, of 10 KiB or so
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
@@ -247,7 +248,7 @@ def _name_flaw(name: str) -> str:
         return "has '..' in its name"
     if "\0" in name or any("\ud800" <= one <= "\udfff" for one in name):
         return "has a name that is not UTF-8 text"
-    if len(name) > _MOST_NAME:
+    if len(name) > MAX_PATH:
         return f"has a name of {len(name):,} characters"
     return ""
 

@@ -6,7 +6,7 @@ the C++ core writes the same arrays, bit for bit (`csrc/assembler.h`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -19,8 +19,8 @@ from mmpack.data import images, videos
 from mmpack.data.media_paths import MediaFolders
 from mmpack.errors import BadImageError, counted
 from mmpack.packing.context_group import ContextGroup
-from mmpack.packing.context_part import owners
-from mmpack.packing.fetched_images import FetchedImages
+from mmpack.packing.context_part import frames_of, owners
+from mmpack.packing.fetched_images import FetchedImages, own_images
 from mmpack.packing.pack_samples import PackSamples
 from mmpack.packing.shared_images import Key, check_place, first_shown, media_key
 from mmpack.types import (
@@ -30,7 +30,6 @@ from mmpack.types import (
     Float32,
     ImageRef,
     Int32,
-    Int64,
     Media,
     Pack,
 )
@@ -231,44 +230,42 @@ def load_pixels(
     may_drop = any(
         isinstance(one, PackSamples) and one.policy.on_bad_image == "drop" for one in groups
     )
-    own = None
+    own, is_own = None, None  # most images are of other ranks
     if context is not None and not may_drop:
-        own, size = _own_frames(joined, size, context)
+        own, is_own, size = _own_frames(joined, size, context)
     buffer = PixelBuffer(samples[0].vision, size, share_images, empty, own)
     kept: list[Sequence[EncodedSample]] = []
     for group in groups:
         if isinstance(group, PackSamples):
-            if own is None:  # else most images are of other ranks
-                buffer.fetch(group.policy.media_of(group))
+            media = group.policy.media_of(group)
+            buffer.fetch(media if is_own is None else own_images(media, is_own))
             kept.append(group.policy.load(group, buffer))
             continue
         for sample in group:
             buffer.load(sample)
+            if is_own is not None:
+                list(own_images(((ref, None) for ref in sample.media), is_own))  # passes them
         kept.append(group)
     return kept, buffer
 
 
 def _own_frames(
     joined: Joined, size: Size, context: ContextGroup
-) -> tuple[tuple[NDArray[Any], NDArray[Any]], Size]:
-    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; the size with
-    patches of these frames)"""
+) -> tuple[tuple[NDArray[Any], NDArray[Any]], Iterator[bool], Size]:
+    """(whether each frame of the distinct images, and of the distinct videos, is of this rank; whether it has one
+    of each image, distinct or not; the size with patches of these frames)"""
     ids, markers = joined.input_ids, (joined.image_id, joined.video_id)
     is_video = ids[np.isin(ids, markers)] == joined.video_id
     is_new = joined.first_shown == np.arange(len(is_video))
     stills, clips = (
-        _frames(joined.grid_thw[is_new & (is_video == kind)]) for kind in (False, True)
+        frames_of(joined.grid_thw[is_new & (is_video == kind)]) for kind in (False, True)
     )
     is_own = owners(np.concatenate([stills, clips]), context.size) == context.rank
     own = is_own[: len(stills)], is_own[len(stills) :]
     own_stills, own_clips = int(stills @ own[0]), int(clips @ own[1])
-    return own, size._replace(patches=own_stills + own_clips, image_patches=own_stills)
-
-
-def _frames(grid_thw: Int32) -> Int64:
-    """The patches of each frame of grids."""
-    frames: Int64 = grid_thw[:, 1:].prod(axis=1, dtype=np.int64).repeat(grid_thw[:, 0])
-    return frames
+    number = np.cumsum(is_new & ~is_video) - 1  # an image has one frame
+    of_images = iter(own[0][number[joined.first_shown[~is_video]]].tolist())
+    return own, of_images, size._replace(patches=own_stills + own_clips, image_patches=own_stills)
 
 
 class PixelBuffer:
@@ -338,7 +335,7 @@ class PixelBuffer:
                         check_place(ref, folders)
                     continue
                 kind = 0 if isinstance(ref, ImageRef) else 1
-                begin, sizes = written[kind], _frames(grid_thw)
+                begin, sizes = written[kind], frames_of(grid_thw)
                 frames[kind] += len(sizes)
                 is_own = np.ones(len(sizes), dtype=bool)
                 if self._own is not None:

@@ -154,6 +154,12 @@ def owners(num_patches: NDArray[Any], size: int) -> Int64:
     return owner
 
 
+def frames_of(grid_thw: Int32) -> Int64:
+    """The patches of each frame of grids."""
+    frames: Int64 = grid_thw[:, 1:].prod(axis=1, dtype=np.int64).repeat(grid_thw[:, 0])
+    return frames
+
+
 def checksum(pack: Pack) -> int:
     """CRC-32 of a pack's tokens, labels, segments and grids."""
     crc = 0

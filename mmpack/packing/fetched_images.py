@@ -3,7 +3,7 @@ another."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -42,6 +42,15 @@ class FetchedImages:
         """
         found = self._found.get(_key(ref, folders))
         return ref if found is None else replace(ref, data=found.result())
+
+
+def own_images(
+    media: Iterable[tuple[Media, MediaFolders | None]], is_own: Iterator[bool]
+) -> Iterator[tuple[Media, MediaFolders | None]]:
+    """The images of which a rank has a frame; `is_own` tells it of each image, videos left out."""
+    for ref, folders in media:
+        if isinstance(ref, ImageRef) and next(is_own, True):
+            yield ref, folders
 
 
 def _key(ref: ImageRef, folders: MediaFolders | None) -> Hashable:
