@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import io
 import os
 import re
 import traceback
@@ -43,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import bench_context
 from mmpack import ContextGroup, EncodedSample
 from mmpack.hf import PackCollator, compat, context_parallel, head, loss_denominator, patch_model
+from mmpack.hf.context_ranks import compare_batches
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -134,6 +136,10 @@ def ddp(model):
     return DistributedDataParallel(model)
 
 
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
 def fsdp(model):
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     inner = model.model
@@ -205,6 +211,10 @@ KERNELS = {
     "kernels": Case("images first", "qwen3_vl", torch.float32, impl="triton"),
     "kernels, shared": Case("shared", "qwen2_5_vl", torch.float32, impl="triton"),
 }
+COMPILED = {
+    "compiled": Case("mixed", "qwen3_vl", wrap=compiled),
+    "compiled, images first": Case("images first", wrap=compiled),
+}
 # The groups are of the size of the world but in the cases below.
 ON_FOUR = {f"{family}": Case("mixed", family) for family in FAMILIES}
 TWO_BY_TWO = {
@@ -230,7 +240,7 @@ def step(case, size):
         count = loss_denominator([batch])
         dist.all_reduce(count)
         counts = {"num_items_in_batch": count}
-    is_averaged = wrapped is not model or fsdp in (case.wrap, case.change)
+    is_averaged = case.wrap is ddp or fsdp in (case.wrap, case.change)
     with exactly(case), case.within():
         loss = wrapped(**batch, **counts).loss
         (loss * (world if is_averaged else 1)).backward()
@@ -259,6 +269,36 @@ def different_packs():
     return said
 
 
+def later_packs():
+    """What ranks say that share their first pack, and then have packs of other ids, of another length, of other
+    weights, and of another image of the same size."""
+    rank, spec, said = dist.get_rank(), small_spec("qwen2_vl"), []
+    model = patch_model(
+        tiny_model(small_config()), context=ContextGroup(rank, dist.get_world_size())
+    )
+    collate = PackCollator(model=model)
+    row = encoded(spec, range(5, 45))
+    (shown,) = with_noise([encoded(spec, 1, (4, 4), range(5, 25))])
+    weights = np.full(len(row.labels), 1 + rank, np.float32)
+    (media,) = shown.media
+    media.data.rotate(180 * rank).save(picture := io.BytesIO(), "png")
+    batch = collate([row])
+    assert model(**batch).loss.isfinite()
+    for other in (
+        encoded(spec, range(5 + rank, 45 + rank)),
+        encoded(spec, range(5, 45 + 6 * rank)),
+        dataclasses.replace(row, weights=weights),
+        dataclasses.replace(shown, media=(dataclasses.replace(media, data=picture.getvalue()),)),
+    ):
+        batch = collate([other])
+        with pytest.raises(ValueError) as error:
+            model(**batch, num_items_in_batch=loss_denominator([batch]))
+        said.append(str(error.value))
+    with pytest.raises(ValueError) as error:  # as Trainer compares the batches of a step
+        compare_batches(model, [collate([row])] * (1 + rank))
+    return [*said, str(error.value)]
+
+
 def bytes_of(family):
     """(bytes that leave this rank in a forward, of the text model's layers and of features; the formulas'
     results)"""
@@ -285,12 +325,13 @@ def work(folder, size, *names):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     if not names:
         torch.save(different_packs(), folder / f"said.{rank}.pt")
+        torch.save(later_packs(), folder / f"later.{rank}.pt")
         alone = context_parallel.process_group(ContextGroup(0, 1))
         torch.save(compat.timeout_of(alone).total_seconds(), folder / f"timeout.{rank}.pt")
         torch.save([bytes_of(family) for family in FAMILIES], folder / f"bytes.{rank}.pt")
     for name in names or CASES:
         try:
-            result = step({**CASES, **KERNELS, **ON_FOUR, **TWO_BY_TWO}[name], size)
+            result = step({**CASES, **KERNELS, **COMPILED, **ON_FOUR, **TWO_BY_TWO}[name], size)
         except Exception:
             print(name)
             traceback.print_exc()
@@ -382,6 +423,17 @@ def test_a_group_waits_as_long_as_the_world(results):
     assert [results(f"timeout.{rank}") for rank in range(2)] == [30, 30]
 
 
+def test_every_pack_is_compared(results):
+    """Ids, lengths, weights and images, and how many packs a step has."""
+    of_rank = [results(f"later.{rank}") for rank in range(2)]
+    assert of_rank[0] == of_rank[1]
+    assert len(of_rank[0]) == 5
+    for text in of_rank[0]:
+        assert re.search(
+            r"different packs \(checksums (\w{8}), (?!\1)\w{8}\); .* \(on_error\)", text
+        )
+
+
 def test_ranks_exchange_what_the_formulas_say(results):
     for rank in range(2):
         for (found, formula), family in zip(results(f"bytes.{rank}"), FAMILIES):
@@ -390,7 +442,8 @@ def test_ranks_exchange_what_the_formulas_say(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cases", "size", "world"), [(ON_FOUR, 4, 4), (TWO_BY_TWO, 2, 4), (KERNELS, 2, 2)]
+    ("cases", "size", "world"),
+    [(ON_FOUR, 4, 4), (TWO_BY_TWO, 2, 4), (KERNELS, 2, 2), (COMPILED, 2, 2)],
 )
 def test_more_ranks(cases, size, world, tmp_path):
     """Four as one group, with fewer key heads than ranks; as two groups beside each other; and our kernels."""

@@ -7,8 +7,10 @@ from torch.utils.data import BatchSampler, SequentialSampler, Subset
 from transformers import Trainer, TrainingArguments
 
 from mmpack import ContextGroup, PackedDataset
+from mmpack.cli.main import main
 from mmpack.hf import PackCollator, PackingCallback, patch_model
 from mmpack.hf.checkpoints import PackKeeper
+from mmpack.hf.context_ranks import check_known
 from mmpack.packing.even_packs import EvenPacks
 
 SECOND = ContextGroup(1, 2)
@@ -66,14 +68,16 @@ def test_the_packs_of_a_step_are_named(second_of_four, tmp_path):
 
 def trainer_of(folder, group=SECOND, train=None, wrap=None, **options):
     model = patch_model(tiny_model(small_config()), context=group)
+    model.config.text_config.output_router_logits = options.pop("router", False)
     parts = ("compute_metrics", "compute_loss_func")
     given = {name: options.pop(name) for name in parts if name in options}
     data = dataset_of() if train is None else train
-    every = options.pop("attention_every", None)
+    every, evaluated = options.pop("attention_every", None), options.pop("evaluated", None)
     trainer = Trainer(
         model,
         TrainingArguments(str(folder), **{**QUIET, "max_steps": 1, **options}),
         train_dataset=data if wrap is None else wrap(data),
+        eval_dataset=evaluated,
         data_collator=PackCollator(model=model),
         **given,
     )
@@ -98,6 +102,11 @@ def nothing(*args, **kwargs):
         ({"wrap": lambda data: Subset(data, range(4))}, "train_dataset is not the data set passed"),
         ({"attention_every": 1}, "attention_every does not apply with context parallelism"),
         ({"train": bad_images()}, "on_bad_image='drop' does not apply with context parallelism"),
+        (
+            {"evaluated": {"one": bad_images()}},
+            "on_bad_image='drop' does not apply with context parallelism",
+        ),
+        ({"router": True}, "output_router_logits asks for the router's auxiliary loss"),
         (
             {"compute_metrics": nothing, "prediction_loss_only": True},
             "compute_metrics does not apply with context parallelism: a rank has the labels of",
@@ -135,6 +144,16 @@ def test_other_parallelism_is_refused(second_of_four, tmp_path, monkeypatch):
         trainer_of(tmp_path)
 
 
+def test_sets_of_other_groups_are_dealt_anew(second_of_four, tmp_path):
+    """An `EvenPacks` of the user's."""
+    trainer = trainer_of(tmp_path, evaluated=EvenPacks(dataset_of(), 3))
+    found = trainer.eval_dataset
+    assert (found.context_size, found.multiple, found.batch_size) == (2, 2, 1)
+    assert found.num_packs == 2 * -(-len(dataset_of()) // 2)
+    with pytest.raises(ValueError, match="on_bad_image='drop' does not apply with context"):
+        trainer.get_eval_dataloader(EvenPacks(bad_images(), 4))
+
+
 def test_the_model_is_patched_first(tmp_path):
     """The callback has prepared data for single ranks."""
     trainer = trainer_of(tmp_path, group=None)
@@ -151,3 +170,25 @@ def test_the_model_is_patched_first(tmp_path):
     )
     with pytest.raises(ValueError, match=r"of which PackingCallback did not know.*attach\(trainer"):
         passed.train()
+
+
+def test_a_model_that_left_its_group_is_told(second_of_four, tmp_path):
+    model = tiny_model(small_config())
+    for now, words in (
+        (None, "a rank with packs of its own"),
+        (ContextGroup(0, 4), "rank=0, size=4"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"attached for .*rank=1, size=2.*now patched for .*{words}"
+        ):
+            check_known(patch_model(model, context=now), SECOND)
+
+
+def test_the_command_checks_heads_before_it_reads_rows(second_of_four, tmp_path, capsys):
+    config = small_config()
+    config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 2
+    config.save_pretrained(tmp_path)
+    words = ["--data", tmp_path / "no.json", "--tokenizer", tmp_path, "--capacity", 64]
+    words += ["--config", tmp_path / "config.json", "--output_dir", tmp_path, "--context-size", 4]
+    assert main(["train", *map(str, words)]) == 1
+    assert "2 heads (num_attention_heads) do not divide among the 4" in capsys.readouterr().err

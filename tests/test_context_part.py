@@ -21,10 +21,18 @@ from builders import (
     with_noise,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from mmpack import ContextGroup, ImageRef, VideoRef, assemble, reference_context
 from mmpack.data import images
-from mmpack.hf import PackCollator, loss_denominator, model_patch, patch_model, unpatch_model
+from mmpack.hf import (
+    PackCollator,
+    context_parallel,
+    loss_denominator,
+    model_patch,
+    patch_model,
+    unpatch_model,
+)
 from mmpack.hf.context_parallel import check_heads
 from mmpack.packing.context_part import part_of
 
@@ -67,7 +75,8 @@ def as_one_of_two(rank):
     """A rank beside another that is not there: nothing is sent, and what is received is anything."""
     dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
     try:
-        yield
+        with mock.patch.object(context_parallel, "check_same_packs"):  # nobody answers
+            yield
     finally:
         dist.destroy_process_group()
 
@@ -293,20 +302,48 @@ def test_what_does_not_work_is_refused():
     unpatch_model(model)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pieces", [(1, 2, 3), (1, (4, 4), 2, 3)])
+def test_an_unpatched_model_refuses_a_part(family, pieces):
+    """It would train on a half of each pack."""
+    model = patch_model(tiny_model(small_config(family)), context=ContextGroup(0, 2))
+    batch = PackCollator(model=model)([packed([encoded(small_spec(family), *pieces)], family)])
+    theirs = "specify exactly one of input_ids or inputs_embeds"
+    with pytest.raises(ValueError, match=f"a rank's part of a pack, which only|{theirs}"):
+        unpatch_model(model)(**batch)
+
+
 def test_a_routers_auxiliary_loss_is_refused():
     model = patch_model(tiny_model(small_config("qwen3_vl_moe")), context=ContextGroup(0, 2))
     batch = PackCollator(model=model)([packed([encoded(SMALL_SPEC, 1, 2, 3)], "qwen3_vl_moe")])
     with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
         model(**batch, output_router_logits=True)
-
-
-def test_attention_is_not_recorded():
-    model = patch_model(tiny_model(small_config()), context=ContextGroup(0, 2))
-    getattr(model.model, model_patch.PATCH).is_same_pack = True
-    batch = PackCollator(model=model)([encoded(SMALL_SPEC, 1, 2, 3)])
-    batch["mmpack"]["watch"] = print
-    with as_one_of_two(0), pytest.raises(ValueError, match="attention_every cannot record"):
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
         model(**batch)
+    with pytest.raises(ValueError, match="output_router_logits asks for the router's auxiliary"):
+        patch_model(unpatch_model(model), context=ContextGroup(0, 2))
+
+
+@pytest.mark.parametrize("context", [None, ContextGroup(1, 2)])
+def test_the_convolution_gets_strides_that_its_kernel_takes(context):
+    """causal-conv1d refuses channels in rows whose strides are no multiple of 8."""
+    model = patch_model(tiny_model(small_config("qwen3_5")), context=context)
+    batch = PackCollator(model=model)([encoded(small_spec("qwen3_5"), range(2, 18))])
+    stock, strides = modeling_qwen3_5.causal_conv1d_fn, []
+
+    def noted(x, *args, **kwargs):
+        strides.append(x.stride())
+        return stock(x, *args, **kwargs)
+
+    with (
+        as_one_of_two(1),
+        torch.no_grad(),
+        mock.patch.object(modeling_qwen3_5, "causal_conv1d_fn", noted),
+    ):
+        model(**batch)
+    assert strides and all(one[1] == 1 for one in strides)
+    assert not any(stride % 8 for one in strides for stride in (one[0], one[2]))
 
 
 @pytest.mark.slow
@@ -351,7 +388,6 @@ def test_no_question_to_the_device(family):
     model = patch_model(tiny_model(small_config(family)), context=ContextGroup(1, 2))
     item = random_samples(np.random.default_rng(7), family)
     batch = PackCollator(model=model)([item])
-    getattr(model.model, model_patch.PATCH).is_same_pack = True  # asked once, of ranks
     if family.endswith("_moe"):
         model.to(torch.bfloat16)  # the one dtype of torch's grouped products on the meta device
     with as_one_of_two(1):

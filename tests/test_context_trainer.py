@@ -138,6 +138,9 @@ def work(folder):
     write(folder, "command", command(Path(folder) / "command", folder, "--context-size", "2"))
     trainer, _ = trainer_of(Path(folder) / "evaluated", 2)
     found = [trainer.evaluate()["eval_loss"], trainer.evaluate(dataset_of(5))["eval_loss"]]
+    with pytest.raises(ValueError, match=r"Trainer.predict with predictions does not apply with"):
+        trainer.predict(dataset_of(5))
+    trainer.args.prediction_loss_only = True
     found.append(trainer.predict(dataset_of(5)).metrics["test_loss"])
     found.append(trainer.evaluate({"few": dataset_of(5)})["eval_few_loss"])
     with pytest.raises(ValueError, match="eval_dataset is a list, of which the ranks of a context"):
@@ -347,24 +350,29 @@ def test_two_groups_of_two_ranks(tmp_path):
 # Streams
 
 
-def stream_of():
-    """With rows that cannot be split, which are left out."""
+def stream_of(unread=None):
+    """With rows that cannot be split, which are left out; one more in place of row `unread`."""
     samples = samples_of(30)
     long = encoded(SMALL_SPEC, 1, *[2] * 90)
     long.labels[:30] = -100
     for place in (3, 9, 17):
         samples.insert(place, replace(long, source="a.json", row=100 + place))
+    if unread is not None:
+        samples[unread] = replace(long, source=samples[unread].source, row=samples[unread].row)
     return PackStream(samples, None, CAPACITY, buffer=8, on_overflow="split", on_error=Skip(0.5))
 
 
-def stream_run(folder, size=1, resume=None):
-    return run(folder, size, resume, stream_of(), **DISPATCH, eval_strategy="no")
+def stream_run(folder, size=1, resume=None, **options):
+    return run(folder, size, resume, stream_of(**options), **DISPATCH, eval_strategy="no")
 
 
 def work_on_a_stream(folder):
     place = Path(folder) / "two"
     write(folder, "stream", stream_run(place, 2))
     write(folder, "stream resumed", stream_run(place, 2, place / "checkpoint-3"))
+    with pytest.raises(ValueError, match=r"parts of different packs .* \(on_error\)") as error:
+        stream_run(Path(folder) / "unlike", 2, unread=14 if int(os.environ["RANK"]) else None)
+    write(folder, "unlike", str(error.value))
     copy = Path(folder) / "copy"  # of one rank's run, by which it goes on
     write(folder, "stream of one", stream_run(copy, 2, copy / "checkpoint-3"))
 
@@ -384,6 +392,8 @@ def test_a_stream(tmp_path):
             expected = pytest.approx(np.array(losses(theirs)), rel=close, abs=0)
             assert np.array(losses(ours)) == expected
     assert np.array(losses(whole[0])) == pytest.approx(np.array(losses(alone)), rel=1e-5)
+    unlike = read(tmp_path, "unlike")
+    assert unlike[0] == unlike[1]
     lists = [tmp_path / name / "bad_rows.jsonl" for name in ("one", "two")]
     assert lists[0].read_text() == lists[1].read_text() != ""
     assert [entry["pack/bad_rows"] for entry in whole[1]["steps"] if "pack/bad_rows" in entry] == [

@@ -40,7 +40,8 @@ def check(kind, pack):
         nested = [option for option in options if option in HINTS]
         if nested and value is not None:
             missing = HINTS[nested[0]].keys() - check(nested[0], value)
-            assert missing <= {"group"}, name  # the model's hook writes it
+            # the model's hook and a Trainer write these
+            assert missing <= {"group", "is_compared"}, name
         else:
             known = [option for option in options if option not in nested]
             kinds = tuple(typing.get_origin(option) or option for option in known)

@@ -391,3 +391,42 @@ def test_check(demo, server, tmp_path, capsys):
         assert main(words) == 1, words
     found = capsys.readouterr()
     assert "hunter2" not in found.out + found.err
+
+
+@pytest.mark.parametrize("place", ["memory://data/train.json", "tr*.json", "{train,train}.json"])
+def test_the_train_command_reads_what_the_others_do(demo, tmp_path, monkeypatch, place):
+    """URLs and patterns, of training and of evaluation."""
+    in_memory(demo)
+    seen = {}
+
+    def train(model, dataset, args, *more, eval_dataset=None, **options):
+        seen.update(train=dataset, eval=eval_dataset)
+        return {}
+
+    monkeypatch.setattr("mmpack.hf.training.train", train)
+    data = place if "://" in place else demo / place
+    words = [
+        "--capacity",
+        2048,
+        "--tokenizer",
+        demo / "tokenizer",
+        "--config",
+        demo / "config.json",
+    ]
+    words = ["train", "--data", data, "--eval-data", data, *words, "--output_dir", tmp_path]
+    assert main(list(map(str, [*words, "--quiet"]))) == 0
+    rows = (2 if "{" in place else 1) * len(json.loads((demo / "train.json").read_text()))
+    for dataset in seen.values():
+        assert sum(map(len, dataset)) == rows
+
+
+def test_the_train_command_names_what_is_missing(demo, tmp_path, capsys):
+    words = ["train", "--tokenizer", demo / "tokenizer", "--capacity", 2048, "--data"]
+    for place, text in (
+        (tmp_path / "no.json", "no such file or folder; fix the path"),
+        (tmp_path / "no*.json", "no file matches"),
+        ("memory://nowhere", "memory://nowhere has no data files"),
+    ):
+        config = ["--config", demo / "config.json", "--output_dir", tmp_path]
+        assert main(list(map(str, [*words, place, *config]))) == 1
+        assert text in capsys.readouterr().err

@@ -367,13 +367,14 @@ def run(world, tmp_path, monkeypatch, capsys):
         seen.update(jobs=jobs, ray=ray)
         return index_rows(*args, jobs=1, **options)
 
-    def train(
-        model, dataset, args, impl, loss_reduction, eval_dataset, patience, processor, context_size
-    ):
-        seen["context size"] = context_size
+    def patch(model, impl, context):
+        seen.update(impl=impl, context=context)
+        return model
+
+    def train(model, dataset, args, loss_reduction, eval_dataset, patience, processor):
         names = ("on_bad_image", "max_bad", "media_folders", "capacity")
         seen["trained"] = {name: getattr(dataset, name) for name in names}
-        seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps, "impl": impl}
+        seen["trained"] |= dataset.fingerprint() | {"steps": args.max_steps}
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         seen["evaluated"] = {name: one and one.fingerprint() for name, one in sets.items()}
         seen["patience"] = patience
@@ -384,6 +385,7 @@ def run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mmpack.cli.pack.index_rows", keep_jobs)
     monkeypatch.setattr("mmpack.store.ray_chunks.find_spec", lambda name: name)
     monkeypatch.setattr("mmpack.hf.training.train", train)
+    monkeypatch.setattr("mmpack.hf.model_patch.patch_model", patch)
     monkeypatch.setattr(
         "mmpack.hf.loading.load_model", lambda *args: seen.update(loaded=args) or nn.Module()
     )

@@ -32,16 +32,58 @@ def run_train(
 ) -> None:
     """Train on packs, or on rows packed now; print the figures as the last line. `encoder_of` and `config_of` make
     the encoder and the model's config for costs."""
-    from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.loading import load_model
     from mmpack.hf.lora import FROZEN as LORA_FROZEN
     from mmpack.hf.lora import add_lora
     from mmpack.hf.model_parts import freeze
+    from mmpack.hf.model_patch import patch_model
     from mmpack.hf.training import train
+
+    sets, patience = options.eval_sets(), options.early_stopping_patience
+    args = _training_arguments(options, sets)
+    frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
+    frozen = tuple(dict.fromkeys(frozen))
+    context = context_group(options, args, config_of)
+    read = _Reading(options, encoder_of, config_of, frozen)
+    dataset = read.mixture() if options.mix else read.dataset(options.data, "--data")
+    dataset.source_weights = _source_weights(options.source_weight)
+    evaluated = {
+        name: read.dataset(data, "--eval-data", dataset.capacity) for name, data in sets.items()
+    }
+    for eval_dataset in evaluated.values():
+        tell_other_settings(dataset, eval_dataset)
+    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
+    if options.lora_rank is not None:
+        model = add_lora(model, options.lora_rank, str(options.model), args.seed)
+    freeze(model, options.frozen)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        _tell_data(options, dataset, evaluated)
+        try:
+            result = train(
+                patch_model(model, options.impl, context),
+                dataset,
+                args,
+                options.loss_reduction,
+                eval_dataset=evaluated.get("", evaluated or None),
+                patience=patience,
+                processor=read.files,
+            )
+        except KeyboardInterrupt:
+            if args.process_index:
+                raise
+            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
+        if not args.process_index:
+            print(f"written to {args.output_dir}")
+    print(json.dumps(result))
+
+
+def _training_arguments(options: TrainOptions, sets: dict[str, tuple[str, ...]]) -> Any:
+    """transformers' TrainingArguments, with the folder to resume from."""
+    from mmpack.hf.checkpoints import last_checkpoint
     from mmpack.hf.training_options import parse_training_arguments
 
     ours = [] if options.steps is None else ["--max_steps", str(options.steps)]
-    sets, patience = options.eval_sets(), options.early_stopping_patience
+    patience = options.early_stopping_patience
     args = parse_training_arguments(
         [*ours, *options.training],
         options.quiet,
@@ -61,54 +103,24 @@ def run_train(
         print(f"continuing from {where}", file=sys.stderr)
     elif not args.resume_from_checkpoint and not args.process_index:
         _tell_earlier_run(str(args.output_dir))
-    frozen = options.frozen if options.lora_rank is None else (*options.frozen, *LORA_FROZEN)
-    frozen = tuple(dict.fromkeys(frozen))
-    read = _Reading(options, encoder_of, config_of, frozen)
-    dataset = read.mixture() if options.mix else read.dataset(options.data, "--data")
-    dataset.source_weights = _source_weights(options.source_weight)
-    evaluated = {
-        name: read.dataset(data, "--eval-data", dataset.capacity) for name, data in sets.items()
-    }
-    for eval_dataset in evaluated.values():
-        tell_other_settings(dataset, eval_dataset)
-    model = load_model(options.model, options.config, args.seed, options.weights_dtype)
-    if options.lora_rank is not None:
-        model = add_lora(model, options.lora_rank, str(options.model), args.seed)
-    freeze(model, options.frozen)
-    with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
-        if options.context_size > 1:
-            full = f"{full}, each over {options.context_size} ranks"
-        print(f"{full}; weights in {options.weights_dtype}")
-        if options.mix:
-            print("\n".join(mixture_lines(dataset.report())))
-        for name, one in evaluated.items():
-            words = f"evaluation{name and f' of {name}'}"
-            print(f"{words}: {len(one):,} packs, {one.plan.utilization:.1%} full")
-        folders = dataset.media_folders
-        if folders is None:
-            print("images and videos are read from anywhere; --media-dir FOLDER confines them")
-        else:
-            print(f"images and videos are read from {' and '.join(folders)}")
-        try:
-            result = train(
-                model,
-                dataset,
-                args,
-                options.impl,
-                options.loss_reduction,
-                eval_dataset=evaluated.get("", evaluated or None),
-                patience=patience,
-                processor=read.files,
-                context_size=options.context_size,
-            )
-        except KeyboardInterrupt:
-            if args.process_index:
-                raise
-            raise KeyboardInterrupt(_how_to_continue(options.words, args)) from None
-        if not args.process_index:
-            print(f"written to {args.output_dir}")
-    print(json.dumps(result))
+    return args
+
+
+def _tell_data(options: TrainOptions, dataset: Any, evaluated: dict[str, Any]) -> None:
+    full = f"{len(dataset):,} packs, {dataset.plan.utilization:.1%} full"
+    if options.context_size > 1:
+        full = f"{full}, each over {options.context_size} ranks"
+    print(f"{full}; weights in {options.weights_dtype}")
+    if options.mix:
+        print("\n".join(mixture_lines(dataset.report())))
+    for name, one in evaluated.items():
+        words = f"evaluation{name and f' of {name}'}"
+        print(f"{words}: {len(one):,} packs, {one.plan.utilization:.1%} full")
+    folders = dataset.media_folders
+    if folders is None:
+        print("images and videos are read from anywhere; --media-dir FOLDER confines them")
+    else:
+        print(f"images and videos are read from {' and '.join(folders)}")
 
 
 class _Reading:
@@ -288,6 +300,25 @@ def check_context_size(size: int, args: Any) -> None:
             f"--context-size {size} does not apply: the run's processes, {args.world_size}, do not divide into "
             f"groups of {size}; start a multiple of {size}: torchrun --nproc_per_node {size} -m mmpack train ..."
         )
+
+
+def context_group(
+    options: TrainOptions, args: Any, config_of: Callable[[str | None, Sequence[str]], Any]
+) -> Any:
+    """This process's `ContextGroup`; None: it has packs of its own.
+
+    Raises:
+        ValueError: the model's heads do not divide among its ranks, which is told before rows are encoded.
+    """
+    if options.context_size == 1:
+        return None
+    from mmpack.hf.context_parallel import check_heads
+    from mmpack.packing.context_group import ContextGroup
+
+    config = config_of(options.model or options.config, ())
+    if hasattr(config, "text_config"):
+        check_heads(config, options.context_size)
+    return ContextGroup.of(args.process_index, args.world_size, options.context_size)
 
 
 def _how_to_continue(words: Sequence[str], args: Any) -> str:

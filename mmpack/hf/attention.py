@@ -54,11 +54,6 @@ def text_attention(
             "packed attention does not support a sliding window; set use_sliding_window to False in the config"
         )
     if "watch" in mmpack:
-        if mmpack.get("context") is not None:
-            raise ValueError(
-                "attention_every cannot record attention under context parallelism, where a rank has some of the "
-                "heads; leave attention_every out"
-            )
         mmpack["watch"](module.layer_idx, query[0], key[0], kwargs["scaling"], mmpack)
     dtype = compute_dtype(value)
     q_THK, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))

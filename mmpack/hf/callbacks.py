@@ -69,7 +69,7 @@ class PackingCallback(TrainerCallback):
       to images, the loss of each source. "What the log says" in docs/trainer.md defines them.
 
     It does not synchronize with the device and draws no random numbers; ranks communicate only when they log or
-    save. A compiled model stays one graph, except in steps whose attention is recorded.
+    save, and to compare packs that they share. A compiled model stays one graph, but where attention is recorded.
 
     A `PackStream` is sharded over ranks and repeated until `max_steps`; Trainer's epochs do not apply. Checkpoints
     hold each rank's position, as of the last optimizer step, in `mmpack_stream_RANK.json`.

@@ -94,7 +94,7 @@ class PackCollator:
     With a model that is patched for a place among ranks that share packs (`patch_model(context=...)`), a batch is
     this rank's part of the pack: its tokens, their labels and supervised rows, and the pixels of its frames, which
     alone are decoded; `image_grid_thw` and `video_grid_thw` have a row (1, h, w) per frame. `mmpack["context"]`
-    says what goes where.
+    says what goes where, and an unpatched model refuses the batch (`inputs_embeds`).
 
     Args:
         encoder: an `Encoder`, or a transformers Qwen-VL processor. An unusable raw row is always an error,

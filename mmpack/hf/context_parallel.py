@@ -11,7 +11,8 @@ Every rank takes part in every exchange, in one order, forward and backward, als
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from mmpack.hf.embedding import at_placeholders
 from mmpack.hf.mmpack_dict import ContextDict, MmpackDict
 from mmpack.packing.context_group import ContextGroup
 
-_groups: dict[int, tuple[Any, Any]] = {}  # size -> (the world it is of, this rank's group)
+_groups: dict[
+    tuple[int, str | None], tuple[Any, Any]
+] = {}  # (size, backend) -> (its world, this rank's)
 
 
 def check_heads(config: Any, size: int) -> None:
@@ -56,6 +59,19 @@ def check_heads(config: Any, size: int) -> None:
             )
 
 
+def join(config: Any, context: ContextGroup) -> None:
+    """Refuse a model that a group cannot share, and make the group's process groups if torch.distributed is
+    initialized: before the first forward, as a compiled one cannot.
+
+    Raises:
+        ValueError: `check_heads`, `check_router` or `process_group` does.
+    """
+    check_heads(config, context.size)
+    check_router(config)
+    if dist.is_available() and dist.is_initialized():
+        host_group(context)
+
+
 def process_group(context: ContextGroup) -> Any:
     """The process group of this rank's context group: made at the first call, which all ranks of the world must
     make, with the world's timeout, and kept.
@@ -76,29 +92,46 @@ def process_group(context: ContextGroup) -> Any:
             f"model was patched for place {context.rank}; pass patch_model(context=ContextGroup.of(rank, world, "
             f"size))"
         )
-    if context.size == world:
-        return dist.group.WORLD
-    of_world, group = _groups.get(context.size, (None, None))
+    return dist.group.WORLD if context.size == world else _subgroup(context.size)
+
+
+def host_group(context: ContextGroup) -> Any:
+    """A process group like `process_group`, but of gloo, for what hosts tell each other without asking their
+    devices. The first call is one that all ranks of the world must make."""
+    group = process_group(context)
+    return group if dist.get_backend(group) == "gloo" else _subgroup(context.size, "gloo")
+
+
+def _subgroup(size: int, backend: str | None = None) -> Any:
+    of_world, group = _groups.get((size, backend), (None, None))
     if of_world is not dist.group.WORLD:
-        group, _ = dist.new_subgroups(context.size, timeout=timeout_of(dist.group.WORLD))
-        _groups[context.size] = dist.group.WORLD, group
+        timeout = timeout_of(dist.group.WORLD)
+        group, _ = dist.new_subgroups(size, timeout=timeout, backend=backend)
+        _groups[size, backend] = dist.group.WORLD, group
     return group
 
 
-def check_part(context: ContextGroup | None, batch: Mapping[str, Any]) -> None:
-    """Refuse the batch of a collator that was made for another `context` than the model's, and what needs more
-    than a part.
+def check_router(config: Any, asked: bool | None = None) -> None:
+    """Refuse a router's auxiliary loss, of a model's config or `asked` for with a batch.
 
     Raises:
-        ValueError: it was, and names both; or a router's auxiliary loss is asked for.
+        ValueError: it is asked for.
     """
-    pack: MmpackDict = batch["mmpack"]
-    over = pack.get("context")
-    if over is not None and batch.get("output_router_logits"):
+    if asked or getattr(config.text_config, "output_router_logits", False):
         raise ValueError(
             "output_router_logits asks for the router's auxiliary loss, which is no sum over the tokens that "
-            "ranks share under context parallelism; leave it out"
+            "ranks share under context parallelism; leave it out, or set config.text_config.output_router_logits "
+            "= False"
         )
+
+
+def check_part(context: ContextGroup | None, pack: MmpackDict) -> None:
+    """Refuse the batch of a collator that was made for another `context` than the model's.
+
+    Raises:
+        ValueError: it was, and names both.
+    """
+    over = pack.get("context")
     made_for = None if over is None else ContextGroup(over["rank"], over["size"])
     if made_for != context and ("context" not in pack or over is not None):  # not the self-test's
         raise ValueError(
@@ -108,19 +141,27 @@ def check_part(context: ContextGroup | None, batch: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_pack(over: ContextDict) -> None:
-    """Refuse ranks of a group that have parts of different packs. A collective; waits for the other ranks.
+def check_same_packs(context: ContextGroup, packs: Sequence[MmpackDict]) -> None:
+    """Refuse ranks of a group that have parts of different packs. A collective of the group's hosts, which wait
+    for each other and for no device.
+
+    Args:
+        packs: the `mmpack` dicts of one or more batches, the next ones of every rank.
 
     Raises:
         ValueError: they do.
     """
-    found: list[Any] = [None] * over["size"]
-    dist.all_gather_object(found, over["checksum"], group=over["group"])
+    sums = [pack["context"]["checksum"] for pack in packs]  # type: ignore[index]
+    mine = torch.tensor(sums[0] if len(sums) == 1 else zlib.crc32(repr(sums).encode()))
+    ranks = [torch.empty_like(mine) for _ in range(context.size)]
+    dist.all_gather(ranks, mine, group=host_group(context))
+    found = [int(one) for one in ranks]
     if len(set(found)) > 1:
         raise ValueError(
-            f"the {len(found)} ranks of a context group have parts of different packs (checksums "
-            f"{', '.join(f'{one:08x}' for one in found)}); give all ranks of a group the same packs in the same "
-            f"order"
+            f"the {context.size} ranks of a context group have parts of different packs (checksums "
+            f"{', '.join(f'{one:08x}' for one in found)}); "
+            "give all ranks of a group the same packs in the same order. A stream that leaves out rows "
+            "(on_error) packs others where a rank cannot read a file: mmpack check --decode on every machine"
         )
 
 

@@ -8,7 +8,7 @@ add up over all ranks, as without groups, and so do losses and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -16,8 +16,10 @@ from torch import nn
 from transformers import Trainer
 
 from mmpack.hf.compat import num_replicas
+from mmpack.hf.context_parallel import check_part, check_same_packs, join
 from mmpack.hf.gather import gathered
-from mmpack.hf.model_patch import context_of
+from mmpack.hf.model_parts import inner_model
+from mmpack.hf.model_patch import context_of, is_patched
 from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.even_packs import EvenPacks
@@ -37,17 +39,25 @@ def check_known(model: nn.Module, group: ContextGroup) -> None:
         ValueError: the model's group is not `group`, for which a callback has prepared the Trainer.
     """
     found = group_of(model)
-    if found != group:
+    if found == group:
+        return
+    if group == ALONE:
         raise ValueError(
             f"the model shares packs over {found.size} ranks (patch_model(context=...)), of which PackingCallback "
             "did not know; patch the model first, then PackingCallback(dataset).attach(trainer)"
         )
+    raise ValueError(
+        f"PackingCallback was attached for {group}, but the model is now patched for "
+        f"{'a rank with packs of its own' if found == ALONE else found}; patch the model once, then make the "
+        "Trainer and PackingCallback(dataset).attach(trainer)"
+    )
 
 
 def join_group(
     trainer: Trainer, dataset: PackedDataset | PackStream, watches: bool
 ) -> ContextGroup:
     """Check that a Trainer can train the ranks of its model's group on the same packs, and make it evaluate so.
+    A collective of all ranks where torch.distributed is initialized.
 
     Args:
         trainer: a Trainer before it trains.
@@ -78,12 +88,25 @@ def join_group(
         )
     if watches:
         _refuse("attention_every", "a rank sees a part of the heads", "leave it out")
+    _check_images(dataset)
+    join(inner_model(trainer.model).config, group)
+    _check_options(trainer)
+    _share_evaluation(trainer, group)
+    return group
+
+
+def _check_images(dataset: PackedDataset | PackStream) -> None:
     if dataset.on_bad_image == "drop":
         _refuse(
             "on_bad_image='drop'",
             "a rank of a group that cannot read a file would have another pack than the others",
             "find broken images first (mmpack check --decode, mmpack pack --decode --on-error skip)",
         )
+
+
+def _check_options(trainer: Any) -> None:
+    """Refuse options of a Trainer that need more than a rank's part of a pack, or deal batches otherwise."""
+    args = trainer.args
     for name in ("compute_metrics", "compute_loss_func"):
         if getattr(trainer, name) is not None:
             _refuse(name, "a rank has the labels of its part of a pack only", "leave it out")
@@ -104,8 +127,23 @@ def join_group(
             "it would deal batches to ranks in another way than mmpack's groups",
             "leave one of them out",
         )
-    _share_evaluation(trainer, group)
-    return group
+
+
+def compare_batches(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Refuse a step's batches that are no parts for this model, or of other packs than those of the ranks that
+    share them: before the forward, which may be a compiled graph without checks. A collective of a group's hosts.
+
+    Raises:
+        ValueError: they are.
+    """
+    context = context_of(model)
+    packs = [b["mmpack"] for b in batches if isinstance(b, Mapping) and "mmpack" in b]
+    for pack in packs if is_patched(model) else ():
+        check_part(context, pack)
+    if context is not None:
+        check_same_packs(context, packs)
+        for pack in packs:
+            pack["context"]["is_compared"] = True
 
 
 def count_once(group: ContextGroup, *metrics: dict[str, Any]) -> None:
@@ -136,13 +174,16 @@ def _share_evaluation(trainer: Any, group: ContextGroup) -> None:
     def shared(data: Any) -> Any:
         if isinstance(data, Mapping):
             return {name: shared(one) for name, one in data.items()}
-        if data is None or isinstance(data, EvenPacks):
+        if isinstance(data, EvenPacks):  # perhaps a user's, for other groups
+            data = data.dataset
+        if data is None:
             return data
         if not isinstance(data, PackedDataset):
             raise ValueError(
                 f"eval_dataset is a {type(data).__name__}, of which the ranks of a context group would get "
                 "different packs; evaluate a PackedDataset (PackedDataset.from_files)"
             )
+        _check_images(data)
         size = trainer.args.eval_batch_size
         multiple = trainer.args.world_size // group.size * size
         return EvenPacks(data, multiple, context_size=group.size, batch_size=size)
@@ -156,6 +197,20 @@ def _share_evaluation(trainer: Any, group: ContextGroup) -> None:
     def get_test_dataloader(test_dataset: Any) -> Any:
         return kind.get_test_dataloader(trainer, shared(test_dataset))
 
+    def prediction_step(
+        model: nn.Module, inputs: Any, prediction_loss_only: bool, *more: Any, **options: Any
+    ) -> Any:
+        if not prediction_loss_only:
+            _refuse(
+                "Trainer.predict with predictions",
+                "a rank has the logits of its part of a pack only",
+                "pass TrainingArguments(prediction_loss_only=True) for the loss of a set, or predict with a model "
+                "patched without context",
+            )
+        compare_batches(trainer.model, [inputs])
+        return kind.prediction_step(trainer, model, inputs, prediction_loss_only, *more, **options)
+
     trainer.eval_dataset = shared(trainer.eval_dataset)
+    trainer.prediction_step = prediction_step
     trainer.get_eval_dataloader = get_eval_dataloader
     trainer.get_test_dataloader = get_test_dataloader

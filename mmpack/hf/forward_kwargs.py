@@ -40,6 +40,24 @@ PIXELS = {
 }  # pixels -> grids
 
 
+class PartEmbeds:
+    """The `inputs_embeds` of a rank's part of a pack. The patched model replaces them; an unpatched one, which
+    would train on the part as if it were a pack, raises when it reads them.
+
+    Raises:
+        ValueError: when read.
+    """
+
+    @property
+    def shape(self) -> Any:
+        raise ValueError(
+            "the batch is a rank's part of a pack, which only a model patched with its context can read; call "
+            "patch_model(model, context=...), or make PackCollator(model=model) anew after unpatch_model"
+        )
+
+    device = dtype = shape
+
+
 def pixel_values_of(
     stills: images.Patches, clips: images.Patches, vision: VisionSpec, pixels: str
 ) -> dict[str, torch.Tensor]:
@@ -246,6 +264,7 @@ def _batch(
         payload["normalization"] = (pack.vision.image_mean, pack.vision.image_std)
     if part is not None:
         payload["context"] = _context(part)
+        batch["inputs_embeds"] = PartEmbeds()
     batch["mmpack"] = payload
     return batch
 

@@ -81,7 +81,9 @@ def _over_ranks(
     ]
     gates = [proj(hidden_1nD)[0][:, :, None] for proj in (layer.in_proj_b, layer.in_proj_a)]
     parts = [x.flatten(1) for x in to_heads([*projected, *gates], over)]
-    q, k, v, b, _ = accumulate(x.shape[1] for x in parts)
+    q, k, v, b, a = accumulate(x.shape[1] for x in parts)
+    # causal-conv1d takes columns of a row only if the row's width is a multiple of 8, as stock's is
+    parts.append(parts[0].new_zeros(len(parts[0]), -a % 8))
     weights = [
         of_rank(w.unflatten(0, (-1, one)), over).flatten(0, 1)
         for w, one in zip(layer.conv1d.weight.split(channels), (K, K, Kv))
@@ -98,7 +100,7 @@ def _over_ranks(
         dt_bias=of_rank(layer.dt_bias, over),
         in_proj_qkv=lambda x: x[..., :v],
         in_proj_b=lambda x: x[..., v:b],
-        in_proj_a=lambda x: x[..., b:],
+        in_proj_a=lambda x: x[..., b:a],
         in_proj_z=lambda x: x[..., k:v],  # of the right shape; the norm does not look
         norm=lambda out, z: out,
         out_proj=lambda x: x,

@@ -66,7 +66,8 @@ class ContextDict(TypedDict, total=False):
     rank: int  # place in the group; context_parallel
     size: int  # ranks of the group; context_parallel
     tokens: tuple[int, ...]  # of each rank; context_parallel, model_patch
-    checksum: int  # of the whole pack; context_parallel
+    checksum: int  # of the whole pack; completed by weight_count; context_parallel
+    is_compared: bool  # with the other ranks'; written by context_ranks; model_patch
     rows: tuple[int, int]  # begin and end of the rows in the whole pack's; weight_count
     supervised_offsets: tuple[int, ...]  # S + 1, as above, in the whole pack's rows; throughput
     weight: float  # sum of the whole pack's weights; written by weight_count if not all 1; loss, evaluation

@@ -22,7 +22,6 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mmpack.hf import attention, context_parallel, tower
@@ -67,7 +66,6 @@ class _Patch:
     impl: str
     facts: dict[str, Any]  # what data must be encoded with (`mmpack.hf.fit`)
     context: ContextGroup | None  # the ranks that share a pack
-    is_same_pack: bool = False  # that they do was checked
     is_isolated: bool = False
     choice: Choice = field(default_factory=dict)  # with impl "auto"; made at the first forward
     chosen_for: str = ""  # the type of its device
@@ -109,13 +107,11 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
     if context is not None and context.size == 1:
         context = None
     if context is not None:
-        context_parallel.check_heads(base.config, context.size)
-        if dist.is_available() and dist.is_initialized():  # here, as a compiled model cannot
-            context_parallel.process_group(context)
+        context_parallel.join(base.config, context)
     if hasattr(base, PATCH):
         patch = getattr(base, PATCH)
         patch.impl, patch.choice, patch.chosen_for = impl, {}, ""
-        patch.context, patch.is_same_pack = context, False
+        patch.context = context
         return model
     bindings = _bindings(base)
     for module, method, _ in bindings:
@@ -131,17 +127,21 @@ def patch_model(model: Model, impl: str = "auto", context: ContextGroup | None =
     setattr(base, PATCH, _Patch(_register_hooks(base), text_attention, impl, facts, context))
     _set_text_attention(base, attention.NAME)
     install_loss(base, model)
-    # A model that Trainer has not yet moved to its GPU cannot run kernels.
-    needs_gpu = impl not in ("auto", "libraries", "sdpa", "reference", "flex") or (
-        family_of(base).has_linear_attention and has_linear_kernels(both=False)
-    )
-    if _has_weights(base) and (not needs_gpu or base.device.type == "cuda"):
+    if _can_run(base, impl):
         try:
             _check_once(base)
         except BaseException:
             unpatch_model(model)
             raise
     return model
+
+
+def _can_run(base: Any, impl: str) -> bool:
+    """Whether a model has its weights and, if it needs one, its GPU; Trainer may not have moved it yet."""
+    needs_gpu = impl not in ("auto", "libraries", "sdpa", "reference", "flex") or (
+        family_of(base).has_linear_attention and has_linear_kernels(both=False)
+    )
+    return _has_weights(base) and (not needs_gpu or base.device.type == "cuda")
 
 
 def unpatch_model(model: Model) -> Model:
@@ -228,9 +228,6 @@ def _take_pack(
     over = pack.get("context")
     if over is not None:
         over = pack["context"] = {**over, "group": context_parallel.process_group(patch.context)}
-        if not patch.is_same_pack and not torch.compiler.is_compiling():
-            context_parallel.check_same_pack(over)
-            patch.is_same_pack = True
     position_ids = kwargs["position_ids"][1:]  # row 0 would make transformers build a mask
     if impl == "triton" or "rotary" in patch.choice or "vision_rotary" in patch.choice:
         pack["rotary"], pack["vision_rotary"] = rotations(base, pack, position_ids[:, 0])
@@ -291,8 +288,11 @@ def _check_batch(
         raise ValueError("a packed batch has no padding; remove attention_mask from it")
     num_tokens = pack["offsets"][-1]
     patch, over = getattr(base, PATCH), pack.get("context")
-    context_parallel.check_part(patch.context, kwargs)
+    context_parallel.check_part(patch.context, pack)
     if over is not None:
+        context_parallel.check_router(base.config, kwargs.get("output_router_logits"))
+        if not over.get("is_compared"):
+            context_parallel.check_same_packs(patch.context, [pack])
         num_tokens = over["tokens"][over["rank"]]
     if "compact" in pack:
         num_tokens += len(pack["grid_thw"]) - pack["compact"]["sizes"][1]  # not yet expanded

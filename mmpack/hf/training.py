@@ -25,10 +25,8 @@ from mmpack.hf.checkpoints import FinishedError, check_checkpoint
 from mmpack.hf.collator import PackCollator
 from mmpack.hf.fit import check_fit
 from mmpack.hf.model_parts import inner_model
-from mmpack.hf.model_patch import patch_model
 from mmpack.hf.processor_files import ProcessorFiles
 from mmpack.hf.unavailable import unavailable
-from mmpack.packing.context_group import ContextGroup
 from mmpack.packing.dataset import PackedDataset
 from mmpack.packing.loss_weights import LossReduction
 
@@ -133,18 +131,15 @@ def train(
     model: nn.Module,
     dataset: PackedDataset,
     args: TrainingArguments,
-    impl: str = "auto",
     loss_reduction: LossReduction = "token",
     *,
     eval_dataset: PackedDataset | dict[str, PackedDataset] | None = None,
     patience: int | None = None,
     processor: ProcessorFiles | None = None,
-    context_size: int = 1,
 ) -> dict[str, Any]:
-    """Patch the model, train it on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a
-    folder to resume from; `impl` as in `patch_model`, `loss_reduction` as in `PackCollator`. `patience`: end after
-    this many evaluations in a row that are no better than the best. `processor` is saved with the model.
-    `context_size`: how many ranks share each pack (`ContextGroup`).
+    """Train a patched model on the packs in a stock Trainer and save it. `args.resume_from_checkpoint` is a folder
+    to resume from; `loss_reduction` as in `PackCollator`. `patience`: end after this many evaluations in a row
+    that are no better than the best. `processor` is saved with the model.
 
     Returns:
         `steps`, `first_loss`, `last_loss`, `seconds`; with an evaluation set `eval_loss`, the last one (of several
@@ -159,10 +154,6 @@ def train(
     for data in (dataset, *sets.values()):
         if data is not None:
             check_fit(inner_model(model), data)
-    group = None
-    if context_size > 1:
-        group = ContextGroup.of(args.process_index, args.world_size, context_size)
-    patch_model(model, impl=impl, context=group)
     with unavailable():
         trainer = Trainer(
             model=model,
@@ -200,6 +191,11 @@ def train(
         if reason is None:
             raise
         raise ValueError(f"{reason}; then pass --resume_from_checkpoint last") from error
+    return _figures(trainer, seconds, None if eval_dataset is None else list(sets))
+
+
+def _figures(trainer: Trainer, seconds: float, sets: list[str] | None) -> dict[str, Any]:
+    """What `train` returns; `sets`: the names of the evaluation sets."""
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
     result = {
@@ -208,7 +204,7 @@ def train(
         "last_loss": losses[-1] if losses else None,
         "seconds": round(seconds, 3),
     }
-    if eval_dataset is not None:
+    if sets is not None:
         names = {one: f"eval_{one}_loss" if one else "eval_loss" for one in sets}
         found = {
             one: next((entry[name] for entry in reversed(log) if name in entry), None)

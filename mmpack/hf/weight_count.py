@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from mmpack.hf.compat import bind_count, num_replicas, own_loss, stock_count
+from mmpack.hf.context_ranks import compare_batches
 from mmpack.hf.loss import PackedLoss
 from mmpack.hf.mmpack_dict import ContextDict, MmpackDict
+from mmpack.packing.context_part import rows_checksum
 from mmpack.packing.loss_weights import LossReduction, loss_weights, source_name
 from mmpack.types import EncodedSample
 
@@ -32,7 +34,8 @@ def weight_entries(
 
     Args:
         offsets: S + 1 offsets of the segments in the supervised rows of the batch.
-        context: of a rank's part of the samples; it gets the sum of the weights of all parts.
+        context: of a rank's part of the samples; it gets the sum of the weights of all parts, and a checksum of
+            all rows.
 
     Raises:
         ValueError: a weight is not a positive number.
@@ -43,6 +46,8 @@ def weight_entries(
     sources = tuple(dict.fromkeys(rows_of))
     numbers = np.array([sources.index(name) for name in rows_of], dtype=np.int32)
     weights = loss_weights(samples, reduction)
+    if context is not None:
+        context["checksum"] = rows_checksum(context["checksum"], samples, weights)
     sums = lengths.astype(np.float64)
     entries: dict[str, Any] = {}
     if weights is not None:
@@ -119,6 +124,7 @@ class WeightCount:
         ]
         if any(pack is not None and "loss_weight_bits" in pack for pack in packs):
             self._check()
+        compare_batches(trainer.model, batch_samples)
         is_counted = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if not is_counted or not packs or None in packs or num_replicas(trainer) > 1:
             return stock_count(trainer, batch_samples, device)

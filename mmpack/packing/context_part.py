@@ -6,6 +6,7 @@ Everything is an index, settled here on the CPU. `mmpack.reference_context` defi
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmpack import _native
 from mmpack.packing.context_group import ContextGroup
-from mmpack.types import MAX_RUN, Int32, Int64, Pack
+from mmpack.types import MAX_RUN, EncodedSample, Float32, Int32, Int64, Media, Pack, VideoRef
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,27 +75,9 @@ def part_of(pack: Pack, group: ContextGroup) -> ContextPart:
     cu_seqlens = _offsets(own_frames)
 
     owner_F = np.repeat(owner, frames // pack.vision.merge_size**2)
-    feature_T = pack.feature_index
-    own_F = np.cumsum(owner_F == rank, dtype=np.int32) - 1  # a feature's number among this rank's
-    # Sent: each of the own features once to each rank that shows it, by rank, then by feature.
-    is_shown = feature_T >= 0
-    of_own = (
-        np.flatnonzero(is_shown & (owner_F[feature_T] == rank))
-        if len(owner_F)
-        else np.empty(0, int)
-    )
-    to = np.searchsorted(tokens, of_own, side="right") - 1
-    pairs = np.unique(to * len(owner_F) + feature_T[of_own])
-    to, sent_feature = np.divmod(pairs, max(len(owner_F), 1))
-    sent_index = own_F[sent_feature]
-    num_own = max(int(is_own @ (frames // pack.vision.merge_size**2)), 1)
-    # Received: what own tokens show, by sender, then by feature.
-    own_T = feature_T[start:end]
-    needed = np.unique(own_T[own_T >= 0])
-    received = needed[np.argsort(owner_F[needed], kind="stable")]
-    place_F = np.full(len(owner_F) + 1, -1, dtype=np.int32)  # the last, for text, stays -1
-    place_F[received] = np.arange(len(received))
-    feature_index = place_F[own_T]
+    sent_index, to = _sent(pack.feature_index, owner_F, tokens, rank)
+    num_own = max(int((owner_F == rank).sum()), 1)
+    received, feature_index = _received(pack.feature_index[start:end], owner_F)
     feature_token = np.argsort(feature_index, kind="stable")[(feature_index < 0).sum() :]
     text_order = pack.text_order[(pack.text_order >= start) & (pack.text_order < end)] - start
     input_ids = pack.input_ids[start:end]
@@ -128,9 +111,37 @@ def part_of(pack: Pack, group: ContextGroup) -> ContextPart:
         np.argsort(sent_index, kind="stable").astype(np.int32),
         _offsets(np.bincount(sent_index, minlength=num_own)),
         np.bincount(to, minlength=size),
-        np.bincount(owner_F[needed], minlength=size),
+        np.bincount(owner_F[received], minlength=size),
         checksum(pack),
     )
+
+
+def _sent(
+    feature_T: Int32, owner_F: Int64, tokens: Int64, rank: int
+) -> tuple[Int32, NDArray[np.int64]]:
+    """(own feature, receiver) of each row that a rank sends: each of its features once to each rank that shows it,
+    by rank, then by feature."""
+    own_F = np.cumsum(owner_F == rank, dtype=np.int32) - 1  # a feature's number among this rank's
+    is_shown = feature_T >= 0
+    of_own = (
+        np.flatnonzero(is_shown & (owner_F[feature_T] == rank))
+        if len(owner_F)
+        else np.empty(0, int)
+    )
+    to = np.searchsorted(tokens, of_own, side="right") - 1
+    pairs = np.unique(to * len(owner_F) + feature_T[of_own])
+    to, sent_feature = np.divmod(pairs, max(len(owner_F), 1))
+    return own_F[sent_feature], to
+
+
+def _received(own_T: Int32, owner_F: Int64) -> tuple[Int32, Int32]:
+    """(feature of each row that a rank receives, by sender, then by feature; the row of each own token, or -1),
+    given the features that own tokens show."""
+    needed = np.unique(own_T[own_T >= 0])
+    received = needed[np.argsort(owner_F[needed], kind="stable")]
+    place_F = np.full(len(owner_F) + 1, -1, dtype=np.int32)  # the last, for text, stays -1
+    place_F[received] = np.arange(len(received))
+    return received, place_F[own_T]
 
 
 def owners(num_patches: NDArray[Any], size: int) -> Int64:
@@ -155,6 +166,28 @@ def checksum(pack: Pack) -> int:
     for array in (pack.input_ids, pack.labels, pack.cu_seqlens, pack.grid_thw, pack.vision_index):
         crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return crc
+
+
+def rows_checksum(crc: int, samples: Iterable[EncodedSample], weights: Float32 | None) -> int:
+    """The checksum of a pack, continued over what its arrays do not show: the rows' numbers, the weights of the
+    loss, and which images and videos they have: names of files without folders, which machines may have elsewhere,
+    places in a tar file, or bytes. Nothing is opened."""
+    rows = [(sample.row, *map(_identity, sample.media)) for sample in samples]
+    crc = zlib.crc32(repr(rows).encode("utf-8", "surrogatepass"), crc)
+    return crc if weights is None else zlib.crc32(np.ascontiguousarray(weights).data, crc)
+
+
+def _identity(ref: Media) -> tuple[Any, ...]:
+    options: tuple[Any, ...] = (
+        () if ref.options is None else tuple(sorted(ref.options.given.items()))
+    )
+    if isinstance(ref, VideoRef):
+        options = (*options, ref.num_frames, ref.fps, *map(_identity, ref.frames))
+    if isinstance(ref.data, bytes):
+        return zlib.crc32(ref.data), *options
+    if ref.data is not None:  # a picture in memory
+        return options
+    return ref.short_name, None if ref.member is None else ref.member.offset, *options
 
 
 def _offsets(lengths: NDArray[Any]) -> Int32:
