@@ -210,8 +210,7 @@ class MediaFolders:
         )
 
     def _in_storage(self, path: str, kind: str) -> str:
-        """`_resolved` where a root is in object storage. Objects are looked for only if there are several
-        roots."""
+        """`_resolved` where a root is in object storage; looks for objects only if there are several roots."""
         places = [
             object_in(root, path, kind) if is_remote(root) else self._on_disk(root, path)
             for root in self._roots
@@ -241,9 +240,7 @@ class MediaFolders:
         return full if os.path.exists(full) else other_unicode_form(full) or full
 
     def _is_there(self, place: str) -> bool:
-        if is_remote(place):
-            return exists(place)
-        return self.contains(place) and os.path.exists(place)
+        return exists(place) if is_remote(place) else self.contains(place) and os.path.exists(place)
 
     def real_path(self, path: str, kind: str) -> str:
         """The path with links resolved as they are now; of an object, its URL.
@@ -280,7 +277,7 @@ class MediaFolders:
         places = [os.path.normpath(os.path.join(root, path)) for root in self._roots]
         if len(places) == 1 or os.path.isabs(path):
             return places[0]
-        found = [place for place in places if self.contains(place) and os.path.exists(place)]
+        found = [place for place in places if self._is_there(place)]
         if len({os.path.realpath(place) for place in found}) > 1:
             raise _ambiguous(path, found, kind)
         return found[0] if found else places[0]
