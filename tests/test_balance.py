@@ -354,6 +354,16 @@ def test_the_floor_is_the_mean_or_the_costliest_sample():
     assert len(cost_floor(plan_packs([], 100), np.empty(0))) == 0
 
 
+def test_the_floor_knows_samples_beside_which_no_pack_reaches_the_mean():
+    # 100 tokens fill a pack; beside 90 fit 10, which cost at most 3; two of 50 could be in one pack.
+    tokens, cost = [100, 90, 10, 50, 50, 60, 40], np.array([2.0, 1.0, 3.0, 5.0, 5.0, 11.0, 3.0])
+    plan = plan_packs(tokens, 100)
+    assert plan.num_packs == 4
+    assert sorted(cost_floor(plan, cost)) == [2.0, 4.0, 12.0, 12.0]
+    plan = plan_packs([100, 100], 100)
+    assert sorted(cost_floor(plan, np.array([1.0, 3.0]))) == [1.0, 3.0]
+
+
 def test_shares_of_packs():
     plan = plan_packs([60, 40, 50, 50], 100)  # packs {0, 1} and {2, 3}
     shares = token_shares(plan, ["a", "b", "a", "a"])

@@ -21,11 +21,10 @@ from ranks import Forked
 from tar_files import chat, picture, write_tar
 from transformers import Trainer, TrainingArguments
 
-import mmpack.hf.training
 from mmpack import Encoder, PackedDataset, PackStream, Skip
 from mmpack.cli import main as cli
 from mmpack.cli.demo import _tokenizer
-from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, patch_model
+from mmpack.hf import PackCollator, PackingCallback, last_checkpoint, model_patch, patch_model
 from mmpack.store.encoded_store import write_store
 from mmpack.store.plan_file import save_plan
 from mmpack.types import ImageRef
@@ -108,7 +107,7 @@ def recorded(patch, path):
 
 def train_packs(folder, data, seen, mix=()):
     folder, data = Path(folder), Path(data)
-    mmpack.hf.training.patch_model = recorded(mmpack.hf.training.patch_model, seen)
+    model_patch.patch_model = recorded(model_patch.patch_model, seen)
     options = {**QUIET, **OPTIONS, "save_strategy": "steps", "resume_from_checkpoint": "last"}
     del options["per_device_eval_batch_size"]  # there is no evaluation
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]

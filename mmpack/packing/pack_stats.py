@@ -52,6 +52,10 @@ def cost_floor(
 ) -> Float64:
     """The lowest possible cost of each pack: the mean, or its costliest sample if that costs more.
 
+    A sample of more than half a pack may cost so little that the room beside it, at the cost per token of the
+    costliest sample that fits, does not bring its pack to the mean. The pack then has that cost, and the mean is
+    of the other packs, which have what it lacks.
+
     Args:
         plan: a plan of N samples.
         cost: (N,) cost of each sample.
@@ -70,9 +74,32 @@ def cost_floor(
         return np.empty(0)
     costs = np.asarray(cost, dtype=np.float64)[plan.sample_index]
     costliest = np.maximum.reduceat(costs, plan.bin_offsets[:-1])
+    most = _most_cost(plan, costs)
     total = costs.sum() if pack_cost is None else np.asarray(pack_cost, dtype=np.float64).sum()
-    floor: Float64 = np.maximum(costliest, total / plan.num_packs)
+    is_cheap, mean = np.zeros(plan.num_packs, dtype=bool), total / plan.num_packs
+    while (cheaper := most < mean).sum() > is_cheap.sum() and not cheaper.all():
+        is_cheap = cheaper
+        mean = (total - most[is_cheap].sum()) / (~is_cheap).sum()
+    floor: Float64 = np.minimum(most, np.maximum(costliest, mean))
     return floor
+
+
+def _most_cost(plan: PackPlan, costs: Float64) -> Float64:
+    """(num_packs,) what a pack with the longest sample of each pack can cost; infinite if that is at most half as
+    long as a pack, because then another plan may put several of them together. `costs` are in the plan's order."""
+    tokens, first = plan.num_tokens[plan.sample_index], plan.bin_offsets[:-1]
+    longest = np.maximum.reduceat(tokens, first)
+    is_longest = tokens == np.repeat(longest, np.diff(plan.bin_offsets))
+    of_longest = np.maximum.reduceat(np.where(is_longest, costs, 0.0), first)
+    order = np.argsort(tokens)
+    highest = np.maximum.accumulate(
+        costs[order] / tokens[order]
+    )  # per token, of this and shorter ones
+    room = plan.capacity - longest
+    num_fit = np.searchsorted(tokens[order], room, side="right")
+    beside = room * np.concatenate([[0.0], highest])[num_fit]
+    most: Float64 = np.where(2 * longest > plan.capacity, of_longest + beside, np.inf)
+    return most
 
 
 def busiest(
