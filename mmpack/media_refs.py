@@ -26,8 +26,28 @@ class TarMember(NamedTuple):
     archive_bytes: int
 
 
+class _Named:
+    """What both references are called."""
+
+    __slots__ = ()
+    path: str
+    member: TarMember | None
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        if self.member is None:
+            return self.path
+        return f"{self.member.name} (byte {self.member.offset:,} of {self.path})"
+
+    @property
+    def short_name(self) -> str:
+        """The name of its file, or of a tar file's member, without folders."""
+        return os.path.basename(self.path if self.member is None else self.member.name)
+
+
 @dataclass(frozen=True, slots=True)
-class ImageRef:
+class ImageRef(_Named):
     """A reference to an image. Only `mmpack.data.images` opens it.
 
     Attributes:
@@ -47,19 +67,9 @@ class ImageRef:
     member: TarMember | None = None
     version: str = ""
 
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-        return _name(self.path, self.member)
-
-    @property
-    def short_name(self) -> str:
-        """The name of its file, or of a tar file's member, without folders."""
-        return os.path.basename(self.path if self.member is None else self.member.name)
-
 
 @dataclass(frozen=True, slots=True)
-class VideoRef:
+class VideoRef(_Named):
     """A reference to a video: a file, which only `mmpack.data.videos` opens, or a list of frames.
 
     Attributes:
@@ -86,19 +96,5 @@ class VideoRef:
     member: TarMember | None = None
     version: str = ""
 
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-        return _name(self.path, self.member)
-
-    @property
-    def short_name(self) -> str:
-        """As `ImageRef.short_name`."""
-        return os.path.basename(self.path if self.member is None else self.member.name)
-
 
 Media = ImageRef | VideoRef
-
-
-def _name(path: str, member: TarMember | None) -> str:
-    return path if member is None else f"{member.name} (byte {member.offset:,} of {path})"
